@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set everything up in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= gpu-results
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(VENV)/.ready
+	$(BIN)/moekern demo
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check moekern tests bench setup.py
+	$(BIN)/ruff format --check moekern tests bench setup.py
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m bench.kernels
+
+# On a machine with CUDA: no network, no build isolation, the Python that is active. Records go to the folder OUT=.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	mkdir -p $(OUT)
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m bench.kernels --out $(OUT)/kernels.jsonl
+
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "moekern: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12"; exit 1; }
+	@c++ --version >/dev/null 2>&1 || g++ --version >/dev/null 2>&1 || clang++ --version >/dev/null 2>&1 \
+		|| { echo "moekern: a C++17 compiler is needed (Debian, Ubuntu: apt-get install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info moekern/_C*.so

@@ -1,0 +1,72 @@
+"""Where config.json keeps the numbers that go with experts."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moekern.architectures.patterns import SIDE
+from moekern.errors import InputError
+
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts")
+TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k",
+    "top_k_experts", "moe_num_active_primary_experts",
+)  # fmt: skip
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+GROUP_KEYS = ("n_group", "num_expert_group")
+OPAQUE = ("quantization_config", "compression_config", "generation_config")
+
+Path = tuple[str, ...]
+
+
+def sections(config: Mapping[str, Any], holder: str = "") -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The sections of the text model: the holder first, then the root, then the others, outer before inner."""
+    found: list[tuple[Path, Mapping[str, Any]]] = []
+    queue: list[tuple[Path, Mapping[str, Any]]] = [((), config)]
+    for path, section in queue:
+        found.append((path, section))
+        for key, value in section.items():
+            if isinstance(value, dict) and key not in OPAQUE and not SIDE.search(key) and len(path) < 4:
+                queue.append(((*path, key), value))
+    wanted = tuple(holder.split(".")) if holder else ()
+    found.sort(key=lambda item: item[0] != wanted)
+    yield from found
+
+
+def values(config: Mapping[str, Any], keys: tuple[str, ...], holder: str = "") -> Iterator[tuple[Path, int]]:
+    """Path and value of every integer under one of the keys; a list of equal integers counts as its element."""
+    for path, section in sections(config, holder):
+        for key in keys:
+            value = section.get(key)
+            if isinstance(value, list) and value and all(item == value[0] for item in value):
+                value = value[0]
+            if type(value) is int:
+                yield (*path, key), value
+
+
+def first(config: Mapping[str, Any], keys: tuple[str, ...], holder: str) -> int | None:
+    return next((value for _, value in values(config, keys, holder)), None)
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """Names of the model, the root's first."""
+    names = [section.get("model_type") for _, section in sections(config)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def check_counts(config: Mapping[str, Any], source: str, num_experts: int) -> tuple[Path, ...]:
+    """Paths of every key that holds the expert count. Raises InputError if there is none or one disagrees."""
+    paths = []
+    for path, section in sections(config):
+        for key in COUNT_KEYS:
+            value = section.get(key)
+            if value is None:
+                continue
+            items = value if isinstance(value, list) and value else [value]
+            if any(type(item) is not int or item != num_experts for item in items):
+                where = ".".join((*path, key))
+                raise InputError(f"{source}: {where} is {value!r:.80}, but the tensors hold {num_experts} experts")
+            paths.append((*path, key))
+    if not paths:
+        raise InputError(f"{source}: no key gives the number of experts; add {COUNT_KEYS[0]}: {num_experts}")
+    return tuple(paths)

@@ -1,0 +1,161 @@
+"""The layout of a checkpoint, found from its keys; model_type only names the family among those that fit."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moekern.architectures import config_keys as keys
+from moekern.architectures.collect import collect_layers
+from moekern.architectures.fit import Fit, Place, find_places, fit
+from moekern.architectures.layout import Layout, MoeLayer
+from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
+from moekern.architectures.table import FAMILIES, Family
+from moekern.checkpoint import CONFIG, Checkpoint
+from moekern.errors import InputError
+
+
+def find_layout(checkpoint: Checkpoint) -> Layout:
+    """The first row of the table that explains every key of the checkpoint's experts and routers.
+
+    Raises InputError if the checkpoint has no experts, if no row explains it (with the keys in question), if the family
+    cannot be pruned, and if tensors and config disagree about the expert count.
+    """
+    places = find_places(checkpoint.tensors)
+    fitted = choose(checkpoint, places)
+    family, config, source = fitted.family, checkpoint.config, str(checkpoint.folder / CONFIG)
+    if family.refused:
+        raise InputError(f"{checkpoint.folder}: {family.name} models cannot be pruned: {family.refused}")
+    stacks = {found.place.stack for found in fitted.found if found.role == "expert" and not found.place.mtp}
+    if len(stacks) > 1 and not family.stacks:
+        raise InputError(f"{checkpoint.folder}: experts in several stacks: {', '.join(sorted(stacks))}")
+
+    num_layers = keys.first(config, keys.LAYER_KEYS, family.holder)
+    found = collect_layers(checkpoint, fitted, num_layers, trailing_rows(family, config))
+    layers = by_key(checkpoint, [layer for layer in found if not layer.mtp])
+    num_experts = uniform_count(checkpoint, layers)
+    count_paths = keys.check_counts(config, source, num_experts)
+    n_group, topk_group = groups(family, config, source, num_experts)
+    return Layout(
+        family=replace(family, score=score(family, config)),
+        layers=layers,
+        mtp=by_key(checkpoint, [layer for layer in found if layer.mtp]),
+        mtp_prefixes=mtp_prefixes(family, places, stacks, num_layers),
+        num_experts=num_experts,
+        top_k=top_k(family, config, source, num_experts),
+        n_group=n_group,
+        topk_group=topk_group,
+        group_top=family.group_top,
+        count_paths=count_paths,
+        mtp_paths=tuple(path for path, _ in keys.values(config, keys.MTP_KEYS)),
+    )
+
+
+def choose(checkpoint: Checkpoint, places: Sequence[Place]) -> Fit:
+    """The best of the rows that fit. Raises InputError if there is none."""
+    names = keys.model_types(checkpoint.config)
+    counts = {path[-1] for path, _ in keys.values(checkpoint.config, keys.COUNT_KEYS)}
+    fits = [fit(family, places) for family in FAMILIES]
+
+    def rank(fitted: Fit) -> tuple[int, ...]:
+        family, roles = fitted.family, {found.role for found in fitted.found}
+        known = [i for i, name in enumerate(names) if name in (family.name, *family.also)]
+        own = {(scheme.head, name) for scheme in SCHEMES[family.experts] for name in scheme.projections}
+        return (
+            min(known, default=len(names)),
+            not any((found.head, found.projection) in own for found in fitted.found),
+            bool(family.bias and "bias" not in roles) + bool(family.table and "table" not in roles),
+            not counts & set(family.count.split("|")),
+        )
+
+    complete = [fitted for fitted in fits if fitted.complete]
+    if complete:
+        return min(complete, key=rank)
+    if not any(MOE_HINT.search(place.shape) for place in places):
+        raise InputError(f"{checkpoint.folder}: not a Mixture-of-Experts checkpoint: no tensor belongs to an expert")
+    nearest = min(fits, key=lambda fitted: (rank(fitted)[0], len(fitted.unknown), *rank(fitted)))
+    unknown = [name for place in nearest.unknown for name in place.names]
+    if not unknown:
+        raise InputError(f"{checkpoint.folder}: no router for its experts: expected {nearest.family.router}")
+    what = ", ".join(name if name.isprintable() else repr(name) for name in unknown[:3])
+    raise InputError(
+        f"{checkpoint.folder}: no known family has these keys: {what} ({len(unknown)} keys not understood)"
+    )
+
+
+def by_key(checkpoint: Checkpoint, layers: Iterable[MoeLayer]) -> dict[str, MoeLayer]:
+    found: dict[str, MoeLayer] = {}
+    for layer in layers:
+        other = found.setdefault(layer.key, layer)
+        if other is not layer:
+            raise InputError(f"{checkpoint.folder}: {other.prefix} and {layer.prefix} are both layer {layer.key}")
+    return found
+
+
+def uniform_count(checkpoint: Checkpoint, layers: dict[str, MoeLayer]) -> int:
+    if not layers:
+        raise InputError(f"{checkpoint.folder}: only its multi-token-prediction layers have experts")
+    first, *others = layers.values()
+    for layer in others:
+        if layer.num_experts != first.num_experts:
+            what = f"{first.prefix} has {first.num_experts} experts, {layer.prefix} has {layer.num_experts}"
+            raise InputError(f"{checkpoint.folder}: expert counts differ between layers: {what}")
+    return first.num_experts
+
+
+def trailing_rows(family: Family, config: dict[str, Any]) -> int:
+    if isinstance(family.trailing, int):
+        return family.trailing
+    return max(0, keys.first(config, (family.trailing,), family.holder) or 0)
+
+
+def top_k(family: Family, config: dict[str, Any], source: str, num_experts: int) -> int:
+    if family.top_k.isdigit():
+        return int(family.top_k)
+    own = tuple(family.top_k.split("|"))
+    value = keys.first(config, (*own, *keys.TOP_K_KEYS), family.holder)
+    if value is None:
+        raise InputError(f"{source}: no key gives the experts a token chooses; add {own[0]}")
+    if not 1 <= value <= num_experts:
+        raise InputError(f"{source}: a token chooses {value} experts, but the tensors hold {num_experts}")
+    return value
+
+
+def groups(family: Family, config: dict[str, Any], source: str, num_experts: int) -> tuple[int, int]:
+    """n_group and topk_group; (1, 1) where routing has no groups."""
+    if not family.group_top:
+        return 1, 1
+    if family.group_if is not None:
+        key, wanted = family.group_if
+        if not any(section.get(key) == wanted for _, section in keys.sections(config, family.holder)):
+            return 1, 1
+    n_group = keys.first(config, (family.groups, *keys.GROUP_KEYS), family.holder) or 1
+    topk_group = keys.first(config, ("topk_group",), family.holder) or 1
+    if n_group < 1 or num_experts % n_group or not 1 <= topk_group <= n_group:
+        what = f"{num_experts} experts in {n_group} groups of which {topk_group} are chosen"
+        raise InputError(f"{source}: {what} is not possible")
+    return (n_group, topk_group) if n_group > 1 else (1, 1)
+
+
+def score(family: Family, config: dict[str, Any]) -> str:
+    """The family's score function, or the one that its config names."""
+    for _, section in keys.sections(config, family.holder):
+        value = section.get(family.score_key)
+        if value in ("softmax", "sigmoid", "sqrtsoftplus"):
+            return str(value)
+        if isinstance(value, bool):
+            return "softmax" if value else "sigmoid"
+    return family.score
+
+
+def mtp_prefixes(
+    family: Family, places: Iterable[Place], stacks: Iterable[str], num_layers: int | None
+) -> tuple[str, ...]:
+    """Beginnings of the keys of multi-token-prediction blocks, with or without experts."""
+    found: set[str] = set()
+    for place in places:
+        match = MTP.search(place.shape)
+        if match and "#" not in place.shape[: match.start()]:
+            found.add(place.shape[: match.end()] + ".")
+        elif place.stack in stacks and num_layers is not None and not family.stacks:
+            found |= {f"{place.stack}.{n}." for n in place.layers if n >= num_layers}
+    return tuple(sorted(found))

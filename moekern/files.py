@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moekern.errors import InputError
+
+CHUNK = 1 << 20
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
+
+    Raises InputError when the folder does not exist or `path` is itself a folder.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; name a file")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(target)
+        fsync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` beside `path`, fsync, rename."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of the file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,41 @@
+"""Shared by all tests: NaN-filled memory, quiet transformers, and one tiny checkpoint a family for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+
+from tests import families
+
+settings.register_profile("moekern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("moekern")
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """A kernel that forgets to write what it returns is found out."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family_checkpoint(name) -> folder of that family's tiny random checkpoint, written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        target = root / name
+        if not target.exists():
+            families.save(name, target)
+        return target
+
+    return folder
