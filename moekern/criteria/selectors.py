@@ -1,0 +1,169 @@
+"""HOPE: choose the dropped set as a whole, from how strongly experts act on the same tokens (arXiv:2609.18916).
+
+With a = g ‖y‖ and F[i, j] = mean of aᵢ aⱼ over the tokens routed to both (0 when there are none), the dropped set P
+minimises pᵀ F p, p its indicator. The diagonal alone is a REAP-like ranking, S(1, 2, 2). F is symmetric and entrywise
+non-negative but need not be positive semi-definite. Float64; nothing here depends on chance.
+"""
+
+from collections.abc import Collection, Iterable
+from itertools import combinations, product
+from math import comb, prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor
+
+from moekern.criteria.scores import idle_lowest
+from moekern.statistics import LayerStatistics
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+EXACT = comb(16, 8)  # subsets that are tried one by one: every case of up to 16 experts
+STEPS = 100  # of SLSQP
+TIE = 1e-12  # objectives closer than this share of trace(F) count as equal
+
+
+class Selection(NamedTuple):
+    """What a selector returns."""
+
+    keep: tuple[int, ...]  # expert numbers, rising
+    scores: Tensor  # [E] float64, for display; higher is costlier to drop
+
+
+def hope(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()) -> Selection:
+    """Keep `kept` experts, kept / groups in each of `groups` equal blocks, protected ones among them.
+
+    Idle experts are dropped first. Up to 12870 candidate sets are enumerated; beyond, the relaxation of p to the
+    capped simplex is descended, rounded and improved by swaps, as are three rankings, and the best set is taken.
+    The displayed score of an expert is the objective that dropping it adds to the rest of the dropped set:
+    F[e, e] + 2 Σ F[e, j] over dropped j ≠ e. With kept = E that is the diagonal, the cost of dropping e alone.
+    """
+    F = conditional_pairs(statistics)
+    E = len(F)
+    group = np.arange(E) // (E // groups)
+    dropped, free, quota = _certain(statistics, E // groups - kept // groups, groups, protected)
+    index = np.flatnonzero(free)
+    if len(index) and quota.sum():
+        reap = (statistics.gated_norm_sum / statistics.count.clamp(min=1)).cpu().numpy()
+        dropped[index] = best_set(F[np.ix_(index, index)], group[index], quota, [reap[index]])
+    others = dropped[None, :] & ~np.eye(E, dtype=bool)
+    scores = torch.from_numpy(F.diagonal() + 2 * (F * others).sum(1))
+    return Selection(tuple(np.flatnonzero(~dropped).tolist()), idle_lowest(statistics, scores))
+
+
+def conditional_pairs(statistics: LayerStatistics) -> Matrix:
+    """F [E, E] float64: pair_sum / coactivation, 0 where the two never met; symmetric."""
+    pairs = statistics.pair_sum / statistics.coactivation.clamp(min=1)
+    pairs = torch.where(statistics.coactivation > 0, pairs, 0.0)
+    return ((pairs + pairs.T) / 2).cpu().numpy()
+
+
+def best_set(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64], rankings: Iterable[Vector] = ()) -> Mask:
+    """The set P with quota[g] members in group g and the least pᵀ F p found, as a mask [n].
+
+    Exact for up to 12870 candidates; ties drop the highest numbers. `rankings` [n] are further starting points.
+    """
+    if prod(comb(int((group == g).sum()), int(q)) for g, q in enumerate(quota)) <= EXACT:
+        return _enumerate(F, group, quota)
+    starts = [relax(F, group, quota), -F.diagonal(), *(-np.asarray(r) for r in rankings)]
+    sets = [_swap(F, group, _round(start, group, quota)) for start in starts]
+    sets.append(_swap(F, group, _greedy(F, group, quota)))
+    values = np.array([objective(F, p) for p in sets])
+    return sets[int(np.flatnonzero(values <= values.min() + TIE * np.trace(F))[0])]
+
+
+def objective(F: Matrix, dropped: Mask) -> float:
+    """pᵀ F p."""
+    return float(F[np.ix_(dropped, dropped)].sum())
+
+
+def relax(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64]) -> Vector:
+    """A stationary p [n] of pᵀ F p over 0 <= p <= 1 with quota[g] in each group g, by SLSQP from the centre."""
+    member = (group == np.arange(len(quota))[:, None]).astype(np.float64)  # [groups, n]
+    scale = float(np.trace(F)) or 1.0
+    solution = minimize(
+        lambda p: p @ F @ p / scale,
+        (quota / member.sum(1).clip(1))[group],
+        jac=lambda p: 2 * (F @ p) / scale,
+        method="SLSQP",
+        bounds=[(0.0, 1.0)] * len(F),
+        constraints={"type": "eq", "fun": lambda p: member @ p - quota, "jac": lambda p: member},
+        options={"maxiter": STEPS, "ftol": 1e-10},
+    )
+    return solution.x
+
+
+def _certain(
+    statistics: LayerStatistics, quota: int, groups: int, protected: Collection[int]
+) -> tuple[Mask, Mask, NDArray[np.int64]]:
+    """Experts dropped because they are idle, experts still to choose from, and how many to drop in each group."""
+    idle = (statistics.count == 0).cpu().numpy()
+    idle[list(protected)] = False
+    E = len(idle)
+    dropped = np.zeros(E, dtype=bool)
+    free = ~idle
+    free[list(protected)] = False
+    left = np.full(groups, quota)
+    size = E // groups
+    for g in range(groups):
+        first = np.flatnonzero(idle[g * size : (g + 1) * size])[::-1][:quota] + g * size
+        dropped[first] = True
+        left[g] -= len(first)
+        if left[g] == 0:
+            free[g * size : (g + 1) * size] = False
+    return dropped, free, left
+
+
+def _enumerate(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64]) -> Mask:
+    """Try every set; sets of the highest numbers come first, so that they win ties."""
+    choices = (combinations(np.flatnonzero(group == g)[::-1].tolist(), int(q)) for g, q in enumerate(quota))
+    sets = np.array([sum(parts, ()) for parts in product(*choices)], dtype=np.int64)
+    p = np.zeros((len(sets), len(F)))
+    np.put_along_axis(p, sets, 1.0, axis=1)
+    values = np.einsum("si,si->s", p @ F, p)
+    return p[int(np.flatnonzero(values <= values.min() + TIE * np.trace(F))[0])] > 0
+
+
+def _round(wish: Vector, group: NDArray[np.int64], quota: NDArray[np.int64]) -> Mask:
+    """The quota[g] largest wishes of each group; ties to the highest number."""
+    dropped = np.zeros(len(wish), dtype=bool)
+    for g, q in enumerate(quota):
+        ranked = sorted(np.flatnonzero(group == g).tolist(), key=lambda e: (-wish[e], -e))
+        dropped[ranked[: int(q)]] = True
+    return dropped
+
+
+def _greedy(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64]) -> Mask:
+    """Drop one expert at a time, the one that adds least; ties to the highest number."""
+    dropped = np.zeros(len(F), dtype=bool)
+    left = quota.copy()
+    cost = F.diagonal().copy()
+    while left.sum():
+        open_ = np.where(dropped | (left[group] == 0), np.inf, cost)
+        e = len(F) - 1 - int(open_[::-1].argmin())
+        dropped[e] = True
+        left[group[e]] -= 1
+        cost += 2 * F[e]
+    return dropped
+
+
+def _swap(F: Matrix, group: NDArray[np.int64], dropped: Mask) -> Mask:
+    """Exchange a dropped and a kept expert of one group, the best pair each time, while that lowers the objective."""
+    dropped = dropped.copy()
+    diagonal, least = F.diagonal(), -TIE * np.trace(F)
+    while True:
+        out, kept = np.flatnonzero(dropped), np.flatnonzero(~dropped)
+        if not len(out) or not len(kept):
+            return dropped
+        load = 2 * F[:, out].sum(1)
+        change = (diagonal + load)[None, kept] - (load - diagonal)[out, None] - 2 * F[np.ix_(out, kept)]
+        change[group[out][:, None] != group[kept][None, :]] = np.inf
+        i, j = divmod(int(change.argmin()), len(kept))
+        if not change[i, j] < least:
+            return dropped
+        dropped[out[i]], dropped[kept[j]] = False, True

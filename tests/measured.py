@@ -1,0 +1,93 @@
+"""Statistics of given or random tokens, computed in the plainest way, for tests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from moekern.statistics import LayerStatistics, Statistics, make_header
+
+E, K, H = 6, 2, 5
+FINGERPRINT = "f" * 64
+
+
+@dataclass(frozen=True)
+class Layer:
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """As much of a Layout as check_plan looks at."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    n_group: int = 1
+    topk_group: int = 1
+    group_top: int = 1
+    layers: Mapping[str, Layer] = field(default_factory=lambda: {"0": Layer(8), "10": Layer(8)})
+    mtp: Mapping[str, Layer] = field(default_factory=lambda: {"mtp.0": Layer(8)})
+
+
+def add_token(s, ids, gate, y, score=None):
+    """Add one token routed to experts `ids` with gates `gate` and outputs `y` [len(ids), H]."""
+    ids, gate, y = torch.tensor(ids), torch.tensor(gate).double(), torch.as_tensor(y).double()
+    a = gate * y.norm(dim=1)
+    s.tokens.add_(1)
+    s.count[ids] += 1
+    s.top1_count[ids[gate.argmax()]] += 1
+    s.gate_sum[ids] += gate
+    s.gate_square_sum[ids] += gate**2
+    if score is not None:
+        s.logit_tokens.add_(1)
+        s.score_sum.add_(score)
+        s.entropy_sum.add_(torch.special.entr(score / score.sum()).sum())
+        s.margin_sum.add_(-score.sort(descending=True).values[: len(ids) + 1].diff()[-1])
+    s.coactivation[ids[:, None], ids] += 1
+    s.norm_sum[ids] += y.norm(dim=1)
+    s.norm_square_sum[ids] += (y**2).sum(1)
+    s.gated_norm_sum[ids] += a
+    s.gated_norm_square_sum[ids] += a**2
+    s.pair_sum[ids[:, None], ids] += a[:, None] * a
+    s.max_abs[ids] = torch.maximum(s.max_abs[ids], y.abs().amax(1))
+    if s.dimensions:
+        s.square_sum[ids] += y**2
+
+
+def layer_statistics(seed, experts=E, dimensions=H, tokens=40, idle=(), top_k=K):
+    """Sums of `tokens` random tokens; experts in `idle` get none, and later experts speak louder."""
+    draw = torch.Generator().manual_seed(seed)
+    s = LayerStatistics.zeros(experts, dimensions)
+    busy = torch.tensor([e for e in range(experts) if e not in idle])
+    for _ in range(tokens):
+        ids = busy[torch.randperm(len(busy), generator=draw)[:top_k]]
+        y = torch.randn(top_k, dimensions or 3, generator=draw).double() * (1 + ids[:, None])
+        gate, score = torch.rand(top_k, generator=draw), torch.rand(experts, generator=draw)
+        add_token(s, ids.tolist(), gate.tolist(), y, score.double())
+    return s
+
+
+def header(domains, **changes):
+    """A valid header for E experts and top-K."""
+    values = {
+        "fingerprint": FINGERPRINT,
+        "family": "mixtral",
+        "score": "softmax",
+        "top_k": K,
+        "num_experts": E,
+        "domains": domains,
+        "tokens": dict.fromkeys(domains, 40),
+        "data": {"domains": list(domains)},
+        "backend": "reference",
+        "versions": {"torch": "2"},
+    }
+    return make_header(**{**values, **changes})
+
+
+def model_statistics(seed=0, layers=("0", "2", "10"), domains=("prose", "code"), **changes):
+    """Random statistics of a model with these layers and domains; `changes` go into the header."""
+    sums = {
+        key: {d: layer_statistics(1000 * seed + 10 * i + j) for j, d in enumerate(domains)}
+        for i, key in enumerate(layers)
+    }
+    return Statistics(header(domains, **changes), sums)

@@ -1,0 +1,132 @@
+"""From statistics to a plan: provenance, domains, seeds, super experts."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from moekern.criteria import CRITERIA
+from moekern.errors import InputError
+from moekern.plan import Limits, Plan, check_plan
+from moekern.planning import make_plan, router_limits
+from moekern.statistics import LayerStatistics, Statistics
+from tests.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_criterion_makes_a_plan_that_passes_the_check(criterion, groups):
+    limits = {"n_group": groups, "topk_group": groups, "group_top": 1}
+    s = model_statistics(**limits)
+    plan = make_plan(s, criterion, 4, seed=3)
+    layers = dict.fromkeys(("0", "2", "10"), Layer(6))
+    check_plan(plan, Model(num_experts=6, layers=layers, mtp={}, **limits), FINGERPRINT)
+    assert list(plan.layers) == ["0", "2", "10"]
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert make_plan(s, criterion, 4, seed=3).to_json() == plan.to_json()
+
+
+def test_a_plan_says_where_it_comes_from(tmp_path):
+    model_statistics().save(tmp_path / "s")
+    s = Statistics.load(tmp_path / "s")
+    assert (
+        make_plan(s, "reap", 0.5, domains=["code"]).provenance.items()
+        >= {
+            "fingerprint": FINGERPRINT,
+            "statistics": Statistics.digest(tmp_path / "s"),
+            "criterion": "reap",
+            "domains": ["code"],
+            "keep": 0.5,
+            "kept": 3,
+            "num_experts": 6,
+            "tie": "lowest expert number",
+            "seed": 0,
+            "protect_super": False,
+        }.items()
+    )
+
+
+def test_a_plan_counts_only_the_named_domains():
+    s = model_statistics()
+    code = make_plan(s, "gated_norm", 3, domains=["code"]).layers["2"]
+    assert code.scores == tuple(s.layers["2"]["code"].gated_norm_sum.tolist())
+    assert code.scores != make_plan(s, "gated_norm", 3).layers["2"].scores
+
+
+def test_keeping_everything_is_a_plan():
+    plan = make_plan(model_statistics(), "hope", 1.0)
+    assert {layer.keep for layer in plan.layers.values()} == {tuple(range(6))}
+
+
+def test_seeds_change_a_random_plan():
+    s = model_statistics()
+    assert make_plan(s, "random", 3, seed=1).layers != make_plan(s, "random", 3, seed=2).layers
+
+
+def test_the_layout_overrides_the_recorded_router():
+    s = model_statistics()
+    assert router_limits(s) == Limits(6, 2)
+    with pytest.raises(InputError, match="not a multiple of the router's 2 groups"):
+        make_plan(s, "reap", 3, Limits(6, 2, 2, 2, 1))
+
+
+def statistics_with_a_super_expert():
+    """Eight layers; expert 0 of layer 1 is rarely used and extremely loud at its loudest."""
+    layers = {str(i): {"a": layer_statistics(i)} for i in range(8)}
+    s = layers["1"]["a"]
+    s.max_abs[0] = 1e4
+    for name in ("norm_sum", "gated_norm_sum", "norm_square_sum", "gated_norm_square_sum", "gate_sum", "square_sum"):
+        getattr(s, name)[0] *= 1e-6
+    s.pair_sum[0] *= 1e-6
+    s.pair_sum[:, 0] *= 1e-6
+    return Statistics(header(["a"]), layers)
+
+
+@pytest.mark.parametrize("criterion", ["reap", "hope"])
+def test_super_experts_are_kept_recorded_and_not_written_into_statistics(criterion):
+    s = statistics_with_a_super_expert()
+    before = {f.name: getattr(s.layers["1"]["a"], f.name).clone() for f in fields(s.layers["1"]["a"])}
+    free, guarded = make_plan(s, criterion, 3), make_plan(s, criterion, 3, protect_super=True)
+    assert 0 not in free.layers["1"].keep
+    assert 0 in guarded.layers["1"].keep
+    assert len(guarded.layers["1"].keep) == 3
+    assert guarded.provenance["protect_super"] == {"1": [0]}
+    assert all(guarded.layers[k].keep == free.layers[k].keep for k in free.layers if k != "1")
+    for name, value in before.items():
+        assert torch.equal(getattr(s.layers["1"]["a"], name), value)
+
+
+@pytest.mark.parametrize("criterion", ["reap", "hope"])
+def test_more_super_experts_than_places_are_an_input_error(criterion):
+    s = statistics_with_a_super_expert()
+    layers = {**s.layers, **{str(i): s.layers["0"] for i in range(8, 100)}}
+    for i in range(3):
+        layers["1"]["a"].max_abs[i] = 1e4 + i
+    with pytest.raises(InputError, match=r"--protect-super: layer 1: 3 protected experts \[0, 1, 2\], but it keeps 2"):
+        make_plan(Statistics(s.header, layers), criterion, 2, protect_super=True)
+
+
+def test_layers_of_different_sizes_take_a_count_but_no_share():
+    layers = {"0": {"a": layer_statistics(0)}, "1": {"a": layer_statistics(1, experts=4)}}
+    s = Statistics(header(["a"]), layers)
+    assert {len(p.keep) for p in make_plan(s, "reap", 3).layers.values()} == {3}
+    with pytest.raises(InputError, match=r"--keep 0.5: layers have different numbers of experts \(4, 6\)"):
+        make_plan(s, "reap", 0.5)
+    with pytest.raises(InputError, match="--keep 5: layer 1: more than the 4 experts"):
+        make_plan(s, "reap", 5)
+
+
+def test_an_unknown_criterion_or_domain_is_an_input_error():
+    with pytest.raises(InputError, match="--criterion best: unknown"):
+        make_plan(model_statistics(), "best", 3)
+    with pytest.raises(InputError, match="no domain 'law'"):
+        make_plan(model_statistics(), "reap", 3, domains=["law"])
+
+
+def test_domains_without_tokens_are_an_input_error():
+    layers = {"0": {"a": layer_statistics(0), "b": LayerStatistics.zeros(6, 5)}}
+    s = Statistics(header(["a", "b"]), layers)
+    assert make_plan(s, "reap", 3).layers["0"].keep == make_plan(s, "reap", 3, domains=["a"]).layers["0"].keep
+    with pytest.raises(InputError, match="layer 0: no token was routed"):
+        make_plan(s, "hope", 3, domains=["b"])

@@ -1,0 +1,296 @@
+"""Statistics: they add, they merge, and a file of them is read back exactly or refused."""
+
+import json
+from contextlib import suppress
+from dataclasses import fields
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from moekern.errors import InputError
+from moekern.statistics import FORMAT, LayerStatistics, Statistics, merge
+from tests.measured import E, H, header, layer_statistics, model_statistics
+
+
+def assert_same(a, b, **tolerance):
+    for f in fields(LayerStatistics):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if tolerance:
+            torch.testing.assert_close(x, y, **tolerance)
+        else:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), f.name
+
+
+def raw_tensors(statistics):
+    number = {d: i for i, d in enumerate(statistics.header["domains"])}
+    return {
+        f"{key}/{number[d]}/{f.name}": getattr(s, f.name).clone()
+        for key, parts in statistics.layers.items()
+        for d, s in parts.items()
+        for f in fields(s)
+    }
+
+
+def test_every_field_says_its_dtype_and_shape():
+    s = LayerStatistics.zeros(7, 3)
+    size = {"1": 1, "E": 7, "H": 3}
+    for f in fields(s):
+        value = getattr(s, f.name)
+        assert value.dtype in (torch.int64, torch.float64)
+        assert list(value.shape) == [size[d] for d in f.metadata["shape"].split()]
+    assert (s.num_experts, s.dimensions) == (7, 3)
+    assert s.problem(2) is None
+
+
+def test_adding_sums_everything_but_the_maximum():
+    a, b = layer_statistics(1), layer_statistics(2)
+    total = a + b
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        want = torch.maximum(x, y) if f.name == "max_abs" else x + y
+        assert torch.equal(getattr(total, f.name), want), f.name
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(3)))
+def test_the_order_of_batches_does_not_matter(order):
+    parts = [layer_statistics(i, tokens=5) for i in range(3)]
+    a, b, c = (parts[i] for i in order)
+    # float64: three terms, each addition within half an ulp
+    assert_same(a + b + c, parts[0] + (parts[1] + parts[2]), rtol=1e-15, atol=0)
+
+
+def test_adding_zeros_changes_nothing():
+    a = layer_statistics(3)
+    assert_same(a + LayerStatistics.zeros(E, H), a)
+
+
+@pytest.mark.parametrize("other", [LayerStatistics.zeros(E + 1, H), LayerStatistics.zeros(E, 1)])
+def test_other_sizes_do_not_add(other):
+    with pytest.raises(ValueError, match=r"\[LayerStatistics\] add: expected E, H = \(6, 5\)"):
+        layer_statistics(0) + other
+
+
+def test_views_share_memory():
+    class Some(NamedTuple):
+        tokens: torch.Tensor
+        pair_sum: torch.Tensor
+
+    s = LayerStatistics.zeros(E)
+    view = s.views(Some)
+    view.tokens.add_(3)
+    view.pair_sum[1, 2] += 4
+    assert s.tokens.item() == 3
+    assert s.pair_sum[1, 2] == 4
+
+
+def test_permuting_renames_experts_on_every_axis():
+    s, perm = layer_statistics(4), torch.tensor([2, 0, 1, 5, 4, 3])
+    p = s.permuted(perm)
+    assert p.count[0] == s.count[2]
+    assert p.coactivation[0, 1] == s.coactivation[2, 0]
+    assert torch.equal(p.square_sum[3], s.square_sum[5])
+    assert torch.equal(p.coactivation.diagonal(), p.count)
+    assert_same(p.permuted(perm.argsort()), s)
+
+
+@pytest.mark.parametrize("dimensions", [0, H])
+def test_save_and_load_are_bit_exact_and_stable(tmp_path, dimensions):
+    sums = {domain: layer_statistics(i, dimensions=dimensions) for i, domain in enumerate("ab")}
+    s = Statistics(header(["a", "b"]), {"3": sums})
+    s.save(tmp_path / "one")
+    back = Statistics.load(tmp_path / "one")
+    back.save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert back.header == s.header
+    assert back.sha256 == Statistics.digest(tmp_path / "one")
+    for domain in "ab":
+        assert_same(back.layers["3"][domain], s.layers["3"][domain])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_layers_come_back_in_natural_order(tmp_path):
+    model_statistics(layers=("10", "mtp.0", "2")).save(tmp_path / "s")
+    assert list(Statistics.load(tmp_path / "s").layers) == ["2", "10", "mtp.0"]
+
+
+def test_a_layer_sums_the_named_domains():
+    s = model_statistics()
+    parts = s.layers["2"]
+    assert_same(s.layer("2"), parts["prose"] + parts["code"])
+    assert_same(s.layer("2", ["code"]), parts["code"])
+    assert_same(s.layer("2", ["code", "code"]), parts["code"])
+    with pytest.raises(InputError, match="no domain 'poetry'; it holds prose, code"):
+        s.layer("2", ["poetry"])
+    with pytest.raises(InputError, match="no layer '3'"):
+        s.layer("3")
+
+
+def test_merging_adds_sums_and_unites_domains_and_runs():
+    a, b = model_statistics(0, domains=("prose", "code")), model_statistics(1, domains=("code", "law"))
+    both = merge([a, b])
+    assert both.domains == ("prose", "code", "law")
+    assert both.header["tokens"] == {"prose": 40, "code": 80, "law": 40}
+    assert both.header["runs"] == a.header["runs"] + b.header["runs"]
+    for key in a.layers:
+        assert_same(both.layers[key]["prose"], a.layers[key]["prose"])
+        assert_same(both.layers[key]["code"], a.layers[key]["code"] + b.layers[key]["code"])
+        assert_same(both.layers[key]["law"], b.layers[key]["law"])
+
+
+def test_a_merged_file_is_saved_and_merged_again(tmp_path):
+    merge([model_statistics(i) for i in range(2)]).save(tmp_path / "m")
+    whole = merge([Statistics.load(tmp_path / "m"), model_statistics(2)])
+    direct = merge([model_statistics(i) for i in range(3)])
+    assert whole.header == direct.header
+    assert_same(whole.layer("2"), direct.layer("2"), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (model_statistics(1, fingerprint="e" * 64), "part 2 has fingerprint"),
+        (model_statistics(1, top_k=1), "part 2 has top_k 1, part 1 2"),
+        (model_statistics(1, n_group=2), "part 2 has n_group 2"),
+        (model_statistics(1, num_experts=8), "part 2 has num_experts 8"),
+        (model_statistics(1, layers=("0", "2")), "different layers: 10"),
+        (
+            Statistics(header(["prose"]), {k: {"prose": layer_statistics(0, dimensions=0)} for k in ("0", "2", "10")}),
+            "part 2, layer 0: 6 experts and 0 measured dimensions, part 1 has 6 and 5",
+        ),
+    ],
+    ids=["fingerprint", "top_k", "groups", "experts", "layers", "dimensions"],
+)
+def test_what_does_not_match_is_not_merged(other, message):
+    with pytest.raises(InputError, match=message):
+        merge([model_statistics(0), other])
+
+
+def test_nothing_is_not_merged():
+    with pytest.raises(InputError, match="at least one"):
+        merge([])
+
+
+def _change(name, change):
+    def apply(tensors):
+        tensors[name] = change(tensors[name])
+
+    return apply
+
+
+def _put(value):
+    def change(tensor):
+        tensor.view(-1)[1] = value
+        return tensor
+
+    return change
+
+
+DAMAGE = {
+    "nan": (_change("2/1/norm_sum", _put(float("nan"))), "tensor 2/1/norm_sum: not finite"),
+    "negative": (_change("0/0/count", _put(-1)), "tensor 0/0/count: negative"),
+    "too many slots": (_change("0/0/count", _put(500)), "tensor 0/0/count: .* exceed 40 tokens x top-2"),
+    "overflow": (_change("0/0/count", lambda t: torch.full_like(t, 2**62)), "tensor 0/0/count: .* exceed"),
+    "dtype": (_change("0/0/gate_sum", torch.Tensor.float), "tensor 0/0/gate_sum: expected dtype torch.float64"),
+    "shape": (_change("0/0/pair_sum", lambda t: t[:, :3].clone()), r"tensor 0/0/pair_sum: expected shape \[E, E\]"),
+    "rank": (_change("0/0/count", lambda t: t[None]), "tensor 0/0/count: expected shape"),
+    "empty": (_change("0/0/count", lambda t: t[:0]), "tensor 0/0/"),
+    "missing": (lambda t: t.pop("10/1/max_abs"), "tensor '10/1/max_abs' is missing"),
+    "foreign": (lambda t: t.update({"lm_head.weight": torch.zeros(1)}), "tensor 'lm_head.weight' is not"),
+    "domain": (lambda t: t.update({"0/2/count": t["0/0/count"].clone()}), "tensor '0/2/count' is not .* 2 domains"),
+    "no layers": (lambda t: t.clear(), "no layers"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_refused_by_tensor(tmp_path, damage):
+    s = model_statistics()
+    tensors = raw_tensors(s)
+    spoil, message = DAMAGE[damage]
+    spoil(tensors)
+    save_file(tensors, tmp_path / "s", metadata={"moekern": json.dumps(s.header)})
+    with pytest.raises(InputError, match=message) as caught:
+        Statistics.load(tmp_path / "s")
+    assert str(caught.value).startswith(f"{tmp_path / 's'}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "moekern.statistics/9"}, f"format 'moekern.statistics/9' is not '{FORMAT}'"),
+        ({"top_k": 0}, "header: top_k"),
+        ({"top_k": True}, "header: top_k"),
+        ({"top_k": 7}, "do not agree"),
+        ({"num_experts": 4}, "do not agree"),
+        ({"fingerprint": None}, "header: fingerprint"),
+        ({"domains": ["a", "a"]}, "header: domains"),
+        ({"domains": []}, "header: domains"),
+        ({"tokens": {"prose": 40}}, "header: tokens"),
+        ({"tokens": {"prose": 40, "code": -1}}, "header: tokens"),
+        ({"runs": "once"}, "header: runs"),
+    ],
+)
+def test_a_bad_header_is_refused(tmp_path, change, message):
+    s = model_statistics()
+    save_file(raw_tensors(s), tmp_path / "s", metadata={"moekern": json.dumps({**s.header, **change})})
+    with pytest.raises(InputError, match=message):
+        Statistics.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"moekern": "{"}, {"moekern": "[]"}, {"moekern": "[" * 99999}]
+)
+def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata):
+    save_file({"x": torch.zeros(2)}, tmp_path / "s", metadata=metadata)
+    with pytest.raises(InputError, match=r"s: "):
+        Statistics.load(tmp_path / "s")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "no"):
+        with pytest.raises(InputError, match="no such statistics file"):
+            Statistics.load(path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "s"
+    model_statistics(layers=("0",), domains=("a",)).save(path)
+    return path
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_truncated_or_flipped_file_is_refused_or_well_formed(saved, data):
+    content = bytearray(saved.read_bytes())
+    damaged = saved.with_name("damaged")
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+        damaged.write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            Statistics.load(damaged)
+        return
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    damaged.write_bytes(content)
+    with suppress(InputError):
+        found = Statistics.load(damaged)
+        assert found.layer(next(iter(found.layers))).problem(found.header["top_k"]) is None
+
+
+def test_saving_refuses_what_loading_would(tmp_path):
+    s = model_statistics()
+    s.layers["2"]["code"].norm_sum[0] = float("inf")
+    with pytest.raises(ValueError, match=r"\[Statistics.save\] tensor 2/1/norm_sum: not finite"):
+        s.save(tmp_path / "s")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_into_no_folder_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        model_statistics().save(tmp_path / "no" / "s")
