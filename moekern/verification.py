@@ -1,0 +1,333 @@
+"""Read the pruned checkpoint by another road than the one that wrote it, and compare it with its source.
+
+Tensors come through the safetensors library and are compared as torch bytes; what is expected follows from layout and
+plan alone. Nothing of ranges, rewrite_config or the extension is used here.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
+from moekern.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from moekern.plan import Plan, check_plan
+from moekern.verification_config import config_problems, module_names, renamed_modules, renumbered
+
+PLAN_FILE = "moekern_plan.json"
+QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+CHUNK = 64 << 20  # bytes of one tensor compared at a time
+MAX_PROBLEMS = 100
+
+Progress = Callable[[int, int], None]  # bytes compared, bytes to compare
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`problems` is empty when the pruned checkpoint is what the plan says; at most 100 are listed."""
+
+    problems: tuple[str, ...]
+    tensors_compared: int
+    bytes_compared: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One tensor of the pruned checkpoint: key of the source, and what was to happen to its experts."""
+
+    source: str
+    cut: ExpertTensor | None = None
+    keep: tuple[int, ...] = ()
+    num_experts: int = 0
+
+
+def verify(
+    source: Checkpoint | str | Path,
+    plan: Plan,
+    pruned: str | Path,
+    *,
+    mtp: str | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare every byte of `pruned` with `source` under `plan`. Files are mapped, nothing is held.
+
+    Checked: each kept expert's tensors, router rows, biases and tables; untouched tensors; names, shapes and dtypes;
+    header metadata; index and its sizes; config.json; side files; that nothing else is there. mtp: as given to prune;
+    None takes it from the moekern_plan.json in `pruned`, else "prune". Raises InputError when `source` or `plan` is at
+    fault, never for `pruned`.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    check_plan(plan, layout, checkpoint.fingerprint)
+    folder = Path(pruned)
+    if not folder.is_dir():
+        return VerifyReport((f"{folder}: no such folder",), 0, 0)
+    problems: list[str] = []
+    recorded = _recorded(folder, problems)
+    if recorded and recorded.get("plan_sha256") != plan.digest:
+        problems.append(f"{PLAN_FILE}: made from another plan")
+    mode = mtp or str((recorded or {}).get("mtp", "prune"))
+    compared = 0
+    with ExitStack() as stack:
+        old = _Folder(checkpoint.folder, stack)
+        kept = kept_experts(old, layout, plan, mode)
+        expected = expected_tensors(old.shards, layout, kept, mode)
+        try:
+            new = _Folder(folder, stack)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            return VerifyReport((*problems, f"{folder}: not readable: {error}"), 0, 0)
+        problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
+        problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
+        names = [name for name in new.shards if name in expected]
+        for name in names:
+            found, nbytes = _compare(name, expected[name], old, new)
+            problems += found
+            compared += nbytes
+            if progress is not None:
+                progress(compared, new.data_bytes)
+        problems += _metadata_problems(expected, old, new)
+        problems += _index_problems(checkpoint, new)
+    rename = module_names(layout, kept, drop_mtp=mode == "drop")
+    problems += _file_problems(checkpoint, folder, set(new.files), rename)
+    problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, rename, drop_mtp=mode == "drop")
+    return VerifyReport(tuple(problems[:MAX_PROBLEMS]), len(names), compared)
+
+
+class _Folder:
+    """Shards opened by the safetensors library. `shards` maps a tensor's name to its file."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        self.index: dict[str, Any] | None = json.loads(index.read_bytes()) if index.exists() else None
+        self.files = sorted(set(self.index["weight_map"].values())) if self.index else ["model.safetensors"]
+        self.opened: dict[str, Any] = {}
+        self.shards: dict[str, str] = {}
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"{INDEX} names {name}, which is not a file of this folder")
+            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            self.opened[name] = file
+            for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+                if key in self.shards:
+                    raise ValueError(f"{key} is in {self.shards[key]} and in {name}")
+                self.shards[key] = name
+        self.data_bytes = sum((folder / name).stat().st_size - _data_start(folder / name) for name in self.files)
+
+    def described(self, key: str) -> tuple[str, list[int]]:
+        """dtype, as the file names it, and shape."""
+        part = self.opened[self.shards[key]].get_slice(key)
+        return part.get_dtype(), list(part.get_shape())
+
+    def tensor(self, key: str) -> Tensor:
+        return self.opened[self.shards[key]].get_tensor(key)
+
+    def bytes(self, key: str, axis: int, start: int, stop: int) -> Tensor:
+        """uint8 [..., bytes of an element]: start:stop of a tensor along `axis`."""
+        dtype, shape = self.described(key)
+        if dtype in PACKED:
+            return self._packed(key, shape).narrow(axis, start, stop - start)
+        if not shape:
+            return self.tensor(key).unsqueeze(-1).view(torch.uint8)
+        index = (*(slice(None) for _ in range(axis)), slice(start, stop))
+        return self.opened[self.shards[key]].get_slice(key)[index].contiguous().unsqueeze(-1).view(torch.uint8)
+
+    def _packed(self, key: str, shape: list[int]) -> Tensor:
+        """Elements of 4 or 6 bits, which the library does not cut: the bytes as stored, [all axes but the last, -1]."""
+        with (self.folder / self.shards[key]).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            start, stop = json.loads(file.read(length))[key]["data_offsets"]
+            file.seek(8 + length + start)
+            data = bytearray(file.read(stop - start))
+        return torch.frombuffer(data, dtype=torch.uint8).reshape(*shape[: max(1, len(shape) - 1)], -1)
+
+
+def expected_tensors(
+    names: Mapping[str, str], layout: Layout, kept: Mapping[str, tuple[int, ...]], mtp: str
+) -> dict[str, Expected]:
+    """New key -> where it comes from, for every key the pruned checkpoint must have."""
+    by_name: dict[str, tuple[MoeLayer, tuple[int, ...], ExpertTensor]] = {}
+    for key, layer in [*layout.layers.items(), *layout.mtp.items()]:
+        for tensor in layer.tensors if key in kept else ():
+            by_name[tensor.name] = layer, kept[key], tensor
+    expected = {}
+    for name in names:
+        if mtp == "drop" and any(name.startswith(prefix) for prefix in layout.mtp_prefixes):
+            continue
+        if name not in by_name:
+            expected[name] = Expected(name)
+            continue
+        layer, keep, tensor = by_name[name]
+        if tensor.action != "drop":
+            expected[name] = Expected(name, tensor, keep, layer.num_experts)
+        else:
+            new = renumbered(tensor, keep, layer.num_experts)
+            if new is not None:
+                expected[tensor.template.replace("{}", str(new))] = Expected(name)
+    return expected
+
+
+def kept_experts(old: "_Folder", layout: Layout, plan: Plan, mtp: str) -> dict[str, tuple[int, ...]]:
+    """Layer key -> original ids. MTP layers without a plan keep the largest router rows by exact sum of squares."""
+    kept = {key: tuple(sorted(layer.keep)) for key, layer in plan.layers.items() if key in layout.layers}
+    for key, layer in layout.mtp.items() if mtp == "prune" else ():
+        if key in plan.layers:
+            kept[key] = tuple(sorted(plan.layers[key].keep))
+            continue
+        quota = max(len(plan.layers[k].keep) for k in layout.layers) // layout.n_group
+        energy = [0.0] * layer.num_experts
+        for router in (t for t in layer.tensors if t.role == "router" and t.action == "slice"):
+            weight = old.tensor(router.name).double().movedim(router.axis, 0)
+            for expert, rows in enumerate(weight.split(router.rows)[: layer.num_experts]):
+                energy[expert] += math.fsum(float(w) ** 2 for w in rows.flatten().tolist())
+        ranked = sorted(range(layer.num_experts), key=lambda e: -energy[e])  # stable: the lowest number wins a tie
+        size = layer.num_experts // layout.n_group
+        groups = [[e for e in ranked if e // size == g][:quota] for g in range(layout.n_group)]
+        kept[key] = tuple(sorted(e for group in groups for e in group))
+    return kept
+
+
+def _compare(name: str, expected: Expected, old: _Folder, new: _Folder) -> tuple[list[str], int]:
+    """Problems of one tensor, and the bytes of it that were compared."""
+    (dtype, shape), (new_dtype, new_shape), cut = old.described(expected.source), new.described(name), expected.cut
+    if new_dtype != dtype:
+        return [f"{name}: dtype {new_dtype}, expected {dtype}"], 0
+    sliced = cut is not None and cut.action == "slice"
+    if cut is not None and sliced:
+        shape[cut.axis] = len(expected.keep) * cut.rows + cut.trailing
+    if new_shape != shape:
+        return [f"{name}: shape {new_shape}, expected {shape}"], 0
+    if 0 in shape:
+        return [], 0
+    if cut is not None and not sliced:
+        got = new.tensor(name)
+        same = torch.equal(remapped(old.tensor(expected.source), expected.keep, expected.num_experts), got)
+        return [] if same else [f"{name}: expert numbers differ from those the plan gives"], got.nbytes
+    axis = cut.axis if cut else 0
+    nbytes = 0
+    for what, old_start, new_start, count in _kept_blocks(expected) if cut else _blocks(dtype, shape):
+        want = old.bytes(expected.source, axis, old_start, old_start + count)
+        got = new.bytes(name, axis, new_start, new_start + count)
+        nbytes += got.numel()
+        if not torch.equal(want, got):
+            return [f"{name}: differs from the source's {expected.source}{what}"], nbytes
+    return [], nbytes
+
+
+def _kept_blocks(expected: Expected) -> Iterator[tuple[str, int, int, int]]:
+    """(what, first row in the source, first row in the result, rows) of each kept expert, then of trailing rows."""
+    cut = expected.cut
+    assert cut is not None
+    for new, old in enumerate(expected.keep):
+        yield f", expert {old}", old * cut.rows, new * cut.rows, cut.rows
+    if cut.trailing:
+        yield ", last rows", expected.num_experts * cut.rows, len(expected.keep) * cut.rows, cut.trailing
+
+
+def _blocks(dtype: str, shape: list[int]) -> Iterator[tuple[str, int, int, int]]:
+    """A whole tensor in blocks of rows of at most 64 MiB, or a row; in one block where rows cannot be told apart."""
+    if len(shape) < 2 or dtype in PACKED:
+        yield "", 0, 0, shape[0] if shape and dtype not in PACKED else 1
+        return
+    step = max(1, CHUNK // (8 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield "", start, start, min(step, shape[0] - start)
+
+
+def remapped(table: Tensor, keep: tuple[int, ...], num_experts: int) -> Tensor:
+    """Expert ids numbered anew, row by row; a dropped id d becomes rank d * kept // E, or the next that is free."""
+    rank = torch.full((num_experts,), -1, dtype=torch.int64)
+    rank[list(keep)] = torch.arange(len(keep))
+    old = table.long().reshape(-1, table.shape[-1])
+    new = rank[old]
+    for row in (new < 0).any(1).nonzero().flatten().tolist():
+        ids = new[row].tolist()
+        for slot, before in enumerate(old[row].tolist()):
+            if ids[slot] < 0:
+                choice = before * len(keep) // num_experts
+                while choice in ids:
+                    choice = (choice + 1) % len(keep)
+                ids[slot] = choice
+        new[row] = torch.tensor(ids)
+    return new.reshape(table.shape).to(table.dtype)
+
+
+def _metadata_problems(expected: Mapping[str, Expected], old: _Folder, new: _Folder) -> Iterator[str]:
+    """Each file's header metadata must be that of the file its tensors came from."""
+    for file, opened in new.opened.items():
+        sources = {old.shards[expected[key].source] for key in opened.keys() if key in expected}  # noqa: SIM118
+        if len(sources) > 1:
+            yield f"{file}: holds tensors of {', '.join(sorted(sources))}, expected one file each"
+        elif sources and opened.metadata() != old.opened[sources.pop()].metadata():
+            yield f"{file}: header metadata differ from the source's"
+
+
+def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
+    if (new.index is None) != (checkpoint.index is None):
+        yield f"{INDEX}: {'missing' if new.index is None else 'should not be there'}"
+    if new.index is None:
+        return
+    weight_map = new.index["weight_map"]
+    for key in sorted(weight_map.keys() | new.shards.keys()):
+        if weight_map.get(key) != new.shards.get(key):
+            yield f"{INDEX}: {key} in {weight_map.get(key)}, but the files have it in {new.shards.get(key)}"
+    total = (new.index.get("metadata") or {}).get("total_size")
+    if total != new.data_bytes:
+        yield f"{INDEX}: total_size {total}, but the files hold {new.data_bytes}"
+
+
+def _data_start(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _recorded(folder: Path, problems: list[str]) -> dict[str, Any] | None:
+    """moekern_plan.json of the pruned folder; a checkpoint made by another tool has none."""
+    path = folder / PLAN_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        problems.append(f"{PLAN_FILE}: {error}")
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        return error
+
+
+def _file_problems(
+    checkpoint: Checkpoint,
+    folder: Path,
+    shards: set[str],
+    rename: Mapping[str, str | None],
+) -> Iterator[str]:
+    """Side files must be there with the same bytes, and nothing else."""
+    for name in checkpoint.side_files:
+        if name == PLAN_FILE:
+            continue
+        if not (folder / name).is_file():
+            yield f"{name}: missing"
+            continue
+        want, got = (checkpoint.folder / name).read_bytes(), (folder / name).read_bytes()
+        if want == got:
+            continue
+        if name not in QUANTIZATION_FILES or _json(got) != renamed_modules(_json(want), rename):
+            yield f"{name}: differs from the source's"
+    known = {*checkpoint.side_files, *shards, PLAN_FILE, INDEX, CONFIG}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
+            yield f"{path.relative_to(folder).as_posix()}: should not be there"
