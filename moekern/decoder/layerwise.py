@@ -1,0 +1,154 @@
+"""A model whose decoder layers are filled from the checkpoint one at a time; the next one is read in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moekern.architectures import Layout
+from moekern.checkpoint import Checkpoint
+from moekern.decoder.reader import read_tensors
+from moekern.decoder.suspended import run_suspended
+from moekern.decoder.transformers_api import Loader, layer_index, open_loader
+from moekern.errors import InputError
+
+Task = TypeVar("Task")
+
+
+@dataclass(frozen=True)
+class LayerwiseModel:
+    """The skeleton (everything outside the decoder layers) is resident; a decoder layer is while it computes.
+
+    At most two layers' weights are in memory beside the skeleton: the one that computes, and the next one, read ahead
+    (or, while a layer is converted, its checkpoint tensors and the parameters made from them).
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    loader: Loader
+    device: torch.device
+    layers: nn.ModuleList
+    layers_name: str
+    layer_keys: tuple[tuple[str, ...], ...]  # checkpoint keys of each decoder layer
+    moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "moekern-read"))
+
+    @property
+    def model(self) -> nn.Module:
+        return self.loader.model
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.loader.model.get_input_embeddings().num_embeddings)
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        forward: Callable[[Task], None],
+        *,
+        entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
+        stop_after: int | None = None,
+        progress: Callable[[int], None] = lambda layer: None,
+    ) -> None:
+        """Run all tasks through the model in one pass over its weights; see `run_suspended`."""
+        last = len(self.layers) if stop_after is None else stop_after + 1
+        ahead: list[Future[dict[str, Tensor]]] = [self._read(0)]
+
+        def load(i: int) -> None:
+            self.loader.load(ahead.pop().result(), self.device)
+            self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
+            if i + 1 < last:
+                ahead.append(self._read(i + 1))
+
+        try:
+            run_suspended(
+                list(self.layers),
+                tasks,
+                forward,
+                load=load,
+                unload=lambda i: _drop(self.layers[i]),
+                entering=entering,
+                stop_after=stop_after,
+                progress=progress,
+                device=self.device,
+            )
+        finally:
+            for future in ahead:
+                future.cancel()
+            for layer in self.layers:
+                _drop(layer)
+
+    def _read(self, i: int) -> Future[dict[str, Tensor]]:
+        return self.pool.submit(read_tensors, self.checkpoint, self.layer_keys[i])
+
+    def _check_filled(self, prefix: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {prefix}{name}")
+
+
+@contextmanager
+def open_layerwise(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[LayerwiseModel]:
+    """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
+    if layout.family.stacks:
+        raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
+    loader = open_loader(checkpoint.folder, dtype, trust_remote_code)
+    place = torch.device(device)
+    layers_name, layers = loader.decoder_layers()
+    layer_keys: list[list[str]] = [[] for _ in layers]
+    skeleton: list[str] = []
+    for key in checkpoint.tensors:
+        target = loader.model_key(key)
+        index = layer_index(layers_name, target)
+        if index is not None:
+            layer_keys[index].append(key)
+        elif target is not None:
+            skeleton.append(key)
+    moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
+    model = LayerwiseModel(
+        checkpoint, layout, loader, place, layers, layers_name, tuple(map(tuple, layer_keys)), moe_keys
+    )
+    try:
+        _fill_skeleton(model, skeleton)
+        yield model
+    finally:
+        model.pool.shutdown(cancel_futures=True)
+
+
+def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
+    model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    module: Any = model.model
+    module.tie_weights()
+    inside = model.layers_name + "."
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta and not name.startswith(inside):
+            raise InputError(f"{model.checkpoint.folder}: no tensor for the model's {name}")
+    _move_buffers(module, model.device)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
+
+
+def _drop(layer: nn.Module) -> None:
+    """Put the layer's parameters back on the meta device; buffers stay: they are small, and not all are in the file."""
+    for part in layer.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -1,0 +1,115 @@
+"""The original model with experts masked out of selection: the oracle every pruned checkpoint must equal.
+
+Inside a router's forward, the logits of dropped experts are replaced as soon as the linear map has made them; selection
+biases of dropped experts are lowered too, so that score + bias never wins, and id tables name the substitutes that the
+pruner writes. What the model does with logits, biases and ids stays the model's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moekern.architectures import ExpertTensor, Layout, MoeLayer
+from moekern.decoder.transformers_api import Loader, router_modules
+from moekern.ranges import replace_experts
+
+MASKED = -1e9
+PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
+
+
+class _LowerLogits(TorchFunctionMode):
+    """Lower the dropped columns of every product whose width is the router's."""
+
+    def __init__(self, width: int, dropped: Sequence[int]) -> None:
+        super().__init__()
+        self.width, self.dropped, self.hits = width, list(dropped), 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS and out.shape[-1] == self.width and out.is_floating_point():
+            self.hits += 1
+            out[..., self.dropped] = max(MASKED, torch.finfo(out.dtype).min)
+        return out
+
+
+@contextmanager
+def masked_layer(loader: Loader, layer: MoeLayer, module: nn.Module, dropped: Sequence[int]) -> Iterator[None]:
+    """Mask experts of one decoder layer, whose weights must be loaded, while the context is open.
+
+    Raises RuntimeError when the router ran and made no logits of the expected width: nothing would have been masked.
+    """
+    if not dropped:
+        yield
+        return
+    routers = [module.get_submodule(path) for path in router_modules(module, loader.model)]
+    width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
+    with ExitStack() as stack:
+        for router in routers:
+            stack.enter_context(_masked_forward(router, width, dropped, layer.key))
+        for tensor in layer.tensors:
+            if tensor.role in ("bias", "table"):
+                stack.enter_context(_changed(loader, tensor, layer.num_experts, dropped))
+        yield
+
+
+@contextmanager
+def masked(loader: Loader, layout: Layout, dropped: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Mask experts of a whole model in memory: `dropped` maps layer keys to expert numbers."""
+    places, (_, layers) = loader.moe_places(layout), loader.decoder_layers()
+    with ExitStack() as stack:
+        for key, experts in dropped.items():
+            stack.enter_context(masked_layer(loader, layout.layers[key], layers[places[key]], experts))
+        yield
+
+
+@contextmanager
+def _masked_forward(router: nn.Module, width: int, dropped: Sequence[int], key: str) -> Iterator[None]:
+    forward = router.forward
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        with _LowerLogits(width, dropped) as mode:
+            out = forward(*args, **kwargs)
+        if not mode.hits:
+            raise RuntimeError(f"layer {key}: the router made no logits of width {width}, so nothing was masked")
+        return out
+
+    router.forward = lowered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del router.forward
+
+
+@contextmanager
+def _changed(loader: Loader, tensor: ExpertTensor, num_experts: int, dropped: Sequence[int]) -> Iterator[None]:
+    """Lower a bias, or substitute ids in a table, and put the old values back."""
+    key = loader.model_key(tensor.name)
+    if key is None:
+        yield
+        return
+    path, _, name = key.rpartition(".")
+    owner: Any = loader.model.get_submodule(path)
+    value: Tensor = getattr(owner, name)
+    before = value.detach().clone()
+    if tensor.role == "table":
+        keep = torch.tensor([e for e in range(num_experts) if e not in set(dropped)])
+        ranks = replace_experts(before.cpu().numpy(), keep.tolist(), num_experts)
+        after = keep[torch.from_numpy(ranks).long()].to(before)
+    else:
+        axis = next(a for a, n in enumerate(before.shape) if n == num_experts + tensor.trailing)
+        lowest = max(MASKED, torch.finfo(before.dtype).min)
+        after = before.index_fill(axis, torch.tensor(list(dropped), device=before.device), lowest)
+    with torch.no_grad():
+        value.copy_(after)
+        try:
+            yield
+        finally:
+            value.copy_(before)

@@ -1,0 +1,131 @@
+"""Run many micro-batches through a model one decoder layer at a time, with the model's own forward pass.
+
+Every micro-batch is a greenlet that runs the whole forward pass and parks in a pre-hook of each decoder layer. When all
+of them are parked at layer i, its weights are loaded, each is resumed in turn until it parks at layer i + 1, and the
+weights are dropped. No mask, RoPE table or state between layers is ever rebuilt by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, TypeVar
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+Task = TypeVar("Task")
+BEFORE = -1  # the stretch up to the first layer's door
+DONE = -2
+
+
+class _Stopped(Exception):
+    """Leaves a forward pass after the last layer that is wanted."""
+
+
+def run_suspended(
+    layers: Sequence[nn.Module],
+    tasks: Sequence[Task],
+    forward: Callable[[Task], None],
+    *,
+    load: Callable[[int], None],
+    unload: Callable[[int], None],
+    entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
+    stop_after: int | None = None,
+    progress: Callable[[int], None] = lambda layer: None,
+    device: torch.device | None = None,
+) -> None:
+    """Call `forward(task)` for every task, all of them in step, layer by layer.
+
+    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left.
+    `entering(task, i)` wraps every stretch of a task's computation: from layer i's door to the next one (i = -1: up to
+    the first). With `stop_after`, each forward pass ends when that layer is done (the head is not run, and what follows
+    it in `forward` is skipped). Tasks' hidden states wait on the CPU when `device` is another one.
+    """
+    parked = _Doors(layers, stop_after, device)
+    waiting: list[tuple[Task, greenlet]] = []
+    try:
+        with parked, torch.no_grad():
+            for task in tasks:
+                lane = greenlet(_body(forward))
+                waiting.append((task, lane))
+                _check_step(_resume(lane, entering(task, BEFORE), task), 0, task)
+            for i in range(len(layers) if stop_after is None else stop_after + 1):
+                load(i)
+                last = i + 1 == len(layers) or i == stop_after
+                for task, lane in waiting:
+                    _check_step(_resume(lane, entering(task, i)), DONE if last else i + 1, task)
+                unload(i)
+                progress(i)
+    finally:
+        for _, lane in waiting:
+            if not lane.dead:
+                lane.throw(GreenletExit)
+
+
+def _body(forward: Callable[[Task], None]) -> Callable[[Task], int]:
+    def body(task: Task) -> int:
+        with suppress(_Stopped):
+            forward(task)
+        return DONE
+
+    return body
+
+
+def _resume(lane: greenlet, context: AbstractContextManager[Any], *args: Any) -> int:
+    with context:
+        return int(lane.switch(*args))
+
+
+def _check_step(got: int, expected: int, task: object) -> None:
+    if got != expected:
+        where = "ended" if got == DONE else f"came to decoder layer {got}"
+        raise RuntimeError(f"the forward pass {where} where decoder layer {expected} was expected (task {task!r})")
+
+
+class _Doors:
+    """Hooks on the decoder layers while suspended passes run: park before each, keep hidden states off the device."""
+
+    def __init__(self, layers: Sequence[nn.Module], stop_after: int | None, device: torch.device | None) -> None:
+        self.layers, self.stop_after = layers, stop_after
+        self.device = None if device is None or device.type == "cpu" else device
+        self.main = getcurrent()
+
+    def __enter__(self) -> None:
+        self.handles = [
+            handle
+            for i, layer in enumerate(self.layers)
+            for handle in (
+                layer.register_forward_pre_hook(self._before(i), with_kwargs=True),
+                layer.register_forward_hook(self._after(i)),
+            )
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.main.switch(i)
+            if self.device is None:
+                return None
+            return tuple(_moved(a, self.device) for a in args), {k: _moved(v, self.device) for k, v in kwargs.items()}
+
+        return hook
+
+    def _after(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if i == self.stop_after:
+                raise _Stopped
+            if self.device is None or i + 1 == len(self.layers):
+                return None
+            cpu = torch.device("cpu")
+            return tuple(_moved(o, cpu) for o in output) if isinstance(output, tuple) else _moved(output, cpu)
+
+        return hook
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,229 @@
+"""Every semi-public transformers function moekern leans on. Nothing else imports from transformers' insides.
+
+Checked against transformers 5.17 to 5.23. `tests/test_transformers_api.py` fails loudly when one of them changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import logging as transformers_logging
+
+from moekern.architectures import Layout
+from moekern.errors import InputError
+
+grouped_linear = _grouped_linear
+EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A model on the meta device and transformers' own way of filling it from checkpoint tensors."""
+
+    model: PreTrainedModel
+    mapping: list[Any]  # transformers' ordered renamings and converters for this model
+    names: Mapping[str, Tensor]  # the model's own state dict: what a renamed key must be found in
+    dtype: torch.dtype
+    quantizer: Any | None
+
+    def model_key(self, key: str) -> str | None:
+        """The model's name for a checkpoint key (of the first target, where one key fills several); None if unknown."""
+        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        renamed, _ = rename_source_key(key, renamings, converters, prefix, self.names)
+        if renamed not in self.names and key in self.names:
+            renamed, _ = rename_source_key(key, [], [], prefix, self.names)
+        return renamed if renamed in self.names else None
+
+    def decoder_layers(self) -> tuple[str, nn.ModuleList]:
+        """Name and modules of the decoder: the outermost module list with MoE blocks; of several, the text decoder's.
+
+        Raises InputError when no module list holds MoE blocks.
+        """
+        names = [name for name, module in self.model.named_modules() if is_experts_module(module)]
+        names += router_modules(self.model, self.model)
+        lists = dict.fromkeys(filter(None, (_outermost_list(self.model, name) for name in names)))
+        if not lists:
+            raise InputError(f"{type(self.model).__name__}: no decoder layers with experts found in the model")
+        depth = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        fitting = [name for name in lists if len(_module_list(self.model, name)) == depth] or list(lists)
+        name = next((n for n in fitting if "language" in n or "thinker" in n), fitting[0])
+        return name, _module_list(self.model, name)
+
+    def moe_places(self, layout: Layout) -> dict[str, int]:
+        """Plan key -> which decoder layer it is. Raises InputError for a layer the model has no place for."""
+        name, _ = self.decoder_layers()
+        places: dict[str, int] = {}
+        for key, layer in layout.layers.items():
+            indices = (layer_index(name, self.model_key(tensor.name)) for tensor in layer.tensors)
+            index = next((i for i in indices if i is not None), None)
+            if index is None:
+                raise InputError(f"{type(self.model).__name__} has no place for the experts of layer {key} in {name}")
+            places[key] = index
+        return places
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Convert checkpoint tensors and put them into the model; tensors the model does not know are an error."""
+        config = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            hf_quantizer=self.quantizer,
+            weight_mapping=copy.deepcopy(self.mapping),
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+        if info.mismatched_keys:
+            name, got, expected = sorted(info.mismatched_keys, key=str)[0]
+            raise InputError(f"{name}: the checkpoint holds shape {tuple(got)}, config.json implies {tuple(expected)}")
+        if info.conversion_errors:
+            name, reason = sorted(info.conversion_errors.items())[0]
+            raise InputError(f"{name}: transformers could not convert it: {str(reason).splitlines()[0]}")
+
+
+def loader_of(model: PreTrainedModel) -> Loader:
+    """The loader of a model already in memory, for its names of checkpoint keys."""
+    return Loader(model, get_model_conversion_mapping(model), model.state_dict(), model.dtype, None)
+
+
+def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Loader:
+    """The model of a checkpoint folder with meta parameters and real buffers, in the checkpoint's dtype unless given.
+
+    Raises InputError when transformers knows no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder}/config.json: transformers cannot read it: {_first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    quantizer = None
+    if quantization is not None:
+        quantizer, config, _ = get_hf_quantizer(config, _dequantized(quantization), {"": "cpu"}, True, {})
+    cls = _model_class(config, trust_remote_code)
+    wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    with init_empty_weights(include_buffers=False), _quiet():
+        model = cls._from_config(config, dtype=wanted)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"}, checkpoint_files=None)
+    model.eval()
+    mapping = get_model_conversion_mapping(model, None, quantizer)
+    return Loader(model, mapping, model.state_dict(), wanted, quantizer)
+
+
+def _dequantized(quantization: Any) -> Any:
+    """The quantisation config that makes transformers hand out plain weights, where the method can."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method == "fp8":
+        return transformers.FineGrainedFP8Config(dequantize=True)
+    if method == "mxfp4":
+        return transformers.Mxfp4Config(dequantize=True)
+    return None
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=True).__class__
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            return cls
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise InputError(
+            f"transformers {transformers.__version__} has no causal language model for model_type "
+            f"{config.model_type!r} (architectures {config.architectures}); inspect, prune and verify still work"
+        ) from None
+
+
+def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
+    """Names within `part` of the routers of `model`, each with the index of the router logits in its output."""
+    found: dict[str, int] = {}
+    for owner in model.modules():
+        recorder = getattr(owner, "_can_record_outputs", None) or {}
+        recorder = recorder.get("router_logits") if isinstance(recorder, dict) else None
+        for entry in recorder if isinstance(recorder, list) else [recorder] if recorder is not None else []:
+            target, index = getattr(entry, "target_class", entry), getattr(entry, "index", 0)
+            if target is not None:
+                found |= {name: index for name, module in part.named_modules() if isinstance(module, target)}
+    return found
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether the module calls the function registered in ALL_EXPERTS_FUNCTIONS."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def layer_index(layers_name: str, model_key: str | None) -> int | None:
+    """Which decoder layer a model key lies in; None for the skeleton and for keys the model does not know."""
+    match = re.match(re.escape(layers_name) + r"\.(\d+)\.", model_key or "")
+    return int(match[1]) if match else None
+
+
+def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.ModuleList):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a list of decoder layers")
+    return module
+
+
+def _outermost_list(model: nn.Module, name: str) -> str | None:
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((p for p in prefixes if isinstance(model.get_submodule(p), nn.ModuleList)), None)
+
+
+@contextmanager
+def experts_implementation(modules: list[nn.Module], name: str) -> Iterator[None]:
+    """Let these experts modules call the registered function `name`; what they called before is put back."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules}
+    before = {key: config._experts_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation_internal = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = before[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no load report while one layer of many is filled."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

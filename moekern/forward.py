@@ -1,0 +1,94 @@
+"""The oracle on a real checkpoint: the pruned model's logits against the original's with the dropped experts masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moekern.architectures import find_layout
+from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.data import Batch
+from moekern.decoder import open_layerwise
+from moekern.evaluation import MaskedTask, dropped_experts, run_masked
+from moekern.plan import Plan
+
+# Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+COARSE_TOLERANCE = 0.25  # 16-bit types: one unit in the last place of a logit, and what layers make of it
+
+
+@dataclass(frozen=True)
+class ForwardVerdict:
+    """Largest logit difference over all tokens, and what it is measured against."""
+
+    max_difference: float
+    logit_std: float  # of the masked original
+    top1_agreement: float  # share of tokens whose likeliest next token is the same
+    tokens: int
+    dtype: str
+    tolerance: float  # on max_difference / logit_std
+
+    @property
+    def equal(self) -> bool:
+        return self.max_difference <= self.tolerance * max(self.logit_std, 1e-6)
+
+
+def compare_forward(
+    source: str | Path | Checkpoint,
+    plan: Plan,
+    pruned: str | Path | Checkpoint,
+    batches: tuple[Batch, ...] | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ForwardVerdict:
+    """Stream both models over `batches` (None: seeded random tokens) and compare logits.
+
+    `dtype` None means float32, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
+    """
+    before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
+    quantised = "quantization_config" in str(before.config.keys() | before.config.get("text_config", {}).keys())
+    chosen = dtype or (torch.bfloat16 if quantised else torch.float32)
+    logits: dict[str, list[Tensor]] = {}
+    for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
+        layout = find_layout(checkpoint)
+        with open_layerwise(
+            checkpoint, layout, device=device, dtype=chosen, trust_remote_code=trust_remote_code
+        ) as layerwise:
+            batches = batches or random_batches(layerwise.vocab_size)
+            tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]
+            run_masked(layerwise, tasks, _keep(logits.setdefault(side, [])), progress)
+    return _verdict(logits["masked"], logits["pruned"], chosen)
+
+
+def _keep(kept: list[Tensor]) -> Callable[[MaskedTask, Tensor], None]:
+    return lambda task, logits: kept.append(logits.float().cpu())
+
+
+def random_batches(vocab_size: int, *, sequences: int = 4, length: int = 64, seed: int = 0) -> tuple[Batch, ...]:
+    """Seeded random token ids, for checkpoints without text at hand."""
+    generator = torch.Generator().manual_seed(seed)
+    return (Batch("random", torch.randint(vocab_size, (sequences, length), generator=generator)),)
+
+
+def _verdict(masked: list[Tensor], pruned: list[Tensor], dtype: torch.dtype) -> ForwardVerdict:
+    differences, agreed, tokens = [], 0, 0
+    for a, b in zip(masked, pruned, strict=True):
+        differences.append(float((a - b).abs().max()))
+        agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
+        tokens += a[..., 0].numel()
+    return ForwardVerdict(
+        max_difference=max(differences),
+        logit_std=float(torch.cat([a.flatten() for a in masked]).std()),
+        top1_agreement=agreed / tokens,
+        tokens=tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        tolerance=TOLERANCE.get(dtype, COARSE_TOLERANCE),
+    )

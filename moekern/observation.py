@@ -1,0 +1,95 @@
+"""Measure a model that is already in memory, through the same seam as calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moekern.architectures import family_named
+from moekern.architectures.config_keys import model_types
+from moekern.architectures.detect import groups, score, top_k, trailing_rows
+from moekern.checkpoint import open_checkpoint
+from moekern.data import DEFAULT_DOMAIN
+from moekern.decoder.transformers_api import loader_of
+from moekern.errors import InputError
+from moekern.recorder import Recorder
+from moekern.seam import experts_of, observed
+from moekern.statistics import Statistics, make_header
+from moekern.version import versions
+
+
+@contextmanager
+def observe(
+    model: PreTrainedModel,
+    attention_mask: Tensor | None = None,
+    *,
+    domain: str = DEFAULT_DOMAIN,
+    checkpoint: str | Path | None = None,
+    dimensions: bool = True,
+    backend: str | None = None,
+) -> Iterator[Statistics]:
+    """Measure every forward pass of a transformers model while the context is open; its outputs stay the model's own.
+
+        with moekern.observe(model) as statistics:
+            model(**inputs)
+        plan = moekern.make_plan(statistics, "reap", keep=0.5)
+
+    Padding does not count: an `attention_mask` [B, S] given to the model's forward says what it is; one given here
+    holds for all passes and goes first. `checkpoint` is the folder the model came from; it ties plans to it.
+    Inference only: no gradient flows through measured experts. Raises InputError for a model whose family is unknown
+    or whose experts cannot be seen.
+    """
+    config: dict[str, Any] = model.config.to_dict()
+    family = next((row for name in model_types(config) if (row := family_named(name))), None)
+    if family is None:
+        raise InputError(f"{type(model).__name__}: model_type {model.config.model_type!r} is no family moekern knows")
+    _, decoder = loader_of(model).decoder_layers()
+    layers = {str(i): layer for i, layer in enumerate(decoder) if experts_of(layer) is not None}
+    recorder = Recorder(dimensions=dimensions, backend=backend, domain=domain)
+    handle = model.register_forward_pre_hook(_masking(recorder, attention_mask), with_kwargs=True)
+    header: dict[str, Any] = {}
+    try:
+        empty = trailing_rows(family, config) > 0
+        with observed(model, layers, recorder, score=score(family, config), empty_slots=empty):
+            yield Statistics(header, recorder.sums)
+    finally:
+        handle.remove()
+    if not recorder.sums:
+        raise InputError("observe: the model was not run while it was observed")
+    some = next(iter(recorder.sums.values()))[domain]
+    source = type(model).__name__
+    chosen = top_k(family, config, source, some.num_experts)
+    for key in recorder.sums:
+        recorder.check(key, chosen)
+    n_group, topk_group = groups(family, config, source, some.num_experts)
+    header |= make_header(
+        fingerprint=open_checkpoint(checkpoint).fingerprint if checkpoint else "",
+        family=family.name,
+        score=score(family, config),
+        top_k=chosen,
+        num_experts=some.num_experts,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_top=max(1, family.group_top),
+        domains=[domain],
+        tokens={domain: int(some.tokens)},
+        data="observed in memory",
+        backend=backend,
+        versions=versions(),
+    )
+
+
+def _masking(recorder: Recorder, fixed: Tensor | None) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = fixed if fixed is not None else kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            recorder.mask = mask.reshape(-1).bool()
+        else:
+            recorder.mask = None
+
+    return hook

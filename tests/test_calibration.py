@@ -1,0 +1,178 @@
+"""Streamed statistics are those of the whole model, counted exactly, without padding, and mergeable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import moekern
+from moekern.calibration import calibrate
+from moekern.data import Batch, TokenData
+from moekern.errors import InputError
+from moekern.observation import observe
+from moekern.recorder import Recorder, route
+from moekern.statistics import LayerStatistics, Statistics, merge
+from tests import families
+
+MakeCheckpoint = Callable[[str], Path]
+
+
+def _data(name: str, *seeds: int, domain: str = "text") -> TokenData:
+    return TokenData(tuple(Batch(domain, families.input_ids(name, 2, 12, seed)) for seed in seeds), {"seeds": [*seeds]})
+
+
+def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
+    return [f.name for f in fields(a) if not torch.equal(getattr(a, f.name), getattr(b, f.name))]
+
+
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
+def test_streamed_statistics_are_the_whole_models_bit_for_bit(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    folder, data = family_checkpoint(name), _data(name, 1, 2, 3)
+    whole = families.load(folder)
+    plain = [families.forward(whole, batch.input_ids) for batch in data.batches]
+    with observe(whole, checkpoint=folder) as seen:
+        measured = [families.forward(whole, batch.input_ids) for batch in data.batches]
+    streamed = calibrate(folder, data, dtype=torch.float32)
+    assert list(streamed.layers) == list(seen.layers)
+    for key in streamed.layers:
+        assert _differences(streamed.layer(key), seen.layer(key)) == []
+        s = streamed.layer(key)
+        assert int(s.tokens) == 72
+        assert torch.equal(s.coactivation.diagonal(), s.count)
+        torch.testing.assert_close(s.pair_sum.diagonal(), s.gated_norm_square_sum)
+        torch.testing.assert_close(s.square_sum.sum(1), s.norm_square_sum, rtol=1e-5, atol=1e-9)
+        assert bool((s.norm_sum > 0).eq(s.count > 0).all())
+    for a, b in zip(measured, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for name_ in ("fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top"):
+        assert streamed.header[name_] == seen.header[name_]
+
+
+def _expected(model: torch.nn.Module, layer: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, gate sums and output-norm sums of a Qwen3-MoE layer by a plain loop over tokens and slots."""
+    block = model.model.layers[layer].mlp
+    seen: list[Tensor] = []
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        handle.remove()
+        _, gates, chosen = block.gate(seen[0])
+        count, gate_sum, norm_sum = (torch.zeros(8, dtype=torch.float64) for _ in range(3))
+        for x, row_gates, row_ids in zip(seen[0], gates, chosen, strict=True):
+            for gate, e in zip(row_gates, row_ids.tolist(), strict=True):
+                g, u = (block.experts.gate_up_proj[e] @ x).chunk(2)
+                y = block.experts.down_proj[e] @ (torch.nn.functional.silu(g) * u)
+                count[e] += 1
+                gate_sum[e] += gate.double()
+                norm_sum[e] += y.double().norm()
+    return count, gate_sum, norm_sum
+
+
+def test_the_sums_mean_what_they_say(family_checkpoint: MakeCheckpoint) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    ids = families.input_ids("qwen3_moe", 2, 12, 5)
+    s = calibrate(folder, TokenData((Batch("a", ids),), {}), dtype=torch.float32).layer("2")
+    count, gate_sum, norm_sum = _expected(families.load(folder), 2, ids)
+    assert torch.equal(s.count.double(), count)
+    torch.testing.assert_close(s.gate_sum, gate_sum, rtol=1e-6, atol=0)
+    torch.testing.assert_close(s.norm_sum, norm_sum, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "deepseek_v3"])
+def test_padding_does_not_count(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    model = families.load(family_checkpoint(name))
+    ids = families.input_ids(name, 1, 9, 3)
+    padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)
+    with observe(model) as plain, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    with observe(model) as by_call, torch.no_grad():
+        model(input_ids=padded, attention_mask=mask, use_cache=False)
+    with observe(model, attention_mask=mask) as by_argument, torch.no_grad():
+        model(input_ids=padded, use_cache=False)
+    for masked in (by_call, by_argument):
+        for key in plain.layers:
+            a, b = plain.layer(key), masked.layer(key)
+            assert int(b.tokens) == 9
+            assert torch.equal(a.count, b.count)
+            torch.testing.assert_close(a.gated_norm_sum, b.gated_norm_sum, rtol=1e-4, atol=1e-6)
+
+
+def test_domains_are_kept_apart_and_add_up(family_checkpoint: MakeCheckpoint) -> None:
+    folder = family_checkpoint("olmoe")
+    a, b = _data("olmoe", 1, domain="a"), _data("olmoe", 2, domain="b")
+    both = calibrate(folder, TokenData(a.batches + b.batches, {}))
+    apart = [calibrate(folder, part) for part in (a, b)]
+    merged = merge(apart)
+    assert both.domains == merged.domains == ("a", "b")
+    for key in both.layers:
+        for domain, one in zip("ab", apart, strict=True):
+            assert _differences(both.layer(key, [domain]), one.layer(key)) == []
+        assert _differences(both.layer(key), merged.layer(key)) == []
+
+
+def test_observing_leaves_the_model_as_it_was(family_checkpoint: MakeCheckpoint) -> None:
+    model = families.load(family_checkpoint("qwen3_moe"))
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    implementation = model.config._experts_implementation
+    with observe(model):
+        families.forward(model, families.input_ids("qwen3_moe"))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.config._experts_implementation == implementation
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_observed_model_can_be_planned(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    model = families.load(folder)
+    with moekern.observe(model, checkpoint=folder) as statistics:
+        families.forward(model, families.input_ids("qwen3_moe"))
+    plan = moekern.make_plan(statistics, "reap", keep=0.5)
+    moekern.prune(folder, plan, tmp_path / "out")
+    assert moekern.verify(folder, plan, tmp_path / "out").problems == ()
+
+
+def test_a_model_that_was_not_run_is_an_error(family_checkpoint: MakeCheckpoint) -> None:
+    model = families.load(family_checkpoint("qwen3_moe"))
+    with pytest.raises(InputError, match="not run"), observe(model):
+        pass
+
+
+def test_statistics_survive_the_file(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    statistics = calibrate(family_checkpoint("mixtral"), _data("mixtral", 1))
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    assert loaded.header == statistics.header
+    for key in statistics.layers:
+        assert _differences(loaded.layer(key), statistics.layer(key)) == []
+
+
+def test_slots_that_do_not_add_up_stop_the_run() -> None:
+    recorder = Recorder()
+    sums = LayerStatistics.zeros(4)
+    sums.tokens[0], sums.count[1] = 3, 5
+    recorder.sums["0"] = {"text": sums}
+    with pytest.raises(RuntimeError, match="5 routed slots for 3 tokens x top-2"):
+        recorder.check("0", 2)
+
+
+def test_routing_groups_slots_stably_and_leaves_out_empty_ones() -> None:
+    ids = torch.tensor([[2, 0], [0, 7], [-1, 2]])
+    routed = route(ids, 3, empty_slots=True)
+    assert routed.order.tolist() == [1, 2, 0, 5]
+    assert routed.offsets.tolist() == [0, 2, 2, 4]
+
+
+def test_the_memory_for_output_dimensions_is_optional(family_checkpoint: MakeCheckpoint) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    with_, without = (calibrate(folder, _data("qwen3_moe", 1), dimensions=d) for d in (True, False))
+    assert with_.layer("0").dimensions == 32
+    assert without.layer("0").dimensions == 0
+    assert torch.equal(with_.layer("0").pair_sum, without.layer("0").pair_sum)
+    with pytest.raises(InputError, match="ean_dim"):
+        moekern.make_plan(without, "ean_dim", keep=4)

@@ -1,0 +1,226 @@
+"""The streamed forward pass is the model's own, bit for bit, with at most two layers' weights in memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moekern.architectures import find_layout
+from moekern.checkpoint import open_checkpoint
+from moekern.decoder import open_layerwise, run_suspended
+from moekern.decoder import reader as reader_module
+from moekern.decoder.layerwise import LayerwiseModel
+from moekern.errors import InputError
+from tests import families
+
+MakeCheckpoint = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
+def test_streamed_logits_and_hidden_states_are_the_whole_models(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    folder = family_checkpoint(name)
+    whole = families.load(folder)
+    batches = [families.input_ids(name, 2, 12, seed) for seed in (1, 2, 3)]
+    checkpoint = open_checkpoint(folder)
+    with open_layerwise(checkpoint, find_layout(checkpoint), dtype=torch.float32) as layerwise:
+        _, layers = layerwise.loader.decoder_layers()
+        streamed_states: dict[tuple[int, int], torch.Tensor] = {}
+        logits: dict[int, torch.Tensor] = {}
+        running: list[int] = []
+
+        def forward(task: int) -> None:
+            logits[task] = layerwise.model(input_ids=batches[task], use_cache=False).logits
+
+        handles = [layer.register_forward_hook(_keep(streamed_states, i, running)) for i, layer in enumerate(layers)]
+        layerwise.run(range(3), forward, entering=lambda task, layer: _Now(running, task))
+        for handle in handles:
+            handle.remove()
+        path = layerwise.layers_name
+    whole_states: dict[tuple[int, int], torch.Tensor] = {}
+    for i, layer in enumerate(whole.get_submodule(path)):
+        layer.register_forward_hook(_keep(whole_states, i, running))
+    for task, ids in enumerate(batches):
+        with torch.no_grad(), _Now(running, task):
+            assert torch.equal(logits[task], families.forward(whole, ids))
+    assert streamed_states.keys() == whole_states.keys()
+    for key, state in whole_states.items():
+        assert torch.equal(streamed_states[key], state), f"batch, layer {key}"
+
+
+class _Now:
+    """Says which task is running."""
+
+    def __init__(self, running: list[int], task: int) -> None:
+        self.running, self.task = running, task
+
+    def __enter__(self) -> None:
+        self.running.append(self.task)
+
+    def __exit__(self, *error: object) -> None:
+        self.running.pop()
+
+
+def _keep(states: dict[tuple[int, int], torch.Tensor], layer: int, running: list[int]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        states[running[-1], layer] = hidden.detach().clone()
+
+    return hook
+
+
+def test_resident_weights_stay_within_skeleton_and_two_layers(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(family_checkpoint("qwen3_moe"))
+    live = _LiveBytes()
+    read = reader_module.read_tensors
+
+    def tracked(*args: object) -> dict[str, torch.Tensor]:
+        tensors = read(*args)  # type: ignore[arg-type]
+        for tensor in tensors.values():
+            live.add(tensor)
+        return tensors
+
+    monkeypatch.setattr("moekern.decoder.layerwise.read_tensors", tracked)
+    with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
+        skeleton = _resident(layerwise)
+        sizes = [sum(checkpoint.tensors[key].nbytes for key in keys) for keys in layerwise.layer_keys]
+        peak = 0
+        load = layerwise.loader.load
+
+        def measured(*args: object) -> None:
+            nonlocal peak
+            load(*args)  # type: ignore[arg-type]
+            gc.collect()
+            peak = max(peak, _resident(layerwise) + live.beside(layerwise.model))
+
+        object.__setattr__(layerwise.loader, "load", measured)
+        ids = families.input_ids("qwen3_moe")
+        layerwise.run([0], lambda task: layerwise.model(input_ids=ids, use_cache=False))
+        assert skeleton < peak <= skeleton + 2 * max(sizes)
+        gc.collect()
+        assert _resident(layerwise) == skeleton
+
+
+class _LiveBytes:
+    """Bytes of tensors handed out and not yet freed."""
+
+    def __init__(self) -> None:
+        self.refs: list[weakref.ref[torch.Tensor]] = []
+
+    def add(self, tensor: torch.Tensor) -> None:
+        self.refs.append(weakref.ref(tensor))
+
+    def beside(self, model: nn.Module) -> int:
+        """Without those that have become the model's own parameters."""
+        own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if not p.is_meta}
+        alive = [t for ref in self.refs if (t := ref()) is not None]
+        return sum(t.nbytes for t in alive if t.untyped_storage().data_ptr() not in own)
+
+
+def _resident(layerwise: LayerwiseModel) -> int:
+    weights = {p.untyped_storage().data_ptr(): p.nbytes for p in layerwise.model.parameters() if not p.is_meta}
+    return sum(weights.values())
+
+
+def test_a_tensor_the_model_needs_but_the_checkpoint_lacks_is_named(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for shard in family_checkpoint("olmoe").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    del tensors["model.layers.2.self_attn.q_norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((family_checkpoint("olmoe") / "config.json").read_bytes())
+    checkpoint = open_checkpoint(tmp_path)
+    with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
+        ids = families.input_ids("olmoe")
+        with pytest.raises(InputError, match=r"no tensor for the model's model\.layers\.2\.self_attn\.q_norm\.weight"):
+            layerwise.run([0], lambda task: layerwise.model(input_ids=ids, use_cache=False))
+
+
+class _Stack(nn.Module):
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(3))
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in self.order:
+            x = self.layers[i](x)
+        return x
+
+
+def test_all_tasks_pass_a_layer_between_its_load_and_its_unload() -> None:
+    stack, events = _Stack([0, 1, 2]), []
+    for i, layer in enumerate(stack.layers):
+        layer.register_forward_hook(lambda module, args, out, i=i: events.append(f"run {i}"))
+    run_suspended(
+        stack.layers,
+        "ab",
+        lambda task: events.append(f"end {task}") if stack(torch.zeros(1)) is not None else None,
+        load=lambda i: events.append(f"load {i}"),
+        unload=lambda i: events.append(f"unload {i}"),
+    )
+    assert events == (
+        [
+            "load 0",
+            "run 0",
+            "run 0",
+            "unload 0",
+            "load 1",
+            "run 1",
+            "run 1",
+            "unload 1",
+            "load 2",
+            "run 2",
+            "end a",
+            "run 2",
+            "end b",
+            "unload 2",
+        ]
+    )
+
+
+def test_stopping_early_skips_the_rest_of_the_model() -> None:
+    stack, seen = _Stack([0, 1, 2]), []
+    for i, layer in enumerate(stack.layers):
+        layer.register_forward_hook(lambda module, args, out, i=i: seen.append(i), prepend=True)
+    ended: list[int] = []
+    run_suspended(
+        stack.layers,
+        [0],
+        lambda task: ended.append(task) if stack(torch.zeros(1)) is not None else None,
+        load=lambda i: None,
+        unload=lambda i: None,
+        stop_after=1,
+    )
+    assert seen == [0, 1]
+    assert ended == []
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1], [0, 1], [0, 0, 1, 2]])
+def test_layers_out_of_order_are_an_error(order: list[int]) -> None:
+    stack = _Stack(order)
+    with pytest.raises(RuntimeError, match="decoder layer"):
+        run_suspended(stack.layers, [0], lambda task: stack(torch.zeros(1)), load=lambda i: None, unload=lambda i: None)
+
+
+def test_an_error_in_one_task_ends_the_run_and_leaves_no_hooks() -> None:
+    stack = _Stack([0, 1, 2])
+
+    def forward(task: int) -> None:
+        stack(torch.zeros(1))
+        raise ValueError("after the last layer")
+
+    with pytest.raises(ValueError, match="after the last layer"):
+        run_suspended(stack.layers, [0, 1], forward, load=lambda i: None, unload=lambda i: None)
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in stack.layers)
