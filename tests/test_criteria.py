@@ -39,6 +39,7 @@ BY_HAND = {
     "gated_norm": [7.5, 2, 1],
     "gated_square": [31.25, 4, 1],
     "hope": [15.625, 4, 1],
+    "hope_all_tokens": [15.625, 2, 0.5],
 }
 
 

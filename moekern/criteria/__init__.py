@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moekern.criteria import scores
-from moekern.criteria.selectors import Selection, hope
+from moekern.criteria.selectors import Selection, hope, hope_all_tokens
 from moekern.errors import InputError
 from moekern.statistics import LayerStatistics
 
@@ -52,6 +52,13 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("gated_norm", scores.gated_norm, "score", "sum of gate x norm", "arXiv:2606.15716"),
         Criterion("gated_square", scores.gated_square, "score", "sum of (gate x norm) squared", "arXiv:2606.15716"),
         Criterion("hope", hope, "selector", "least joint gate x norm of the dropped set (HOPE)", "arXiv:2609.18916"),
+        Criterion(
+            "hope_all_tokens",
+            hope_all_tokens,
+            "selector",
+            "least joint gate x norm, averaged over all tokens (HOPE's bound)",
+            "arXiv:2609.18916",
+        ),
         Criterion("random", scores.random, "seeded", "uniform numbers from --seed; a baseline", ""),
     )
 }

@@ -43,7 +43,21 @@ def hope(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
     The displayed score of an expert is the objective that dropping it adds to the rest of the dropped set:
     F[e, e] + 2 Σ F[e, j] over dropped j ≠ e. With kept = E that is the diagonal, the cost of dropping e alone.
     """
-    F = conditional_pairs(statistics)
+    return _select(conditional_pairs(statistics), statistics, kept, groups, protected)
+
+
+def hope_all_tokens(
+    statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()
+) -> Selection:
+    """As `hope`, with F the mean of aᵢ aⱼ over all tokens: the bound that the paper derives, not the form it runs.
+
+    pᵀ F p is then E[(Σ of the dropped a)²], so rarely used experts weigh little, as in the sums of gated norms.
+    """
+    pairs = ((statistics.pair_sum + statistics.pair_sum.T) / 2 / statistics.tokens.clamp(min=1)).cpu().numpy()
+    return _select(pairs, statistics, kept, groups, protected)
+
+
+def _select(F: Matrix, statistics: LayerStatistics, kept: int, groups: int, protected: Collection[int]) -> Selection:
     E = len(F)
     group = np.arange(E) // (E // groups)
     dropped, free, quota = _certain(statistics, E // groups - kept // groups, groups, protected)

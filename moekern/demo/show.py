@@ -1,0 +1,179 @@
+"""`moekern demo`: calibrate, score, plan, prune, verify, load and generate, and what each criterion costs in loss."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekern import console
+from moekern.criteria import CRITERIA
+from moekern.data import read_data
+from moekern.demo import MODEL, text_sources
+from moekern.errors import InputError
+from moekern.evaluation import ORIGINAL, Evaluation, evaluate
+from moekern.plan import Plan
+from moekern.planning import make_plan
+from moekern.pruning import prune
+from moekern.stages import Calibration, Verdict, calibrate_to, verify_both
+from moekern.statistics import Statistics
+from moekern.tables import mean_loss, say_verdict
+
+SHARES = (0.75, 0.5, 0.25)
+CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out
+BASELINE = "random"
+LENGTH, BATCH = 128, 16
+DTYPE = "float32"  # on a CPU without bfloat16 units it is several times faster than the checkpoint's bfloat16
+EVALUATION_TOKENS = 12288
+PROMPTS = ("The system administrator", "Der Administrator", "def __init__(self,")
+
+Key = tuple[str, float, int]  # criterion, kept share, seed
+
+
+def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, Any]:
+    """The whole tour. Artefacts go to the new folder `out`, or to a temporary one. Returns everything as JSON data.
+
+    Raises InputError when `out` exists or `seeds` is below 1.
+    """
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}: expected at least 1")
+    if out is not None and out.exists():
+        raise InputError(f"--out {out}: exists already; name a new folder")
+    say = (lambda text: None) if quiet else console.say
+    with ExitStack() as stack:
+        if out is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-demo-")))
+        else:
+            out.mkdir(parents=True)
+            work = out
+        return _tour(work, seeds, say, quiet)
+
+
+def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> dict[str, Any]:
+    say(f"the model: {MODEL}")
+    options = Calibration(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH, dtype=DTYPE)
+    statistics = calibrate_to(MODEL, options, work / "statistics.safetensors")
+    say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
+    plans = make_plans(statistics, seeds)
+    losses = _evaluate(plans)
+    criterion, share = CHOSEN
+    plan = plans[criterion, share, 0]
+    plan.save(work / "plan.json")
+    pruned = work / "pruned"
+    with console.progress("pruning", "bytes") as step:
+        report = prune(MODEL, plan, pruned, progress=step)
+    say(
+        f"pruned to {report.experts_after} of {report.experts_before} experts by {CHOSEN[0]}: "
+        f"{console.size(report.bytes_in)} -> {console.size(report.bytes_out)}"
+    )
+    verdict = verify_both(MODEL, plan, pruned, forward=True)
+    if not quiet:
+        say_verdict(verdict)
+    texts = generate(pruned)
+    for prompt, text in texts.items():
+        say(f"generated: {prompt!r} -> {text!r}")
+    rows = table_rows(losses, seeds)
+    if not quiet:
+        _show(rows, statistics.domains)
+        say(beating_random(rows))
+    return _document(rows, verdict, texts)
+
+
+def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
+    """A plan for every criterion and share; several seeds of the random one."""
+    return {
+        (name, share, seed): make_plan(statistics, name, share, seed=seed)
+        for share in SHARES
+        for name in CRITERIA
+        for seed in range(seeds if name == BASELINE else 1)
+    }
+
+
+def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]:
+    data = read_data(
+        text_sources("evaluation"), MODEL, tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH
+    )
+    names = {str(key): key for key in plans}
+    with console.progress(f"evaluating {len(plans)} plans in one pass") as step:
+        found: Evaluation = evaluate(
+            MODEL, data, {str(key): plan for key, plan in plans.items()}, dtype=torch.float32, progress=step
+        )
+    return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
+
+
+def table_rows(losses: Mapping[Key | str, Mapping[str, float]], seeds: int) -> list[dict[str, Any]]:
+    """Original first, then per share the criteria from the best mean loss to the worst; random is the mean of seeds."""
+    rows = [_row(ORIGINAL, 1.0, [losses[ORIGINAL]])]
+    for share in SHARES:
+        some = [
+            _row(name, share, [losses[name, share, seed] for seed in range(seeds if name == BASELINE else 1)])
+            for name in CRITERIA
+        ]
+        rows += sorted(some, key=lambda row: row["mean"])
+    return rows
+
+
+def _row(name: str, share: float, runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    means = [mean_loss(run) for run in runs]
+    return {
+        "criterion": name,
+        "kept": share,
+        "loss": {domain: sum(run[domain] for run in runs) / len(runs) for domain in runs[0]},
+        "mean": sum(means) / len(means),
+        "best": min(means),
+        "worst": max(means),
+        "seeds": len(runs),
+    }
+
+
+def _show(rows: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> None:
+    shown = []
+    for row in rows:
+        spread = f" ({row['best']:.3f} to {row['worst']:.3f})" if row["seeds"] > 1 else ""
+        shown.append(
+            (
+                f"{row['criterion']}" + (f", {row['seeds']} seeds" if row["seeds"] > 1 else ""),
+                f"{row['kept']:.0%}",
+                *(f"{row['loss'][domain]:.3f}" for domain in domains),
+                f"{row['mean']:.3f}{spread}",
+            )
+        )
+    console.show("held-out loss, nats per token", ("criterion", "kept", *domains, "mean"), shown)
+
+
+def beating_random(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which criteria are better than the best random seed at every share, and which are not."""
+    best_random = {row["kept"]: row["best"] for row in rows if row["criterion"] == BASELINE}
+    lost = {
+        row["criterion"]
+        for row in rows
+        if row["criterion"] not in (BASELINE, ORIGINAL) and row["mean"] >= best_random[row["kept"]]
+    }
+    ahead = [name for name in CRITERIA if name not in lost and name != BASELINE]
+    behind = f"; not so: {', '.join(name for name in CRITERIA if name in lost)}" if lost else ""
+    return f"better than every random seed at every share: {', '.join(ahead)}{behind}"
+
+
+def generate(folder: Path, new_tokens: int = 24) -> dict[str, str]:
+    """Greedy continuations by transformers, loaded from `folder` as any user would; every key must match."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: keys for kind, keys in info.items() if keys}
+    if wrong:
+        raise RuntimeError(f"{folder}: transformers reports {wrong}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = {}
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        texts[prompt] = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def _document(rows: list[dict[str, Any]], verdict: Verdict, texts: Mapping[str, str]) -> dict[str, Any]:
+    return {"rows": rows, "verified": verdict.document(), "generated": dict(texts)}

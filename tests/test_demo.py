@@ -1,0 +1,45 @@
+"""The tour on the model that ships with moekern: verified, and sum-based criteria ahead of random dropping."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moekern.cli import app
+from moekern.criteria import CRITERIA
+from moekern.demo import MODEL, TEXT
+
+SHARES = (0.75, 0.5, 0.25)
+
+
+def test_the_tour(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--json", "--seeds", "3", "--out", str(tmp_path / "demo")])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["verified"]["good"]
+    assert all(document["generated"].values())
+    rows = {(row["criterion"], row["kept"]): row for row in document["rows"]}
+    assert set(rows) == {("original", 1.0), *((name, share) for name in CRITERIA for share in SHARES)}
+    original = rows["original", 1.0]
+    assert set(original["loss"]) == {path.name for path in TEXT.iterdir() if path.is_dir()}
+    for share in SHARES:
+        random = rows["random", share]
+        assert random["best"] < random["mean"] < random["worst"]
+        for name in ("gate_mass", "ean", "gated_norm"):
+            assert original["mean"] < rows[name, share]["mean"] < random["best"] - 0.2
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"statistics.safetensors", "plan.json", "pruned"}
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--out", str(MODEL)]])
+def test_wrong_options_write_nothing(arguments: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in MODEL.iterdir()}
+    result = CliRunner().invoke(app, ["demo", *arguments])
+    assert result.exit_code != 0
+    assert {path: path.stat().st_mtime_ns for path in MODEL.iterdir()} == before
+
+
+def test_what_ships_is_small() -> None:
+    assert sum(path.stat().st_size for path in MODEL.parent.rglob("*") if path.is_file()) < 12_000_000
