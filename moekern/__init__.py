@@ -1,0 +1,68 @@
+"""Prune experts from Mixture-of-Experts language models of any size on one machine.
+
+    from moekern import calibrate, make_plan, prune, read_data, verify
+
+    data = read_data(["code=src", "prose=book.txt"], "Qwen3-30B-A3B", tokens=500_000)
+    statistics = calibrate("Qwen3-30B-A3B", data)
+    plan = make_plan(statistics, "reap", keep=0.5)
+    prune("Qwen3-30B-A3B", plan, "Qwen3-30B-A3B-pruned")
+    assert not verify("Qwen3-30B-A3B", plan, "Qwen3-30B-A3B-pruned").problems
+
+Names are imported on first use, so that `moekern.kernels` or a plan can be used without loading transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moekern.calibration import calibrate as calibrate
+    from moekern.checkpoint import Checkpoint as Checkpoint
+    from moekern.checkpoint import open_checkpoint as open_checkpoint
+    from moekern.criteria import CRITERIA as CRITERIA
+    from moekern.data import read_data as read_data
+    from moekern.errors import InputError as InputError
+    from moekern.evaluation import evaluate as evaluate
+    from moekern.forward import compare_forward as compare_forward
+    from moekern.observation import observe as observe
+    from moekern.plan import Plan as Plan
+    from moekern.planning import make_plan as make_plan
+    from moekern.pruning import prune as prune
+    from moekern.statistics import LayerStatistics as LayerStatistics
+    from moekern.statistics import Statistics as Statistics
+    from moekern.statistics import merge as merge
+    from moekern.verification import verify as verify
+
+HOMES = {
+    "CRITERIA": "criteria",
+    "Checkpoint": "checkpoint",
+    "InputError": "errors",
+    "LayerStatistics": "statistics",
+    "Plan": "plan",
+    "Statistics": "statistics",
+    "calibrate": "calibration",
+    "compare_forward": "forward",
+    "evaluate": "evaluation",
+    "make_plan": "planning",
+    "merge": "statistics",
+    "observe": "observation",
+    "open_checkpoint": "checkpoint",
+    "prune": "pruning",
+    "read_data": "data",
+    "verify": "verification",
+}
+
+__all__ = list(HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'moekern' has no attribute {name!r}")
+    value = getattr(import_module(f"moekern.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})

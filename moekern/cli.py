@@ -1,0 +1,295 @@
+"""The command line: one command a stage. Each parses its options, calls the stage and shows the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekern import console, tables
+from moekern.errors import InputError
+
+app = typer.Typer(
+    name="moekern",
+    help="Prune experts from Mixture-of-Experts language models of any size on one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+
+class MtpMode(str, Enum):
+    prune = "prune"
+    drop = "drop"
+    keep = "keep"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B.")]
+Data = Annotated[
+    list[str],
+    typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
+Seed = Annotated[int, typer.Option(help="Seeds the choice of sequences and the random criterion.")]
+Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
+CriterionOption = Annotated[str, typer.Option(help="How experts are ranked; `moekern score -h` lists them.")]
+Keep = Annotated[str, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64).")]
+Domains = Annotated[
+    list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
+]
+ProtectSuper = Annotated[bool, typer.Option("--protect-super", help="Keep experts with extreme outputs in any case.")]
+MtpOption = Annotated[MtpMode, typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def main() -> None:
+    """Run the command line; what the user can mend ends in one line and exit code 2."""
+    try:
+        app()
+    except (InputError, OSError) as error:
+        text = " ".join(str(error).split())
+        print(f"moekern: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command(epilog="moekern inspect Qwen3-30B-A3B")
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show layout, experts, bytes and what can be pruned, from the headers alone."""
+    from moekern.hub import model_folder
+    from moekern.overview import overview
+
+    found = overview(model_folder(model))
+    tables.overview(found) if not as_json else console.emit(dataclasses.asdict(found))
+
+
+@app.command(epilog="moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors")
+def calibrate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The statistics file to write.")],
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    dimensions: Annotated[bool, typer.Option(help="Keep the per-dimension sums [E, H] that ean_dim needs.")] = True,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Stream text through the model one layer at a time and measure its experts."""
+    from moekern import stages
+    from moekern.hub import model_folder
+
+    options = stages.Calibration(
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, dimensions, backend,
+        trust_remote_code,
+    )  # fmt: skip
+    statistics = stages.calibrate_to(model_folder(model), options, out)
+    tables.statistics(statistics, out) if not as_json else console.emit({"out": str(out), **statistics.header})
+
+
+@app.command(epilog="moekern merge part1.safetensors part2.safetensors --out all.safetensors")
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="Statistics files of one model.")],
+    out: Annotated[Path, typer.Option(help="The statistics file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Add statistics gathered in several runs; files that do not match are refused."""
+    from moekern.statistics import Statistics
+    from moekern.statistics import merge as merged
+
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    total = merged([Statistics.load(part) for part in parts])
+    total.save(out)
+    tables.statistics(total, out) if not as_json else console.emit({"out": str(out), **total.header})
+
+
+@app.command(epilog=f"Criteria: {tables.criteria_line()}")
+def score(
+    statistics: Annotated[Path, typer.Argument(help="A statistics file.")],
+    criterion: CriterionOption = "reap",
+    domain: Domains = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Show every expert's score; higher is kept."""
+    from moekern import stages
+    from moekern.statistics import Statistics
+
+    scores = stages.scores(Statistics.load(statistics), criterion, domain, seed)
+    tables.scores(criterion, scores) if not as_json else console.emit({"criterion": criterion, "layers": scores})
+
+
+@app.command(epilog="moekern plan s.safetensors --criterion reap --keep 0.5 --out plan.json")
+def plan(
+    statistics: Annotated[Path, typer.Argument(help="A statistics file.")],
+    keep: Keep,
+    out: Annotated[Path, typer.Option(help="The plan to write.")],
+    criterion: CriterionOption = "reap",
+    domain: Domains = None,
+    protect_super: ProtectSuper = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose the experts that stay, the same number in every layer, and write them down."""
+    from moekern.plan import parse_keep
+    from moekern.planning import make_plan
+    from moekern.statistics import Statistics
+
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    made = make_plan(
+        Statistics.load(statistics), criterion, parse_keep(keep), seed=seed, domains=domain, protect_super=protect_super
+    )
+    made.save(out)
+    tables.plan(made, out) if not as_json else console.emit({"out": str(out), "digest": made.digest, **made.provenance})
+
+
+@app.command(epilog="moekern prune MODEL plan.json --out MODEL-pruned")
+def prune(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="A plan.json, made by moekern or by hand.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    mtp: MtpOption = MtpMode.prune,
+    as_json: Json = False,
+) -> None:
+    """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted."""
+    from moekern.hub import model_folder
+    from moekern.plan import Plan
+    from moekern.pruning import prune as run
+
+    with console.progress("pruning", "bytes") as step:
+        report = run(model_folder(model), Plan.load(plan), out, mtp=mtp.value, progress=step)
+    tables.pruned(report) if not as_json else console.emit({**dataclasses.asdict(report), "out": str(report.out)})
+
+
+@app.command(epilog="moekern verify MODEL plan.json MODEL-pruned --forward")
+def verify(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="The plan the checkpoint was pruned with.")],
+    pruned: Annotated[Path, typer.Argument(help="The pruned checkpoint.")],
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Also stream both models and compare logits with the masked original.")
+    ] = False,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the pruned checkpoint with the original, byte for byte; exit code 1 on any difference."""
+    from moekern import stages
+    from moekern.hub import model_folder
+    from moekern.plan import Plan
+
+    verdict = stages.verify_both(
+        model_folder(model),
+        Plan.load(plan),
+        pruned,
+        forward=forward,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    tables.say_verdict(verdict) if not as_json else console.emit(verdict.document())
+    if not verdict.good:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json")
+def evaluate(
+    model: Model,
+    data: Data,
+    plans: Annotated[list[Path] | None, typer.Argument(help="Plans to apply on the fly.")] = None,
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss per domain of the original and of plans, in one pass over the weights."""
+    from moekern import stages
+    from moekern.hub import model_folder
+    from moekern.plan import Plan
+
+    options = stages.Calibration(
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    named = {str(path): Plan.load(path) for path in plans or []}
+    losses = stages.evaluate_plans(model_folder(model), options, named)
+    tables.losses(losses) if not as_json else console.emit(tables.losses_document(losses))
+
+
+@app.command(epilog="moekern run MODEL --data prose=book.txt --keep 0.5 --criterion reap --out MODEL-pruned")
+def run(
+    model: Model,
+    data: Data,
+    keep: Keep,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    criterion: CriterionOption = "reap",
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    protect_super: ProtectSuper = False,
+    mtp: MtpOption = MtpMode.prune,
+    forward: Annotated[
+        bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
+    ] = True,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
+    from moekern import stages
+    from moekern.hub import model_folder
+    from moekern.plan import parse_keep
+
+    options = stages.Calibration(
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
+        dimensions=criterion == "ean_dim", trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    done = stages.run(
+        model_folder(model), options, out,
+        criterion=criterion, keep=parse_keep(keep), protect_super=protect_super, mtp=mtp.value, forward=forward,
+    )  # fmt: skip
+    tables.run(done) if not as_json else console.emit(done.document())
+    if not done.verdict.good:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="moekern demo")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the artefacts; it must not exist. Default: a temporary one.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of random dropping.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """The whole of it on the small trained model that ships with moekern."""
+    from moekern.demo.show import run_demo
+
+    document = run_demo(out, seeds, quiet=as_json)
+    if as_json:
+        console.emit(document)

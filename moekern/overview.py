@@ -1,0 +1,74 @@
+"""What `inspect` tells about a checkpoint, from its config, index and shard headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from moekern.architectures import find_layout
+from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.plan import count_problem
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A checkpoint's experts, in numbers; bytes are those of the safetensors data."""
+
+    folder: str
+    family: str
+    fingerprint: str
+    moe_layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    score: str
+    mtp_layers: tuple[str, ...]
+    shards: int
+    tensors: int
+    total_bytes: int
+    routed_bytes: int  # routed experts of the main decoder
+    bytes_per_expert: int  # one expert of one layer, on average
+    dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
+    legal_counts: tuple[int, ...]  # kept experts a layer that the router can work with
+
+    def bytes_at(self, kept: int) -> int:
+        """Size after pruning to `kept` experts a layer, up to the few bytes of router rows."""
+        return self.total_bytes - self.routed_bytes * (self.num_experts - kept) // self.num_experts
+
+
+def overview(source: str | Path | Checkpoint) -> Overview:
+    """Read a checkpoint's headers. Raises InputError for one that is not a MoE or whose keys are not understood."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    experts = [
+        checkpoint.tensors[tensor.name]
+        for layer in layout.layers.values()
+        for tensor in layer.tensors
+        if tensor.role == "expert"
+    ]
+    dtypes: Counter[str] = Counter()
+    for entry in experts:
+        dtypes[entry.dtype] += entry.nbytes
+    routed = sum(dtypes.values())
+    counts = range(1, layout.num_experts + 1)
+    return Overview(
+        folder=str(checkpoint.folder),
+        family=layout.family.name,
+        fingerprint=checkpoint.fingerprint,
+        moe_layers=tuple(layout.layers),
+        num_experts=layout.num_experts,
+        top_k=layout.top_k,
+        n_group=layout.n_group,
+        topk_group=layout.topk_group,
+        score=layout.family.score,
+        mtp_layers=tuple(layout.mtp),
+        shards=len(checkpoint.shards),
+        tensors=len(checkpoint.tensors),
+        total_bytes=sum(entry.nbytes for entry in checkpoint.tensors.values()),
+        routed_bytes=routed,
+        bytes_per_expert=routed // max(1, sum(layer.num_experts for layer in layout.layers.values())),
+        dtypes=dict(dtypes.most_common()),
+        legal_counts=tuple(n for n in counts if count_problem(n, layout) is None),
+    )

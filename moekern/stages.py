@@ -1,0 +1,235 @@
+"""What the commands do, with progress and reuse of what an earlier run left: stages joined, nothing measured here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekern import console
+from moekern.architectures import find_layout
+from moekern.calibration import calibrate
+from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.criteria import criterion_named, score_layer
+from moekern.data import TokenData, read_data
+from moekern.errors import InputError
+from moekern.evaluation import Evaluation, evaluate
+from moekern.forward import ForwardVerdict, compare_forward
+from moekern.plan import Plan, kept_count
+from moekern.planning import make_plan
+from moekern.pruning import Mtp, PruneReport, prune
+from moekern.statistics import Statistics
+from moekern.verification import VerifyReport, verify
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The options that say which tokens go through the model, and how."""
+
+    data: tuple[str, ...]
+    tokens: int | None = None
+    sequence_length: int = 2048
+    batch_size: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str | None = None
+    dimensions: bool = True
+    backend: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Bytes compared, and logits too where asked for."""
+
+    report: VerifyReport
+    forward: ForwardVerdict | None
+
+    @property
+    def good(self) -> bool:
+        return not self.report.problems and (self.forward is None or self.forward.equal)
+
+    def document(self) -> dict[str, Any]:
+        forward = None if self.forward is None else {**dataclasses.asdict(self.forward), "equal": self.forward.equal}
+        return {"good": self.good, **dataclasses.asdict(self.report), "forward": forward}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run` made, and where."""
+
+    statistics: Path
+    plan: Path
+    pruned: PruneReport
+    verdict: Verdict
+
+    def document(self) -> dict[str, Any]:
+        pruned = {**dataclasses.asdict(self.pruned), "out": str(self.pruned.out)}
+        return {
+            "statistics": str(self.statistics),
+            "plan": str(self.plan),
+            "pruned": pruned,
+            "verify": self.verdict.document(),
+        }
+
+
+def read_tokens(checkpoint: Checkpoint, options: Calibration) -> TokenData:
+    """The token batches that the options name."""
+    config = checkpoint.config
+    nested = config.get("text_config")
+    vocab = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return read_data(
+        options.data,
+        checkpoint.folder,
+        vocab_size=vocab if isinstance(vocab, int) else None,
+        tokens=options.tokens,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
+    """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    check_device(options.device)
+    checkpoint = open_checkpoint(folder)
+    find_layout(checkpoint)
+    return _measure(checkpoint, read_tokens(checkpoint, options), options, out)
+
+
+def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out: Path) -> Statistics:
+    with console.progress("calibrating") as step:
+        statistics = calibrate(
+            checkpoint,
+            data,
+            device=options.device,
+            dtype=options.torch_dtype,
+            dimensions=options.dimensions,
+            backend=options.backend,
+            trust_remote_code=options.trust_remote_code,
+            progress=step,
+        )
+    statistics.save(out)
+    return Statistics.load(out)
+
+
+def scores(statistics: Statistics, criterion: str, domains: Sequence[str] | None, seed: int) -> dict[str, list[float]]:
+    """Layer key -> the scores of its experts."""
+    chosen = criterion_named(criterion)
+    return {key: score_layer(chosen, statistics.layer(key, domains), key, seed).tolist() for key in statistics.layers}
+
+
+def verify_both(
+    folder: Path,
+    plan: Plan,
+    pruned: Path,
+    *,
+    forward: bool,
+    mtp: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Verdict:
+    """Bytes first; logits only of a checkpoint whose bytes are right."""
+    check_device(device)
+    with console.progress("verifying", "bytes") as step:
+        report = verify(folder, plan, pruned, mtp=mtp, progress=step)
+    if not forward or report.problems:
+        return Verdict(report, None)
+    with console.progress("comparing logits") as step:
+        compared = compare_forward(
+            folder, plan, pruned, device=device, trust_remote_code=trust_remote_code, progress=step
+        )
+    return Verdict(report, compared)
+
+
+def evaluate_plans(folder: Path, options: Calibration, plans: Mapping[str, Plan]) -> Evaluation:
+    """Held-out loss of the original and of plans applied on the fly."""
+    check_device(options.device)
+    checkpoint = open_checkpoint(folder)
+    find_layout(checkpoint)
+    data = read_tokens(checkpoint, options)
+    with console.progress("evaluating") as step:
+        return evaluate(
+            checkpoint,
+            data,
+            plans,
+            device=options.device,
+            dtype=options.torch_dtype,
+            trust_remote_code=options.trust_remote_code,
+            progress=step,
+        )
+
+
+def run(
+    folder: Path,
+    options: Calibration,
+    out: Path,
+    *,
+    criterion: str,
+    keep: float | int,
+    protect_super: bool,
+    mtp: Mtp,
+    forward: bool,
+) -> Run:
+    """Calibrate, plan, prune, verify. Statistics of an earlier run with the same model and data are used again."""
+    check_device(options.device)
+    if out.exists():
+        raise InputError(f"--out {out}: exists already; name a new folder")
+    criterion_named(criterion)
+    checkpoint = open_checkpoint(folder)
+    kept_count(keep, find_layout(checkpoint))
+    data = read_tokens(checkpoint, options)
+    work = out.with_name(out.name + ".moekern")
+    statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
+    statistics = _earlier(statistics_path, checkpoint, data, options)
+    if statistics is None:
+        work.mkdir(parents=True, exist_ok=True)
+        statistics_path.unlink(missing_ok=True)
+        statistics = _measure(checkpoint, data, options, statistics_path)
+    plan = make_plan(statistics, criterion, keep, seed=options.seed, protect_super=protect_super)
+    plan.save(plan_path)
+    with console.progress("pruning", "bytes") as step:
+        report = prune(checkpoint, plan, out, mtp=mtp, progress=step)
+    verdict = verify_both(
+        folder, plan, out, forward=forward, mtp=mtp, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    return Run(statistics_path, plan_path, report, verdict)
+
+
+def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calibration) -> Statistics | None:
+    """Statistics an earlier run left, if they measured the same tokens of the same model; else None."""
+    if not path.exists():
+        return None
+    found = Statistics.load(path)
+    runs = found.header["runs"]
+    same = (
+        found.header["fingerprint"] == checkpoint.fingerprint
+        and len(runs) == 1
+        and runs[0]["data"] == json.loads(json.dumps(data.recipe))
+        and (not options.dimensions or all(s.dimensions for domains in found.layers.values() for s in domains.values()))
+    )
+    if same:
+        console.say(f"using the statistics of an earlier run: {path}")
+    return found if same else None
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a device torch does not know or does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: not usable here ({reason})") from error

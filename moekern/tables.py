@@ -1,0 +1,151 @@
+"""Results as tables for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekern.console import say, show, size
+
+if TYPE_CHECKING:
+    from moekern.evaluation import Evaluation
+    from moekern.overview import Overview
+    from moekern.plan import Plan
+    from moekern.pruning import PruneReport
+    from moekern.stages import Run, Verdict
+    from moekern.statistics import Statistics
+
+
+def criteria_line() -> str:
+    """The criteria by name, for help texts."""
+    from moekern.criteria import CRITERIA
+
+    return ", ".join(CRITERIA)
+
+
+def overview(found: Overview) -> None:
+    """The checkpoint's experts and what pruning would leave."""
+    layers = found.moe_layers
+    groups = f"{found.n_group} (top {found.topk_group})" if found.n_group > 1 else "none"
+    show(
+        f"{found.folder}",
+        ("what", "value"),
+        (
+            ("family", found.family),
+            ("MoE layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
+            ("experts a layer, top-k", f"{found.num_experts}, {found.top_k}"),
+            ("router", f"{found.score}, groups: {groups}"),
+            ("MTP layers with experts", ", ".join(found.mtp_layers) or "none"),
+            ("files, tensors", f"{found.shards}, {found.tensors}"),
+            ("size", size(found.total_bytes)),
+            ("routed experts", f"{size(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
+            ("their types", ", ".join(f"{name} {size(n)}" for name, n in found.dtypes.items())),
+            ("one expert of one layer", size(found.bytes_per_expert)),
+        ),
+    )
+    shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]
+    show(
+        "kept experts a layer (any legal count works; eighths shown)",
+        ("kept", "share", "size"),
+        [(n, f"{n / found.num_experts:.1%}", size(found.bytes_at(n))) for n in shares],
+    )
+
+
+def statistics(measured: Statistics, out: Path) -> None:
+    """Tokens per domain and how evenly they reach the experts."""
+    rows = []
+    for key in measured.layers:
+        s = measured.layer(key)
+        counts = s.count.double()
+        idle = int((counts == 0).sum())
+        mean_norm = float(s.norm_sum.sum() / counts.sum().clamp(min=1))
+        rows.append((key, s.num_experts, idle, int(counts.min()), int(counts.max()), f"{mean_norm:.4g}"))
+    tokens: Mapping[str, int] = measured.header["tokens"]
+    say("tokens: " + ", ".join(f"{name} {n}" for name, n in tokens.items()))
+    show(str(out), ("layer", "experts", "idle", "fewest tokens", "most tokens", "mean output norm"), rows)
+
+
+def scores(criterion: str, layers: Mapping[str, Sequence[float]]) -> None:
+    """Per layer, experts from the best to the worst."""
+    rows = []
+    for key, values in layers.items():
+        order = sorted(range(len(values)), key=lambda e: (-values[e], e))
+        listed = [f"{e}:{values[e]:.3g}" for e in order]
+        short = listed if len(listed) <= 16 else [*listed[:8], "...", *listed[-8:]]
+        rows.append((key, " ".join(short)))
+    show(f"{criterion}, best first (expert:score)", ("layer", "experts"), rows)
+
+
+def plan(made: Plan, out: Path) -> None:
+    """Kept experts per layer."""
+    rows = []
+    for key, layer in made.layers.items():
+        keep = " ".join(map(str, layer.keep))
+        rows.append((key, len(layer.keep), keep if len(keep) <= 100 else keep[:97] + "..."))
+    provenance = made.provenance
+    show(
+        f"{out}: {provenance['criterion']}, {provenance['kept']} of {provenance['num_experts']} experts",
+        ("layer", "kept", "experts"),
+        rows,
+    )
+
+
+def pruned(report: PruneReport) -> None:
+    """What was written."""
+    show(
+        f"{report.out}",
+        ("what", "before", "after"),
+        (
+            ("experts a layer", report.experts_before, report.experts_after),
+            ("bytes", size(report.bytes_in), size(report.bytes_out)),
+            ("tensors", report.tensors_in, report.tensors_out),
+            ("files", report.shards_in, report.shards_out),
+        ),
+    )
+    say(report.mtp)
+
+
+def say_verdict(found: Verdict) -> None:
+    """Problems, or what was compared."""
+    for problem in found.report.problems:
+        say(f"wrong: {problem}")
+    if not found.report.problems:
+        say(f"bytes: {found.report.tensors_compared} tensors, {size(found.report.bytes_compared)} equal")
+    if found.forward is not None:
+        f = found.forward
+        say(
+            f"logits ({f.dtype}, {f.tokens} tokens): largest difference {f.max_difference:.3g} at a standard deviation "
+            f"of {f.logit_std:.3g}, same top-1 for {f.top1_agreement:.2%}: {'equal' if f.equal else 'NOT equal'} "
+            "to the masked original"
+        )
+    say("verified" if found.good else "NOT verified: do not use this checkpoint")
+
+
+def losses(table: Evaluation) -> None:
+    """Loss per domain, a row a plan."""
+    domains = list(next(iter(table.values())))
+    rows = [
+        (name, *(f"{row[d].nll:.4f}" for d in domains), f"{mean_loss({d: row[d].nll for d in domains}):.4f}")
+        for name, row in table.items()
+    ]
+    show("held-out loss, nats per token", ("plan", *domains, "mean"), rows)
+
+
+def mean_loss(row: Mapping[str, float]) -> float:
+    """Mean over domains, each counting the same."""
+    return sum(row.values()) / len(row)
+
+
+def losses_document(table: Evaluation) -> dict[str, Any]:
+    """The same as JSON."""
+    return {
+        name: {d: {"nll": loss.nll, "tokens": loss.tokens} for d, loss in row.items()} for name, row in table.items()
+    }
+
+
+def run(done: Run) -> None:
+    """The last two stages' results; the artefacts' places."""
+    pruned(done.pruned)
+    say_verdict(done.verdict)
+    say(f"statistics: {done.statistics}; plan: {done.plan}")

@@ -1,0 +1,102 @@
+"""The import law of DESIGN.md: data flows one way, and light parts stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moekern"
+
+# A part may import the parts named here, and those parts only. A folder is one part.
+LAW: dict[str, set[str]] = {
+    "errors": set(),
+    "keys": set(),
+    "version": set(),
+    "files": {"errors"},
+    "kernels": {"_C"},
+    "checkpoint": {"errors"},
+    "architectures": {"checkpoint", "errors"},
+    "plan": {"errors", "files", "keys"},
+    "statistics": {"errors", "files", "keys"},
+    "criteria": {"errors", "statistics"},
+    "planning": {"criteria", "errors", "keys", "plan", "statistics", "version"},
+    "ranges": {"architectures", "checkpoint", "errors", "plan"},
+    "rewrite_config": {"architectures", "errors"},
+    "pruning": {"_C", "architectures", "checkpoint", "errors", "files", "plan", "ranges", "rewrite_config"},
+    "verification": {"architectures", "checkpoint", "plan", "verification_config"},
+    "verification_config": {"architectures"},
+    "data": {"errors", "files"},
+    "decoder": {"architectures", "checkpoint", "errors", "ranges"},
+    "recorder": {"kernels", "statistics"},
+    "seam": {"decoder", "errors", "recorder"},
+    "calibration": {
+        "architectures",
+        "checkpoint",
+        "data",
+        "decoder",
+        "errors",
+        "kernels",
+        "recorder",
+        "seam",
+        "statistics",
+        "version",
+    },
+    "observation": {
+        "architectures",
+        "checkpoint",
+        "data",
+        "decoder",
+        "errors",
+        "recorder",
+        "seam",
+        "statistics",
+        "version",
+    },  # fmt: skip
+    "evaluation": {"architectures", "checkpoint", "data", "decoder", "plan"},
+    "forward": {"architectures", "checkpoint", "data", "decoder", "evaluation", "plan"},
+    "overview": {"architectures", "checkpoint", "plan"},
+}
+# Everything above the stages may import everything; nothing above it is imported by a stage.
+SHELL = {"__init__", "__main__", "cli", "console", "demo", "hub", "stages", "tables"}
+NO_TORCH = ("moekern.plan", "moekern.ranges", "moekern.pruning", "moekern.architectures", "moekern.checkpoint")
+
+
+def parts() -> dict[str, set[str]]:
+    """Part -> the parts of moekern it imports."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        names = found.setdefault(part, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "moekern":
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moekern."):
+                names.add(str(node.module).split(".")[1])
+            elif isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moekern.")}
+        names.discard(part)
+    return found
+
+
+def test_every_part_is_in_the_law() -> None:
+    assert set(parts()) == set(LAW) | SHELL
+
+
+@pytest.mark.parametrize("part", LAW)
+def test_a_part_imports_what_the_law_allows(part: str) -> None:
+    assert parts()[part] <= LAW[part]
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_the_byte_road_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kernels_need_neither_transformers_nor_greenlet() -> None:
+    code = "import sys, moekern.kernels; sys.exit(bool({'transformers', 'greenlet', 'typer'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

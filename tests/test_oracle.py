@@ -1,0 +1,91 @@
+"""`moekern run`, and the comparison with the masked original that it ends in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moekern.architectures import find_layout
+from moekern.checkpoint import open_checkpoint
+from moekern.cli import app
+from moekern.data import Batch
+from moekern.decoder.masking import masked
+from moekern.decoder.transformers_api import loader_of
+from moekern.evaluation import dropped_experts
+from moekern.forward import compare_forward
+from moekern.plan import LayerPlan, Plan
+from moekern.pruning import prune
+from tests import families
+from tests.test_round_trip import random_plan
+
+MakeCheckpoint = Callable[[str], Path]
+TOLERANCE = 5e-5  # float32 logits of size 1: rounding of sums taken in another order
+
+RUN = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss",
+    "minimax_m2", "ernie4_5_moe", "granitemoe", "hunyuan_v1_moe", "llama4_text", "llama4", "dbrx",
+)  # fmt: skip
+
+
+def difference_from_masked(source: Path, plan: Plan, pruned: Path, name: str) -> tuple[float, float]:
+    """Largest logit difference of the pruned model to the masked original, and of the plain original to it."""
+    layout = find_layout(open_checkpoint(source))
+    original = families.load(source)
+    result, info = families.load(pruned, loading_info=True)
+    assert not any(info.values()), info
+    ids = families.input_ids(name, 4, 16, 7)
+    plain = families.forward(original, ids)
+    with masked(loader_of(original), layout, dropped_experts(layout, plan)):
+        want = families.forward(original, ids)
+    assert torch.equal(families.forward(original, ids), plain)
+    got = families.forward(result, ids)
+    return float((got - want).abs().max()), float((plain - want).abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RUN)
+def test_one_command_from_checkpoint_to_verified_checkpoint(
+    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source, out = family_checkpoint(name), tmp_path / "pruned"
+    rows = families.input_ids(name, 8, 40, 11).tolist()
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    arguments = ["run", str(source), "--data", f"d={tmp_path / 'ids.jsonl'}", "--sequence-length", "40"]
+    arguments += ["--keep", "0.5", "--criterion", "reap", "--out", str(out), "--json"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["verify"]["good"] is True
+    assert document["verify"]["forward"]["equal"] is True
+    assert document["pruned"]["experts_after"] == 4
+    plan = Plan.load(document["plan"])
+    difference, effect = difference_from_masked(source, plan, out, name)
+    assert difference < TOLERANCE
+    assert effect > 100 * TOLERANCE
+
+
+def test_a_wrong_checkpoint_is_not_equal(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = family_checkpoint("qwen3_moe")
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    other = Plan({**plan.layers, "2": LayerPlan((0, 1, 2, 5))})
+    prune(source, plan, tmp_path / "out")
+    batches = (Batch("d", families.input_ids("qwen3_moe", 2, 16)),)
+    assert compare_forward(source, plan, tmp_path / "out", batches).equal
+    assert not compare_forward(source, other, tmp_path / "out", batches).equal
+
+
+def test_masking_a_router_that_makes_no_such_logits_is_an_error(family_checkpoint: MakeCheckpoint) -> None:
+    source = family_checkpoint("qwen3_moe")
+    layout, model = find_layout(open_checkpoint(source)), families.load(source)
+    gate = model.model.layers[1].mlp.gate
+    gate.forward = lambda hidden: (torch.zeros(hidden.shape[0], 8), *([None] * 2))
+    with (
+        masked(loader_of(model), layout, {"1": (0, 1)}),
+        pytest.raises(RuntimeError, match="layer 1: the router made no logits of width 8"),
+    ):
+        families.forward(model, families.input_ids("qwen3_moe"))
