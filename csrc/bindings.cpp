@@ -1,0 +1,141 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+void bind_io(py::module_& m);
+
+namespace moekern {
+namespace {
+
+constexpr auto kFloats = {Dtype::f32, Dtype::bf16, Dtype::f16};
+constexpr auto kInts = {Dtype::i64, Dtype::i32};
+
+// Runs without the GIL; a bad value that the kernel finds becomes the op's ValueError.
+template <class F>
+void launch(const Args& args, const F& kernel) {
+  try {
+    py::gil_scoped_release nogil;
+    kernel();
+  } catch (const ArgumentError& error) {
+    args.fail(error.argument, error.what());
+  }
+}
+
+Score score_of(const Args& args, const std::string& name) {
+  if (name == "softmax") return Score::softmax;
+  if (name == "sigmoid") return Score::sigmoid;
+  if (name == "sqrtsoftplus") return Score::sqrtsoftplus;
+  if (name == "identity") return Score::identity;
+  args.fail("score", "expected softmax, sigmoid, sqrtsoftplus or identity, got " + name);
+}
+
+const bool* mask_of(Args& args, const py::object& mask, Tensor& tensor) {
+  if (mask.is_none()) return nullptr;
+  tensor = args.tensor("mask", mask, {Dtype::boolean}, "T");
+  return tensor.data<const bool>();
+}
+
+void router_stats(py::object logits_, py::object idx_, py::object weight_, py::object mask_, py::object tokens_,
+                  py::object logit_tokens_, py::object count_, py::object top1_count_, py::object gate_sum_,
+                  py::object gate_square_sum_, py::object score_sum_, py::object entropy_sum_, py::object margin_sum_,
+                  py::object coactivation_, const std::string& score, int threads, const std::string& level) {
+  Args args("router_stats");
+  const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
+  const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
+  const Tensor weight = args.tensor("topk_weight", weight_, kFloats, "T K");
+  const Tensor logits = logits_.is_none() ? Tensor{} : args.tensor("logits", logits_, kFloats, "T E");
+  const Tensor tokens = args.tensor("tokens", tokens_, {Dtype::i64}, "1");
+  const Tensor logit_tokens = args.tensor("logit_tokens", logit_tokens_, {Dtype::i64}, "1");
+  const Tensor top1_count = args.tensor("top1_count", top1_count_, {Dtype::i64}, "E");
+  const Tensor gate_sum = args.tensor("gate_sum", gate_sum_, {Dtype::f64}, "E");
+  const Tensor gate_square_sum = args.tensor("gate_square_sum", gate_square_sum_, {Dtype::f64}, "E");
+  const Tensor score_sum = args.tensor("score_sum", score_sum_, {Dtype::f64}, "E");
+  const Tensor entropy_sum = args.tensor("entropy_sum", entropy_sum_, {Dtype::f64}, "1");
+  const Tensor margin_sum = args.tensor("margin_sum", margin_sum_, {Dtype::f64}, "1");
+  const Tensor coactivation = args.tensor("coactivation", coactivation_, {Dtype::i64}, "E E");
+  Tensor mask;
+  RouterStats call;
+  call.logits = logits_.is_none() ? Typed{} : logits.typed();
+  call.idx = idx.typed();
+  call.weight = weight.typed();
+  call.mask = mask_of(args, mask_, mask);
+  call.tokens = tokens.data<int64_t>();
+  call.logit_tokens = logit_tokens.data<int64_t>();
+  call.count = count.data<int64_t>();
+  call.top1_count = top1_count.data<int64_t>();
+  call.gate_sum = gate_sum.data<double>();
+  call.gate_square_sum = gate_square_sum.data<double>();
+  call.score_sum = score_sum.data<double>();
+  call.entropy_sum = entropy_sum.data<double>();
+  call.margin_sum = margin_sum.data<double>();
+  call.coactivation = coactivation.data<int64_t>();
+  call.T = args["T"];
+  call.E = args["E"];
+  call.K = args["K"];
+  call.score = score_of(args, score);
+  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
+  launch(args, [&] { cpu::router_stats(call, {threads, level}); });
+}
+
+void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py::object order_, py::object offsets_,
+                         py::object mask_, py::object norm_sum_, py::object norm_square_sum_,
+                         py::object gated_norm_sum_, py::object gated_norm_square_sum_, py::object max_abs_,
+                         py::object pair_sum_, py::object square_sum_, py::object out_, int threads,
+                         const std::string& level) {
+  Args args("combine_and_measure");
+  const Tensor norm_sum = args.tensor("norm_sum", norm_sum_, {Dtype::f64}, "E");
+  const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
+  const Tensor y = args.tensor("y", y_, kFloats, "N H");
+  const Tensor order = args.tensor("order", order_, {Dtype::i64}, "N");
+  const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
+  const Tensor weight = args.tensor("topk_weight", weight_, kFloats, "T K");
+  const Tensor norm_square_sum = args.tensor("norm_square_sum", norm_square_sum_, {Dtype::f64}, "E");
+  const Tensor gated_norm_sum = args.tensor("gated_norm_sum", gated_norm_sum_, {Dtype::f64}, "E");
+  const Tensor gated_square = args.tensor("gated_norm_square_sum", gated_norm_square_sum_, {Dtype::f64}, "E");
+  const Tensor max_abs = args.tensor("max_abs", max_abs_, {Dtype::f64}, "E");
+  const Tensor pair_sum = args.tensor("pair_sum", pair_sum_, {Dtype::f64}, "E E");
+  const Tensor out = args.tensor("out", out_, {y.dtype}, "T H");
+  Tensor mask, square_sum;
+  CombineAndMeasure call;
+  call.y = y.typed();
+  call.weight = weight.typed();
+  call.idx = idx.typed();
+  call.order = order.data<const int64_t>();
+  call.offsets = offsets.data<const int64_t>();
+  call.mask = mask_of(args, mask_, mask);
+  call.norm_sum = norm_sum.data<double>();
+  call.norm_square_sum = norm_square_sum.data<double>();
+  call.gated_norm_sum = gated_norm_sum.data<double>();
+  call.gated_norm_square_sum = gated_square.data<double>();
+  call.max_abs = max_abs.data<double>();
+  call.pair_sum = pair_sum.data<double>();
+  call.square_sum = nullptr;
+  if (!square_sum_.is_none()) {
+    square_sum = args.tensor("square_sum", square_sum_, {Dtype::f64}, "E H");
+    call.square_sum = square_sum.data<double>();
+  }
+  call.out = out.data<void>();
+  call.T = args["T"];
+  call.E = args["E"];
+  call.K = args["K"];
+  call.H = args["H"];
+  call.N = args["N"];
+  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
+  launch(args, [&] { cpu::combine_and_measure(call, {threads, level}); });
+}
+
+}  // namespace
+}  // namespace moekern
+
+PYBIND11_MODULE(_C, m) {
+  m.def("router_stats", &moekern::router_stats);
+  m.def("combine_and_measure", &moekern::combine_and_measure);
+  m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
+  m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
+  m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");
+  bind_io(m);
+}

@@ -1,0 +1,268 @@
+#include <algorithm>
+#include <functional>
+#include <limits>
+
+#include "../kernels.h"
+#include "parallel.h"
+#include "slots.h"
+
+namespace moekern::cpu {
+namespace {
+
+constexpr int64_t kChunk = 256;  // tokens: summed in float32 within, in float64 across, always in this order
+constexpr float kLow = -87.0f;   // exp below this is taken as 0
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// One logit's score before it is divided by the row's total, and the score's logarithm.
+struct Scored {
+  float score, log;
+};
+
+struct Softmax {
+  static constexpr bool kDivide = true;
+  static MOEKERN_INLINE Scored of(float x) {  // x <= 0: the largest logit is subtracted before
+    const float c = x < kLow ? kLow : x;
+    const float s = exponential(c);
+    return {x < kLow ? 0.0f : s, c};
+  }
+};
+
+struct Sigmoid {
+  static constexpr bool kDivide = false;
+  static MOEKERN_INLINE Scored of(float x) {
+    float c = x < kLow ? kLow : x;
+    c = c > -kLow ? -kLow : c;
+    const float s = 1.0f / (1.0f + exponential(-c));
+    return {x < kLow ? 0.0f : s, logarithm(s)};
+  }
+};
+
+struct SqrtSoftplus {
+  static constexpr bool kDivide = false;
+  static MOEKERN_INLINE Scored of(float x) {
+    const float size = std::fabs(x);
+    const float c = size > -kLow ? kLow : -size;
+    const float softplus = larger(0.0f, x) + logarithm_of_one_plus(exponential(c));
+    const float s = std::sqrt(softplus);
+    return {x < kLow ? 0.0f : s, 0.5f * logarithm(softplus)};
+  }
+};
+
+struct Identity {
+  static constexpr bool kDivide = false;
+  static MOEKERN_INLINE Scored of(float x) {
+    const float positive = x > 0.0f ? x : 1.0f;
+    return {x == kNone ? 0.0f : x, logarithm(positive)};
+  }
+};
+
+// What one chunk of tokens adds.
+struct Partial {
+  int64_t tokens = 0;
+  double entropy = 0, margin = 0;
+};
+
+// Buffers of one worker. Integers add up in any order, so their tables belong to the worker and not to the chunk.
+struct Scratch {
+  std::vector<float> logit, score, candidates;  // [padded E], tail of logit -inf
+  std::vector<int32_t> ids;                     // [chunk, K]
+  std::vector<float> gates;                     // [chunk, K]
+  std::vector<int32_t> chosen;                  // [K]
+  std::vector<int64_t> top1;                    // [E]
+  std::vector<uint32_t> pairs;                  // [E, E], filled where row <= column
+};
+
+// The k-th and the (k+1)-th largest of n logits, by selection: for rows whose chosen slots are not simply the largest.
+void select(const Scratch& s, int64_t n, int64_t K, float least, std::vector<float>& found, float* kth, float* next) {
+  found.clear();
+  for (int64_t i = 0; i < n; ++i)
+    if (s.logit[i] >= least) found.push_back(s.logit[i]);
+  *kth = *next = std::numeric_limits<float>::quiet_NaN();
+  if (static_cast<int64_t>(found.size()) <= K) return;
+  std::nth_element(found.begin(), found.begin() + K, found.end(), std::greater<float>());
+  *next = found[K];
+  *kth = *std::min_element(found.begin(), found.begin() + K);
+}
+
+MOEKERN_INLINE void kth_and_next(Scratch& s, int64_t E, int64_t padded, int64_t K, const int32_t* ids, float* kth,
+                                 float* next) {
+  float least = std::numeric_limits<float>::infinity();
+  bool all = true;
+  for (int64_t k = 0; k < K; ++k) {
+    all = all && ids[k] >= 0;
+    const float x = s.logit[ids[k] >= 0 ? ids[k] : 0];
+    least = x < least ? x : least;
+  }
+  // If exactly K logits reach the least chosen one, these are the K largest and the rest's maximum comes next.
+  float reach[kLanes] = {}, below[kLanes];
+  for (int j = 0; j < kLanes; ++j) below[j] = kNone;
+  const float* logit = s.logit.data();
+  for (int64_t i = 0; i < padded; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const float x = logit[i + j];
+      reach[j] += x >= least ? 1.0f : 0.0f;
+      below[j] = larger(below[j], x < least ? x : kNone);
+    }
+  const float reached = sum_of(reach);
+  *kth = least;
+  *next = max_of(below);
+  if (all && least > kNone && reached == static_cast<float>(K)) return;
+  const bool bounded = all && reached > static_cast<float>(K);
+  select(s, E, K, bounded ? least : kNone, s.candidates, kth, next);
+}
+
+template <class S, class T>
+MOEKERN_INLINE void measure_logits(const T* row, int64_t E, int64_t padded, int64_t K, const int32_t* ids, Scratch& s,
+                                   float* score_sum, Partial& partial) {
+  float* logit = s.logit.data();
+  float* score = s.score.data();
+  for (int64_t i = 0; i < E; ++i) logit[i] = load(row[i]);
+
+  float top = 0.0f;
+  if (S::kDivide) {
+    float lane[kLanes];
+    for (int j = 0; j < kLanes; ++j) lane[j] = kNone;
+    for (int64_t i = 0; i < padded; i += kLanes)
+      for (int j = 0; j < kLanes; ++j) lane[j] = larger(lane[j], logit[i + j]);
+    top = max_of(lane);
+  }
+
+  float total[kLanes] = {}, weighted[kLanes] = {};
+  for (int64_t i = 0; i < padded; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      const Scored scored = S::of(logit[i + j] - top);
+      score[i + j] = scored.score;
+      total[j] += scored.score;
+      weighted[j] += scored.score * scored.log;
+    }
+  const float sum = sum_of(total);
+  const float scale = S::kDivide ? 1.0f / sum : 1.0f;
+  for (int64_t i = 0; i < padded; ++i) score_sum[i] += score[i] * scale;
+  // With p = s / sum: -sum of p ln p = ln sum - (sum of s ln s) / sum.
+  partial.entropy += static_cast<double>(logarithm(sum)) - static_cast<double>(sum_of(weighted)) / sum;
+
+  if (K == 0 || K >= E) return;
+  float kth, next;
+  kth_and_next(s, E, padded, K, ids, &kth, &next);
+  partial.margin += static_cast<double>(S::of(kth - top).score * scale) - S::of(next - top).score * scale;
+}
+
+// gate_sums holds gate sum and gate square sum side by side for each expert.
+void count_slots(const int32_t* ids, const float* gates, int64_t K, int64_t E, Scratch& s, double* gate_sums) {
+  int64_t n = 0, best = 0;
+  float best_gate = 0.0f;
+  for (int64_t k = 0; k < K; ++k) {
+    if (ids[k] < 0) continue;
+    if (n == 0 || gates[k] > best_gate) {
+      best = ids[k];
+      best_gate = gates[k];
+    }
+    const double gate = gates[k];
+    gate_sums[2 * ids[k]] += gate;
+    gate_sums[2 * ids[k] + 1] += gate * gate;
+    s.chosen[n++] = ids[k];
+  }
+  if (n > 0) ++s.top1[best];
+  const int32_t* chosen = s.chosen.data();
+  uint32_t* pairs = s.pairs.data();
+  for (int64_t a = 0; a < n; ++a) {
+    const int64_t i = chosen[a];
+    ++pairs[i * E + i];
+    for (int64_t b = a + 1; b < n; ++b) {
+      const int64_t j = chosen[b];
+      if (i != j) ++pairs[std::min(i, j) * E + std::max(i, j)];
+    }
+  }
+}
+
+template <class S, class T>
+Partial run_chunk(const RouterStats& args, const T* logits, int64_t start, int64_t padded, Level level, Scratch& s,
+                  float* score_sum, double* gate_sums) {
+  Partial partial;
+  const int64_t n = std::min(kChunk, args.T - start), E = args.E, K = args.K;
+  read_ids(args.idx, start * K, n * K, E, s.ids.data());
+  read_floats(args.weight, start * K, n * K, s.gates.data());
+  const bool* mask = args.mask ? args.mask + start : nullptr;
+  for (int64_t t = 0; t < n; ++t) {
+    if (mask && !mask[t]) continue;
+    ++partial.tokens;
+    count_slots(s.ids.data() + t * K, s.gates.data() + t * K, K, E, s, gate_sums);
+  }
+  if (!logits) return partial;
+  at_level(level, [&]() __attribute__((always_inline)) {
+    for (int64_t t = 0; t < n; ++t)
+      if (!mask || mask[t])
+        measure_logits<S>(logits + (start + t) * E, E, padded, K, s.ids.data() + t * K, s, score_sum, partial);
+  });
+  return partial;
+}
+
+void add_integers(const RouterStats& args, const std::vector<Scratch>& scratch) {
+  const int64_t E = args.E;
+  for (const Scratch& s : scratch)
+    for (int64_t i = 0; i < E; ++i) {
+      args.top1_count[i] += s.top1[i];
+      args.count[i] += s.pairs[i * E + i];
+      args.coactivation[i * E + i] += s.pairs[i * E + i];
+      for (int64_t j = i + 1; j < E; ++j)
+        if (const uint32_t pairs = s.pairs[i * E + j]) {
+          args.coactivation[i * E + j] += pairs;
+          args.coactivation[j * E + i] += pairs;
+        }
+    }
+}
+
+template <class S, class T>
+void run_all(const RouterStats& args, const T* logits, const Run& run) {
+  const int64_t E = args.E, K = args.K, chunks = (args.T + kChunk - 1) / kChunk;
+  const int64_t padded = (E + kLanes - 1) / kLanes * kLanes;
+  const Level level = level_of(run.level);
+  std::vector<Partial> partials(chunks);
+  std::vector<float> score_sums(logits ? chunks * padded : 0);
+  std::vector<double> gate_sums(chunks * 2 * E);
+  std::vector<Scratch> scratch(workers_for(chunks, run.threads));
+  for (Scratch& s : scratch) {
+    s.logit.assign(padded, kNone);
+    s.score.resize(padded);
+    s.candidates.reserve(E);
+    s.ids.resize(kChunk * K);
+    s.gates.resize(kChunk * K);
+    s.chosen.resize(K);
+    s.top1.resize(E);
+    s.pairs.resize(E * E);
+  }
+
+  parallel_for(chunks, run.threads, [&](int64_t c, int worker) {
+    float* score_sum = logits ? score_sums.data() + c * padded : nullptr;
+    partials[c] = run_chunk<S>(args, logits, c * kChunk, padded, level, scratch[worker], score_sum,
+                               gate_sums.data() + c * 2 * E);
+  });
+
+  for (int64_t c = 0; c < chunks; ++c) {
+    *args.tokens += partials[c].tokens;
+    if (logits) *args.logit_tokens += partials[c].tokens;
+    *args.entropy_sum += partials[c].entropy;
+    *args.margin_sum += partials[c].margin;
+    for (int64_t e = 0; e < E; ++e) {
+      args.gate_sum[e] += gate_sums[(c * E + e) * 2];
+      args.gate_square_sum[e] += gate_sums[(c * E + e) * 2 + 1];
+      if (logits) args.score_sum[e] += score_sums[c * padded + e];
+    }
+  }
+  add_integers(args, scratch);
+}
+
+}  // namespace
+
+void router_stats(const RouterStats& args, const Run& run) {
+  with_floats(args.logits, [&](const auto* logits) {
+    switch (args.score) {
+      case Score::softmax: return run_all<Softmax>(args, logits, run);
+      case Score::sigmoid: return run_all<Sigmoid>(args, logits, run);
+      case Score::sqrtsoftplus: return run_all<SqrtSoftplus>(args, logits, run);
+      case Score::identity: return run_all<Identity>(args, logits, run);
+    }
+  });
+}
+
+}  // namespace moekern::cpu

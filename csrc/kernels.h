@@ -1,0 +1,82 @@
+// Every kernel's declaration: raw pointers and sizes, no Python, no torch. Pointers must be valid and contiguous;
+// values of index arrays are checked by the CPU kernels, which throw ArgumentError before anything is written.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace moekern {
+
+enum class Dtype : uint8_t { f32, f64, bf16, f16, i32, i64, boolean, other };
+enum class Score : uint8_t { softmax, sigmoid, sqrtsoftplus, identity };
+
+struct Typed {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::other;
+};
+
+struct ArgumentError : std::runtime_error {
+  ArgumentError(std::string name, const std::string& what) : std::runtime_error(what), argument(std::move(name)) {}
+  std::string argument;
+};
+
+struct RouterStats {
+  Typed logits;  // [T, E], or null
+  Typed idx;     // [T, K]
+  Typed weight;  // [T, K]
+  const bool* mask = nullptr;  // [T], or null
+  int64_t* tokens;             // [1]
+  int64_t* logit_tokens;       // [1]
+  int64_t* count;              // [E]
+  int64_t* top1_count;         // [E]
+  double* gate_sum;            // [E]
+  double* gate_square_sum;     // [E]
+  double* score_sum;           // [E]
+  double* entropy_sum;         // [1]
+  double* margin_sum;          // [1]
+  int64_t* coactivation;       // [E, E]
+  int64_t T, E, K;
+  Score score;
+};
+
+struct CombineAndMeasure {
+  Typed y;                 // [N, H]
+  Typed weight;            // [T, K]
+  Typed idx;               // [T, K]
+  const int64_t* order;    // [N]
+  const int64_t* offsets;  // [E + 1]
+  const bool* mask = nullptr;      // [T], or null
+  double* norm_sum;                // [E]
+  double* norm_square_sum;         // [E]
+  double* gated_norm_sum;          // [E]
+  double* gated_norm_square_sum;   // [E]
+  double* max_abs;                 // [E]
+  double* pair_sum;                // [E, E]
+  double* square_sum;              // [E, H], or null
+  void* out;                       // [T, H], of y's dtype
+  int64_t T, E, K, H, N;
+};
+
+namespace cpu {
+
+// How to run, never what comes out: every number of threads and every instruction set gives the same bits.
+struct Run {
+  int threads = 1;
+  std::string level;  // one of levels(); empty: the widest
+};
+
+std::vector<std::string> levels();  // the instruction sets of this machine, narrowest first
+void router_stats(const RouterStats& args, const Run& run);
+void combine_and_measure(const CombineAndMeasure& args, const Run& run);
+
+}  // namespace cpu
+
+namespace cuda {
+
+std::string architectures();  // what the device code was compiled for; empty without CUDA
+int device_count();           // visible devices that the compiled code runs on
+
+}  // namespace cuda
+}  // namespace moekern

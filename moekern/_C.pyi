@@ -1,0 +1,47 @@
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+def router_stats(
+    logits: Tensor | None,
+    topk_idx: Tensor,
+    topk_weight: Tensor,
+    mask: Tensor | None,
+    tokens: Tensor,
+    logit_tokens: Tensor,
+    count: Tensor,
+    top1_count: Tensor,
+    gate_sum: Tensor,
+    gate_square_sum: Tensor,
+    score_sum: Tensor,
+    entropy_sum: Tensor,
+    margin_sum: Tensor,
+    coactivation: Tensor,
+    score: str,
+    threads: int,
+    level: str,
+) -> None: ...
+def combine_and_measure(
+    y: Tensor,
+    topk_weight: Tensor,
+    topk_idx: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    norm_sum: Tensor,
+    norm_square_sum: Tensor,
+    gated_norm_sum: Tensor,
+    gated_norm_square_sum: Tensor,
+    max_abs: Tensor,
+    pair_sum: Tensor,
+    square_sum: Tensor | None,
+    out: Tensor,
+    threads: int,
+    level: str,
+) -> None: ...
+def levels() -> list[str]: ...
+def cuda_architectures() -> str: ...
+def cuda_device_count() -> int: ...
+def write_file(
+    path: str, pieces: Sequence[tuple[str, int, int] | bytes], progress: Callable[[int], object] | None = None
+) -> None: ...

@@ -1,0 +1,106 @@
+"""Shapes and inputs shared by the kernels' tests and benches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """The MoE layer of a model people prune."""
+
+    E: int
+    K: int
+    H: int
+    score: str
+
+
+MODELS = {
+    "mixtral-8x7b": Layer(8, 2, 4096, "softmax"),
+    "qwen3-30b-a3b": Layer(128, 8, 2048, "softmax"),
+    "qwen3-235b-a22b": Layer(128, 8, 4096, "softmax"),
+    "glm-4.5-air": Layer(128, 8, 4096, "sigmoid"),
+    "gpt-oss-120b": Layer(128, 4, 2880, "softmax"),
+    "deepseek-v3": Layer(256, 8, 7168, "sigmoid"),
+    "kimi-k2": Layer(384, 8, 7168, "sigmoid"),
+    "qwen3-next-80b-a3b": Layer(512, 10, 2048, "softmax"),
+}
+
+
+class Case(NamedTuple):
+    """T tokens, E experts, K slots a token, hidden size H; what is unusual about the routing."""
+
+    T: int
+    E: int
+    K: int
+    H: int
+    masked: bool = False
+    empty: bool = False  # some ids are -1 or E and above
+    favourite: bool = False  # every token's first slot goes to expert 0, the last expert is idle
+    ids: torch.dtype = torch.int64
+
+
+EDGE = {
+    "no-token": Case(0, 4, 2, 8),
+    "one-token": Case(1, 4, 2, 1, ids=torch.int32),
+    "two-experts": Case(40, 2, 1, 31),
+    "all-chosen": Case(33, 5, 5, 33, masked=True),
+    "one-expert": Case(270, 1, 1, 7),
+    "favourite": Case(600, 6, 3, 64, favourite=True),
+    "masked": Case(513, 160, 6, 97, masked=True, ids=torch.int32),
+    "empty-slots": Case(300, 384, 8, 300, empty=True),
+    "all": Case(530, 513, 22, 45, masked=True, empty=True, favourite=True),
+    "wide": Case(37, 8, 2, 2100, masked=True),
+}
+
+
+class Router(NamedTuple):
+    """Arguments of router_stats before the sums."""
+
+    logits: Tensor
+    topk_idx: Tensor
+    topk_weight: Tensor
+    mask: Tensor | None
+
+
+class Rows(NamedTuple):
+    """Arguments of combine_and_measure before the sums."""
+
+    y: Tensor
+    topk_weight: Tensor
+    topk_idx: Tensor
+    order: Tensor
+    offsets: Tensor
+    mask: Tensor | None
+
+
+def router(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Router:
+    T, E, K, _, masked, empty, favourite, ids = case
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(T, E, generator=g) * 3
+    if favourite:
+        logits[:, 0] = 20
+        logits[:, -1] = -20
+    weight, idx = logits.softmax(1).topk(K, dim=1)
+    if empty:
+        gap = torch.rand(T, K, generator=g)
+        idx = idx.masked_fill(gap < 0.1, -1).masked_fill(gap > 0.9, E + 2)
+    mask = torch.rand(T, generator=g) < 0.7 if masked else None
+    return Router(logits.to(dtype), idx.to(ids), (weight / weight.sum(1, keepdim=True)).to(dtype), mask)
+
+
+def rows(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Rows:
+    _, idx, weight, mask = router(case, dtype, seed)
+    order, offsets = grouped(idx, case.E)
+    y = torch.randn(len(order), case.H, generator=torch.Generator().manual_seed(seed + 1))
+    return Rows(y.to(dtype), weight, idx, order, offsets, mask)
+
+
+def grouped(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """The filled slots in expert order, tokens rising within an expert, and where each expert starts."""
+    flat = topk_idx.reshape(-1).long()
+    slots = ((flat >= 0) & (flat < E)).nonzero()[:, 0]
+    counts = torch.bincount(flat[slots], minlength=E)
+    return slots[flat[slots].argsort(stable=True)], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
