@@ -24,7 +24,7 @@ bench: $(VENV)/.ready
 gpu:
 	$(PYTHON) setup.py build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pytest -q -m gpu tests/test_kernels.py
 	$(PYTHON) -m bench.kernels --out $(OUT)/kernels.jsonl
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
