@@ -29,7 +29,7 @@ gpu:
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "moekern: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12"; exit 1; }
+		|| { echo "moekern: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1 | tail -n 1); try make PYTHON=python3.12"; exit 1; }
 	@c++ --version >/dev/null 2>&1 || g++ --version >/dev/null 2>&1 || clang++ --version >/dev/null 2>&1 \
 		|| { echo "moekern: a C++17 compiler is needed (Debian, Ubuntu: apt-get install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

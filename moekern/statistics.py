@@ -245,11 +245,14 @@ class Statistics:
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add the statistics of one model gathered in several runs; domains and runs are united.
 
-    Raises InputError when model, router, format, layers, experts or measured dimensions differ.
+    Raises InputError when model, router, format, layers, experts or measured dimensions differ, or one file comes twice.
     """
     if not parts:
         raise InputError("merge: expected at least one statistics file")
     first = parts[0]
+    known = [part.sha256 for part in parts if part.sha256 is not None]
+    if len(set(known)) < len(known):
+        raise InputError("merge: the same file is given twice; its tokens would count double")
     layers: dict[str, dict[str, LayerStatistics]] = {key: {} for key in first.layers}
     for number, part in enumerate(parts, start=1):
         for name in IDENTITY:

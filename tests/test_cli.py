@@ -84,9 +84,11 @@ def test_the_stages_one_by_one(work: Path, tmp_path: Path) -> None:
 
 
 def test_merged_statistics_are_the_sum(work: Path, tmp_path: Path) -> None:
-    one, out = work / "s.safetensors", tmp_path / "sum.safetensors"
-    assert document("merge", one, one, "--out", out)["tokens"] == {"a": 1200}
-    assert int(Statistics.load(out).layer("1").count.sum()) == 2400
+    other, out = tmp_path / "other.safetensors", tmp_path / "sum.safetensors"
+    data = ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 30, "--tokens", 300)
+    assert moekern("calibrate", work / "model", *data, "--out", other).returncode == 0
+    assert document("merge", work / "s.safetensors", other, "--out", out)["tokens"] == {"a": 900}
+    assert int(Statistics.load(out).layer("1").count.sum()) == 1800
 
 
 def test_python_m_moekern_is_the_command_line(work: Path) -> None:
@@ -212,6 +214,11 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], Callable[[Wrong], tuple[object
         lambda w: None,
         lambda w: ("plan", _corrupt(w), "--keep", 4, "--out", w.out),
         "bad.safetensors",
+    ),
+    "one file merged twice": (
+        lambda w: None,
+        lambda w: ("merge", w.work / "s.safetensors", w.work / "s.safetensors", "--out", w.out),
+        "given twice",
     ),
     "unknown criterion": (lambda w: None, lambda w: w.run("--criterion", "best"), "known are usage"),
     "unknown device": (lambda w: None, lambda w: w.calibrate("--device", "gpu9"), "--device gpu9"),
