@@ -245,7 +245,7 @@ class Statistics:
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add the statistics of one model gathered in several runs; domains and runs are united.
 
-    Raises InputError when model, router, format, layers, experts or measured dimensions differ, or one file comes twice.
+    Raises InputError when model, router, format, layers, experts or measured dimensions differ, or a file comes twice.
     """
     if not parts:
         raise InputError("merge: expected at least one statistics file")

@@ -122,7 +122,7 @@ def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
     )
     quantizer = None
     if quantization is not None:
-        quantizer, config, _ = get_hf_quantizer(config, _dequantized(quantization), {"": "cpu"}, True, {})
+        quantizer, config, _ = get_hf_quantizer(config, _dequantized(folder, quantization), {"": "cpu"}, True, {})
     cls = _model_class(config, trust_remote_code)
     wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     with init_empty_weights(include_buffers=False), _quiet():
@@ -134,14 +134,17 @@ def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
     return Loader(model, mapping, model.state_dict(), wanted, quantizer)
 
 
-def _dequantized(quantization: Any) -> Any:
-    """The quantisation config that makes transformers hand out plain weights, where the method can."""
+def _dequantized(folder: Path, quantization: Any) -> Any:
+    """The quantisation config that makes transformers hand out plain weights; InputError where it cannot."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     if method == "fp8":
         return transformers.FineGrainedFP8Config(dequantize=True)
     if method == "mxfp4":
         return transformers.Mxfp4Config(dequantize=True)
-    return None
+    raise InputError(
+        f"{folder}: a forward pass over {method} weights is not supported, only over fp8 and mxfp4; calibrate an "
+        "unquantised twin of the model and remove provenance.fingerprint from its plan to prune this one with it"
+    )
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:
