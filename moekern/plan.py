@@ -208,7 +208,7 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
     if made_for is not None and made_for != fingerprint:
         raise InputError(
             f"{source}: made for another model (fingerprint {str(made_for)[:12]}, this checkpoint has "
-            f"{fingerprint[:12]}); plan again from this model's statistics, or, for a twin, remove provenance.fingerprint"
+            f"{fingerprint[:12]}); plan again from its own statistics, or, for a twin, remove provenance.fingerprint"
         )
     known = {**layout.layers, **layout.mtp}
     for key in plan.layers:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moekern.architectures import Layout
 from moekern.checkpoint import Checkpoint
+from moekern.decoder.memory import return_freed_memory
 from moekern.decoder.reader import read_tensors
 from moekern.decoder.suspended import run_suspended
 from moekern.decoder.transformers_api import Loader, layer_index, open_loader
@@ -62,9 +63,14 @@ class LayerwiseModel:
 
         def load(i: int) -> None:
             self.loader.load(ahead.pop().result(), self.device)
+            return_freed_memory()
             self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
             if i + 1 < last:
                 ahead.append(self._read(i + 1))
+
+        def unload(i: int) -> None:
+            _drop(self.layers[i])
+            return_freed_memory()
 
         try:
             run_suspended(
@@ -72,7 +78,7 @@ class LayerwiseModel:
                 tasks,
                 forward,
                 load=load,
-                unload=lambda i: _drop(self.layers[i]),
+                unload=unload,
                 entering=entering,
                 stop_after=stop_after,
                 progress=progress,
