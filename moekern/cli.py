@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,6 +69,13 @@ def main() -> None:
         sys.exit(2)
 
 
+def _result(as_json: bool, document: Any, table: Callable[[], None]) -> None:
+    if as_json:
+        console.emit(document)
+    else:
+        table()
+
+
 @app.command(epilog="moekern inspect Qwen3-30B-A3B")
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
@@ -75,7 +83,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
     from moekern.overview import overview
 
     found = overview(model_folder(model))
-    tables.overview(found) if not as_json else console.emit(dataclasses.asdict(found))
+    _result(as_json, dataclasses.asdict(found), lambda: tables.overview(found))
 
 
 @app.command(epilog="moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors")
@@ -103,7 +111,7 @@ def calibrate(
         trust_remote_code,
     )  # fmt: skip
     statistics = stages.calibrate_to(model_folder(model), options, out)
-    tables.statistics(statistics, out) if not as_json else console.emit({"out": str(out), **statistics.header})
+    _result(as_json, {"out": str(out), **statistics.header}, lambda: tables.statistics(statistics, out))
 
 
 @app.command(epilog="moekern merge part1.safetensors part2.safetensors --out all.safetensors")
@@ -120,7 +128,7 @@ def merge(
         raise InputError(f"--out {out}: exists already")
     total = merged([Statistics.load(part) for part in parts])
     total.save(out)
-    tables.statistics(total, out) if not as_json else console.emit({"out": str(out), **total.header})
+    _result(as_json, {"out": str(out), **total.header}, lambda: tables.statistics(total, out))
 
 
 @app.command(epilog=f"Criteria: {tables.criteria_line()}")
@@ -136,7 +144,7 @@ def score(
     from moekern.statistics import Statistics
 
     scores = stages.scores(Statistics.load(statistics), criterion, domain, seed)
-    tables.scores(criterion, scores) if not as_json else console.emit({"criterion": criterion, "layers": scores})
+    _result(as_json, {"criterion": criterion, "layers": scores}, lambda: tables.scores(criterion, scores))
 
 
 @app.command(epilog="moekern plan s.safetensors --criterion reap --keep 0.5 --out plan.json")
@@ -161,7 +169,7 @@ def plan(
         Statistics.load(statistics), criterion, parse_keep(keep), seed=seed, domains=domain, protect_super=protect_super
     )
     made.save(out)
-    tables.plan(made, out) if not as_json else console.emit({"out": str(out), "digest": made.digest, **made.provenance})
+    _result(as_json, {"out": str(out), "digest": made.digest, **made.provenance}, lambda: tables.plan(made, out))
 
 
 @app.command(epilog="moekern prune MODEL plan.json --out MODEL-pruned")
@@ -179,7 +187,7 @@ def prune(
 
     with console.progress("pruning", "bytes") as step:
         report = run(model_folder(model), Plan.load(plan), out, mtp=mtp.value, progress=step)
-    tables.pruned(report) if not as_json else console.emit({**dataclasses.asdict(report), "out": str(report.out)})
+    _result(as_json, {**dataclasses.asdict(report), "out": str(report.out)}, lambda: tables.pruned(report))
 
 
 @app.command(epilog="moekern verify MODEL plan.json MODEL-pruned --forward")
@@ -207,7 +215,7 @@ def verify(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    tables.say_verdict(verdict) if not as_json else console.emit(verdict.document())
+    _result(as_json, verdict.document(), lambda: tables.say_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
 
@@ -237,7 +245,7 @@ def evaluate(
     )  # fmt: skip
     named = {str(path): Plan.load(path) for path in plans or []}
     losses = stages.evaluate_plans(model_folder(model), options, named)
-    tables.losses(losses) if not as_json else console.emit(tables.losses_document(losses))
+    _result(as_json, tables.losses_document(losses), lambda: tables.losses(losses))
 
 
 @app.command(epilog="moekern run MODEL --data prose=book.txt --keep 0.5 --criterion reap --out MODEL-pruned")
@@ -274,7 +282,7 @@ def run(
         model_folder(model), options, out,
         criterion=criterion, keep=parse_keep(keep), protect_super=protect_super, mtp=mtp.value, forward=forward,
     )  # fmt: skip
-    tables.run(done) if not as_json else console.emit(done.document())
+    _result(as_json, done.document(), lambda: tables.run(done))
     if not done.verdict.good:
         raise typer.Exit(1)
 
