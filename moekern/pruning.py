@@ -81,7 +81,7 @@ def prune(
     shards = output_shards(checkpoint, layout, kept, mtp)
     files = _files(checkpoint, layout, plan, kept, shards, mtp)
     target = Path(out)
-    _check_target(checkpoint.folder, target, sum(file.size for file in files))
+    check_target(checkpoint.folder, target, sum(file.size for file in files))
     _write_folder(target, files, progress)
     return PruneReport(
         out=target,
@@ -202,7 +202,7 @@ def _mtp_line(layout: Layout, kept: Mapping[str, Sequence[int]], plan: Plan, mtp
     )
 
 
-def _check_target(source: Path, target: Path, size: int) -> None:
+def check_target(source: Path, target: Path, size: int) -> None:
     """Refuse, before anything is written, a target that could not be written or would harm something."""
     parent = target.parent
     if os.path.lexists(target):

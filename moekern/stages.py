@@ -20,9 +20,10 @@ from moekern.data import TokenData, read_data
 from moekern.errors import InputError
 from moekern.evaluation import Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
+from moekern.overview import overview
 from moekern.plan import Plan, kept_count
 from moekern.planning import make_plan
-from moekern.pruning import Mtp, PruneReport, prune
+from moekern.pruning import Mtp, PruneReport, check_target, prune
 from moekern.statistics import Statistics
 from moekern.verification import VerifyReport, verify
 
@@ -188,17 +189,16 @@ def run(
 ) -> Run:
     """Calibrate, plan, prune, verify. Statistics of an earlier run with the same model and data are used again."""
     check_device(options.device)
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder")
     criterion_named(criterion)
     checkpoint = open_checkpoint(folder)
-    kept_count(keep, find_layout(checkpoint))
+    kept = kept_count(keep, find_layout(checkpoint))
+    check_target(checkpoint.folder, out, overview(checkpoint).bytes_at(kept))
     data = read_tokens(checkpoint, options)
     work = out.with_name(out.name + ".moekern")
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
     statistics = _earlier(statistics_path, checkpoint, data, options)
     if statistics is None:
-        work.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
         statistics_path.unlink(missing_ok=True)
         statistics = _measure(checkpoint, data, options, statistics_path)
     plan = make_plan(statistics, criterion, keep, seed=options.seed, protect_super=protect_super)
