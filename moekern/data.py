@@ -66,9 +66,9 @@ def read_data(
     """
     if sequence_length < 2 or batch_size < 1:
         raise InputError(f"--sequence-length {sequence_length}, --batch-size {batch_size}: expected at least 2 and 1")
-    if tokens is not None and tokens < 2:
-        raise InputError(f"--tokens {tokens}: expected at least 2")
     sources = _sources(specs)
+    if tokens is not None and tokens < 2 * len(sources):
+        raise InputError(f"--tokens {tokens}: expected at least 2 for each of {len(sources)} domains")
     budgets = _shares(tokens, len(sources))
     tokenizer = _Tokenizer(Path(model))
     batches: list[Batch] = []
@@ -94,16 +94,16 @@ def _sources(specs: Sequence[str]) -> dict[str, Path]:
     sources: dict[str, Path] = {}
     for spec in specs:
         name, equals, rest = spec.partition("=")
-        domain, path = (
-            (name, Path(rest)) if equals else (DEFAULT_DOMAIN if len(specs) == 1 else Path(spec).stem, Path(spec))
-        )
-        if not domain or "/" in domain:
+        path = Path(rest if equals else spec)
+        if not equals:
+            name = DEFAULT_DOMAIN if len(specs) == 1 else path.stem
+        if not name or "/" in name:
             raise InputError(f"--data {spec}: expected NAME=PATH with a plain name")
-        if domain in sources:
-            raise InputError(f"--data {spec}: the domain {domain!r} is named twice; put both into one folder")
+        if name in sources:
+            raise InputError(f"--data {spec}: the domain {name!r} is named twice; put both into one folder")
         if not path.exists():
             raise InputError(f"--data {spec}: no such file or folder: {path}")
-        sources[domain] = path
+        sources[name] = path
     return sources
 
 

@@ -44,7 +44,7 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
 
 @given(
     sizes=st.lists(st.integers(2, 300), min_size=1, max_size=3),
-    tokens=st.none() | st.integers(2, 400),
+    tokens=st.none() | st.integers(6, 400),
     length=st.integers(2, 40),
     batch=st.integers(1, 5),
     seed=st.integers(0, 3),
@@ -105,6 +105,14 @@ def test_a_pickled_array_is_not_opened(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="not a readable .npy"):
         read_data([str(tmp_path / "objects.npy")], MODEL)
+
+
+def test_a_budget_too_small_for_its_domains_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    specs = [f"{name}={tmp_path / 'ids.npy'}" for name in "abc"]
+    assert sum(read_data(specs, tmp_path, tokens=6).tokens.values()) == 6
+    with pytest.raises(InputError, match="at least 2 for each of 3 domains"):
+        read_data(specs, tmp_path, tokens=5)
 
 
 @pytest.mark.parametrize(

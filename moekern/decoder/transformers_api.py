@@ -85,7 +85,10 @@ class Loader:
         return places
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Convert checkpoint tensors and put them into the model; tensors the model does not know are an error."""
+        """Convert checkpoint tensors and put them into the model.
+
+        Raises InputError for a shape that config.json does not imply and for a tensor that cannot be converted.
+        """
         config = LoadStateDictConfig(
             device_map={"": device},
             dtype=self.dtype,
