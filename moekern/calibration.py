@@ -48,7 +48,7 @@ def calibrate(
         checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ) as layerwise:
         _measure(layerwise, data, recorder, progress)
-    return _statistics(checkpoint, layout, data, recorder, backends)
+    return _statistics(checkpoint, layout, data, recorder, backends, dtype)
 
 
 def _measure(
@@ -71,10 +71,22 @@ def _measure(
     def done(i: int) -> None:
         if i in layerwise.moe_keys:
             recorder.check(layerwise.moe_keys[i], layout.top_k)
+            _check_finite(recorder, layerwise.moe_keys[i], layout.top_k)
         progress(i + 1, last + 1)
 
     with observed(model, modules, recorder, score=layout.family.score, empty_slots=empty):
         layerwise.run(data.batches, forward, entering=entering, stop_after=last, progress=done)
+
+
+def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
+    """Raise InputError when a finished layer's sums overflowed."""
+    for domain, sums in recorder.sums.get(layer, {}).items():
+        problem = sums.problem(top_k)
+        if problem:
+            raise InputError(
+                f"layer {layer}, domain {domain}: {problem}: the model's numbers leave the range of its dtype; "
+                "try another one (--dtype)"
+            )
 
 
 def _backends(device: str, backend: str | None) -> dict[str, str]:
@@ -87,7 +99,12 @@ def _backends(device: str, backend: str | None) -> dict[str, str]:
 
 
 def _statistics(
-    checkpoint: Checkpoint, layout: Layout, data: TokenData, recorder: Recorder, backends: dict[str, str]
+    checkpoint: Checkpoint,
+    layout: Layout,
+    data: TokenData,
+    recorder: Recorder,
+    backends: dict[str, str],
+    dtype: torch.dtype | None,
 ) -> Statistics:
     header = make_header(
         fingerprint=checkpoint.fingerprint,
@@ -103,6 +120,7 @@ def _statistics(
         data=data.recipe,
         backend=backends,
         versions=versions(),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
     )
     layers = {key: {domain: sums.to("cpu") for domain, sums in recorder.sums[key].items()} for key in layout.layers}
     return Statistics(header, layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -24,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
+
 
 class MtpMode(str, Enum):
     prune = "prune"
@@ -37,7 +40,9 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
+]
 Data = Annotated[
     list[str],
     typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
@@ -60,13 +65,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 def main() -> None:
-    """Run the command line; what the user can mend ends in one line and exit code 2."""
+    """Run the command line; what the user can mend ends in one line and exit code 2, a signal in 128 + its number."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files go
     try:
         app()
     except (InputError, OSError) as error:
         text = " ".join(str(error).split())
         print(f"moekern: {text}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code in STOPPED:
+            print(f"moekern: stopped by {STOPPED[end.code]}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _result(as_json: bool, document: Any, table: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LOG_EVERY = 10.0  # seconds between plain progress lines
 
@@ -27,19 +29,33 @@ def say(text: str) -> None:
 
 
 def emit(document: Any) -> None:
-    """A JSON document on standard output."""
-    json.dump(document, sys.stdout, indent=1, ensure_ascii=False)
-    sys.stdout.write("\n")
+    """A JSON document on standard output; numbers that JSON lacks (NaN, infinity) become null."""
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+    encoding = sys.stdout.encoding or "utf-8"
+    if text.encode(encoding, "replace").decode(encoding) != text:
+        text = json.dumps(_finite(document), indent=1, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on standard output; the first column is text, the others are numbers."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(highlight=False)
+    # A line that a narrow terminal wraps can be read; a number cut short cannot.
+    unbounded = console.options.update(width=1 << 16)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum, len(title))
     console.print(title, markup=False, style="bold")
     console.print(table)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern import files
-from moekern.errors import InputError
+from moekern.errors import InputError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go", ".java", ".html", ".tex")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".npy")
@@ -56,6 +56,7 @@ def read_data(
     sequence_length: int = 2048,
     batch_size: int = 8,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> TokenData:
     """Read "name=path" or "path" sources, tokenise with the model folder's tokenizer and pack to `sequence_length`.
 
@@ -66,11 +67,13 @@ def read_data(
     """
     if sequence_length < 2 or batch_size < 1:
         raise InputError(f"--sequence-length {sequence_length}, --batch-size {batch_size}: expected at least 2 and 1")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: expected 0 or more")
     sources = _sources(specs)
     if tokens is not None and tokens < 2 * len(sources):
         raise InputError(f"--tokens {tokens}: expected at least 2 for each of {len(sources)} domains")
     budgets = _shares(tokens, len(sources))
-    tokenizer = _Tokenizer(Path(model))
+    tokenizer = _Tokenizer(Path(model), trust_remote_code)
     batches: list[Batch] = []
     for number, ((domain, path), budget) in enumerate(zip(sources.items(), budgets, strict=True)):
         ids = _domain_ids(path, tokenizer)
@@ -95,9 +98,11 @@ def _sources(specs: Sequence[str]) -> dict[str, Path]:
     for spec in specs:
         name, equals, rest = spec.partition("=")
         path = Path(rest if equals else spec)
+        if not (rest if equals else spec):
+            raise InputError(f"--data {spec}: no path is given; expected NAME=PATH")
         if not equals:
             name = DEFAULT_DOMAIN if len(specs) == 1 else path.stem
-        if not name or "/" in name:
+        if not name or "/" in name or not name.isprintable():
             raise InputError(f"--data {spec}: expected NAME=PATH with a plain name")
         if name in sources:
             raise InputError(f"--data {spec}: the domain {name!r} is named twice; put both into one folder")
@@ -116,6 +121,8 @@ def _shares(tokens: int | None, domains: int) -> list[int | None]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise InputError(f"--data: {path} is a pipe or a device; give a file or a folder")
     found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in DATA_SUFFIXES)
     if not found:
         raise InputError(f"--data: {path} holds no file ending in {', '.join(DATA_SUFFIXES)}")
@@ -131,8 +138,8 @@ def _digest(path: Path) -> str | dict[str, str]:
 class _Tokenizer:
     """The checkpoint's tokenizer, opened when the first text needs it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        self.folder, self.trust_remote_code = folder, trust_remote_code
         self.loaded: Any = None
 
     def get(self) -> Any:
@@ -140,12 +147,18 @@ class _Tokenizer:
             from transformers import AutoTokenizer
 
             try:
-                self.loaded = AutoTokenizer.from_pretrained(self.folder)
-            except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{self.folder}: no usable tokenizer; give token ids instead (.npy, or JSONL with input_ids)"
-                ) from error
+                loaded = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            except Exception as error:  # a tokenizer's files are anybody's, and so is what they make transformers raise
+                raise self._unusable(first_line(error)) from error
+            # Without tokenizer files transformers makes an empty one from config.json's model_type.
+            if len(loaded) <= len(loaded.all_special_tokens):
+                raise self._unusable("its vocabulary is empty")
+            self.loaded = loaded
         return self.loaded
+
+    def _unusable(self, reason: str) -> InputError:
+        instead = "give token ids instead (.npy, or JSONL with input_ids)"
+        return InputError(f"{self.folder}: no usable tokenizer; {instead}: {reason}")
 
     def encode(self, text: str) -> list[int]:
         tokenizer = self.get()
@@ -178,6 +191,8 @@ def _npy(file: Path) -> np.ndarray:
         ids = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{file}: not a readable .npy file of token ids") from error
+    if not isinstance(ids, np.ndarray):
+        raise InputError(f"{file}: not a readable .npy file of token ids")
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise InputError(f"{file}: expected integer token ids of shape [N] or [rows, N], got {ids.dtype} {ids.shape}")
     return ids.reshape(-1).astype(np.int64)
@@ -185,29 +200,41 @@ def _npy(file: Path) -> np.ndarray:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start})") from error
 
 
 def _jsonl(file: Path, tokenizer: _Tokenizer) -> Iterator[Sequence[int]]:
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: expected an object with text, messages or input_ids")
-        if isinstance(row.get("input_ids"), list) and all(type(i) is int for i in row["input_ids"]):
-            yield row["input_ids"]
-        elif isinstance(row.get("text"), str):
-            yield tokenizer.encode(row["text"])
-        elif isinstance(row.get("messages"), list):
-            yield tokenizer.chat(row["messages"])
-        else:
-            raise InputError(f"{file}:{number}: expected text (a string), messages or input_ids (a list of integers)")
+        yield _row(row, tokenizer, f"{file}:{number}")
+
+
+def _row(row: Any, tokenizer: _Tokenizer, where: str) -> Sequence[int]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with text, messages or input_ids")
+    ids = row.get("input_ids")
+    if isinstance(ids, list) and all(type(i) is int and abs(i) < 1 << 63 for i in ids):
+        return ids
+    if isinstance(row.get("text"), str):
+        try:
+            row["text"].encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: text holds half a surrogate pair, which is no character") from error
+        return tokenizer.encode(row["text"])
+    if isinstance(row.get("messages"), list):
+        tokenizer.get()
+        try:
+            return tokenizer.chat(row["messages"])
+        except Exception as error:  # a chat template is a program of the checkpoint's author
+            raise InputError(f"{where}: messages: the chat template cannot render them: {first_line(error)}") from error
+    raise InputError(f"{where}: expected text (a string), messages or input_ids (a list of integers)")
 
 
 def _check_vocabulary(ids: np.ndarray, vocab_size: int | None, path: Path) -> None:

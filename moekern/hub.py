@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moekern.errors import InputError
+from moekern.errors import InputError, first_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "LICENSE*"]
@@ -29,5 +29,4 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no such folder, and not to be had from the hub ({reason[:160]})") from error
+        raise InputError(f"{name}: no such folder, and not to be had from the hub ({first_line(error)})") from error

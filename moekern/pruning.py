@@ -1,12 +1,15 @@
 """Write the pruned checkpoint: kept bytes are copied, never converted."""
 
+import fcntl
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,7 +206,10 @@ def _mtp_line(layout: Layout, kept: Mapping[str, Sequence[int]], plan: Plan, mtp
 
 
 def check_target(source: Path, target: Path, size: int) -> None:
-    """Refuse, before anything is written, a target that could not be written or would harm something."""
+    """Refuse, before anything is written, a target that could not be written or would harm something.
+
+    What a killed process left of the same target is removed first: it may hold the space that is needed.
+    """
     parent = target.parent
     if os.path.lexists(target):
         raise InputError(f"{target}: exists already; name a new folder or remove it")
@@ -213,6 +219,7 @@ def check_target(source: Path, target: Path, size: int) -> None:
         raise InputError(f"{target}: lies inside the source {source}; name a folder elsewhere")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{target}: no permission to write in {parent}")
+    _remove_abandoned(target)
     free = shutil.disk_usage(parent).free
     if size > free:
         raise InputError(f"{target}: needs {size / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
@@ -220,24 +227,54 @@ def check_target(source: Path, target: Path, size: int) -> None:
 
 def _write_folder(target: Path, files: Sequence[File], progress: Progress | None) -> None:
     """Write the files into a temporary folder, then rename it to `target`. On any exception nothing stays."""
+    temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(4)}")
+    with ExitStack() as stack:
+        try:
+            temporary.mkdir()
+            with suppress(OSError):  # a file system without locks
+                stack.enter_context(_locked(temporary))
+            _write_files(temporary, files, progress)
+            temporary.rename(target)
+            fsync(target.parent)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise InputError(f"{target}: not written: {_reason(error)}") from error
+            raise
+
+
+def _write_files(folder: Path, files: Sequence[File], progress: Progress | None) -> None:
     total, done = sum(file.size for file in files), 0
-    temporary = target.with_name(f".{target.name}.moekern-{secrets.token_hex(4)}")
+    for file in files:
+        path = folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _C.write_file(str(path), file.pieces(), progress and _shifted(progress, done, total))
+        done += file.size
+    for part in {folder, *((folder / file.name).parent for file in files)}:
+        fsync(part)
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name}.moekern-"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however that ends; BlockingIOError while another holds it."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        temporary.mkdir()
-        for file in files:
-            path = temporary / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _C.write_file(str(path), file.pieces(), progress and _shifted(progress, done, total))
-            done += file.size
-        for folder in {temporary, *((temporary / file.name).parent for file in files)}:
-            fsync(folder)
-        temporary.rename(target)
-        fsync(target.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{target}: not written: {_reason(error)}") from error
-        raise
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary folders of this target that no living process writes; where locks do not work, none."""
+    pattern = re.escape(_temporary_prefix(target)) + "[0-9a-f]{8}"
+    for folder in [path for path in target.parent.iterdir() if re.fullmatch(pattern, path.name)]:
+        with suppress(OSError), _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.criteria import criterion_named, score_layer
 from moekern.data import TokenData, read_data
 from moekern.errors import InputError
-from moekern.evaluation import Evaluation, evaluate
+from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
 from moekern.overview import overview
 from moekern.plan import Plan, kept_count
@@ -96,6 +97,7 @@ def read_tokens(checkpoint: Checkpoint, options: Calibration) -> TokenData:
         sequence_length=options.sequence_length,
         batch_size=options.batch_size,
         seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -105,6 +107,8 @@ def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
         raise InputError(f"--out {out}: exists already")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: no permission to write in {out.parent}")
     check_device(options.device)
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
@@ -124,6 +128,7 @@ def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out:
             trust_remote_code=options.trust_remote_code,
             progress=step,
         )
+    out.parent.mkdir(exist_ok=True)  # `run` keeps its own in a new folder, made when there is something to keep
     statistics.save(out)
     return Statistics.load(out)
 
@@ -159,6 +164,8 @@ def verify_both(
 
 def evaluate_plans(folder: Path, options: Calibration, plans: Mapping[str, Plan]) -> Evaluation:
     """Held-out loss of the original and of plans applied on the fly."""
+    if ORIGINAL in plans:
+        raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(options.device)
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
@@ -198,8 +205,6 @@ def run(
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
     statistics = _earlier(statistics_path, checkpoint, data, options)
     if statistics is None:
-        work.mkdir(exist_ok=True)
-        statistics_path.unlink(missing_ok=True)
         statistics = _measure(checkpoint, data, options, statistics_path)
     plan = make_plan(statistics, criterion, keep, seed=options.seed, protect_super=protect_super)
     plan.save(plan_path)
@@ -220,7 +225,8 @@ def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calib
     same = (
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
-        and runs[0]["data"] == json.loads(json.dumps(data.recipe))
+        and runs[0].get("dtype") == options.dtype
+        and runs[0].get("data") == json.loads(json.dumps(data.recipe))
         and (not options.dimensions or all(s.dimensions for domains in found.layers.values() for s in domains.values()))
     )
     if same:

@@ -148,11 +148,13 @@ def make_header(
     n_group: int = 1,
     topk_group: int = 1,
     group_top: int = 1,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The header of one calibration run.
 
-    `tokens` counts tokens per domain. `data` (the recipe), `backend` and `versions` are any JSON; they become the one
-    entry of "runs", which grows when files are merged. The router's numbers let a plan be made without the checkpoint.
+    `tokens` counts tokens per domain. `data` (the recipe), `backend` and `versions` are any JSON; with `dtype` (None:
+    the checkpoint's) they become the one entry of "runs", which grows when files are merged. The router's numbers let a
+    plan be made without the checkpoint.
     """
     return {
         "format": FORMAT,
@@ -166,7 +168,7 @@ def make_header(
         "group_top": group_top,
         "domains": list(domains),
         "tokens": dict(tokens),
-        "runs": [{"data": data, "backend": backend, "versions": dict(versions)}],
+        "runs": [{"data": data, "backend": backend, "versions": dict(versions), "dtype": dtype}],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,21 @@ def test_a_shape_that_config_does_not_imply_is_refused(family_checkpoint: Callab
     loader = api.open_loader(family_checkpoint("mixtral"), torch.float32)
     with pytest.raises(InputError, match=r"input_layernorm\.weight: the checkpoint holds shape \(7,\)"):
         loader.load({"model.layers.1.input_layernorm.weight": torch.zeros(7)}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", "four", "transformers cannot read it"),
+        ("hidden_act", "no such activation", "no model can be built from it"),
+        ("model_type", "no-such-model", "transformers cannot read it"),
+    ],
+)
+def test_a_config_transformers_cannot_use_ends_in_one_line(
+    key: str, value: str, message: str, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = json.loads((family_checkpoint("mixtral") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(InputError, match=message) as caught:
+        api.open_loader(tmp_path, torch.float32)
+    assert "\n" not in str(caught.value)

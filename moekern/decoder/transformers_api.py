@@ -31,7 +31,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from moekern.architectures import Layout
-from moekern.errors import InputError
+from moekern.errors import InputError, first_line
 
 grouped_linear = _grouped_linear
 EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
@@ -117,9 +117,10 @@ def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
     Raises InputError when transformers knows no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{folder}/config.json: transformers cannot read it: {_first_line(error)}") from error
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config is anybody's, and so is what it makes transformers raise
+        raise InputError(f"{folder}/config.json: transformers cannot read it: {first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(decoder=True), "quantization_config", None
     )
@@ -128,10 +129,13 @@ def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
         quantizer, config, _ = get_hf_quantizer(config, _dequantized(folder, quantization), {"": "cpu"}, True, {})
     cls = _model_class(config, trust_remote_code)
     wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
-    with init_empty_weights(include_buffers=False), _quiet():
-        model = cls._from_config(config, dtype=wanted)
-        if quantizer is not None:
-            quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"}, checkpoint_files=None)
+    try:
+        with init_empty_weights(include_buffers=False), _quiet():
+            model = cls._from_config(config, dtype=wanted)
+            if quantizer is not None:
+                quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"}, checkpoint_files=None)
+    except Exception as error:
+        raise InputError(f"{folder}/config.json: no model can be built from it: {first_line(error)}") from error
     model.eval()
     mapping = get_model_conversion_mapping(model, None, quantizer)
     return Loader(model, mapping, model.state_dict(), wanted, quantizer)
@@ -229,7 +233,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

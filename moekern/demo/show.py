@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -50,7 +51,11 @@ def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, 
         else:
             out.mkdir(parents=True)
             work = out
-        return _tour(work, seeds, say, quiet)
+        try:
+            return _tour(work, seeds, say, quiet)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> dict[str, Any]:
@@ -160,9 +165,15 @@ def beating_random(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def generate(folder: Path, new_tokens: int = 24) -> dict[str, str]:
     """Greedy continuations by transformers, loaded from `folder` as any user would; every key must match."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
         raise RuntimeError(f"{folder}: transformers reports {wrong}")

@@ -1,0 +1,226 @@
+"""Odd data, stopped commands and odd output: one clear line, nothing left, nothing cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moekern import calibration, console, stages
+from moekern.checkpoint import open_checkpoint
+from moekern.data import read_data
+from moekern.demo import MODEL, TEXT, show
+from moekern.errors import InputError
+from moekern.plan import Plan
+from moekern.pruning import prune
+from moekern.recorder import Recorder
+from tests.measured import layer_statistics
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"input_ids": [1, 100000000000000000000]}', "d.jsonl:1: expected text"),
+        ('{"text": "a \\ud800 b"}', "d.jsonl:1: text holds half a surrogate pair"),
+        ('{"messages": [1, 2]}', "d.jsonl:1: messages: the chat template"),
+        ("[" * 100_000, "d.jsonl:1: not JSON"),
+    ],
+)
+def test_odd_rows_are_named(row: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(row)
+    with pytest.raises(InputError, match=message):
+        read_data([str(tmp_path / "d.jsonl")], MODEL)
+
+
+def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three\x0bfour " * 20
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n"
+    )
+    (tmp_path / "b.txt").write_bytes(text.encode())
+    one, other = (read_data([str(tmp_path / name)], MODEL).batches[0].input_ids for name in ("a.jsonl", "b.txt"))
+    assert one.tolist() == other.tolist()
+
+
+def test_an_archive_of_arrays_is_no_array(tmp_path: Path) -> None:
+    with (tmp_path / "d.npy").open("wb") as file:
+        np.savez(file, a=np.arange(5))
+    with pytest.raises(InputError, match="not a readable .npy"):
+        read_data([str(tmp_path / "d.npy")], MODEL)
+
+
+def test_pipes_empty_paths_names_and_seeds_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for spec, message in (
+        (str(tmp_path / "pipe"), "a pipe or a device"),
+        ("a=", "no path is given"),
+        ("", "no path is given"),
+        (f"a\udcff={TEXT}", "a plain name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_data([spec], MODEL)
+    with pytest.raises(InputError, match="--seed -1"):
+        read_data([f"a={TEXT}"], MODEL, seed=-1)
+
+
+def test_a_tokenizer_made_from_nothing_is_none(tmp_path: Path) -> None:
+    shutil.copy(MODEL / "config.json", tmp_path)
+    with pytest.raises(InputError, match="no usable tokenizer.*its vocabulary is empty"):
+        read_data([f"a={TEXT / 'c'}"], tmp_path)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_asked_for_by_flag_alone(tmp_path: Path) -> None:
+    code = "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast):\n    pass\n"
+    (tmp_path / "mine.py").write_text(code)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(MODEL / name, tmp_path)
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    data = read_data([f"a={TEXT / 'c'}"], tmp_path, tokens=64, trust_remote_code=True)
+    assert data.tokens == {"a": 64}
+
+
+def test_tables_are_neither_cut_short_nor_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"domain{i}" for i in range(40)]
+    console.show("t [/x]", ("plan", "[/b]", *names), [("plans[/half].json", *(f"{i}.1415" for i in range(41)))])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for text in ("t [/x]", "[/b]", "plans[/half].json", *names, "40.1415"):
+        assert text in shown
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit({"a": [1.5, float("nan")], "b": {"c": float("inf")}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [1.5, None], "b": {"c": None}}
+
+
+def test_sums_that_are_not_finite_stop_the_run() -> None:
+    recorder = Recorder()
+    recorder.sums = {"3": {"a": layer_statistics(0)}}
+    top_k = int(recorder.sums["3"]["a"].count.sum()) // 40
+    calibration._check_finite(recorder, "3", top_k)
+    recorder.sums["3"]["a"].norm_sum[1] = float("inf")
+    with pytest.raises(InputError, match="layer 3, domain a: norm_sum: not finite.*--dtype"):
+        calibration._check_finite(recorder, "3", top_k)
+
+
+def _plan() -> Plan:
+    layers = {str(i): {"keep": [0, 1, 2, 3]} for i in range(4)}
+    return Plan.from_json(json.dumps({"format": "moekern.plan/1", "layers": layers}))
+
+
+def test_a_plan_cannot_take_the_place_of_the_original() -> None:
+    options = stages.Calibration((f"a={TEXT / 'c'}",), tokens=64)
+    with pytest.raises(InputError, match="a plan is named 'original'"):
+        stages.evaluate_plans(MODEL, options, {"original": _plan()})
+
+
+def test_what_a_killed_prune_left_goes_with_the_next(tmp_path: Path) -> None:
+    left, busy, other = (
+        tmp_path / f".{name}" for name in ("o.moekern-0123abcd", "o.moekern-89abcdef", "x.moekern-0123abcd")
+    )
+    for folder in (left, busy, other):
+        folder.mkdir()
+        (folder / "half.safetensors").write_bytes(b"half")
+    script = """
+import sys, time
+from pathlib import Path
+from moekern.pruning import _locked
+with _locked(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(busy)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        prune(MODEL, _plan(), tmp_path / "o")
+        assert {p.name for p in tmp_path.iterdir()} == {busy.name, other.name, "o"}
+        shutil.rmtree(tmp_path / "o")
+        writer.kill()
+        writer.wait()
+    prune(MODEL, _plan(), tmp_path / "o")
+    assert {p.name for p in tmp_path.iterdir()} == {other.name, "o"}
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_stopped_command_says_so_and_leaves_nothing(number: signal.Signals, name: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(_plan().to_json())
+    script = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from moekern import cli, pruning
+def slow(*arguments):
+    print("writing", flush=True)
+    time.sleep(600)
+pruning._C.write_file, real = slow, pruning._C.write_file
+cli.main()
+"""
+    command = [sys.executable, "-c", script, "prune", str(MODEL), "plan.json", "--out", "o"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stdout.readline() == "writing\n"
+        done.send_signal(number)
+        _, errors = done.communicate(timeout=60)
+    assert (done.returncode, errors) == (128 + number, f"moekern: stopped by {name}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(show, "calibrate_to", fail)
+    with pytest.raises(KeyboardInterrupt):
+        show.run_demo(tmp_path / "demo", 1, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(MODEL)
+    options = stages.Calibration(
+        (f"a={TEXT / 'c'}",), tokens=256, sequence_length=64, dtype="float32", dimensions=False
+    )
+    path = tmp_path / "s.safetensors"
+    stages.calibrate_to(MODEL, options, path)
+    data = stages.read_tokens(checkpoint, options)
+    assert stages._earlier(path, checkpoint, data, options) is not None
+    assert stages._earlier(path, checkpoint, data, replace(options, dtype=None)) is None
+
+
+def test_a_source_distribution_can_be_built_from(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=300)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    needed = ["setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "moekern/py.typed"]
+    needed += [p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.is_file()]
+    needed += [f"moekern/demo/{p.relative_to(MODEL.parent).as_posix()}" for p in MODEL.iterdir()]
+    assert set(needed) <= held
+
+
+def test_the_demo_loads_its_model_without_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(show.generate(MODEL, new_tokens=2)) == 3
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_a_run_stopped_while_calibrating_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "calibrate", stop)
+    options = stages.Calibration((f"a={TEXT / 'c'}",), tokens=64, dtype="float32")
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(
+            MODEL, options, tmp_path / "o", criterion="reap", keep=8, protect_super=False, mtp="prune", forward=False
+        )
+    assert list(tmp_path.iterdir()) == []
