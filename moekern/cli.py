@@ -53,7 +53,7 @@ BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Seed = Annotated[int, typer.Option(help="Seeds the choice of sequences and the random criterion.")]
 Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
-CriterionOption = Annotated[str, typer.Option(help="How experts are ranked; `moekern score -h` lists them.")]
+CriterionOption = Annotated[str, typer.Option(help="How experts are ranked; `moekern criteria` lists them.")]
 Keep = Annotated[str, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64).")]
 Domains = Annotated[
     list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
@@ -143,7 +143,16 @@ def merge(
     _result(as_json, {"out": str(out), **total.header}, lambda: tables.statistics(total, out))
 
 
-@app.command(epilog=f"Criteria: {tables.criteria_line()}")
+@app.command(epilog="moekern criteria")
+def criteria(as_json: Json = False) -> None:
+    """List the criteria that score, plan and run know."""
+    from moekern.criteria import CRITERIA
+
+    rows = [{"name": c.name, "meaning": c.meaning, "paper": c.paper} for c in CRITERIA.values()]
+    _result(as_json, rows, lambda: tables.criteria(rows))
+
+
+@app.command(epilog="moekern score s.safetensors --criterion hope")
 def score(
     statistics: Annotated[Path, typer.Argument(help="A statistics file.")],
     criterion: CriterionOption = "reap",
@@ -283,12 +292,13 @@ def run(
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
     from moekern import stages
+    from moekern.criteria import criterion_named
     from moekern.hub import model_folder
     from moekern.plan import parse_keep
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        dimensions=criterion == "ean_dim", trust_remote_code=trust_remote_code,
+        dimensions="square_sum" in criterion_named(criterion).needs, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     done = stages.run(
         model_folder(model), options, out,

@@ -31,6 +31,8 @@ class Overview:
     routed_bytes: int  # routed experts of the main decoder
     bytes_per_expert: int  # one expert of one layer, on average
     dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
+    in_transformers: bool  # transformers has the model class, so it can be calibrated
+    note: str  # what is special about the family
     legal_counts: tuple[int, ...]  # kept experts a layer that the router can work with
 
     def bytes_at(self, kept: int) -> int:
@@ -70,5 +72,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         routed_bytes=routed,
         bytes_per_expert=routed // max(1, sum(layer.num_experts for layer in layout.layers.values())),
         dtypes=dict(dtypes.most_common()),
+        in_transformers=layout.family.transformers,
+        note=layout.family.note,
         legal_counts=tuple(n for n in counts if count_problem(n, layout) is None),
     )

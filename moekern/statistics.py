@@ -238,11 +238,6 @@ class Statistics:
             raise InputError(f"{path}: {problem}")
         return Statistics(header, layers, files.sha256(path))
 
-    @staticmethod
-    def digest(path: str | Path) -> str:
-        """sha256 of a statistics file, as plans record it."""
-        return files.sha256(path)
-
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add the statistics of one model gathered in several runs; domains and runs are united.

@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from moekern.statistics import Statistics
 
 
-def criteria_line() -> str:
-    """The criteria by name, for help texts."""
-    from moekern.criteria import CRITERIA
-
-    return ", ".join(CRITERIA)
+def criteria(rows: Sequence[Mapping[str, str]]) -> None:
+    """Name, meaning and paper of every criterion."""
+    show("criteria, higher is kept", ("name", "meaning", "paper"), [tuple(row.values()) for row in rows])
 
 
 def overview(found: Overview) -> None:
@@ -42,6 +40,8 @@ def overview(found: Overview) -> None:
             ("routed experts", f"{size(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
             ("their types", ", ".join(f"{name} {size(n)}" for name, n in found.dtypes.items())),
             ("one expert of one layer", size(found.bytes_per_expert)),
+            ("transformers can run it", "yes" if found.in_transformers else "no: it can be pruned, not calibrated"),
+            *((("note", found.note),) if found.note else ()),
         ),
     )
     shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]

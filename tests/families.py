@@ -242,9 +242,6 @@ UNBUILDABLE: Mapping[str, str] = {
     "nllb-moe": "encoder-decoder, two stacks with their own sparse steps",
     "switch_transformers": "encoder-decoder, two stacks with their own sparse steps",
 }
-NO_RELOAD: Mapping[str, str] = {
-    "longcat_flash": "allocates gate_up_proj for routed plus zero experts, so a pruned checkpoint does not load",
-}
 NO_CALIBRATION: Mapping[str, str] = {
     "diffusion_gemma": "no causal forward: the canvas is random and each decoder layer runs twice",
     "ernie4_5_vl_moe": "two routers and two sets of experts share one numbering in each layer",

@@ -193,7 +193,11 @@ def test_family_known_from_its_hub_files(row: list[str], suffixes: tuple[str, ..
     number = 2 * (experts.count("|") + 1) * len(suffixes)
     expected = {("expert", "drop"): number * 8} if "#" in experts else {("expert", "slice"): number}
     assert found == expected | {("router", "slice"): 2} | ({("bias", "slice"): 2} if bias else {})
-    assert layout.expert_bytes(checkpoint) == number * 8 * (16 * 32 * 2)
+    assert sum(
+        checkpoint.tensors[t.name].nbytes
+        for layer in [*layout.layers.values(), *layout.mtp.values()]
+        for t in layer.of_role("expert")
+    ) == number * 8 * (16 * 32 * 2)
 
 
 def test_families_of_remote_code_are_all_here() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from moekern.cli import main
+from moekern.criteria import CRITERIA
 from moekern.statistics import Statistics
 from tests import families
 
@@ -102,7 +103,8 @@ def test_tables_are_for_people(work: Path) -> None:
     done = moekern("inspect", work / "model")
     assert "deepseek_v3" in done.stdout
     assert "8, 2" in done.stdout
-    assert "reap" in moekern("score", "-h").stdout
+    assert "arXiv:2510.13999" in moekern("criteria").stdout
+    assert len(document("criteria")) == len(CRITERIA)
 
 
 def test_run_uses_what_a_killed_run_left(work: Path, tmp_path: Path) -> None:

@@ -36,6 +36,6 @@ def test_router_parameters_are_random(name: str) -> None:
 
 
 def test_special_names_exist() -> None:
-    for table in (families.NO_RELOAD, families.NO_STANDARD_HOOK, families.RESAVED, families.SEVERAL_STACKS):
+    for table in (families.NO_STANDARD_HOOK, families.RESAVED, families.SEVERAL_STACKS):
         assert set(table) <= set(families.FAMILIES)
     assert not set(families.UNBUILDABLE) & set(families.FAMILIES)

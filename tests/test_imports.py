@@ -97,6 +97,11 @@ def test_the_byte_road_needs_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, moekern.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_kernels_need_neither_transformers_nor_greenlet() -> None:
     code = "import sys, moekern.kernels; sys.exit(bool({'transformers', 'greenlet', 'typer'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

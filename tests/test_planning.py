@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from moekern import files
 from moekern.criteria import CRITERIA
 from moekern.errors import InputError
 from moekern.plan import Limits, Plan, check_plan
@@ -34,7 +35,7 @@ def test_a_plan_says_where_it_comes_from(tmp_path):
         make_plan(s, "reap", 0.5, domains=["code"]).provenance.items()
         >= {
             "fingerprint": FINGERPRINT,
-            "statistics": Statistics.digest(tmp_path / "s"),
+            "statistics": files.sha256(tmp_path / "s"),
             "criterion": "reap",
             "domains": ["code"],
             "keep": 0.5,

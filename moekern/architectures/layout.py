@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 from moekern.architectures.config_keys import Path
 from moekern.architectures.table import Family
-from moekern.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +62,3 @@ class Layout:
     group_top: int
     count_paths: tuple[Path, ...]  # config keys that hold the expert count
     mtp_paths: tuple[Path, ...]  # config keys that hold the number of multi-token-prediction layers
-
-    def expert_bytes(self, checkpoint: Checkpoint) -> int:
-        """Bytes of the routed experts of all layers."""
-        layers = chain(self.layers.values(), self.mtp.values())
-        return sum(checkpoint.tensors[t.name].nbytes for layer in layers for t in layer.of_role("expert"))

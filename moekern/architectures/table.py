@@ -28,7 +28,6 @@ class Family:
     score: str = "softmax"
     score_key: str = ""  # config key that overrides score
     group_top: int = 0  # scores that make up a group's score; 0: no groups
-    group_mask: float = float("-inf")  # score given to experts outside the chosen groups
     group_if: tuple[str, str] | None = None  # config key and value without which groups are ignored
     count: str = "num_experts"
     top_k: str = "num_experts_per_tok"  # config key, or a number
@@ -101,21 +100,18 @@ FAMILIES: tuple[Family, ...] = (
         count="n_routed_experts",
         mtp="named",
     ),
-    Family(
-        "mistral_large4", block="|mlp", experts="w123", group_top=2, group_mask=0.0, count="n_routed_experts", **TEXT
-    ),
-    Family("mistral4", group_top=2, group_mask=0.0, count="n_routed_experts"),
+    Family("mistral_large4", block="|mlp", experts="w123", group_top=2, count="n_routed_experts", **TEXT),
+    Family("mistral4", group_top=2, count="n_routed_experts"),
     Family(
         "deepseek_v2",
         also=("deepseek_ocr2_text", "unlimited_ocr_text", "deepseek_ocr2", "unlimited_ocr"),
         group_top=1,
-        group_mask=0.0,
         group_if=("topk_method", "group_limited_greedy"),
         count="n_routed_experts",
     ),
     *rows("deepseek_v3=kimi_k2 deepseek_v32 glm4_moe glm4_moe_lite glm_moe_dsa", mtp="numbered", **V3),
     *rows("dots1 solar_open axk1", **V3),
-    Family("axk2", **{**V3, "group_mask": 0.0}),
+    Family("axk2", **V3),
     *rows("kimi_k25 glm4v_moe=glm4v_moe_text", **V3, **TEXT),
     *rows("glm5_next=glm5_next_text dots3_note=dots3_note_text", mtp="numbered", **V3, **TEXT),
     Family("mimo_v2_flash", also=("mimo_v2",), mtp="dense", **V3),
