@@ -95,7 +95,7 @@ class WorkFolder:
 
     def add(self, record: Record) -> None:
         """Append to the manifest, and flush it to the disk."""
-        line = json.dumps(asdict(record), ensure_ascii=False, sort_keys=True) + "\n"
+        line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
         with self.manifest.open("ab", buffering=0) as file:
             file.write(line.encode())
             os.fsync(file.fileno())
