@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,13 @@ class Checkpoint:
         A re-sharded copy has the same fingerprint, a fine-tune another; config.json has no part in it.
         """
         names = sorted(self.tensors)
-        rows = [[name, self.tensors[name].dtype, self.tensors[name].shape] for name in names]
-        digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode())
+        digest = hashlib.sha256(b"[")
+        encode = json.JSONEncoder(separators=(",", ":")).encode
+        for start in range(0, len(names), 4096):  # one JSON list of [name, dtype, shape], never held whole
+            entries = [self.tensors[name] for name in names[start : start + 4096]]
+            text = encode([(entry.name, entry.dtype, entry.shape) for entry in entries])
+            digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
+        digest.update(b"]")
         for i in sorted({i * len(names) // 64 for i in range(64)}):
             entry = self.tensors[names[i]]
             middle = entry.start + max(0, entry.nbytes - 4096) // 2
@@ -190,8 +196,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             other = tensors.setdefault(entry.name, entry)
             if other is not entry:
                 raise InputError(f"{shard.path}: tensor {entry.name!r} is also in {other.shard}")
-    if weight_map is not None:
+    if index is not None and weight_map is not None:
         compare_with_index(folder / INDEX, weight_map, tensors)
+        # The same map of the headers' own strings: 140,000 names are held once.
+        index["weight_map"] = {tensors[key].name: tensors[key].shard for key in weight_map}
     return Checkpoint(folder, config, shards, tensors, index)
 
 
@@ -312,7 +320,7 @@ def read_entry(path: Path, name: str, info: Any, data_start: int) -> TensorEntry
         raise refuse(f"unknown dtype {dtype!r:.80}")
     if not isinstance(shape, list) or not set(map(type, shape)) <= {int} or min(shape, default=0) < 0:
         raise refuse(f"bad shape {shape!r:.80}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+    if not isinstance(offsets, list) or list(map(type, offsets)) != [int, int]:
         raise refuse(f"bad data_offsets {offsets!r:.80}")
     start, stop = offsets
     if not 0 <= start <= stop < SIZE_CAP:
@@ -324,7 +332,15 @@ def read_entry(path: Path, name: str, info: Any, data_start: int) -> TensorEntry
             raise refuse(f"shape {shape!r:.80} overflows")
     if bits != 8 * (stop - start):
         raise refuse(f"{dtype} {shape!r:.80} takes {bits / 8:g} bytes, data_offsets give {stop - start}")
-    return TensorEntry(name, dtype, tuple(shape), path.name, data_start + start, data_start + stop)
+    return TensorEntry(
+        name, sys.intern(dtype), held_once(tuple(shape)), path.name, data_start + start, data_start + stop
+    )
+
+
+@lru_cache(maxsize=1024)
+def held_once(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The first of equal shapes: a large model has 100,000 tensors and a dozen shapes."""
+    return shape
 
 
 def check_offsets(path: Path, tensors: list[TensorEntry], data_start: int, size: int) -> None:
