@@ -45,3 +45,9 @@ def cuda_device_count() -> int: ...
 def write_file(
     path: str, pieces: Sequence[tuple[str, int, int] | bytes], progress: Callable[[int], object] | None = None
 ) -> None: ...
+def read_ranges(
+    ranges: Sequence[tuple[str, int, int, int]],
+    threads: int,
+    keep_cache: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...

@@ -30,7 +30,7 @@ LAW: dict[str, set[str]] = {
     "verification": {"architectures", "checkpoint", "plan", "verification_config"},
     "verification_config": {"architectures"},
     "data": {"errors", "files"},
-    "decoder": {"architectures", "checkpoint", "errors", "ranges"},
+    "decoder": {"_C", "architectures", "checkpoint", "errors", "ranges"},
     "recorder": {"kernels", "statistics"},
     "seam": {"decoder", "errors", "recorder"},
     "calibration": {
