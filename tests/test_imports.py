@@ -48,7 +48,7 @@ LAW: dict[str, set[str]] = {
     "verification": {"architectures", "checkpoint", "plan", "verification_config"},
     "verification_config": {"architectures"},
     "data": {"errors", "files"},
-    "decoder": {"architectures", "checkpoint", "cuts", "errors"},
+    "decoder": {"_C", "architectures", "checkpoint", "cuts", "errors"},
     "recorder": {"kernels", "statistics"},
     "seam": {"decoder", "errors", "recorder"},
     "calibration": {
