@@ -38,7 +38,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-# bench/reading.py on a virtual disk: 1 to 8 threads differ by less than the noise. A faster disk's queue takes more.
+# bench/reading.py on a virtual disk found no clear difference from 1 to 8; a faster disk's queue takes more
 THREADS = 4
 PAGE = 4096  # bytes read past the page cache lie at equal places in the pages of memory and file
 DIRECT = 64 << 10  # runs of fewer bytes go through the page cache anyway
