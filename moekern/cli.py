@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from moekern import console, tables
-from moekern.errors import InputError
+from moekern.errors import InputError, notes
 
 app = typer.Typer(
     name="moekern",
@@ -32,6 +32,19 @@ class MtpMode(str, Enum):
     prune = "prune"
     drop = "drop"
     keep = "keep"
+
+
+class CopyMode(str, Enum):
+    auto = "auto"
+    reflink = "reflink"
+    kernel = "kernel"
+    stream = "stream"
+
+
+class ChecksumKind(str, Enum):
+    xxh3 = "xxh3"
+    blake3 = "blake3"
+    none = "none"
 
 
 class Dtype(str, Enum):
@@ -75,7 +88,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED:
-            print(f"moekern: stopped by {STOPPED[end.code]}", file=sys.stderr)
+            print("; ".join([f"moekern: stopped by {STOPPED[end.code]}", *notes(end)]), file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -199,15 +212,55 @@ def prune(
     plan: Annotated[Path, typer.Argument(help="A plan.json, made by moekern or by hand.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
     mtp: MtpOption = MtpMode.prune,
+    copy: Annotated[
+        CopyMode,
+        typer.Option(
+            help="reflink shares blocks with MODEL, kernel uses copy_file_range, stream goes through memory; auto takes "
+            "the best, a named way is taken or refused."
+        ),
+    ] = CopyMode.auto,
+    checksum: Annotated[
+        ChecksumKind,
+        typer.Option(
+            help="Of every tensor, in moekern_manifest.jsonl. xxh3: of what passes through memory; blake3: reads back."
+        ),
+    ] = ChecksumKind.xxh3,
+    reread: Annotated[
+        bool, typer.Option("--reread", help="Read every file back from the disk and compare its checksums.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Make shards anew of at most this size (5GB, 512MiB), instead of MODEL's own.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="I/N: write this process's share of the shards; whoever is last finishes. Set by torchrun."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted."""
+    """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted.
+
+    What is interrupted goes on where it was when the same command is run again.
+    """
     from moekern.hub import model_folder
     from moekern.plan import Plan
     from moekern.pruning import prune as run
+    from moekern.workfolder import Part
 
-    with console.progress("pruning", "bytes") as step:
-        report = run(model_folder(model), Plan.load(plan), out, mtp=mtp.value, progress=step)
+    limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
+    share = Part.parse(part) if part else Part.of_torchrun()
+    with console.progress("pruning", "bytes", as_json) as step:
+        report = run(
+            model_folder(model),
+            Plan.load(plan),
+            out,
+            mtp=mtp.value,
+            copy=copy.value,
+            checksum=checksum.value,
+            reread=reread,
+            max_shard_size=limit,
+            part=share,
+            progress=step,
+        )
     _result(as_json, {**dataclasses.asdict(report), "out": str(report.out)}, lambda: tables.pruned(report))
 
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from moekern.errors import InputError
+
 LOG_EVERY = 10.0  # seconds between plain progress lines
+JSON_EVERY = 1.0
 
 Step = Callable[[int, int], None]  # (done, total)
 
@@ -61,13 +74,20 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 
 @contextmanager
-def progress(what: str, unit: str = "layers") -> Iterator[Step]:
-    """A bar on a terminal, a plain line every few seconds elsewhere. Yields step(done, total)."""
-    if _err.is_terminal:
+def progress(what: str, unit: str = "layers", as_json: bool = False) -> Iterator[Step]:
+    """A bar on a terminal, a plain line every few seconds elsewhere, JSON lines on standard error with `as_json`.
+
+    Yields step(done, total).
+    """
+    if as_json:
+        yield _lines(lambda moment: _say_json(what, unit, moment), JSON_EVERY)
+    elif _err.is_terminal:
+        rate = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "bytes" else []
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
+            *rate,
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=_err,
@@ -77,24 +97,63 @@ def progress(what: str, unit: str = "layers") -> Iterator[Step]:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
-        yield _plain(what, unit)
+        yield _lines(lambda moment: _say_plain(what, unit, moment), LOG_EVERY)
 
 
-def _plain(what: str, unit: str) -> Step:
+class Moment(NamedTuple):
+    """How far a stage has come. rate is per second since the first step, 0 while it is not known."""
+
+    done: int
+    total: int
+    seconds: float
+    rate: float
+
+    @property
+    def left(self) -> float | None:
+        """Seconds."""
+        return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+
+def _lines(tell: Callable[[Moment], None], every: float) -> Step:
     started = last = time.monotonic()
+    first: int | None = None
 
     def step(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if now - last < LOG_EVERY and done < total:
+        first = done if first is None else first  # what an earlier run has done says nothing about the rate
+        if now - last < every and done < total:
             return
         last = now
         spent = now - started
-        left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
-        shown = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done}/{total} {unit}"
-        say(f"{what}: {shown}, {spent:.0f} s{left}")
+        tell(Moment(done, total, spent, (done - first) / spent if spent > 0 else 0.0))
 
     return step
+
+
+def _say_plain(what: str, unit: str, moment: Moment) -> None:
+    done, total, seconds, rate = moment
+    shown = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done}/{total} {unit}"
+    speed = f", {size(rate)}/s" if unit == "bytes" and rate else ""
+    left = f", {moment.left:.0f} s left" if moment.left and done < total else ""
+    say(f"{what}: {shown}{speed}, {seconds:.0f} s{left}")
+
+
+def _say_json(what: str, unit: str, moment: Moment) -> None:
+    line = {
+        "stage": what, "unit": unit, "done": moment.done, "total": moment.total,
+        "seconds": round(moment.seconds, 3), "rate": round(moment.rate, 3), "seconds_left": moment.left,
+    }  # fmt: skip
+    print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+def parsed_size(flag: str, text: str) -> int:
+    """Bytes: "5GB" is 5e9, "512MiB" 512 * 2^20, "4096" itself. Raises InputError that names the flag."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise InputError(f"{flag} {text}: expected a size such as 5GB or 512MiB")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def size(nbytes: float) -> str:

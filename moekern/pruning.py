@@ -1,40 +1,50 @@
 """Write the pruned checkpoint: kept bytes are copied, never converted."""
 
-import fcntl
 import json
-import math
-import os
-import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moekern import _C
-from moekern.architectures import Layout, find_layout
-from moekern.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
-from moekern.errors import InputError
+from moekern.architectures import find_layout
+from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.copying import (
+    COPIES,
+    Checksum,
+    Copied,
+    Copy,
+    Way,
+    check_checksum,
+    copy_shard,
+    made_from,
+    space_needed,
+    way_of,
+    ways,
+)
+from moekern.cuts import MTP_MODES, Mtp, kept_experts
+from moekern.errors import InputError, add_note
 from moekern.files import fsync
 from moekern.plan import Plan, check_plan
-from moekern.ranges import MTP_MODES, Mtp, OutputShard, Piece, kept_experts, output_shards
-from moekern.rewrite_config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
+from moekern.preflight import check_space, check_target
+from moekern.ranges import OutputShard, output_shards
+from moekern.sidefiles import MANIFEST, PLAN_FILE, SideFile, mtp_line, side_files
+from moekern.workfolder import Part, Record, WorkFolder, open_work, work_path
 
-PLAN_FILE = "moekern_plan.json"  # in the pruned folder: what it was made from
-FORMAT = "moekern.pruned/1"
-
-__all__ = ["PLAN_FILE", "Mtp", "PruneReport", "prune"]
+__all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
 
 Progress = Callable[[int, int], None]  # bytes written, bytes to write
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was written. Bytes are those of the safetensors files."""
+    """What was written. Bytes are those of the safetensors files.
+
+    finished is False where other parts have to write the rest, `waiting` shards. cloned, holes and copied are the bytes
+    that this process shared with the source, left as holes and wrote; reused those that an earlier run had written.
+    """
 
     out: Path
     bytes_in: int
@@ -46,17 +56,52 @@ class PruneReport:
     tensors_out: int
     shards_in: int
     shards_out: int
+    cloned: int
+    holes: int
+    copied: int
+    reused: int
+    finished: bool
+    waiting: int
     mtp: str  # one line: what happened to the MTP layers
     seconds: float
 
 
 @dataclass(frozen=True)
-class File:
-    """One file of the output: the bytes it takes, and its pieces, made when it is written."""
+class Job:
+    """All that decides the bytes of the output, and how they come there."""
 
-    name: str
-    size: int
-    pieces: Callable[[], list[Piece]]
+    checkpoint: Checkpoint
+    plan: Plan
+    shards: Sequence[OutputShard]
+    origins: Mapping[str, str]  # shard -> sha256 of all that decides its bytes
+    side: Sequence[SideFile]
+    known_ways: Mapping[str, Way]
+    checksum: Checksum
+    reread: bool
+
+    def way(self, shard: OutputShard) -> Way:
+        return way_of(shard, self.known_ways)
+
+
+@dataclass
+class Tally:
+    """Bytes so far. A byte that is read back counts again."""
+
+    total: int
+    progress: Progress | None
+    cloned: int = 0
+    holes: int = 0
+    copied: int = 0
+    reused: int = 0
+    done: int = field(default=0, repr=False)
+
+    def moving(self, nbytes: int) -> None:
+        if self.progress is not None:
+            self.progress(self.done + nbytes, self.total)
+
+    def moved(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.moving(0)
 
 
 def prune(
@@ -65,31 +110,50 @@ def prune(
     out: str | Path,
     *,
     mtp: Mtp = "prune",
+    copy: Copy = "auto",
+    checksum: Checksum = "xxh3",
+    reread: bool = False,
+    max_shard_size: int | None = None,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
 
-    Everything is checked before the first byte is written, into a temporary folder beside `out` that is renamed at the
-    end; whatever goes wrong on the way, nothing is left. Memory: headers, and a buffer of 8 MiB. `progress` is called
-    with the bytes written so far and in all. mtp: "prune" keeps as many experts in MTP layers as elsewhere, "drop"
-    removes these layers, "keep" copies them. Raises InputError.
+    Everything is checked before the first byte is written. The output grows in `.NAME.moekern` beside `out` and gets
+    its name at the end; what is interrupted goes on where it was when it is called again with the same arguments. The
+    source is only read. Memory: headers, and buffers of 32 MiB. `progress` is called with the bytes so far and in all.
+
+    mtp: "prune" keeps as many experts in MTP layers as elsewhere, "drop" removes these layers, "keep" copies them.
+    copy: "reflink" shares blocks with the source, "kernel" uses copy_file_range, "stream" goes through memory; a named
+    way is taken or refused, "auto" takes the best. checksum: of each tensor, in moekern_manifest.jsonl; "xxh3" covers
+    what passes through memory, "blake3" and `reread` read every file back from the disk. max_shard_size: make shards
+    anew with at most so many bytes of data, instead of one for each of the source's. part: write this part of the
+    shards; the part that finds all of them written finishes. Raises InputError.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    if mtp not in MTP_MODES:
-        raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
+    _check_options(mtp, copy, checksum, max_shard_size)
     check_plan(plan, layout, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
-    shards = output_shards(checkpoint, layout, kept, mtp)
-    files = _files(checkpoint, layout, plan, kept, shards, mtp)
+    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size)
+    side = side_files(checkpoint, layout, plan, kept, shards, mtp)
     target = Path(out)
-    check_target(checkpoint.folder, target, sum(file.size for file in files))
-    _write_folder(target, files, progress)
+    check_target(checkpoint.folder, target)
+    sources = {name for shard in shards for name in shard.sources}
+    origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}
+    known_ways = ways(checkpoint, sources, target.parent, copy)
+    job = Job(checkpoint, plan, shards, origins, side, known_ways, checksum, reread)
+    mine = _share(shards, part)
+    needed = sum(space_needed(checkpoint, shard, job.way(shard)) for shard in mine)
+    check_space(target, needed + sum(file.size for file in side), len(mine) + len(side) + 8)
+    again = 2 if reread or checksum == "blake3" else 1
+    tally = Tally(again * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
+    finished, waiting = _write(job, target, part, mine, tally)
     return PruneReport(
         out=target,
         bytes_in=sum(shard.size for shard in checkpoint.shards),
-        bytes_out=sum((target / shard.name).stat().st_size for shard in shards),
+        bytes_out=sum(shard.size for shard in shards),
         experts_before=layout.num_experts,
         experts_after=len(kept[next(iter(layout.layers))]),
         layers=len(layout.layers),
@@ -97,189 +161,130 @@ def prune(
         tensors_out=sum(len(shard.tensors) for shard in shards),
         shards_in=len(checkpoint.shards),
         shards_out=len(shards),
-        mtp=_mtp_line(layout, kept, plan, mtp),
+        cloned=tally.cloned,
+        holes=tally.holes,
+        copied=tally.copied,
+        reused=tally.reused,
+        finished=finished,
+        waiting=waiting,
+        mtp=mtp_line(layout, kept, plan, mtp),
         seconds=time.perf_counter() - start,
     )
 
 
-def _files(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    plan: Plan,
-    kept: Mapping[str, tuple[int, ...]],
-    shards: Sequence[OutputShard],
-    mtp: Mtp,
-) -> list[File]:
-    """All files of the output in the order of writing: shards, side files, plan, then index and config."""
-    files = [
-        File(shard.name, len(shard.header()) + shard.data_bytes, partial(shard.pieces, checkpoint)) for shard in shards
-    ]
-    drop = mtp == "drop"
-    for name in checkpoint.side_files:
-        path = checkpoint.folder / name
-        if name in QUANTIZATION_FILES:
-            files.append(_literal(name, _renamed_file(path, layout, kept, drop)))
-        elif name != PLAN_FILE:
-            files.append(_whole(name, path))
-    files.append(_literal(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
-    if checkpoint.index is not None:
-        files.append(_literal(INDEX, _index(checkpoint, shards)))
-    original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
-    config = pruned_config(checkpoint.config, layout, kept, drop_mtp=drop)
-    files.append(_literal(CONFIG, dumped_like(config, original)))
-    return files
+def _check_options(mtp: str, copy: str, checksum: str, max_shard_size: int | None) -> None:
+    if mtp not in MTP_MODES:
+        raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
+    if copy not in COPIES:
+        raise InputError(f"--copy {copy}: expected one of {', '.join(COPIES)}")
+    if max_shard_size is not None and max_shard_size < 1:
+        raise InputError(f"--max-shard-size {max_shard_size}: expected at least one byte")
+    check_checksum(checksum)
 
 
-def _whole(name: str, path: Path) -> File:
-    size = path.stat().st_size
-    return File(name, size, lambda: [(str(path), 0, size)])
+def _share(shards: Sequence[OutputShard], part: Part | None) -> list[OutputShard]:
+    """The shards of a part: largest first, each to the part that has the fewest bytes; in the output's order."""
+    if part is None:
+        return list(shards)
+    load = [0] * part.of
+    owner: dict[str, int] = {}
+    for shard in sorted(shards, key=lambda s: (-s.size, s.name)):
+        owner[shard.name] = load.index(min(load))
+        load[owner[shard.name]] += shard.size
+    return [shard for shard in shards if owner[shard.name] == part.number - 1]
 
 
-def _literal(name: str, text: str) -> File:
-    data = text.encode()
-    return File(name, len(data), lambda: [data])
+def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally) -> tuple[bool, int]:
+    """Write what is missing, and finish if nothing is missing any more; (finished, shards left to other parts)."""
+    with _resumable(target), open_work(target, part) as work:
+        if part is None:
+            _remove_unproved(job, work)
+        for shard in mine:
+            _write_shard(job, work, shard, tally)
+        if not work.exclusive():
+            return False, len(job.shards) - len(mine)
+        found = [record for shard, origin in job.origins.items() if (record := work.proved(shard, origin))]
+        if len(found) < len(job.shards):
+            return False, len(job.shards) - len(found)
+        _remove_unproved(job, work)
+        _write_side_files(job, work, found, tally)
+        work.commit()
+        return True, 0
 
 
-def _renamed_file(path: Path, layout: Layout, kept: Mapping[str, Sequence[int]], drop_mtp: bool) -> str:
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    return dumped_like(renamed_lists(content, expert_renamer(layout, kept, drop_mtp=drop_mtp)), text)
+def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -> None:
+    origin = job.origins[shard.name]
+    again = 2 if job.reread or job.checksum == "blake3" else 1
+    if work.proved(shard.name, origin):
+        tally.reused += shard.size
+        tally.moved(again * shard.size)
+        return
+    path = work.checkpoint / shard.name
+    partial = path.with_name(f"{shard.name}.{work.part or 'whole'}.partial")
+    partial.unlink(missing_ok=True)
+    pieces = shard.pieces(job.checkpoint)
+    made: Copied = copy_shard(partial, shard, pieces, job.way(shard), job.checksum, job.reread, tally.moving)
+    if made_from(pieces) != origin:
+        raise InputError(f"{', '.join(shard.sources)} in {job.checkpoint.folder} changed while it was copied")
+    partial.replace(path)
+    fsync(work.checkpoint)
+    mtime = path.stat().st_mtime_ns
+    work.add(Record(shard.name, shard.size, mtime, origin, job.plan.digest, made.checksum, made.tensors))
+    tally.cloned += made.cloned
+    tally.holes += made.holes
+    tally.copied += made.copied
+    tally.moved(again * shard.size)
 
 
-def _provenance(
-    checkpoint: Checkpoint, layout: Layout, plan: Plan, kept: Mapping[str, tuple[int, ...]], mtp: Mtp
-) -> str:
-    """JSON: the plan and its sha256, the source's fingerprint, what MTP layers keep; under "source" that of the source,
-    if it was pruned itself."""
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "fingerprint": checkpoint.fingerprint,
-        "mtp": mtp,
-        "mtp_keep": {key: list(kept[key]) for key in layout.mtp if key in kept},
-        "plan": json.loads(plan.to_json()),
-        "plan_sha256": plan.digest,
-    }
-    earlier = checkpoint.folder / PLAN_FILE
-    if earlier.is_file():
-        try:
-            content["source"] = json.loads(earlier.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{earlier}: not valid JSON: {error}") from None
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+def _remove_unproved(job: Job, work: WorkFolder) -> None:
+    """Remove what no record proves: beginnings of files, shards of another plan, side files."""
+    for path in list(work.checkpoint.iterdir()):
+        if path.name in job.origins and work.proved(path.name, job.origins[path.name]):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def _index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> str:
-    """The index in the form that save_pretrained gives it: sorted keys, indent 2.
-
-    total_parameters is kept up only where it is the number of elements; for packed weights nothing here can know it.
-    """
-    metadata = dict((checkpoint.index or {}).get("metadata") or {})
-    metadata["total_size"] = sum(shard.data_bytes for shard in shards)
-    elements = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-    if metadata.pop("total_parameters", None) == elements:
-        metadata["total_parameters"] = sum(tensor.elements for shard in shards for tensor in shard.tensors)
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-
-
-def _mtp_line(layout: Layout, kept: Mapping[str, Sequence[int]], plan: Plan, mtp: Mtp) -> str:
-    layers = ", ".join(layout.mtp)
-    if mtp == "drop" and layout.mtp_prefixes:
-        return f"MTP layers removed ({', '.join(layout.mtp_prefixes)})"
-    if not layout.mtp:
-        return "no MTP layer has experts"
-    if mtp == "keep":
-        return (
-            f"MTP layer {layers}: all experts kept; engines size MTP layers by the same count key of config.json, so "
-            "run this checkpoint without speculative decoding"
+def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tally: Tally) -> None:
+    lines = [
+        json.dumps(
+            {"shard": r.shard, "size": r.size, "plan": r.plan, "checksum": r.checksum, "tensors": dict(r.tensors)},
+            ensure_ascii=False,
         )
-    count = len(kept[next(iter(layout.mtp))])
-    if all(key in plan.layers for key in layout.mtp):
-        return f"MTP layer {layers}: {count} experts kept, as planned"
-    return (
-        f"MTP layer {layers}: {count} experts kept, those with the largest router rows, since calibration does not run "
-        "MTP layers"
-    )
-
-
-def check_target(source: Path, target: Path, size: int) -> None:
-    """Refuse, before anything is written, a target that could not be written or would harm something.
-
-    What a killed process left of the same target is removed first: it may hold the space that is needed.
-    """
-    parent = target.parent
-    if os.path.lexists(target):
-        raise InputError(f"{target}: exists already; name a new folder or remove it")
-    if not parent.is_dir():
-        raise InputError(f"{target}: the folder {parent} does not exist; make it first")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target}: lies inside the source {source}; name a folder elsewhere")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{target}: no permission to write in {parent}")
-    _remove_abandoned(target)
-    free = shutil.disk_usage(parent).free
-    if size > free:
-        raise InputError(f"{target}: needs {size / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
-
-
-def _write_folder(target: Path, files: Sequence[File], progress: Progress | None) -> None:
-    """Write the files into a temporary folder, then rename it to `target`. On any exception nothing stays."""
-    temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(4)}")
-    with ExitStack() as stack:
-        try:
-            temporary.mkdir()
-            with suppress(OSError):  # a file system without locks
-                stack.enter_context(_locked(temporary))
-            _write_files(temporary, files, progress)
-            temporary.rename(target)
-            fsync(target.parent)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise InputError(f"{target}: not written: {_reason(error)}") from error
-            raise
-
-
-def _write_files(folder: Path, files: Sequence[File], progress: Progress | None) -> None:
-    total, done = sum(file.size for file in files), 0
-    for file in files:
-        path = folder / file.name
+        for r in records
+    ]
+    for file in [SideFile(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
+        path = work.checkpoint / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _C.write_file(str(path), file.pieces(), progress and _shifted(progress, done, total))
-        done += file.size
-    for part in {folder, *((folder / file.name).parent for file in files)}:
-        fsync(part)
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.moekern-"
+        content = file.content
+        _C.write_file(str(path), [content if isinstance(content, bytes) else (str(content), 0, file.size)])
+        tally.moved(file.size if file.name != MANIFEST else 0)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process however that ends; BlockingIOError while another holds it."""
-    handle = os.open(folder, os.O_RDONLY)
+def _resumable(target: Path) -> Iterator[None]:
+    """What goes wrong while writing is told with what became of the work."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(handle)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise InputError(f"{target}: not finished: {reason}{_state(target)}") from error
+    except InputError as error:
+        raise InputError(f"{error}{_state(target)}") from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        if state := _state(target):
+            add_note(error, f"{target}: not finished{state}")
+        raise
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove temporary folders of this target that no living process writes; where locks do not work, none."""
-    pattern = re.escape(_temporary_prefix(target)) + "[0-9a-f]{8}"
-    for folder in [path for path in target.parent.iterdir() if re.fullmatch(pattern, path.name)]:
-        with suppress(OSError), _locked(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
-    return lambda written: progress(before + written, total)
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+def _state(target: Path) -> str:
+    work = work_path(target)
+    shards = list((work / "checkpoint").glob("*.safetensors")) if work.is_dir() else []
+    if not shards:
+        return ""
+    size = 0
+    with suppress(OSError):
+        size = sum(path.stat().st_size for path in shards)
+    return f"; {len(shards)} shards ({size / 1e9:.2f} GB) stay in {work}: run the same command again to go on"

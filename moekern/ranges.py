@@ -1,267 +1,228 @@
-"""A plan and a checkpoint's layout give the files to write: a header each, and the byte ranges that follow it."""
+"""The files to write: a header each, and the byte ranges that follow it."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
-import numpy as np
+from moekern.architectures import Layout
+from moekern.checkpoint import DTYPE_BITS, HEADER_CAP, Checkpoint, TensorEntry
+from moekern.cuts import Cut, Mtp, OutputTensor, output_tensor
 
-from moekern.architectures import ExpertTensor, Layout, MoeLayer
-from moekern.checkpoint import DTYPE_BITS, Checkpoint, Shard, TensorEntry
-from moekern.errors import InputError
-from moekern.plan import Plan
-
-Mtp = Literal["prune", "drop", "keep"]
-MTP_MODES: tuple[Mtp, ...] = ("prune", "drop", "keep")
 Piece = tuple[str, int, int] | bytes  # (source file, offset, length), or the bytes themselves
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """What happens to one tensor with experts, in a layer of `num_experts`. rank: kept id -> new id, rising in both."""
-
-    tensor: ExpertTensor
-    rank: Mapping[int, int]
-    num_experts: int
-
-    def new_number(self) -> int | None:
-        """The number of this tensor's expert in the result; None when it is dropped. Numbers past the routed experts'
-        (transformers writes such for LongCat's zero experts) stay past them."""
-        expert = self.tensor.expert
-        if expert is None or expert < self.num_experts:
-            return None if expert is None else self.rank.get(expert)
-        return expert - self.num_experts + len(self.rank)
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """One tensor to write: `entry` of the source, whole when `cut` is None."""
-
-    name: str
-    shape: tuple[int, ...]
-    entry: TensorEntry
-    cut: Cut | None
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * DTYPE_BITS[self.entry.dtype] // 8
+BLOCK = 4096  # file systems that share blocks between files share blocks of this size
 
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One file to write, made from one file of the source."""
+    """One file to write. Its tensors come from one file of the source, or from several when shards are made anew."""
 
     name: str
-    source: Shard
+    metadata: dict[str, str]
     tensors: tuple[OutputTensor, ...]
 
     @property
     def data_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header()) + self.data_bytes
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the files that its tensors come from."""
+        return tuple(dict.fromkeys(tensor.entry.shard for tensor in self.tensors))
+
     def header(self) -> bytes:
-        """Length and JSON, padded with spaces to a multiple of 8 bytes. The source's metadata is kept."""
-        content: dict[str, Any] = {"__metadata__": self.source.metadata} if self.source.metadata else {}
-        offset = 0
-        for tensor in self.tensors:
-            stop = offset + tensor.nbytes
+        """Length and JSON, padded with spaces so that most of the data lies at the same place in its block as in the
+        source, and can be shared; at the least to a multiple of 8 bytes. The source's metadata is kept."""
+        content: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
+        for tensor, (start, stop) in zip(self.tensors, _offsets(self.tensors), strict=True):
             content[tensor.name] = {
                 "dtype": tensor.entry.dtype,
                 "shape": list(tensor.shape),
-                "data_offsets": [offset, stop],
+                "data_offsets": [start, stop],
             }
-            offset = stop
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        phase, _ = best_phase(self.tensors)
+        padding = -len(text) % 8 if phase is None else (phase - 8 - len(text)) % BLOCK
+        if len(text) + padding > HEADER_CAP:
+            padding = -len(text) % 8
+        text += b" " * padding
         return len(text).to_bytes(8, "little") + text
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each tensor lies in the file."""
+        start = self.size - self.data_bytes
+        return [(start + a, start + b) for a, b in _offsets(self.tensors)]
 
     def pieces(self, checkpoint: Checkpoint) -> list[Piece]:
         """Header and data in file order. Ranges that touch in the source are joined; small tensors that have to be
-        computed (tables of expert ids, rows cut on an inner axis) are read from `checkpoint` and held as bytes."""
+        computed are read from `checkpoint` and held as bytes."""
         pieces: list[Piece] = [self.header()]
-        path = str(self.source.path)
-        for tensor in self.tensors:
-            for piece in _tensor_pieces(tensor, path, checkpoint):
-                last = pieces[-1]
-                if isinstance(piece, tuple) and isinstance(last, tuple) and last[1] + last[2] == piece[1]:
-                    pieces[-1] = (path, last[1], last[2] + piece[2])
-                else:
-                    pieces.append(piece)
+        for run in _runs(self.tensors):
+            if isinstance(run, OutputTensor):
+                pieces.append(run.content(checkpoint))
+            else:
+                pieces.append((str(checkpoint.folder / run.shard), run.start, run.length))
         return pieces
 
 
 def output_shards(
-    checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, Sequence[int]], mtp: Mtp
+    checkpoint: Checkpoint,
+    layout: Layout,
+    kept: Mapping[str, Sequence[int]],
+    mtp: Mtp,
+    max_shard_size: int | None = None,
 ) -> tuple[OutputShard, ...]:
-    """The files to write: one for each source file that keeps a tensor, in the source's order.
+    """The files to write: one for each source file that keeps a tensor, in the source's order; with `max_shard_size`
+    (bytes of data), as few as hold that much each, an expert's tensors together.
 
     `kept` maps layer keys to original ids; layers it does not name are copied whole. Names stay when no file falls
     away, else they are numbered anew. Raises InputError for a tensor whose shape does not hold its layer's experts
     and for a cut that would split a byte.
     """
     cuts: dict[str, Cut] = {}
+    home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
     for key, layer in {**layout.layers, **layout.mtp}.items():
+        home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
         if key in kept:
             rank = {old: new for new, old in enumerate(sorted(kept[key]))}
             cuts.update((tensor.name, Cut(tensor, rank, layer.num_experts)) for tensor in layer.tensors)
     dropped = layout.mtp_prefixes if mtp == "drop" else ()
-    made = []
-    for shard in checkpoint.shards:
-        live = [entry for entry in shard.tensors if not (dropped and entry.name.startswith(dropped))]
-        tensors = tuple(_ordered([out for entry in live if (out := _output_tensor(entry, cuts.get(entry.name)))]))
-        if tensors:
-            made.append(OutputShard(shard.name, shard, tensors))
-    if len(made) == len(checkpoint.shards):
-        return tuple(made)
-    if not checkpoint.index and len(made) == 1:
-        return (replace(made[0], name="model.safetensors"),)
-    return tuple(
-        replace(shard, name=f"model-{number:05d}-of-{len(made):05d}.safetensors")
-        for number, shard in enumerate(made, 1)
-    )
+
+    def made(entries: Iterable[TensorEntry]) -> Iterator[OutputTensor]:
+        for entry in entries:
+            if not (dropped and entry.name.startswith(dropped)):
+                out = output_tensor(entry, cuts.get(entry.name))
+                if out is not None:
+                    yield out
+
+    if max_shard_size is not None:
+        groups = _packed(made(e for shard in checkpoint.shards for e in shard.tensors), home, max_shard_size)
+        packed = [OutputShard("", {}, _arranged(group)) for group in groups]
+        return _numbered([replace(shard, metadata=_merged_metadata(checkpoint, shard.sources)) for shard in packed])
+    filled = [(shard, _arranged(list(made(shard.tensors)))) for shard in checkpoint.shards]
+    shards = [OutputShard(shard.name, shard.metadata, tensors) for shard, tensors in filled if tensors]
+    if len(shards) == len(checkpoint.shards):
+        return tuple(shards)
+    return _numbered(shards, indexed=checkpoint.index is not None)
 
 
-def kept_experts(checkpoint: Checkpoint, layout: Layout, plan: Plan, mtp: Mtp) -> dict[str, tuple[int, ...]]:
-    """Layer key -> original ids that stay, for every layer that is cut.
-
-    With mtp="prune" the MTP layers are among them. Calibration never runs these, so a plan rarely names them: then they
-    keep as many experts as the others, the `strongest`.
-    """
-    kept = {key: tuple(sorted(plan.layers[key].keep)) for key in layout.layers}
-    if mtp == "prune":
-        count = max(map(len, kept.values()))
-        for key, layer in layout.mtp.items():
-            given = plan.layers.get(key)
-            kept[key] = tuple(sorted(given.keep)) if given else strongest(checkpoint, layer, count, layout.n_group)
-    return kept
+def _merged_metadata(checkpoint: Checkpoint, sources: Collection[str]) -> dict[str, str]:
+    return {k: v for shard in checkpoint.shards if shard.name in sources for k, v in shard.metadata.items()}
 
 
-def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int) -> tuple[int, ...]:
-    """The `count` experts whose router rows have the largest L2 norm, the same number in each of `n_group` groups.
-
-    Norms are compared by their squares, summed exactly (math.fsum); the lowest id wins a tie.
-    """
-    routers = [tensor for tensor in layer.tensors if tensor.role == "router" and tensor.action == "slice"]
-    if not routers:
-        raise InputError(f"{layer.prefix}: no router is known to rank its experts by; use --mtp drop or --mtp keep")
-    energy = [0.0] * layer.num_experts
-    for tensor in routers:
-        rows = np.moveaxis(checkpoint.array(tensor.name).astype(np.float64), tensor.axis, 0)
-        for expert in range(layer.num_experts):
-            row = rows[expert * tensor.rows : (expert + 1) * tensor.rows]
-            energy[expert] += math.fsum(np.square(row).ravel().tolist())
-    size = layer.num_experts // n_group
-    chosen: list[int] = []
-    for group in range(n_group):
-        members = sorted(range(group * size, (group + 1) * size), key=lambda e: (-energy[e], e))
-        chosen += members[: count // n_group]
-    return tuple(sorted(chosen))
+def _numbered(shards: Sequence[OutputShard], indexed: bool = False) -> tuple[OutputShard, ...]:
+    if len(shards) == 1 and not indexed:
+        return (replace(shards[0], name="model.safetensors"),)
+    total = len(shards)
+    return tuple(replace(shard, name=f"model-{n:05d}-of-{total:05d}.safetensors") for n, shard in enumerate(shards, 1))
 
 
-def replace_experts(table: np.ndarray, keep: Sequence[int], num_experts: int) -> np.ndarray:
-    """A table of expert ids [..., K] with the ids numbered anew and those of dropped experts replaced.
-
-    Hash layers (DeepSeek V4's tid2eid) give each token a fixed list of experts, which no score ranks, so a dropped
-    expert's tokens are spread evenly: id d becomes the kept expert of rank d * kept // E, or the next rank, cyclically,
-    that the token does not use yet. Slots are filled from left to right. Same shape and dtype as `table`.
-    """
-    ids = table.reshape(-1, table.shape[-1] if table.ndim else 1).astype(np.int64)
-    rank = np.full(num_experts, -1, np.int64)
-    rank[list(keep)] = np.arange(len(keep))
-    out = rank[ids]
-    for slot in range(ids.shape[1]):
-        rows = np.flatnonzero(out[:, slot] < 0)
-        choice = ids[rows, slot] * len(keep) // num_experts
-        for _ in keep:
-            used = (out[rows] == choice[:, None]).any(axis=1)
-            choice[used] = (choice[used] + 1) % len(keep)
-        out[rows, slot] = choice
-    return out.reshape(table.shape).astype(table.dtype)
+def _packed(
+    tensors: Iterable[OutputTensor], home: Mapping[str, tuple[str, int]], limit: int
+) -> list[list[OutputTensor]]:
+    """Tensors in their order in groups of at most `limit` bytes, those of one expert in one group."""
+    units: dict[object, list[OutputTensor]] = {}
+    for tensor in tensors:
+        units.setdefault(home.get(tensor.entry.name, tensor.entry.name), []).append(tensor)
+    groups: list[list[OutputTensor]] = []
+    room = 0
+    for unit in units.values():
+        size = sum(tensor.nbytes for tensor in unit)
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1] += unit
+        room -= size
+    return groups
 
 
-def _output_tensor(entry: TensorEntry, cut: Cut | None) -> OutputTensor | None:
-    """What becomes of a tensor of the source; None when its expert is dropped."""
-    if cut is None:
-        return OutputTensor(entry.name, entry.shape, entry, None)
-    if cut.tensor.action == "drop":
-        new = cut.new_number()
-        return None if new is None else OutputTensor(cut.tensor.renamed(new), entry.shape, entry, None)
-    if cut.tensor.action == "remap":
-        return OutputTensor(entry.name, entry.shape, entry, cut)
-    axis, rows, trailing = cut.tensor.axis, cut.tensor.rows, cut.tensor.trailing
-    expected = cut.num_experts * rows + trailing
-    if axis >= len(entry.shape) or entry.shape[axis] != expected:
-        raise InputError(
-            f"{entry.shard}: {entry.name} has shape {list(entry.shape)}; expected {expected} on axis {axis} "
-            f"for {cut.num_experts} experts"
-        )
-    row_bits = math.prod(entry.shape[axis + 1 :]) * DTYPE_BITS[entry.dtype]
-    if rows * row_bits % 8 or trailing * row_bits % 8:
-        raise InputError(f"{entry.shard}: {entry.name} ({entry.dtype}): an expert's rows are not whole bytes")
-    shape = (*entry.shape[:axis], len(cut.rank) * rows + trailing, *entry.shape[axis + 1 :])
-    return OutputTensor(entry.name, shape, entry, cut)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Bytes that follow one another in a source file and in the output's data."""
+
+    shard: str
+    start: int
+    offset: int  # in the output's data
+    length: int
+
+    @property
+    def phase(self) -> int:
+        """What the data must start at, modulo the block, for source and output to lie alike."""
+        return (self.start - self.offset) % BLOCK
+
+    @property
+    def blocks(self) -> int:
+        """Bytes of the whole blocks of the source in it."""
+        return max(0, self.length - -self.start % BLOCK) // BLOCK * BLOCK
 
 
-def _ordered(tensors: list[OutputTensor]) -> list[OutputTensor]:
-    """The source's order, unless a cut to an odd length would leave a later tensor off its natural alignment: then
-    wide elements first, since readers that map the file need aligned tensors and the format allows no gaps."""
+def _runs(tensors: Iterable[OutputTensor]) -> Iterator["_Run | OutputTensor"]:
+    """The data in order: the longest runs, and the tensors that have to be computed."""
+    run: _Run | None = None
     offset = 0
     for tensor in tensors:
-        if offset % _item_bytes(tensor):
+        ranges = tensor.ranges()
+        if ranges is None:
+            if run is not None:
+                yield run
+            run = None
+            yield tensor
+            offset += tensor.nbytes
+            continue
+        for start, stop in ranges:
+            if run is not None and run.shard == tensor.entry.shard and run.start + run.length == start:
+                run = replace(run, length=run.length + stop - start)
+            else:
+                if run is not None:
+                    yield run
+                run = _Run(tensor.entry.shard, start, offset, stop - start)
+            offset += stop - start
+    if run is not None:
+        yield run
+
+
+def best_phase(tensors: Iterable[OutputTensor]) -> tuple[int | None, int]:
+    """Where the data must start, modulo the block, for the most bytes to lie in their block as in the source; and how
+    many bytes of whole blocks these are. None when there are none. A multiple of 8, so that alignment is kept."""
+    blocks: dict[int, int] = {}
+    for run in _runs(tensors):
+        if isinstance(run, _Run) and run.phase % 8 == 0 and run.blocks:
+            blocks[run.phase] = blocks.get(run.phase, 0) + run.blocks
+    if not blocks:
+        return None, 0
+    phase = min(blocks, key=lambda p: (-blocks[p], p))
+    return phase, blocks[phase]
+
+
+def _arranged(tensors: list[OutputTensor]) -> tuple[OutputTensor, ...]:
+    """The source's order where it leaves every tensor on its natural alignment (readers that map the file need that,
+    and the format allows no gaps), else wide elements first; or, where more blocks can be shared that way, the
+    tensors of whole blocks first and the odd ones last."""
+    kept = _aligned(tensors)
+    odd_last = [tensor for tensor in tensors if tensor.nbytes % BLOCK == 0]
+    odd_last += sorted((tensor for tensor in tensors if tensor.nbytes % BLOCK), key=_item_bytes, reverse=True)
+    return tuple(odd_last if best_phase(odd_last)[1] > best_phase(kept)[1] else kept)
+
+
+def _aligned(tensors: list[OutputTensor]) -> list[OutputTensor]:
+    for tensor, (start, _) in zip(tensors, _offsets(tensors), strict=True):
+        if start % _item_bytes(tensor):
             return sorted(tensors, key=_item_bytes, reverse=True)
-        offset += tensor.nbytes
     return tensors
+
+
+def _offsets(tensors: Iterable[OutputTensor]) -> Iterator[tuple[int, int]]:
+    stop = 0
+    for tensor in tensors:
+        start, stop = stop, stop + tensor.nbytes
+        yield start, stop
 
 
 def _item_bytes(tensor: OutputTensor) -> int:
     return max(1, DTYPE_BITS[tensor.entry.dtype] // 8)
-
-
-def _tensor_pieces(tensor: OutputTensor, path: str, checkpoint: Checkpoint) -> Iterable[Piece]:
-    entry, cut = tensor.entry, tensor.cut
-    if not tensor.nbytes:
-        return
-    if cut is None:
-        yield path, entry.start, entry.stop - entry.start
-        return
-    if cut.tensor.action == "remap":
-        yield _remapped(cut, checkpoint)
-        return
-    axis = cut.tensor.axis
-    row_bits = math.prod(entry.shape[axis + 1 :]) * DTYPE_BITS[entry.dtype]
-    runs = [(start * row_bits // 8, stop * row_bits // 8) for start, stop in _row_runs(cut)]
-    outer = math.prod(entry.shape[:axis])
-    if outer == 1:
-        for start, stop in runs:
-            yield path, entry.start + start, stop - start
-        return
-    data = np.frombuffer(checkpoint.read(entry.name), np.uint8).reshape(outer, -1)
-    yield np.concatenate([data[:, start:stop] for start, stop in runs], axis=1).tobytes()
-
-
-def _row_runs(cut: Cut) -> list[tuple[int, int]]:
-    """Kept rows along the expert axis as (first, past the last), joined where they touch."""
-    rows = cut.tensor.rows
-    spans = [(expert * rows, (expert + 1) * rows) for expert in cut.rank]
-    if cut.tensor.trailing:
-        spans.append((cut.num_experts * rows, cut.num_experts * rows + cut.tensor.trailing))
-    joined: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def _remapped(cut: Cut, checkpoint: Checkpoint) -> bytes:
-    table = checkpoint.array(cut.tensor.name)
-    if table.dtype.kind not in "iu" or (table.size and not (table.min() >= 0 and table.max() < cut.num_experts)):
-        raise InputError(f"{cut.tensor.name}: expected expert numbers from 0 to {cut.num_experts - 1}")
-    return replace_experts(table, tuple(cut.rank), cut.num_experts).tobytes()

@@ -16,6 +16,7 @@ from moekern import console
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.copying import room_needed
 from moekern.criteria import criterion_named, score_layer
 from moekern.data import TokenData, read_data
 from moekern.errors import InputError
@@ -24,7 +25,8 @@ from moekern.forward import ForwardVerdict, compare_forward
 from moekern.overview import overview
 from moekern.plan import Plan, kept_count
 from moekern.planning import make_plan
-from moekern.pruning import Mtp, PruneReport, check_target, prune
+from moekern.preflight import check_space, check_target
+from moekern.pruning import Mtp, PruneReport, prune
 from moekern.statistics import Statistics
 from moekern.verification import VerifyReport, verify
 
@@ -199,7 +201,8 @@ def run(
     criterion_named(criterion)
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint))
-    check_target(checkpoint.folder, out, overview(checkpoint).bytes_at(kept))
+    check_target(checkpoint.folder, out)
+    check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
     data = read_tokens(checkpoint, options)
     work = out.with_name(out.name + ".moekern")
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"

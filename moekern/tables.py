@@ -93,6 +93,9 @@ def plan(made: Plan, out: Path) -> None:
 
 def pruned(report: PruneReport) -> None:
     """What was written."""
+    if not report.finished:
+        say(f"this part is written; {report.waiting} shards are left to other parts, the last of which finishes")
+        return
     show(
         f"{report.out}",
         ("what", "before", "after"),
@@ -103,6 +106,10 @@ def pruned(report: PruneReport) -> None:
             ("files", report.shards_in, report.shards_out),
         ),
     )
+    ways = (("copied", report.copied), ("shared with the source", report.cloned), ("holes", report.holes),
+            ("written by an earlier run", report.reused))  # fmt: skip
+    rate = f", {size((report.bytes_out - report.reused) / max(report.seconds, 1e-9))}/s"
+    say("; ".join(f"{size(n)} {what}" for what, n in ways if n) + f" in {report.seconds:.1f} s{rate}")
     say(report.mtp)
 
 

@@ -21,7 +21,7 @@ from moekern.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.plan import Plan, check_plan
 from moekern.verification_config import config_problems, module_names, renamed_modules, renumbered
 
-PLAN_FILE = "moekern_plan.json"
+PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 CHUNK = 64 << 20  # bytes of one tensor compared at a time
@@ -261,18 +261,20 @@ def remapped(table: Tensor, keep: tuple[int, ...], num_experts: int) -> Tensor:
 
 
 def _metadata_problems(expected: Mapping[str, Expected], old: _Folder, new: _Folder) -> Iterator[str]:
-    """Each file's header metadata must be that of the file its tensors came from."""
+    """Each file's header metadata must be that of the files its tensors came from."""
     for file, opened in new.opened.items():
         sources = {old.shards[expected[key].source] for key in opened.keys() if key in expected}  # noqa: SIM118
-        if len(sources) > 1:
-            yield f"{file}: holds tensors of {', '.join(sorted(sources))}, expected one file each"
-        elif sources and opened.metadata() != old.opened[sources.pop()].metadata():
+        want: dict[str, str] = {}
+        for source in sorted(sources):
+            want |= old.opened[source].metadata() or {}
+        if sources and (opened.metadata() or {}) != want:
             yield f"{file}: header metadata differ from the source's"
 
 
 def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
-    if (new.index is None) != (checkpoint.index is None):
-        yield f"{INDEX}: {'missing' if new.index is None else 'should not be there'}"
+    wanted = checkpoint.index is not None or len(new.files) > 1
+    if (new.index is not None) != wanted:
+        yield f"{INDEX}: {'missing' if wanted else 'should not be there'}"
     if new.index is None:
         return
     weight_map = new.index["weight_map"]
@@ -317,7 +319,7 @@ def _file_problems(
 ) -> Iterator[str]:
     """Side files must be there with the same bytes, and nothing else."""
     for name in checkpoint.side_files:
-        if name == PLAN_FILE:
+        if name in (PLAN_FILE, MANIFEST):
             continue
         if not (folder / name).is_file():
             yield f"{name}: missing"
@@ -327,7 +329,7 @@ def _file_problems(
             continue
         if name not in QUANTIZATION_FILES or _json(got) != renamed_modules(_json(want), rename):
             yield f"{name}: differs from the source's"
-    known = {*checkpoint.side_files, *shards, PLAN_FILE, INDEX, CONFIG}
+    known = {*checkpoint.side_files, *shards, PLAN_FILE, MANIFEST, INDEX, CONFIG}
     for path in sorted(folder.rglob("*")):
         if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
             yield f"{path.relative_to(folder).as_posix()}: should not be there"

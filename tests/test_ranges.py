@@ -15,8 +15,9 @@ from moekern import _C
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.architectures.table import FAMILIES
 from moekern.checkpoint import DTYPE_BITS, open_checkpoint
+from moekern.cuts import replace_experts, strongest
 from moekern.errors import InputError
-from moekern.ranges import output_shards, replace_experts, strongest
+from moekern.ranges import output_shards
 from moekern.rewrite_config import expert_renamer
 from tests.synthetic import EXPERTS, Tensors, data, read_shard, write
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "copy.h"
+#include "file.h"
 
 namespace py = pybind11;
 
@@ -32,7 +33,26 @@ io::Piece piece_from(const py::handle& item) {
   return piece;
 }
 
-void write_file(const std::string& path, const py::list& items, const py::object& progress) {
+io::Copy copy_named(const std::string& name) {
+  if (name == "stream") return io::Copy::stream;
+  if (name == "kernel") return io::Copy::kernel;
+  if (name == "reflink") return io::Copy::reflink;
+  if (name == "reflink_or_stream") return io::Copy::reflink_or_stream;
+  throw py::value_error("[write_file] copy: expected stream, kernel, reflink or reflink_or_stream, got " + name);
+}
+
+void check_spans(const std::vector<io::Span>& spans) {
+  int64_t end = 0;
+  for (const auto& [start, stop] : spans) {
+    if (start < end || stop < start) throw py::value_error("[write_file] spans: expected rising, disjoint spans");
+    end = stop;
+  }
+}
+
+py::tuple write_file(const std::string& path, const py::list& items, const std::vector<io::Span>& spans,
+                     const std::string& copy, const py::object& progress) {
+  const io::Copy mode = copy_named(copy);
+  check_spans(spans);
   // A copy of the list keeps every literal alive while the GIL is released.
   const py::list held(items[py::slice(0, static_cast<py::ssize_t>(items.size()), 1)]);
   std::vector<io::Piece> pieces;
@@ -43,8 +63,20 @@ void write_file(const std::string& path, const py::list& items, const py::object
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none()) progress(bytes);
   };
-  const py::gil_scoped_release nogil;
-  io::write_file(path, pieces, written);
+  io::Written made;
+  {
+    const py::gil_scoped_release nogil;
+    made = io::write_file(path, pieces, spans, mode, written);
+  }
+  py::list digests;
+  for (const auto& digest : made.digests) {
+    if (digest) {
+      digests.append(py::bytes(reinterpret_cast<const char*>(digest->data()), digest->size()));
+    } else {
+      digests.append(py::none());
+    }
+  }
+  return py::make_tuple(made.cloned, made.holes, made.copied, digests);
 }
 
 void translate(std::exception_ptr pending) {
@@ -60,6 +92,11 @@ void translate(std::exception_ptr pending) {
 
 void bind_io(py::module_& m) {
   py::register_exception_translator(&translate);
-  m.def("write_file", &write_file, py::arg("path"), py::arg("pieces"), py::arg("progress") = py::none(),
-        "Write a new file from pieces, each (source path, offset, length) or bytes, and fsync it.");
+  m.def("write_file", &write_file, py::arg("path"), py::arg("pieces"), py::arg("spans") = std::vector<io::Span>(),
+        py::arg("copy") = "stream", py::arg("progress") = py::none(),
+        "Write a new file from pieces, each (source path, offset, length) or bytes, and fsync it. Returns the bytes that "
+        "were cloned, that stayed holes and that were copied, and for each span (start, stop) of the file its XXH3-128, "
+        "or None where not all of its bytes passed through memory.");
+  m.def("probe_copy", &io::probe, py::arg("source"), py::arg("folder"), py::call_guard<py::gil_scoped_release>(),
+        "The best way to copy from `source` into new files of `folder`: reflink, kernel or stream.");
 }

@@ -1,9 +1,11 @@
 #pragma once
 #include <cstdint>
 #include <functional>
-#include <stdexcept>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "digest.h"
 
 namespace io {
 
@@ -15,16 +17,28 @@ struct Piece {
   const char* literal = nullptr;  // borrowed
 };
 
-struct Error : std::runtime_error {
-  Error(int code, const std::string& message, std::string path);
-  int code;  // errno
-  std::string path;
+// How ranges are copied. stream: through a ring of buffers. kernel: copy_file_range. reflink: the blocks that lie alike in
+// source and output are shared (FICLONERANGE), the rest goes through the ring; a range that the file system will not share
+// is an error. reflink_or_stream: such a range goes through the ring too.
+enum class Copy { stream, kernel, reflink, reflink_or_stream };
+
+struct Written {
+  int64_t cloned = 0;  // bytes shared with the source
+  int64_t holes = 0;   // bytes that stayed holes
+  int64_t copied = 0;  // the other bytes
+  std::vector<std::optional<Digest>> digests;  // one for each span
 };
 
-// Writes the pieces one after the other into a new file and fsyncs it. The mode honours the umask.
-// Memory: one buffer of 8 MiB. `written` is called with the bytes so far after every buffer; what it throws ends the
-// writing. A file that exists, a source that ends too early and every failed system call throw Error.
-void write_file(const std::string& path, const std::vector<Piece>& pieces,
-                const std::function<void(int64_t)>& written);
+// Writes the pieces one after the other into a new file and fsyncs it. The mode honours the umask. Holes of the sources
+// stay holes. Spans of the output whose bytes pass through memory get their checksum. Neither file stays in the page cache.
+//
+// `written` is called with the bytes so far from time to time, also while nothing moves; what it throws ends the writing.
+// A file that exists, a source that ends too early and every failed system call throw Error.
+Written write_file(const std::string& path, const std::vector<Piece>& pieces, const std::vector<Span>& spans, Copy copy,
+                   const std::function<void(int64_t)>& written);
+
+// The best way to copy from `source` into new files of `folder`: "reflink" where they can share blocks, "kernel" where a
+// server copies between its own files, else "stream". Makes and removes a file.
+std::string probe(const std::string& source, const std::string& folder);
 
 }  // namespace io

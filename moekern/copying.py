@@ -1,0 +1,181 @@
+"""How the bytes of a shard come into its file, and their checksums."""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moekern import _C
+from moekern.checkpoint import Checkpoint
+from moekern.errors import InputError
+from moekern.ranges import OutputShard, Piece, best_phase
+
+Copy = Literal["auto", "reflink", "kernel", "stream"]
+Checksum = Literal["xxh3", "blake3", "none"]
+COPIES: tuple[Copy, ...] = ("auto", "reflink", "kernel", "stream")
+CHECKSUMS: tuple[Checksum, ...] = ("xxh3", "blake3", "none")
+CHUNK = 8 << 20
+
+Way = Literal["reflink", "reflink_or_stream", "kernel", "stream"]  # what write_file is told
+Report = Callable[[int], None]  # bytes so far
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What became of the bytes of a file, and the checksums of its tensors, hex, None where there is none."""
+
+    cloned: int
+    holes: int
+    copied: int
+    checksum: str | None
+    tensors: dict[str, str | None]
+
+
+def ways(checkpoint: Checkpoint, names: Collection[str], folder: Path, copy: Copy) -> dict[str, Way]:
+    """Shard of the source -> how its bytes come into files of `folder`; each pair of file systems is probed once.
+
+    auto: blocks are shared where the file systems can, a server copies where both files are on it, else the bytes
+    stream through memory. Raises InputError when --copy reflink is not possible.
+    """
+    if copy in ("stream", "kernel"):
+        return dict.fromkeys(names, copy)
+    largest: dict[int, Path] = {}
+    devices: dict[str, int] = {}
+    sizes: dict[int, int] = {}
+    for shard in checkpoint.shards:
+        if shard.name in names:
+            device = devices[shard.name] = shard.path.stat().st_dev
+            if shard.size >= sizes.get(device, 0):
+                largest[device], sizes[device] = shard.path, shard.size
+    found: dict[int, Way] = {}
+    for device, path in largest.items():
+        can: Way = _C.probe_copy(str(path), str(folder))
+        if copy == "reflink" and can != "reflink":
+            raise InputError(
+                f"--copy reflink: {folder} cannot share blocks with {path}; both must be on one file system that can, "
+                "such as XFS or btrfs; use --copy auto or stream"
+            )
+        found[device] = "reflink_or_stream" if copy == "auto" and can == "reflink" else can
+    return {name: found[device] for name, device in devices.items()}
+
+
+def way_of(shard: OutputShard, known: Mapping[str, Way]) -> Way:
+    """One way for a file of several sources: theirs if they agree, else through memory."""
+    found = {known[source] for source in shard.sources}
+    return found.pop() if len(found) == 1 else "stream"
+
+
+def space_needed(checkpoint: Checkpoint, shard: OutputShard, way: Way) -> int:
+    """Bytes of disk that a shard will take, at the most: shared blocks and holes take none."""
+    size = shard.size
+    if way.startswith("reflink"):
+        size -= best_phase(shard.tensors)[1]
+    return min(size, len(shard.header()) + sum(map(_data_bytes, (checkpoint.folder / s for s in shard.sources))))
+
+
+def room_needed(checkpoint: Checkpoint, folder: Path, nbytes: int) -> int:
+    """The same for `nbytes` of a checkpoint before it is known which they are."""
+    found = ways(checkpoint, [shard.name for shard in checkpoint.shards], folder, "auto")
+    if set(found.values()) == {"reflink_or_stream"}:
+        return 0
+    return min(nbytes, sum(_data_bytes(shard.path) for shard in checkpoint.shards))
+
+
+def _data_bytes(path: Path) -> int:
+    """What a file with holes takes on the disk; its size when it has none."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        status = os.fstat(handle)
+        hole = os.lseek(handle, 0, os.SEEK_HOLE) if status.st_size and hasattr(os, "SEEK_HOLE") else status.st_size
+    except OSError:
+        return status.st_size
+    finally:
+        os.close(handle)
+    return status.st_size if hole >= status.st_size else min(status.st_size, status.st_blocks * 512)
+
+
+def made_from(pieces: Sequence[Piece]) -> str:
+    """sha256 of all that decides a file's bytes: the pieces, and name, size and time of each file they come from."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece if isinstance(piece, bytes) else repr(piece).encode())
+        digest.update(b"\0")
+    for source in sorted({piece[0] for piece in pieces if not isinstance(piece, bytes)}):
+        status = os.stat(source)
+        digest.update(repr((source, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def copy_shard(
+    path: Path, shard: OutputShard, pieces: list[Piece], way: Way, checksum: Checksum, reread: bool, report: Report
+) -> Copied:
+    """Write the shard to the new file `path` and fsync it; with `reread` or blake3, read it back from the disk.
+
+    xxh3 is taken of what passes through memory on the way; reading back compares with it and takes the checksum of the
+    rest. Raises OSError, and InputError when the disk gives back other bytes than were written.
+    """
+    spans = shard.spans()
+    names = [tensor.name for tensor in shard.tensors]
+    on_the_way = spans if checksum != "none" or reread else []
+    cloned, holes, copied, digests = _C.write_file(str(path), pieces, on_the_way, way, report)
+    digests = digests or [None] * len(spans)
+    if reread or checksum == "blake3":
+        digests = _read_back(path, names, spans, digests, checksum, lambda done: report(shard.size + done))
+    named = {"xxh3": "xxh3-128", "blake3": "blake3", "none": None}[checksum]
+    values = {n: d.hex() if d and named else None for n, d in zip(names, digests, strict=True)}
+    return Copied(cloned, holes, copied, named, values)
+
+
+def _read_back(
+    path: Path,
+    names: Sequence[str],
+    spans: Sequence[tuple[int, int]],
+    written: Sequence[bytes | None],
+    checksum: Checksum,
+    report: Report,
+) -> list[bytes | None]:
+    """Checksums of what the disk holds, once the file has left the page cache."""
+    found: list[bytes | None] = []
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for name, (start, stop), before in zip(names, spans, written, strict=True):
+            hashes = _hashes(checksum)
+            while start < stop:
+                got = os.preadv(file.fileno(), [buffer[: stop - start]], start)
+                if not got:
+                    raise InputError(f"{path}: ends inside {name}, at byte {start}, just after it was written whole")
+                for state in hashes:
+                    state.update(buffer[:got])
+                os.posix_fadvise(file.fileno(), start, got, os.POSIX_FADV_DONTNEED)
+                start += got
+                report(start)
+            if before is not None and hashes[0].digest() != before:
+                raise InputError(f"{path}: {name}: the disk gives back other bytes than were written; it is faulty")
+            found.append(hashes[-1].digest())
+    return found
+
+
+def _hashes(checksum: Checksum) -> list[Any]:
+    """xxh3, to compare with what was written, and the one that is asked for."""
+    import xxhash
+
+    hashes: list[Any] = [xxhash.xxh3_128()]
+    if checksum == "blake3":
+        import blake3
+
+        hashes.append(blake3.blake3())
+    return hashes
+
+
+def check_checksum(checksum: str) -> None:
+    """Raise InputError when the checksum is unknown, or its library is not installed."""
+    if checksum not in CHECKSUMS:
+        raise InputError(f"--checksum {checksum}: expected one of {', '.join(CHECKSUMS)}")
+    if checksum == "blake3":
+        try:
+            import blake3  # noqa: F401
+        except ImportError:
+            raise InputError("--checksum blake3: the package blake3 is not installed; pip install blake3") from None

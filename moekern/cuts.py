@@ -1,0 +1,180 @@
+"""What becomes of each tensor when experts go: dropped, renamed, cut along its expert axis, or remapped."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moekern.architectures import ExpertTensor, Layout, MoeLayer
+from moekern.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
+from moekern.errors import InputError
+from moekern.plan import Plan
+
+Mtp = Literal["prune", "drop", "keep"]
+MTP_MODES: tuple[Mtp, ...] = ("prune", "drop", "keep")
+Range = tuple[int, int]  # first byte and the byte past the last, in the source file
+SMALL = 16 << 20  # a tensor up to this many bytes may be read whole and cut in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What happens to one tensor with experts, in a layer of `num_experts`. rank: kept id -> new id, rising in both."""
+
+    tensor: ExpertTensor
+    rank: Mapping[int, int]
+    num_experts: int
+
+    def new_number(self) -> int | None:
+        """The number of this tensor's expert in the result; None when it is dropped. Numbers past the routed experts'
+        (transformers writes such for LongCat's zero experts) stay past them."""
+        expert = self.tensor.expert
+        if expert is None or expert < self.num_experts:
+            return None if expert is None else self.rank.get(expert)
+        return expert - self.num_experts + len(self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor to write: `entry` of the source, whole when `cut` is None."""
+
+    name: str
+    shape: tuple[int, ...]
+    entry: TensorEntry
+    cut: Cut | None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPE_BITS[self.entry.dtype] // 8
+
+    def ranges(self) -> tuple[Range, ...] | None:
+        """Where its bytes lie in the source file, in their order here; None where they are computed: see `content`."""
+        entry, cut = self.entry, self.cut
+        if not self.nbytes:
+            return ()
+        if cut is None:
+            return ((entry.start, entry.stop),)
+        outer = math.prod(entry.shape[: cut.tensor.axis])
+        if cut.tensor.action == "remap" or (outer > 1 and entry.nbytes <= SMALL):
+            return None
+        stride = entry.nbytes // outer
+        starts = range(entry.start, entry.stop, stride)
+        return tuple((at + start, at + stop) for at in starts for start, stop in _row_bytes(entry, cut))
+
+    def content(self, checkpoint: Checkpoint) -> bytes:
+        """The bytes of a tensor that has no ranges: a table of expert ids, or rows of a small tensor cut on an inner
+        axis."""
+        assert self.cut is not None
+        if self.cut.tensor.action == "remap":
+            return _remapped(self.cut, checkpoint)
+        outer = math.prod(self.entry.shape[: self.cut.tensor.axis])
+        data = np.frombuffer(checkpoint.read(self.entry.name), np.uint8).reshape(outer, -1)
+        return np.concatenate([data[:, a:b] for a, b in _row_bytes(self.entry, self.cut)], axis=1).tobytes()
+
+
+def kept_experts(checkpoint: Checkpoint, layout: Layout, plan: Plan, mtp: Mtp) -> dict[str, tuple[int, ...]]:
+    """Layer key -> original ids that stay, for every layer that is cut.
+
+    With mtp="prune" the MTP layers are among them. Calibration never runs these, so a plan rarely names them: then they
+    keep as many experts as the others, the `strongest`.
+    """
+    kept = {key: tuple(sorted(plan.layers[key].keep)) for key in layout.layers}
+    if mtp == "prune":
+        count = max(map(len, kept.values()))
+        for key, layer in layout.mtp.items():
+            given = plan.layers.get(key)
+            kept[key] = tuple(sorted(given.keep)) if given else strongest(checkpoint, layer, count, layout.n_group)
+    return kept
+
+
+def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int) -> tuple[int, ...]:
+    """The `count` experts whose router rows have the largest L2 norm, the same number in each of `n_group` groups.
+
+    Norms are compared by their squares, summed exactly (math.fsum); the lowest id wins a tie.
+    """
+    routers = [tensor for tensor in layer.tensors if tensor.role == "router" and tensor.action == "slice"]
+    if not routers:
+        raise InputError(f"{layer.prefix}: no router is known to rank its experts by; use --mtp drop or --mtp keep")
+    energy = [0.0] * layer.num_experts
+    for tensor in routers:
+        rows = np.moveaxis(checkpoint.array(tensor.name).astype(np.float64), tensor.axis, 0)
+        for expert in range(layer.num_experts):
+            row = rows[expert * tensor.rows : (expert + 1) * tensor.rows]
+            energy[expert] += math.fsum(np.square(row).ravel().tolist())
+    size = layer.num_experts // n_group
+    chosen: list[int] = []
+    for group in range(n_group):
+        members = sorted(range(group * size, (group + 1) * size), key=lambda e: (-energy[e], e))
+        chosen += members[: count // n_group]
+    return tuple(sorted(chosen))
+
+
+def replace_experts(table: np.ndarray, keep: Sequence[int], num_experts: int) -> np.ndarray:
+    """A table of expert ids [..., K] with the ids numbered anew and those of dropped experts replaced.
+
+    Hash layers (DeepSeek V4's tid2eid) give each token a fixed list of experts, which no score ranks, so a dropped
+    expert's tokens are spread evenly: id d becomes the kept expert of rank d * kept // E, or the next rank, cyclically,
+    that the token does not use yet. Slots are filled from left to right. Same shape and dtype as `table`.
+    """
+    ids = table.reshape(-1, table.shape[-1] if table.ndim else 1).astype(np.int64)
+    rank = np.full(num_experts, -1, np.int64)
+    rank[list(keep)] = np.arange(len(keep))
+    out = rank[ids]
+    for slot in range(ids.shape[1]):
+        rows = np.flatnonzero(out[:, slot] < 0)
+        choice = ids[rows, slot] * len(keep) // num_experts
+        for _ in keep:
+            used = (out[rows] == choice[:, None]).any(axis=1)
+            choice[used] = (choice[used] + 1) % len(keep)
+        out[rows, slot] = choice
+    return out.reshape(table.shape).astype(table.dtype)
+
+
+def output_tensor(entry: TensorEntry, cut: Cut | None) -> OutputTensor | None:
+    """What becomes of a tensor of the source; None when its expert is dropped."""
+    if cut is None:
+        return OutputTensor(entry.name, entry.shape, entry, None)
+    if cut.tensor.action == "drop":
+        new = cut.new_number()
+        return None if new is None else OutputTensor(cut.tensor.renamed(new), entry.shape, entry, None)
+    if cut.tensor.action == "remap":
+        return OutputTensor(entry.name, entry.shape, entry, cut)
+    axis, rows, trailing = cut.tensor.axis, cut.tensor.rows, cut.tensor.trailing
+    expected = cut.num_experts * rows + trailing
+    if axis >= len(entry.shape) or entry.shape[axis] != expected:
+        raise InputError(
+            f"{entry.shard}: {entry.name} has shape {list(entry.shape)}; expected {expected} on axis {axis} "
+            f"for {cut.num_experts} experts"
+        )
+    row_bits = math.prod(entry.shape[axis + 1 :]) * DTYPE_BITS[entry.dtype]
+    if rows * row_bits % 8 or trailing * row_bits % 8:
+        raise InputError(f"{entry.shard}: {entry.name} ({entry.dtype}): an expert's rows are not whole bytes")
+    shape = (*entry.shape[:axis], len(cut.rank) * rows + trailing, *entry.shape[axis + 1 :])
+    return OutputTensor(entry.name, shape, entry, cut)
+
+
+def _row_bytes(entry: TensorEntry, cut: Cut) -> list[tuple[int, int]]:
+    """Kept rows along the expert axis as (first byte, past the last) of one outer step, joined where they touch."""
+    rows, row_bits = cut.tensor.rows, math.prod(entry.shape[cut.tensor.axis + 1 :]) * DTYPE_BITS[entry.dtype]
+    spans = [(expert * rows, (expert + 1) * rows) for expert in cut.rank]
+    if cut.tensor.trailing:
+        spans.append((cut.num_experts * rows, cut.num_experts * rows + cut.tensor.trailing))
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return [(start * row_bits // 8, stop * row_bits // 8) for start, stop in joined]
+
+
+def _remapped(cut: Cut, checkpoint: Checkpoint) -> bytes:
+    table = checkpoint.array(cut.tensor.name)
+    if table.dtype.kind not in "iu" or (table.size and not (table.min() >= 0 and table.max() < cut.num_experts)):
+        raise InputError(f"{cut.tensor.name}: expected expert numbers from 0 to {cut.num_experts - 1}")
+    return replace_experts(table, tuple(cut.rank), cut.num_experts).tobytes()

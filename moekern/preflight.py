@@ -1,0 +1,36 @@
+"""What can be known before the first byte is written: whether the target can be made at all."""
+
+import os
+from pathlib import Path
+
+from moekern.errors import InputError
+from moekern.workfolder import refuse_existing, work_path
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse a target that exists, lies inside the source, or cannot be made where it should be."""
+    parent = target.parent
+    refuse_existing(target)
+    if not target.name or target.name == "..":
+        raise InputError(f"{target}: names no new folder")
+    if not parent.is_dir():
+        raise InputError(f"{target}: the folder {parent} does not exist; make it first")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{target}: lies inside the source {source}; name a folder elsewhere")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{target}: no permission to write in {parent}")
+    if os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise InputError(f"{target}: {parent} is on a file system that is mounted read-only")
+
+
+def check_space(target: Path, nbytes: int, files: int) -> None:
+    """Refuse a target that its file system has no room or no inodes for; what an earlier run left counts as room."""
+    work, parent = work_path(target), target.parent
+    there = [path.stat() for path in work.rglob("*") if path.is_file()] if work.is_dir() else []
+    status = os.statvfs(parent)
+    free = status.f_bavail * status.f_frsize + sum(512 * found.st_blocks for found in there)
+    if nbytes > free:
+        raise InputError(f"{target}: needs {nbytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
+    inodes = status.f_favail + len(there)
+    if status.f_files and files > inodes:
+        raise InputError(f"{target}: needs {files} files, and {parent} has room for {inodes} (inodes)")

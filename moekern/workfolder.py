@@ -1,0 +1,241 @@
+"""The folder in which an output grows beside its target: who may write there, and what in it is known to be done.
+
+`.NAME.moekern/` holds `checkpoint/`, which becomes `NAME` by one rename, and a manifest: JSON lines, one for each shard
+that is complete on the disk. A lock on the folder, which ends with the process however that ends, keeps others out.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moekern.errors import InputError
+from moekern.files import fsync
+
+PATIENCE = 10.0  # seconds that a part waits for a process that is about to finish the output
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `of` processes that share the work, counted from 1."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}-of-{self.of}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """The part that "2/4" names. Raises InputError."""
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise InputError(f"--part {text}: expected I/N, I from 1 to N, such as 1/4")
+        return cls(int(found[1]), int(found[2]))
+
+    @classmethod
+    def of_torchrun(cls) -> "Part | None":
+        """The part of a process that torchrun has started, if it has started several."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        return cls(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the manifest: this shard, of this size, made from this, is complete on the disk."""
+
+    shard: str
+    size: int
+    mtime_ns: int  # of the shard's file: tells it from one that another plan put in its place
+    made_from: str  # sha256 of all that decides the shard's bytes
+    plan: str  # sha256 of the plan
+    checksum: str | None  # how `tensors` were made: "xxh3-128", "blake3"
+    tensors: Mapping[str, str | None]  # hex; None where the bytes did not pass through memory
+
+
+@dataclass
+class WorkFolder:
+    """A locked work folder. `records` are the lines of all parts' manifests by (shard, made_from)."""
+
+    target: Path
+    part: Part | None
+    handle: int
+    records: dict[tuple[str, str], Record] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return work_path(self.target)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / (f"manifest.{self.part}.jsonl" if self.part else "manifest.jsonl")
+
+    def proved(self, shard: str, made_from: str) -> Record | None:
+        """The record of a shard that is complete on the disk; None when it has to be written."""
+        record = self.records.get((shard, made_from))
+        if record is None:
+            return None
+        try:
+            status = (self.checkpoint / shard).stat()
+        except FileNotFoundError:
+            return None
+        return record if (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns) else None
+
+    def add(self, record: Record) -> None:
+        """Append to the manifest, and flush it to the disk."""
+        line = json.dumps(asdict(record), ensure_ascii=False, sort_keys=True) + "\n"
+        with self.manifest.open("ab", buffering=0) as file:
+            file.write(line.encode())
+            os.fsync(file.fileno())
+        self.records[record.shard, record.made_from] = record
+
+    def reload(self) -> None:
+        """Read the manifests of all parts again; a line that a killed process left unfinished is no record."""
+        self.records = {}
+        for path in sorted(self.folder.glob("manifest*.jsonl")):
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                record = _parsed(line)
+                if record is not None:
+                    self.records[record.shard, record.made_from] = record
+
+    def exclusive(self) -> bool:
+        """Be the only process in the folder from now on; False when another part is at work or waits for its turn.
+
+        A part gives up its shared lock first, when its records are on the disk: of several that come here at once, the
+        last finds all of them.
+        """
+        if self.part is None:
+            return True
+        with suppress(OSError):
+            fcntl.flock(self.handle, fcntl.LOCK_UN)
+        if not _locked(self.handle, fcntl.LOCK_EX):
+            return False
+        self.reload()
+        return True
+
+    def commit(self) -> None:
+        """Give the finished checkpoint its name. Raises InputError when something has taken the name meanwhile."""
+        for folder in sorted(path for path in self.checkpoint.rglob("*") if path.is_dir()):
+            fsync(folder)
+        fsync(self.checkpoint)
+        refuse_existing(self.target)
+        self.checkpoint.rename(self.target)
+        fsync(self.target.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def work_path(target: Path) -> Path:
+    """Where the output grows."""
+    return target.with_name(f".{target.name}.moekern")
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise InputError when the target exists. What a process killed just after its commit left is removed."""
+    if os.path.lexists(target):
+        work = work_path(target)
+        if work.is_dir() and not (work / "checkpoint").exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise InputError(f"{target}: exists already; name a new folder or remove it")
+
+
+@contextmanager
+def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
+    """The target's work folder, new or as an earlier run left it, locked for this process, or for this part of them.
+
+    On leaving, a folder without any complete shard is removed. Raises InputError when another process is at work.
+    """
+    with _locked_folder(target, part) as handle:
+        work = WorkFolder(target, part, handle)
+        try:
+            refuse_existing(target)
+            work.checkpoint.mkdir(exist_ok=True)
+            _drop_torn_line(work.manifest)
+            work.reload()
+            yield work
+        finally:
+            if part is None and not work.records:
+                shutil.rmtree(work.folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked_folder(target: Path, part: Part | None) -> Iterator[int]:
+    folder, until = work_path(target), time.monotonic() + (PATIENCE if part else 0)
+    while True:
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if _locked(handle, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
+                if _is_still(handle, folder):
+                    with _locked_part(target, part):
+                        yield handle
+                    return
+            elif time.monotonic() >= until:
+                raise InputError(f"{target}: another process is writing it, in {folder}; wait for it or stop it")
+        finally:
+            os.close(handle)
+        time.sleep(0.05)
+
+
+@contextmanager
+def _locked_part(target: Path, part: Part | None) -> Iterator[None]:
+    """Refuse a second process with the same part, and parts of another number of processes."""
+    if part is None:
+        yield
+        return
+    folder = work_path(target)
+    for path in folder.glob("part-*.lock"):
+        if not path.name.endswith(f"-of-{part.of}.lock"):
+            with path.open("ab") as other:
+                if not _locked(other.fileno(), fcntl.LOCK_EX):
+                    raise InputError(f"--part {part.number}/{part.of}: {path.name[5:-5]} of {target} is being written")
+    with (folder / f"part-{part}.lock").open("ab") as file:
+        if not _locked(file.fileno(), fcntl.LOCK_EX):
+            raise InputError(f"--part {part.number}/{part.of}: another process is writing this part of {target}")
+        yield
+
+
+def _locked(handle: int, how: int) -> bool:
+    """Take a lock if it is free. Where the file system has no locks, everybody gets one."""
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_still(handle: int, folder: Path) -> bool:
+    """False when the folder was finished or removed between opening and locking it."""
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _drop_torn_line(manifest: Path) -> None:
+    if manifest.exists():
+        data = manifest.read_bytes()
+        os.truncate(manifest, data.rfind(b"\n") + 1)
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        found: Any = json.loads(line)
+        record = Record(**found)
+    except (ValueError, TypeError):
+        return None
+    good = isinstance(record.shard, str) and isinstance(record.made_from, str) and isinstance(record.tensors, dict)
+    return record if good else None
