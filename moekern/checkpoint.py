@@ -5,7 +5,8 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +125,7 @@ class Checkpoint:
     def _pread(self, entry: TensorEntry, start: int, size: int) -> bytes:
         path = self.folder / entry.shard
         parts: list[bytes] = []
-        with path.open("rb", buffering=0) as file:
+        with _naming(path), path.open("rb", buffering=0) as file:
             while size > 0:
                 part = os.pread(file.fileno(), min(size, 1 << 30), start)
                 if not part:
@@ -272,12 +273,22 @@ def regular_size(path: Path) -> int:
     return status.st_size
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error while a file is read names the file; that of a read alone does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def read_shard(path: Path) -> Shard:
     """A file's header, checked: length, JSON, dtypes, shapes, and offsets that fill the file without gap or overlap."""
     size = regular_size(path)
     if size < 8:
         raise InputError(f"{path}: truncated: {size} bytes, a header needs at least 8")
-    with path.open("rb") as file:
+    with _naming(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > HEADER_CAP:
             raise InputError(f"{path}: header of {length} bytes, more than the limit of {HEADER_CAP}")
