@@ -77,7 +77,8 @@ __attribute__((constructor)) static void from_environment(void) {
 static int counts(const char* path) {
   for (const char *folder = under, *end; *folder; folder = *end ? end + 1 : end) {
     end = strchrnul(folder, ':');
-    if (strncmp(path, folder, (size_t)(end - folder)) == 0) return 1;
+    const size_t length = (size_t)(end - folder);
+    if (strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0)) return 1;
   }
   return 0;
 }

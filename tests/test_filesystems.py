@@ -42,7 +42,7 @@ def shards(found: Snapshot) -> Snapshot:
 def report(ended: Ended) -> dict[str, Any]:
     """What --json printed."""
     assert ended.code == 0, ended.said
-    document: dict[str, Any] = json.loads(ended.said[ended.said.index("{") :])
+    document: dict[str, Any] = json.loads(ended.said[ended.said.index("{\n") :].partition("\n}\n")[0] + "}")
     return document
 
 
@@ -100,7 +100,7 @@ def test_kills_while_blocks_are_shared(bench: Bench, kind: str) -> None:
     with mounted(kind, SIZES[kind]) as point:
         here = moved(bench, point / "x")
         want = here.want("--copy", "reflink")
-        for k in (1, 2, 5, 20, 40):
+        for k in (1, 2, 5, 9):
             out = here.fresh()
             assert here.prune(out, "--copy", "reflink", rules=f"clone:{k}:KILL").code == -9
             assert here.prune(out, "--copy", "reflink").code == 0
@@ -112,7 +112,7 @@ def test_sharing_that_fails(bench: Bench, error: str) -> None:
     with mounted("xfs", SIZES["xfs"]) as point:
         here = moved(bench, point / "x")
         want = here.want("--copy", "reflink")
-        for k in (1, 7, 30):
+        for k in (1, 2, 7):
             out = here.fresh()
             ended = here.prune(out, "--copy", "reflink", rules=f"clone:{k}:{error}")
             assert ended.code == 2
@@ -190,7 +190,7 @@ def test_holes_stay_holes(bench: Bench, kind: str) -> None:
 
 def test_too_few_inodes(bench: Bench) -> None:
     """A file system with room for the bytes but not for the names."""
-    with mounted("ext4", 32 * MIB, "-q", "-N", "48") as point:
+    with mounted("ext4", 32 * MIB, "-q", "-N", "64") as point:
         (point / "x").mkdir()
         with contextlib.suppress(OSError):
             for i in range(100):
@@ -257,7 +257,7 @@ def test_a_source_that_may_not_be_read(anybody: Bench) -> None:
     ended = anybody.prune(out, uid=NOBODY)
     assert ended.code == 2
     assert shard.name in ended.line
-    assert "ermission" in ended.line
+    assert "not readable" in ended.line
     assert os.listdir(out.parent) == []
 
 
