@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= gpu-results
+RUNS ?= 1000000
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench bench-streaming fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -19,6 +20,17 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
+
+# Writes up to 10 GB beside the temporary files and removes them: prune and layer reads against other roads, and at 1T scale.
+bench-streaming: $(VENV)/.ready
+	$(BIN)/python -m bench.streaming scale
+	$(BIN)/python -m bench.streaming dense
+	$(BIN)/python -m bench.reading
+
+# Mutated headers against the parser and the safetensors library; needs Python 3.11 to 3.13 for atheris.
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz_header -runs=$(RUNS)
 
 # On a machine with CUDA: no network, no build isolation, the Python that is active. Records go to the folder OUT=.
 gpu:

@@ -7,13 +7,10 @@ torch. Bytes are those that must move, from the shapes: logits or expert rows re
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.machine import append, machine
 from moekern import _C, kernels
 from tests.cases import MODELS, Case, Layer, Router, Rows, router, rows
 
@@ -115,22 +113,16 @@ def timed(op: str, layer: Layer, backend: str, squares: bool) -> tuple[Callable[
     return run, result, moved, size
 
 
-def machine() -> dict[str, object]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu[0].split(":")[1].strip(),
-        "instruction_set": _C.levels()[-1],
-        "cuda_code": _C.cuda_architectures(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def facts() -> dict[str, object]:
+    gpu = {"device": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    code = {"instruction_set": _C.levels()[-1], "cuda_code": _C.cuda_architectures()}
+    return {**machine(), **gpu, **code, "torch": torch.__version__}
 
 
 def measure(cases: list[str], threads: int, repeats: int) -> list[dict[str, object]]:
     torch.set_num_threads(threads)
     read = SCRUB.nbytes / seconds(SCRUB.sum, repeats)  # what this machine reads at, not what its datasheet says
-    base = {**machine(), "threads": threads, "read_gb_s": round(read / 1e9, 1)}
+    base = {**facts(), "threads": threads, "read_gb_s": round(read / 1e9, 1)}
     lines: list[dict[str, object]] = []
     kinds = [("router_stats", False), ("combine_and_measure", False), ("combine_and_measure", True)]
     for case in cases:
@@ -171,10 +163,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     options = parser.parse_args()
     lines = measure(options.case, options.threads, options.repeats)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    append(options.out, lines)
     show(lines)
 
 

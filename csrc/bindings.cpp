@@ -7,6 +7,7 @@
 namespace py = pybind11;
 
 void bind_io(py::module_& m);
+void bind_read(py::module_& m);
 
 namespace moekern {
 namespace {
@@ -138,4 +139,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");
   bind_io(m);
+  bind_read(m);
 }

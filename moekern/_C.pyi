@@ -51,3 +51,9 @@ def write_file(
     progress: Callable[[int], object] | None = None,
 ) -> tuple[int, int, int, list[bytes | None]]: ...
 def probe_copy(source: str, folder: str) -> Literal["reflink", "kernel", "stream"]: ...
+def read_ranges(
+    ranges: Sequence[tuple[str, int, int, int]],
+    threads: int,
+    keep_cache: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None: ...

@@ -3,20 +3,24 @@
 import hashlib
 import json
 import os
+import re
+import reprlib
 import stat
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moekern.dtypes import decode
 from moekern.errors import InputError
 
-HEADER_CAP = 100_000_000
+HEADER_CAP = 100_000_000  # bytes of JSON: a million tensors in a header or an index
+DEPTH_CAP, NAME_CAP = 64, 1024  # levels of a config, where real ones have six; characters of a tensor's name
 DTYPE_BITS: dict[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -26,17 +30,10 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 SIDE_FOLDERS = ("additional_chat_templates",)
-JSON_CAP = 1 << 30  # an index names each tensor in about 100 bytes
-SIZE_CAP = 1 << 62
-NUMPY_DTYPES = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
-    "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
-}  # fmt: skip
-# exponent bits, mantissa bits and exponent bias
-SMALL_FLOATS = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F8_E4M3FNUZ": (4, 3, 8), "F8_E5M2FNUZ": (5, 2, 16)}
+SIZE_CAP, ARRAY_CAP = 1 << 62, 1 << 30  # bytes of a file; of a tensor that is read into memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +91,13 @@ class Checkpoint:
         A re-sharded copy has the same fingerprint, a fine-tune another; config.json has no part in it.
         """
         names = sorted(self.tensors)
-        rows = [[name, self.tensors[name].dtype, self.tensors[name].shape] for name in names]
-        digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode())
+        digest = hashlib.sha256(b"[")
+        encode = json.JSONEncoder(separators=(",", ":")).encode
+        for start in range(0, len(names), 4096):  # one JSON list of [name, dtype, shape], never held whole
+            entries = [self.tensors[name] for name in names[start : start + 4096]]
+            text = encode([(entry.name, entry.dtype, entry.shape) for entry in entries])
+            digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
+        digest.update(b"]")
         for i in sorted({i * len(names) // 64 for i in range(64)}):
             entry = self.tensors[names[i]]
             middle = entry.start + max(0, entry.nbytes - 4096) // 2
@@ -115,9 +117,11 @@ class Checkpoint:
     def array(self, name: str) -> np.ndarray:
         """One small tensor in its shape; BF16 and 8-bit floats are widened to float32, other dtypes stay.
 
-        Raises InputError for the packed 4- and 6-bit dtypes.
+        Raises InputError for the packed 4- and 6-bit dtypes, and above ARRAY_CAP.
         """
         entry = self.tensors[name]
+        if entry.nbytes > ARRAY_CAP:
+            raise InputError(f"{self.folder / entry.shard}: {name}: {entry.nbytes} bytes are too many for its place")
         if DTYPE_BITS[entry.dtype] < 8:
             raise InputError(f"{self.folder / entry.shard}: {name}: packed dtype {entry.dtype} has no numpy form")
         return decode(self.read(name), entry.dtype).reshape(entry.shape)
@@ -125,9 +129,12 @@ class Checkpoint:
     def _pread(self, entry: TensorEntry, start: int, size: int) -> bytes:
         path = self.folder / entry.shard
         parts: list[bytes] = []
-        with _naming(path), path.open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             while size > 0:
-                part = os.pread(file.fileno(), min(size, 1 << 30), start)
+                try:
+                    part = os.pread(file.fileno(), min(size, 1 << 30), start)
+                except OSError as error:
+                    raise InputError(f"{path}: {error.strerror or error}") from error
                 if not part:
                     raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
                 parts.append(part)
@@ -136,53 +143,25 @@ class Checkpoint:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def decode(data: bytes, dtype: str) -> np.ndarray:
-    """A flat array of the safetensors dtype; BF16 and 8-bit floats become float32 without rounding."""
-    if dtype in NUMPY_DTYPES:
-        return np.frombuffer(data, NUMPY_DTYPES[dtype])
-    if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    codes = np.arange(256)
-    if dtype == "F8_E8M0":
-        table = np.where(codes == 255, np.nan, np.ldexp(1.0, codes - 127))
-    else:
-        table = small_float_table(dtype)
-    return table.astype(np.float32)[np.frombuffer(data, np.uint8)]
-
-
-def small_float_table(dtype: str) -> np.ndarray:
-    """The 256 values of an 8-bit float, float64."""
-    exponent_bits, mantissa_bits, bias = SMALL_FLOATS[dtype]
-    codes = np.arange(256)
-    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
-    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
-    values = np.ldexp(np.where(exponent == 0, mantissa, 1 + mantissa), np.maximum(exponent, 1) - bias)
-    values = np.where(codes >= 128, -values, values)
-    if dtype.endswith("FNUZ"):
-        values[128] = np.nan
-    elif dtype == "F8_E4M3":
-        values[[0x7F, 0xFF]] = np.nan
-    else:
-        values[[0x7C, 0xFC]] = np.inf, -np.inf
-        values[[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] = np.nan
-    return values
-
-
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Read config, index and all headers of a checkpoint folder; no tensor is read.
 
-    Raises InputError, naming the file and the tensor, for anything missing, truncated, contradictory or malformed.
+    Memory: no size that a file declares is believed before it was compared with the file's own. JSON takes at most
+    about 30 bytes for each byte of a file, whose length HEADER_CAP limits; headers of real models take 10. Raises
+    InputError, naming the file and the tensor, for anything missing, truncated, contradictory or malformed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     config = read_json(folder / CONFIG)
-    index = read_json(folder / INDEX) if (folder / INDEX).exists() else None
+    index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
     weight_map = check_weight_map(folder, index) if index is not None else None
     names = sorted(set(weight_map.values())) if weight_map is not None else [find_single(folder)]
     missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
-        raise InputError(f"{folder}: missing shard {missing[0]} ({len(missing)} of {len(names)} are missing)")
+        what = "a link to nothing" if os.path.islink(folder / missing[0]) else "not there"
+        count = f"{len(missing)} of {len(names)} are missing"
+        raise InputError(f"{folder}: missing shard {missing[0]:.80}: {what} ({count})")
 
     shards = tuple(read_shard(folder / name) for name in names)
     tensors: dict[str, TensorEntry] = {}
@@ -191,22 +170,22 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             other = tensors.setdefault(entry.name, entry)
             if other is not entry:
                 raise InputError(f"{shard.path}: tensor {entry.name!r} is also in {other.shard}")
-    if weight_map is not None:
+    if index is not None and weight_map is not None:
         compare_with_index(folder / INDEX, weight_map, tensors)
+        # The same map of the headers' own strings: 140,000 names are held once.
+        index["weight_map"] = {tensors[key].name: tensors[key].shard for key in weight_map}
     return Checkpoint(folder, config, shards, tensors, index)
 
 
 def find_single(folder: Path) -> str:
     """The only shard's name in a folder that has no index."""
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         return SINGLE
     names = sorted(path.name for path in folder.iterdir())
-    shards = [name for name in names if name.endswith(".safetensors")]
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if shards:
-        raise InputError(f"{folder}: {shards[0]} is there, but neither {SINGLE} nor {INDEX}")
-    if pickles:
-        raise InputError(f"{folder}: {pickles[0]} is a pickle, which is never read; convert it to safetensors first")
+    for name in [name for name in names if name.endswith(".safetensors")]:
+        raise InputError(f"{folder}: {shown(name)} is there, but neither {SINGLE} nor {INDEX}")
+    for name in [name for name in names if name.removesuffix(".index.json").endswith(PICKLES)]:
+        raise InputError(f"{folder}: {shown(name)} is a pickle, which is never read; convert it to safetensors first")
     raise InputError(f"{folder}: no safetensors file")
 
 
@@ -214,13 +193,17 @@ def check_weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
     path, weight_map = folder / INDEX, index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: weight_map is missing or empty")
-    examples = {str(name): (key, name) for key, name in weight_map.items()}
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise InputError(f"{path}: metadata is not an object")
+    examples = {name if isinstance(name, str) else None: (key, name) for key, name in weight_map.items()}
     for key, name in examples.values():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise InputError(f"{path}: {key!r} is in {name!r:.80}, which is not a safetensors file")
+            raise InputError(
+                f"{path}: {shown(key)} is in {shown(name)}, not a safetensors file; pickles are never read"
+            )
         if os.path.basename(name) != name or "\\" in name or not name.isprintable():
-            raise InputError(f"{path}: {key!r} is in {name!r:.80}, which is not a file of this folder")
-    if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
+            raise InputError(f"{path}: {shown(key)} is in {shown(name)}, which is not a file of this folder")
+    if os.path.lexists(folder / SINGLE) and SINGLE not in examples:
         raise InputError(f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove one")
     return weight_map
 
@@ -228,7 +211,7 @@ def check_weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
 def compare_with_index(path: Path, weight_map: dict[str, str], tensors: Mapping[str, TensorEntry]) -> None:
     for key, name in weight_map.items():
         if key not in tensors:
-            raise InputError(f"{path}: {key!r} should be in {name}, which does not hold it")
+            raise InputError(f"{path}: {shown(key)} should be in {name}, which does not hold it")
         if tensors[key].shard != name:
             raise InputError(f"{path}: {key!r} should be in {name}, but is in {tensors[key].shard}")
     for key, entry in tensors.items():
@@ -237,22 +220,41 @@ def compare_with_index(path: Path, weight_map: dict[str, str], tensors: Mapping[
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; duplicate keys are refused."""
-    if regular_size(path) > JSON_CAP:
-        raise InputError(f"{path}: larger than {JSON_CAP} bytes")
-    return parse_json(path.read_bytes(), str(path))
+    """The object in a JSON file, such as config.json; duplicate keys and nesting beyond DEPTH_CAP are refused."""
+    if (size := regular_size(path)) > HEADER_CAP:
+        raise InputError(f"{path}: {size} bytes, more than the limit of {HEADER_CAP}")
+    value = parse_json(read_start(path, size)[0], str(path))
+    level: list[Any] = [value]
+    for _ in range(DEPTH_CAP):
+        holders = (list(holder.values()) if isinstance(holder, dict) else holder for holder in level)
+        level = [item for holder in holders for item in holder if isinstance(item, (dict, list))]
+    if level:
+        raise InputError(f"{path}: not valid JSON: nested more than {DEPTH_CAP} deep")
+    return value
 
 
-def parse_json(data: bytes, source: str) -> dict[str, Any]:
+def parse_json(data: bytes, source: str, strict: bool = False) -> dict[str, Any]:
+    """A JSON object. Refused: duplicate keys, strings that are not Unicode, too deep nesting. strict: also NaN and
+    Infinity, which Python writes into configs, and minus zero, which is no integer of JSON."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             count = Counter(key for key, _ in pairs)
-            raise ValueError(f"duplicate key {next(key for key in count if count[key] > 1)!r}")
+            raise ValueError(f"duplicate key {shown(next(key for key in count if count[key] > 1))}")
         return found
 
+    def number(text: str) -> int:
+        if text in ("-0", "NaN", "Infinity", "-Infinity"):
+            raise ValueError(f"{text} is not a number here")
+        return int(text)
+
+    constant, whole = (number, number if b"-0" in data else None) if strict else (None, None)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be encoded
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -268,74 +270,101 @@ def regular_size(path: Path) -> int:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: not a regular file")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path}: not readable by this user")
     return status.st_size
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An error while a file is read names the file; that of a read alone does not."""
+def read_start(path: Path, *sizes: int) -> list[bytes]:
+    """The first bytes of a file in parts of these sizes, all of which the file was seen to have."""
     try:
-        yield
+        with path.open("rb") as file:
+            parts = [file.read(size) for size in sizes]
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    if tuple(map(len, parts)) != sizes:
+        raise InputError(f"{path}: the file has shrunk to {sum(map(len, parts))} bytes")
+    return parts
 
 
 def read_shard(path: Path) -> Shard:
-    """A file's header, checked: length, JSON, dtypes, shapes, and offsets that fill the file without gap or overlap."""
+    """A file's header, read and checked. Raises InputError."""
     size = regular_size(path)
+    length = header_length(read_start(path, min(8, size))[0], path, size)
+    return parse_header(read_start(path, 8, length)[1], path, size)
+
+
+def header_length(data: bytes, path: Path, size: int) -> int:
+    """The length that the first 8 bytes of a file of `size` bytes give its header; no more than the file holds."""
     if size < 8:
         raise InputError(f"{path}: truncated: {size} bytes, a header needs at least 8")
-    with _naming(path), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > HEADER_CAP:
-            raise InputError(f"{path}: header of {length} bytes, more than the limit of {HEADER_CAP}")
-        if 8 + length > size:
-            raise InputError(f"{path}: truncated: {size} bytes, the header alone takes {8 + length}")
-        header = parse_json(file.read(length), f"{path}: header")
+    length = int.from_bytes(data[:8], "little")
+    if length > HEADER_CAP:
+        raise InputError(f"{path}: header of {length} bytes, more than the limit of {HEADER_CAP}")
+    if 8 + length > size:
+        raise InputError(f"{path}: truncated: {size} bytes, the header alone takes {8 + length}")
+    return length
+
+
+def parse_header(data: bytes, path: Path, size: int) -> Shard:
+    """What the JSON of a header says about a file of `size` bytes; nothing is read.
+
+    Checked: JSON, names, dtypes, shapes, and offsets that fill the file from the header's end without gap or overlap.
+    Stricter than the format: a name is printable and at most NAME_CAP characters, an entry has the three fields of
+    the format and no other, which a copy would lose. Raises InputError.
+    """
+    if not data.startswith(b"{"):
+        raise InputError(f"{path}: header: not valid JSON: begins with {data[:4]!r}, expected '{{'")
+    header = parse_json(data, f"{path}: header", strict=True)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: __metadata__ is not a map of strings")
-    check_encodable(path, [*header, *metadata, *metadata.values()])
-    tensors = [read_entry(path, name, info, 8 + length) for name, info in header.items()]
+    data_start = 8 + len(data)
+    tensors = [read_entry(path, name, info, data_start) for name, info in header.items()]
     tensors.sort(key=lambda entry: (entry.start, entry.stop))
-    check_offsets(path, tensors, 8 + length, size)
-    return Shard(path.name, path, 8 + length, size, metadata, tuple(tensors))
-
-
-def check_encodable(path: Path, strings: list[str]) -> None:
-    try:
-        "".join(strings).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}: header holds a string that is not valid Unicode: {error}") from None
+    check_offsets(path, tensors, data_start, size)
+    return Shard(path.name, path, data_start, size, metadata, tuple(tensors))
 
 
 def read_entry(path: Path, name: str, info: Any, data_start: int) -> TensorEntry:
     def refuse(what: str) -> InputError:
-        return InputError(f"{path}: tensor {name!r}: {what}")
+        return InputError(f"{path}: tensor {shown(name)}: {what}")
 
+    if not name.isprintable() or len(name) > NAME_CAP:
+        raise refuse(f"its name is not a printable one of at most {NAME_CAP} characters")
     if not isinstance(info, dict):
         raise refuse("its header entry is not an object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise refuse(f"unknown dtype {dtype!r:.80}")
+        raise refuse(f"unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or not set(map(type, shape)) <= {int} or min(shape, default=0) < 0:
-        raise refuse(f"bad shape {shape!r:.80}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise refuse(f"bad data_offsets {offsets!r:.80}")
+        raise refuse(f"bad shape {shown(shape)}")
+    if not isinstance(offsets, list) or list(map(type, offsets)) != [int, int]:
+        raise refuse(f"bad data_offsets {shown(offsets)}")
     start, stop = offsets
     if not 0 <= start <= stop < SIZE_CAP:
-        raise refuse(f"bad data_offsets {offsets!r:.80}")
+        raise refuse(f"bad data_offsets {shown(offsets)}")
+    if len(info) > 3:
+        raise refuse(f"fields that the format does not know: {shown(list(info))}")
     bits = DTYPE_BITS[dtype]
     for n in shape:
         bits *= n
-        if bits >= SIZE_CAP:
-            raise refuse(f"shape {shape!r:.80} overflows")
+        if bits >= SIZE_CAP or n >= SIZE_CAP:
+            raise refuse(f"shape {shown(shape)} overflows")
     if bits != 8 * (stop - start):
-        raise refuse(f"{dtype} {shape!r:.80} takes {bits / 8:g} bytes, data_offsets give {stop - start}")
-    return TensorEntry(name, dtype, tuple(shape), path.name, data_start + start, data_start + stop)
+        raise refuse(f"{dtype} {shown(shape)} takes {bits / 8:g} bytes, data_offsets give {stop - start}")
+    return TensorEntry(
+        name, sys.intern(dtype), held_once(tuple(shape)), path.name, data_start + start, data_start + stop
+    )
+
+
+@lru_cache(maxsize=1024)
+def held_once(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The first of equal shapes: a large model has 100,000 tensors and a dozen shapes."""
+    return shape
+
+
+def shown(value: Any) -> str:
+    """repr of anything that JSON holds, cut to 80 printable characters; short work however large the value."""
+    return f"{repr(value[:80]) if isinstance(value, str) else reprlib.repr(value):.80}"
 
 
 def check_offsets(path: Path, tensors: list[TensorEntry], data_start: int, size: int) -> None:
@@ -344,9 +373,9 @@ def check_offsets(path: Path, tensors: list[TensorEntry], data_start: int, size:
     for entry in tensors:
         if entry.start != end:
             what = "overlaps the tensor before it" if entry.start < end else f"leaves {entry.start - end} bytes unused"
-            raise InputError(f"{path}: tensor {entry.name!r} {what} at byte {entry.start}")
+            raise InputError(f"{path}: tensor {shown(entry.name)} {what} at byte {entry.start}")
         if entry.stop > size:
-            raise InputError(f"{path}: truncated: {size} bytes, tensor {entry.name!r} ends at {entry.stop}")
+            raise InputError(f"{path}: truncated: {size} bytes, tensor {shown(entry.name)} ends at {entry.stop}")
         end = entry.stop
     if end != size:
         raise InputError(f"{path}: {size - end} bytes follow the last tensor")

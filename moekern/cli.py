@@ -215,8 +215,8 @@ def prune(
     copy: Annotated[
         CopyMode,
         typer.Option(
-            help="reflink shares blocks with MODEL, kernel uses copy_file_range, stream goes through memory; auto takes "
-            "the best, a named way is taken or refused."
+            help="reflink shares blocks with MODEL, kernel uses copy_file_range, stream goes through memory; auto "
+            "takes the best, a named way is taken or refused."
         ),
     ] = CopyMode.auto,
     checksum: Annotated[

@@ -2,7 +2,13 @@
 
 
 class InputError(ValueError):
-    """Something the user can mend: a file, a flag, a plan or a checkpoint. One line that says what and where."""
+    """Something the user can mend: a file, a flag, a plan or a checkpoint. One line that says what and where.
+
+    Names of a hostile checkpoint reach the terminal without line breaks and control codes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in message))
 
 
 def first_line(error: BaseException) -> str:

@@ -93,6 +93,7 @@ def output_shards(
             rank = {old: new for new, old in enumerate(sorted(kept[key]))}
             cuts.update((tensor.name, Cut(tensor, rank, layer.num_experts)) for tensor in layer.tensors)
     dropped = layout.mtp_prefixes if mtp == "drop" else ()
+    indexed = checkpoint.index is not None
 
     def made(entries: Iterable[TensorEntry]) -> Iterator[OutputTensor]:
         for entry in entries:
@@ -104,19 +105,21 @@ def output_shards(
     if max_shard_size is not None:
         groups = _packed(made(e for shard in checkpoint.shards for e in shard.tensors), home, max_shard_size)
         packed = [OutputShard("", {}, _arranged(group)) for group in groups]
-        return _numbered([replace(shard, metadata=_merged_metadata(checkpoint, shard.sources)) for shard in packed])
+        return _numbered(
+            [replace(shard, metadata=_merged_metadata(checkpoint, shard.sources)) for shard in packed], indexed
+        )
     filled = [(shard, _arranged(list(made(shard.tensors)))) for shard in checkpoint.shards]
     shards = [OutputShard(shard.name, shard.metadata, tensors) for shard, tensors in filled if tensors]
     if len(shards) == len(checkpoint.shards):
         return tuple(shards)
-    return _numbered(shards, indexed=checkpoint.index is not None)
+    return _numbered(shards, indexed)
 
 
 def _merged_metadata(checkpoint: Checkpoint, sources: Collection[str]) -> dict[str, str]:
     return {k: v for shard in checkpoint.shards if shard.name in sources for k, v in shard.metadata.items()}
 
 
-def _numbered(shards: Sequence[OutputShard], indexed: bool = False) -> tuple[OutputShard, ...]:
+def _numbered(shards: Sequence[OutputShard], indexed: bool) -> tuple[OutputShard, ...]:
     if len(shards) == 1 and not indexed:
         return (replace(shards[0], name="model.safetensors"),)
     total = len(shards)

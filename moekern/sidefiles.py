@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
-from moekern.checkpoint import CONFIG, INDEX, Checkpoint
+from moekern.checkpoint import CONFIG, INDEX, Checkpoint, read_json
 from moekern.cuts import Mtp
-from moekern.errors import InputError
 from moekern.plan import Plan
 from moekern.ranges import OutputShard
 from moekern.rewrite_config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
@@ -63,11 +62,7 @@ def _text(name: str, text: str) -> SideFile:
 
 
 def _renamed_file(path: Path, layout: Layout, kept: Mapping[str, Sequence[int]], drop_mtp: bool) -> str:
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+    content, text = read_json(path), path.read_text(encoding="utf-8")
     return dumped_like(renamed_lists(content, expert_renamer(layout, kept, drop_mtp=drop_mtp)), text)
 
 
@@ -86,10 +81,7 @@ def _provenance(
     }
     earlier = checkpoint.folder / PLAN_FILE
     if earlier.is_file():
-        try:
-            content["source"] = json.loads(earlier.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{earlier}: not valid JSON: {error}") from None
+        content["source"] = read_json(earlier)
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 

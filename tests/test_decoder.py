@@ -1,9 +1,7 @@
-"""The streamed forward pass is the model's own, bit for bit, with at most two layers' weights in memory."""
+"""The streamed forward pass is the model's own, bit for bit, with one layer's weights and one buffer in memory."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from torch import nn
 from moekern.architectures import find_layout
 from moekern.checkpoint import open_checkpoint
 from moekern.decoder import open_layerwise, run_suspended
-from moekern.decoder import reader as reader_module
 from moekern.decoder.layerwise import LayerwiseModel
 from moekern.errors import InputError
 from tests import families
@@ -74,54 +71,28 @@ def _keep(states: dict[tuple[int, int], torch.Tensor], layer: int, running: list
     return hook
 
 
-def test_resident_weights_stay_within_skeleton_and_two_layers(
-    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resident_weights_stay_within_skeleton_layer_and_buffer(family_checkpoint: MakeCheckpoint) -> None:
     checkpoint = open_checkpoint(family_checkpoint("qwen3_moe"))
-    live = _LiveBytes()
-    read = reader_module.read_tensors
-
-    def tracked(*args: object) -> dict[str, torch.Tensor]:
-        tensors = read(*args)  # type: ignore[arg-type]
-        for tensor in tensors.values():
-            live.add(tensor)
-        return tensors
-
-    monkeypatch.setattr("moekern.decoder.layerwise.read_tensors", tracked)
     with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
-        skeleton = _resident(layerwise)
-        sizes = [sum(checkpoint.tensors[key].nbytes for key in keys) for keys in layerwise.layer_keys]
-        peak = 0
-        load = layerwise.loader.load
+        skeleton, peak = _resident(layerwise), 0
+        largest = max(sum(checkpoint.tensors[key].nbytes for key in keys) for keys in layerwise.layer_keys)
+        release = layerwise.reader.release
 
-        def measured(*args: object) -> None:
+        def measured(model: nn.Module) -> None:
             nonlocal peak
-            load(*args)  # type: ignore[arg-type]
-            gc.collect()
-            peak = max(peak, _resident(layerwise) + live.beside(layerwise.model))
+            release(model)
+            peak = max(peak, _resident(layerwise))
+            buffer = layerwise.reader.buffer
+            assert buffer is not None
+            assert buffer.data_ptr() not in {
+                p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta
+            }
 
-        object.__setattr__(layerwise.loader, "load", measured)
+        layerwise.reader.release = measured  # type: ignore[method-assign]
         ids = families.input_ids("qwen3_moe")
         layerwise.run([0], lambda task: layerwise.model(input_ids=ids, use_cache=False))
-        assert skeleton < peak <= skeleton + 2 * max(sizes)
-        gc.collect()
+        assert skeleton < peak <= skeleton + largest
         assert _resident(layerwise) == skeleton
-
-
-class _LiveBytes:
-    """Bytes of tensors handed out and not yet freed."""
-
-    def __init__(self) -> None:
-        self.refs: list[weakref.ref[torch.Tensor]] = []
-
-    def add(self, tensor: torch.Tensor) -> None:
-        self.refs.append(weakref.ref(tensor))
-
-    def beside(self, model: nn.Module) -> int:
-        """Without those that have become the model's own parameters."""
-        own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if not p.is_meta}
-        alive = [t for ref in self.refs if (t := ref()) is not None]
-        return sum(t.nbytes for t in alive if t.untyped_storage().data_ptr() not in own)
 
 
 def _resident(layerwise: LayerwiseModel) -> int:

@@ -18,7 +18,8 @@ LAW: dict[str, set[str]] = {
     "version": set(),
     "files": {"errors"},
     "kernels": {"_C"},
-    "checkpoint": {"errors"},
+    "dtypes": set(),
+    "checkpoint": {"dtypes", "errors"},
     "architectures": {"checkpoint", "errors"},
     "plan": {"errors", "files", "keys"},
     "statistics": {"errors", "files", "keys"},
@@ -48,7 +49,7 @@ LAW: dict[str, set[str]] = {
     "verification": {"architectures", "checkpoint", "plan", "verification_config"},
     "verification_config": {"architectures"},
     "data": {"errors", "files"},
-    "decoder": {"architectures", "checkpoint", "cuts", "errors"},
+    "decoder": {"_C", "architectures", "checkpoint", "cuts", "errors"},
     "recorder": {"kernels", "statistics"},
     "seam": {"decoder", "errors", "recorder"},
     "calibration": {

@@ -221,11 +221,6 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
         r"no known family has these keys: model.layers.0.mlp.experts.0.alpha.weight, .* \(16 keys not understood\)",
     ),
     "unknown router": (QWEN, moe_keys(FIRST, GUD, "router_two.weight"), "keys: model.layers.0.mlp.router_two.weight"),
-    "key with a line break": (
-        QWEN,
-        qwen_keys() | {"model.experts.a\nb": ("F32", [8])},
-        r"keys: 'model.experts.a\\nb' \(1 keys not understood\)",
-    ),
     "no router": (QWEN, change(moe_keys(FIRST, GUD), f"{FIRST}gate.weight"), "no router for its experts"),
     "no router in one layer": (
         QWEN, change(qwen_keys(), "model.layers.1.mlp.gate.weight"), r"layers.1: 1 blocks of experts, but 0 routers",

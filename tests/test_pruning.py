@@ -17,7 +17,7 @@ import pytest
 
 from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
-from moekern.pruning import PLAN_FILE, prune
+from moekern.pruning import MANIFEST, PLAN_FILE, prune
 from moekern.rewrite_config import dumped_like
 from moekern.verification import verify
 from tests.synthetic import (
@@ -193,7 +193,7 @@ def test_modes_honour_the_umask(source, tmp_path):
 def test_progress_ends_at_the_total(source, tmp_path):
     seen: list[tuple[int, int]] = []
     prune(source, PLAN, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    total = sum(len(raw) for raw in tree(tmp_path / "out").values())
+    total = sum(len(raw) for name, raw in tree(tmp_path / "out").items() if name != MANIFEST)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
 
@@ -319,9 +319,16 @@ class TestRefusals:
         self.refused(source, "no permission to write in")
 
     def test_full_disk(self, source, monkeypatch):
-        usage = shutil.disk_usage(source)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        found = list(os.statvfs(source))
+        found[4] = 1  # f_bavail
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(found))
         self.refused(source, r"needs 0\.00 GB, and .* has 0\.00 GB free")
+
+    def test_no_inodes(self, source, monkeypatch):
+        found = list(os.statvfs(source))
+        found[5:8] = 1000, 3, 3  # f_files, f_ffree, f_favail
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(found))
+        self.refused(source, r"needs \d+ files, and .* has room for 3 \(inodes\)")
 
     def test_plans_that_do_not_fit(self, source):
         self.refused(source, "layer 1 is missing", plan_of({"0": (0, 1)}))
@@ -338,19 +345,23 @@ class TestRefusals:
         def cut_short(done: int, total: int) -> None:
             os.truncate(last, 2000)
 
-        self.refused(source, rf"out: not written: {last}: ends at byte \d+, more was expected", progress=cut_short)
+        with pytest.raises(InputError, match=rf"out: not finished: {last}: ends at byte \d+, .*; \d shards .* stay in"):
+            prune(source, PLAN, source.parent / "out", progress=cut_short)
+        shutil.rmtree(source.parent / ".out.moekern")
 
     def test_source_gone_while_it_is_read(self, source):
         last = sorted(source.glob("*.safetensors"))[-1]
-        self.refused(
-            source, f"{last}: No such file or directory", progress=lambda done, total: last.unlink(missing_ok=True)
-        )
+        with pytest.raises(
+            InputError, match=f"{last}: No such file or directory; .*: run the same command again to go"
+        ):
+            prune(source, PLAN, source.parent / "out", progress=lambda done, total: last.unlink(missing_ok=True))
+        shutil.rmtree(source.parent / ".out.moekern")
 
     def test_no_space_while_writing(self, source):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
         try:
-            self.refused(source, "not written: .*: File too large")
+            self.refused(source, "not finished: .*: File too large")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

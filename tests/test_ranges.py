@@ -1,7 +1,6 @@
 """Ranges against numpy on random checkpoints, and the shapes that few families have."""
 
 import json
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ def cut_and_read(folder: Path, tensors: Tensors, layout: Layout, keep: Sequence[
         assert header.pop("__metadata__") == {"format": "pt"}
         assert path.stat().st_size == len(shard.header()) + shard.data_bytes
         assert len(shard.header()) % 8 == 0
+        assert shard.spans() == [tuple(len(shard.header()) + at for at in e["data_offsets"]) for e in header.values()]
         stop = 0
         for name, entry in header.items():
             start, end = entry["data_offsets"]
@@ -212,58 +212,7 @@ def test_the_strongest_experts_come_from_every_group(tmp_path):
         strongest(checkpoint, layout_of([sliced("gate")]).layers["0"], 4, 1)
 
 
-def test_write_file_says_what_is_wrong(tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(b"0123456789")
-    path = str(tmp_path / "out")
-    seen: list[int] = []
-    _C.write_file(path, [b"ab", (str(source), 3, 4), b"", (str(source), 0, 0), (str(source), 9, 1)], seen.append)
-    assert Path(path).read_bytes() == b"ab34569"
-    assert seen == [7]
-    for pieces, error, message in (
-        ([], FileExistsError, "File exists"),
-        ([(str(source), 5, 6)], OSError, "ends at byte 10, more was expected"),
-        ([(str(tmp_path / "none"), 0, 1)], FileNotFoundError, "none"),
-        ([(str(source), -1, 2)], ValueError, r"\[write_file\] pieces: expected offset and length >= 0"),
-        ([(str(source), 1)], TypeError, r"\[write_file\] pieces: expected bytes or \(path, offset, length\)"),
-        (["text"], TypeError, r"\[write_file\] pieces"),
-    ):
-        with pytest.raises(error, match=message):
-            _C.write_file(path, pieces)
-        if error is FileExistsError:
-            path += "2"
-        elif Path(path).exists():
-            Path(path).unlink()
-
-
-def test_write_file_carries_more_than_its_buffer(tmp_path):
-    block = np.random.default_rng(0).bytes(5_000_001)
-    source = tmp_path / "source"
-    source.write_bytes(block)
-    seen: list[int] = []
-    pieces = [(str(source), 1, 5_000_000), b"x" * 7, (str(source), 0, 5_000_001)]
-    _C.write_file(str(tmp_path / "out"), pieces, seen.append)
-    assert (tmp_path / "out").read_bytes() == block[1:] + b"x" * 7 + block
-    assert seen == [8 << 20, 10_000_008]
-
-
 def test_metadata_and_names_survive_any_alphabet(tmp_path):
     tensors = {"größe.☃": data(np.random.default_rng(0), "U8", [3])}
     assert cut_and_read(tmp_path, tensors, layout_of([]), (0,)) == tensors
     assert json.loads((tmp_path / "model.safetensors").read_bytes()[8:-3])["größe.☃"]["shape"] == [3]
-
-
-def test_ctrl_c_is_heard_while_c_writes(tmp_path):
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    block = bytes(8 << 20)
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.02)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            _C.write_file(str(tmp_path / "out"), [block] * 400)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert (tmp_path / "out").stat().st_size < 400 * len(block)

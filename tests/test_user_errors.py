@@ -21,7 +21,6 @@ from moekern.data import read_data
 from moekern.demo import MODEL, TEXT, show
 from moekern.errors import InputError
 from moekern.plan import Plan
-from moekern.pruning import prune
 from moekern.recorder import Recorder
 from tests.measured import layer_statistics
 
@@ -122,33 +121,6 @@ def test_a_plan_cannot_take_the_place_of_the_original() -> None:
     options = stages.Calibration((f"a={TEXT / 'c'}",), tokens=64)
     with pytest.raises(InputError, match="a plan is named 'original'"):
         stages.evaluate_plans(MODEL, options, {"original": _plan()})
-
-
-def test_what_a_killed_prune_left_goes_with_the_next(tmp_path: Path) -> None:
-    left, busy, other = (
-        tmp_path / f".{name}" for name in ("o.moekern-0123abcd", "o.moekern-89abcdef", "x.moekern-0123abcd")
-    )
-    for folder in (left, busy, other):
-        folder.mkdir()
-        (folder / "half.safetensors").write_bytes(b"half")
-    script = """
-import sys, time
-from pathlib import Path
-from moekern.pruning import _locked
-with _locked(Path(sys.argv[1])):
-    print(flush=True)
-    time.sleep(600)
-"""
-    with subprocess.Popen([sys.executable, "-c", script, str(busy)], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        prune(MODEL, _plan(), tmp_path / "o")
-        assert {p.name for p in tmp_path.iterdir()} == {busy.name, other.name, "o"}
-        shutil.rmtree(tmp_path / "o")
-        writer.kill()
-        writer.wait()
-    prune(MODEL, _plan(), tmp_path / "o")
-    assert {p.name for p in tmp_path.iterdir()} == {other.name, "o"}
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])

@@ -106,14 +106,15 @@ def indexed(checkpoint: Checkpoint, keys: Keys, num_experts: int, trailing: int)
     No other may be there, but for placeholders of the router's trailing rows.
     """
     experts: dict[str, set[int]] = {}
+    templates: dict[str, str] = {}  # held once, not once an expert
     tensors = []
     for name, found in keys:
         parts = name.split(".")
         word, _, digits = parts[found.expert_part].rpartition("_")
         parts[found.expert_part] = f"{word}_{{}}" if word else "{}"
-        expert = int(digits)
+        expert, template = int(digits), ".".join(parts)
         experts.setdefault(found.projection, set()).add(expert)
-        tensors.append(ExpertTensor(name, "drop", "expert", expert, ".".join(parts)))
+        tensors.append(ExpertTensor(name, "drop", "expert", expert, templates.setdefault(template, template)))
     for projection, have in experts.items():
         wrong = set(range(num_experts)) ^ (have - set(range(num_experts, num_experts + trailing)))
         if wrong:

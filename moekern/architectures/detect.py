@@ -76,7 +76,7 @@ def choose(checkpoint: Checkpoint, places: Sequence[Place]) -> Fit:
     unknown = [name for place in nearest.unknown for name in place.names]
     if not unknown:
         raise InputError(f"{checkpoint.folder}: no router for its experts: expected {nearest.family.router}")
-    what = ", ".join(name if name.isprintable() else repr(name) for name in unknown[:3])
+    what = ", ".join(unknown[:3])
     raise InputError(
         f"{checkpoint.folder}: no known family has these keys: {what} ({len(unknown)} keys not understood)"
     )

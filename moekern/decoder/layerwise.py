@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moekern.architectures import Layout
 from moekern.checkpoint import Checkpoint
 from moekern.decoder.memory import return_freed_memory
-from moekern.decoder.reader import read_tensors
+from moekern.decoder.reader import LayerReader, read_tensors
 from moekern.decoder.suspended import run_suspended
 from moekern.decoder.transformers_api import Loader, layer_index, open_loader
 from moekern.errors import InputError
@@ -26,8 +25,8 @@ Task = TypeVar("Task")
 class LayerwiseModel:
     """The skeleton (everything outside the decoder layers) is resident; a decoder layer is while it computes.
 
-    At most two layers' weights are in memory beside the skeleton: the one that computes, and the next one, read ahead
-    (or, while a layer is converted, its checkpoint tensors and the parameters made from them).
+    In memory beside the skeleton: the parameters of the layer that computes, and the reader's one buffer (the file
+    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from.
     """
 
     checkpoint: Checkpoint
@@ -38,7 +37,7 @@ class LayerwiseModel:
     layers_name: str
     layer_keys: tuple[tuple[str, ...], ...]  # checkpoint keys of each decoder layer
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "moekern-read"))
+    reader: LayerReader  # its groups are the decoder layers
 
     @property
     def model(self) -> nn.Module:
@@ -59,14 +58,15 @@ class LayerwiseModel:
     ) -> None:
         """Run all tasks through the model in one pass over its weights; see `run_suspended`."""
         last = len(self.layers) if stop_after is None else stop_after + 1
-        ahead: list[Future[dict[str, Tensor]]] = [self._read(0)]
+        self.reader.start(0)
 
         def load(i: int) -> None:
-            self.loader.load(ahead.pop().result(), self.device)
+            self.loader.load(self.reader.take(), self.device)
+            self.reader.release(self.model)
             return_freed_memory()
             self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
             if i + 1 < last:
-                ahead.append(self._read(i + 1))
+                self.reader.start(i + 1)
 
         def unload(i: int) -> None:
             _drop(self.layers[i])
@@ -85,13 +85,9 @@ class LayerwiseModel:
                 device=self.device,
             )
         finally:
-            for future in ahead:
-                future.cancel()
+            self.reader.cancel()
             for layer in self.layers:
                 _drop(layer)
-
-    def _read(self, i: int) -> Future[dict[str, Tensor]]:
-        return self.pool.submit(read_tensors, self.checkpoint, self.layer_keys[i])
 
     def _check_filled(self, prefix: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
@@ -124,14 +120,11 @@ def open_layerwise(
         elif target is not None:
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
-    model = LayerwiseModel(
-        checkpoint, layout, loader, place, layers, layers_name, tuple(map(tuple, layer_keys)), moe_keys
-    )
-    try:
+    with LayerReader(checkpoint, layer_keys, place) as reader:
+        keys = tuple(map(tuple, layer_keys))
+        model = LayerwiseModel(checkpoint, layout, loader, place, layers, layers_name, keys, moe_keys, reader)
         _fill_skeleton(model, skeleton)
         yield model
-    finally:
-        model.pool.shutdown(cancel_futures=True)
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:

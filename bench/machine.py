@@ -1,0 +1,26 @@
+"""What every benchmark says about the machine, and how it keeps its records."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+
+def machine() -> dict[str, object]:
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": cpu[0].split(":")[1].strip() if cpu else platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def append(path: Path | None, lines: Iterable[Mapping[str, object]]) -> None:
+    """Append one JSON line a record, to nowhere when path is None."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
