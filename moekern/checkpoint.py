@@ -131,7 +131,10 @@ class Checkpoint:
         parts: list[bytes] = []
         with path.open("rb", buffering=0) as file:
             while size > 0:
-                part = os.pread(file.fileno(), min(size, 1 << 30), start)
+                try:
+                    part = os.pread(file.fileno(), min(size, 1 << 30), start)
+                except OSError as error:
+                    raise InputError(f"{path}: {error.strerror or error}") from error
                 if not part:
                     raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
                 parts.append(part)

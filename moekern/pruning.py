@@ -225,7 +225,8 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     pieces = shard.pieces(job.checkpoint)
     made: Copied = copy_shard(partial, shard, pieces, job.way(shard), job.checksum, job.reread, tally.moving)
     if made_from(pieces) != origin:
-        raise InputError(f"{', '.join(shard.sources)} in {job.checkpoint.folder} changed while it was copied")
+        names = ", ".join(shard.sources)
+        raise InputError(f"{work.target}: not finished: {names} in {job.checkpoint.folder} changed while it was copied")
     partial.replace(path)
     fsync(work.checkpoint)
     mtime = path.stat().st_mtime_ns
@@ -250,7 +251,13 @@ def _remove_unproved(job: Job, work: WorkFolder) -> None:
 def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tally: Tally) -> None:
     lines = [
         json.dumps(
-            {"shard": r.shard, "size": r.size, "plan": r.plan, "checksum": r.checksum, "tensors": dict(r.tensors)},
+            {
+                "shard": r.shard,
+                "size": r.size,
+                "plan": job.plan.digest,
+                "checksum": r.checksum,
+                "tensors": dict(r.tensors),
+            },
             ensure_ascii=False,
         )
         for r in records

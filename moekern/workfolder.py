@@ -96,8 +96,9 @@ class WorkFolder:
     def add(self, record: Record) -> None:
         """Append to the manifest, and flush it to the disk."""
         line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
-        with self.manifest.open("ab", buffering=0) as file:
+        with self.manifest.open("ab") as file:
             file.write(line.encode())
+            file.flush()
             os.fsync(file.fileno())
         self.records[record.shard, record.made_from] = record
 
@@ -174,7 +175,7 @@ def _locked_folder(target: Path, part: Part | None) -> Iterator[int]:
     folder, until = work_path(target), time.monotonic() + (PATIENCE if part else 0)
     while True:
         folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if _locked(handle, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
                 if _is_still(handle, folder):
@@ -235,7 +236,8 @@ def _parsed(line: bytes) -> Record | None:
     try:
         found: Any = json.loads(line)
         record = Record(**found)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     good = isinstance(record.shard, str) and isinstance(record.made_from, str) and isinstance(record.tensors, dict)
+    good = good and all(value is None or isinstance(value, str) for value in record.tensors.values())
     return record if good else None

@@ -170,17 +170,30 @@ Chunks cut(const std::vector<Piece>& pieces, Sources& sources, const File& out, 
   return cutter.take();
 }
 
-std::string probe(const std::string& source, const std::string& folder) {
-  const File from(source, O_RDONLY);
+// A new file without a name, that nothing has to remove, not even after a kill where the file system has such files.
+static std::unique_ptr<const File> nameless(const std::string& folder) {
+#ifdef O_TMPFILE
+  try {
+    return std::make_unique<const File>(folder, O_TMPFILE | O_WRONLY);
+  } catch (const Error& error) {
+    if (error.code != EOPNOTSUPP && error.code != EISDIR && error.code != EINVAL && error.code != ENOENT) throw;
+  }
+#endif
   std::string name = folder + "/.moekern-probe-XXXXXX";
   const int fd = ::mkostemp(name.data(), O_CLOEXEC);
   if (fd < 0) fail(folder);
   ::close(fd);
   const auto unlink = [](const std::string* path) { ::unlink(path->c_str()); };
   const std::unique_ptr<const std::string, decltype(unlink)> remove(&name, unlink);
-  const File to(name, O_WRONLY);
+  return std::make_unique<const File>(name, O_WRONLY);
+}
+
+std::string probe(const std::string& source, const std::string& folder) {
+  const File from(source, O_RDONLY);
+  const std::unique_ptr<const File> unnamed = nameless(folder);
+  const File& to = *unnamed;
   struct stat status;
-  if (::fstat(to.fd(), &status) != 0) fail(name);
+  if (::fstat(to.fd(), &status) != 0) fail(folder);
   const int64_t block = std::max<int64_t>(status.st_blksize, kBlock);
   if (::fstat(from.fd(), &status) != 0) fail(source);
   if (status.st_size >= block && clone(from, 0, block, to, 0)) return "reflink";

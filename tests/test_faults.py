@@ -1,0 +1,419 @@
+"""What the disk, the source, the user and other processes may do to a pruner: one clear line, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faulty import (
+    Bench,
+    Ended,
+    benches,
+    build_library,
+    checkpoint,
+    finished,
+    nothing_or_all,
+    read_log,
+    write_plan,
+)
+from tests.mounts import MIB, mounted
+
+FIFTH = "model-00005-of-00008.safetensors"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with benches(tmp_path_factory.mktemp("faults")) as made:
+        yield made
+
+
+def work_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.moekern")
+
+
+def refused(ended: Ended, out: Path, code: int = 2) -> str:
+    """The one line of a run that failed with nothing at the target's name."""
+    assert ended.code == code, ended
+    assert not os.path.lexists(out)
+    assert str(out) in ended.line
+    return ended.line
+
+
+def resumed(bench: Bench, out: Path, *options: str) -> None:
+    ended = bench.prune(out, *options)
+    assert ended.code == 0, ended.said
+    assert finished(out) == bench.want(*options)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "calls"),
+    [
+        ("EIO", "Input/output error", None),
+        ("ENOSPC", "No space left on device", ("open", "write", "mkdir", "truncate", "rename", "fallocate")),
+        ("EDQUOT", "Disk quota exceeded", ("write", "fsync")),
+    ],
+)
+def test_changes_that_fail(bench: Bench, error: str, text: str, calls: tuple[str, ...] | None) -> None:
+    want, failures = bench.want(), 0
+    for k, (call, path) in enumerate(bench.changes(), 1):
+        if k % 2 or (calls is not None and call not in calls):
+            continue
+        out = bench.fresh()
+        ended = bench.prune(out, rules=f"change:{k}:{error}")
+        failures += ended.code != 0
+        if ended.code != 0:
+            assert text in ended.line, f"{call} {path}: {ended}"
+            assert str(out.parent) in ended.line
+        if not nothing_or_all(out, want):  # else the commit was made, and only its flush or the cleaning failed
+            assert ended.code == 2, f"{call} {path}: {ended}"
+            assert bench.prune(out).code == 0
+        elif os.path.lexists(work_of(out)):
+            assert "exists already" in bench.prune(out).line
+        assert finished(out) == want
+    assert failures > 5
+
+
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+def test_reads_that_fail(bench: Bench, copy: str) -> None:
+    want, log = bench.want("--copy", copy), bench.server.folder / f"reads-{copy}"
+    assert bench.prune(bench.fresh(), "--copy", copy, log=log).code == 0
+    call = "read" if copy == "stream" else "copy"
+    reads = sum(name == call and ".safetensors" in path for name, path in read_log(log))
+    for k in random.Random(0).sample(range(1, reads + 1), min(reads, 20)):
+        out = bench.fresh()
+        ended = bench.prune(out, "--copy", copy, rules=f"{call}@.safetensors:{k}:EIO")
+        assert ended.code == 2
+        assert "Input/output error" in ended.line
+        assert ".safetensors" in ended.line
+        assert not os.path.lexists(out)
+        assert bench.prune(out, "--copy", copy).code == 0
+        assert finished(out) == want
+
+
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+def test_short_and_interrupted_calls_are_no_faults(bench: Bench, copy: str) -> None:
+    want = bench.want("--copy", copy)
+    for rules in (
+        "read:1+:SHORT,write@checkpoint/:1+:SHORT,copy:1+:SHORT",
+        "write@manifest:1+:SHORT",
+        "read@.safetensors:20:EINTR,read@.safetensors:21:EINTR,write:3:EINTR,write:4:EINTR,copy:2:EINTR,copy:9:EINTR",
+    ):
+        out = bench.fresh()
+        ended = bench.prune(out, "--copy", copy, rules=rules)
+        assert ended.code == 0, (rules, ended.said)
+        assert finished(out) == want
+
+
+def test_a_short_write_does_not_tear_the_manifest(bench: Bench) -> None:
+    out = bench.fresh()
+    ended = bench.prune(out, rules=f"write@manifest:1+:SHORT,open@{FIFTH}:1:KILL")
+    assert ended.code == -signal.SIGKILL
+    (manifest,) = work_of(out).glob("manifest*.jsonl")
+    lines = manifest.read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in lines] == [f"model-{i:05d}-of-00008.safetensors" for i in range(1, 5)]
+    resumed(bench, out)
+
+
+def test_a_file_system_without_hints_locks_and_holes(bench: Bench) -> None:
+    out = bench.fresh()
+    rules = "hint:1+:ENOSYS,lock:1+:ENOLCK,lseek@.safetensors:20+:EINVAL"
+    ended = bench.prune(out, "--copy", "stream", rules=rules)
+    assert ended.code == 0, ended.said
+    assert finished(out) == bench.want("--copy", "stream")
+
+
+def fill(ballast: Path) -> None:
+    """Write until the file system is full."""
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_and_room_made(bench: Bench) -> None:
+    """A real one: 4 MiB of memory, filled by another while the pruner is at its fifth shard."""
+    with mounted("tmpfs", 4 * MIB) as small:
+        out = small / "x/out"
+        running = bench.start(out, rules=f"open@{FIFTH}:1:STOP")
+        assert running.wait().stopped
+        ballast = small / "ballast"
+        fill(ballast)
+        running.send(signal.SIGCONT)
+        line = refused(running.wait(), out)
+        assert "not finished" in line
+        assert "No space left on device" in line
+        assert "run the same command again" in line
+        assert "free" in refused(bench.prune(out), out)  # before anything is written, and what is there stays
+        assert work_of(out).is_dir()
+        ballast.unlink()
+        ended = bench.prune(out)
+        assert ended.code == 0, ended.said
+        assert finished(out) == bench.want()
+
+
+@pytest.fixture
+def own_source(bench: Bench, tmp_path: Path) -> Bench:
+    """The bench with a copy of its source, to be spoiled."""
+    source = tmp_path / "model"
+    shutil.copytree(bench.source, source)
+    return Bench(bench.server, source, bench.plan, bench.folder)
+
+
+def replaced(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20_000:] = bytes(20_000)
+    other = path.with_name("other")
+    other.write_bytes(data)
+    other.replace(path)
+
+
+SPOILS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "vanishes": (Path.unlink, "No such file or directory"),
+    "is truncated": (lambda path: os.truncate(path, 20_000), "ends at byte|changed|bytes"),
+    "is replaced": (replaced, "changed"),
+}
+
+
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+@pytest.mark.parametrize("what", SPOILS)
+@pytest.mark.parametrize("when", [f"open@{FIFTH}", "open@model-00002", f"fsync@{FIFTH}"])
+def test_a_shard_of_the_source(own_source: Bench, what: str, copy: str, when: str) -> None:
+    """It changes before it is copied, or at the end of it; the rest of it is what the headers of before told."""
+    bench, out = own_source, own_source.fresh()
+    spoil, says = SPOILS[what]
+    shard, saved = bench.source / FIFTH, bench.source.with_name("saved")
+    shutil.copy2(shard, saved)
+    running = bench.start(out, "--copy", copy, rules=f"{when}:1:STOP")
+    assert running.wait().stopped
+    spoil(shard)
+    running.send(signal.SIGCONT)
+    line = refused(running.wait(), out)
+    assert FIFTH in line
+    assert any(text in line for text in says.split("|")), line
+    saved.replace(shard)
+    resumed(bench, out, "--copy", copy)
+
+
+def interrupted(bench: Bench, out: Path) -> Path:
+    """Killed when four of eight shards are proved; the manifest."""
+    assert bench.prune(out, rules=f"open@{FIFTH}:1:KILL").code == -signal.SIGKILL
+    (manifest,) = work_of(out).glob("manifest*.jsonl")
+    assert len(manifest.read_text().splitlines()) == 4
+    return manifest
+
+
+def torn(manifest: Path) -> None:
+    os.truncate(manifest, manifest.stat().st_size - 40)
+
+
+def appended(data: bytes) -> Callable[[Path], None]:
+    def spoil(manifest: Path) -> None:
+        with manifest.open("ab") as file:
+            file.write(data)
+
+    return spoil
+
+
+def edited(**change: object) -> Callable[[Path], None]:
+    """The last line tells something else."""
+
+    def spoil(manifest: Path) -> None:
+        *lines, last = manifest.read_text().splitlines()
+        manifest.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(json.loads(last) | change)]))
+
+    return spoil
+
+
+def shard_cut(manifest: Path) -> None:
+    shard = json.loads(manifest.read_text().splitlines()[-1])["shard"]
+    (path,) = manifest.parent.rglob(shard)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def shard_folder(manifest: Path) -> None:
+    shard = json.loads(manifest.read_text().splitlines()[-1])["shard"]
+    (path,) = manifest.parent.rglob(shard)
+    path.unlink()
+    (path / "deep").mkdir(parents=True)
+
+
+def strange_files(manifest: Path) -> None:
+    for name in ("model-00009-of-00008.safetensors", "x.partial", "config.json"):
+        (manifest.parent / "checkpoint" / name).write_bytes(b"old")
+    (manifest.parent / "checkpoint/link").symlink_to("/")
+
+
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "torn": torn,
+    "empty": lambda manifest: os.truncate(manifest, 0),
+    "gone": Path.unlink,
+    "garbage": appended(b"\xff\xfe\x00{]\n"),
+    "garbage without an end": appended(b"\xff\xfe\x00{]"),
+    "other documents": appended(b'[]\n{"shard": 3}\nnull\n"x"\n\n{}\n' + b"[" * 50_000 + b"\n"),
+    "odd types": edited(shard=[1], tensors=None),
+    "odd numbers": edited(size="many", mtime_ns=None),
+    "another plan": edited(made_from="0" * 64),
+    "odd checksums": edited(tensors={"x": 7}),
+    "another size": edited(size=12),
+    "twice": lambda manifest: manifest.write_bytes(manifest.read_bytes() * 2),
+    "a shard cut short": shard_cut,
+    "a shard that is a folder": shard_folder,
+    "strange files": strange_files,
+}
+
+
+@pytest.mark.parametrize("what", MANIFESTS)
+def test_a_manifest_is_evidence_not_an_order(bench: Bench, what: str) -> None:
+    out = bench.fresh()
+    MANIFESTS[what](interrupted(bench, out))
+    resumed(bench, out)
+
+
+def test_what_another_plan_left_is_not_used(bench: Bench, tmp_path: Path) -> None:
+    other = Bench(bench.server, bench.source, write_plan(tmp_path / "other.json", keep=(1, 2, 3, 6)), bench.folder)
+    out = bench.fresh()
+    interrupted(other, out)
+    resumed(bench, out)
+    assert other.want() != bench.want()
+
+
+def test_what_another_way_of_copying_left_is_used(bench: Bench) -> None:
+    out = bench.fresh()
+    interrupted(bench, out)
+    assert bench.prune(out, "--copy", "kernel").code == 0
+    want, found = bench.want(), finished(out)
+    assert {name for name in want | found if want.get(name) != found.get(name)} <= {"moekern_manifest.jsonl"}
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling link"])
+def test_a_work_folder_that_is_none(bench: Bench, tmp_path: Path, what: str) -> None:
+    """What stands at its name is not the pruner's to remove or to follow."""
+    out = bench.fresh()
+    work, elsewhere = work_of(out), tmp_path / "elsewhere"
+    if what == "file":
+        work.write_text("mine")
+    elif what == "link":
+        (elsewhere / "checkpoint").mkdir(parents=True)
+        (elsewhere / "checkpoint/mine.txt").write_text("mine")
+        work.symlink_to(elsewhere)
+    else:
+        work.symlink_to(elsewhere)
+    line = refused(bench.prune(out), out)
+    assert str(work) in line
+    assert os.path.lexists(work)
+    if what == "link":
+        assert (elsewhere / "checkpoint/mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["folder", "empty folder", "file", "link"])
+@pytest.mark.parametrize("when", [f"open@{FIFTH}", "open@config.json"])
+def test_the_target_appears_meanwhile(bench: Bench, what: str, when: str) -> None:
+    out = bench.fresh()
+    running = bench.start(out, rules=f"{when}:1:STOP")
+    assert running.wait().stopped
+    if what == "file":
+        out.write_text("mine")
+    elif what == "link":
+        out.symlink_to("nowhere")
+    else:
+        out.mkdir()
+        if what == "folder":
+            (out / "mine.txt").write_text("mine")
+    running.send(signal.SIGCONT)
+    ended = running.wait()
+    assert ended.code == 2
+    assert f"{out}: exists already" in ended.line
+    if what == "file":
+        assert out.read_text() == "mine"
+        out.unlink()
+    elif what == "link":
+        assert os.readlink(out) == "nowhere"
+        out.unlink()
+    else:
+        assert os.listdir(out) == ["mine.txt"][: what == "folder"]
+        shutil.rmtree(out)
+    resumed(bench, out)
+
+
+def test_a_second_process_is_refused(bench: Bench) -> None:
+    out = bench.fresh()
+    running = bench.start(out, rules=f"open@{FIFTH}:1:STOP")
+    assert running.wait().stopped
+    before = sorted(work_of(out).rglob("*"))
+    line = refused(bench.prune(out), out)
+    assert "another process" in line
+    assert sorted(work_of(out).rglob("*")) == before
+    running.send(signal.SIGCONT)
+    assert running.wait().code == 0
+    assert finished(out) == bench.want()
+
+
+def test_a_second_process_with_the_same_part_is_refused(bench: Bench) -> None:
+    out = bench.fresh()
+    running = bench.start(out, "--part", "1/2", rules="write@.partial:2:STOP")
+    assert running.wait().stopped
+    assert "1/2" in bench.prune(out, "--part", "1/2").line
+    whole = bench.prune(out)
+    assert whole.code == 2
+    assert "another process" in whole.line
+    assert bench.prune(out, "--part", "2/2").code == 0
+    running.send(signal.SIGCONT)
+    assert running.wait().code == 0
+    assert finished(out) == bench.want()
+
+
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143)])
+def test_a_polite_end_at_every_moment(bench: Bench, name: str, code: int) -> None:
+    want = bench.want()
+    changes = bench.changes()
+    for k in range(3, len(changes) + 1, 7):
+        out = bench.fresh()
+        ended = bench.prune(out, rules=f"change:{k}:{name}")
+        if nothing_or_all(out, want):
+            if os.path.lexists(work_of(out)):
+                assert "exists already" in bench.prune(out).line
+        else:
+            assert ended.code == code, (k, changes[k - 1], ended)
+            assert "Traceback" not in ended.said
+            assert bench.prune(out).code == 0
+        assert finished(out) == want
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_line(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """The whole command, started as a user does; the signal comes while it copies the fifth shard."""
+    library = build_library(tmp_path)
+    if library is None:
+        pytest.skip("needs a C compiler")
+    source, plan, out = checkpoint(tmp_path / "model"), write_plan(tmp_path / "plan.json"), tmp_path / "runs/out"
+    out.parent.mkdir()
+    command = [sys.executable, "-m", "moekern", "prune", str(source), str(plan), "--out", str(out)]
+    environment = os.environ | {
+        "LD_PRELOAD": str(library),
+        "MOEKERN_FAULT_UNDER": str(tmp_path),
+        "MOEKERN_FAULT_RULES": f"write@{FIFTH}:1:STOP",
+    }
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate()
+    assert process.returncode == code
+    lines = [line for line in said.splitlines() if line.startswith("moekern: ")]
+    assert len(lines) == 1
+    assert f"{out}: not finished" in lines[0]
+    assert "run the same command again" in lines[0]
+    assert "Traceback" not in said
+    assert not out.exists()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (out / "config.json").exists()
+    assert os.listdir(out.parent) == ["out"]
