@@ -2,6 +2,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+# codes, coding, scale, zero, group, rows, columns, block rows, block columns
+Stored = tuple[Tensor, str, Tensor, Tensor | None, Tensor | None, int, int, int, int]
+
 def router_stats(
     logits: Tensor | None,
     topk_idx: Tensor,
@@ -39,6 +42,17 @@ def combine_and_measure(
     threads: int,
     level: str,
 ) -> None: ...
+def weight_stats(
+    weight: Tensor | None,
+    stored: Stored | None,
+    count: Tensor,
+    abs_sum: Tensor,
+    square_sum: Tensor,
+    max_abs: Tensor,
+    threads: int,
+    level: str,
+) -> None: ...
+def dequantize(stored: Stored, out: Tensor, threads: int, level: str) -> None: ...
 def levels() -> list[str]: ...
 def cuda_architectures() -> str: ...
 def cuda_device_count() -> int: ...

@@ -11,10 +11,17 @@ from torch import Tensor
 from moekern import _C
 from moekern.kernels import native, reference
 from moekern.kernels.checks import FLOATS, INTS, check_rows, check_tensors
+from moekern.kernels.quantised import Quantised as Quantised
+from moekern.kernels.quantised import dequantize as dequantize
+from moekern.kernels.weights import WeightSums as WeightSums
+from moekern.kernels.weights import of_expert as of_expert
+from moekern.kernels.weights import stable_rank as stable_rank
+from moekern.kernels.weights import weight_stats as weight_stats
+from moekern.kernels.weights import weight_sums as weight_sums
 
 I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
 
-OPS = ("router_stats", "combine_and_measure")
+OPS = ("router_stats", "combine_and_measure", "weight_stats", "dequantize")
 SCORES = tuple(reference.SCORES)
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}

@@ -11,6 +11,8 @@ from moekern import _C
 
 if TYPE_CHECKING:
     from moekern.kernels import ExpertSums, RouterSums
+    from moekern.kernels.quantised import Quantised
+    from moekern.kernels.weights import WeightSums
 
 
 def router_stats(
@@ -31,3 +33,18 @@ def combine_and_measure(
         sums.gated_norm_square_sum, sums.max_abs, sums.pair_sum, squares, out, torch.get_num_threads(), level,
     )  # fmt: skip
     return out
+
+
+def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, level: str = "") -> None:
+    dense, stored = (weight, None) if isinstance(weight, Tensor) else (None, _stored(weight))
+    _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level)
+
+
+def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Tensor:
+    out = torch.empty(len(weight.codes), weight.rows, weight.columns, dtype=dtype)
+    _C.dequantize(_stored(weight), out, torch.get_num_threads(), level)
+    return out
+
+
+def _stored(w: Quantised) -> _C.Stored:
+    return (w.codes, w.coding, w.scale, w.zero, w.group, w.rows, w.columns, *w.block)
