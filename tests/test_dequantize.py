@@ -19,8 +19,7 @@ from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, n
 
 BACKENDS = kernels.PREFERENCE["cpu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-FP4 += [-v for v in FP4]
+FP4 = [sign * v for sign in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -41,6 +40,10 @@ def words(*shape: int, seed: int = 0) -> Tensor:
 
 def octets(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(256, shape, generator=generator(seed), dtype=torch.uint8)
+
+
+def signed(*shape: int) -> Tensor:
+    return octets(*shape).view(torch.int8)
 
 
 def positive(*shape: int, seed: int = 1) -> Tensor:
@@ -175,8 +178,7 @@ def test_every_layout_means_what_its_definition_says(case: str, dtype: torch.dty
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("case", CASES)
 def test_bits_depend_on_neither_threads_nor_instruction_set(case: str) -> None:
-    weight, _ = CASES[case]()
-    want = native.dequantize(weight, torch.bfloat16)
+    want = native.dequantize(weight := CASES[case]()[0], torch.bfloat16)
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         assert all(same(native.dequantize(weight, torch.bfloat16, level=level), want) for level in _C.levels())
@@ -311,27 +313,15 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         r"\[scaled\] weight: expected float8_e4m3fn or .*float32",
     ),
     "fp8-block": (
-        lambda: scaled(octets(9, 9).view(torch.int8), positive(2, 2)),
+        lambda: scaled(signed(9, 9), positive(2, 2)),
         r"\[scaled\] block: expected a block size for scales of shape \[2, 2\], got None",
     ),
-    "fp8-zero": (
-        lambda: scaled(octets(2, 2).view(torch.int8), positive(1, 2), (0, 1)),
-        r"\[scaled\] block: expected pos",
-    ),
-    "fp8-float": (
-        lambda: scaled(octets(2, 2).view(torch.int8), 1.0),
-        r"\[scaled\] scale: expected a tensor, got float",
-    ),
-    "fp8-vector": (
-        lambda: scaled(octets(2, 2).view(torch.int8), positive(2)),
-        r"\[scaled\] scale: expected 2 dimensions, or 3 for a stack of experts, got \[2\]",
-    ),
-    "strides": (
-        lambda: scaled(octets(4, 8).view(torch.int8).T, positive(1)),
-        r"\[scaled\] weight: expected a contiguous tensor",
-    ),
+    "fp8-zero": (lambda: scaled(signed(2, 2), positive(1, 2), (0, 1)), r"\[scaled\] block: expected pos"),
+    "fp8-float": (lambda: scaled(signed(2, 2), 1.0), r"\[scaled\] scale: expected a tensor, got float"),
+    "fp8-vector": (lambda: scaled(signed(2, 2), positive(2)), r"\[scaled\] scale: expected 2 dimensions, or 3"),
+    "strides": (lambda: scaled(signed(4, 8).T, positive(1)), r"\[scaled\] weight: expected a contiguous"),
     "mxfp4-scales": (lambda: mxfp4(octets(3, 2, 16), octets(3, 3)), r"\[mxfp4\] blocks: expected 16 bytes a scale, 48"),
-    "mxfp4-dtype": (lambda: mxfp4(octets(3, 32).view(torch.int8), octets(3, 2)), r"\[mxfp4\] blocks: expected uint8"),
+    "mxfp4-dtype": (lambda: mxfp4(signed(3, 32), octets(3, 2)), r"\[mxfp4\] blocks: expected uint8"),
     "mxfp4-rows": (lambda: mxfp4(octets(3, 2, 16), octets(4, 2)), r"\[mxfp4\] scales: expected R=3, got 4"),
     "nvfp4": (
         lambda: nvfp4(octets(3, 8), positive(3, 1).to(torch.float8_e4m3fn), positive(2)),
@@ -339,15 +329,15 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "gptq-version": (
         lambda: gptq(words(1, 8), words(1, 1), positive(1, 8), version=3),
-        r"\[gptq\] version: expected 1 or 2, got 3",
+        r"\[gptq\] version: expected 1 or 2",
     ),
     "gptq-zeros": (
         lambda: gptq(words(1, 9), words(1, 1), positive(1, 9)),
-        r"\[gptq\] qzeros: expected a word for 8 outputs, 2, got 1",
+        r"\[gptq\] qzeros: expected a word for 8 outputs, 2",
     ),
     "gptq-groups": (
         lambda: gptq(words(1, 8), words(3, 1), positive(3, 8)),
-        r"\[gptq\] scales: expected groups that divide 8 inputs, got 3",
+        r"\[gptq\] scales: expected groups that divide 8",
     ),
     "gptq-index": (
         lambda: gptq(words(1, 8), words(2, 1), positive(2, 8), torch.tensor([0, 1, 2, 0, 0, 0, 0, 0])),

@@ -223,7 +223,10 @@ def dequantize(weight: Quantised, dtype: torch.dtype = torch.bfloat16, *, backen
         raise ValueError(f"[{op}] dtype: expected {' or '.join(map(short, FLOATS))}, got {short(dtype)}")
     name = kernels.backend_for(op, weight.codes.device.type, backend)
     dense: Tensor = kernels.BACKENDS[name].dequantize(weight, dtype)
-    dense = dense.mT.contiguous() if weight.transposed else dense
+    if weight.transposed:  # one expert at a time: torch copies a transposed matrix in blocks, but not a stack of them
+        stack, dense = dense, dense.new_empty(len(dense), weight.columns, weight.rows)
+        for to, matrix in zip(dense, stack, strict=True):
+            to.copy_(matrix.T)
     return dense if weight.stacked else dense[0]
 
 
