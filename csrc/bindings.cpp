@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "kernels.h"
 #include "tensor.h"
 
@@ -200,6 +203,104 @@ void pair_popcount(py::object bits, py::object count, int threads, const std::st
   count_bits("pair_popcount", cpu::pair_popcount, "E E", bits, count, threads, level);
 }
 
+Coding coding_of(const Args& args, const std::string& name) {
+  const std::map<std::string, Coding> codings{
+      {"e4m3", Coding::e4m3}, {"e5m2", Coding::e5m2},         {"int8", Coding::int8},          {"e2m1", Coding::e2m1},
+      {"int4", Coding::int4}, {"int4_awq", Coding::int4_awq}, {"int4_rows", Coding::int4_rows}};
+  const auto found = codings.find(name);
+  if (found == codings.end()) args.fail("coding", "expected one that moekern.kernels.quantised names, got " + name);
+  return found->second;
+}
+
+// A quantised weight as (codes, coding, scale, zero, group, R, C, block_rows, block_columns), and what holds its memory.
+using Stored = std::tuple<py::object, std::string, py::object, py::object, py::object, int64_t, int64_t, int64_t, int64_t>;
+
+struct Borrowed {
+  Tensor codes, scale, zero, group;
+};
+
+void expect(const Args& args, const char* name, const char* what, int64_t want, int64_t got) {
+  if (want != got) args.fail(name, std::string(what) + " " + std::to_string(want) + ", got " + std::to_string(got));
+}
+
+Quantised quantised_of(Args& args, const Stored& stored, Borrowed& held) {
+  const auto& [codes, coding, scale, zero, group, R, C, block_rows, block_columns] = stored;
+  held.codes = args.tensor("codes", codes, {Dtype::u8}, "E L B");
+  held.scale = args.tensor("scale", scale, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::u8}, "E S Q");
+  if (!zero.is_none()) held.zero = args.tensor("zero", zero, {Dtype::f32}, "E S Q");
+  if (!group.is_none()) held.group = args.tensor("group", group, {Dtype::i32}, "E R");
+  if (held.codes.is_cuda()) args.fail("codes", "expected a CPU tensor");
+  if (R < 0 || C < 0 || block_rows < 1 || block_columns < 1) args.fail("block", "expected positive sizes");
+  Quantised q;
+  q.codes = held.codes.data<const uint8_t>();
+  q.coding = coding_of(args, coding);
+  q.scale = held.scale.typed();
+  q.zero = zero.is_none() ? nullptr : held.zero.data<const float>();
+  q.group = group.is_none() ? nullptr : held.group.data<const int32_t>();
+  q.E = args["E"];
+  q.R = R;
+  q.C = C;
+  q.L = args["L"];
+  q.B = args["B"];
+  q.S = args["S"];
+  q.Q = args["Q"];
+  q.block_rows = block_rows;
+  q.block_columns = block_columns;
+  const auto parts = [](int64_t n, int64_t size) { return n / size + (n % size != 0); };
+  const bool bytes = q.coding == Coding::e4m3 || q.coding == Coding::e5m2 || q.coding == Coding::int8;
+  const bool rows = q.coding == Coding::int4_rows;
+  expect(args, "codes", "expected lines", rows ? parts(R, 8) : R, q.L);
+  expect(args, "codes", "expected bytes a line", bytes ? C : 4 * (rows ? C : parts(C, 8)), q.B);
+  expect(args, "scale", "expected columns", parts(C, block_columns), q.Q);
+  if (q.group)
+    expect(args, "group", "expected rows", R, args["R"]);
+  else
+    expect(args, "scale", "expected rows", parts(R, block_rows), q.S);
+  return q;
+}
+
+void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::object count_, py::object abs_sum_,
+                  py::object square_sum_, py::object max_abs_, int threads, const std::string& level) {
+  Args args("weight_stats");
+  const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
+  const Tensor abs_sum = args.tensor("abs_sum", abs_sum_, {Dtype::f64}, "E");
+  const Tensor square_sum = args.tensor("square_sum", square_sum_, {Dtype::f64}, "E");
+  const Tensor max_abs = args.tensor("max_abs", max_abs_, {Dtype::f64}, "E");
+  WeightStats call;
+  call.count = count.data<int64_t>();
+  call.abs_sum = abs_sum.data<double>();
+  call.square_sum = square_sum.data<double>();
+  call.max_abs = max_abs.data<double>();
+  call.E = args["E"];
+  call.N = 0;
+  if (count.is_cuda()) args.fail("count", "expected a CPU tensor");
+  Tensor dense;
+  Borrowed held;
+  Quantised quantised;
+  if (stored) {
+    quantised = quantised_of(args, *stored, held);
+    call.quantised = &quantised;
+  } else {
+    dense = args.tensor("weight", dense_, kFloats, "E N");
+    call.dense = dense.typed();
+    call.N = args["N"];
+  }
+  launch(args, [&] { cpu::weight_stats(call, {threads, level}); });
+}
+
+void dequantize(const Stored& stored, py::object out_, int threads, const std::string& level) {
+  Args args("dequantize");
+  Borrowed held;
+  Dequantize call;
+  call.weight = quantised_of(args, stored, held);
+  const Tensor out = args.tensor("out", out_, kFloats, "E _R _C");
+  expect(args, "out", "expected rows", call.weight.R, args["_R"]);
+  expect(args, "out", "expected columns", call.weight.C, args["_C"]);
+  call.out = out.data<void>();
+  call.dtype = out.dtype;
+  launch(args, [&] { cpu::dequantize(call, {threads, level}); });
+}
+
 }  // namespace
 }  // namespace moekern
 
@@ -211,6 +312,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("vocabulary", &moekern::vocabulary);
   m.def("popcount", &moekern::popcount);
   m.def("pair_popcount", &moekern::pair_popcount);
+  m.def("weight_stats", &moekern::weight_stats);
+  m.def("dequantize", &moekern::dequantize);
   m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");

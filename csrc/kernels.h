@@ -9,8 +9,10 @@
 
 namespace moekern {
 
-enum class Dtype : uint8_t { f32, f64, bf16, f16, i32, i64, boolean, other };
+enum class Dtype : uint8_t { f32, f64, bf16, f16, i32, i64, u8, boolean, other };
 enum class Score : uint8_t { softmax, sigmoid, sqrtsoftplus, identity };
+// What a stored code means; moekern/kernels/quantised.py says where each comes from.
+enum class Coding : uint8_t { e4m3, e5m2, int8, e2m1, int4, int4_awq, int4_rows };
 
 struct Typed {
   const void* data = nullptr;
@@ -85,6 +87,33 @@ struct Vocabulary {
   int64_t T, E, K, W;
 };
 
+// A stack of quantised matrices: w = (value(code) - zero) * scale, rounded to float32 after each operation.
+// Row r takes its scales from line group[e, r], or r / block_rows; column c from column c / block_columns.
+struct Quantised {
+  const uint8_t* codes;            // [E, L, B]: a row is a line, but for int4_rows 8 rows share a line of 32-bit words
+  Coding coding;
+  Typed scale;                     // [E, S, Q], u8: powers of two, biased by 127
+  const float* zero = nullptr;     // [E, S, Q], or null
+  const int32_t* group = nullptr;  // [E, R], or null
+  int64_t E, R, C, L, B, S, Q, block_rows, block_columns;
+};
+
+struct WeightStats {
+  Typed dense;                           // [E, N], or null
+  const Quantised* quantised = nullptr;  // where dense is null
+  int64_t* count;                        // [E]
+  double* abs_sum;                       // [E]
+  double* square_sum;                    // [E]
+  double* max_abs;                       // [E]
+  int64_t E, N;
+};
+
+struct Dequantize {
+  Quantised weight;
+  void* out;    // [E, R, C]
+  Dtype dtype;  // of out
+};
+
 namespace cpu {
 
 // How to run, never what comes out: every number of threads and every instruction set gives the same bits.
@@ -101,6 +130,8 @@ void sketch(const Sketch& args, const Run& run);
 void vocabulary(const Vocabulary& args, const Run& run);
 void popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, const Run& run);       // [E]
 void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, const Run& run);  // [E, E]
+void weight_stats(const WeightStats& args, const Run& run);
+void dequantize(const Dequantize& args, const Run& run);
 
 }  // namespace cpu
 

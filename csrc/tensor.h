@@ -24,12 +24,14 @@ inline Dtype dtype_of(const DLDataType& type) {
   if (type.code == kDLBfloat && type.bits == 16) return Dtype::bf16;
   if (type.code == kDLInt && type.bits == 64) return Dtype::i64;
   if (type.code == kDLInt && type.bits == 32) return Dtype::i32;
+  if (type.code == kDLUInt && type.bits == 8) return Dtype::u8;
   if (type.code == kDLBool && type.bits == 8) return Dtype::boolean;
   return Dtype::other;
 }
 
 inline const char* name_of(Dtype dtype) {
-  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16", "int32", "int64", "bool", "another"};
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16", "int32",
+                                    "int64",   "uint8",   "bool",     "another"};
   return kNames[static_cast<int>(dtype)];
 }
 

@@ -3,6 +3,9 @@ from typing import Literal
 
 from torch import Tensor
 
+# codes, coding, scale, zero, group, rows, columns, block rows, block columns
+Stored = tuple[Tensor, str, Tensor, Tensor | None, Tensor | None, int, int, int, int]
+
 def router_stats(
     logits: Tensor | None,
     topk_idx: Tensor,
@@ -54,6 +57,17 @@ def sketch(y: Tensor, z: Tensor, norm_square: Tensor, seed: int, start: int, thr
 def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor, threads: int) -> None: ...
 def popcount(bits: Tensor, count: Tensor, threads: int, level: str) -> None: ...
 def pair_popcount(bits: Tensor, count: Tensor, threads: int, level: str) -> None: ...
+def weight_stats(
+    weight: Tensor | None,
+    stored: Stored | None,
+    count: Tensor,
+    abs_sum: Tensor,
+    square_sum: Tensor,
+    max_abs: Tensor,
+    threads: int,
+    level: str,
+) -> None: ...
+def dequantize(stored: Stored, out: Tensor, threads: int, level: str) -> None: ...
 def levels() -> list[str]: ...
 def cuda_architectures() -> str: ...
 def cuda_device_count() -> int: ...

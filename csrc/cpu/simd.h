@@ -115,6 +115,12 @@ MOEKERN_INLINE float load(Half v) {
   return widened<float>(static_cast<uint32_t>(v.bits) << 16, v);
 }
 
+MOEKERN_INLINE void store(float v, float* to) { *to = v; }
+template <class Half>
+MOEKERN_INLINE void store(float v, Half* to) {
+  to->bits = static_cast<uint16_t>(narrowed<uint32_t>(v, Half{}));
+}
+
 // 16 columns in two vectors. Halves come two to a word: the even columns of the words go to a, the odd ones to b, so
 // that nothing moves between lanes. Floats stay in order.
 MOEKERN_INLINE void unpack(const float* from, Floats& a, Floats& b) {

@@ -11,6 +11,8 @@ from torch import Tensor
 from moekern import _C
 from moekern.kernels import native, reference
 from moekern.kernels.checks import FLOATS, INTS, check_rows, check_tensors
+from moekern.kernels.quantised import Quantised as Quantised
+from moekern.kernels.quantised import dequantize as dequantize
 from moekern.kernels.similarity import SimilaritySums as SimilaritySums
 from moekern.kernels.similarity import distance_sum as distance_sum
 from moekern.kernels.similarity import similarity as similarity
@@ -20,10 +22,16 @@ from moekern.kernels.vocabulary import pair_popcount as pair_popcount
 from moekern.kernels.vocabulary import popcount as popcount
 from moekern.kernels.vocabulary import vocabulary as vocabulary
 from moekern.kernels.vocabulary import vocabulary_bits as vocabulary_bits
+from moekern.kernels.weights import WeightSums as WeightSums
+from moekern.kernels.weights import of_expert as of_expert
+from moekern.kernels.weights import stable_rank as stable_rank
+from moekern.kernels.weights import weight_stats as weight_stats
+from moekern.kernels.weights import weight_sums as weight_sums
 
 I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
 
-OPS = ("router_stats", "combine_and_measure", "similarity", "sketch", "vocabulary", "popcount", "pair_popcount")
+OPS = ("router_stats", "combine_and_measure", "similarity", "sketch", "vocabulary", "popcount", "pair_popcount",
+       "weight_stats", "dequantize")  # fmt: skip
 SCORES = tuple(reference.SCORES)
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}

@@ -11,6 +11,8 @@ from moekern import _C
 
 if TYPE_CHECKING:
     from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
+    from moekern.kernels.quantised import Quantised
+    from moekern.kernels.weights import WeightSums
 
 
 def router_stats(
@@ -60,3 +62,18 @@ def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
     count = bits.new_empty(len(bits), len(bits))
     _C.pair_popcount(bits, count, torch.get_num_threads(), level)
     return count
+
+
+def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, level: str = "") -> None:
+    dense, stored = (weight, None) if isinstance(weight, Tensor) else (None, _stored(weight))
+    _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level)
+
+
+def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Tensor:
+    out = torch.empty(len(weight.codes), weight.rows, weight.columns, dtype=dtype)
+    _C.dequantize(_stored(weight), out, torch.get_num_threads(), level)
+    return out
+
+
+def _stored(w: Quantised) -> _C.Stored:
+    return (w.codes, w.coding, w.scale, w.zero, w.group, w.rows, w.columns, *w.block)

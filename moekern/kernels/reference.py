@@ -10,6 +10,8 @@ from torch.nn.functional import softplus
 
 if TYPE_CHECKING:
     from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
+    from moekern.kernels.quantised import Quantised
+    from moekern.kernels.weights import WeightSums
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(1),
@@ -177,3 +179,45 @@ def add_at(total: Tensor, index: Tensor, values: Tensor | None) -> None:
     if values is not None:
         counts = torch.segment_reduce(values[index.argsort(stable=True)], "sum", lengths=counts)
     total.add_(counts)
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def weight_stats(weight: Tensor | Quantised, sums: WeightSums) -> None:
+    """weight is dense [E, N], or quantised."""
+    for e in range(len(sums.count)):
+        w = weight[e] if isinstance(weight, Tensor) else dequantize(weight.expert(e), torch.float32)
+        sums.count[e] += w.numel()
+        if w.numel():
+            sums.abs_sum[e] += w.double().abs().sum()
+            sums.square_sum[e] += w.double().square().sum()
+            sums.max_abs[e] = sums.max_abs[e].maximum(w.double().abs().max())
+
+
+def dequantize(weight: Quantised, dtype: torch.dtype) -> Tensor:
+    """[E, R, C] in the order of the codes' rows and columns."""
+    device = weight.codes.device
+    row = torch.arange(weight.rows, device=device) // weight.block[0]
+    rows = row.expand(len(weight.codes), -1) if weight.group is None else weight.group.long()
+    column = torch.arange(weight.columns, device=device) // weight.block[1]
+    index = (torch.arange(len(rows), device=device)[:, None, None], rows[:, :, None], column)
+    scale = weight.scale.view(torch.float8_e8m0fnu) if weight.scale.dtype == torch.uint8 else weight.scale
+    w = decode(weight) if weight.zero is None else decode(weight) - weight.zero[index]
+    return (w * scale.float()[index]).to(dtype)
+
+
+def decode(weight: Quantised) -> Tensor:
+    """The codes' values, [E, R, C] float32."""
+    codes, coding = weight.codes, weight.coding
+    if coding in ("e4m3", "e5m2", "int8"):
+        stored = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}[coding]
+        return codes.view(stored).float()
+    if coding == "int4_rows":
+        words = codes.view(torch.int32).repeat_interleave(8, 1)
+        shift = torch.arange(weight.rows, device=codes.device, dtype=torch.int32) % 8 * 4
+        return (words >> shift[:, None] & 15).float() - 8
+    order = [0, 4, 1, 5, 2, 6, 3, 7] if coding == "int4_awq" else range(8)
+    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(2).unflatten(2, (-1, 8))[..., list(order)]
+    nibbles = nibbles.flatten(2)[..., : weight.columns]
+    return torch.tensor(E2M1, device=codes.device)[nibbles.long()] if coding == "e2m1" else nibbles.float() - 8

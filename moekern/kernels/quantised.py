@@ -1,0 +1,273 @@
+"""Quantised weights as checkpoints store them, and what they stand for.
+
+One function for each layout takes the stored tensors, checks their shapes and returns a `Quantised`; no code is copied.
+`dequantize` turns that into a dense weight, `weight_stats` and `stable_rank` read it as it is. Everywhere [.., R, C] is
+the weight of a linear layer, R outputs and C inputs, alone [R, C] or stacked over the experts [E, R, C], and the stored
+tensors of a stack have the same leading E. Each function raises ValueError for a wrong argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moekern import kernels
+from moekern.kernels.checks import FLOATS, check_tensors, short
+
+# What a code means. int4 counts from -8: a symmetric zero point of 8 is then no zero point at all.
+CODINGS = ("e4m3", "e5m2", "int8", "e2m1", "int4", "int4_awq", "int4_rows")
+BYTES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
+E8M0 = torch.float8_e8m0fnu
+NIBBLES = 0x11111111  # one in each of a word's eight codes
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """w[e, r, c] = (value(code) - zero[e, s, q]) · scale[e, s, q], s = group[e, r] or r // block[0], q = c // block[1].
+
+    Made by the functions below. GPTQ and AWQ store the transpose: their rows are the layer's inputs.
+    """
+
+    codes: Tensor  # [E, L, B] uint8: a row is a line; int4_rows has 8 rows in a line, a 32-bit word for each column
+    coding: str
+    scale: Tensor  # [E, S, Q] float32, bfloat16, float16, or uint8 for powers of two biased by 127
+    zero: Tensor | None  # [E, S, Q] float32
+    group: Tensor | None  # [E, R] int32
+    block: tuple[int, int]
+    rows: int
+    columns: int
+    stacked: bool
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight: [R, C] or [E, R, C]."""
+        sides = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        return (len(self.codes), *sides) if self.stacked else sides
+
+    def expert(self, e: int) -> Quantised:
+        """One expert of a stack, as a stack of one; nothing is copied."""
+        codes, scale = self.codes[e : e + 1], self.scale[e : e + 1]
+        zero, group = (None if t is None else t[e : e + 1] for t in (self.zero, self.group))
+        return replace(self, codes=codes, scale=scale, zero=zero, group=group, stacked=True)
+
+
+def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Quantised:
+    """FP8 or int8 weights: weight [.., R, C] float8_e4m3fn, float8_e5m2 or int8, w = weight · scale.
+
+    With a block, scale is [.., ceil(R / block[0]), ceil(C / block[1])] (`weight_scale_inv` with 128 x 128). Without, it
+    is one number for the tensor, or [.., 1, 1] for each expert, or [.., R, 1] for each row. Its dtype is float32,
+    bfloat16, float16, or float8_e8m0fnu.
+    """
+    op = "scaled"
+    codes, stacked = _stack(op, "weight", weight)
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        scale = scale.reshape(1, 1, 1).expand(len(codes), 1, 1).contiguous()
+    scales, _ = _stack(op, "scale", scale)
+    sizes = check_tensors(op, {
+        "weight": (codes, "E R C", tuple(BYTES)),
+        "scale": (scales, "E S Q", (*FLOATS, E8M0)),
+    })  # fmt: skip
+    R, C, S, Q = (sizes[name] for name in "RCSQ")
+    if block is None:
+        if S not in (1, R) or Q != 1:
+            raise ValueError(f"[{op}] block: expected a block size for scales of shape {list(scale.shape)}, got None")
+        block = (1 if S == R else max(R, 1), max(C, 1))
+    _expect_blocks(op, "scale", (S, Q), (R, C), block)
+    return Quantised(_bytes(codes), BYTES[weight.dtype], _scales(scales), None, None, block, R, C, stacked)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Quantised:
+    """MXFP4: blocks uint8 [.., R, G, 16] or [.., R, 16·G], the low four bits first, scales [.., R, G].
+
+    A scale is for 32 columns. This is gpt-oss's `*_blocks` and `*_scales`, compressed-tensors' mxfp4 (`weight_packed`,
+    `weight_scale`) and DeepSeek V4's int8 weight viewed as uint8. Scales are uint8 or float8_e8m0fnu: 2^(s - 127), and
+    NaN for 255 as in the OCP Microscaling specification 1.0. R is the output dimension; transformers' gpt-oss computes
+    with the transpose.
+    """
+    op = "mxfp4"
+    packed = blocks.flatten(-2) if blocks.ndim == scales.ndim + 1 and blocks.shape[-1] == 16 else blocks
+    codes, stacked = _stack(op, "blocks", packed)
+    exponents = _scales(_stack(op, "scales", scales)[0])
+    sizes = check_tensors(op, {
+        "blocks": (codes, "E R B", (torch.uint8,)),
+        "scales": (exponents, "E R G", (torch.uint8,)),
+    })  # fmt: skip
+    R, C = sizes["R"], 32 * sizes["G"]
+    _expect(op, "blocks", "16 bytes a scale", C // 2, sizes["B"])
+    return Quantised(codes, "e2m1", exponents, None, None, (1, 32), R, C, stacked)
+
+
+def nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor, *, divide: bool = False) -> Quantised:
+    """NVFP4: packed uint8 [.., R, C/2], the low four bits first, scale float8_e4m3fn [.., R, C/16], one global scale.
+
+    w = code · scale · global_scale in ModelOpt's checkpoints (`weight`, `weight_scale`, `weight_scale_2`); with divide
+    code · (scale / global_scale), as in compressed-tensors' (`weight_packed`, `weight_scale`, `weight_global_scale`).
+    global_scale has one number, or one for each expert.
+    """
+    op = "nvfp4"
+    codes, stacked = _stack(op, "packed", packed)
+    scales, _ = _stack(op, "scale", scale)
+    sizes = check_tensors(op, {
+        "packed": (codes, "E R B", (torch.uint8,)),
+        "scale": (scales, "E R G", (torch.float8_e4m3fn,)),
+        "global_scale": (global_scale.reshape(-1), "N", FLOATS),
+    })  # fmt: skip
+    if sizes["N"] not in (1, sizes["E"]):
+        raise ValueError(f"[{op}] global_scale: expected 1 or E={sizes['E']} numbers, got {sizes['N']}")
+    R, C = sizes["R"], 16 * sizes["G"]
+    _expect(op, "packed", "8 bytes a scale", C // 2, sizes["B"])
+    whole = global_scale.float().reshape(-1, 1, 1)
+    product = scales.float() / whole if divide else scales.float() * whole
+    return Quantised(codes, "e2m1", product, None, None, (1, 16), R, C, stacked)
+
+
+def gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, version: int = 1
+) -> Quantised:
+    """GPTQ with 4 bits: qweight int32 [.., C/8, R], qzeros int32 [.., G, R/8], scales [.., G, R], g_idx int32 [.., C].
+
+    Packed along the inputs C; without g_idx an input's group is c // (C / G). Version 1 (`checkpoint_format` gptq)
+    stores zero points minus one, version 2 (gptq_v2) as they are. The one is put back by one addition to each 32-bit
+    word, the inverse of how it is taken away, so a zero point of 0, which borrows from its neighbour, survives.
+    """
+    op = "gptq"
+    if version not in (1, 2):
+        raise ValueError(f"[{op}] version: expected 1 or 2, got {version}")
+    words, stacked = _stack(op, "qweight", qweight)
+    zeros, _ = _stack(op, "qzeros", qzeros)
+    scale, _ = _stack(op, "scales", scales)
+    group = g_idx if g_idx is None or g_idx.ndim > 1 else g_idx[None]
+    sizes = check_tensors(op, {
+        "qweight": (words, "E L R", (torch.int32,)),
+        "scales": (scale, "E G R", FLOATS),
+        "qzeros": (zeros, "E G Z", (torch.int32,)),
+        "g_idx": (group, "E C", (torch.int32, torch.int64)),
+    })  # fmt: skip
+    C, R, G = 8 * sizes["L"], sizes["R"], sizes["G"]
+    _expect(op, "qzeros", "a word for 8 outputs", -(-R // 8), sizes["Z"])
+    if group is not None:
+        _expect(op, "g_idx", "one group an input", C, sizes["C"])
+        _expect_groups(op, group, G)
+    elif C and (G == 0 or C % G):
+        raise ValueError(f"[{op}] scales: expected groups that divide {C} inputs, got {G}")
+    zero = _nibbles(zeros + NIBBLES if version == 1 else zeros)[..., :R] - 8
+    block = (max(C // max(G, 1), 1), 1)
+    group = None if group is None else group.int()
+    return Quantised(_bytes(words), "int4_rows", scale, zero.float(), group, block, C, R, stacked, True)
+
+
+def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Quantised:
+    """AWQ (GEMM layout) with 4 bits: qweight int32 [.., C, R/8], qzeros int32 [.., G, R/8], scales [.., G, R].
+
+    Packed along the outputs R, a word holding columns 0 2 4 6 1 3 5 7 from its lowest bits up; a group is C/G inputs.
+    """
+    op = "awq"
+    words, stacked = _stack(op, "qweight", qweight)
+    zeros, _ = _stack(op, "qzeros", qzeros)
+    scale, _ = _stack(op, "scales", scales)
+    sizes = check_tensors(op, {
+        "qweight": (words, "E C W", (torch.int32,)),
+        "qzeros": (zeros, "E G W", (torch.int32,)),
+        "scales": (scale, "E G R", FLOATS),
+    })  # fmt: skip
+    C, R, G = sizes["C"], 8 * sizes["W"], sizes["G"]
+    _expect(op, "scales", "8 outputs a word", R, sizes["R"])
+    if C and (G == 0 or C % G):
+        raise ValueError(f"[{op}] scales: expected groups that divide {C} inputs, got {G}")
+    zero = _nibbles(zeros, awq_order=True) - 8
+    block = (max(C // max(G, 1), 1), 1)
+    return Quantised(_bytes(words), "int4_awq", scale, zero.float(), None, block, C, R, stacked, True)
+
+
+def pack_quantized(packed: Tensor, scale: Tensor, columns: int, zero_point: Tensor | None = None) -> Quantised:
+    """compressed-tensors' pack-quantized with 4 bits: packed int32 [.., R, ceil(C/8)], scale [.., R, G].
+
+    Codes count from -8; `columns` is C, the last number of `weight_shape`. A group is C/G columns, G = 1 a scale for
+    each row. zero_point int32 [.., ceil(R/8), G] is packed along the rows; None is symmetric.
+    """
+    op = "pack_quantized"
+    words, stacked = _stack(op, "packed", packed)
+    scales, _ = _stack(op, "scale", scale)
+    zeros = None if zero_point is None else _stack(op, "zero_point", zero_point)[0]
+    sizes = check_tensors(op, {
+        "packed": (words, "E R W", (torch.int32,)),
+        "scale": (scales, "E R G", FLOATS),
+        "zero_point": (zeros, "E Z G", (torch.int32,)),
+    })  # fmt: skip
+    R, C, G = sizes["R"], columns, sizes["G"]
+    _expect(op, "packed", "a word for 8 columns", -(-C // 8), sizes["W"])
+    if C and (G == 0 or C % G):
+        raise ValueError(f"[{op}] scale: expected groups that divide {C} columns, got {G}")
+    zero = None
+    if zeros is not None:
+        _expect(op, "zero_point", "a word for 8 rows", -(-R // 8), sizes["Z"])
+        zero = (_nibbles(zeros.mT.contiguous())[..., :R].mT - 8).float().contiguous()
+    block = (1, max(C // max(G, 1), 1))
+    return Quantised(_bytes(words), "int4", scales, zero, None, block, R, C, stacked)
+
+
+def dequantize(weight: Quantised, dtype: torch.dtype = torch.bfloat16, *, backend: str | None = None) -> Tensor:
+    """The dense weight, contiguous, [R, C] or [E, R, C], in float32, bfloat16 or float16.
+
+    (value - zero) · scale is rounded to float32 after each of the two operations, then once to dtype: the bits are the
+    same in every backend. Codes that are infinite or NaN, and products too large for dtype, stay so.
+    Raises ValueError for a wrong argument, NotImplementedError for a backend that has no such op.
+    """
+    op = "dequantize"
+    if not isinstance(weight, Quantised):
+        raise ValueError(f"[{op}] weight: expected a Quantised, got {type(weight).__name__}")
+    if dtype not in FLOATS:
+        raise ValueError(f"[{op}] dtype: expected {' or '.join(map(short, FLOATS))}, got {short(dtype)}")
+    name = kernels.backend_for(op, weight.codes.device.type, backend)
+    dense: Tensor = kernels.BACKENDS[name].dequantize(weight, dtype)
+    if weight.transposed:  # one expert at a time: torch copies a transposed matrix in blocks, but not a stack of them
+        stack, dense = dense, dense.new_empty(len(dense), weight.columns, weight.rows)
+        for to, matrix in zip(dense, stack, strict=True):
+            to.copy_(matrix.T)
+    return dense if weight.stacked else dense[0]
+
+
+def _stack(op: str, name: str, tensor: Tensor) -> tuple[Tensor, bool]:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"[{op}] {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.ndim not in (2, 3):
+        raise ValueError(f"[{op}] {name}: expected 2 dimensions, or 3 for a stack of experts, got {list(tensor.shape)}")
+    return (tensor, True) if tensor.ndim == 3 else (tensor[None], False)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(torch.uint8)
+
+
+def _scales(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == E8M0 else tensor
+
+
+def _nibbles(words: Tensor, awq_order: bool = False) -> Tensor:
+    """[.., W] int32 -> [.., 8·W] int32, the codes of each word in the order of their columns."""
+    order = [0, 4, 1, 5, 2, 6, 3, 7] if awq_order else range(8)
+    shift = torch.tensor([4 * n for n in order], dtype=torch.int32, device=words.device)
+    return (words[..., None] >> shift & 15).flatten(-2)
+
+
+def _expect(op: str, name: str, what: str, want: int, got: int) -> None:
+    if want != got:
+        raise ValueError(f"[{op}] {name}: expected {what}, {want}, got {got}")
+
+
+def _expect_blocks(op: str, name: str, grid: tuple[int, int], sides: tuple[int, int], block: tuple[int, int]) -> None:
+    if min(block) < 1:
+        raise ValueError(f"[{op}] block: expected positive sizes, got {block}")
+    want = tuple(-(-side // size) for side, size in zip(sides, block, strict=True))
+    if grid != want:
+        raise ValueError(f"[{op}] {name}: expected {want[0]} x {want[1]} blocks of {block}, got {grid[0]} x {grid[1]}")
+
+
+def _expect_groups(op: str, group: Tensor, G: int) -> None:
+    if group.numel() and (group.min() < 0 or group.max() >= G):
+        raise ValueError(
+            f"[{op}] g_idx: expected groups from 0 to {G - 1}, got {int(group.min())} to {int(group.max())}"
+        )
