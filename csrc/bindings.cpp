@@ -128,12 +128,31 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   launch(args, [&] { cpu::combine_and_measure(call, {threads, level}); });
 }
 
+void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::object offsets_, int threads) {
+  Args args("sort_by_expert");
+  const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
+  Tensor mask;
+  SortByExpert call;
+  call.idx = idx.typed();
+  call.mask = mask_of(args, mask_, mask);
+  const Tensor order = args.tensor("order", order_, {Dtype::i64}, std::to_string(args["T"] * args["K"]));
+  const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
+  call.order = order.data<int64_t>();
+  call.offsets = offsets.data<int64_t>();
+  call.T = args["T"];
+  call.E = args["E"];
+  call.K = args["K"];
+  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
+  launch(args, [&] { cpu::sort_by_expert(call, threads); });
+}
+
 }  // namespace
 }  // namespace moekern
 
 PYBIND11_MODULE(_C, m) {
   m.def("router_stats", &moekern::router_stats);
   m.def("combine_and_measure", &moekern::combine_and_measure);
+  m.def("sort_by_expert", &moekern::sort_by_expert);
   m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");

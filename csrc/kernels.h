@@ -59,6 +59,14 @@ struct CombineAndMeasure {
   int64_t T, E, K, H, N;
 };
 
+struct SortByExpert {
+  Typed idx;                   // [T, K]
+  const bool* mask = nullptr;  // [T], or null
+  int64_t* order;              // [T * K]
+  int64_t* offsets;            // [E + 1]
+  int64_t T, E, K;
+};
+
 namespace cpu {
 
 // How to run, never what comes out: every number of threads and every instruction set gives the same bits.
@@ -70,6 +78,7 @@ struct Run {
 std::vector<std::string> levels();  // the instruction sets of this machine, narrowest first
 void router_stats(const RouterStats& args, const Run& run);
 void combine_and_measure(const CombineAndMeasure& args, const Run& run);
+void sort_by_expert(const SortByExpert& args, int threads);
 
 }  // namespace cpu
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from moekern.kernels import ExpertSums, RouterSums
 
 
+def runs_on(device: str) -> bool:
+    return device == "cpu" or _C.cuda_device_count() > 0
+
+
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
@@ -31,3 +35,10 @@ def combine_and_measure(
         sums.gated_norm_square_sum, sums.max_abs, sums.pair_sum, squares, out, torch.get_num_threads(), level,
     )  # fmt: skip
     return out
+
+
+def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    order = topk_idx.new_empty(topk_idx.numel(), dtype=torch.int64)
+    offsets = topk_idx.new_empty(num_experts + 1, dtype=torch.int64)
+    _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads())
+    return order, offsets

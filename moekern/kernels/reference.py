@@ -19,6 +19,10 @@ SCORES = {
 }
 
 
+def runs_on(device: str) -> bool:
+    return True
+
+
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str
 ) -> None:
@@ -59,6 +63,7 @@ def combine_and_measure(
     sums: ExpertSums,
 ) -> Tensor:  # fmt: skip
     (T, K), E = topk_idx.shape, len(sums.norm_sum)
+    y, order = y[: offsets[-1]], order[: offsets[-1]]
     row_of = torch.full((T * K,), -1, device=y.device).index_put_((order,), torch.arange(len(y), device=y.device))
     row_of = row_of.view(T, K)
     out = torch.zeros(T, y.shape[1], device=y.device)
@@ -90,6 +95,14 @@ def combine_and_measure(
         for rows, experts in zip(y[counted].split(4096), e.split(4096), strict=True):
             add_at(sums.square_sum, experts, rows.double() ** 2)
     return out.to(y.dtype)
+
+
+def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    E, idx = num_experts, topk_idx.long()
+    filled = (idx >= 0) & (idx < E) & (True if mask is None else mask[:, None])
+    ids = idx.masked_fill(~filled, E).reshape(-1)
+    counts = torch.bincount(ids, minlength=E + 1)
+    return ids.argsort(stable=True), counts.cumsum(0) - counts
 
 
 def add_at(total: Tensor, index: Tensor, values: Tensor | None) -> None:
