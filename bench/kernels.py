@@ -1,7 +1,7 @@
 """Time every backend of every kernel on the layers people prune:  python -m bench.kernels [--out results.jsonl]
 
 Each backend must first agree with the reference: a wrong kernel is never timed. `eager` is what a user would write in
-torch. Bytes are those that must move, from the shapes: logits or expert rows read once, the output written once.
+torch. Bytes are those that must move, from the shapes: logits, ids or expert rows read once, the output written once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def eager_combine_and_measure(args: Rows, sums: kernels.ExpertSums) -> Tensor:
     return out.to(y.dtype)
 
 
+def eager_sort_by_expert(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    flat = topk_idx.reshape(-1)
+    return flat.argsort(stable=True), torch.nn.functional.pad(torch.bincount(flat, minlength=E).cumsum(0), (1, 0))
+
+
 def timed(op: str, layer: Layer, backend: str, squares: bool) -> tuple[Callable[[], object], Tensor, float, str]:
     """A call to time, what to compare of its result, and the bytes it must move."""
     E, K, H, score = layer
@@ -100,6 +106,12 @@ def timed(op: str, layer: Layer, backend: str, squares: bool) -> tuple[Callable[
         run: Callable[[], object] = lambda: kernels.router_stats(*args, sums, score=score, backend=backend)  # noqa: E731
         if backend == "eager":
             run = lambda: eager_router_stats(args, sums, score)  # noqa: E731
+    elif op == "sort_by_expert":
+        idx = on_device(router(Case(ROUTER_TOKENS, E, K, 1))).topk_idx
+        found: list[Tensor] = []
+        moved, size, sums = 2 * idx.nbytes, f"T={ROUTER_TOKENS} i64", found
+        sort = eager_sort_by_expert if backend == "eager" else partial(kernels.sort_by_expert, backend=backend)
+        run = lambda: found.__setitem__(slice(None), sort(idx, E))  # noqa: E731
     else:
         T = min(ROW_BYTES // (2 * K * H), OUT_BYTES // (2 * H))
         args = on_device(rows(Case(T, E, K, H), torch.bfloat16))
@@ -124,15 +136,18 @@ def measure(cases: list[str], threads: int, repeats: int) -> list[dict[str, obje
     read = SCRUB.nbytes / seconds(SCRUB.sum, repeats)  # what this machine reads at, not what its datasheet says
     base = {**facts(), "threads": threads, "read_gb_s": round(read / 1e9, 1)}
     lines: list[dict[str, object]] = []
-    kinds = [("router_stats", False), ("combine_and_measure", False), ("combine_and_measure", True)]
+    kinds = [(op, False) for op in ("router_stats", "sort_by_expert", "combine_and_measure")]
+    kinds.append(("combine_and_measure", True))
     for case in cases:
         layer = MODELS[case]
         for op, squares in kinds:
             want, eager = None, 0.0
-            for backend in ("reference", "eager", *kernels.available()[op][DEVICE][:-1]):
+            for backend in ("reference", "eager", *(b for b in kernels.available()[op][DEVICE] if b != "reference")):
                 run, got, moved, size = timed(op, layer, backend, squares)
                 want = got if want is None else want
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+                exact = op == "sort_by_expert"
+                tolerance = (0.0, 0.0) if exact else (1e-4, 1e-5 * float(want.abs().max()))
+                torch.testing.assert_close(got, want, rtol=tolerance[0], atol=tolerance[1])
                 t = seconds(run, 1, 0) if backend == "reference" else seconds(run, repeats)
                 eager = t if backend == "eager" else eager
                 line = {"op": op + ("+squares" if squares else ""), "case": case, "size": size, "backend": backend}

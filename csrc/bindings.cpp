@@ -301,6 +301,24 @@ void dequantize(const Stored& stored, py::object out_, int threads, const std::s
   launch(args, [&] { cpu::dequantize(call, {threads, level}); });
 }
 
+void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::object offsets_, int threads) {
+  Args args("sort_by_expert");
+  const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
+  Tensor mask;
+  SortByExpert call;
+  call.idx = idx.typed();
+  call.mask = mask_of(args, mask_, mask);
+  const Tensor order = args.tensor("order", order_, {Dtype::i64}, std::to_string(args["T"] * args["K"]));
+  const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
+  call.order = order.data<int64_t>();
+  call.offsets = offsets.data<int64_t>();
+  call.T = args["T"];
+  call.E = args["E"];
+  call.K = args["K"];
+  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
+  launch(args, [&] { cpu::sort_by_expert(call, threads); });
+}
+
 }  // namespace
 }  // namespace moekern
 
@@ -314,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pair_popcount", &moekern::pair_popcount);
   m.def("weight_stats", &moekern::weight_stats);
   m.def("dequantize", &moekern::dequantize);
+  m.def("sort_by_expert", &moekern::sort_by_expert);
   m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");

@@ -114,6 +114,14 @@ struct Dequantize {
   Dtype dtype;  // of out
 };
 
+struct SortByExpert {
+  Typed idx;                   // [T, K]
+  const bool* mask = nullptr;  // [T], or null
+  int64_t* order;              // [T * K]
+  int64_t* offsets;            // [E + 1]
+  int64_t T, E, K;
+};
+
 namespace cpu {
 
 // How to run, never what comes out: every number of threads and every instruction set gives the same bits.
@@ -132,6 +140,7 @@ void popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, const 
 void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, const Run& run);  // [E, E]
 void weight_stats(const WeightStats& args, const Run& run);
 void dequantize(const Dequantize& args, const Run& run);
+void sort_by_expert(const SortByExpert& args, int threads);
 
 }  // namespace cpu
 

@@ -19,16 +19,10 @@ class Routed:
     offsets: Tensor  # [E + 1] int64
 
 
-def route(topk_idx: Tensor, num_experts: int, *, empty_slots: bool) -> Routed:
-    """Group the slots of topk_idx [T, K] by expert, stably. Ids outside [0, E) are empty slots and get no row."""
-    flat = topk_idx.reshape(-1).long()
-    if empty_slots:
-        flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    ids, order = torch.sort(flat, stable=True)
-    offsets = torch.searchsorted(ids, torch.arange(num_experts + 1, device=ids.device))
-    if empty_slots:
-        order = order[: int(offsets[-1])]
-    return Routed(order, offsets)
+def route(topk_idx: Tensor, num_experts: int, *, empty_slots: bool, backend: str | None = None) -> Routed:
+    """Group the slots of topk_idx [T, K] by expert, stably. Where slots may be empty, these get no row."""
+    order, offsets = kernels.sort_by_expert(topk_idx, num_experts, backend=backend)
+    return Routed(order[: int(offsets[-1])] if empty_slots else order, offsets)
 
 
 @dataclass

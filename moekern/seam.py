@@ -39,6 +39,9 @@ class Probe:
     recorder: Recorder
     logits: Tensor | None = None  # of the batch in flight, from the router's hook
 
+    def route(self, ids: Tensor, num_experts: int) -> Routed:
+        return route(ids, num_experts, empty_slots=self.empty_slots, backend=self.recorder.backend)
+
     def measure(self, ids: Tensor, gates: Tensor, y: Tensor, routed: Routed, *, gates_applied: bool = False) -> Tensor:
         logits, self.logits = self.logits, None
         return self.recorder.measure(self.layer, self.score, logits, ids, gates, y, routed, gates_applied=gates_applied)
@@ -102,7 +105,7 @@ def _measured(self: Any, hidden: Tensor, ids: Tensor, gates: Tensor, num_experts
     probe: Probe = self._moekern_probe
     if probe.empty_slots:
         ids = torch.where(gates == 0, -1, ids)
-    routed = route(ids, num_experts, empty_slots=probe.empty_slots)
+    routed = probe.route(ids, num_experts)
     y = outputs(self, hidden[routed.order // ids.shape[1]], routed)
     return probe.measure(ids, gates, y, routed).to(hidden.dtype)
 
@@ -170,7 +173,7 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     scores, logits = self.router(hidden)
     ids = logits.topk(self.top_k, dim=1).indices
     gates = scores.gather(1, ids)
-    routed = route(ids, self.num_experts, empty_slots=False)
+    routed = self._moekern_probe.route(ids, self.num_experts)
     rows = hidden[routed.order // self.top_k] * gates.reshape(-1, 1)[routed.order]
     ends = routed.offsets[1:].to(torch.int32)
     gate, up = grouped_linear(rows, self.experts.gate_up_proj, ends, is_transposed=True).chunk(2, dim=-1)
@@ -185,7 +188,7 @@ def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
     logits = self.router(hidden)[-1]
     top, ids = logits.topk(self.router.top_k, dim=1)
     gates = F.softmax(top, dim=1).type_as(hidden)
-    routed = route(ids, self.router.num_experts, empty_slots=False)
+    routed = self._moekern_probe.route(ids, self.router.num_experts)
     sizes = routed.offsets.diff().tolist()
     gate, up = self.input_linear(hidden[routed.order // self.router.top_k], sizes).chunk(2, dim=-1)
     y = self.output_linear(self.activation(gate) * up, sizes)

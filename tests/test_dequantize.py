@@ -17,7 +17,7 @@ from moekern import _C, kernels
 from moekern.kernels import native
 from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, nvfp4, pack_quantized, scaled
 
-BACKENDS = kernels.PREFERENCE["cpu"]
+BACKENDS = kernels.available()["dequantize"]["cpu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP4 = [sign * v for sign in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]

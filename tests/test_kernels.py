@@ -20,11 +20,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def runs(op: str) -> list[Any]:
     """Every backend on every device it serves: a new backend is tested by being there."""
     cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-    found = [pytest.param("cpu", b, id=f"cpu-{b}") for b in kernels.PREFERENCE["cpu"] if b != "reference"]
-    for backend in kernels.PREFERENCE["cuda"]:
+    others = [b for b in kernels.BACKENDS if b != "reference"]
+    found = [pytest.param("cpu", b, id=f"cpu-{b}") for b in others if kernels.serves(b, op, "cpu")]
+    for backend in others:
         if op not in kernels.MISSING.get((backend, "cuda"), ()):
             found.append(pytest.param("cuda", backend, marks=cuda, id=f"cuda-{backend}"))
     return found
+
+
+def fitting(case: Case, device: str, backend: str) -> Case:
+    """Triton's interpreter takes milliseconds a program, and each expert is some: fewer, but no power of two."""
+    if (device, backend) != ("cpu", "triton") or case.E <= 100:
+        return case
+    return case._replace(T=min(case.T, 20), E=35, K=min(case.K, 6))
 
 
 @pytest.fixture
@@ -76,6 +84,7 @@ def assert_expert_sums_agree(got: Any, want: Any, H: int) -> None:
 @pytest.mark.parametrize("score", kernels.SCORES)
 @pytest.mark.parametrize("case", EDGE.values(), ids=EDGE)
 def test_router_stats_agrees_with_the_reference(device: str, backend: str, score: str, case: Case) -> None:
+    case = fitting(case, device, backend)
     args = router(case)
     if score == "identity":
         args = args._replace(logits=args.logits.softmax(1))
@@ -86,9 +95,10 @@ def test_router_stats_agrees_with_the_reference(device: str, backend: str, score
 @pytest.mark.parametrize(("device", "backend"), runs("router_stats"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_router_stats_reads_every_dtype(device: str, backend: str, dtype: torch.dtype) -> None:
-    args = router(EDGE["all"], dtype)
-    want = routed(args, 513, backend="reference", score="sigmoid")
-    assert_router_sums_agree(routed(args, 513, device, backend, "sigmoid"), want, args, "sigmoid")
+    case = fitting(EDGE["all"], device, backend)
+    args = router(case, dtype)
+    want = routed(args, case.E, backend="reference", score="sigmoid")
+    assert_router_sums_agree(routed(args, case.E, device, backend, "sigmoid"), want, args, "sigmoid")
 
 
 @pytest.mark.parametrize(("device", "backend"), runs("router_stats"))
@@ -115,9 +125,10 @@ def test_extreme_logits_give_finite_sums(device: str, backend: str, score: str) 
 
 @pytest.mark.parametrize(("device", "backend"), runs("router_stats"))
 def test_without_logits_only_slots_are_counted(device: str, backend: str) -> None:
-    args = router(EDGE["masked"])
-    whole = routed(args, 160)
-    got = routed(args._replace(logits=None), 160, device, backend)
+    case = fitting(EDGE["masked"], device, backend)
+    args = router(case)
+    whole = routed(args, case.E)
+    got = routed(args._replace(logits=None), case.E, device, backend)
     assert got.tokens == whole.tokens
     assert torch.equal(got.coactivation, whole.coactivation)
     for name in ("logit_tokens", "score_sum", "entropy_sum", "margin_sum"):
@@ -145,6 +156,7 @@ def test_router_stats_by_hand() -> None:
 def test_combine_and_measure_agrees_with_the_reference(
     device: str, backend: str, dtype: torch.dtype, case: Case
 ) -> None:
+    case = fitting(case, device, backend)
     args = rows(case, dtype)
     out, got = combined(args, case.E, case.H, device, backend)
     want_out, want = combined(args, case.E, case.H, backend="reference")
@@ -171,11 +183,12 @@ def test_combine_and_measure_by_hand() -> None:
 
 @pytest.mark.parametrize(("device", "backend"), runs("combine_and_measure"))
 def test_square_sum_is_optional(device: str, backend: str) -> None:
-    args = rows(EDGE["masked"], torch.bfloat16)
-    (out, got), (whole, want) = combined(args, 160, 0, device, backend), combined(args, 160, 97, device, backend)
+    case = fitting(EDGE["masked"], device, backend)
+    args = rows(case, torch.bfloat16)
+    (out, got), (whole, want) = (combined(args, case.E, H, device, backend) for H in (0, 97))
     assert torch.equal(out, whole)
     assert all(torch.equal(a, b) for a, b in zip(got[:-1], want[:-1], strict=True))
-    assert got.square_sum.shape == (160, 0)
+    assert got.square_sum.shape == (case.E, 0)
 
 
 @pytest.mark.parametrize(("device", "backend"), runs("combine_and_measure"))
@@ -198,7 +211,7 @@ def test_every_half_passes_unchanged(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("device", "backend"), runs("combine_and_measure"))
 def test_two_runs_give_the_same_bits(device: str, backend: str) -> None:
-    case = EDGE["all"]
+    case = fitting(EDGE["all"], device, backend)
     for run in (
         lambda: routed(router(case), case.E, device, backend),
         lambda: (lambda out, sums: [out, *sums])(
@@ -271,18 +284,21 @@ def test_renaming_experts_renames_their_sums(perm: list[int], seed: int) -> None
         torch.testing.assert_close(after, want, rtol=20 * U, atol=1e-5 if before.shape[0] == 1 else 0)
 
 
-@pytest.mark.parametrize("backend", kernels.PREFERENCE["cpu"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @given(bad=st.lists(st.integers(-(2**62), 2**62), min_size=3, max_size=3))
 def test_wild_offsets_are_refused(backend: str, bad: list[int]) -> None:
     args = rows(Case(4, 2, 1, 8))
-    good = args.offsets.tolist()
-    if bad == good or (bad[0] == 0 and bad[2] == 4 and bad == sorted(bad)):
+    if bad == args.offsets.tolist():
         return
-    with pytest.raises(ValueError, match=r"\[combine_and_measure\] offsets: expected offsets rising from 0 to 4"):
+    rising = bad[0] == 0 and bad == sorted(bad) and bad[2] <= 4  # but not where the experts' rows end
+    what = (
+        "(offsets|order): expected (a row for|each slot)" if rising else "offsets: expected offsets rising from 0 to at"
+    )
+    with pytest.raises(ValueError, match=rf"^\[combine_and_measure\] {what}"):
         combined(args._replace(offsets=torch.tensor(bad)), 2, 8, backend=backend)
 
 
-@pytest.mark.parametrize("backend", kernels.PREFERENCE["cpu"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @given(row=st.integers(0, 7), slot=st.integers(-(2**62), 2**62) | st.integers(-1, 8))
 def test_a_wild_order_is_refused(backend: str, row: int, slot: int) -> None:
     args = rows(Case(4, 3, 2, 8))
@@ -294,15 +310,15 @@ def test_a_wild_order_is_refused(backend: str, row: int, slot: int) -> None:
         combined(args._replace(order=order), 3, 8, backend=backend)
 
 
-@pytest.mark.parametrize("backend", kernels.PREFERENCE["cpu"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_a_slot_without_a_row_is_refused(backend: str) -> None:
     args = rows(Case(4, 3, 2, 8))
     short = args._replace(y=args.y[:-1], order=args.order[:-1], offsets=args.offsets.clamp(max=7))
-    with pytest.raises(ValueError, match=r"order: expected a row for each of 8 slots, got 7"):
+    with pytest.raises(ValueError, match=r"offsets: expected a row for each of 8 slots, got 7"):
         combined(short, 3, 8, backend=backend)
 
 
-@pytest.mark.parametrize("backend", kernels.PREFERENCE["cpu"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @given(ids=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 4), min_size=6, max_size=6))
 def test_wild_ids_are_empty_slots(backend: str, ids: list[int]) -> None:
     args = router(Case(3, 4, 2, 1))._replace(topk_idx=torch.tensor(ids).view(3, 2))
@@ -362,8 +378,8 @@ def test_wrong_sums_scores_and_levels_are_refused() -> None:
 def test_a_named_backend_never_falls_back() -> None:
     assert kernels.backend_for("router_stats", "cpu") == "native"
     assert kernels.backend_for("router_stats", "cpu", "reference") == "reference"
-    with pytest.raises(NotImplementedError, match=r"\[router_stats\] backend: expected one of .* on cpu, got triton"):
-        kernels.router_stats(*ROUTER, kernels.router_sums(4), backend="triton")
+    with pytest.raises(NotImplementedError, match=r"\[router_stats\] backend: expected one of .* on cpu, got tpu"):
+        kernels.router_stats(*ROUTER, kernels.router_sums(4), backend="tpu")
     with pytest.raises(NotImplementedError, match=r"\[combine_and_measure\] backend: .* on tpu, got None"):
         kernels.backend_for("combine_and_measure", "tpu")
 
@@ -373,7 +389,8 @@ def test_every_op_is_available_and_the_default_comes_first() -> None:
         assert op in kernels.OPS
         for device, backends in devices.items():
             assert backends[0] == kernels.backend_for(op, device)
-            assert backends[-1] == "reference"
+            assert "reference" in backends
+            assert all(kernels.backend_for(op, device, b) == b for b in backends)
 
 
 def test_a_model_being_trained_can_be_measured() -> None:

@@ -35,9 +35,9 @@ Routing read_routing(const CombineAndMeasure& args) {
   read_ids(args.idx, 0, slots, args.E, routing.ids.data());
   read_floats(args.weight, 0, slots, routing.gates.data());
 
-  bool rising = args.offsets[0] == 0 && args.offsets[args.E] == N;
+  bool rising = args.offsets[0] == 0 && args.offsets[args.E] <= N;
   for (int64_t e = 0; e < args.E; ++e) rising = rising && args.offsets[e] <= args.offsets[e + 1];
-  if (!rising) throw ArgumentError("offsets", "expected offsets rising from 0 to " + std::to_string(N));
+  if (!rising) throw ArgumentError("offsets", "expected offsets rising from 0 to at most " + std::to_string(N));
   for (int64_t e = 0; e < args.E; ++e)
     for (int64_t n = args.offsets[e]; n < args.offsets[e + 1]; ++n) {
       const int64_t slot = args.order[n];
@@ -47,9 +47,9 @@ Routing read_routing(const CombineAndMeasure& args) {
       routing.row_of[slot] = n;
     }
   const int64_t filled = slots - std::count(routing.ids.begin(), routing.ids.end(), -1);
-  if (filled != N)
-    throw ArgumentError("order", "expected a row for each of " + std::to_string(filled) + " slots, got " +
-                                     std::to_string(N));
+  if (filled != args.offsets[args.E])
+    throw ArgumentError("offsets", "expected a row for each of " + std::to_string(filled) + " slots, got " +
+                                       std::to_string(args.offsets[args.E]));
   return routing;
 }
 

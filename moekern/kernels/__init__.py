@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekern import _C
-from moekern.kernels import native, reference
-from moekern.kernels.checks import FLOATS, INTS, check_rows, check_tensors
+from moekern.kernels import reference
+from moekern.kernels.checks import BOOL, F64, FLOATS, I64, INTS, check_rows, check_tensors
+from moekern.kernels.dispatch import BACKENDS, MISSING, OPS, PREFERENCE, available, backend_for, implementation, serves
 from moekern.kernels.quantised import Quantised as Quantised
 from moekern.kernels.quantised import dequantize as dequantize
 from moekern.kernels.similarity import SimilaritySums as SimilaritySums
@@ -18,6 +17,7 @@ from moekern.kernels.similarity import distance_sum as distance_sum
 from moekern.kernels.similarity import similarity as similarity
 from moekern.kernels.similarity import similarity_sums as similarity_sums
 from moekern.kernels.similarity import sketch as sketch
+from moekern.kernels.sorting import sort_by_expert
 from moekern.kernels.vocabulary import pair_popcount as pair_popcount
 from moekern.kernels.vocabulary import popcount as popcount
 from moekern.kernels.vocabulary import vocabulary as vocabulary
@@ -28,15 +28,12 @@ from moekern.kernels.weights import stable_rank as stable_rank
 from moekern.kernels.weights import weight_stats as weight_stats
 from moekern.kernels.weights import weight_sums as weight_sums
 
-I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
+__all__ = (
+    "BACKENDS", "MISSING", "OPS", "PREFERENCE", "SCORES", "ExpertSums", "RouterSums", "available", "backend_for",
+    "combine_and_measure", "expert_sums", "router_stats", "router_sums", "serves", "sort_by_expert",
+)  # fmt: skip
 
-OPS = ("router_stats", "combine_and_measure", "similarity", "sketch", "vocabulary", "popcount", "pair_popcount",
-       "weight_stats", "dequantize")  # fmt: skip
 SCORES = tuple(reference.SCORES)
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
-PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
-# What a backend cannot do yet on a device. This table only shrinks.
-MISSING = {("native", "cuda"): frozenset(OPS)}
 
 
 class RouterSums(NamedTuple):
@@ -102,7 +99,8 @@ def router_stats(
     top-1. `score` says what a logit becomes: softmax, sigmoid, sqrtsoftplus, or identity for logits that are scores,
     all positive. Without logits only the sums of slots are added to.
 
-    Scores are summed in float32 over 256 tokens and in float64 across, gates in float64, always in the same order.
+    Scores are summed in float32 over at most 256 tokens and in float64 across, gates in float64, always in the same
+    order.
     Raises ValueError for a wrong argument, NotImplementedError for a backend that has no such op.
     """
     op, E = "router_stats", "E"
@@ -135,7 +133,7 @@ def router_stats(
         "logits": (logits, "T E", FLOATS),
         "mask": (mask, "T", BOOL),
     })  # fmt: skip
-    run = BACKENDS[backend_for(op, topk_idx.device.type, backend)].router_stats
+    run = implementation(backend_for(op, topk_idx.device.type, backend), op)
     run(None if logits is None else logits.detach(), topk_idx, topk_weight.detach(), mask, sums, score=score)
 
 
@@ -153,19 +151,20 @@ def combine_and_measure(
     """Σₖ gate·y for each token, [T, H]; the rows' norms, pairs and squares are added to the sums in place.
 
     y [N, H] (float32, bfloat16 or float16) holds expert outputs grouped by expert: rows offsets[e]:offsets[e+1] are
-    expert e's. order [N] int64 names the flat slot t·K + k of each row, offsets is [E+1] int64; topk_weight and
-    topk_idx are [T, K] as for router_stats. Every filled slot has one row, empty slots have none, so N <= T·K.
-    All tokens are combined; mask [T] bool keeps those that the sums count. No gradient passes.
+    expert e's. order [N] int64 names the flat slot t·K + k of each row, offsets is [E+1] int64: what sort_by_expert
+    returns. topk_weight and topk_idx are [T, K] as for router_stats. Every filled slot has one row, empty slots have
+    none; rows and entries of order from offsets[E] on are not read. All tokens are combined; mask [T] bool keeps those
+    that the sums count. No gradient passes.
 
     The output is rounded to float32 after each product and each sum, in slot order, then once to y's dtype: its bits
     are the same in every backend. A row's squares are summed in float32 (a norm above 1e19 is infinite), rows in
-    float64; square_sum in float32 over 256 rows and in float64 across; always in the same order.
+    float64; square_sum in float32 over at most 256 rows and in float64 across; always in the same order.
     Raises ValueError for a wrong argument (on a CPU also for wrong values in order and offsets), NotImplementedError
     for a backend that has no such op.
     """
     op = "combine_and_measure"
     E = {name: (getattr(sums, name), "E", F64) for name in sums._fields[:5]}
-    sizes = check_tensors(op, {
+    check_tensors(op, {
         **E,
         "pair_sum": (sums.pair_sum, "E E", F64),
         "offsets": (offsets, "E+1", I64),
@@ -178,27 +177,7 @@ def combine_and_measure(
     })  # fmt: skip
     name = backend_for(op, y.device.type, backend)
     if name != "native" and y.device.type == "cpu":
-        check_rows(op, topk_idx, order, offsets, sizes["E"])
-    return BACKENDS[name].combine_and_measure(y.detach(), topk_weight.detach(), topk_idx, order, offsets, mask, sums)
-
-
-def backend_for(op: str, device: str, backend: str | None = None) -> str:
-    """The named backend, or the device's first that has the op. A named backend never falls back."""
-    for name in [backend] if backend else PREFERENCE.get(device, ()):
-        if serves(name, op, device):
-            return name
-    have = [name for name in BACKENDS if serves(name, op, device)]
-    raise NotImplementedError(f"[{op}] backend: expected one of {have} on {device}, got {backend}")
-
-
-def available() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Op -> device -> the backends that serve it here, the default first."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return {op: {device: tuple(b for b in PREFERENCE[device] if serves(b, op, device)) for device in devices}
-            for op in OPS}  # fmt: skip
-
-
-def serves(backend: str, op: str, device: str) -> bool:
-    if device not in PREFERENCE or op in MISSING.get((backend, device), ()) or not hasattr(BACKENDS.get(backend), op):
-        return False
-    return backend != "native" or device != "cuda" or _C.cuda_device_count() > 0
+        check_rows(op, topk_idx, order, offsets)
+    run = implementation(name, op)
+    out: Tensor = run(y.detach(), topk_weight.detach(), topk_idx, order, offsets, mask, sums)
+    return out

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int64, torch.int32)
+I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
 
 
 def check_tensors(op: str, tensors: dict[str, tuple[Tensor | None, str, tuple[torch.dtype, ...]]]) -> dict[str, int]:
@@ -44,15 +45,16 @@ def check_shape(op: str, name: str, tensor: Tensor, dims: str, sizes: dict[str, 
             raise ValueError(f"[{op}] {name}: expected {word if size.isdigit() else f'{word}={want}'}, got {got}")
 
 
-def check_rows(op: str, topk_idx: Tensor, order: Tensor, offsets: Tensor, E: int) -> None:
+def check_rows(op: str, topk_idx: Tensor, order: Tensor, offsets: Tensor) -> None:
     """Every filled slot must have exactly one row, and the rows must be grouped by expert.
 
     Reads values, so a call on a GPU would wait for the device: CPU tensors only.
     """
-    N, idx = len(order), topk_idx.reshape(-1).long()
-    if offsets[0] != 0 or offsets[-1] != N or (offsets.diff() < 0).any():
-        raise ValueError(f"[{op}] offsets: expected offsets rising from 0 to {N}")
-    expert = torch.repeat_interleave(torch.arange(E), offsets.diff())
+    E, idx = len(offsets) - 1, topk_idx.reshape(-1).long()
+    if offsets[0] != 0 or offsets[-1] > len(order) or (offsets.diff() < 0).any():
+        raise ValueError(f"[{op}] offsets: expected offsets rising from 0 to at most {len(order)}")
+    N = int(offsets[-1])
+    order, expert = order[:N], torch.repeat_interleave(torch.arange(E), offsets.diff())
     inside = (order >= 0) & (order < len(idx))
     wrong = ~inside
     if len(idx):
@@ -66,7 +68,7 @@ def check_rows(op: str, topk_idx: Tensor, order: Tensor, offsets: Tensor, E: int
         )
     filled = int(((idx >= 0) & (idx < E)).sum())
     if filled != N:
-        raise ValueError(f"[{op}] order: expected a row for each of {filled} slots, got {N}")
+        raise ValueError(f"[{op}] offsets: expected a row for each of {filled} slots, got {N}")
 
 
 def short(dtype: torch.dtype) -> str:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from moekern.kernels.weights import WeightSums
 
 
+def runs_on(device: str) -> bool:
+    return device == "cpu" or _C.cuda_device_count() > 0
+
+
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
@@ -77,3 +81,10 @@ def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Ten
 
 def _stored(w: Quantised) -> _C.Stored:
     return (w.codes, w.coding, w.scale, w.zero, w.group, w.rows, w.columns, *w.block)
+
+
+def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    order = topk_idx.new_empty(topk_idx.numel(), dtype=torch.int64)
+    offsets = topk_idx.new_empty(num_experts + 1, dtype=torch.int64)
+    _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads())
+    return order, offsets

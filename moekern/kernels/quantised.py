@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moekern import kernels
 from moekern.kernels.checks import FLOATS, check_tensors, short
+from moekern.kernels.dispatch import backend_for, implementation
 
 # What a code means. int4 counts from -8: a symmetric zero point of 8 is then no zero point at all.
 CODINGS = ("e4m3", "e5m2", "int8", "e2m1", "int4", "int4_awq", "int4_rows")
@@ -221,8 +221,8 @@ def dequantize(weight: Quantised, dtype: torch.dtype = torch.bfloat16, *, backen
         raise ValueError(f"[{op}] weight: expected a Quantised, got {type(weight).__name__}")
     if dtype not in FLOATS:
         raise ValueError(f"[{op}] dtype: expected {' or '.join(map(short, FLOATS))}, got {short(dtype)}")
-    name = kernels.backend_for(op, weight.codes.device.type, backend)
-    dense: Tensor = kernels.BACKENDS[name].dequantize(weight, dtype)
+    name = backend_for(op, weight.codes.device.type, backend)
+    dense: Tensor = implementation(name, "dequantize")(weight, dtype)
     if weight.transposed:  # one expert at a time: torch copies a transposed matrix in blocks, but not a stack of them
         stack, dense = dense, dense.new_empty(len(dense), weight.columns, weight.rows)
         for to, matrix in zip(dense, stack, strict=True):

@@ -21,6 +21,10 @@ SCORES = {
 }
 
 
+def runs_on(device: str) -> bool:
+    return True
+
+
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str
 ) -> None:
@@ -61,6 +65,7 @@ def combine_and_measure(
     sums: ExpertSums,
 ) -> Tensor:  # fmt: skip
     (T, K), E = topk_idx.shape, len(sums.norm_sum)
+    y, order = y[: offsets[-1]], order[: offsets[-1]]
     row_of = torch.full((T * K,), -1, device=y.device).index_put_((order,), torch.arange(len(y), device=y.device))
     row_of = row_of.view(T, K)
     out = torch.zeros(T, y.shape[1], device=y.device)
@@ -171,6 +176,14 @@ def pair_popcount(bits: Tensor) -> Tensor:
 def unpacked(bits: Tensor) -> Tensor:
     """[E, W] words -> [E, 64·W] bool."""
     return (bits[:, :, None] >> torch.arange(64, device=bits.device) & 1).bool().view(len(bits), -1)
+
+
+def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    E, idx = num_experts, topk_idx.long()
+    filled = (idx >= 0) & (idx < E) & (True if mask is None else mask[:, None])
+    ids = idx.masked_fill(~filled, E).reshape(-1)
+    counts = torch.bincount(ids, minlength=E + 1)
+    return ids.argsort(stable=True), counts.cumsum(0) - counts
 
 
 def add_at(total: Tensor, index: Tensor, values: Tensor | None) -> None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekern import kernels
 from moekern.kernels.checks import FLOATS, check_tensors
+from moekern.kernels.dispatch import backend_for, implementation
 
 
 class SimilaritySums(NamedTuple):
@@ -53,8 +53,8 @@ def similarity(
         "gram_sum": (sums.gram_sum, "E E", (torch.float64,)),
         "cosine_sum": (sums.cosine_sum, "E E", (torch.float64,)),
     })  # fmt: skip
-    name = kernels.backend_for("similarity", y.device.type, backend)
-    kernels.BACKENDS[name].similarity(y.detach(), norm_square, mask, sums)
+    name = backend_for("similarity", y.device.type, backend)
+    implementation(name, "similarity")(y.detach(), norm_square, mask, sums)
 
 
 def distance_sum(sums: SimilaritySums) -> Tensor:
@@ -85,5 +85,5 @@ def sketch(y: Tensor, size: int, *, seed: int = 0, start: int = 0, backend: str 
         raise ValueError(f"[sketch] start: expected 0 or more, got {start}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"[sketch] seed: expected a signed 64-bit integer, got {seed}")
-    name = kernels.backend_for("sketch", y.device.type, backend)
-    return kernels.BACKENDS[name].sketch(y.detach(), size, seed=seed, start=start)
+    name = backend_for("sketch", y.device.type, backend)
+    return implementation(name, "sketch")(y.detach(), size, seed=seed, start=start)

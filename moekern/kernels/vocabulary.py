@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekern import kernels
 from moekern.kernels.checks import INTS, check_tensors
+from moekern.kernels.dispatch import backend_for, implementation
 
 I64 = (torch.int64,)
 
@@ -33,22 +33,22 @@ def vocabulary(
         "topk_idx": (topk_idx, "T K", INTS),
         "mask": (mask, "T", (torch.bool,)),
     })  # fmt: skip
-    name = kernels.backend_for(op, bits.device.type, backend)
+    name = backend_for(op, bits.device.type, backend)
     if name != "native" and bits.device.type == "cpu":
         check_token_ids(op, token_ids, mask, 64 * bits.shape[1])
-    kernels.BACKENDS[name].vocabulary(token_ids, topk_idx, mask, bits)
+    implementation(name, "vocabulary")(token_ids, topk_idx, mask, bits)
 
 
 def popcount(bits: Tensor, *, backend: str | None = None) -> Tensor:
     """How many ids each expert has seen, [E] int64, of bits [E, W]. Errors as `vocabulary`."""
     check_tensors("popcount", {"bits": (bits, "E W", I64)})
-    return kernels.BACKENDS[kernels.backend_for("popcount", bits.device.type, backend)].popcount(bits)
+    return implementation(backend_for("popcount", bits.device.type, backend), "popcount")(bits)
 
 
 def pair_popcount(bits: Tensor, *, backend: str | None = None) -> Tensor:
     """How many ids both experts of each pair have seen, [E, E] int64, of bits [E, W]. Errors as `vocabulary`."""
     check_tensors("pair_popcount", {"bits": (bits, "E W", I64)})
-    return kernels.BACKENDS[kernels.backend_for("pair_popcount", bits.device.type, backend)].pair_popcount(bits)
+    return implementation(backend_for("pair_popcount", bits.device.type, backend), "pair_popcount")(bits)
 
 
 def check_token_ids(op: str, token_ids: Tensor, mask: Tensor | None, stop: int) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekern import kernels
 from moekern.kernels.checks import FLOATS, check_tensors
+from moekern.kernels.dispatch import backend_for, implementation
 from moekern.kernels.quantised import Quantised, dequantize
 
 
@@ -52,7 +52,7 @@ def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, backend: str |
     dense = weight.codes if isinstance(weight, Quantised) else _stack(op, weight)
     dtypes = (torch.uint8,) if isinstance(weight, Quantised) else FLOATS
     check_tensors(op, {**total, "weight": (dense, "E R C", dtypes)})
-    run = kernels.BACKENDS[kernels.backend_for(op, dense.device.type, backend)].weight_stats
+    run = implementation(backend_for(op, dense.device.type, backend), op)
     run(weight if isinstance(weight, Quantised) else dense.detach().flatten(1), sums)
 
 

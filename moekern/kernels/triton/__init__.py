@@ -1,0 +1,19 @@
+"""The ops in Triton, for any GPU that it compiles for. On a CPU its interpreter runs them (TRITON_INTERPRET=1): a test.
+
+No value is read on the host and no size depends on one, so that a call can be captured in a CUDA graph. Floats are
+never added by atomics. Multiplication and addition are never fused, so that a GPU rounds as the CPU does.
+"""
+
+from __future__ import annotations
+
+import triton
+
+from moekern.kernels.triton.router import router_stats
+from moekern.kernels.triton.rows import combine_and_measure, row_of_kernel
+from moekern.kernels.triton.sorting import sort_by_expert
+
+__all__ = ("combine_and_measure", "router_stats", "runs_on", "sort_by_expert")
+
+
+def runs_on(device: str) -> bool:
+    return device == "cuda" or not isinstance(row_of_kernel, triton.JITFunction)

@@ -1,0 +1,201 @@
+"""combine_and_measure: rows combined by token, then measured by chunks of rows that lie side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekern.kernels.triton.chunks import CHUNK, TILE, Chunks, add_chunks, chunk_rows, chunks_of
+from moekern.kernels.triton.floats import rounded_to_bfloat16
+
+if TYPE_CHECKING:
+    from moekern.kernels import ExpertSums
+
+COLUMNS = 512  # of a row that a program combines, at most
+ELEMENTS = 1024  # of the output that a program combines: one warp of 32 each, so that no sum waits for other warps
+
+
+@triton.jit(do_not_specialize=["N", "slots"])
+def row_of_kernel(order_ptr, stop_ptr, row_of_ptr, N, slots, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = n < tl.minimum(tl.load(stop_ptr), N)
+    slot = tl.load(order_ptr + n, mask=there, other=0)
+    tl.store(row_of_ptr + slot, n, mask=there & (slot >= 0) & (slot < slots))
+
+
+@triton.jit(do_not_specialize=["T"])
+def combine_kernel(
+    y_ptr, weight_ptr, row_of_ptr, out_ptr, square_ptr, top_ptr, T, H,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of some tokens' outputs, and its part of each row's squares and largest magnitude."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    h = part * BLOCK_H + tl.arange(0, BLOCK_H)
+    sum = tl.full((BLOCK_T, BLOCK_H), 0, tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(row_of_ptr + t * K + k, mask=t < T, other=-1)
+        filled = row >= 0
+        gate = tl.load(weight_ptr + t * K + k, mask=filled, other=0.0).to(tl.float32)
+        there = filled[:, None] & (h < H)[None, :]
+        y = tl.load(y_ptr + row[:, None] * H + h[None, :], mask=there, other=0.0).to(tl.float32)
+        sum += gate[:, None] * y
+        tl.store(square_ptr + row * parts + part, tl.sum(y * y, 1), mask=filled)
+        # Bits of non-negative floats are ordered like integers, with NaN above all.
+        magnitude = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        tl.store(top_ptr + row * parts + part, tl.max(magnitude, 1), mask=filled)
+    there = (t < T)[:, None] & (h < H)[None, :]
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        sum = rounded_to_bfloat16(sum)
+    tl.store(out_ptr + t[:, None] * H + h[None, :], sum.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def slots_of(order_ptr, mask_ptr, n, stop, slots, K: tl.constexpr):
+    """Slots of rows n < stop, which rows have one, and which of these count."""
+    slot = tl.load(order_ptr + n, mask=n < stop, other=-1)
+    there = (slot >= 0) & (slot < slots)
+    counted = there
+    if mask_ptr is not None:
+        counted &= tl.load(mask_ptr + slot // K, mask=there, other=0) != 0
+    return slot, there, counted
+
+
+@triton.jit(do_not_specialize=["slots"])
+def measure_kernel(
+    square_ptr, top_ptr, weight_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, gated_ptr, partial_ptr, max_ptr,
+    slots, E, parts, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One chunk's sums of norm, norm^2, a and a^2, its largest magnitude, and gate x norm of each of its slots."""
+    e, start, stop = chunk_rows(offsets_ptr, first_ptr, E, CHUNK, BLOCK_E)
+    if e < E:
+        n = start + tl.arange(0, CHUNK)
+        slot, there, counted = slots_of(order_ptr, mask_ptr, n, stop, slots, K)
+        square = tl.full((CHUNK,), 0, tl.float32)
+        top = tl.full((CHUNK,), 0, tl.int32)
+        for part in range(parts):
+            square += tl.load(square_ptr + n * parts + part, mask=there, other=0.0)
+            top = tl.maximum(top, tl.load(top_ptr + n * parts + part, mask=there, other=0))
+        norm = tl.sqrt(square.to(tl.float64))
+        gated = tl.load(weight_ptr + slot, mask=there, other=0.0).to(tl.float64) * norm
+        tl.store(gated_ptr + slot, gated, mask=there)
+        norm = tl.where(counted, norm, 0.0)
+        gated = tl.where(counted, gated, 0.0)
+        at = partial_ptr + tl.program_id(0).to(tl.int64) * 4
+        tl.store(at, tl.sum(norm, 0))
+        tl.store(at + 1, tl.sum(tl.where(counted, square.to(tl.float64), 0.0), 0))
+        tl.store(at + 2, tl.sum(gated, 0))
+        tl.store(at + 3, tl.sum(gated * gated, 0))
+        tl.atomic_max(max_ptr + e, tl.max(tl.where(counted, top, 0), 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["slots"])
+def pairs_kernel(
+    gated_ptr, idx_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, partial_ptr, slots, E,
+    K: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One chunk's sums of a_i a_j for i its expert and every j > i."""
+    i, start, stop = chunk_rows(offsets_ptr, first_ptr, E, CHUNK, BLOCK_E)
+    if i < E:
+        j = tl.arange(0, BLOCK_E)
+        sum = tl.full((ROWS, BLOCK_E), 0, tl.float64)
+        for row in range(start, stop, ROWS):
+            slot, _, counted = slots_of(order_ptr, mask_ptr, row + tl.arange(0, ROWS), stop, slots, K)
+            a = tl.load(gated_ptr + slot, mask=counted, other=0.0)
+            for k in range(K):
+                other = slot // K * K + k
+                id = tl.load(idx_ptr + other, mask=counted, other=-1)
+                product = a * tl.load(gated_ptr + other, mask=counted, other=0.0)
+                sum += tl.where(id[:, None] == j[None, :], product[:, None], 0.0)
+        at = partial_ptr + tl.program_id(0).to(tl.int64) * E + j
+        tl.store(at, tl.where(j > i, tl.sum(sum, 0), 0.0), mask=j < E)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def squares_kernel(
+    y_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, partial_ptr, slots, H, E,
+    K: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One chunk's y^2 for a block of columns."""
+    e, start, stop = chunk_rows(offsets_ptr, first_ptr, E, CHUNK, BLOCK_E)
+    if e < E:
+        h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        sum = tl.full((ROWS, BLOCK_H), 0, tl.float32)
+        for row in range(start, stop, ROWS):
+            n = row + tl.arange(0, ROWS)
+            _, _, counted = slots_of(order_ptr, mask_ptr, n, stop, slots, K)
+            there = counted[:, None] & (h < H)[None, :]
+            y = tl.load(y_ptr + n[:, None] * H + h[None, :], mask=there, other=0.0).to(tl.float32)
+            sum += y * y
+        at = partial_ptr + tl.program_id(0).to(tl.int64) * H + h
+        tl.store(at, tl.sum(sum, 0), mask=h < H)
+
+
+def combine_and_measure(
+    y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
+    sums: ExpertSums,
+) -> Tensor:  # fmt: skip
+    (N, H), (T, K) = y.shape, topk_idx.shape
+    if N == 0 or T * K == 0:
+        return y.new_zeros(T, H)
+    out = y.new_empty(T, H)
+    row_of = order.new_full((T * K,), -1)
+    row_of_kernel[(triton.cdiv(N, 1024),)](order, offsets[-1:], row_of, N, T * K, BLOCK=1024)
+    columns = min(COLUMNS, triton.next_power_of_2(max(1, H)))
+    grid = triton.cdiv(T, ELEMENTS // columns), triton.cdiv(H, columns)
+    square = y.new_empty(N, grid[1], dtype=torch.float32)
+    top = y.new_empty(N, grid[1], dtype=torch.int32)
+    combine_kernel[grid](
+        y, topk_weight, row_of, out, square, top, T, H, K=K, BLOCK_T=ELEMENTS // columns, BLOCK_H=columns,
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    chunks = chunks_of(offsets, N)
+    add_norms(square, top, topk_weight, topk_idx, order, mask, chunks, sums)
+    if sums.square_sum.shape[1]:
+        add_squares(y, order, mask, chunks, T * K, K, sums.square_sum)
+    return out
+
+
+def add_norms(
+    square: Tensor, top: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, mask: Tensor | None,
+    chunks: Chunks, sums: ExpertSums,
+) -> None:  # fmt: skip
+    (T, K), E = topk_idx.shape, chunks.num_experts
+    gated = sums.norm_sum.new_zeros(T * K)
+    partial = gated.new_empty(chunks.limit, 4)
+    largest = top.new_zeros(E)
+    measure_kernel[(chunks.limit,)](
+        square, top, topk_weight, order, mask, chunks.offsets, chunks.first, gated, partial, largest, T * K, E,
+        square.shape[1], K=K, CHUNK=CHUNK, BLOCK_E=chunks.block, enable_fp_fusion=False,
+    )  # fmt: skip
+    total = add_chunks(partial, chunks.first, gated.new_zeros(E, 4))
+    for sum, column in zip(sums[:4], total.unbind(1), strict=True):
+        sum.add_(column)
+    torch.maximum(sums.max_abs, largest.view(torch.float32).double(), out=sums.max_abs)
+
+    partial = gated.new_empty(chunks.limit, E)
+    pairs_kernel[(chunks.limit,)](
+        gated, topk_idx, order, mask, chunks.offsets, chunks.first, partial, T * K, E, K=K, CHUNK=CHUNK,
+        ROWS=max(1, min(CHUNK, TILE // chunks.block)), BLOCK_E=chunks.block, enable_fp_fusion=False,
+    )  # fmt: skip
+    pairs = add_chunks(partial, chunks.first, gated.new_zeros(E, E))
+    sums.pair_sum.add_(pairs).add_(pairs.T)
+    sums.pair_sum.diagonal().add_(total[:, 3])
+
+
+def add_squares(
+    y: Tensor, order: Tensor, mask: Tensor | None, chunks: Chunks, slots: int, K: int, square_sum: Tensor
+) -> None:
+    E, H = square_sum.shape
+    columns = min(COLUMNS, triton.next_power_of_2(H))
+    partial = y.new_empty(chunks.limit, H, dtype=torch.float32)
+    squares_kernel[(chunks.limit, triton.cdiv(H, columns))](
+        y, order, mask, chunks.offsets, chunks.first, partial, slots, H, E, K=K, CHUNK=CHUNK,
+        ROWS=min(CHUNK, TILE // columns), BLOCK_H=columns, BLOCK_E=chunks.block, enable_fp_fusion=False,
+    )  # fmt: skip
+    add_chunks(partial, chunks.first, square_sum)

@@ -1,0 +1,84 @@
+"""The Triton backend: what a GPU would be given, and what only the interpreter can be asked."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekern import kernels
+from tests.cases import Case, router, rows
+from tests.test_kernels import assert_expert_sums_agree, assert_router_sums_agree, combined, routed
+
+HERE = Path(__file__).parent.parent
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+INTERPRETED = pytest.mark.skipif(not kernels.serves("triton", "router_stats", "cpu"), reason="no Triton interpreter")
+KERNELS = {
+    "add_chunks_kernel", "combine_kernel", "count_kernel", "gates_kernel", "logits_kernel", "measure_kernel",
+    "move_kernel", "pairs_kernel", "row_of_kernel", "slots_kernel", "squares_kernel",
+}  # fmt: skip
+
+
+@NEEDS_TRITON
+def test_every_kernel_compiles_for_a_gpu_without_reading_a_value(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.compile_triton", "90"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {line["kernel"] for line in found} == KERNELS
+    # A fused product, a flushed subnormal or an atomic sum would be other bits than the CPU's, or than the next run's.
+    assert not [line for line in found if line["fused"] or line["flushed"] or line["float_atomics"]]
+
+
+@INTERPRETED
+def test_many_experts_and_slots() -> None:
+    case = Case(5, 513, 22, 45, masked=True, empty=True, favourite=True)
+    args, routed_rows = router(case), rows(case, torch.bfloat16)
+    want = routed(args, 513, backend="reference")
+    assert_router_sums_agree(routed(args, 513, backend="triton"), want, args, "softmax")
+    (out, got), (want_out, want) = (combined(routed_rows, 513, 45, backend=b) for b in ("triton", "reference"))
+    assert torch.equal(out, want_out)
+    assert_expert_sums_agree(got, want, 45)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("score", kernels.SCORES)
+def test_scores_of_a_wide_router(score: str) -> None:
+    args = router(Case(9, 384, 8, 1))._replace(topk_idx=torch.full((9, 8), -1))  # no slot: logits only
+    if score == "identity":
+        args = args._replace(logits=args.logits.softmax(1))
+    want = routed(args, 384, backend="reference", score=score)
+    assert_router_sums_agree(routed(args, 384, backend="triton", score=score), want, args, score)
+
+
+@INTERPRETED
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # infinities and NaN, as NumPy sees them
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
+    halves = torch.arange(-(2**15), 2**15, 7).to(torch.int16).view(torch.bfloat16)[None]
+    halves = halves.where(halves.float().abs() >= 2.0**-120, 0)  # the interpreter cannot read subnormals
+    slot = torch.zeros(1, 1, dtype=torch.int64)
+    for gate in (1.0, 1 + 2**-8, 1 / 3):  # nothing to round; many ties; anything
+        args = (halves, torch.full((1, 1), gate), slot, slot[0], torch.tensor([0, 1]), None)
+        (out, _), (want, _) = (combined(args, 1, 0, backend=b) for b in ("triton", "reference"))
+        torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernels_work_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from moekern import kernels\n"
+        "backends = kernels.available()['router_stats']['cpu']\n"
+        "sys.exit(backends != ('native', 'reference') or kernels.serves('triton', 'router_stats', 'cuda'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, check=False).returncode == 0
+
+
+def test_triton_is_imported_when_it_is_asked_for() -> None:
+    code = "import sys, moekern.kernels as k; k.backend_for('router_stats', 'cpu'); sys.exit('triton' in sys.modules)"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment, check=False).returncode == 0
