@@ -69,5 +69,7 @@ def add_chunks(partial: Tensor, first: Tensor, total: Tensor) -> Tensor:
     """Add each expert's chunks, partial [chunks, C], to its row of total [E, C] float64; returns total."""
     E, C = total.shape
     block = min(256, triton.next_power_of_2(max(1, C)))
-    add_chunks_kernel[(E, triton.cdiv(C, block))](partial, first, total, C, ROWS=TILE // block, BLOCK=block)
+    add_chunks_kernel[(E, triton.cdiv(C, block))](
+        partial, first, total, C, ROWS=TILE // block, BLOCK=block, enable_fp_fusion=False
+    )
     return total

@@ -169,7 +169,17 @@ def add_slots(topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: 
     block = triton.next_power_of_2(K)
     rows = max(1, TILE // block**2)
     slots_kernel[(triton.cdiv(T, rows),)](
-        topk_idx, topk_weight, mask, sums.top1_count, sums.coactivation, T, E, K=K, BLOCK_T=rows, BLOCK_K=block
+        topk_idx,
+        topk_weight,
+        mask,
+        sums.top1_count,
+        sums.coactivation,
+        T,
+        E,
+        K=K,
+        BLOCK_T=rows,
+        BLOCK_K=block,
+        enable_fp_fusion=False,
     )
     order, offsets = sort_by_expert(topk_idx, E, mask)
     sums.count.add_(offsets.diff())

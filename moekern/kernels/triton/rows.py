@@ -145,7 +145,7 @@ def combine_and_measure(
         return y.new_zeros(T, H)
     out = y.new_empty(T, H)
     row_of = order.new_full((T * K,), -1)
-    row_of_kernel[(triton.cdiv(N, 1024),)](order, offsets[-1:], row_of, N, T * K, BLOCK=1024)
+    row_of_kernel[(triton.cdiv(N, 1024),)](order, offsets[-1:], row_of, N, T * K, BLOCK=1024, enable_fp_fusion=False)
     columns = min(COLUMNS, triton.next_power_of_2(max(1, H)))
     grid = triton.cdiv(T, ELEMENTS // columns), triton.cdiv(H, columns)
     square = y.new_empty(N, grid[1], dtype=torch.float32)

@@ -60,7 +60,11 @@ def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> t
         return order, topk_idx.new_zeros(E + 1, dtype=torch.int64)
     bins = triton.next_power_of_2(E + 2)
     counts = topk_idx.new_empty(E + 1, blocks, dtype=torch.int32)
-    count_kernel[(blocks,)](topk_idx, mask, counts, slots, E, blocks, K=K, BLOCK=BLOCK, BINS=bins)
+    count_kernel[(blocks,)](
+        topk_idx, mask, counts, slots, E, blocks, K=K, BLOCK=BLOCK, BINS=bins, enable_fp_fusion=False
+    )
     first = counts.view(-1).cumsum(0).view_as(counts) - counts  # int64: by expert, then by block
-    move_kernel[(blocks,)](topk_idx, mask, first, order, slots, E, blocks, K=K, BLOCK=BLOCK, PART=PART)
+    move_kernel[(blocks,)](
+        topk_idx, mask, first, order, slots, E, blocks, K=K, BLOCK=BLOCK, PART=PART, enable_fp_fusion=False
+    )
     return order, first[:, 0].contiguous()
