@@ -129,12 +129,88 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   launch(args, [&] { cpu::combine_and_measure(call, {threads, level}); });
 }
 
+void similarity(py::object y_, py::object norm_square_, py::object mask_, py::object tokens_, py::object gram_sum_,
+                py::object cosine_sum_, int threads, const std::string& level) {
+  Args args("similarity");
+  const Tensor y = args.tensor("y", y_, kFloats, "E T H");
+  const Tensor tokens = args.tensor("tokens", tokens_, {Dtype::i64}, "1");
+  const Tensor gram_sum = args.tensor("gram_sum", gram_sum_, {Dtype::f64}, "E E");
+  const Tensor cosine_sum = args.tensor("cosine_sum", cosine_sum_, {Dtype::f64}, "E E");
+  Tensor mask, norm_square;
+  Similarity call;
+  call.y = y.typed();
+  if (!norm_square_.is_none()) {
+    norm_square = args.tensor("norm_square", norm_square_, {Dtype::f32}, "E T");
+    call.norm_square = norm_square.data<const float>();
+  }
+  call.mask = mask_of(args, mask_, mask);
+  call.tokens = tokens.data<int64_t>();
+  call.gram_sum = gram_sum.data<double>();
+  call.cosine_sum = cosine_sum.data<double>();
+  call.E = args["E"];
+  call.T = args["T"];
+  call.H = args["H"];
+  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
+  launch(args, [&] { cpu::similarity(call, {threads, level}); });
+}
+
+void sketch(py::object y_, py::object z_, py::object norm_square_, int64_t seed, int64_t start, int threads,
+            const std::string& level) {
+  Args args("sketch");
+  const Tensor y = args.tensor("y", y_, kFloats, "E T H");
+  const Tensor z = args.tensor("z", z_, {Dtype::f32}, "E T M");
+  const Tensor norm_square = args.tensor("norm_square", norm_square_, {Dtype::f32}, "E T");
+  if (start < 0) args.fail("start", "expected 0 or more, got " + std::to_string(start));
+  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
+  const Sketch call{y.typed(),  z.data<float>(), norm_square.data<float>(), args["E"], args["T"],
+                    args["H"], args["M"],       seed,                      start};
+  launch(args, [&] { cpu::sketch(call, {threads, level}); });
+}
+
+void vocabulary(py::object token_ids_, py::object idx_, py::object mask_, py::object bits_, int threads) {
+  Args args("vocabulary");
+  const Tensor bits = args.tensor("bits", bits_, {Dtype::i64}, "E W");
+  const Tensor token_ids = args.tensor("token_ids", token_ids_, kInts, "T");
+  const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
+  Tensor mask;
+  const bool* counted = mask_of(args, mask_, mask);
+  if (bits.is_cuda()) args.fail("bits", "expected a CPU tensor");
+  const Vocabulary call{token_ids.typed(), idx.typed(), counted,  bits.data<uint64_t>(),
+                        args["T"],         args["E"],   args["K"], args["W"]};
+  launch(args, [&] { cpu::vocabulary(call, {threads, ""}); });
+}
+
+template <class Kernel>
+void count_bits(const char* op, const Kernel& kernel, const std::string& dims, const py::object& bits_,
+                const py::object& count_, int threads, const std::string& level) {
+  Args args(op);
+  const Tensor bits = args.tensor("bits", bits_, {Dtype::i64}, "E W");
+  const Tensor count = args.tensor("count", count_, {Dtype::i64}, dims);
+  if (bits.is_cuda()) args.fail("bits", "expected a CPU tensor");
+  launch(args, [&] {
+    kernel(bits.data<const uint64_t>(), args["E"], args["W"], count.data<int64_t>(), cpu::Run{threads, level});
+  });
+}
+
+void popcount(py::object bits, py::object count, int threads, const std::string& level) {
+  count_bits("popcount", cpu::popcount, "E", bits, count, threads, level);
+}
+
+void pair_popcount(py::object bits, py::object count, int threads, const std::string& level) {
+  count_bits("pair_popcount", cpu::pair_popcount, "E E", bits, count, threads, level);
+}
+
 }  // namespace
 }  // namespace moekern
 
 PYBIND11_MODULE(_C, m) {
   m.def("router_stats", &moekern::router_stats);
   m.def("combine_and_measure", &moekern::combine_and_measure);
+  m.def("similarity", &moekern::similarity);
+  m.def("sketch", &moekern::sketch);
+  m.def("vocabulary", &moekern::vocabulary);
+  m.def("popcount", &moekern::popcount);
+  m.def("pair_popcount", &moekern::pair_popcount);
   m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");

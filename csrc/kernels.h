@@ -59,6 +59,32 @@ struct CombineAndMeasure {
   int64_t T, E, K, H, N;
 };
 
+struct Similarity {
+  Typed y;                             // [E, T, H]
+  const float* norm_square = nullptr;  // [E, T], or null: y's own
+  const bool* mask = nullptr;          // [T], or null
+  int64_t* tokens;                     // [1]
+  double* gram_sum;                    // [E, E]
+  double* cosine_sum;                  // [E, E]
+  int64_t E, T, H;
+};
+
+struct Sketch {
+  Typed y;             // [E, T, H]
+  float* z;            // [E, T, M]
+  float* norm_square;  // [E, T]
+  int64_t E, T, H, M;
+  int64_t seed, start;  // start: the first token's position, which says what projection it gets
+};
+
+struct Vocabulary {
+  Typed token_ids;             // [T]
+  Typed idx;                   // [T, K]
+  const bool* mask = nullptr;  // [T], or null
+  uint64_t* bits;              // [E, W]
+  int64_t T, E, K, W;
+};
+
 namespace cpu {
 
 // How to run, never what comes out: every number of threads and every instruction set gives the same bits.
@@ -70,6 +96,11 @@ struct Run {
 std::vector<std::string> levels();  // the instruction sets of this machine, narrowest first
 void router_stats(const RouterStats& args, const Run& run);
 void combine_and_measure(const CombineAndMeasure& args, const Run& run);
+void similarity(const Similarity& args, const Run& run);
+void sketch(const Sketch& args, const Run& run);
+void vocabulary(const Vocabulary& args, const Run& run);
+void popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, const Run& run);       // [E]
+void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, const Run& run);  // [E, E]
 
 }  // namespace cpu
 

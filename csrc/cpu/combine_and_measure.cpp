@@ -8,6 +8,8 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kTokens = 16;     // tokens a task combines
+constexpr int64_t kColumns = 256;   // of the output, whose float32 sums stay in L1 while the token's rows are added
+constexpr int64_t kAhead = 2;        // tokens before a row is needed, it is fetched: rows lie far apart, a page or more each
 constexpr int64_t kSquares = 2048;  // columns of square_sum a task adds to, so that the float32 sums stay in L1
 constexpr int64_t kRows = 256;      // rows whose squares are summed in float32 before they join the float64 sum
 
@@ -51,70 +53,108 @@ Routing read_routing(const CombineAndMeasure& args) {
   return routing;
 }
 
-// Lanes of one row's running sum of squares and largest |y|. Bits of
-// non-negative floats are ordered like integers, with NaN above all: no NaN is lost, and no comparison needs care.
+// Running sums of squares and largest magnitudes of one row: 32 lanes, as two times 16 unpacked columns.
+template <class T>
 struct Measure {
-  float square[kLanes] = {};
-  int32_t top[kLanes] = {};
+  struct Part {
+    Floats a = {}, b = {};
+    Top<T> top;
+  } first, second;
 };
 
+// The filled slots of one token in slot order.
 template <class T>
-MOEKERN_INLINE void add_lanes(const T* y, float gate, float* sum, float* square, int32_t* top) {
-  for (int j = 0; j < kLanes; ++j) {
-    const float v = load(y[j]);
-    sum[j] += gate * v;
-    square[j] += v * v;
-    top[j] = std::max(top[j], bit_cast<int32_t>(v) & 0x7FFFFFFF);
-  }
-}
-
-// Row numbers of one token's filled slots and the slots themselves, in slot order.
 struct Filled {
-  std::vector<int64_t> rows, slots;
-  std::vector<float> gates;
-  std::vector<Measure> measures;
+  std::vector<const T*> rows, next;  // next: rows of the token kAhead on
+  std::vector<int64_t> slots;
+  std::vector<Measure<T>> measures;
 };
 
-// All rows of a token side by side, 32 columns at a time: they lie far apart, and reading them in turns keeps a
-// prefetcher busy on each. Gathering 8 rows so reached twice the bandwidth of one row after the other.
 template <class T>
-MOEKERN_INLINE void combine_token(const CombineAndMeasure& args, const T* y, int64_t t, Routing& routing, Filled& f) {
-  const int64_t H = args.H;
+void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routing& routing, Filled<T>& f) {
   f.rows.clear();
   f.slots.clear();
-  f.gates.clear();
   for (int64_t slot = t * args.K; slot < (t + 1) * args.K; ++slot)
     if (routing.row_of[slot] >= 0) {
-      f.rows.push_back(routing.row_of[slot]);
+      f.rows.push_back(y + routing.row_of[slot] * args.H);
       f.slots.push_back(slot);
-      f.gates.push_back(routing.gates[slot]);
     }
-  const size_t filled = f.rows.size();
-  std::fill(f.measures.begin(), f.measures.begin() + filled, Measure{});
-  T* out = static_cast<T*>(args.out) + t * H;
+  f.next = f.rows;
+  size_t n = 0;
+  const int64_t ahead = std::min(t + kAhead, args.T), stop = std::min(ahead + 1, args.T);
+  for (int64_t slot = ahead * args.K; slot < stop * args.K && n < f.next.size(); ++slot)
+    if (routing.row_of[slot] >= 0) f.next[n++] = y + routing.row_of[slot] * args.H;
+}
+
+template <class T>
+MOEKERN_INLINE void add_part(const T* y, float gate, float* sum, typename Measure<T>::Part& part) {
+  Floats a, b;
+  unpack(y, a, b);
+  pack(read<Floats>(sum) + gate * a, read<Floats>(sum + kVector) + gate * b, sum);
+  part.a += a * a;
+  part.b += b * b;
+  part.top.add(y);
+}
+
+template <class T>
+MOEKERN_INLINE void add_lanes(const T* y, float gate, float* sum, Measure<T>& m) {
+  add_part(y, gate, sum, m.first);
+  add_part(y + kLanes / 2, gate, sum + kLanes / 2, m.second);
+}
+
+// Up to kColumns columns of one row join the output's sums, which lie as unpacked, and the row's own lanes.
+template <class T>
+MOEKERN_INLINE void add_columns(const T* y, const T* next, int64_t n, float gate, float* sum, Measure<T>& measure) {
+  Measure<T> m = measure;
   int64_t i = 0;
-  for (; i + kLanes <= H; i += kLanes) {
-    float sum[kLanes] = {};
-    for (size_t k = 0; k < filled; ++k) {
-      Measure& m = f.measures[k];
-      add_lanes(y + f.rows[k] * H + i, f.gates[k], sum, m.square, m.top);
-    }
-    for (int j = 0; j < kLanes; ++j) store(sum[j], out + i + j);
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(next + i);
+    if (sizeof(T) == 4) prefetch(next + i + kLanes / 2);
+    add_lanes(y + i, gate, sum + i, m);
   }
-  if (i < H) {
-    float sum[kLanes] = {};
-    for (size_t k = 0; k < filled; ++k) {
-      T tail[kLanes] = {};
-      std::memcpy(tail, y + f.rows[k] * H + i, (H - i) * sizeof(T));
-      add_lanes(tail, f.gates[k], sum, f.measures[k].square, f.measures[k].top);
-    }
-    for (int64_t j = 0; j < H - i; ++j) store(sum[j], out + i + j);
+  if (i < n) {
+    T tail[kLanes] = {};
+    std::memcpy(tail, y + i, (n - i) * sizeof(T));
+    add_lanes(tail, gate, sum + i, m);
+  }
+  measure = m;
+}
+
+template <class T>
+MOEKERN_INLINE void round_columns(const float* sum, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + 2 * kVector <= n; i += 2 * kVector)
+    pack(read<Floats>(sum + i), read<Floats>(sum + i + kVector), out + i);
+  if (i == n) return;
+  T tail[2 * kVector];
+  pack(read<Floats>(sum + i), read<Floats>(sum + i + kVector), tail);
+  std::memcpy(out + i, tail, (n - i) * sizeof(T));
+}
+
+// Rows of a token take turns every kColumns columns: the prefetches are spread over all the rows to come.
+template <class T>
+MOEKERN_INLINE void combine_token(const CombineAndMeasure& args, int64_t t, Routing& routing, Filled<T>& f) {
+  const int64_t H = args.H;
+  const size_t filled = f.rows.size();
+  std::fill(f.measures.begin(), f.measures.begin() + filled, Measure<T>{});
+  T* out = static_cast<T*>(args.out) + t * H;
+  for (int64_t start = 0; start < H; start += kColumns) {
+    const int64_t n = std::min(kColumns, H - start);
+    float sum[kColumns] = {};
+    for (size_t k = 0; k < filled; ++k)
+      add_columns(f.rows[k] + start, f.next[k] + start, n, routing.gates[f.slots[k]], sum, f.measures[k]);
+    round_columns(sum, n, out + start);
   }
   for (size_t k = 0; k < filled; ++k) {
-    const float square = sum_of(f.measures[k].square);
-    routing.square[f.rows[k]] = square;
-    routing.top[f.rows[k]] = bit_cast<float>(*std::max_element(f.measures[k].top, f.measures[k].top + kLanes));
-    routing.gated[f.slots[k]] = static_cast<double>(routing.gates[f.slots[k]]) * std::sqrt(static_cast<double>(square));
+    const Measure<T>& m = f.measures[k];
+    const int64_t slot = f.slots[k], row = routing.row_of[slot];
+    float lane[kLanes];
+    in_order(m.first.a, m.first.b, lane, out);
+    in_order(m.second.a, m.second.b, lane + kLanes / 2, out);
+    const float square = sum_of(lane), top = m.first.top.largest(), other = m.second.top.largest();
+    routing.square[row] = square;
+    routing.top[row] = top > other || top != top ? top : other;
+    routing.gated[slot] = static_cast<double>(routing.gates[slot]) * std::sqrt(static_cast<double>(square));
   }
 }
 
@@ -142,11 +182,20 @@ void add_expert(const CombineAndMeasure& args, const Routing& routing, int64_t e
   }
 }
 
+// The sums lie as unpacked; columns that are less than a step are the block's last.
 template <class T>
-MOEKERN_INLINE void add_squares(const T* y, int64_t n, float* sum) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = load(y[i]);
-    sum[i] += v * v;
+MOEKERN_INLINE void add_squares(const T* y, const T* next, int64_t n, float* sum) {
+  for (int64_t i = 0; i < n; i += 2 * kVector) {
+    prefetch(next + i);
+    Floats a, b;
+    if (i + 2 * kVector <= n) {
+      unpack(y + i, a, b);
+    } else {
+      T tail[2 * kVector] = {};
+      std::memcpy(tail, y + i, (n - i) * sizeof(T));
+      unpack(tail, a, b);
+    }
+    pack(read<Floats>(sum + i) + a * a, read<Floats>(sum + i + kVector) + b * b, sum + i);
   }
 }
 
@@ -158,9 +207,15 @@ MOEKERN_INLINE void add_square_block(const CombineAndMeasure& args, const T* y, 
   for (int64_t first = args.offsets[e]; first < args.offsets[e + 1]; first += kRows) {
     float sum[kSquares] = {};
     const int64_t stop = std::min(first + kRows, args.offsets[e + 1]);
-    for (int64_t row = first; row < stop; ++row)
-      if (!args.mask || args.mask[args.order[row] / args.K]) add_squares(y + row * H + start, n, sum);
-    for (int64_t i = 0; i < n; ++i) total[i] += sum[i];
+    for (int64_t row = first; row < stop; ++row) {
+      const T* at = y + row * H + start;
+      if (!args.mask || args.mask[args.order[row] / args.K]) add_squares(at, row + 1 < args.N ? at + H : at, n, sum);
+    }
+    for (int64_t i = 0; i < n; i += 2 * kVector) {
+      float column[2 * kVector];
+      in_order(read<Floats>(sum + i), read<Floats>(sum + i + kVector), column, y);
+      for (int64_t j = 0; j < std::min<int64_t>(2 * kVector, n - i); ++j) total[i + j] += column[j];
+    }
   }
 }
 
@@ -170,13 +225,14 @@ void run_all(const CombineAndMeasure& args, const T* y, const Run& run) {
   Routing routing = read_routing(args);
 
   const int64_t tasks = (args.T + kTokens - 1) / kTokens;
-  std::vector<Filled> filled(workers_for(tasks, run.threads));
-  for (Filled& f : filled) f.measures.resize(args.K);
+  std::vector<Filled<T>> filled(workers_for(tasks, run.threads));
+  for (Filled<T>& f : filled) f.measures.resize(args.K);
   parallel_for(tasks, run.threads, [&](int64_t task, int worker) {
     const int64_t stop = std::min(args.T, (task + 1) * kTokens);
-    at_level(level, [&]() __attribute__((always_inline)) {
-      for (int64_t t = task * kTokens; t < stop; ++t) combine_token(args, y, t, routing, filled[worker]);
-    });
+    for (int64_t t = task * kTokens; t < stop; ++t) {
+      find_rows(args, y, t, routing, filled[worker]);
+      at_level(level, [&]() __attribute__((always_inline)) { combine_token(args, t, routing, filled[worker]); });
+    }
   });
 
   std::vector<std::vector<double>> pairs(workers_for(args.E, run.threads), std::vector<double>(args.E));

@@ -2,6 +2,7 @@
 // sum is written in the source and contraction is off, so all instruction sets give the same bits.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -57,36 +58,128 @@ MOEKERN_INLINE To bit_cast(From from) {
   return to;
 }
 
-MOEKERN_INLINE float load(float v) { return v; }
-MOEKERN_INLINE float load(bfloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-// Exact for every value, subnormals, infinities and NaN included, and without the F16C instructions.
-MOEKERN_INLINE float load(float16 v) {
-  const uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
-  const uint32_t twice = wide + wide;
-  const float normal = bit_cast<float>((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
-  const float subnormal = bit_cast<float>((twice >> 17) | (126u << 23)) - 0.5f;
-  const uint32_t magnitude = twice < (1u << 27) ? bit_cast<uint32_t>(subnormal) : bit_cast<uint32_t>(normal);
-  return bit_cast<float>((wide & 0x80000000u) | magnitude);
+// Eight lanes, for loops that compilers do not vectorise well. One AVX register; elsewhere the compiler splits it.
+// Aligned to 16 at every level: GCC's own choice depends on the level, and memory is shared between levels.
+constexpr int kVector = 8;
+typedef float Floats __attribute__((vector_size(4 * kVector), aligned(16)));
+typedef uint32_t Words __attribute__((vector_size(4 * kVector), aligned(16)));
+typedef int32_t Ints __attribute__((vector_size(4 * kVector), aligned(16)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kVector), aligned(16)));
+
+template <class V>
+MOEKERN_INLINE V read(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
 }
 
-// To the nearest, ties to even.
-MOEKERN_INLINE void store(float v, float* to) { *to = v; }
-MOEKERN_INLINE void store(float v, bfloat16* to) {
-  const uint32_t bits = bit_cast<uint32_t>(v);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = static_cast<uint16_t>(v == v ? rounded : 0x7FC0u);
+// Conversions of one number (F float, U uint32_t) or of eight (F Floats, U Words).
+// Widening takes the half's bits in the upper 16 and zeros below. Exact for every value, subnormals, infinities and NaN
+// included, and without the F16C instructions.
+template <class F, class U>
+MOEKERN_INLINE F widened(U wide, bfloat16) {
+  return bit_cast<F>(wide);
 }
-MOEKERN_INLINE void store(float v, float16* to) {
-  const uint32_t bits = bit_cast<uint32_t>(v);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - (126u << 23);
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7C00u : half;
-  half = v == v ? half : 0x7E00u;
-  to->bits = static_cast<uint16_t>(sign | half);
+template <class F, class U>
+MOEKERN_INLINE F widened(U wide, float16) {
+  const U twice = wide + wide;
+  const F normal = bit_cast<F>((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
+  const F subnormal = bit_cast<F>((twice >> 17) | (126u << 23)) - 0.5f;
+  const U magnitude = twice < (1u << 27) ? bit_cast<U>(subnormal) : bit_cast<U>(normal);
+  return bit_cast<F>((wide & 0x80000000u) | magnitude);
 }
+
+// To the nearest, ties to even: the half's bits in the lower 16.
+template <class U, class F>
+MOEKERN_INLINE U narrowed(F v, bfloat16) {
+  const U bits = bit_cast<U>(v);
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return v == v ? rounded : U{} + 0x7FC0u;
+}
+template <class U, class F>
+MOEKERN_INLINE U narrowed(F v, float16) {
+  const U bits = bit_cast<U>(v);
+  const U sign = (bits >> 16) & 0x8000u;
+  const U magnitude = bits & 0x7FFFFFFFu;
+  const U normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const U subnormal = bit_cast<U>(bit_cast<F>(magnitude) + 0.5f) - (126u << 23);
+  U half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? U{} + 0x7C00u : half;
+  half = v == v ? half : U{} + 0x7E00u;
+  return sign | half;
+}
+
+MOEKERN_INLINE float load(float v) { return v; }
+template <class Half>
+MOEKERN_INLINE float load(Half v) {
+  return widened<float>(static_cast<uint32_t>(v.bits) << 16, v);
+}
+
+// 16 columns in two vectors. Halves come two to a word: the even columns of the words go to a, the odd ones to b, so
+// that nothing moves between lanes. Floats stay in order.
+MOEKERN_INLINE void unpack(const float* from, Floats& a, Floats& b) {
+  a = read<Floats>(from);
+  b = read<Floats>(from + kVector);
+}
+template <class Half>
+MOEKERN_INLINE void unpack(const Half* from, Floats& a, Floats& b) {
+  const Words words = read<Words>(from);
+  a = widened<Floats>(words << 16, Half{});
+  b = widened<Floats>(words & 0xFFFF0000u, Half{});
+}
+
+MOEKERN_INLINE void pack(const Floats& a, const Floats& b, float* to) {
+  std::memcpy(to, &a, sizeof a);
+  std::memcpy(to + kVector, &b, sizeof b);
+}
+template <class Half>
+MOEKERN_INLINE void pack(const Floats& a, const Floats& b, Half* to) {
+  const Words words = narrowed<Words>(a, Half{}) | narrowed<Words>(b, Half{}) << 16;
+  std::memcpy(to, &words, sizeof words);
+}
+
+// 16 unpacked columns in their own order again.
+MOEKERN_INLINE void in_order(const Floats& a, const Floats& b, float* to, const float*) { pack(a, b, to); }
+template <class Half>
+MOEKERN_INLINE void in_order(const Floats& a, const Floats& b, float* to, const Half*) {
+  for (int j = 0; j < kVector; ++j) {
+    to[2 * j] = a[j];
+    to[2 * j + 1] = b[j];
+  }
+}
+
+// Largest magnitudes of 16 columns, as integers: bits of non-negative numbers are ordered like integers, with NaN above
+// all, so no NaN is lost and no comparison needs care.
+template <class T>
+struct Top {
+  Shorts top = {};
+  MOEKERN_INLINE void add(const T* y) {
+    const Shorts bits = read<Shorts>(y) & 0x7FFF;
+    top = bits > top ? bits : top;
+  }
+  MOEKERN_INLINE float largest() const {
+    int16_t most = 0;
+    for (int j = 0; j < 2 * kVector; ++j) most = top[j] > most ? top[j] : most;
+    return load(T{static_cast<uint16_t>(most)});
+  }
+};
+template <>
+struct Top<float> {
+  Ints a = {}, b = {};
+  MOEKERN_INLINE void add(const float* y) {
+    const Ints u = read<Ints>(y) & 0x7FFFFFFF, v = read<Ints>(y + kVector) & 0x7FFFFFFF;
+    a = u > a ? u : a;
+    b = v > b ? v : b;
+  }
+  MOEKERN_INLINE float largest() const {
+    int32_t most = 0;
+    for (int j = 0; j < kVector; ++j) most = std::max({most, a[j], b[j]});
+    return bit_cast<float>(most);
+  }
+};
+
+// A line of 64 bytes that is read soon, into the second-level cache.
+MOEKERN_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 MOEKERN_INLINE float larger(float a, float b) { return b > a ? b : a; }
 

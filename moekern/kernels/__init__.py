@@ -11,10 +11,19 @@ from torch import Tensor
 from moekern import _C
 from moekern.kernels import native, reference
 from moekern.kernels.checks import FLOATS, INTS, check_rows, check_tensors
+from moekern.kernels.similarity import SimilaritySums as SimilaritySums
+from moekern.kernels.similarity import distance_sum as distance_sum
+from moekern.kernels.similarity import similarity as similarity
+from moekern.kernels.similarity import similarity_sums as similarity_sums
+from moekern.kernels.similarity import sketch as sketch
+from moekern.kernels.vocabulary import pair_popcount as pair_popcount
+from moekern.kernels.vocabulary import popcount as popcount
+from moekern.kernels.vocabulary import vocabulary as vocabulary
+from moekern.kernels.vocabulary import vocabulary_bits as vocabulary_bits
 
 I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
 
-OPS = ("router_stats", "combine_and_measure")
+OPS = ("router_stats", "combine_and_measure", "similarity", "sketch", "vocabulary", "popcount", "pair_popcount")
 SCORES = tuple(reference.SCORES)
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}

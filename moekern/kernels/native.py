@@ -10,7 +10,7 @@ from torch import Tensor
 from moekern import _C
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums, RouterSums
+    from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
 
 
 def router_stats(
@@ -31,3 +31,32 @@ def combine_and_measure(
         sums.gated_norm_square_sum, sums.max_abs, sums.pair_sum, squares, out, torch.get_num_threads(), level,
     )  # fmt: skip
     return out
+
+
+def similarity(
+    y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums, *, level: str = ""
+) -> None:
+    _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level)
+
+
+def sketch(y: Tensor, size: int, *, seed: int, start: int, level: str = "") -> tuple[Tensor, Tensor]:
+    E, T, _ = y.shape
+    z, norm_square = torch.empty(E, T, size), torch.empty(E, T)
+    _C.sketch(y, z, norm_square, seed, start, torch.get_num_threads(), level)
+    return z, norm_square
+
+
+def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor) -> None:
+    _C.vocabulary(token_ids, topk_idx, mask, bits, torch.get_num_threads())
+
+
+def popcount(bits: Tensor, *, level: str = "") -> Tensor:
+    count = bits.new_empty(len(bits))
+    _C.popcount(bits, count, torch.get_num_threads(), level)
+    return count
+
+
+def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
+    count = bits.new_empty(len(bits), len(bits))
+    _C.pair_popcount(bits, count, torch.get_num_threads(), level)
+    return count

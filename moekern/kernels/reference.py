@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums, RouterSums
+    from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(1),
@@ -90,6 +90,85 @@ def combine_and_measure(
         for rows, experts in zip(y[counted].split(4096), e.split(4096), strict=True):
             add_at(sums.square_sum, experts, rows.double() ** 2)
     return out.to(y.dtype)
+
+
+def similarity(y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums) -> None:
+    if mask is not None:
+        y, norm_square = y[:, mask], None if norm_square is None else norm_square[:, mask]
+    E, T, _ = y.shape
+    sums.tokens.add_(T)
+    for start in range(0, T, 64):
+        rows = y[:, start : start + 64].double().transpose(0, 1)  # [t, E, H]
+        gram = rows @ rows.mT
+        own = gram.diagonal(dim1=1, dim2=2)
+        if norm_square is not None:
+            own.copy_(norm_square[:, start : start + 64].T)
+        scale = torch.where(own == 0, 0, own.rsqrt())
+        cosine = gram * scale[:, :, None] * scale[:, None, :]
+        cosine.diagonal(dim1=1, dim2=2).copy_(torch.where(own == 0, 0, own / own))
+        sums.gram_sum.add_(gram.sum(0))
+        sums.cosine_sum.add_(cosine.sum(0))
+
+
+SKETCH_TOKENS = 64  # tokens that share a projection
+
+
+def sketch(y: Tensor, size: int, *, seed: int, start: int) -> tuple[Tensor, Tensor]:
+    E, T, H = y.shape
+    z = torch.empty(E, T, size, device=y.device)
+    t = 0
+    while t < T:
+        chunk = (start + t) // SKETCH_TOKENS
+        stop = min(T, (chunk + 1) * SKETCH_TOKENS - start)
+        z[:, t:stop] = (y[:, t:stop].double() @ signs(size, H, seed, chunk).to(y.device).T / size**0.5).float()
+        t = stop
+    return z, y.double().square().sum(2).float()
+
+
+def signs(size: int, H: int, seed: int, chunk: int) -> Tensor:
+    """A chunk's projection [size, H] before it is divided by the root of its size: +1 or -1, a bit of SplitMix64 each.
+
+    Column h is bit h mod 64 of the word for (row, h // 64). int64 arithmetic wraps around like unsigned.
+    """
+    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    key = mixed(torch.tensor(chunk + 1) * golden + seed)
+    words = -(-H // 64)
+    word = mixed(torch.arange(1, size * words + 1).view(size, words) * golden + key)
+    bit = word[:, :, None] >> torch.arange(64) & 1
+    return (2 * bit.reshape(size, words * 64)[:, :H] - 1).double()
+
+
+def mixed(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 on int64."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ (x >> shift & (1 << (64 - shift)) - 1)) * factor
+    return x
+
+
+def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor) -> None:
+    (E, W), K = bits.shape, topk_idx.shape[1]
+    idx, ids = topk_idx.reshape(-1).long(), token_ids.long().repeat_interleave(K)
+    kept = (idx >= 0) & (idx < E)
+    if mask is not None:
+        kept &= mask.repeat_interleave(K)
+    seen = unpacked(bits)
+    seen[idx[kept], ids[kept]] = True
+    shift = torch.arange(64, device=bits.device)
+    bits.copy_((seen.view(E, W, 64).long() << shift).sum(2))
+
+
+def popcount(bits: Tensor) -> Tensor:
+    return unpacked(bits).sum(1)
+
+
+def pair_popcount(bits: Tensor) -> Tensor:
+    seen = unpacked(bits)
+    return torch.stack([(seen & row).sum(1) for row in seen]) if len(seen) else bits.new_zeros(0, 0)
+
+
+def unpacked(bits: Tensor) -> Tensor:
+    """[E, W] words -> [E, 64·W] bool."""
+    return (bits[:, :, None] >> torch.arange(64, device=bits.device) & 1).bool().view(len(bits), -1)
 
 
 def add_at(total: Tensor, index: Tensor, values: Tensor | None) -> None:
