@@ -198,6 +198,24 @@ def finished(out: Path) -> Snapshot:
     return found
 
 
+def work_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.moekern")
+
+
+def refused(ended: Ended, out: Path, code: int = 2) -> str:
+    """The one line of a run that failed with nothing at the target's name."""
+    assert ended.code == code, ended
+    assert not os.path.lexists(out)
+    assert str(out) in ended.line
+    return ended.line
+
+
+def resumed(bench: Bench, out: Path, *options: str) -> None:
+    ended = bench.prune(out, *options)
+    assert ended.code == 0, ended.said
+    assert finished(out) == bench.want(*options)
+
+
 def build_library(folder: Path) -> Path | None:
     """Compile faults.c; None without a C compiler."""
     for compiler in ("cc", "gcc", "clang"):

@@ -1,0 +1,132 @@
+"""What a stopped run left is evidence: the next one believes what can be true, and writes the rest again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faulty import Bench, benches, finished, refused, resumed, work_of, write_plan
+
+FIFTH = "model-00005-of-00008.safetensors"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with benches(tmp_path_factory.mktemp("evidence")) as made:
+        yield made
+
+
+def interrupted(bench: Bench, out: Path) -> Path:
+    """Killed when four of eight shards are proved; the manifest."""
+    assert bench.prune(out, rules=f"open@{FIFTH}:1:KILL").code == -signal.SIGKILL
+    (manifest,) = work_of(out).glob("manifest*.jsonl")
+    assert len(manifest.read_text().splitlines()) == 4
+    return manifest
+
+
+def torn(manifest: Path) -> None:
+    os.truncate(manifest, manifest.stat().st_size - 40)
+
+
+def appended(data: bytes) -> Callable[[Path], None]:
+    def spoil(manifest: Path) -> None:
+        with manifest.open("ab") as file:
+            file.write(data)
+
+    return spoil
+
+
+def edited(**change: object) -> Callable[[Path], None]:
+    """The last line tells something else."""
+
+    def spoil(manifest: Path) -> None:
+        *lines, last = manifest.read_text().splitlines()
+        manifest.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(json.loads(last) | change)]))
+
+    return spoil
+
+
+def shard_cut(manifest: Path) -> None:
+    shard = json.loads(manifest.read_text().splitlines()[-1])["shard"]
+    (path,) = manifest.parent.rglob(shard)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def shard_folder(manifest: Path) -> None:
+    shard = json.loads(manifest.read_text().splitlines()[-1])["shard"]
+    (path,) = manifest.parent.rglob(shard)
+    path.unlink()
+    (path / "deep").mkdir(parents=True)
+
+
+def strange_files(manifest: Path) -> None:
+    for name in ("model-00009-of-00008.safetensors", "x.partial", "config.json"):
+        (manifest.parent / "checkpoint" / name).write_bytes(b"old")
+    (manifest.parent / "checkpoint/link").symlink_to("/")
+
+
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "torn": torn,
+    "empty": lambda manifest: os.truncate(manifest, 0),
+    "gone": Path.unlink,
+    "garbage": appended(b"\xff\xfe\x00{]\n"),
+    "garbage without an end": appended(b"\xff\xfe\x00{]"),
+    "other documents": appended(b'[]\n{"shard": 3}\nnull\n"x"\n\n{}\n' + b"[" * 50_000 + b"\n"),
+    "odd types": edited(shard=[1], tensors=None),
+    "odd numbers": edited(size="many", mtime_ns=None),
+    "another plan": edited(made_from="0" * 64),
+    "odd checksums": edited(tensors={"x": 7}),
+    "another size": edited(size=12),
+    "twice": lambda manifest: manifest.write_bytes(manifest.read_bytes() * 2),
+    "a shard cut short": shard_cut,
+    "a shard that is a folder": shard_folder,
+    "strange files": strange_files,
+}
+
+
+@pytest.mark.parametrize("what", MANIFESTS)
+def test_a_manifest_is_evidence_not_an_order(bench: Bench, what: str) -> None:
+    out = bench.fresh()
+    MANIFESTS[what](interrupted(bench, out))
+    resumed(bench, out)
+
+
+def test_what_another_plan_left_is_not_used(bench: Bench, tmp_path: Path) -> None:
+    other = Bench(bench.server, bench.source, write_plan(tmp_path / "other.json", keep=(1, 2, 3, 6)), bench.folder)
+    out = bench.fresh()
+    interrupted(other, out)
+    resumed(bench, out)
+    assert other.want() != bench.want()
+
+
+def test_what_another_way_of_copying_left_is_used(bench: Bench) -> None:
+    out = bench.fresh()
+    interrupted(bench, out)
+    assert bench.prune(out, "--copy", "kernel").code == 0
+    want, found = bench.want(), finished(out)
+    assert {name for name in want | found if want.get(name) != found.get(name)} <= {"moekern_manifest.jsonl"}
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling link"])
+def test_a_work_folder_that_is_none(bench: Bench, tmp_path: Path, what: str) -> None:
+    """What stands at its name is not the pruner's to remove or to follow."""
+    out = bench.fresh()
+    work, elsewhere = work_of(out), tmp_path / "elsewhere"
+    if what == "file":
+        work.write_text("mine")
+    elif what == "link":
+        (elsewhere / "checkpoint").mkdir(parents=True)
+        (elsewhere / "checkpoint/mine.txt").write_text("mine")
+        work.symlink_to(elsewhere)
+    else:
+        work.symlink_to(elsewhere)
+    line = refused(bench.prune(out), out)
+    assert str(work) in line
+    assert os.path.lexists(work)
+    if what == "link":
+        assert (elsewhere / "checkpoint/mine.txt").read_text() == "mine"
