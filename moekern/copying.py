@@ -16,6 +16,7 @@ Copy = Literal["auto", "reflink", "kernel", "stream"]
 Checksum = Literal["xxh3", "blake3", "none"]
 COPIES: tuple[Copy, ...] = ("auto", "reflink", "kernel", "stream")
 CHECKSUMS: tuple[Checksum, ...] = ("xxh3", "blake3", "none")
+KINDS: dict[Checksum, str | None] = {"xxh3": "xxh3-128", "blake3": "blake3", "none": None}  # as the manifest says it
 CHUNK = 8 << 20
 
 Way = Literal["reflink", "reflink_or_stream", "kernel", "stream"]  # what write_file is told
@@ -123,7 +124,7 @@ def copy_shard(
     digests = digests or [None] * len(spans)
     if reread or checksum == "blake3":
         digests = _read_back(path, names, spans, digests, checksum, lambda done: report(shard.size + done))
-    named = {"xxh3": "xxh3-128", "blake3": "blake3", "none": None}[checksum]
+    named = KINDS[checksum]
     values = {n: d.hex() if d and named else None for n, d in zip(names, digests, strict=True)}
     return Copied(cloned, holes, copied, named, values)
 

@@ -13,6 +13,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.copying import (
     COPIES,
+    KINDS,
     Checksum,
     Copied,
     Copy,
@@ -42,8 +43,9 @@ Progress = Callable[[int, int], None]  # bytes written, bytes to write
 class PruneReport:
     """What was written. Bytes are those of the safetensors files.
 
-    finished is False where other parts have to write the rest, `waiting` shards. cloned, holes and copied are the bytes
-    that this process shared with the source, left as holes and wrote; reused those that an earlier run had written.
+    copy names the ways taken. finished is False where other parts have to write the rest, `waiting` shards. cloned, holes
+    and copied are the bytes that this process shared with the source, left as holes and wrote; reused those that an
+    earlier run had written.
     """
 
     out: Path
@@ -56,6 +58,7 @@ class PruneReport:
     tensors_out: int
     shards_in: int
     shards_out: int
+    copy: str
     cloned: int
     holes: int
     copied: int
@@ -81,6 +84,11 @@ class Job:
 
     def way(self, shard: OutputShard) -> Way:
         return way_of(shard, self.known_ways)
+
+    @property
+    def kind(self) -> str | None:
+        """Of the checksums, as the manifest says it."""
+        return KINDS[self.checksum]
 
 
 @dataclass
@@ -161,6 +169,7 @@ def prune(
         tensors_out=sum(len(shard.tensors) for shard in shards),
         shards_in=len(checkpoint.shards),
         shards_out=len(shards),
+        copy=", ".join(sorted({job.way(shard).removesuffix("_or_stream") for shard in mine})),
         cloned=tally.cloned,
         holes=tally.holes,
         copied=tally.copied,
@@ -203,7 +212,7 @@ def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], t
             _write_shard(job, work, shard, tally)
         if not work.exclusive():
             return False, len(job.shards) - len(mine)
-        found = [record for shard, origin in job.origins.items() if (record := work.proved(shard, origin))]
+        found = [record for shard, origin in job.origins.items() if (record := work.proved(shard, origin, job.kind))]
         if len(found) < len(job.shards):
             return False, len(job.shards) - len(found)
         _remove_unproved(job, work)
@@ -215,7 +224,7 @@ def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], t
 def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -> None:
     origin = job.origins[shard.name]
     again = 2 if job.reread or job.checksum == "blake3" else 1
-    if work.proved(shard.name, origin):
+    if work.proved(shard.name, origin, job.kind):
         tally.reused += shard.size
         tally.moved(again * shard.size)
         return
@@ -240,7 +249,7 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
 def _remove_unproved(job: Job, work: WorkFolder) -> None:
     """Remove what no record proves: beginnings of files, shards of another plan, side files."""
     for path in list(work.checkpoint.iterdir()):
-        if path.name in job.origins and work.proved(path.name, job.origins[path.name]):
+        if path.name in job.origins and work.proved(path.name, job.origins[path.name], job.kind):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -82,10 +82,10 @@ class WorkFolder:
     def manifest(self) -> Path:
         return self.folder / (f"manifest.{self.part}.jsonl" if self.part else "manifest.jsonl")
 
-    def proved(self, shard: str, made_from: str) -> Record | None:
-        """The record of a shard that is complete on the disk; None when it has to be written."""
+    def proved(self, shard: str, made_from: str, checksum: str | None) -> Record | None:
+        """The record of a shard that is complete on the disk; None when it has to be written, for its checksums too."""
         record = self.records.get((shard, made_from))
-        if record is None:
+        if record is None or record.checksum != checksum:
             return None
         try:
             status = (self.checkpoint / shard).stat()
@@ -162,6 +162,9 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
         try:
             refuse_existing(target)
             work.checkpoint.mkdir(exist_ok=True)
+            work.manifest.touch()
+            for folder in (work.folder, target.parent):  # so that a power cut leaves what the manifest proves
+                fsync(folder)
             _drop_torn_line(work.manifest)
             work.reload()
             yield work
@@ -227,8 +230,8 @@ def _is_still(handle: int, folder: Path) -> bool:
 
 
 def _drop_torn_line(manifest: Path) -> None:
-    if manifest.exists():
-        data = manifest.read_bytes()
+    data = manifest.read_bytes()
+    if not data.endswith(b"\n"):
         os.truncate(manifest, data.rfind(b"\n") + 1)
 
 
