@@ -20,6 +20,8 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
+	$(BIN)/python -m bench.similarity
+	$(BIN)/python -m bench.weights
 
 # Writes up to 10 GB beside the temporary files and removes them: prune and layer reads against other roads, and at 1T scale.
 bench-streaming: $(VENV)/.ready
@@ -36,7 +38,7 @@ fuzz: $(VENV)/.ready
 gpu:
 	$(PYTHON) setup.py build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q -m gpu tests/test_kernels.py
+	$(PYTHON) -m pytest -q -m gpu tests/test_kernels.py tests/test_sort.py
 	$(PYTHON) -m bench.kernels --out $(OUT)/kernels.jsonl
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)

@@ -20,7 +20,7 @@ from moekern.seam import observed
 from moekern.statistics import Statistics, make_header
 from moekern.version import versions
 
-OPS = ("router_stats", "combine_and_measure")
+OPS = ("router_stats", "sort_by_expert", "combine_and_measure")
 
 
 def calibrate(

@@ -43,9 +43,9 @@ Progress = Callable[[int, int], None]  # bytes written, bytes to write
 class PruneReport:
     """What was written. Bytes are those of the safetensors files.
 
-    copy names the ways taken. finished is False where other parts have to write the rest, `waiting` shards. cloned, holes
-    and copied are the bytes that this process shared with the source, left as holes and wrote; reused those that an
-    earlier run had written.
+    copy names the ways taken. finished is False where other parts have to write the rest, `waiting` shards. cloned,
+    holes and copied are the bytes that this process shared with the source, left as holes and wrote; reused those that
+    an earlier run had written.
     """
 
     out: Path

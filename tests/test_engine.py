@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+import numpy as np
 import pytest
 import xxhash
 
@@ -334,3 +335,30 @@ def test_nothing_is_written_when_a_table_is_wrong(
     with pytest.raises(InputError, match="a table is wrong"):
         prune(source, PLAN, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    config, tensors = qwen3(layers=1)
+    big = {name: ("BF16", [4 << 20, 4], b"") if ".experts." in name else tensor for name, tensor in tensors.items()}
+    header, offset = {}, 0
+    for name, (dtype, shape, _) in big.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    folder = write(tmp_path / "in", config, tensors, shards=1)
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(folder / "model.safetensors", 8 + len(text) + offset)
+    assert offset > 760_000_000
+    script = f"""
+import resource
+from moekern.plan import LayerPlan, Plan
+from moekern.pruning import prune
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = prune({str(folder)!r}, Plan({{"0": LayerPlan((0, 5))}}), {str(tmp_path / "out")!r})
+print(report.bytes_out, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    written, kilobytes = map(int, done.stdout.split())
+    assert written > 190_000_000
+    assert kilobytes < 50_000

@@ -1,6 +1,5 @@
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -375,32 +374,6 @@ def test_wrong_sums_scores_and_levels_are_refused() -> None:
         native.router_stats(*ROUTER, kernels.router_sums(4), score="softmax", level="sse9")
 
 
-def test_a_named_backend_never_falls_back() -> None:
-    assert kernels.backend_for("router_stats", "cpu") == "native"
-    assert kernels.backend_for("router_stats", "cpu", "reference") == "reference"
-    with pytest.raises(NotImplementedError, match=r"\[router_stats\] backend: expected one of .* on cpu, got tpu"):
-        kernels.router_stats(*ROUTER, kernels.router_sums(4), backend="tpu")
-    with pytest.raises(NotImplementedError, match=r"\[combine_and_measure\] backend: .* on tpu, got None"):
-        kernels.backend_for("combine_and_measure", "tpu")
-
-
-def test_every_op_is_available_and_the_default_comes_first() -> None:
-    for op, devices in kernels.available().items():
-        assert op in kernels.OPS
-        for device, backends in devices.items():
-            assert backends[0] == kernels.backend_for(op, device)
-            assert "reference" in backends
-            assert all(kernels.backend_for(op, device, b) == b for b in backends)
-
-
 def test_a_model_being_trained_can_be_measured() -> None:
     out, _ = combined(ROWS._replace(y=ROWS.y.clone().requires_grad_()), 4, 8)
     assert not out.requires_grad
-
-
-def test_the_extension_links_neither_torch_nor_a_cuda_runtime() -> None:
-    binary = Path(_C.__file__).read_bytes()
-    for library in (b"libtorch", b"libc10", b"libcudart.so"):
-        assert library not in binary
-    assert _C.cuda_device_count() >= 0
-    assert (_C.cuda_architectures() == "") <= (_C.cuda_device_count() == 0)
