@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/moekern demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --benchmark-disable
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check moekern tests bench setup.py
