@@ -1,6 +1,8 @@
 """What can be known before the first byte is written: whether the target can be made at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
@@ -26,7 +28,7 @@ def check_target(source: Path, target: Path) -> None:
 def check_space(target: Path, nbytes: int, files: int) -> None:
     """Refuse a target that its file system has no room or no inodes for; what an earlier run left counts as room."""
     work, parent = work_path(target), target.parent
-    there = [path.stat() for path in work.rglob("*") if path.is_file()] if work.is_dir() else []
+    there = list(_files_in(work))
     status = os.statvfs(parent)
     free = status.f_bavail * status.f_frsize + sum(512 * found.st_blocks for found in there)
     if nbytes > free:
@@ -34,3 +36,11 @@ def check_space(target: Path, nbytes: int, files: int) -> None:
     inodes = status.f_favail + len(there)
     if status.f_files and files > inodes:
         raise InputError(f"{target}: needs {files} files, and {parent} has room for {inodes} (inodes)")
+
+
+def _files_in(folder: Path) -> Iterator[os.stat_result]:
+    """Of files that are there when they are looked at: another part may be at work, or finish."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield os.stat(os.path.join(root, name))

@@ -178,7 +178,10 @@ def _locked_folder(target: Path, part: Part | None) -> Iterator[int]:
     folder, until = work_path(target), time.monotonic() + (PATIENCE if part else 0)
     while True:
         folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # another part has just committed and removed it
+            continue
         try:
             if _locked(handle, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
                 if _is_still(handle, folder):
