@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,123 +13,14 @@ from torch import Tensor
 from moekern import files
 from moekern.errors import InputError
 from moekern.keys import natural
+from moekern.sums import LayerStatistics as LayerStatistics
+from moekern.sums import unmeasured
 
-FORMAT = "moekern.statistics/1"
+FORMAT = "moekern.statistics/2"
+READABLE = (FORMAT, "moekern.statistics/1")
 HEADER_KEY = "moekern"
 # What two files must share before their sums may be added.
-IDENTITY = ("format", "fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top")
-
-Views = TypeVar("Views")
-
-
-def _sum(dtype: torch.dtype, shape: str, *, negative: bool = False, merge: str = "add") -> Any:
-    return field(metadata={"dtype": dtype, "shape": shape, "negative": negative, "merge": merge})
-
-
-def _integers(shape: str) -> Any:
-    return _sum(torch.int64, shape)
-
-
-def _reals(shape: str) -> Any:
-    return _sum(torch.float64, shape)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """Sums over the counted tokens of one MoE layer: E experts, H output dimensions (0: per-dimension sums not taken).
-
-    y is an expert's output row before the gate, a = gate * ‖y‖₂. Integers are int64, reals float64.
-    """
-
-    tokens: Tensor = _integers("1")  # counted tokens
-    logit_tokens: Tensor = _integers("1")  # of these, tokens whose router logits were seen
-    count: Tensor = _integers("E")  # slots routed to e
-    top1_count: Tensor = _integers("E")  # tokens whose largest gate (lowest slot on ties) is e's
-    gate_sum: Tensor = _sum(torch.float64, "E", negative=True)  # Σ gate
-    gate_square_sum: Tensor = _reals("E")  # Σ gate²
-    score_sum: Tensor = _sum(torch.float64, "E", negative=True)  # Σ over all logit_tokens of the full score of e
-    entropy_sum: Tensor = _sum(torch.float64, "1", negative=True)  # Σ entropy of score / Σ score, nats
-    margin_sum: Tensor = _sum(torch.float64, "1", negative=True)  # Σ (k-th minus (k+1)-th largest score)
-    coactivation: Tensor = _integers("E E")  # tokens that chose both; the diagonal is count
-    norm_sum: Tensor = _reals("E")  # Σ ‖y‖₂
-    norm_square_sum: Tensor = _reals("E")  # Σ ‖y‖₂²
-    gated_norm_sum: Tensor = _sum(torch.float64, "E", negative=True)  # Σ a
-    gated_norm_square_sum: Tensor = _reals("E")  # Σ a²
-    max_abs: Tensor = _sum(torch.float64, "E", merge="max")  # max |y|
-    pair_sum: Tensor = _sum(torch.float64, "E E", negative=True)  # Σ aᵢ aⱼ; the diagonal is gated_norm_square_sum
-    square_sum: Tensor = _reals("E H")  # Σ y² per output dimension
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.count.shape[0]
-
-    @property
-    def dimensions(self) -> int:
-        """H, or 0 when per-dimension sums were not taken."""
-        return self.square_sum.shape[1]
-
-    @classmethod
-    def zeros(cls, num_experts: int, dimensions: int = 0, device: str | torch.device = "cpu") -> "LayerStatistics":
-        """Nothing seen yet."""
-        size = {"1": 1, "E": num_experts, "H": dimensions}
-        return cls(
-            *(
-                torch.zeros([size[d] for d in f.metadata["shape"].split()], dtype=f.metadata["dtype"], device=device)
-                for f in fields(cls)
-            )
-        )
-
-    def views(self, cls: type[Views]) -> Views:
-        """The fields that the named tuple `cls` asks for, sharing memory with this object."""
-        return cls(*(getattr(self, name) for name in cls._fields))  # type: ignore[attr-defined]
-
-    def to(self, device: str | torch.device) -> "LayerStatistics":
-        """The same sums on another device."""
-        return LayerStatistics(*(getattr(self, f.name).to(device) for f in fields(self)))
-
-    def permuted(self, perm: Tensor) -> "LayerStatistics":
-        """Experts renamed: the result's expert i is this object's expert perm[i]."""
-        changed = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            for axis, name in enumerate(f.metadata["shape"].split()):
-                value = value.index_select(axis, perm) if name == "E" else value
-            changed[f.name] = value
-        return LayerStatistics(**changed)
-
-    def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
-        """Sums of both; max_abs by maximum. Raises ValueError when E or H differ."""
-        mine, theirs = (self.num_experts, self.dimensions), (other.num_experts, other.dimensions)
-        if mine != theirs:
-            raise ValueError(f"[LayerStatistics] add: expected E, H = {mine}, got {theirs}")
-        merged = {}
-        for f in fields(self):
-            add = torch.maximum if f.metadata["merge"] == "max" else torch.add
-            merged[f.name] = add(getattr(self, f.name), getattr(other, f.name))
-        return LayerStatistics(**merged)
-
-    def problem(self, top_k: int) -> str | None:
-        """The first field that cannot be what it claims, with the reason; None when all is well."""
-        size = {"1": 1, "E": self.num_experts if self.count.ndim == 1 else -1}
-        for f in fields(self):
-            value: Tensor = getattr(self, f.name)
-            if value.dtype != f.metadata["dtype"]:
-                return f"{f.name}: expected dtype {f.metadata['dtype']}, got {value.dtype}"
-            names = f.metadata["shape"].split()
-            if value.ndim != len(names) or any(
-                n != size.setdefault(d, n) for d, n in zip(names, value.shape, strict=True)
-            ):
-                return f"{f.name}: expected shape [{', '.join(names)}] with E={size['E']}, got {list(value.shape)}"
-            if not value.isfinite().all():
-                return f"{f.name}: not finite"
-            if not f.metadata["negative"] and (value < 0).any():
-                return f"{f.name}: negative"
-        # Python integers, because a damaged file's counts could overflow an int64 sum.
-        tokens, slots = int(self.tokens), sum(self.count.tolist())
-        if slots > tokens * top_k:
-            return f"count: {slots} routed slots exceed {tokens} tokens x top-{top_k}"
-        return None
+IDENTITY = ("fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top")
 
 
 def make_header(
@@ -198,7 +88,7 @@ class Statistics:
                 raise InputError(f"statistics: no domain {name!r}; it holds {', '.join(self.domains)}")
         parts = self.layers[key]
         some = next(iter(parts.values()))
-        total = LayerStatistics.zeros(some.num_experts, some.dimensions, some.count.device)
+        total = some.like()
         for name in names:
             if name in parts:
                 total = total + parts[name]
@@ -211,10 +101,11 @@ class Statistics:
             raise ValueError(f"[Statistics.save] {problem}")
         number = {name: i for i, name in enumerate(self.domains)}
         tensors = {
-            f"{key}/{number[domain]}/{f.name}": getattr(sums, f.name).detach().cpu().clone()
+            f"{key}/{number[domain]}/{name}": value.detach().cpu().clone()
             for key, parts in self.layers.items()
             for domain, sums in parts.items()
-            for f in fields(sums)
+            for name, value in sums.tensors().items()
+            if value.numel()
         }
         # One metadata key, because safetensors writes several in no fixed order.
         header = json.dumps(dict(self.header), sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -274,11 +165,9 @@ def _add_layer(
 ) -> None:
     expected = next(iter(model.values()))
     for domain, sums in added.items():
-        if (sums.num_experts, sums.dimensions) != (expected.num_experts, expected.dimensions):
-            raise InputError(
-                f"{where}: {sums.num_experts} experts and {sums.dimensions} measured dimensions, "
-                f"part 1 has {expected.num_experts} and {expected.dimensions}"
-            )
+        problem = expected.differs(sums)
+        if problem:
+            raise InputError(f"{where}: {problem}; compared with part 1")
         total[domain] = total[domain] + sums if domain in total else sums
 
 
@@ -299,13 +188,13 @@ def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         header = json.loads(metadata[HEADER_KEY])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the statistics header is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") not in READABLE:
         found = header.get("format") if isinstance(header, dict) else type(header).__name__
         raise InputError(f"{path}: format {found!r} is not {FORMAT!r}; calibrate again with this version")
     problem = _header_problem(header)
     if problem:
         raise InputError(f"{path}: header: {problem}")
-    return header
+    return {**header, "format": FORMAT}
 
 
 def _header_problem(header: Mapping[str, Any]) -> str | None:
@@ -350,10 +239,13 @@ def _layers(
         found.setdefault((key, numbers[domain]), {})[what] = tensor
     layers: dict[str, dict[str, LayerStatistics]] = {}
     for key, number in sorted(found, key=lambda pair: (natural(pair[0]), pair[1])):
-        missing = [name for name in names if name not in found[key, number]]
+        sums = found[key, number]
+        if "count" in sums:
+            sums = {**unmeasured(sums), **sums}
+        missing = [name for name in names if name not in sums]
         if missing:
             raise InputError(f"{path}: tensor '{key}/{number}/{missing[0]}' is missing")
-        layers.setdefault(key, {})[header["domains"][number]] = LayerStatistics(**found[key, number])
+        layers.setdefault(key, {})[header["domains"][number]] = LayerStatistics(**sums)
     return layers
 
 
@@ -368,17 +260,19 @@ def _problem(header: Mapping[str, Any], layers: Mapping[str, Mapping[str, LayerS
     for key, parts in layers.items():
         if "/" in key or not parts:
             return f"layer {key!r}: expected a key without '/' and at least one domain"
-        sizes = set()
+        first = next(iter(parts.values()))
         for domain, sums in parts.items():
             if domain not in number:
                 return f"layer {key}: domain {domain!r} is not in the header"
             wrong = sums.problem(header["top_k"])
             if wrong:
                 return f"tensor {key}/{number[domain]}/{wrong}"
-            sizes.add((sums.num_experts, sums.dimensions))
-        if len(sizes) > 1 or not header["top_k"] <= max(sizes)[0] <= header["num_experts"]:
+            differs = first.differs(sums)
+            if differs:
+                return f"layer {key}: domain {domain!r} does not agree with the others: {differs}"
+        if not header["top_k"] <= first.num_experts <= header["num_experts"]:
             return (
-                f"layer {key}: (experts, dimensions) {sorted(sizes)} do not agree with each other or with "
-                f"top_k {header['top_k']} and num_experts {header['num_experts']}"
+                f"layer {key}: {first.num_experts} experts do not agree with top_k {header['top_k']} and num_experts "
+                f"{header['num_experts']}"
             )
     return None

@@ -1,11 +1,12 @@
 """Statistics of given or random tokens, computed in the plainest way, for tests."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from moekern.statistics import LayerStatistics, Statistics, make_header
+from moekern.sums import TIERS
 
 E, K, H = 6, 2, 5
 FINGERPRINT = "f" * 64
@@ -52,6 +53,8 @@ def add_token(s, ids, gate, y, score=None):
     s.max_abs[ids] = torch.maximum(s.max_abs[ids], y.abs().amax(1))
     if s.dimensions:
         s.square_sum[ids] += y**2
+        s.value_sum[ids] += y
+        s.unit_sum[ids] += y / y.norm(dim=1, keepdim=True)
 
 
 def layer_statistics(seed, experts=E, dimensions=H, tokens=40, idle=(), top_k=K):
@@ -65,6 +68,29 @@ def layer_statistics(seed, experts=E, dimensions=H, tokens=40, idle=(), top_k=K)
         gate, score = torch.rand(top_k, generator=draw), torch.rand(experts, generator=draw)
         add_token(s, ids.tolist(), gate.tolist(), y, score.double())
     return s
+
+
+def with_tiers(s, seed=0, tokens=40):
+    """The same sums with every tier filled by random numbers of the right kind."""
+    draw = torch.Generator().manual_seed(seed)
+    whole = LayerStatistics.zeros(s.num_experts, s.dimensions, tiers=TIERS, hidden=H, words=2)
+    filled = {}
+    for f in fields(whole):
+        value = getattr(whole, f.name)
+        if f.metadata["tier"] in ("routed", "dimensions"):
+            value = getattr(s, f.name)
+        elif f.name == "coalitions":
+            sets = (
+                torch.stack([torch.randperm(s.num_experts, generator=draw)[:K] for _ in range(tokens)]).sort(1).values
+            )
+            ids, counts = sets.unique(dim=0, return_counts=True)
+            value = torch.cat([ids, counts[:, None]], 1)
+        elif value.dtype == torch.int64:
+            value = torch.randint(1, 9, value.shape, generator=draw)
+        else:
+            value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
+        filled[f.name] = value
+    return LayerStatistics(**filled)
 
 
 def header(domains, **changes):

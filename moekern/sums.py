@@ -1,0 +1,254 @@
+"""The sums of one MoE layer. A field says its dtype, shape, tier and how two merge; all else follows from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Views = TypeVar("Views")
+
+# What calibration may be asked to measure beside the routed tier, which is always there.
+TIERS = ("dimensions", "vocabulary", "coalitions", "outliers", "replay", "gradient")
+SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
+
+
+def _sum(
+    shape: str, tier: str = "routed", *, dtype: torch.dtype = torch.float64, negative: bool = False, merge: str = "add"
+) -> Any:
+    """`shape` names sizes; "E?" is E or, where its tier was not measured, 0. A named size is one for all fields."""
+    return field(metadata={"dtype": dtype, "shape": shape, "negative": negative, "merge": merge, "tier": tier})
+
+
+def _integers(shape: str, tier: str = "routed", *, merge: str = "add", negative: bool = False) -> Any:
+    return _sum(shape, tier, dtype=torch.int64, merge=merge, negative=negative)
+
+
+def _signed(shape: str, tier: str = "routed") -> Any:
+    return _sum(shape, tier, negative=True)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Sums over the counted tokens of one MoE layer: E experts, H output dimensions, int64 and float64.
+
+    y is an expert's output row before the gate, a = gate * ‖y‖₂. What a tier measures is empty where it was not asked
+    for. A domain's gradient G of an expert is the sum over that domain's tokens in one run: gradient sums count these.
+    """
+
+    tokens: Tensor = _integers("1")  # counted tokens
+    logit_tokens: Tensor = _integers("1")  # of these, tokens whose router logits were seen
+    count: Tensor = _integers("E")  # slots routed to e
+    top1_count: Tensor = _integers("E")  # tokens whose largest gate (lowest slot on ties) is e's
+    gate_sum: Tensor = _signed("E")  # Σ gate
+    gate_square_sum: Tensor = _sum("E")  # Σ gate²
+    score_sum: Tensor = _signed("E")  # Σ over all logit_tokens of the full score of e
+    entropy_sum: Tensor = _signed("1")  # Σ entropy of score / Σ score, nats
+    margin_sum: Tensor = _signed("1")  # Σ (k-th minus (k+1)-th largest score)
+    coactivation: Tensor = _integers("E E")  # tokens that chose both; the diagonal is count
+    logit_gram: Tensor = _signed("E? E?")  # Σ over logit_tokens of lᵢ lⱼ, l the router's logits
+    norm_sum: Tensor = _sum("E")  # Σ ‖y‖₂
+    norm_square_sum: Tensor = _sum("E")  # Σ ‖y‖₂²
+    gated_norm_sum: Tensor = _signed("E")  # Σ a
+    gated_norm_square_sum: Tensor = _sum("E")  # Σ a²
+    max_abs: Tensor = _sum("E", merge="max")  # max |y|
+    pair_sum: Tensor = _signed("E E")  # Σ aᵢ aⱼ; the diagonal is gated_norm_square_sum
+    residual_sum: Tensor = _signed("E")  # Σ a max(0, 1 - cos(h, h + block's routed output)), h the residual stream
+    residual_tokens: Tensor = _integers("1")  # counted tokens whose residual stream was seen
+
+    square_sum: Tensor = _sum("E H?", "dimensions")  # Σ y² per output dimension
+    value_sum: Tensor = _signed("E H?", "dimensions")  # Σ y per output dimension
+    unit_sum: Tensor = _signed("E H?", "dimensions")  # Σ y / ‖y‖₂
+
+    vocabulary: Tensor = _integers("E W?", "vocabulary", merge="or", negative=True)  # token ids seen, one bit each
+    coalitions: Tensor = _integers("C? M?", "coalitions", merge="rows")  # distinct top-k sets: rising ids, then count
+    outlier_sum: Tensor = _integers("E?", "outliers")  # entries of y beyond 3 sigma of the expert's mean entry
+
+    # Over sampled tokens on which every expert was run. Δe is what the block's output loses when e is dropped and the
+    # router chooses again without it; 0 for a token that did not choose e.
+    replay_tokens: Tensor = _integers("1", "replay")
+    output_gram: Tensor = _signed("E? E?", "replay")  # Σ <yᵢ, yⱼ>
+    output_cosine: Tensor = _signed("E? E?", "replay")  # Σ cos(yᵢ, yⱼ)
+    deletion_norm_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂
+    deletion_gram: Tensor = _signed("E? E?", "replay")  # Σ <Δᵢ, Δⱼ>; the diagonal is Σ ‖Δe‖₂²
+    deletion_sum: Tensor = _signed("E? H?", "replay")  # Σ Δe
+    subset_loss: Tensor = _sum("S?", "replay")  # Σ ‖all - kept‖₂², by the kept set's bits; where E <= SUBSETS
+
+    gradients: Tensor = _integers("1", "gradient")  # how many G were added up
+    gradient_norm_sum: Tensor = _sum("E?", "gradient")  # Σ ‖G‖₂
+    gradient_cosine_sum: Tensor = _signed("E? E?", "gradient")  # Σ cos(Gᵢ, Gⱼ)
+    gradient_log_std_sum: Tensor = _signed("E?", "gradient")  # Σ over G and hidden dimensions of log std
+    gradient_outlier_sum: Tensor = _integers("E?", "gradient")  # entries of G beyond 3 sigma of its mean entry
+    taylor_sum: Tensor = _signed("E?", "gradient")  # Σ <W, G>
+    gate_gradient_sum: Tensor = _signed("E?", "gradient")  # Σ over tokens of gate x ∂loss/∂gate
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.count.shape[0]
+
+    @property
+    def dimensions(self) -> int:
+        """H, or 0 when per-dimension sums were not taken."""
+        return self.square_sum.shape[1]
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers that were measured, without the routed one."""
+        found = {f.metadata["tier"] for f in fields(self) if _optional(f) and getattr(self, f.name).numel()}
+        return tuple(tier for tier in TIERS if tier in found)
+
+    @classmethod
+    def zeros(
+        cls,
+        num_experts: int,
+        dimensions: int = 0,
+        device: str | torch.device = "cpu",
+        *,
+        tiers: Collection[str] = (),
+        hidden: int = 0,
+        words: int = 0,
+    ) -> LayerStatistics:
+        """Nothing seen yet. `dimensions` = H asks for that tier; the others are named in `tiers`.
+
+        `words` is the 64-bit words of a vocabulary, `hidden` the H of the replay tier where `dimensions` is 0.
+        """
+        subsets = 1 << num_experts if num_experts <= SUBSETS else 0
+        size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "W": words, "S": subsets, "C": 0, "M": 0}
+        wanted = {"routed", *tiers, *(["dimensions"] if dimensions else [])}
+
+        def zero(f: Field[Any]) -> Tensor:
+            named = f.metadata["tier"] in wanted
+            shape = [size[d.rstrip("?")] if named or d[-1] != "?" else 0 for d in f.metadata["shape"].split()]
+            return torch.zeros(shape, dtype=f.metadata["dtype"], device=device)
+
+        return cls(*(zero(f) for f in fields(cls)))
+
+    def like(self) -> LayerStatistics:
+        """Nothing seen yet, of the same sizes."""
+        empty = {name: torch.zeros_like(value) for name, value in self.tensors().items()}
+        return LayerStatistics(**{**empty, "coalitions": self.coalitions[:0]})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field name -> tensor."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def views(self, cls: type[Views]) -> Views:
+        """The fields that the named tuple `cls` asks for, sharing memory with this object."""
+        return cls(*(getattr(self, name) for name in cls._fields))  # type: ignore[attr-defined]
+
+    def to(self, device: str | torch.device) -> LayerStatistics:
+        """The same sums on another device."""
+        return LayerStatistics(*(value.to(device) for value in self.tensors().values()))
+
+    def permuted(self, perm: Tensor) -> LayerStatistics:
+        """Experts renamed: the result's expert i is this object's expert perm[i]."""
+        changed = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            for axis, name in enumerate(f.metadata["shape"].split()):
+                if name.rstrip("?") == "E" and value.shape[axis]:
+                    value = value.index_select(axis, perm)
+            changed[f.name] = value
+        if self.coalitions.numel():
+            ids = perm.argsort()[self.coalitions[:, :-1]].sort(1).values
+            changed["coalitions"] = _merge_rows(torch.cat([ids, self.coalitions[:, -1:]], 1), self.coalitions[:0])
+        if self.subset_loss.numel():
+            masks = torch.arange(len(self.subset_loss))
+            bits = (masks[:, None] >> torch.arange(self.num_experts)) & 1  # of new experts
+            changed["subset_loss"] = self.subset_loss[(bits << perm).sum(1)]
+        return LayerStatistics(**changed)
+
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        """Sums of both; maxima by maximum, bits by or. Raises ValueError when sizes or measured tiers differ."""
+        problem = self.differs(other)
+        if problem:
+            raise ValueError(f"[LayerStatistics] add: {problem}")
+        return LayerStatistics(
+            **{f.name: MERGES[f.metadata["merge"]](getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        )
+
+    def differs(self, other: LayerStatistics) -> str | None:
+        """Why the two cannot be added; None when they can."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine.shape == theirs.shape or f.metadata["merge"] == "rows":
+                continue
+            if bool(mine.numel()) != bool(theirs.numel()):
+                return f"{f.metadata['tier']} ({f.name}) is measured on one side only"
+            return f"{f.name}: expected {list(mine.shape)}, got {list(theirs.shape)}"
+        return None
+
+    def problem(self, top_k: int) -> str | None:
+        """The first field that cannot be what it claims, with the reason; None when all is well."""
+        size = {"1": 1, "E": self.num_experts if self.count.ndim == 1 else -1}
+        for f in fields(self):
+            problem = _problem(f, getattr(self, f.name), size)
+            if problem:
+                return f"{f.name}: {problem}"
+        if self.subset_loss.numel() not in (0, 1 << min(size["E"], SUBSETS)):
+            return f"subset_loss: {self.subset_loss.numel()} subsets of {size['E']} experts"
+        ids = self.coalitions[:, :-1]
+        if ids.numel() and (ids >= size["E"]).any():
+            return f"coalitions: an id of {size['E']} or above"
+        # Python integers, because a damaged file's counts could overflow an int64 sum.
+        tokens, slots = int(self.tokens), sum(self.count.tolist())
+        if slots > tokens * top_k:
+            return f"count: {slots} routed slots exceed {tokens} tokens x top-{top_k}"
+        return None
+
+
+def _optional(f: Field[Any]) -> bool:
+    return "?" in f.metadata["shape"] and f.metadata["tier"] != "routed"
+
+
+def unmeasured(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file may leave out, beside the fields it holds: fields of a tier, or of a later version."""
+    E = len(sums["count"])
+    size = {"1": 1, "E": E}
+    return {
+        f.name: torch.zeros(
+            [0 if d[-1] == "?" else size[d] for d in f.metadata["shape"].split()], dtype=f.metadata["dtype"]
+        )
+        for f in fields(LayerStatistics)
+        if f.name not in sums and (f.metadata["tier"] != "routed" or f.name in LATER)
+    }
+
+
+LATER = ("logit_gram", "residual_sum", "residual_tokens")  # routed fields that files of version 1 do not have
+
+
+def _problem(f: Field[Any], value: Tensor, size: dict[str, int]) -> str | None:
+    if value.dtype != f.metadata["dtype"]:
+        return f"expected dtype {f.metadata['dtype']}, got {value.dtype}"
+    names = f.metadata["shape"].split()
+    if value.ndim != len(names) or any(
+        n != size.setdefault(d.rstrip("?"), n) for d, n in zip(names, value.shape, strict=True) if n or d[-1] != "?"
+    ):
+        return f"expected shape [{', '.join(names)}] with E={size['E']}, got {list(value.shape)}"
+    if not value.isfinite().all():
+        return "not finite"
+    if not f.metadata["negative"] and (value < 0).any():
+        return "negative"
+    return None
+
+
+def _merge_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Rows whose last number counts the others: equal ones are united, in rising order."""
+    rows = torch.cat([part for part in (a, b) if part.numel()]) if a.numel() or b.numel() else a
+    if not rows.numel():
+        return rows
+    keys, index = rows[:, :-1].unique(dim=0, return_inverse=True)
+    counts = rows.new_zeros(len(keys)).index_add_(0, index, rows[:, -1])
+    return torch.cat([keys, counts[:, None]], 1)
+
+
+MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add,
+    "max": torch.maximum,
+    "or": torch.bitwise_or,
+    "rows": _merge_rows,
+}
