@@ -112,7 +112,7 @@ def made_from(pieces: Sequence[Piece]) -> str:
 def copy_shard(
     path: Path, shard: OutputShard, pieces: list[Piece], way: Way, checksum: Checksum, reread: bool, report: Report
 ) -> Copied:
-    """Write the shard to the new file `path` and fsync it; with `reread` or blake3, read it back from the disk.
+    """Write the shard to the new file `path` and fsync it; `reread`, which blake3 needs, reads it back from the disk.
 
     xxh3 is taken of what passes through memory on the way; reading back compares with it and takes the checksum of the
     rest. Raises OSError, and InputError when the disk gives back other bytes than were written.
@@ -122,7 +122,7 @@ def copy_shard(
     on_the_way = spans if checksum != "none" or reread else []
     cloned, holes, copied, digests = _C.write_file(str(path), pieces, on_the_way, way, report)
     digests = digests or [None] * len(spans)
-    if reread or checksum == "blake3":
+    if reread:
         digests = _read_back(path, names, spans, digests, checksum, lambda done: report(shard.size + done))
     named = KINDS[checksum]
     values = {n: d.hex() if d and named else None for n, d in zip(names, digests, strict=True)}

@@ -80,7 +80,7 @@ class Job:
     side: Sequence[SideFile]
     known_ways: Mapping[str, Way]
     checksum: Checksum
-    reread: bool
+    reread: bool  # read every file back: blake3 needs it too
 
     def way(self, shard: OutputShard) -> Way:
         return way_of(shard, self.known_ways)
@@ -89,6 +89,11 @@ class Job:
     def kind(self) -> str | None:
         """Of the checksums, as the manifest says it."""
         return KINDS[self.checksum]
+
+    @property
+    def passes(self) -> int:
+        """How often a shard's bytes are gone through."""
+        return 2 if self.reread else 1
 
 
 @dataclass
@@ -151,12 +156,11 @@ def prune(
     sources = {name for shard in shards for name in shard.sources}
     origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}
     known_ways = ways(checkpoint, sources, target.parent, copy)
-    job = Job(checkpoint, plan, shards, origins, side, known_ways, checksum, reread)
+    job = Job(checkpoint, plan, shards, origins, side, known_ways, checksum, reread or checksum == "blake3")
     mine = _share(shards, part)
     needed = sum(space_needed(checkpoint, shard, job.way(shard)) for shard in mine)
     check_space(target, needed + sum(file.size for file in side), len(mine) + len(side) + 8)
-    again = 2 if reread or checksum == "blake3" else 1
-    tally = Tally(again * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
+    tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
     finished, waiting = _write(job, target, part, mine, tally)
     return PruneReport(
         out=target,
@@ -210,10 +214,10 @@ def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], t
             _remove_unproved(job, work)
         for shard in mine:
             _write_shard(job, work, shard, tally)
-        if not work.exclusive():
-            return False, len(job.shards) - len(mine)
+        last = work.exclusive()
+        work.reload()
         found = [record for shard, origin in job.origins.items() if (record := work.proved(shard, origin, job.kind))]
-        if len(found) < len(job.shards):
+        if not last or len(found) < len(job.shards):
             return False, len(job.shards) - len(found)
         _remove_unproved(job, work)
         _write_side_files(job, work, found, tally)
@@ -223,10 +227,9 @@ def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], t
 
 def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -> None:
     origin = job.origins[shard.name]
-    again = 2 if job.reread or job.checksum == "blake3" else 1
     if work.proved(shard.name, origin, job.kind):
         tally.reused += shard.size
-        tally.moved(again * shard.size)
+        tally.moved(job.passes * shard.size)
         return
     path = work.checkpoint / shard.name
     partial = path.with_name(f"{shard.name}.{work.part or 'whole'}.partial")
@@ -243,7 +246,7 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     tally.cloned += made.cloned
     tally.holes += made.holes
     tally.copied += made.copied
-    tally.moved(again * shard.size)
+    tally.moved(job.passes * shard.size)
 
 
 def _remove_unproved(job: Job, work: WorkFolder) -> None:

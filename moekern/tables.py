@@ -106,11 +106,13 @@ def pruned(report: PruneReport) -> None:
             ("files", report.shards_in, report.shards_out),
         ),
     )
-    say(f"--copy {report.copy}")
     ways = (("copied", report.copied), ("shared with the source", report.cloned), ("holes", report.holes),
             ("written by an earlier run", report.reused))  # fmt: skip
     rate = f", {size((report.bytes_out - report.reused) / max(report.seconds, 1e-9))}/s"
-    say("; ".join(f"{size(n)} {what}" for what, n in ways if n) + f" in {report.seconds:.1f} s{rate}")
+    say(
+        "; ".join(f"{size(n)} {what}" for what, n in ways if n)
+        + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
+    )
     say(report.mtp)
 
 

@@ -121,10 +121,7 @@ class WorkFolder:
             return True
         with suppress(OSError):
             fcntl.flock(self.handle, fcntl.LOCK_UN)
-        if not _locked(self.handle, fcntl.LOCK_EX):
-            return False
-        self.reload()
-        return True
+        return _locked(self.handle, fcntl.LOCK_EX)
 
     def commit(self) -> None:
         """Give the finished checkpoint its name. Raises InputError when something has taken the name meanwhile."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from moekern.files import fsync
+
 MIB = 1 << 20
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_SYNC, EXTENT_LAST, EXTENT_SHARED = 1, 0x1, 0x2000
@@ -60,11 +62,7 @@ def _quiet(command: Sequence[str]) -> None:
 
 def used(folder: Path) -> int:
     """Bytes in use on the file system of a folder, all writes done."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(folder)
     subprocess.run(["sync", "-f", str(folder)], check=True)
     status = os.statvfs(folder)
     return (status.f_blocks - status.f_bfree) * status.f_frsize

@@ -75,7 +75,7 @@ def test_resident_weights_stay_within_skeleton_layer_and_buffer(family_checkpoin
     checkpoint = open_checkpoint(family_checkpoint("qwen3_moe"))
     with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
         skeleton, peak = _resident(layerwise), 0
-        largest = max(sum(checkpoint.tensors[key].nbytes for key in keys) for keys in layerwise.layer_keys)
+        largest = max(sum(entry.nbytes for entry, _ in group) for group in layerwise.reader.groups)
         release = layerwise.reader.release
 
         def measured(model: nn.Module) -> None:

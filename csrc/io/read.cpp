@@ -33,7 +33,7 @@ int64_t up(int64_t n, int64_t unit) { return down(n + unit - 1, unit); }
 class Source {
  public:
   Source(const std::string& path, bool keep_cache) : path_(path), cached_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (cached_ < 0) throw Error(errno, std::strerror(errno), path_);
+    if (cached_ < 0) fail(path_);
 #ifdef __linux__
     ::posix_fadvise(cached_, 0, 0, POSIX_FADV_SEQUENTIAL);
     if (!keep_cache) direct_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
@@ -67,7 +67,7 @@ class Source {
     for (size_t first = 0; first < pieces.size();) {
       const ssize_t got = ::preadv(cached_, &pieces[first], static_cast<int>(pieces.size() - first), offset);
       if (got < 0 && errno == EINTR) continue;
-      if (got < 0) throw Error(errno, std::strerror(errno), path_);
+      if (got < 0) fail(path_);
       if (got == 0) throw Error(EIO, "ends at byte " + std::to_string(size(offset)) + ", more was expected", path_);
       offset += got;
       size_t left = static_cast<size_t>(got);

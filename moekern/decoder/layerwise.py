@@ -35,7 +35,6 @@ class LayerwiseModel:
     device: torch.device
     layers: nn.ModuleList
     layers_name: str
-    layer_keys: tuple[tuple[str, ...], ...]  # checkpoint keys of each decoder layer
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
     reader: LayerReader  # its groups are the decoder layers
 
@@ -121,8 +120,7 @@ def open_layerwise(
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     with LayerReader(checkpoint, layer_keys, place) as reader:
-        keys = tuple(map(tuple, layer_keys))
-        model = LayerwiseModel(checkpoint, layout, loader, place, layers, layers_name, keys, moe_keys, reader)
+        model = LayerwiseModel(checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader)
         _fill_skeleton(model, skeleton)
         yield model
 
