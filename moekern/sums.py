@@ -12,7 +12,7 @@ from torch import Tensor
 Views = TypeVar("Views")
 
 # What calibration may be asked to measure beside the routed tier, which is always there.
-TIERS = ("dimensions", "vocabulary", "coalitions", "outliers", "replay", "gradient")
+TIERS = ("dimensions", "vocabulary", "coalitions", "outliers", "reap", "replay", "gradient", "weights")
 SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
 
 
@@ -27,8 +27,8 @@ def _integers(shape: str, tier: str = "routed", *, merge: str = "add", negative:
     return _sum(shape, tier, dtype=torch.int64, merge=merge, negative=negative)
 
 
-def _signed(shape: str, tier: str = "routed") -> Any:
-    return _sum(shape, tier, negative=True)
+def _signed(shape: str, tier: str = "routed", *, merge: str = "add") -> Any:
+    return _sum(shape, tier, negative=True, merge=merge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +67,15 @@ class LayerStatistics:
     coalitions: Tensor = _integers("C? M?", "coalitions", merge="rows")  # distinct top-k sets: rising ids, then count
     outlier_sum: Tensor = _integers("E?", "outliers")  # entries of y beyond 3 sigma of the expert's mean entry
 
+    renormalised_norm_sum: Tensor = _signed("E?", "reap")  # Σ (gate / the token's Σ gate) x norm
+    # As REAP's code has it: the top-k of the raw logits, and their softmax over all experts as gates.
+    compat_count: Tensor = _integers("E?", "reap")
+    compat_gated_norm_sum: Tensor = _sum("E?", "reap")
+
     # Over sampled tokens on which every expert was run. Δe is what the block's output loses when e is dropped and the
     # router chooses again without it; 0 for a token that did not choose e.
     replay_tokens: Tensor = _integers("1", "replay")
+    output_sum: Tensor = _signed("E? H?", "replay")  # Σ y
     output_gram: Tensor = _signed("E? E?", "replay")  # Σ <yᵢ, yⱼ>
     output_cosine: Tensor = _signed("E? E?", "replay")  # Σ cos(yᵢ, yⱼ)
     deletion_norm_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂
@@ -84,6 +90,14 @@ class LayerStatistics:
     gradient_outlier_sum: Tensor = _integers("E?", "gradient")  # entries of G beyond 3 sigma of its mean entry
     taylor_sum: Tensor = _signed("E?", "gradient")  # Σ <W, G>
     gate_gradient_sum: Tensor = _signed("E?", "gradient")  # Σ over tokens of gate x ∂loss/∂gate
+
+    # Of the weights W, all matrices of an expert taken together; the same in every domain and run.
+    weight_count: Tensor = _integers("E?", "weights", merge="same")
+    weight_abs_sum: Tensor = _sum("E?", "weights", merge="same")  # Σ |w|
+    weight_square_sum: Tensor = _sum("E?", "weights", merge="same")  # Σ w²
+    weight_stable_rank: Tensor = _sum("E?", "weights", merge="same")  # mean over the matrices of Σ σ² / σ₁²
+    weight_gram: Tensor = _signed("E? E?", "weights", merge="same")  # <Wᵢ, Wⱼ>
+    router_gram: Tensor = _signed("E? E?", "weights", merge="same")  # <rᵢ, rⱼ>, r the rows of the router's matrix
 
     @property
     def num_experts(self) -> int:
@@ -128,9 +142,14 @@ class LayerStatistics:
         return cls(*(zero(f) for f in fields(cls)))
 
     def like(self) -> LayerStatistics:
-        """Nothing seen yet, of the same sizes."""
-        empty = {name: torch.zeros_like(value) for name, value in self.tensors().items()}
-        return LayerStatistics(**{**empty, "coalitions": self.coalitions[:0]})
+        """No token seen yet, of the same sizes and weights."""
+
+        def empty(f: Field[Any]) -> Tensor:
+            value: Tensor = getattr(self, f.name)
+            merge = f.metadata["merge"]
+            return value if merge == "same" else value[:0] if merge == "rows" else torch.zeros_like(value)
+
+        return LayerStatistics(*(empty(f) for f in fields(self)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Field name -> tensor."""
@@ -175,7 +194,12 @@ class LayerStatistics:
         """Why the two cannot be added; None when they can."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if mine.shape == theirs.shape or f.metadata["merge"] == "rows":
+            merge = f.metadata["merge"]
+            if merge == "rows" or (merge == "same" and not (mine.numel() and theirs.numel())):
+                continue
+            if merge == "same" and not torch.equal(mine, theirs):
+                return f"{f.name}: the two sides are of different weights"
+            if mine.shape == theirs.shape:
                 continue
             if bool(mine.numel()) != bool(theirs.numel()):
                 return f"{f.metadata['tier']} ({f.name}) is measured on one side only"
@@ -250,5 +274,6 @@ MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
     "max": torch.maximum,
     "or": torch.bitwise_or,
+    "same": lambda a, b: a if a.numel() else b,
     "rows": _merge_rows,
 }

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import pytest
@@ -53,12 +53,18 @@ def test_every_field_says_its_dtype_and_shape():
 
 def test_adding_sums_everything_but_the_maximum():
     a, b = with_tiers(layer_statistics(1), 1), with_tiers(layer_statistics(2), 2)
+    with pytest.raises(ValueError, match="weight_count: the two sides are of different weights"):
+        a + b
+    b = replace(b, **{f.name: getattr(a, f.name) for f in fields(a) if f.metadata["tier"] == "weights"})
     total = a + b
     for f in fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
         if f.name == "coalitions":
             continue
-        want = torch.maximum(x, y) if f.name == "max_abs" else x | y if f.name == "vocabulary" else x + y
+        if f.metadata["merge"] == "same":
+            want = x
+        else:
+            want = torch.maximum(x, y) if f.name == "max_abs" else x | y if f.name == "vocabulary" else x + y
         assert torch.equal(getattr(total, f.name), want), f.name
     assert total.tiers == TIERS
 
@@ -68,6 +74,7 @@ def test_equal_coalitions_are_united():
         return {tuple(row[:-1]): row[-1] for row in rows.tolist()}
 
     a, b = with_tiers(layer_statistics(1), 1), with_tiers(layer_statistics(2), 2, tokens=3)
+    b = replace(b, **{f.name: getattr(a, f.name)[:0] for f in fields(a) if f.metadata["tier"] == "weights"})
     x, y, total = named(a.coalitions), named(b.coalitions), (a + b).coalitions
     assert named(total) == {ids: x.get(ids, 0) + y.get(ids, 0) for ids in {*x, *y}}
     assert total.tolist() == sorted(total.tolist())
@@ -135,7 +142,7 @@ def test_permuting_renames_experts_on_every_axis():
 def test_save_and_load_are_bit_exact_and_stable(tmp_path, dimensions):
     sums = {domain: layer_statistics(i, dimensions=dimensions) for i, domain in enumerate("ab")}
     if dimensions:
-        sums = {domain: with_tiers(s, i) for i, (domain, s) in enumerate(sums.items())}
+        sums = {domain: with_tiers(s) for domain, s in sums.items()}
     s = Statistics(header(["a", "b"]), {"3": sums})
     s.save(tmp_path / "one")
     back = Statistics.load(tmp_path / "one")
