@@ -351,7 +351,7 @@ def run(
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        dimensions="square_sum" in criterion_named(criterion).needs, trust_remote_code=trust_remote_code,
+        dimensions=criterion_named(criterion).tier == "dimensions", trust_remote_code=trust_remote_code,
     )  # fmt: skip
     done = stages.run(
         model_folder(model), options, out,

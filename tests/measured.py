@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import combinations
 
 import torch
 
@@ -79,6 +80,12 @@ def with_tiers(s, seed=0, tokens=40):
         value = getattr(whole, f.name)
         if f.metadata["tier"] in ("routed", "dimensions"):
             value = getattr(s, f.name)
+            if f.name == "residual_tokens":
+                value = torch.ones_like(value)
+            elif f.name == "residual_sum":
+                value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
+        elif f.name == "vocabulary":
+            value = distinct_vocabulary(s.num_experts)
         elif f.name == "coalitions":
             sets = (
                 torch.stack([torch.randperm(s.num_experts, generator=draw)[:K] for _ in range(tokens)]).sort(1).values
@@ -90,7 +97,28 @@ def with_tiers(s, seed=0, tokens=40):
         else:
             value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
         filled[f.name] = value
+    filled["compat_count"][s.count == 0] = 0
     return LayerStatistics(**filled)
+
+
+def distinct_pairs(experts):
+    """[E, E] symmetric, every pair another number from 1 on; the diagonal is larger than all."""
+    pairs = torch.zeros(experts, experts, dtype=torch.int64)
+    for number, (i, j) in enumerate(combinations(range(experts), 2), start=1):
+        pairs[i, j] = pairs[j, i] = number
+    return pairs + torch.diag(torch.arange(1000, 1000 + experts))
+
+
+def distinct_vocabulary(experts):
+    """Bits [E, W] of token ids such that experts i and j have distinct_pairs(experts)[i, j] ids in common."""
+    pairs = distinct_pairs(experts)
+    words = int(pairs.triu(1).sum()) // 64 + 1
+    seen, start = torch.zeros(experts, 64 * words, dtype=torch.bool), 0
+    for i, j in combinations(range(experts), 2):
+        stop = start + int(pairs[i, j])
+        seen[[i, j], start:stop] = True
+        start = stop
+    return (seen.view(experts, words, 64).long() << torch.arange(64)).sum(-1)
 
 
 def header(domains, **changes):

@@ -24,7 +24,7 @@ LAW: dict[str, set[str]] = {
     "plan": {"errors", "files", "keys"},
     "sums": set(),
     "statistics": {"errors", "files", "keys", "sums"},
-    "criteria": {"errors", "statistics"},
+    "criteria": {"errors", "sums"},
     "planning": {"criteria", "errors", "keys", "plan", "statistics", "version"},
     "cuts": {"architectures", "checkpoint", "errors", "plan"},
     "ranges": {"architectures", "checkpoint", "cuts"},

@@ -1,27 +1,40 @@
-"""Scores of one layer's experts: [E] float64, higher is kept. Pure: statistics in, scores out.
+"""Scores from routing, gates and norms: [E] float64, higher is kept. Pure: statistics in, scores out.
 
 Notation: over the tokens routed to an expert, g is the gate and ‖y‖ the L2 norm of the output before the gate. Most
-scores are members of S(b, α, β) = Σ gᵅ ‖y‖ᵝ / countᵇ (arXiv:2606.15716). An expert that no token chose scores lowest.
+scores are members of S(b, α, β) = Σ gᵅ ‖y‖ᵝ / countᵇ (HTS, arXiv:2606.15716). An expert that no token chose scores
+lowest.
 """
+
+from __future__ import annotations
 
 import hashlib
 
 import torch
 from torch import Tensor
 
+from moekern.criteria.needs import idle_lowest, mean, need
 from moekern.errors import InputError
-from moekern.statistics import LayerStatistics
+from moekern.sums import LayerStatistics
+
+# (α, β) -> the sum that calibration keeps of gᵅ ‖y‖ᵝ
+MOMENTS: dict[tuple[float, float], str] = {
+    (0, 0): "count",
+    (1, 0): "gate_sum",
+    (2, 0): "gate_square_sum",
+    (0, 1): "norm_sum",
+    (0, 2): "norm_square_sum",
+    (1, 1): "gated_norm_sum",
+    (2, 2): "gated_norm_square_sum",
+}
 
 
-def idle_lowest(statistics: LayerStatistics, scores: Tensor) -> Tensor:
-    """`scores` [E] with every idle expert (count 0) at one finite value, at least 1 below zero and all the others."""
-    used = statistics.count > 0
-    lowest = torch.where(used, scores, 0.0).min()
-    return torch.where(used, scores, lowest - lowest.abs().clamp(min=1))
-
-
-def _mean(statistics: LayerStatistics, total: Tensor) -> Tensor:
-    return idle_lowest(statistics, total / statistics.count.clamp(min=1))
+def hts(statistics: LayerStatistics, b: float, alpha: float, beta: float) -> Tensor:
+    """S(b, α, β) = Σ gᵅ ‖y‖ᵝ / countᵇ (arXiv:2606.15716). Raises InputError for exponents that are not accumulated."""
+    if (alpha, beta) not in MOMENTS:
+        known = ", ".join(f"({a:g},{c:g})" for a, c in MOMENTS)
+        raise InputError(f"hts({b:g},{alpha:g},{beta:g}): (alpha, beta) must be one of {known}")
+    total = getattr(statistics, MOMENTS[alpha, beta]).double()
+    return idle_lowest(statistics, total / statistics.count.clamp(min=1).double() ** b)
 
 
 def usage(statistics: LayerStatistics) -> Tensor:
@@ -31,50 +44,79 @@ def usage(statistics: LayerStatistics) -> Tensor:
 
 def gate_mass(statistics: LayerStatistics) -> Tensor:
     """Σ g, S(0, 1, 0) (soft count of SEER-MoE, arXiv:2404.05089)."""
-    return idle_lowest(statistics, statistics.gate_sum)
+    return hts(statistics, 0, 1, 0)
 
 
 def ean(statistics: LayerStatistics) -> Tensor:
     """Σ ‖y‖, S(0, 0, 1) (EAN as REAP's paper defines it, arXiv:2510.13999)."""
-    return idle_lowest(statistics, statistics.norm_sum)
-
-
-def ean_dim(statistics: LayerStatistics) -> Tensor:
-    """Σⱼ sqrt(Σ yⱼ²): norm over the tokens of each output dimension j, then summed (EAN of MC-Suite, eq. 13).
-
-    Raises InputError when the statistics hold no per-dimension sums.
-    """
-    if statistics.dimensions == 0:
-        raise InputError("ean_dim: the statistics hold no per-dimension sums (square_sum); calibrate with them")
-    return idle_lowest(statistics, statistics.square_sum.sqrt().sum(1))
+    return hts(statistics, 0, 0, 1)
 
 
 def reap(statistics: LayerStatistics) -> Tensor:
     """Mean of g ‖y‖, S(1, 1, 1) (arXiv:2510.13999), with the gates that the model itself multiplies by."""
-    return _mean(statistics, statistics.gated_norm_sum)
+    return hts(statistics, 1, 1, 1)
+
+
+def reap_renormalised(statistics: LayerStatistics) -> Tensor:
+    """Mean of g' ‖y‖, g' = g / Σ of the token's gates (recommended in REAP's README, arXiv:2510.13999)."""
+    need(statistics, "reap_renormalised", "renormalised_norm_sum")
+    return mean(statistics, statistics.renormalised_norm_sum)
+
+
+def reap_compat(statistics: LayerStatistics) -> Tensor:
+    """REAP's numbers as its reference code takes them, for comparison only.
+
+    The K largest raw logits are taken as the choice and their softmax over all experts as gates, whatever the model's
+    router does: biases, groups, sigmoid scores and scaling are left out (arXiv:2510.13999, observer of the repository).
+    """
+    need(statistics, "reap_compat", "compat_gated_norm_sum")
+    count = statistics.compat_count
+    scores = statistics.compat_gated_norm_sum / count.clamp(min=1)
+    return torch.where(count > 0, scores, -1.0)
 
 
 def man(statistics: LayerStatistics) -> Tensor:
     """Mean of ‖y‖, S(1, 0, 1) (mean activation norm, arXiv:2606.15716)."""
-    return _mean(statistics, statistics.norm_sum)
+    return hts(statistics, 1, 0, 1)
 
 
 def msan(statistics: LayerStatistics) -> Tensor:
     """Mean of ‖y‖², S(1, 0, 2) (mean squared activation norm, arXiv:2606.15716)."""
-    return _mean(statistics, statistics.norm_square_sum)
+    return hts(statistics, 1, 0, 2)
 
 
 def gated_norm(statistics: LayerStatistics) -> Tensor:
     """Σ g ‖y‖, S(0, 1, 1) (arXiv:2606.15716)."""
-    return idle_lowest(statistics, statistics.gated_norm_sum)
+    return hts(statistics, 0, 1, 1)
 
 
 def gated_square(statistics: LayerStatistics) -> Tensor:
     """Σ (g ‖y‖)², S(0, 2, 2) (arXiv:2606.15716)."""
-    return idle_lowest(statistics, statistics.gated_norm_square_sum)
+    return hts(statistics, 0, 2, 2)
+
+
+def evtc(statistics: LayerStatistics) -> Tensor:
+    """How many distinct token ids were routed to the expert (EVTC of MC-Suite, arXiv:2504.05586).
+
+    The paper divides by the vocabulary's size, which ranks alike.
+    """
+    need(statistics, "evtc", "vocabulary")
+    return idle_lowest(statistics, popcount(statistics.vocabulary).double())
+
+
+def easy_ep(statistics: LayerStatistics) -> Tensor:
+    """Σ g ‖y‖ max(1 - cos(h, h + MoE(h)), 0), h the residual stream before the block (EASY-EP, arXiv:2504.06792)."""
+    if not statistics.residual_tokens.any() and statistics.tokens.any():
+        raise InputError("easy_ep: the residual stream was not seen in this model, so there is no residual_sum")
+    return idle_lowest(statistics, statistics.residual_sum)
 
 
 def random(experts: int, seed: int, key: str) -> Tensor:
     """Uniform in [0, 1), a function of seed, layer key and expert number alone, the same on every machine."""
     digests = (hashlib.sha256(f"{seed}/{key}/{e}".encode()).digest() for e in range(experts))
     return torch.tensor([(int.from_bytes(d[:8], "big") >> 11) / 2**53 for d in digests], dtype=torch.float64)
+
+
+def popcount(bits: Tensor) -> Tensor:
+    """Bits set in each row of [E, W] int64, as [E] int64."""
+    return (bits[..., None] >> torch.arange(64, device=bits.device) & 1).sum((-1, -2))

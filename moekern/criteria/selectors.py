@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from moekern.criteria.scores import idle_lowest
-from moekern.statistics import LayerStatistics
+from moekern.criteria.needs import idle_lowest
+from moekern.sums import LayerStatistics
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -43,7 +43,7 @@ def hope(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
     The displayed score of an expert is the objective that dropping it adds to the rest of the dropped set:
     F[e, e] + 2 Σ F[e, j] over dropped j ≠ e. With kept = E that is the diagonal, the cost of dropping e alone.
     """
-    return _select(conditional_pairs(statistics), statistics, kept, groups, protected)
+    return select(conditional_pairs(statistics), statistics, kept, groups, protected)
 
 
 def hope_all_tokens(
@@ -54,17 +54,30 @@ def hope_all_tokens(
     pᵀ F p is then E[(Σ of the dropped a)²], so rarely used experts weigh little, as in the sums of gated norms.
     """
     pairs = ((statistics.pair_sum + statistics.pair_sum.T) / 2 / statistics.tokens.clamp(min=1)).cpu().numpy()
-    return _select(pairs, statistics, kept, groups, protected)
+    return select(pairs, statistics, kept, groups, protected)
 
 
-def _select(F: Matrix, statistics: LayerStatistics, kept: int, groups: int, protected: Collection[int]) -> Selection:
+def select(
+    F: Matrix,
+    statistics: LayerStatistics,
+    kept: int,
+    groups: int,
+    protected: Collection[int],
+    *,
+    greedy: bool = False,
+) -> Selection:
+    """The dropped set with the least pᵀ F p found, idle experts first; `greedy` adds one expert at a time to it."""
     E = len(F)
     group = np.arange(E) // (E // groups)
     dropped, free, quota = _certain(statistics, E // groups - kept // groups, groups, protected)
     index = np.flatnonzero(free)
     if len(index) and quota.sum():
-        reap = (statistics.gated_norm_sum / statistics.count.clamp(min=1)).cpu().numpy()
-        dropped[index] = best_set(F[np.ix_(index, index)], group[index], quota, [reap[index]])
+        part = F[np.ix_(index, index)]
+        if greedy:
+            dropped[index] = _greedy(part, group[index], quota)
+        else:
+            reap = (statistics.gated_norm_sum / statistics.count.clamp(min=1)).cpu().numpy()
+            dropped[index] = best_set(part, group[index], quota, [reap[index]])
     others = dropped[None, :] & ~np.eye(E, dtype=bool)
     scores = torch.from_numpy(F.diagonal() + 2 * (F * others).sum(1))
     return Selection(tuple(np.flatnonzero(~dropped).tolist()), idle_lowest(statistics, scores))

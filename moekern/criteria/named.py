@@ -1,0 +1,138 @@
+"""From what a person writes after --criterion to a criterion: a name, hts(b, alpha, beta), a combination, a plug-in."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moekern.criteria import combine, scores
+from moekern.criteria.combine import Part
+from moekern.criteria.table import ALIASES, CRITERIA, Criterion, Kind
+from moekern.errors import InputError
+from moekern.sums import LayerStatistics
+
+COMBINATORS: dict[str, tuple[Kind, Callable[..., Any]]] = {
+    "rank": ("score", combine.rank),
+    "zscore": ("score", combine.zscore),
+    "union": ("selector", combine.union),
+    "intersection": ("selector", combine.intersection),
+    "worst_domain": ("domains", combine.worst_domain),
+    "round_robin": ("domains", combine.round_robin),
+}
+CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
+FORMS = "hts(b,alpha,beta), " + ", ".join(f"{name}(...)" for name in COMBINATORS) + ", file.py:function"
+
+
+def criterion_named(text: str) -> Criterion:
+    """The criterion that `text` asks for.
+
+    A name of the table; "hts(1,1,1)"; a combination such as "rank(reap*2, usage)", "union(reap, hope)" or
+    "worst_domain(reap)"; a plug-in "path/to/file.py:function" or "package.module:function", whose function takes
+    LayerStatistics and gives [E] scores, higher kept. Raises InputError, naming what is known.
+    """
+    name = text.strip()
+    name = ALIASES.get(name, name)
+    if name in CRITERIA:
+        return CRITERIA[name]
+    call = CALL.fullmatch(name)
+    if call and call[1] == "hts":
+        return _hts(name, call[2])
+    if call and call[1] in COMBINATORS:
+        return _combined(name, call[1], _arguments(call[2]))
+    if ":" in name and not call:
+        return _plug_in(name)
+    raise InputError(f"--criterion {text}: unknown; known are {', '.join(CRITERIA)}, {FORMS}")
+
+
+def score_layer(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int = 0) -> Tensor:
+    """[E] float64, higher is kept. A selector scores the cost of dropping each expert alone."""
+    if criterion.kind == "seeded":
+        found: Tensor = criterion.function(statistics.num_experts, seed, key)
+        return found
+    if criterion.kind == "domains":
+        chosen = criterion.function({"": statistics}, statistics.num_experts)
+        return chosen.scores  # type: ignore[no-any-return]
+    return combine.scored(criterion, statistics)
+
+
+def _hts(text: str, inside: str) -> Criterion:
+    try:
+        b, alpha, beta = (float(number) for number in inside.split(","))
+    except ValueError:
+        raise InputError(f"--criterion {text}: expected three numbers, as in hts(1,1,1)") from None
+    if (alpha, beta) not in scores.MOMENTS:
+        scores.hts(LayerStatistics.zeros(1), b, alpha, beta)  # says which are known
+    function = partial(scores.hts, b=b, alpha=alpha, beta=beta)
+    return Criterion(text, function, "score", "activation", "routed", "min", "S(b, alpha, beta)", "arXiv:2606.15716")
+
+
+def _arguments(inside: str) -> list[str]:
+    """Split at the commas outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(inside):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            parts.append(inside[start:i])
+            start = i + 1
+    return [part for part in [*parts, inside[start:]] if part.strip()]
+
+
+def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
+    parts = [_part(text, argument) for argument in arguments]
+    if not parts:
+        raise InputError(f"--criterion {text}: expected criteria between the parentheses")
+    kind, function = COMBINATORS[combinator]
+    if kind == "domains" and len(parts) != 1:
+        raise InputError(f"--criterion {text}: {combinator} takes one criterion")
+    tiers = [part.criterion.tier for part in parts]
+    tier = next((tier for tier in tiers if tier != "routed"), "routed")
+    return Criterion(text, partial(function, parts), kind, "combined", tier, "set", "a combination", "")
+
+
+def _part(text: str, argument: str) -> Part:
+    name, star, weight = argument.rpartition("*")
+    try:
+        factor = float(weight) if star else 1.0
+    except ValueError:
+        raise InputError(f"--criterion {text}: {weight.strip()!r} is no weight, as in reap*0.5") from None
+    if not 0 < factor < math.inf:
+        raise InputError(f"--criterion {text}: weights must be positive")
+    part = Part(criterion_named(name if star else argument), factor)
+    if part.criterion.kind in ("seeded", "domains"):
+        raise InputError(f"--criterion {text}: {part.criterion.name} cannot be part of a combination")
+    return part
+
+
+def _plug_in(text: str) -> Criterion:
+    where, _, name = text.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"moekern_plug_in_{Path(where).stem}", where)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{where} is no Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        function = getattr(module, name)
+    except (OSError, ImportError, AttributeError, SyntaxError) as error:
+        raise InputError(f"--criterion {text}: {error}") from error
+    meaning = (function.__doc__ or "").strip().partition("\n")[0]
+    return Criterion(text, partial(_checked, text, function), "score", "plug-in", "routed", "min", meaning, "")
+
+
+def _checked(text: str, function: Callable[[LayerStatistics], Tensor], statistics: LayerStatistics) -> Tensor:
+    scores = function(statistics)
+    E = statistics.num_experts
+    if not isinstance(scores, Tensor) or scores.shape != (E,) or not scores.isfinite().all():
+        got = f"{list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"--criterion {text}: expected a tensor of {E} finite scores, got {got}")
+    return scores.double()

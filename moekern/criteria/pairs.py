@@ -1,0 +1,130 @@
+"""Scores from pairs and sets of experts: who does what another does. [E] float64, higher is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekern.criteria.needs import cosines, idle_lowest, need, others
+from moekern.sums import LayerStatistics
+
+
+def ecc(statistics: LayerStatistics) -> Tensor:
+    """The step at which the expert is dropped: of the pair chosen together most often, the less used goes (ECC).
+
+    The rule is repeated over the survivors (MC-Suite, arXiv:2504.05586, Fig. 10), so scores are ranks 0 to E - 1.
+    """
+    return _rarer_of_the_closest(statistics, statistics.coactivation.double())
+
+
+def ets(statistics: LayerStatistics) -> Tensor:
+    """As `ecc`, for the pair with the most distinct token ids in common (ETS of MC-Suite, arXiv:2504.05586).
+
+    The paper counts common tokens; here each id counts once.
+    """
+    need(statistics, "ets", "vocabulary")
+    bits = torch.arange(64, device=statistics.vocabulary.device)
+    seen = (statistics.vocabulary[..., None] >> bits & 1).flatten(1).float()
+    return _rarer_of_the_closest(statistics, (seen @ seen.T).double())  # exact: below 2^24 ids
+
+
+def _rarer_of_the_closest(statistics: LayerStatistics, together: Tensor) -> Tensor:
+    count, E = statistics.count, statistics.num_experts
+    left = together.clone().fill_diagonal_(-1.0)
+    scores = torch.zeros(E, dtype=torch.float64, device=count.device)
+    alive = torch.ones(E, dtype=torch.bool, device=count.device)
+    for step in range(E - 1):
+        i, j = divmod(int(left.argmax()), E)  # of equal pairs the first
+        if left[i, j] <= 0:  # none of the survivors meet: the least used goes
+            dropped = int(torch.where(alive, count, torch.iinfo(count.dtype).max).argmin())
+        else:
+            dropped = i if (int(count[i]), -i) < (int(count[j]), -j) else j
+        scores[dropped] = step
+        alive[dropped] = False
+        left[dropped], left[:, dropped] = -1.0, -1.0
+    scores[alive] = E - 1 if E > 1 else 0
+    return idle_lowest(statistics, scores)
+
+
+def m_smoe(statistics: LayerStatistics) -> Tensor:
+    """-the largest (cos + 1) / 2 of router logits with a more used expert (similarity of M-SMoE, arXiv:2310.01334)."""
+    need(statistics, "m_smoe", "logit_gram")
+    return _covered(statistics, (cosines(statistics.logit_gram) + 1) / 2, statistics.count)
+
+
+def hc_smoe(statistics: LayerStatistics) -> Tensor:
+    """-the largest cosine of mean outputs with a more used expert (similarity of HC-SMoE, arXiv:2410.08589).
+
+    Means are over the replayed tokens, on which every expert was run.
+    """
+    need(statistics, "hc_smoe", "output_sum")
+    return _covered(statistics, cosines(statistics.output_sum @ statistics.output_sum.T), statistics.count)
+
+
+def ream(statistics: LayerStatistics) -> Tensor:
+    """-the largest similarity with an expert of higher REAP (similarity of REAM, arXiv:2604.04356).
+
+    Similarity is the mean of the outputs' mean cosine and the router logits' cosine. REAM gates the outputs first;
+    the cosine of two rows does not depend on positive gates.
+    """
+    need(statistics, "ream", "output_cosine", "logit_gram")
+    outputs = statistics.output_cosine / statistics.replay_tokens.clamp(min=1)
+    reap = statistics.gated_norm_sum / statistics.count.clamp(min=1)
+    return _covered(statistics, (outputs + cosines(statistics.logit_gram)) / 2, reap)
+
+
+def _covered(statistics: LayerStatistics, similarity: Tensor, salience: Tensor) -> Tensor:
+    """-the largest similarity with a more salient expert; the most salient expert has none and scores highest.
+
+    Of equally salient experts the lower number counts as the more salient.
+    """
+    E = statistics.num_experts
+    rank = torch.empty(E, dtype=torch.int64, device=salience.device)
+    rank[salience.argsort(descending=True, stable=True)] = torch.arange(E, device=salience.device)
+    above = rank[None, :] < rank[:, None]
+    largest = torch.where(above, similarity, -torch.inf).max(1).values
+    lowest = float(similarity.min()) - 1
+    return idle_lowest(statistics, -torch.where(above.any(1), largest, lowest))
+
+
+def router_redundancy(statistics: LayerStatistics) -> Tensor:
+    """-Σ over other experts of the cosine of router logits over all tokens."""
+    need(statistics, "router_redundancy", "logit_gram")
+    return idle_lowest(statistics, -others(cosines(statistics.logit_gram)))
+
+
+def output_redundancy(statistics: LayerStatistics) -> Tensor:
+    """-Σ over other experts of the mean cosine of their outputs on the same tokens."""
+    need(statistics, "output_redundancy", "output_cosine")
+    return idle_lowest(statistics, -others(statistics.output_cosine / statistics.replay_tokens.clamp(min=1)))
+
+
+def leave_one_out(statistics: LayerStatistics) -> Tensor:
+    """Σ ‖Δ‖₂² over the replayed tokens: what the block's output loses when the expert is dropped alone.
+
+    A token's next-best expert takes over as the model's own router chooses it. Exact for the sampled tokens.
+    """
+    need(statistics, "leave_one_out", "deletion_gram")
+    return idle_lowest(statistics, statistics.deletion_gram.diagonal().clamp(min=0))
+
+
+def shape(statistics: LayerStatistics) -> Tensor:
+    """Shapley-like share of the coalitions' value: Σ over chosen sets A with e of (v(A) - α n(A without e)) (SHAPE).
+
+    v(A) is how often exactly A was chosen, n(B) how many tokens chose all of B, α the least v(A) / n(A without e) over
+    the sets with e (arXiv:2606.09886; n is reconstructed from the description of its code).
+    """
+    need(statistics, "shape", "coalitions")
+    sets, value = statistics.coalitions[:, :-1], statistics.coalitions[:, -1].double()
+    C, K = sets.shape
+    scores = torch.zeros(statistics.num_experts, dtype=torch.float64)
+    if K == 1:
+        return idle_lowest(statistics, scores.index_add_(0, sets[:, 0], value))
+    without = torch.stack([torch.cat([sets[:, :k], sets[:, k + 1 :]], 1) for k in range(K)], 1)  # [C, K, K - 1]
+    _, index = without.reshape(C * K, K - 1).unique(dim=0, return_inverse=True)
+    n = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, value.repeat_interleave(K))
+    expert, chosen, rest = sets.reshape(-1), value.repeat_interleave(K), n[index]
+    alpha = torch.ones(statistics.num_experts, dtype=torch.float64)
+    alpha.scatter_reduce_(0, expert, chosen / rest, "amin")
+    scores.index_add_(0, expert, chosen - alpha[expert] * rest)
+    return idle_lowest(statistics, scores)

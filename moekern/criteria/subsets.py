@@ -1,0 +1,188 @@
+"""Selectors that weigh whole kept sets: reconstruction (NAEE), clusters (STUN) and coverage (DIET)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import combinations, product
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import squareform
+
+from moekern.criteria.needs import cosines, idle_lowest, need
+from moekern.criteria.selectors import Selection, select
+from moekern.sums import LayerStatistics
+
+Matrix = NDArray[np.float64]
+
+
+def naee(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()) -> Selection:
+    """The kept set whose layer output is nearest to the whole layer's (NAEE, arXiv:2402.14800).
+
+    Up to 10 experts every set was replayed, so the least Σ ‖all - kept‖₂² over the replayed tokens is exact (the paper
+    sums norms of whole batches). Beyond, single deletions are taken to add up: ‖Σ Δ‖² by their Gram matrix, minimised
+    as HOPE's objective is. Scores are those of `leave_one_out`.
+    """
+    need(statistics, "naee", "deletion_gram")
+    single = idle_lowest(statistics, statistics.deletion_gram.diagonal().clamp(min=0))
+    if not statistics.subset_loss.numel():
+        gram = (statistics.deletion_gram + statistics.deletion_gram.T) / 2
+        return select(gram.cpu().numpy(), statistics, kept, groups, protected)
+    loss = statistics.subset_loss.tolist()
+    sets = _sets(statistics.num_experts, kept, groups, protected)
+    keep = min(sets, key=lambda keep: (loss[sum(1 << e for e in keep)], keep))
+    return Selection(keep, single)
+
+
+def _sets(E: int, kept: int, groups: int, protected: Collection[int]) -> Iterator[tuple[int, ...]]:
+    size = E // groups
+    parts = [combinations(range(g * size, (g + 1) * size), kept // groups) for g in range(groups)]
+    for chosen in product(*parts):
+        keep = sum(chosen, ())
+        if set(protected) <= set(keep):
+            yield keep
+
+
+def leave_one_out_greedy(
+    statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()
+) -> Selection:
+    """Experts are dropped one by one, always the one that adds least to ‖Σ Δ‖² of the dropped ones.
+
+    Single deletions are taken to add up, so a step is exact only for the first expert.
+    """
+    need(statistics, "leave_one_out_greedy", "deletion_gram")
+    gram = (statistics.deletion_gram + statistics.deletion_gram.T).cpu().numpy() / 2
+    return select(gram, statistics, kept, groups, protected, greedy=True)
+
+
+def stun(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()) -> Selection:
+    """Clusters of experts, of each of which the one nearest to its centre stays (STUN, arXiv:2409.06211).
+
+    Distance: that of the router's rows less the share of tokens that chose both, each divided by its largest value;
+    average linkage. Within a group there are as many clusters as places. Scores: -distance from the cluster's centre.
+    """
+    need(statistics, "stun", "router_gram")
+    gram = statistics.router_gram
+    square = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+    far = square.clamp(min=0).sqrt()
+    both = statistics.coactivation.double().fill_diagonal_(0)
+    far = far / far.max().clamp(min=1e-300) - both / both.max().clamp(min=1)
+    distance = (far - far.min()).fill_diagonal_(0).cpu().numpy()
+    return _one_of_each(distance, _to_centre(gram.cpu().numpy()), statistics, kept, groups, protected)
+
+
+def hc_smoe_clusters(
+    statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()
+) -> Selection:
+    """Average-linkage clusters of mean outputs, of each of which the most used expert stays (arXiv:2410.08589).
+
+    HC-SMoE merges a cluster; here its members are dropped. Distance: 1 - cosine of the mean outputs over the replayed
+    tokens. Scores: usage.
+    """
+    need(statistics, "hc_smoe_clusters", "output_sum")
+    distance = (1 - cosines(statistics.output_sum @ statistics.output_sum.T)).clamp(min=0).fill_diagonal_(0)
+    count = statistics.count.cpu().numpy()
+    return _one_of_each(
+        distance.cpu().numpy(),
+        lambda members: np.asarray(count[members], dtype=np.float64),
+        statistics,
+        kept,
+        groups,
+        protected,
+    )
+
+
+def diet(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()) -> Selection:
+    """The kept set that covers all deletion signatures: least Σ over experts of the distance to the nearest kept one.
+
+    A signature is Σ Δ over the replayed tokens, distance 1 - cosine: k-median by adding greedily, then swapping while
+    that helps (the coverage of DIET, without its layer budgets and annealing). Scores: what dropping the expert alone
+    would add to the sum.
+    """
+    need(statistics, "diet", "deletion_sum")
+    gram = statistics.deletion_sum @ statistics.deletion_sum.T
+    distance = (1 - cosines(gram)).clamp(min=0).fill_diagonal_(0).cpu().numpy()
+    E = len(distance)
+    group = np.arange(E) // (E // groups)
+    chosen = sorted(protected)
+    while len(chosen) < kept:
+        full = np.bincount(group[chosen], minlength=groups) >= kept // groups
+        free = [e for e in range(E) if e not in chosen and not full[group[e]]]
+        chosen.append(min(free, key=lambda e: (_uncovered(distance, [*chosen, e]), e)))
+    keep = _swapped(distance, chosen, group, protected)
+    alone = np.where(np.eye(E, dtype=bool), np.inf, distance).min(1) if E > 1 else np.zeros(E)
+    return Selection(tuple(keep), idle_lowest(statistics, torch.from_numpy(alone)))
+
+
+def _uncovered(distance: Matrix, kept: list[int]) -> float:
+    return float(distance[:, kept].min(1).sum())
+
+
+def _swapped(distance: Matrix, kept: list[int], group: NDArray[np.int64], protected: Collection[int]) -> list[int]:
+    best, value = sorted(kept), _uncovered(distance, kept)
+    improved = True
+    while improved:
+        improved = False
+        for out in [e for e in best if e not in protected]:
+            for new in [e for e in range(len(distance)) if e not in best and group[e] == group[out]]:
+                trial = sorted([*(e for e in best if e != out), new])
+                found = _uncovered(distance, trial)
+                if found < value * (1 - 1e-12):
+                    best, value, improved = trial, found, True
+                    break
+            if improved:
+                break
+    return best
+
+
+Value = Callable[[list[int]], Matrix]  # members of a cluster -> how much each should be the one that stays
+
+
+def _to_centre(gram: Matrix) -> Value:
+    """-squared distance of each member from the mean of all, from inner products."""
+
+    def nearness(members: list[int]) -> Matrix:
+        part = gram[np.ix_(members, members)]
+        return np.asarray(2 * part.mean(1) - part.diagonal() - part.mean())
+
+    return nearness
+
+
+def _one_of_each(
+    distance: Matrix,
+    value: Value,
+    statistics: LayerStatistics,
+    kept: int,
+    groups: int,
+    protected: Collection[int],
+) -> Selection:
+    """Of as many clusters as there are places in each group, the member with the highest value; protected ones first.
+
+    Idle experts stay only where no other is left. Clusters with two protected members leave fewer places for others,
+    which the largest clusters get.
+    """
+    E, idle = len(distance), (statistics.count == 0).cpu().numpy()
+    size, quota = E // groups, kept // groups
+    keep: list[int] = []
+    scores = np.zeros(E)
+    for first in range(0, E, size):
+        mine = list(range(first, first + size))
+        ranked: list[tuple[tuple[bool, bool, bool, int], int]] = []
+        for members in _clusters(distance, mine, quota):
+            worth = value(members)
+            scores[members] = worth
+            order = sorted(zip(members, worth, strict=True), key=lambda m: (m[0] not in protected, idle[m[0]], -m[1]))
+            for place, (e, _) in enumerate(order):
+                ranked.append(((e not in protected, bool(idle[e]), place > 0, -len(members)), e))
+        keep += [e for _, e in sorted(ranked)[:quota]]
+    return Selection(tuple(sorted(keep)), idle_lowest(statistics, torch.from_numpy(scores)))
+
+
+def _clusters(distance: Matrix, members: list[int], number: int) -> list[list[int]]:
+    if number >= len(members):
+        return [[e] for e in members]
+    tree = linkage(squareform(distance[np.ix_(members, members)], checks=False), "average")
+    label = cut_tree(tree, n_clusters=number)[:, 0]
+    return [[members[i] for i in np.flatnonzero(label == n)] for n in range(number)]

@@ -1,0 +1,154 @@
+"""The table of criteria: what `moekern criteria`, the docs and the tests are made from. One row a criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from moekern.criteria import activation, gradient, pairs, scores, selectors, subsets, weights
+
+Drop = Literal["min", "max", "set", "none"]
+Kind = Literal["score", "selector", "seeded", "domains"]
+Family = Literal["weight", "inference", "activation", "gradient", "redundancy", "combined", "baseline", "plug-in"]
+
+MC = "arXiv:2504.05586"
+HTS = "arXiv:2606.15716"
+REAP = "arXiv:2510.13999"
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One way to choose experts.
+
+    kind "score": function(LayerStatistics) -> [E] float64, higher is kept.
+    kind "selector": function(LayerStatistics, kept, groups, protected) -> Selection.
+    kind "domains": as a selector, with a mapping from domain to LayerStatistics in the first place.
+    kind "seeded": function(experts, seed, layer key) -> [E] float64.
+    `drop` is the end of the published quantity that goes first: where it is "max", the score is its negative. `tier`
+    is what calibration must have measured; "routed" is always there, "weights" needs no text.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    kind: Kind
+    family: Family
+    tier: str
+    drop: Drop
+    meaning: str
+    paper: str
+
+
+def _rows(module: ModuleType, family: Family, tier: str, *rows: tuple[str, Drop, str, str]) -> tuple[Criterion, ...]:
+    """Criteria of one module, family and tier: name (of the function too), drop, meaning, paper."""
+    return tuple(
+        Criterion(name, getattr(module, name), "selector" if drop == "set" else "score", family, tier, drop, *words)
+        for name, drop, *words in rows
+    )
+
+
+MC_SUITE = (
+    *_rows(
+        weights, "weight", "weights",
+        ("ews", "max", "cosine of the weights with the other experts' (EWS)", MC),
+        ("rwn", "max", "norm of the router's row (RWN)", MC),
+        ("wsr", "max", "stable rank of the weights (WSR)", MC),
+        ("ewn", "min", "norm of the weights (EWN)", MC),
+    ),
+    *_rows(scores, "inference", "routed", ("usage", "min", "share of tokens routed to the expert (EUF)", MC)),
+    *_rows(pairs, "inference", "routed", ("ecc", "max", "the less used of the pair chosen together most (ECC)", MC)),
+    *_rows(scores, "inference", "vocabulary", ("evtc", "min", "distinct token ids seen (EVTC)", MC)),
+    *_rows(pairs, "inference", "vocabulary", ("ets", "max", "the less used of the pair sharing most ids (ETS)", MC)),
+    *_rows(
+        activation, "activation", "dimensions",
+        ("eas", "max", "cosine of the outputs with the other experts' (EAS)", MC),
+        ("eae", "min", "sum of log std of the output's dimensions (EAE)", MC),
+    ),
+    *_rows(activation, "activation", "outliers", ("eao", "min", "output entries beyond 3 sigma (EAO)", MC)),
+    *_rows(
+        activation, "activation", "dimensions",
+        ("ean_dim", "min", "norm over tokens of each output dimension, summed (EAN)", MC),
+    ),
+    *_rows(
+        gradient, "gradient", "gradient",
+        ("egs", "max", "cosine of the gradient with the other experts' (EGS)", MC),
+        ("ege", "min", "sum of log std of the gradient's dimensions (EGE)", MC),
+        ("ego", "min", "gradient entries beyond 3 sigma (EGO)", MC),
+        ("egn", "min", "norm of the gradient (EGN)", MC),
+    ),
+)  # fmt: skip
+HTS_FAMILY = (
+    *_rows(scores, "inference", "routed", ("gate_mass", "min", "sum of gates (SEER-MoE)", "arXiv:2404.05089")),
+    *_rows(
+        scores, "activation", "routed",
+        ("ean", "min", "sum of output norms (EAN, per token)", REAP),
+        ("reap", "min", "mean gate x norm (REAP)", REAP),
+        ("man", "min", "mean output norm (MAN)", HTS),
+        ("msan", "min", "mean squared output norm (MSAN)", HTS),
+        ("gated_norm", "min", "sum of gate x norm", HTS),
+        ("gated_square", "min", "sum of (gate x norm) squared", HTS),
+    ),
+)  # fmt: skip
+LATER = (
+    *_rows(
+        scores, "activation", "reap",
+        ("reap_renormalised", "min", "REAP with each token's gates made to sum to 1", REAP),
+        ("reap_compat", "min", "REAP's numbers as its code takes them, for comparison", REAP),
+    ),
+    *_rows(
+        selectors, "activation", "routed",
+        ("hope", "set", "least joint gate x norm of the dropped set (HOPE)", "arXiv:2609.18916"),
+        ("hope_all_tokens", "set", "as hope, averaged over all tokens (HOPE's bound)", "arXiv:2609.18916"),
+    ),
+    *_rows(
+        scores, "activation", "routed",
+        ("easy_ep", "min", "sum of gate x norm x turn of the residual stream (EASY-EP)", "arXiv:2504.06792"),
+    ),
+    *_rows(
+        activation, "activation", "dimensions",
+        ("mone", "min", "spread of the output x mean gate (MoNE)", "arXiv:2507.00390"),
+    ),
+    *_rows(weights, "weight", "weights", ("aimer", "max", "mean |w| over RMS of weights (AIMER)", "arXiv:2603.18492")),
+    *_rows(
+        pairs, "inference", "coalitions",
+        ("shape", "min", "Shapley-like share of the chosen sets (SHAPE)", "arXiv:2606.09886"),
+    ),
+    *_rows(
+        gradient, "gradient", "gradient",
+        ("taylor", "min", "first-order change of the loss without the weights", "arXiv:1611.06440"),
+        ("gate_taylor", "min", "first-order rise of the loss without the gate", ""),
+    ),
+)  # fmt: skip
+REDUNDANCY = (
+    *_rows(
+        subsets, "redundancy", "weights",
+        ("stun", "set", "one of each cluster of router rows and co-activation (STUN)", "arXiv:2409.06211"),
+    ),
+    *_rows(
+        pairs, "redundancy", "routed",
+        ("m_smoe", "max", "likeness of router logits to a more used expert's (M-SMoE)", "arXiv:2310.01334"),
+        ("router_redundancy", "max", "cosine of router logits with the other experts'", ""),
+    ),
+    *_rows(
+        subsets, "redundancy", "replay",
+        ("naee", "set", "kept set whose output is nearest to the whole layer's (NAEE)", "arXiv:2402.14800"),
+        ("hc_smoe_clusters", "set", "most used of each cluster of mean outputs (HC-SMoE)", "arXiv:2410.08589"),
+        ("leave_one_out_greedy", "set", "dropped one by one, least added loss of output first", ""),
+        ("diet", "set", "kept set that covers the deletion signatures (DIET)", "DIET, 2026"),
+    ),
+    *_rows(
+        pairs, "redundancy", "replay",
+        ("hc_smoe", "max", "likeness of mean outputs to a more used expert's (HC-SMoE)", "arXiv:2410.08589"),
+        ("ream", "max", "likeness of outputs and logits to an expert of higher REAP (REAM)", "arXiv:2604.04356"),
+        ("output_redundancy", "max", "mean cosine of outputs with the other experts'", ""),
+        ("leave_one_out", "min", "what the output loses when the expert is dropped alone", ""),
+    ),
+)  # fmt: skip
+RANDOM = Criterion(
+    "random", scores.random, "seeded", "baseline", "routed", "none", "numbers from --seed: a baseline", ""
+)
+
+CRITERIA: dict[str, Criterion] = {row.name: row for row in (*MC_SUITE, *HTS_FAMILY, *LATER, *REDUNDANCY, RANDOM)}
+# Other names that papers use.
+ALIASES = {"euf": "usage", "frequency": "usage", "seer": "gate_mass", "ean_token": "ean"}

@@ -1,0 +1,159 @@
+"""What may stand after --criterion beside a name: hts(...), combinations and plug-ins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekern.criteria import criterion_named, score_layer
+from moekern.errors import InputError
+from moekern.sums import LayerStatistics
+from tests.measured import layer_statistics, with_tiers
+
+MEMBERS = {
+    "hts(0,0,0)": "usage", "hts(0,1,0)": "gate_mass", "hts(0,0,1)": "ean", "hts(1,1,1)": "reap", "hts(1,0,1)": "man",
+    "hts(1,0,2)": "msan", "hts(0,1,1)": "gated_norm", "hts(0,2,2)": "gated_square", "hts(1,2,2)": "hope",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "name"), MEMBERS.items())
+def test_named_members_are_members_of_the_family(text: str, name: str) -> None:
+    s = layer_statistics(1)
+    a, b = (score_layer(criterion_named(c), s, "0") for c in (text, name))
+    assert torch.equal(a.argsort(), b.argsort())
+    if name != "usage":
+        torch.testing.assert_close(a, b, rtol=1e-15, atol=0)
+
+
+def test_half_an_exponent_lies_between() -> None:
+    s = layer_statistics(1)
+    got = score_layer(criterion_named("hts(0.5, 1, 1)"), s, "0")
+    torch.testing.assert_close(got, s.gated_norm_sum / s.count.sqrt(), rtol=1e-15, atol=0)
+
+
+def test_sums_of_ranks_and_z_scores() -> None:
+    s = layer_statistics(2)
+    reap, usage = (score_layer(criterion_named(c), s, "0") for c in ("reap", "usage"))
+    places = torch.stack([torch.tensor([float((x > y).sum()) for x in reap]) for y in [reap]])[0].double()
+    low = torch.tensor([(float((usage < u).sum()) + float((usage <= u).sum()) - 1) / 2 for u in usage])
+    got = score_layer(criterion_named("rank(reap*2, usage)"), s, "0")
+    torch.testing.assert_close(got, 2 * places + low.double(), rtol=0, atol=1e-12)
+    z = [(x - x.mean()) / x.std(correction=0) for x in (reap, usage)]
+    torch.testing.assert_close(score_layer(criterion_named("zscore(reap,usage*0.5)"), s, "0"), z[0] + z[1] / 2)
+    nested = score_layer(criterion_named("rank(rank(reap), hts(1,1,1))"), s, "0")
+    torch.testing.assert_close(nested, 2 * places, rtol=0, atol=1e-12)
+
+
+def best(s: LayerStatistics, name: str, n: int) -> set[int]:
+    return set(score_layer(criterion_named(name), s, "0").argsort(descending=True)[:n].tolist())
+
+
+def test_a_union_holds_the_best_of_each_and_an_intersection_what_all_rank_high() -> None:
+    s = with_tiers(layer_statistics(4, experts=12, tokens=300))
+    keep = criterion_named("union(reap*2, rwn)").function(s, 6).keep
+    assert len(keep) == 6
+    assert best(s, "reap", 4) | best(s, "rwn", 2) <= set(keep)
+    both = criterion_named("intersection(reap, rwn)").function(s, 4).keep
+    n = next(n for n in range(13) if len(best(s, "reap", n) & best(s, "rwn", n)) >= 4)
+    assert best(s, "reap", n - 1) & best(s, "rwn", n - 1) <= set(both) <= best(s, "reap", n) & best(s, "rwn", n)
+
+
+@pytest.mark.parametrize(
+    "name", ["union(reap,usage)", "intersection(reap,usage)", "worst_domain(reap)", "round_robin(reap)"]
+)
+def test_groups_protection_and_counts_are_respected(name: str) -> None:
+    criterion = criterion_named(name)
+    s = layer_statistics(5, experts=12, tokens=300)
+    source = {"a": s, "b": layer_statistics(6, experts=12, tokens=300)} if criterion.kind == "domains" else s
+    worst = int(score_layer(criterion_named("reap"), s, "0").argmin())
+    keep = criterion.function(source, 8, 4, (worst,)).keep
+    assert worst in keep
+    assert keep == tuple(sorted(set(keep)))
+    assert [sum(e // 3 == g for e in keep) for g in range(4)] == [2, 2, 2, 2]
+    assert criterion.function(source, 12).keep == tuple(range(12))
+
+
+def two_domains() -> dict[str, LayerStatistics]:
+    """Prose lives in experts 0 and 1, code in 2 and 3; 4 and 5 are in between, and prose is louder."""
+    prose, code = LayerStatistics.zeros(6), LayerStatistics.zeros(6)
+    for sums, mass in ((prose, [800.0, 700, 10, 10, 300, 200]), (code, [1.0, 1, 9, 8, 3, 2])):
+        sums.count.fill_(1)
+        sums.tokens.fill_(6)
+        sums.gated_norm_sum.copy_(torch.tensor(mass))
+    return {"prose": prose, "code": code}
+
+
+def test_the_worst_domain_is_served_first() -> None:
+    domains = two_domains()
+    assert best(domains["prose"] + domains["code"], "gated_norm", 4) == {0, 1, 4, 5}
+    for name in ("worst_domain(gated_norm)", "round_robin(gated_norm)"):
+        assert criterion_named(name).function(domains, 4).keep == (0, 1, 2, 3)
+    assert criterion_named("worst_domain(gated_norm)").function(domains, 1).keep == (0,)
+
+
+def test_the_least_share_is_never_less_than_by_the_sum_of_domains() -> None:
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        domains = {name: LayerStatistics.zeros(10) for name in "abc"}
+        for sums in domains.values():
+            sums.count.fill_(1)
+            sums.gated_norm_sum.copy_(torch.rand(10, generator=draw, dtype=torch.float64) ** 4)
+        keep = criterion_named("worst_domain(gated_norm)").function(domains, 5).keep
+
+        def least(kept: set[int] | tuple[int, ...], domains: dict[str, LayerStatistics] = domains) -> float:
+            return min(float(s.gated_norm_sum[list(kept)].sum() / s.gated_norm_sum.sum()) for s in domains.values())
+
+        total = domains["a"] + domains["b"] + domains["c"]
+        assert least(keep) >= 0.9 * least(best(total, "gated_norm", 5))
+
+
+PLUG_IN = '''
+"""A criterion of one's own."""
+
+
+def loudest(statistics):
+    """Largest output entry."""
+    return statistics.max_abs
+
+
+def wrong(statistics):
+    return statistics.max_abs[1:]
+'''
+
+
+def test_a_plug_in_is_one_function_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(PLUG_IN)
+    criterion = criterion_named(f"{tmp_path}/my.py:loudest")
+    s = layer_statistics(0)
+    assert torch.equal(score_layer(criterion, s, "0"), s.max_abs)
+    assert criterion.meaning == "Largest output entry."
+    assert score_layer(criterion_named(f"rank({tmp_path}/my.py:loudest, reap)"), s, "0").isfinite().all()
+    with pytest.raises(InputError, match=r"expected a tensor of 6 finite scores, got \[5\]"):
+        score_layer(criterion_named(f"{tmp_path}/my.py:wrong"), s, "0")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    for name in ("my.py:absent", "gone.py:loudest", "broken.py:f"):
+        with pytest.raises(InputError, match=f"--criterion .*{name}: "):
+            criterion_named(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("hts(1,1)", "expected three numbers"),
+        ("hts(1,3,1)", r"\(alpha, beta\) must be one of \(0,0\), \(1,0\)"),
+        ("rank()", "expected criteria between the parentheses"),
+        ("rank(reap*x)", "'x' is no weight"),
+        ("rank(reap*-1)", "weights must be positive"),
+        ("rank(best)", "--criterion best: unknown"),
+        ("rank(random)", "random cannot be part of a combination"),
+        ("union(worst_domain(reap), usage)", "cannot be part of a combination"),
+        ("worst_domain(reap, usage)", "takes one criterion"),
+        ("no.such.module:f", "No module named"),
+        ("", "unknown"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        criterion_named(text)

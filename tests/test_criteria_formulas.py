@@ -1,0 +1,246 @@
+"""Each criterion against its formula written out over the tokens themselves, slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from moekern.criteria import CRITERIA, criterion_named, score_layer
+from moekern.criteria.subsets import _uncovered
+from moekern.sums import LayerStatistics
+from tests.measured import layer_statistics, with_tiers
+from tests.tokens import Tokens, measured, tokens
+
+EXPERTS = range(6)
+Formula = Callable[[Tokens, int], float | Tensor]
+
+
+def rows(raw: Tokens, e: int) -> Tensor:
+    """[count, H] outputs of e on its tokens."""
+    return torch.stack([raw.y[t, e] for t in raw.routed(e)])
+
+
+def gates(raw: Tokens, e: int) -> Tensor:
+    return torch.stack([raw.gates(t)[e] for t in raw.routed(e)])
+
+
+def ids(raw: Tokens, e: int) -> set[int]:
+    return {int(raw.token_ids[t]) for t in raw.routed(e)}
+
+
+def mean_pair_cosine(a: Tensor, b: Tensor) -> Tensor:
+    return cosine_similarity(a[:, None], b[None], dim=2).mean()
+
+
+def turn(raw: Tokens, t: int) -> Tensor:
+    h = raw.residual[t]
+    return (1 - cosine_similarity(h, h + raw.output(t), dim=0)).clamp(min=0)
+
+
+def lost(raw: Tokens, e: int) -> Tensor:
+    return torch.stack([raw.output(t) - raw.output(t, (e,)) for t in range(len(raw.logits))])
+
+
+def others(e: int) -> list[int]:
+    return [q for q in EXPERTS if q != e]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return cosine_similarity(a.flatten(), b.flatten(), dim=0)
+
+
+def likeness_to_better(raw: Tokens, e: int, worth: list[float], alike: Callable[[int, int], Tensor]) -> Tensor:
+    """The largest likeness to an expert of more worth; one below the least likeness of all where there is none."""
+    better = [q for q in others(e) if (worth[q], -q) > (worth[e], -e)]
+    found = [alike(e, q) for q in better] or [min(alike(p, q) for p in EXPERTS for q in EXPERTS) - 1]
+    return max(found)
+
+
+def used(raw: Tokens) -> list[float]:
+    return [len(raw.routed(e)) for e in EXPERTS]
+
+
+def reap(raw: Tokens, e: int) -> Tensor:
+    return (gates(raw, e) * rows(raw, e).norm(dim=1)).mean()
+
+
+def stable_rank(matrix: Tensor) -> Tensor:
+    return matrix.square().sum() / torch.linalg.matrix_norm(matrix, 2) ** 2
+
+
+def shapley(raw: Tokens, e: int) -> float:
+    chosen = [frozenset(raw.chosen(t)) for t in range(len(raw.logits))]
+    sets = {a for a in chosen if e in a}
+    value = {a: chosen.count(a) for a in sets}
+    n = {a: sum(a - {e} <= b for b in chosen) for a in sets}
+    alpha = min(value[a] / n[a] for a in sets)
+    return sum(value[a] - alpha * n[a] for a in sets)
+
+
+FORMULAS: dict[str, Formula] = {
+    "ews": lambda raw, e: -sum(cosine(raw.weights[e], raw.weights[q]) for q in others(e)),
+    "rwn": lambda raw, e: -raw.router[e].norm(),
+    "wsr": lambda raw, e: -stable_rank(raw.weights[e]),
+    "ewn": lambda raw, e: raw.weights[e].norm(),
+    "aimer": lambda raw, e: -raw.weights[e].abs().mean() / raw.weights[e].square().mean().sqrt(),
+    "usage": lambda raw, e: len(raw.routed(e)) / len(raw.logits),
+    "evtc": lambda raw, e: len(ids(raw, e)),
+    "eas": lambda raw, e: -sum(mean_pair_cosine(rows(raw, e), rows(raw, q)) for q in others(e)),
+    "eae": lambda raw, e: rows(raw, e).std(0, correction=0).log().sum(),
+    "eao": lambda raw, e: ((rows(raw, e) - rows(raw, e).mean()).abs() > 3 * rows(raw, e).std(correction=0)).sum(),
+    "ean_dim": lambda raw, e: rows(raw, e).norm(dim=0).sum(),
+    "gate_mass": lambda raw, e: gates(raw, e).sum(),
+    "ean": lambda raw, e: rows(raw, e).norm(dim=1).sum(),
+    "reap": reap,
+    "man": lambda raw, e: rows(raw, e).norm(dim=1).mean(),
+    "msan": lambda raw, e: rows(raw, e).norm(dim=1).square().mean(),
+    "gated_norm": lambda raw, e: (gates(raw, e) * rows(raw, e).norm(dim=1)).sum(),
+    "gated_square": lambda raw, e: (gates(raw, e) * rows(raw, e).norm(dim=1)).square().sum(),
+    "reap_renormalised": reap,  # these gates sum to 1
+    "reap_compat": lambda raw, e: torch.stack(
+        [raw.logits[t].softmax(0)[e] * raw.y[t, e].norm() for t in raw.routed(e)]
+    ).mean(),
+    "hope": lambda raw, e: (gates(raw, e) * rows(raw, e).norm(dim=1)).square().mean(),
+    "hope_all_tokens": lambda raw, e: (gates(raw, e) * rows(raw, e).norm(dim=1)).square().sum() / len(raw.logits),
+    "easy_ep": lambda raw, e: sum(raw.gates(t)[e] * raw.y[t, e].norm() * turn(raw, t) for t in raw.routed(e)),
+    "mone": lambda raw, e: rows(raw, e).var(0, correction=0).sqrt().norm() * gates(raw, e).mean(),
+    "shape": shapley,
+    "m_smoe": lambda raw, e: (
+        -likeness_to_better(raw, e, used(raw), lambda p, q: (cosine(raw.logits[:, p], raw.logits[:, q]) + 1) / 2)
+    ),
+    "router_redundancy": lambda raw, e: -sum(cosine(raw.logits[:, e], raw.logits[:, q]) for q in others(e)),
+    "hc_smoe": lambda raw, e: (
+        -likeness_to_better(raw, e, used(raw), lambda p, q: cosine(raw.y[:, p].mean(0), raw.y[:, q].mean(0)))
+    ),
+    "ream": lambda raw, e: (
+        -likeness_to_better(
+            raw,
+            e,
+            [float(reap(raw, q)) for q in EXPERTS],
+            lambda p, q: (
+                (cosine_similarity(raw.y[:, p], raw.y[:, q], dim=1).mean() + cosine(raw.logits[:, p], raw.logits[:, q]))
+                / 2
+            ),
+        )
+    ),
+    "output_redundancy": lambda raw, e: (
+        -sum(cosine_similarity(raw.y[:, e], raw.y[:, q], dim=1).mean() for q in others(e))
+    ),
+    "leave_one_out": lambda raw, e: lost(raw, e).square().sum(),
+}
+# These are tested below, by what they choose or by the order they make; gradients where they are measured.
+OTHERWISE = {"ecc", "ets", "naee", "stun", "hc_smoe_clusters", "leave_one_out_greedy", "diet", "random"}
+
+
+def test_every_criterion_has_its_formula() -> None:
+    gradients = {name for name, row in CRITERIA.items() if row.tier == "gradient"}
+    assert FORMULAS.keys() | OTHERWISE | gradients == CRITERIA.keys()
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def layer(request: pytest.FixtureRequest) -> tuple[Tokens, LayerStatistics]:
+    raw = tokens(request.param)
+    return raw, measured(raw)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_scores_are_what_the_formula_says(layer: tuple[Tokens, LayerStatistics], name: str) -> None:
+    raw, sums = layer
+    want = torch.tensor([float(FORMULAS[name](raw, e)) for e in EXPERTS], dtype=torch.float64)
+    # Float64 over at most 60 tokens x 5 dimensions; variances come from differences of sums, which cost some digits.
+    torch.testing.assert_close(score_layer(criterion_named(name), sums, "0"), want, rtol=1e-9, atol=1e-11)
+
+
+def literal_order(count: list[int], together: Callable[[int, int], int]) -> list[int]:
+    """Drop the less used expert of the pair with most in common, again and again; the survivor comes last."""
+    left, order = list(EXPERTS), []
+    while len(left) > 1:
+        pair = max(combinations(left, 2), key=lambda p: together(*p))
+        dropped = min(pair, key=lambda e: (count[e], -e))
+        left.remove(dropped)
+        order.append(dropped)
+    return order + left
+
+
+def test_pairs_are_parted_one_by_one(layer: tuple[Tokens, LayerStatistics]) -> None:
+    sums = with_tiers(layer_statistics(3))
+    raw, measured_sums = layer
+    bits = [ids(raw, e) for e in EXPERTS]
+    got = score_layer(CRITERIA["ets"], measured_sums, "0")
+    want = literal_order(measured_sums.count.tolist(), lambda p, q: len(bits[p] & bits[q]))
+    assert got.argsort().tolist() == want
+    got = score_layer(CRITERIA["ecc"], sums, "0")
+    want = literal_order(sums.count.tolist(), lambda p, q: int(sums.coactivation[p, q]))
+    assert got.argsort().tolist() == want
+
+
+@pytest.mark.parametrize("kept", [2, 3, 5])
+def test_naee_finds_the_set_with_the_least_loss(layer: tuple[Tokens, LayerStatistics], kept: int) -> None:
+    raw, sums = layer
+
+    def loss(keep: tuple[int, ...]) -> float:
+        without = tuple(set(EXPERTS) - set(keep))
+        whole = range(len(raw.logits))
+        return float(sum((raw.output(t) - raw.output(t, without)).square().sum() for t in whole))
+
+    best = min(combinations(EXPERTS, kept), key=loss)
+    assert CRITERIA["naee"].function(sums, kept).keep == best
+    inside = min((keep for keep in combinations(EXPERTS, kept) if 0 in keep), key=loss)
+    assert CRITERIA["naee"].function(sums, kept, 1, (0,)).keep == inside
+
+
+def test_naee_of_many_experts_is_the_best_of_the_quadratic_form() -> None:
+    raw = tokens(5, T=30, E=12, K=2)
+    s = LayerStatistics.zeros(12, 5, tiers=("replay",))
+    s.count.fill_(1)
+    deltas = torch.stack([lost(raw, e).flatten() for e in range(12)])
+    s.deletion_gram.copy_(deltas @ deltas.T)
+    keep = CRITERIA["naee"].function(s, 8).keep
+    best = min(combinations(range(12), 4), key=lambda drop: float(deltas[list(drop)].sum(0).norm()))
+    assert set(keep) == set(range(12)) - set(best)
+
+
+def test_greedy_drops_what_adds_least() -> None:
+    raw = tokens(6, T=30, E=12, K=2)
+    s = LayerStatistics.zeros(12, 5, tiers=("replay",))
+    s.count.fill_(1)
+    deltas = torch.stack([lost(raw, e).flatten() for e in range(12)])
+    s.deletion_gram.copy_(deltas @ deltas.T)
+    dropped: list[int] = []
+    for _ in range(5):
+        left = [e for e in range(12) if e not in dropped]
+        dropped.append(min(left, key=lambda e: float(deltas[[*dropped, e]].sum(0).norm())))
+    assert set(CRITERIA["leave_one_out_greedy"].function(s, 7).keep) == set(range(12)) - set(dropped)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_diet_is_the_best_median_of_few_experts(layer: tuple[Tokens, LayerStatistics], kept: int) -> None:
+    raw, sums = layer
+    signature = torch.stack([lost(raw, e).sum(0) for e in EXPERTS])
+    distance = (1 - cosine_similarity(signature[:, None], signature[None], dim=2)).numpy()
+    best = min(_uncovered(distance, list(keep)) for keep in combinations(EXPERTS, kept))
+    keep = list(CRITERIA["diet"].function(sums, kept).keep)
+    assert len(keep) == kept
+    assert _uncovered(distance, keep) == pytest.approx(best, rel=0.05)  # swaps may end in another local optimum
+
+
+@pytest.mark.parametrize("name", ["stun", "hc_smoe_clusters"])
+def test_one_expert_of_each_of_three_clear_clusters_stays(name: str) -> None:
+    s = LayerStatistics.zeros(6, 3, tiers=("replay", "weights"))
+    s.count.copy_(torch.tensor([5, 9, 3, 4, 7, 8]))
+    s.tokens.fill_(18)
+    rows = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 1, 2, 2]] + 0.01 * torch.arange(6)[:, None]
+    rows[3] *= 1.02
+    s.output_sum.copy_(rows)
+    s.router_gram.copy_(rows @ rows.T)
+    keep = CRITERIA[name].function(s, 3).keep
+    assert [e // 2 for e in keep] == [0, 1, 2]
+    if name == "hc_smoe_clusters":
+        assert keep == (1, 3, 5)  # the more used ones
+    assert 2 in CRITERIA[name].function(s, 3, 1, (2,)).keep
+    assert set(CRITERIA[name].function(s, 4, 1, (2, 3)).keep) > {2, 3}
