@@ -72,12 +72,13 @@ def layer_statistics(seed, experts=E, dimensions=H, tokens=40, idle=(), top_k=K)
 
 
 def with_tiers(s, seed=0, tokens=40):
-    """The same sums with every tier filled by random numbers of the right kind."""
-    draw = torch.Generator().manual_seed(seed)
+    """The same sums with every tier filled by random numbers of the right kind; weights do not depend on the seed."""
+    tokens_draw, weights_draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     whole = LayerStatistics.zeros(s.num_experts, s.dimensions, tiers=TIERS, hidden=H, words=2)
     filled = {}
     for f in fields(whole):
         value = getattr(whole, f.name)
+        draw = weights_draw if f.metadata["tier"] == "weights" else tokens_draw
         if f.metadata["tier"] in ("routed", "dimensions"):
             value = getattr(s, f.name)
             if f.name == "residual_tokens":
@@ -141,7 +142,7 @@ def header(domains, **changes):
 def model_statistics(seed=0, layers=("0", "2", "10"), domains=("prose", "code"), **changes):
     """Random statistics of a model with these layers and domains; `changes` go into the header."""
     sums = {
-        key: {d: layer_statistics(1000 * seed + 10 * i + j) for j, d in enumerate(domains)}
+        key: {d: with_tiers(layer_statistics(n := 1000 * seed + 10 * i + j), n) for j, d in enumerate(domains)}
         for i, key in enumerate(layers)
     }
     return Statistics(header(domains, **changes), sums)

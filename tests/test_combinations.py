@@ -30,13 +30,13 @@ def test_named_members_are_members_of_the_family(text: str, name: str) -> None:
 def test_half_an_exponent_lies_between() -> None:
     s = layer_statistics(1)
     got = score_layer(criterion_named("hts(0.5, 1, 1)"), s, "0")
-    torch.testing.assert_close(got, s.gated_norm_sum / s.count.sqrt(), rtol=1e-15, atol=0)
+    torch.testing.assert_close(got, s.gated_norm_sum / s.count.double().sqrt(), rtol=1e-15, atol=0)
 
 
 def test_sums_of_ranks_and_z_scores() -> None:
     s = layer_statistics(2)
     reap, usage = (score_layer(criterion_named(c), s, "0") for c in ("reap", "usage"))
-    places = torch.stack([torch.tensor([float((x > y).sum()) for x in reap]) for y in [reap]])[0].double()
+    places = torch.tensor([float((x > reap).sum()) for x in reap], dtype=torch.float64)
     low = torch.tensor([(float((usage < u).sum()) + float((usage <= u).sum()) - 1) / 2 for u in usage])
     got = score_layer(criterion_named("rank(reap*2, usage)"), s, "0")
     torch.testing.assert_close(got, 2 * places + low.double(), rtol=0, atol=1e-12)
