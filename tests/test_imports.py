@@ -76,6 +76,18 @@ LAW: dict[str, set[str]] = {
         "statistics",
         "version",
     },  # fmt: skip
+    "stored": {"architectures", "checkpoint", "decoder", "errors", "kernels"},
+    "weighing": {
+        "architectures",
+        "checkpoint",
+        "decoder",
+        "errors",
+        "kernels",
+        "statistics",
+        "stored",
+        "sums",
+        "version",
+    },
     "evaluation": {"architectures", "checkpoint", "data", "decoder", "plan"},
     "forward": {"architectures", "checkpoint", "data", "decoder", "evaluation", "plan"},
     "overview": {"architectures", "checkpoint", "plan"},

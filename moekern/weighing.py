@@ -1,0 +1,119 @@
+"""What the weights alone say: one pass over a checkpoint's experts and routers, a layer at a time, without any text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern import kernels
+from moekern.architectures import Layout, MoeLayer, find_layout
+from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.decoder.reader import read_tensors
+from moekern.errors import InputError
+from moekern.kernels import Quantised
+from moekern.statistics import Statistics, make_header
+from moekern.stored import Matrix, projections
+from moekern.sums import LayerStatistics
+from moekern.version import versions
+
+NO_TEXT = "weights"  # the one domain of statistics without text
+TILE = 1 << 26  # numbers of all experts that are multiplied at a time
+
+
+def weigh(
+    source: str | Path | Checkpoint,
+    *,
+    costly: bool = True,
+    backend: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Statistics:
+    """Statistics of the weights tier, with no tokens. `costly` adds stable ranks and inner products between experts.
+
+    Resident: one layer as it is stored, and with `costly` one of its projections in bfloat16 or wider. Quantised
+    weights count as what they stand for. `progress(done, total)` counts layers. Raises InputError for a checkpoint that
+    is not a MoE or stores its experts in a layout that moekern does not know as numbers.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    layers = {}
+    for done, (key, layer) in enumerate(layout.layers.items(), start=1):
+        layers[key] = {NO_TEXT: weigh_layer(checkpoint, layer, costly=costly, backend=backend)}
+        progress(done, len(layout.layers))
+    return Statistics(_header(checkpoint, layout, backend), layers)
+
+
+def weigh_layer(
+    checkpoint: Checkpoint, layer: MoeLayer, *, costly: bool = True, backend: str | None = None
+) -> LayerStatistics:
+    """The weights tier of one layer. All matrices of an expert count as one, but for the stable rank: their mean."""
+    E = layer.num_experts
+    sums, ranks, number = kernels.weight_sums(E), torch.zeros(E, dtype=torch.float64), 0
+    gram = torch.zeros(E, E, dtype=torch.float64) if costly else torch.zeros(0, 0, dtype=torch.float64)
+    for experts in projections(checkpoint, layer):
+        number += 1
+        for e, matrix in enumerate(experts):
+            kernels.weight_stats(matrix, kernels.of_expert(sums, e), backend=backend)
+            if not sums.abs_sum[e].isfinite():
+                raise InputError(f"{checkpoint.folder}: layer {layer.key}: expert {e}: its weights are not finite")
+            if costly:
+                ranks[e] += kernels.stable_rank(matrix)[0]
+        if costly:
+            gram += _gram(experts, backend)
+    if not number:
+        raise InputError(f"{checkpoint.folder}: layer {layer.key}: its experts have no weights that moekern can read")
+    router = _router(checkpoint, layer)
+    return replace(
+        LayerStatistics.zeros(E),
+        weight_count=sums.count,
+        weight_abs_sum=sums.abs_sum,
+        weight_square_sum=sums.square_sum,
+        weight_stable_rank=ranks / number if costly else ranks[:0],
+        weight_gram=gram,
+        router_gram=router @ router.T,
+    )
+
+
+def _gram(experts: list[Matrix], backend: str | None) -> Tensor:
+    """[E, E] inner products of the flattened matrices."""
+    dense = [kernels.dequantize(m, torch.bfloat16) if isinstance(m, Quantised) else m for m in experts]
+    sums = kernels.similarity_sums(len(dense))
+    rows, columns = dense[0].shape
+    step = max(1, TILE // max(1, len(dense) * columns))
+    for start in range(0, rows, step):
+        tile = torch.stack([matrix[start : start + step] for matrix in dense])
+        kernels.similarity(tile, None, sums, backend=backend)
+    return sums.gram_sum
+
+
+def _router(checkpoint: Checkpoint, layer: MoeLayer) -> Tensor:
+    """[E, H] float64 rows of the router's matrix; [E, 0] where there is none."""
+    for tensor in layer.of_role("router"):
+        value = read_tensors(checkpoint, [tensor.name])[tensor.name]
+        if value.ndim >= 2 and value.is_floating_point():
+            rows = value.double().movedim(tensor.axis, 0)[: layer.num_experts * tensor.rows]
+            return rows.reshape(layer.num_experts, -1)
+    return torch.zeros(layer.num_experts, 0, dtype=torch.float64)
+
+
+def _header(checkpoint: Checkpoint, layout: Layout, backend: str | None) -> dict[str, Any]:
+    ops = ("weight_stats", "similarity", "dequantize")
+    return make_header(
+        fingerprint=checkpoint.fingerprint,
+        family=layout.family.name,
+        score=layout.family.score,
+        top_k=layout.top_k,
+        num_experts=layout.num_experts,
+        n_group=layout.n_group,
+        topk_group=layout.topk_group,
+        group_top=max(1, layout.group_top),
+        domains=[NO_TEXT],
+        tokens={NO_TEXT: 0},
+        data="no text: the weights alone",
+        backend={op: kernels.backend_for(op, "cpu", backend) for op in ops},
+        versions=versions(),
+    )

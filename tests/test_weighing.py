@@ -1,0 +1,167 @@
+"""The weights tier: what a checkpoint's weights say, whatever the layout they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moekern.architectures import find_layout
+from moekern.checkpoint import open_checkpoint
+from moekern.criteria import CRITERIA, criterion_named, score_layer
+from moekern.errors import InputError
+from moekern.plan import LayerPlan, Plan
+from moekern.pruning import prune
+from moekern.statistics import Statistics
+from moekern.sums import LayerStatistics
+from moekern.weighing import weigh
+from tests import families
+from tests.test_quantised import _rewrite, fp8, mxfp4
+from tests.test_quantised_bytes import LAYOUTS, indexed, write_spread
+
+MakeCheckpoint = Callable[[str], Path]
+WEIGHTS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "weights"]
+KEEP = (1, 2, 4, 7)
+PARTS = ("gate", "up", "down")
+
+
+def kept(sums: LayerStatistics, name: str) -> Tensor:
+    value = getattr(sums, name)
+    for axis, size in enumerate(value.shape):
+        if size:
+            value = value.index_select(axis, torch.tensor(KEEP))
+    return value
+
+
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "ernie4_5_vl_moe"])  # cannot be pruned
+def test_the_pruned_checkpoint_weighs_what_its_experts_weighed(
+    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """For every family: so each number belongs to its expert, and nothing else is in it."""
+    source = family_checkpoint(name)
+    layout = find_layout(open_checkpoint(source))
+    prune(source, Plan({key: LayerPlan(KEEP) for key in layout.layers}), tmp_path / "pruned")
+    before, after = weigh(source), weigh(tmp_path / "pruned")
+    for key in layout.layers:
+        a, b = before.layer(key), after.layer(key)
+        assert a.weight_count.min() > 0
+        assert a.weight_count.min() == a.weight_count.max()
+        assert a.router_gram.diagonal().min() > 0
+        for field in WEIGHTS:
+            # Gram and router products of another number of rows may be rounded otherwise, in float32 in the Gram.
+            torch.testing.assert_close(getattr(b, field), kept(a, field), rtol=1e-5, atol=1e-4, msg=f"{key} {field}")
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def literal(folder: Path, layer: str) -> list[list[Tensor]]:
+    """The matrices of each expert of a layer of qwen3_moe."""
+    tensors, stem = everything(folder), f"model.layers.{layer}.mlp.experts"
+    return [[tensors[f"{stem}.{e}.{part}_proj.weight"].double() for part in PARTS] for e in range(8)]
+
+
+def test_scores_are_those_of_the_weights(family_checkpoint: MakeCheckpoint) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    statistics = weigh(folder)
+    for key in statistics.layers:
+        experts = literal(folder, key)
+        flat = torch.stack([torch.cat([m.flatten() for m in matrices]) for matrices in experts])
+        unit = flat / flat.norm(dim=1, keepdim=True)
+        router = everything(folder)[f"model.layers.{key}.mlp.gate.weight"].double()
+        ranks = [[m.square().sum() / torch.linalg.matrix_norm(m, 2) ** 2 for m in matrices] for matrices in experts]
+        want = {
+            "ews": -((unit @ unit.T).sum(1) - 1),
+            "rwn": -router.norm(dim=1),
+            "wsr": -torch.tensor(ranks).double().mean(1),
+            "ewn": flat.norm(dim=1),
+            "aimer": -flat.abs().mean(1) / flat.square().mean(1).sqrt(),
+        }
+        assert want.keys() == {name for name, row in CRITERIA.items() if row.family == "weight"}
+        for name, scores in want.items():
+            got = score_layer(criterion_named(name), statistics.layer(key), key)
+            # float32 sums of 2048 weights at most; the stable rank stops at 1e-3
+            torch.testing.assert_close(got, scores, rtol=2e-3 if name == "wsr" else 1e-5, atol=1e-5)
+
+
+def test_without_what_costs_much(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    statistics = weigh(family_checkpoint("mixtral"), costly=False)
+    statistics.save(tmp_path / "w")
+    layer = Statistics.load(tmp_path / "w").layer("0")
+    assert layer.tiers == ("weights",)
+    assert score_layer(CRITERIA["aimer"], layer, "0").isfinite().all()
+    for name in ("ews", "wsr"):
+        with pytest.raises(InputError, match=f"{name}: the statistics hold no weight_"):
+            score_layer(CRITERIA[name], layer, "0")
+
+
+@pytest.mark.parametrize("make", [fp8, mxfp4])
+def test_quantised_weights_count_as_what_they_stand_for(
+    make: Callable[[Path, Path], Path], family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    name = "qwen3_moe" if make is fp8 else "gpt_oss"
+    folder = make(family_checkpoint(name), tmp_path / "q")
+    sums = weigh(folder).layer("0")
+    tensors = everything(folder)
+    if make is fp8:
+        dense = []
+        for part in PARTS:
+            weight = tensors[f"model.layers.0.mlp.experts.3.{part}_proj.weight"].float()
+            scale = tensors[f"model.layers.0.mlp.experts.3.{part}_proj.weight_scale_inv"]
+            grid = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+            dense.append(weight * grid[: weight.shape[0], : weight.shape[1]])
+    else:
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+        dense = []
+        for part in ("gate_up_proj", "down_proj"):
+            codes = tensors[f"model.layers.0.mlp.experts.{part}_blocks"][3].long()
+            scale = tensors[f"model.layers.0.mlp.experts.{part}_scales"][3].float()
+            pairs = torch.stack([values[codes & 15], values[codes >> 4]], -1).flatten(-2)
+            dense.append(pairs * 2.0 ** (scale[..., None] - 127))
+    flat = torch.cat([m.double().flatten() for m in dense])
+    assert int(sums.weight_count[3]) == len(flat)
+    torch.testing.assert_close(sums.weight_abs_sum[3], flat.abs().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.weight_square_sum[3], flat.square().sum(), rtol=1e-5, atol=0)
+
+
+REFUSED = {"odd": "not a weight layout that moekern reads", "f4": "which torch cannot hold"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_quantised_layout_is_read_or_refused_by_name(layout: str, tmp_path: Path) -> None:
+    config, tensors = indexed(layout)
+    for name, (dtype, shape, raw) in tensors.items():
+        if "experts" in name:
+            # a finite code, scale and zero point in every layout, and no code that is its zero point
+            content = bytes([0x43 if "zero" in name else 0x21]) * len(raw)
+            if name.endswith("g_idx") and raw:
+                content = (torch.arange(shape[0]) // 32).int().numpy().tobytes()
+            if name.endswith("weight_shape"):
+                content = torch.tensor([48, 64]).numpy().tobytes()
+            tensors[name] = dtype, shape, content
+    folder = write_spread(tmp_path / "in", config, tensors, shards=2, pad=0)
+    if layout in REFUSED:
+        with pytest.raises(InputError, match=rf"experts.*{REFUSED[layout]}"):
+            weigh(folder, costly=False)
+        return
+    sums = weigh(folder, costly=False).layer("0")
+    assert sums.weight_count.tolist() == [3 * 48 * 64] * 8
+    assert len(set(sums.weight_abs_sum.tolist())) == 1
+    assert sums.weight_abs_sum.min() > 0
+
+
+def test_weights_that_are_no_numbers_are_refused(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    def spoil(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name == "model.layers.1.mlp.experts.2.up_proj.weight":
+            tensor[3, 5] = torch.nan
+        return {name: tensor}
+
+    folder = _rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
+    with pytest.raises(InputError, match="layer 1: expert 2: its weights are not finite"):
+        weigh(folder)
