@@ -69,7 +69,7 @@ def main() -> None:
         backend.sort_by_expert(router(case).topk_idx.to("meta"), case.E, None)
         backend.router_stats(*meta(router(case, dtype)), kernels.router_sums(case.E, "meta"), score=score)
         sums = kernels.expert_sums(case.E, case.H, "meta")
-        backend.combine_and_measure(*meta(rows(case, dtype)), sums)
+        backend.combine_and_measure(*meta(rows(case, dtype)), None, sums)
 
 
 if __name__ == "__main__":

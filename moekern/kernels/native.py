@@ -23,12 +23,12 @@ def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
 ) -> None:  # fmt: skip
-    _C.router_stats(logits, topk_idx, topk_weight, mask, *sums, score, torch.get_num_threads(), level)
+    _C.router_stats(logits, topk_idx, topk_weight, mask, *sums[:10], score, torch.get_num_threads(), level)
 
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    sums: ExpertSums, *, level: str = "",
+    residual: Tensor | None, sums: ExpertSums, *, level: str = "",
 ) -> Tensor:  # fmt: skip
     out = y.new_empty(len(topk_idx), y.shape[1])
     squares = sums.square_sum if sums.square_sum.shape[1] else None

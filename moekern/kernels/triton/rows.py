@@ -138,7 +138,7 @@ def squares_kernel(
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    sums: ExpertSums,
+    residual: Tensor | None, sums: ExpertSums,
 ) -> Tensor:  # fmt: skip
     (N, H), (T, K) = y.shape, topk_idx.shape
     if N == 0 or T * K == 0:
