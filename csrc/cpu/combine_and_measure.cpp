@@ -1,18 +1,18 @@
 #include <algorithm>
 
 #include "../kernels.h"
+#include "dimensions.h"
 #include "parallel.h"
 #include "slots.h"
+#include "turn.h"
 
 namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kTokens = 16;     // tokens a task combines
-constexpr int64_t kColumns = 256;   // of the output, whose float32 sums stay in L1 while the token's rows are added
+constexpr int64_t kColumns = 128;   // of the output, whose float32 sums stay in L1 while the token's rows are added
+constexpr int kAtOnce = 2;          // rows that are added while a sum is in a register
 constexpr int64_t kAhead = 2;        // tokens before a row is needed, it is fetched: rows lie far apart, a page or more each
-constexpr int64_t kDimensions = 1024;  // columns of an expert's sums a task adds to, so that these stay in L1
-constexpr int64_t kRows = 256;         // rows that are summed in float32 before they join the float64 sums
-constexpr int kTogether = 4;           // of these, rows that pass while a sum is in a register
 
 // Where each slot's row is, and what the first pass leaves for the second.
 struct Routing {
@@ -56,13 +56,13 @@ Routing read_routing(const CombineAndMeasure& args) {
   return routing;
 }
 
-// Running sums of squares and largest magnitudes of one row: 32 lanes, as two times 16 unpacked columns.
+// Running sums of squares and largest magnitudes of one row. Blocks of columns take turns at two times 16 lanes.
 template <class T>
 struct Measure {
   struct Part {
     Floats a = {}, b = {};
     Top<T> top;
-  } first, second;
+  } parts[2];
 };
 
 // The filled slots of one token in slot order.
@@ -70,6 +70,7 @@ template <class T>
 struct Filled {
   std::vector<const T*> rows, next;  // next: rows of the token kAhead on
   std::vector<int64_t> slots;
+  std::vector<float> gates;
   std::vector<Measure<T>> measures;
 };
 
@@ -77,10 +78,12 @@ template <class T>
 void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routing& routing, Filled<T>& f) {
   f.rows.clear();
   f.slots.clear();
+  f.gates.clear();
   for (int64_t slot = t * args.K; slot < (t + 1) * args.K; ++slot)
     if (routing.row_of[slot] >= 0) {
       f.rows.push_back(y + routing.row_of[slot] * args.H);
       f.slots.push_back(slot);
+      f.gates.push_back(routing.gates[slot]);
     }
   f.next = f.rows;
   size_t n = 0;
@@ -89,38 +92,63 @@ void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routi
     if (routing.row_of[slot] >= 0) f.next[n++] = y + routing.row_of[slot] * args.H;
 }
 
+// 32 columns that are read soon.
 template <class T>
-MOEKERN_INLINE void add_part(const T* y, float gate, float* sum, typename Measure<T>::Part& part) {
-  Floats a, b;
-  unpack(y, a, b);
-  pack(read<Floats>(sum) + gate * a, read<Floats>(sum + kVector) + gate * b, sum);
-  part.a += a * a;
-  part.b += b * b;
-  part.top.add(y);
+MOEKERN_INLINE void fetch(const T* y) {
+  prefetch(y);
+  if (sizeof(T) == 4) prefetch(y + kLanes / 2);
 }
 
-template <class T>
-MOEKERN_INLINE void add_lanes(const T* y, float gate, float* sum, Measure<T>& m) {
-  add_part(y, gate, sum, m.first);
-  add_part(y + kLanes / 2, gate, sum + kLanes / 2, m.second);
+// kTogether rows join 16 columns of the output's sums one after the other, and their own lanes.
+template <int kTogether, bool kFirst, class T>
+MOEKERN_INLINE void add_rows(const T* const* y, int64_t at, const float* gates, float* sum,
+                             typename Measure<T>::Part* parts) {
+  Floats sum_a = {}, sum_b = {};
+  if (!kFirst) {
+    sum_a = read<Floats>(sum);
+    sum_b = read<Floats>(sum + kVector);
+  }
+  for (int r = 0; r < kTogether; ++r) {
+    Floats a, b;
+    unpack(y[r] + at, a, b);
+    sum_a += gates[r] * a;
+    sum_b += gates[r] * b;
+    parts[r].a += a * a;
+    parts[r].b += b * b;
+    parts[r].top.add(y[r] + at);
+  }
+  pack(sum_a, sum_b, sum);
 }
 
-// Up to kColumns columns of one row join the output's sums, which lie as unpacked, and the row's own lanes.
-template <class T>
-MOEKERN_INLINE void add_columns(const T* y, const T* next, int64_t n, float gate, float* sum, Measure<T>& measure) {
-  Measure<T> m = measure;
+// Up to kColumns columns of kTogether rows join the output's sums, which lie as unpacked.
+template <int kTogether, bool kFirst, class T>
+MOEKERN_INLINE void add_columns(const Filled<T>& f, int64_t k, int64_t start, int64_t n, float* sum,
+                                Measure<T>* measures) {
+  typename Measure<T>::Part parts[kTogether];
+  const T* rows[kTogether];
+  float gates[kTogether];
+  const int turn = start / kColumns % 2;
+  for (int r = 0; r < kTogether; ++r) {
+    parts[r] = measures[k + r].parts[turn];
+    rows[r] = f.rows[k + r] + start;
+    gates[r] = f.gates[k + r];
+  }
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    prefetch(next + i);
-    if (sizeof(T) == 4) prefetch(next + i + kLanes / 2);
-    add_lanes(y + i, gate, sum + i, m);
+    for (int r = 0; r < kTogether; ++r) fetch(f.next[k + r] + start + i);
+    add_rows<kTogether, kFirst>(rows, i, gates, sum + i, parts);
+    add_rows<kTogether, kFirst>(rows, i + kLanes / 2, gates, sum + i + kLanes / 2, parts);
   }
   if (i < n) {
-    T tail[kLanes] = {};
-    std::memcpy(tail, y + i, (n - i) * sizeof(T));
-    add_lanes(tail, gate, sum + i, m);
+    T tails[kTogether][kLanes] = {};
+    for (int r = 0; r < kTogether; ++r) {
+      std::memcpy(tails[r], rows[r] + i, (n - i) * sizeof(T));
+      rows[r] = tails[r];
+    }
+    add_rows<kTogether, kFirst>(rows, 0, gates, sum + i, parts);
+    add_rows<kTogether, kFirst>(rows, kLanes / 2, gates, sum + i + kLanes / 2, parts);
   }
-  measure = m;
+  for (int r = 0; r < kTogether; ++r) measures[k + r].parts[turn] = parts[r];
 }
 
 template <class T>
@@ -137,85 +165,29 @@ MOEKERN_INLINE void round_columns(const float* sum, int64_t n, T* out) {
 // Rows of a token take turns every kColumns columns: the prefetches are spread over all the rows to come.
 template <class T>
 MOEKERN_INLINE void combine_token(const CombineAndMeasure& args, int64_t t, Routing& routing, Filled<T>& f) {
-  const int64_t H = args.H;
-  const size_t filled = f.rows.size();
+  const int64_t H = args.H, filled = f.rows.size();
   std::fill(f.measures.begin(), f.measures.begin() + filled, Measure<T>{});
   T* out = static_cast<T*>(args.out) + t * H;
   for (int64_t start = 0; start < H; start += kColumns) {
     const int64_t n = std::min(kColumns, H - start);
-    float sum[kColumns] = {};
-    for (size_t k = 0; k < filled; ++k)
-      add_columns(f.rows[k] + start, f.next[k] + start, n, routing.gates[f.slots[k]], sum, f.measures[k]);
+    float sum[kColumns];
+    if (filled == 0) std::memset(sum, 0, sizeof sum);
+    Measure<T>* measures = f.measures.data();
+    int64_t k = std::min<int64_t>(filled, kAtOnce);
+    if (filled >= kAtOnce) add_columns<kAtOnce, true>(f, 0, start, n, sum, measures);
+    if (filled == 1) add_columns<1, true>(f, 0, start, n, sum, measures);
+    for (; k + kAtOnce <= filled; k += kAtOnce) add_columns<kAtOnce, false>(f, k, start, n, sum, measures);
+    if (k < filled) add_columns<1, false>(f, k, start, n, sum, measures);
     round_columns(sum, n, out + start);
   }
-  for (size_t k = 0; k < filled; ++k) {
-    const Measure<T>& m = f.measures[k];
+  for (int64_t k = 0; k < filled; ++k) {
+    const auto& [first, second] = f.measures[k].parts;
     const int64_t slot = f.slots[k], row = routing.row_of[slot];
-    float lane[kLanes];
-    in_order(m.first.a, m.first.b, lane, out);
-    in_order(m.second.a, m.second.b, lane + kLanes / 2, out);
-    const float square = sum_of(lane), top = m.first.top.largest(), other = m.second.top.largest();
+    const float square = sum_of_lanes((first.a + second.a) + (first.b + second.b));
     routing.square[row] = square;
-    routing.top[row] = top > other || top != top ? top : other;
-    routing.gated[slot] = static_cast<double>(routing.gates[slot]) * std::sqrt(static_cast<double>(square));
+    routing.top[row] = first.top.joined(second.top).largest();
+    routing.gated[slot] = static_cast<double>(f.gates[k]) * std::sqrt(static_cast<double>(square));
   }
-}
-
-// The lanes of three dots of two rows h and out.
-struct Dots {
-  Floats hh_a = {}, hh_b = {}, ho_a = {}, ho_b = {}, oo_a = {}, oo_b = {};
-};
-
-template <class T>
-MOEKERN_INLINE void add_dots(const T* h, const T* out, Dots& dots) {
-  Floats ha, hb, oa, ob;
-  unpack(h, ha, hb);
-  unpack(out, oa, ob);
-  dots.hh_a += ha * ha;
-  dots.hh_b += hb * hb;
-  dots.ho_a += ha * oa;
-  dots.ho_b += hb * ob;
-  dots.oo_a += oa * oa;
-  dots.oo_b += ob * ob;
-}
-
-template <class T>
-MOEKERN_INLINE double sum_of_dots(const Floats& a, const Floats& b, const Floats& c, const Floats& d, const T* order) {
-  float lane[kLanes];
-  in_order(a, b, lane, order);
-  in_order(c, d, lane + kLanes / 2, order);
-  return sum_of(lane);
-}
-
-// 1 - cos(h, h + out), at least 0, from <h, h>, <h, out> and <out, out>. Where out is small the cosine is near 1: the
-// determinant has what float32 has lost of it.
-inline double turned(double hh, double ho, double oo) {
-  const double along = hh + ho, square = along + ho + oo, norms = std::sqrt(hh) * std::sqrt(std::max(square, 0.0));
-  if (norms == 0) return 1;
-  if (along < 0) return 1 - along / norms;
-  return std::max(hh * oo - ho * ho, 0.0) / (norms * (norms + along));
-}
-
-// How far a token's output, as it was rounded, turns its residual.
-template <class T>
-MOEKERN_INLINE double turn_of(const CombineAndMeasure& args, int64_t t) {
-  const T *h = static_cast<const T*>(args.residual) + t * args.H, *out = static_cast<const T*>(args.out) + t * args.H;
-  Dots first, second;
-  int64_t i = 0;
-  for (; i + kLanes <= args.H; i += kLanes) {
-    add_dots(h + i, out + i, first);
-    add_dots(h + i + kLanes / 2, out + i + kLanes / 2, second);
-  }
-  if (i < args.H) {
-    T tails[2][kLanes] = {};
-    std::memcpy(tails[0], h + i, (args.H - i) * sizeof(T));
-    std::memcpy(tails[1], out + i, (args.H - i) * sizeof(T));
-    add_dots(tails[0], tails[1], first);
-    add_dots(tails[0] + kLanes / 2, tails[1] + kLanes / 2, second);
-  }
-  return turned(sum_of_dots(first.hh_a, first.hh_b, second.hh_a, second.hh_b, h),
-                sum_of_dots(first.ho_a, first.ho_b, second.ho_a, second.ho_b, h),
-                sum_of_dots(first.oo_a, first.oo_b, second.oo_a, second.oo_b, h));
 }
 
 // One expert's scalars in row order, and its pairs with experts of a higher number, mirrored.
@@ -241,98 +213,6 @@ void add_expert(const CombineAndMeasure& args, const Routing& routing, int64_t e
     args.pair_sum[e * E + j] += pairs[j];
     args.pair_sum[j * E + e] += pairs[j];
   }
-}
-
-// One expert's rows of a chunk, and one over their norms: rows of norm 0 have no direction.
-template <class T>
-struct Chunk {
-  const T* rows[kRows];
-  float inverses[kRows];
-  int64_t n = 0;
-};
-
-template <class T>
-void find_chunk(const CombineAndMeasure& args, const T* y, const Routing& routing, int64_t first, int64_t stop,
-                Chunk<T>& chunk) {
-  chunk.n = 0;
-  for (int64_t row = first; row < stop; ++row) {
-    if (args.mask && !args.mask[args.order[row] / args.K]) continue;
-    const double square = routing.square[row];
-    chunk.rows[chunk.n] = y + row * args.H;
-    chunk.inverses[chunk.n++] = square == 0 ? 0.0f : static_cast<float>(1 / std::sqrt(square));
-  }
-}
-
-// Sums of a block of columns; they lie as unpacked.
-struct Dimensions {
-  float square[kDimensions], value[kDimensions], unit[kDimensions];
-};
-
-// kTogether rows join the sums of 16 columns, one after the other.
-template <int kTogether, class T>
-MOEKERN_INLINE void add_rows(const T* const* rows, const float* inverses, int64_t at, int64_t i, Dimensions& sums) {
-  Floats square_a = read<Floats>(sums.square + i), square_b = read<Floats>(sums.square + i + kVector);
-  Floats value_a = read<Floats>(sums.value + i), value_b = read<Floats>(sums.value + i + kVector);
-  Floats unit_a = read<Floats>(sums.unit + i), unit_b = read<Floats>(sums.unit + i + kVector);
-  for (int r = 0; r < kTogether; ++r) {
-    Floats a, b;
-    unpack(rows[r] + at, a, b);
-    square_a += a * a;
-    square_b += b * b;
-    value_a += a;
-    value_b += b;
-    unit_a += a * inverses[r];
-    unit_b += b * inverses[r];
-  }
-  pack(square_a, square_b, sums.square + i);
-  pack(value_a, value_b, sums.value + i);
-  pack(unit_a, unit_b, sums.unit + i);
-}
-
-// Columns [start, start + n) of kTogether rows; the rows that come next are fetched.
-template <int kTogether, class T>
-MOEKERN_INLINE void add_columns_of_rows(const T* const* rows, const float* inverses, int64_t ahead, int64_t start,
-                                        int64_t n, Dimensions& sums) {
-  int64_t i = 0;
-  for (; i + 2 * kVector <= n; i += 2 * kVector) {
-    for (int r = 0; r < kTogether; ++r) prefetch(rows[r] + ahead + start + i);
-    add_rows<kTogether>(rows, inverses, start + i, i, sums);
-  }
-  if (i == n) return;
-  T tails[kTogether][2 * kVector] = {};
-  const T* at[kTogether];
-  for (int r = 0; r < kTogether; ++r) {
-    std::memcpy(tails[r], rows[r] + start + i, (n - i) * sizeof(T));
-    at[r] = tails[r];
-  }
-  add_rows<kTogether>(at, inverses, 0, i, sums);
-}
-
-template <class T>
-MOEKERN_INLINE void add_to_total(const float* sum, int64_t n, double* total, const T* y) {
-  for (int64_t i = 0; i < n; i += 2 * kVector) {
-    float column[2 * kVector];
-    in_order(read<Floats>(sum + i), read<Floats>(sum + i + kVector), column, y);
-    for (int64_t j = 0; j < std::min<int64_t>(2 * kVector, n - i); ++j) total[i + j] += column[j];
-  }
-}
-
-// A block of columns of one expert's sums: its rows lie side by side, so this second read of y is sequential.
-template <class T>
-MOEKERN_INLINE void add_dimensions(const CombineAndMeasure& args, const Chunk<T>& chunk, const T* y, int64_t e,
-                                   int64_t start) {
-  const int64_t H = args.H, n = std::min(kDimensions, H - start);
-  Dimensions sums = {};
-  int64_t r = 0;
-  for (; r + kTogether <= chunk.n; r += kTogether) {
-    const int64_t ahead = r + 2 * kTogether <= chunk.n ? chunk.rows[r + kTogether] - chunk.rows[r] : 0;
-    add_columns_of_rows<kTogether>(chunk.rows + r, chunk.inverses + r, ahead, start, n, sums);
-  }
-  for (; r < chunk.n; ++r) add_columns_of_rows<1>(chunk.rows + r, chunk.inverses + r, 0, start, n, sums);
-  const int64_t at = e * H + start;
-  add_to_total(sums.square, n, args.square_sum + at, y);
-  add_to_total(sums.value, n, args.value_sum + at, y);
-  add_to_total(sums.unit, n, args.unit_sum + at, y);
 }
 
 template <class T>
@@ -366,7 +246,7 @@ void run_all(const CombineAndMeasure& args, const T* y, const Run& run) {
   parallel_for(args.E * blocks, run.threads, [&](int64_t task, int worker) {
     const int64_t e = task / blocks, start = task % blocks * kDimensions;
     for (int64_t first = args.offsets[e]; first < args.offsets[e + 1]; first += kRows) {
-      find_chunk(args, y, routing, first, std::min(first + kRows, args.offsets[e + 1]), chunks[worker]);
+      find_chunk(args, y, routing.square.data(), first, std::min(first + kRows, args.offsets[e + 1]), chunks[worker]);
       at_level(level, [&]() __attribute__((always_inline)) { add_dimensions(args, chunks[worker], y, e, start); });
     }
   });
