@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.machine import append, machine
 from moekern import _C, kernels
-from tests.cases import MODELS, Case, Layer, Router, Rows, router, rows
+from tests.cases import MODELS, Case, Layer, Router, Rows, router, rows, stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTER_TOKENS = 1 << 20 if DEVICE == "cuda" else 32768
@@ -70,9 +70,11 @@ def eager_router_stats(args: Router, sums: kernels.RouterSums, score: str) -> No
     sums.entropy_sum.sub_((p * p.clamp(min=1e-30).log()).sum())
     sums.margin_sum.add_((largest[:, K - 1] - largest[:, K]).sum())
     sums.coactivation.add_((chosen.T @ chosen).long())
+    if sums.logit_gram.numel():
+        sums.logit_gram.add_(args.logits.float().T @ args.logits.float())
 
 
-def eager_combine_and_measure(args: Rows, sums: kernels.ExpertSums) -> Tensor:
+def eager_combine_and_measure(args: Rows, sums: kernels.ExpertSums, residual: Tensor | None) -> Tensor:
     y, weight, idx, order, offsets, _ = args
     T, K = idx.shape
     gate, expert, token = weight.reshape(-1)[order], idx.reshape(-1)[order], order // K
@@ -88,6 +90,13 @@ def eager_combine_and_measure(args: Rows, sums: kernels.ExpertSums) -> Tensor:
     sums.pair_sum.add_(spread.T @ spread)
     if sums.square_sum.shape[1]:
         sums.square_sum.index_add_(0, expert, y.double().square())
+        sums.value_sum.index_add_(0, expert, y.double())
+        sums.unit_sum.index_add_(0, expert, y.double() / norm[:, None])
+    if residual is not None:
+        h = residual.float()
+        turn = 1 - torch.cosine_similarity(h, h + out.to(y.dtype).float(), dim=1).double()
+        sums.residual_sum.index_add_(0, expert, a * turn[token])
+        sums.residual_tokens.add_(T)
     return out.to(y.dtype)
 
 
@@ -96,12 +105,12 @@ def eager_sort_by_expert(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True), torch.nn.functional.pad(torch.bincount(flat, minlength=E).cumsum(0), (1, 0))
 
 
-def timed(op: str, layer: Layer, backend: str, squares: bool) -> tuple[Callable[[], object], Tensor, float, str]:
+def timed(op: str, layer: Layer, backend: str, more: str) -> tuple[Callable[[], object], Tensor, float, str]:
     """A call to time, what to compare of its result, and the bytes it must move."""
     E, K, H, score = layer
     if op == "router_stats":
         args = on_device(router(Case(ROUTER_TOKENS, E, K, 1)))
-        sums: Any = kernels.router_sums(E, DEVICE)
+        sums: Any = kernels.router_sums(E, DEVICE, gram=more == "+gram")
         moved, size = args.logits.nbytes + args.topk_idx.nbytes + args.topk_weight.nbytes, f"T={ROUTER_TOKENS} f32"
         run: Callable[[], object] = lambda: kernels.router_stats(*args, sums, score=score, backend=backend)  # noqa: E731
         if backend == "eager":
@@ -115,11 +124,12 @@ def timed(op: str, layer: Layer, backend: str, squares: bool) -> tuple[Callable[
     else:
         T = min(ROW_BYTES // (2 * K * H), OUT_BYTES // (2 * H))
         args = on_device(rows(Case(T, E, K, H), torch.bfloat16))
-        sums = kernels.expert_sums(E, H if squares else 0, DEVICE)
-        moved, size = args.y.nbytes + T * H * 2, f"T={T} bf16"
-        run = lambda: kernels.combine_and_measure(*args, sums, backend=backend)  # noqa: E731
+        sums = kernels.expert_sums(E, H if more == "+dimensions" else 0, DEVICE)
+        residual = stream(args).to(DEVICE) if more == "+residual" else None
+        moved, size = args.y.nbytes + T * H * (2 if residual is None else 4), f"T={T} bf16"
+        run = lambda: kernels.combine_and_measure(*args, sums, residual=residual, backend=backend)  # noqa: E731
         if backend == "eager":
-            run = lambda: eager_combine_and_measure(args, sums)  # noqa: E731
+            run = lambda: eager_combine_and_measure(args, sums, residual)  # noqa: E731
     run()
     result = torch.cat([s.double().reshape(-1).cpu() for s in sums])
     return run, result, moved, size
@@ -136,21 +146,21 @@ def measure(cases: list[str], threads: int, repeats: int) -> list[dict[str, obje
     read = SCRUB.nbytes / seconds(SCRUB.sum, repeats)  # what this machine reads at, not what its datasheet says
     base = {**facts(), "threads": threads, "read_gb_s": round(read / 1e9, 1)}
     lines: list[dict[str, object]] = []
-    kinds = [(op, False) for op in ("router_stats", "sort_by_expert", "combine_and_measure")]
-    kinds.append(("combine_and_measure", True))
+    kinds = [("router_stats", ""), ("router_stats", "+gram"), ("sort_by_expert", "")]
+    kinds += [("combine_and_measure", more) for more in ("", "+residual", "+dimensions")]
     for case in cases:
         layer = MODELS[case]
-        for op, squares in kinds:
+        for op, more in kinds:
             want, eager = None, 0.0
             for backend in ("reference", "eager", *(b for b in kernels.available()[op][DEVICE] if b != "reference")):
-                run, got, moved, size = timed(op, layer, backend, squares)
+                run, got, moved, size = timed(op, layer, backend, more)
                 want = got if want is None else want
                 exact = op == "sort_by_expert"
                 tolerance = (0.0, 0.0) if exact else (1e-4, 1e-5 * float(want.abs().max()))
                 torch.testing.assert_close(got, want, rtol=tolerance[0], atol=tolerance[1])
                 t = seconds(run, 1, 0) if backend == "reference" else seconds(run, repeats)
                 eager = t if backend == "eager" else eager
-                line = {"op": op + ("+squares" if squares else ""), "case": case, "size": size, "backend": backend}
+                line = {"op": op + more, "case": case, "size": size, "backend": backend}
                 line |= {"us": round(t * 1e6), "gb_s": round(moved / t / 1e9, 2)}
                 line |= {"of_read_bandwidth": round(moved / t / read, 3)}
                 lines.append({**base, **line, "over_eager": round(eager / t, 2) if eager else None})

@@ -98,6 +98,15 @@ def rows(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Rows:
     return Rows(y.to(dtype), weight, idx, order, offsets, mask)
 
 
+def stream(args: Rows) -> Tensor:
+    """A residual stream [T, H] that the rows' outputs turn now a little, now a lot; the first token's is zero."""
+    T, H = len(args.topk_idx), args.y.shape[1]
+    scale = torch.logspace(1, -1, max(T, 1))[:T, None]
+    h = torch.randn(T, H, generator=torch.Generator().manual_seed(T)) * scale
+    h[:1] = 0
+    return h.to(args.y.dtype)
+
+
 def grouped(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """The filled slots in expert order, tokens rising within an expert, and where each expert starts."""
     flat = topk_idx.reshape(-1).long()

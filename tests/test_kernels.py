@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native
-from tests.cases import EDGE, Case, Rows, grouped, router, rows
+from tests.cases import EDGE, Case, Rows, grouped, router, rows, stream
 
 U = 2.0**-24  # half a unit in float32's last place: the error of one operation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,15 +46,21 @@ def to(device: str, args: Any) -> list[Tensor | None]:
 
 
 def routed(args: Any, E: int, device: str = "cpu", backend: str | None = None, score: str = "softmax") -> Any:
-    sums = kernels.router_sums(E, device)
+    sums = kernels.router_sums(E, device, gram=True)
     kernels.router_stats(*to(device, args), sums, score=score, backend=backend)
     return kernels.RouterSums(*to("cpu", sums))
 
 
 def combined(args: Any, E: int, H: int, device: str = "cpu", backend: str | None = None) -> Any:
     sums = kernels.expert_sums(E, H, device)
-    out = kernels.combine_and_measure(*to(device, args), sums, backend=backend)
+    residual = stream(Rows(*args)).to(device)
+    out = kernels.combine_and_measure(*to(device, args), sums, residual=residual, backend=backend)
     return out.cpu(), kernels.ExpertSums(*to("cpu", sums))
+
+
+def assert_within(got: Tensor, want: Tensor, atol: Tensor, name: str) -> None:
+    near = ((got - want).abs() <= atol) | (got == want) | (got.isnan() & want.isnan())
+    assert near.all(), f"{name}: off by up to {float((got - want).abs().max())}"
 
 
 def assert_router_sums_agree(got: Any, want: Any, args: Any, score: str) -> None:
@@ -69,14 +75,41 @@ def assert_router_sums_agree(got: Any, want: Any, args: Any, score: str) -> None
     torch.testing.assert_close(got.score_sum, want.score_sum, rtol=row + 256 * U, atol=1e-30)
     torch.testing.assert_close(got.entropy_sum, want.entropy_sum, rtol=0, atol=T * row * (1 + math.log(E)))
     torch.testing.assert_close(got.margin_sum, want.margin_sum, rtol=0, atol=T * 2 * row * largest)
+    norm = want.logit_gram.diagonal().sqrt()  # the magnitudes of a pair's products add up to at most norm_i norm_j
+    assert_within(got.logit_gram, want.logit_gram, 257 * U * norm[:, None] * norm, "logit_gram")
 
 
-def assert_expert_sums_agree(got: Any, want: Any, H: int) -> None:
+def assert_expert_sums_agree(got: Any, want: Any, args: Rows, out: Tensor) -> None:
+    """`out` is the layer's output on all rows, as the reference gives it."""
     assert torch.equal(got.max_abs, want.max_abs)
-    # A row's squares are summed in 32 lanes, square_sum over 256 rows; both round each square once.
+    assert torch.equal(got.residual_tokens, want.residual_tokens)
+    # A row's squares are summed in two sets of 16 lanes that take turns every 128 columns, dimensions over 256 rows;
+    # both round each square once. A lane has at most 8 columns more than H / 32, and 5 sums join the lanes.
+    row = (args.y.shape[1] / 32 + 14) * U
     for name in ("norm_sum", "norm_square_sum", "gated_norm_sum", "gated_norm_square_sum", "pair_sum"):
-        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=(H / 32 + 8) * U, atol=0, msg=name)
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=row, atol=0, msg=name)
     torch.testing.assert_close(got.square_sum, want.square_sum, rtol=257 * U, atol=0)
+    # Of a dimension's values: at most √(n Σ y²) by Cauchy-Schwarz; of units: at most 1 each, which a norm divides.
+    n = args.offsets.diff()[:, None].double()
+    assert_within(got.value_sum, want.value_sum, 257 * U * (n * want.square_sum).sqrt(), "value_sum")
+    assert_within(got.unit_sum, want.unit_sum, (259 * U + row) * n.expand_as(want.unit_sum), "unit_sum")
+    turn = 2 * row * want.gated_norm_sum + turn_errors(args, out, row)
+    assert_within(got.residual_sum, want.residual_sum, turn, "residual_sum")
+
+
+def turn_errors(args: Rows, out: Tensor, row: float) -> Tensor:
+    """What Σ a·(1 - cos) may be wrong by where the three dots are wrong by `row` of their magnitudes, [E].
+
+    With κ = (|h| + |out|)² / |h + out|²: the determinant is wrong by 4·row·|h|²|out|² and |h + out|² by row·κ of it,
+    so 1 - cos, at most 1 where the determinant is used and else 1 - <h, h + out> / (|h||h + out|), by 8·row·κ.
+    """
+    h, out = stream(args).double(), out.double()
+    kappa = ((h.norm(dim=1) + out.norm(dim=1)) / (h + out).norm(dim=1)).square().nan_to_num(0)
+    slot = args.order[: args.offsets[-1]]
+    a = args.y[: len(slot)].double().norm(dim=1) * args.topk_weight.reshape(-1)[slot].double()
+    expert = args.topk_idx.reshape(-1)[slot].long()
+    error = a * (8 * row * kappa).clamp(max=2).repeat_interleave(args.topk_idx.shape[1])[slot]
+    return torch.zeros(len(args.offsets) - 1, dtype=torch.float64).index_add(0, expert, error)
 
 
 @pytest.mark.parametrize(("device", "backend"), runs("router_stats"))
@@ -112,13 +145,14 @@ def test_margin_when_the_chosen_are_not_the_largest(device: str, backend: str, s
 
 @pytest.mark.parametrize(("device", "backend"), runs("router_stats"))
 @pytest.mark.parametrize("score", kernels.SCORES[:3])
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # infinities, as NumPy sees them
 def test_extreme_logits_give_finite_sums(device: str, backend: str, score: str) -> None:
     ladder = torch.linspace(-120, 80, 201).roll(7)[None]
     masked = torch.where(torch.arange(201) % 3 == 0, -torch.inf, ladder)
     logits = torch.cat([ladder, masked, torch.zeros(1, 201), torch.full((1, 201), -30.0)])
     args = router(Case(4, 201, 8, 1))._replace(logits=logits)
     got = routed(args, 201, device, backend, score)
-    assert all(s.isfinite().all() for s in got)
+    assert all(s.isfinite().all() for s in got[:-1])  # a logit of -inf has no product
     assert_router_sums_agree(got, routed(args, 201, backend="reference", score=score), args, score)
 
 
@@ -147,6 +181,7 @@ def test_router_stats_by_hand() -> None:
         torch.testing.assert_close(s.margin_sum, torch.tensor([1 / 8]).double())
         entropy = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8)) + math.log(3)
         torch.testing.assert_close(s.entropy_sum, torch.tensor([entropy]).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(s.logit_gram, torch.outer(*logits[[0, 0]].double()), rtol=3 * U, atol=0)
 
 
 @pytest.mark.parametrize(("device", "backend"), runs("combine_and_measure"))
@@ -161,15 +196,17 @@ def test_combine_and_measure_agrees_with_the_reference(
     want_out, want = combined(args, case.E, case.H, backend="reference")
     assert out.dtype == dtype
     assert torch.equal(out, want_out)  # the output is defined bit by bit
-    assert_expert_sums_agree(got, want, case.H)
+    assert_expert_sums_agree(got, want, args, want_out)
 
 
 def test_combine_and_measure_by_hand() -> None:
     y = torch.tensor([[3.0, 4.0], [0.0, -2.0], [6.0, 8.0]])  # rows of experts 0, 1, 1
     weight, idx = torch.tensor([[0.5, 2.0], [1.0, 1.0]]), torch.tensor([[1, 0], [-1, 1]])
     args = (y, weight, idx, torch.tensor([1, 0, 3]), torch.tensor([0, 1, 3]), torch.tensor([True, True]))
+    h = torch.tensor([[0.0, 0.0], [8.0, -6.0]])  # no direction; as long as the output and at a right angle to it
     for backend in kernels.available()["combine_and_measure"]["cpu"]:
-        out, s = combined(args, 2, 2, backend=backend)
+        s = kernels.expert_sums(2, 2)
+        out = kernels.combine_and_measure(*args, s, residual=h, backend=backend)
         assert out.tolist() == [[6.0, 7.0], [6.0, 8.0]]
         assert s.norm_sum.tolist() == [5.0, 12.0]
         assert s.norm_square_sum.tolist() == [25.0, 104.0]
@@ -178,16 +215,84 @@ def test_combine_and_measure_by_hand() -> None:
         assert s.max_abs.tolist() == [4.0, 8.0]
         assert s.pair_sum.tolist() == [[100.0, 10.0], [10.0, 101.0]]
         assert s.square_sum.tolist() == [[9.0, 16.0], [36.0, 68.0]]
+        assert s.value_sum.tolist() == [[3.0, 4.0], [6.0, 6.0]]
+        unit = torch.tensor([[0.6, 0.8], [0.6, -0.2]]).double()
+        torch.testing.assert_close(s.unit_sum, unit, rtol=0, atol=4 * U)
+        turned = torch.tensor([10, 1 + 10 * (1 - 0.5**0.5)]).double()
+        torch.testing.assert_close(s.residual_sum, turned, rtol=8 * U, atol=0)
+        assert s.residual_tokens.tolist() == [2]
 
 
 @pytest.mark.parametrize(("device", "backend"), runs("combine_and_measure"))
-def test_square_sum_is_optional(device: str, backend: str) -> None:
+def test_sums_of_dimensions_are_optional(device: str, backend: str) -> None:
     case = fitting(EDGE["masked"], device, backend)
     args = rows(case, torch.bfloat16)
     (out, got), (whole, want) = (combined(args, case.E, H, device, backend) for H in (0, 97))
     assert torch.equal(out, whole)
-    assert all(torch.equal(a, b) for a, b in zip(got[:-1], want[:-1], strict=True))
-    assert got.square_sum.shape == (case.E, 0)
+    wide = {"square_sum", "value_sum", "unit_sum"}
+    for name, a, b in zip(got._fields, got, want, strict=True):
+        assert a.shape == (case.E, 0) if name in wide else torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("device", "backend"), runs("router_stats"))
+def test_the_gram_is_optional(device: str, backend: str) -> None:
+    case = fitting(EDGE["masked"], device, backend)
+    args, sums = router(case), kernels.router_sums(case.E, device)
+    kernels.router_stats(*to(device, args), sums, backend=backend)
+    want = routed(args, case.E, device, backend)
+    assert sums.logit_gram.shape == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(to("cpu", sums[:-1]), want[:-1], strict=True))
+
+
+TURNS = [*runs("combine_and_measure"), pytest.param("cpu", "reference", id="cpu-reference")]
+
+
+def turn(out: Tensor, residual: Tensor | None, device: str, backend: str) -> Any:
+    """Sums of one expert that every token goes to with a gate of one: its rows are the output."""
+    T, H = out.shape
+    sums = kernels.expert_sums(1, 0, device)
+    zeros = torch.zeros(T, 1, dtype=torch.int64)
+    args = (out, torch.ones(T, 1), zeros, torch.arange(T), torch.tensor([0, T]), None)
+    h = None if residual is None else residual.to(device)
+    got = kernels.combine_and_measure(*to(device, args), sums, residual=h, backend=backend)
+    assert torch.equal(got.cpu(), out)
+    return kernels.ExpertSums(*to("cpu", sums))
+
+
+@pytest.mark.parametrize(("device", "backend"), TURNS)
+def test_turns_of_the_residual(device: str, backend: str) -> None:
+    out = torch.randn(7, 45, generator=torch.Generator().manual_seed(3))
+    for h, want in ((torch.zeros_like(out), 1), (-out, 1), (-3 * out, 0), (-out / 4, 2), (out, 0)):
+        s = turn(out, h, device, backend)
+        # Dots in fewer than 45 + 3 operations, of vectors up to twice as long together as their sum: κ = 4.
+        error = 8 * 48 * U * 4 * s.gated_norm_sum
+        assert_within(s.residual_sum, want * s.gated_norm_sum, error, "residual_sum")
+        assert s.residual_sum >= 0
+    without = turn(out, None, device, backend)
+    assert not without.residual_sum.any()
+    assert not without.residual_tokens.any()
+    assert s.residual_tokens.tolist() == [7]
+
+
+@pytest.mark.parametrize(("device", "backend"), TURNS)
+def test_small_turns_keep_their_digits(device: str, backend: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    h, out = torch.randn(1, 600, generator=g), torch.randn(1, 600, generator=g) * 2.0**-12
+    s = turn(out, h, device, backend)
+    a, b = h[0].double(), out[0].double()
+    along = (a @ b) ** 2 / ((a @ a) * (b @ b))  # cos² of the angle between h and out
+    want = b.norm() * (1 - a @ (a + b) / (a.norm() * (a + b).norm()))
+    assert want < 1e-7 * b.norm()  # float32 has 1 - cos to no digit
+    # The determinant keeps 1 - cos² of its magnitude; every other factor is wrong by less than one dot.
+    torch.testing.assert_close(s.residual_sum[0], want, rtol=float((600 / 32 + 8) * U * (4 / (1 - along) + 4)), atol=0)
+
+
+@pytest.mark.parametrize(("device", "backend"), TURNS)
+def test_rows_of_zeros_have_no_direction(device: str, backend: str) -> None:
+    y = torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, -4.0]])
+    args = Rows(y, torch.ones(2, 1), torch.zeros(2, 1).long(), torch.arange(2), torch.tensor([0, 2]), None)
+    _, s = combined(args, 1, 3, device, backend)
+    torch.testing.assert_close(s.unit_sum, torch.tensor([[0.0, 0.6, -0.8]]).double(), rtol=3 * U, atol=0)
 
 
 @pytest.mark.parametrize(("device", "backend"), runs("combine_and_measure"))
@@ -228,9 +333,10 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(score: str, case: Ca
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         for level in _C.levels():
-            router_sums, expert_sums = kernels.router_sums(case.E), kernels.expert_sums(case.E, case.H)
+            router_sums, expert_sums = kernels.router_sums(case.E, gram=True), kernels.expert_sums(case.E, case.H)
             native.router_stats(*router(case), router_sums, score=score, level=level)
-            out = native.combine_and_measure(*rows(case, torch.float16), expert_sums, level=level)
+            args = rows(case, torch.float16)
+            out = native.combine_and_measure(*args, stream(args), expert_sums, level=level)
             got = [*router_sums, *expert_sums, out]
             first = first or got
             assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True)), (count, level)
@@ -246,8 +352,8 @@ def test_two_batches_add_up_to_one(sizes: tuple[Any, ...], K: int, cut: int, see
     case = Case(*sizes)
     case, cut = case._replace(K=min(K, case.E)), min(cut, case.T)
     args, whole_rows = router(case, seed=seed), rows(case, seed=seed)
-    halves = [slice(0, cut), slice(cut, case.T)]
-    parts = kernels.router_sums(case.E), kernels.expert_sums(case.E, case.H)
+    halves, h = [slice(0, cut), slice(cut, case.T)], stream(whole_rows)
+    parts = kernels.router_sums(case.E, gram=True), kernels.expert_sums(case.E, case.H)
     outs = []
     for half in halves:
         part = [None if a is None else a[half].contiguous() for a in args]
@@ -256,12 +362,14 @@ def test_two_batches_add_up_to_one(sizes: tuple[Any, ...], K: int, cut: int, see
         mine = torch.isin(whole_rows.order, slots)
         order, offsets = grouped(part[1], case.E)
         batch = Rows(whole_rows.y[mine].contiguous(), part[2], part[1], order, offsets, part[3])
-        outs.append(kernels.combine_and_measure(*batch, parts[1]))
+        outs.append(kernels.combine_and_measure(*batch, parts[1], residual=h[half]))
     out, expert_sums = combined(whole_rows, case.E, case.H)
     assert torch.equal(torch.cat(outs), out)
-    # float64 sums of float32 rows and of float32 chunks, which a cut divides
-    for got, want in zip((*parts[0], *parts[1]), (*routed(args, case.E), *expert_sums), strict=True):
-        torch.testing.assert_close(got, want, rtol=20 * U, atol=0)
+    # float64 sums of float32 rows and of float32 chunks, which a cut divides; logits and rows are below 20, units 1
+    size = {"logit_gram": 20 * 20**2, "value_sum": 20 * 20, "unit_sum": 20}
+    sums = {**routed(args, case.E)._asdict(), **expert_sums._asdict()}
+    for (name, want), got in zip(sums.items(), (*parts[0], *parts[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=20 * U, atol=20 * U * size.get(name, 0))
 
 
 @given(perm=st.permutations(range(6)), seed=st.integers(0, 99))
@@ -281,99 +389,3 @@ def test_renaming_experts_renames_their_sums(perm: list[int], seed: int) -> None
     for before, after in zip((*routed(args, 6), *sums), (*routed(renamed, 6), *new_sums), strict=True):
         want = before if before.shape[0] == 1 else before[p][:, p] if before.shape == (6, 6) else before[p]
         torch.testing.assert_close(after, want, rtol=20 * U, atol=1e-5 if before.shape[0] == 1 else 0)
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@given(bad=st.lists(st.integers(-(2**62), 2**62), min_size=3, max_size=3))
-def test_wild_offsets_are_refused(backend: str, bad: list[int]) -> None:
-    args = rows(Case(4, 2, 1, 8))
-    if bad == args.offsets.tolist():
-        return
-    rising = bad[0] == 0 and bad == sorted(bad) and bad[2] <= 4  # but not where the experts' rows end
-    what = (
-        "(offsets|order): expected (a row for|each slot)" if rising else "offsets: expected offsets rising from 0 to at"
-    )
-    with pytest.raises(ValueError, match=rf"^\[combine_and_measure\] {what}"):
-        combined(args._replace(offsets=torch.tensor(bad)), 2, 8, backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@given(row=st.integers(0, 7), slot=st.integers(-(2**62), 2**62) | st.integers(-1, 8))
-def test_a_wild_order_is_refused(backend: str, row: int, slot: int) -> None:
-    args = rows(Case(4, 3, 2, 8))
-    order = args.order.clone()
-    if order[row] == slot:
-        return
-    order[row] = slot
-    with pytest.raises(ValueError, match=r"\[combine_and_measure\] order: expected each slot of expert \d once, got"):
-        combined(args._replace(order=order), 3, 8, backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_slot_without_a_row_is_refused(backend: str) -> None:
-    args = rows(Case(4, 3, 2, 8))
-    short = args._replace(y=args.y[:-1], order=args.order[:-1], offsets=args.offsets.clamp(max=7))
-    with pytest.raises(ValueError, match=r"offsets: expected a row for each of 8 slots, got 7"):
-        combined(short, 3, 8, backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@given(ids=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 4), min_size=6, max_size=6))
-def test_wild_ids_are_empty_slots(backend: str, ids: list[int]) -> None:
-    args = router(Case(3, 4, 2, 1))._replace(topk_idx=torch.tensor(ids).view(3, 2))
-    assert routed(args, 4, backend=backend).count.tolist() == [ids.count(e) for e in range(4)]
-
-
-ROUTER, ROWS = router(Case(6, 4, 2, 8, masked=True)), rows(Case(6, 4, 2, 8, masked=True))
-BAD_ROUTER = {
-    "logits-width": ({"logits": torch.zeros(6, 3)}, "logits: expected E=4, got 3"),
-    "logits-strides": ({"logits": torch.zeros(4, 6).T}, r"logits: expected a contiguous tensor, got strides \[1, 6\]"),
-    "logits-dtype": ({"logits": torch.zeros(6, 4).double()}, "logits: expected float32 or bfloat16 or float16, got"),
-    "logits-shape": ({"logits": torch.zeros(24)}, r"logits: expected shape \[T, E\], got \[24\]"),
-    "weight": ({"topk_weight": torch.zeros(6, 3)}, "topk_weight: expected K=2, got 3"),
-    "ids": ({"topk_idx": torch.zeros(6, 2)}, "topk_idx: expected int64 or int32, got float32"),
-    "mask-length": ({"mask": torch.ones(5).bool()}, "mask: expected T=6, got 5"),
-    "mask-dtype": ({"mask": torch.ones(6)}, "mask: expected bool, got float32"),
-    "list": ({"topk_idx": [[0, 1]]}, "topk_idx: expected a tensor, got list"),
-}
-BAD_ROWS = {
-    "offsets": ({"offsets": torch.zeros(4).long()}, r"offsets: expected E\+1=5, got 4"),
-    "order": ({"order": torch.zeros(11).long()}, "order: expected N=12, got 11"),
-    "order-dtype": ({"order": torch.zeros(12).int()}, "order: expected int64, got int32"),
-    "strides": ({"y": torch.zeros(8, 12).T}, "y: expected a contiguous tensor"),
-    "dtype": ({"y": torch.zeros(12, 8).long()}, "y: expected float32 or bfloat16 or float16, got int64"),
-    "hidden": ({"y": torch.zeros(12, 9)}, "square_sum: expected H=9, got 8"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_ROUTER.values(), ids=BAD_ROUTER)
-def test_router_stats_names_the_wrong_argument(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=r"^\[router_stats\] " + message):
-        kernels.router_stats(*ROUTER._replace(**change), kernels.router_sums(4))
-    if "topk_idx" not in change:  # the extension checks for itself
-        with pytest.raises(ValueError, match=r"^\[router_stats\] " + message.split(", got")[0].split(" or ")[0]):
-            native.router_stats(*ROUTER._replace(**change), kernels.router_sums(4), score="softmax")
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_combine_and_measure_names_the_wrong_argument(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=r"^\[combine_and_measure\] " + message):
-        kernels.combine_and_measure(*ROWS._replace(**change), kernels.expert_sums(4, 8))
-    with pytest.raises(ValueError, match=r"^\[combine_and_measure\] " + message.split(", got")[0].split(" or ")[0]):
-        native.combine_and_measure(*ROWS._replace(**change), kernels.expert_sums(4, 8))
-
-
-def test_wrong_sums_scores_and_levels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[router_stats\] score: expected one of softmax, sigmoid, .*, got relu"):
-        kernels.router_stats(*ROUTER, kernels.router_sums(4), score="relu")
-    with pytest.raises(ValueError, match=r"\[router_stats\] coactivation: expected E=4, got 3"):
-        kernels.router_stats(*ROUTER, kernels.router_sums(4)._replace(coactivation=torch.zeros(3, 3).long()))
-    with pytest.raises(ValueError, match=r"\[router_stats\] gate_sum: expected float64, got float32"):
-        kernels.router_stats(*ROUTER, kernels.router_sums(4)._replace(gate_sum=torch.zeros(4)))
-    with pytest.raises(ValueError, match=r"\[router_stats\] level: expected an instruction set of this machine"):
-        native.router_stats(*ROUTER, kernels.router_sums(4), score="softmax", level="sse9")
-
-
-def test_a_model_being_trained_can_be_measured() -> None:
-    out, _ = combined(ROWS._replace(y=ROWS.y.clone().requires_grad_()), 4, 8)
-    assert not out.requires_grad

@@ -1,17 +1,18 @@
 #include <algorithm>
 
 #include "../kernels.h"
+#include "dimensions.h"
 #include "parallel.h"
 #include "slots.h"
+#include "turn.h"
 
 namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kTokens = 16;     // tokens a task combines
-constexpr int64_t kColumns = 256;   // of the output, whose float32 sums stay in L1 while the token's rows are added
+constexpr int64_t kColumns = 128;   // of the output, whose float32 sums stay in L1 while the token's rows are added
+constexpr int kAtOnce = 2;          // rows that are added while a sum is in a register
 constexpr int64_t kAhead = 2;        // tokens before a row is needed, it is fetched: rows lie far apart, a page or more each
-constexpr int64_t kSquares = 2048;  // columns of square_sum a task adds to, so that the float32 sums stay in L1
-constexpr int64_t kRows = 256;      // rows whose squares are summed in float32 before they join the float64 sum
 
 // Where each slot's row is, and what the first pass leaves for the second.
 struct Routing {
@@ -21,6 +22,7 @@ struct Routing {
   std::vector<float> square;    // [N] sum of the row's squares
   std::vector<float> top;       // [N] largest |y|
   std::vector<double> gated;    // [T, K] gate x norm, 0 for empty slots
+  std::vector<double> turn;     // [T] 1 - cos(h, h + out) where the residual h was given
 };
 
 Routing read_routing(const CombineAndMeasure& args) {
@@ -32,6 +34,7 @@ Routing read_routing(const CombineAndMeasure& args) {
   routing.square.resize(N);
   routing.top.resize(N);
   routing.gated.resize(slots);
+  routing.turn.resize(args.residual ? args.T : 0);
   read_ids(args.idx, 0, slots, args.E, routing.ids.data());
   read_floats(args.weight, 0, slots, routing.gates.data());
 
@@ -53,13 +56,13 @@ Routing read_routing(const CombineAndMeasure& args) {
   return routing;
 }
 
-// Running sums of squares and largest magnitudes of one row: 32 lanes, as two times 16 unpacked columns.
+// Running sums of squares and largest magnitudes of one row. Blocks of columns take turns at two times 16 lanes.
 template <class T>
 struct Measure {
   struct Part {
     Floats a = {}, b = {};
     Top<T> top;
-  } first, second;
+  } parts[2];
 };
 
 // The filled slots of one token in slot order.
@@ -67,6 +70,7 @@ template <class T>
 struct Filled {
   std::vector<const T*> rows, next;  // next: rows of the token kAhead on
   std::vector<int64_t> slots;
+  std::vector<float> gates;
   std::vector<Measure<T>> measures;
 };
 
@@ -74,10 +78,12 @@ template <class T>
 void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routing& routing, Filled<T>& f) {
   f.rows.clear();
   f.slots.clear();
+  f.gates.clear();
   for (int64_t slot = t * args.K; slot < (t + 1) * args.K; ++slot)
     if (routing.row_of[slot] >= 0) {
       f.rows.push_back(y + routing.row_of[slot] * args.H);
       f.slots.push_back(slot);
+      f.gates.push_back(routing.gates[slot]);
     }
   f.next = f.rows;
   size_t n = 0;
@@ -86,38 +92,63 @@ void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routi
     if (routing.row_of[slot] >= 0) f.next[n++] = y + routing.row_of[slot] * args.H;
 }
 
+// 32 columns that are read soon.
 template <class T>
-MOEKERN_INLINE void add_part(const T* y, float gate, float* sum, typename Measure<T>::Part& part) {
-  Floats a, b;
-  unpack(y, a, b);
-  pack(read<Floats>(sum) + gate * a, read<Floats>(sum + kVector) + gate * b, sum);
-  part.a += a * a;
-  part.b += b * b;
-  part.top.add(y);
+MOEKERN_INLINE void fetch(const T* y) {
+  prefetch(y);
+  if (sizeof(T) == 4) prefetch(y + kLanes / 2);
 }
 
-template <class T>
-MOEKERN_INLINE void add_lanes(const T* y, float gate, float* sum, Measure<T>& m) {
-  add_part(y, gate, sum, m.first);
-  add_part(y + kLanes / 2, gate, sum + kLanes / 2, m.second);
+// kTogether rows join 16 columns of the output's sums one after the other, and their own lanes.
+template <int kTogether, bool kFirst, class T>
+MOEKERN_INLINE void add_rows(const T* const* y, int64_t at, const float* gates, float* sum,
+                             typename Measure<T>::Part* parts) {
+  Floats sum_a = {}, sum_b = {};
+  if (!kFirst) {
+    sum_a = read<Floats>(sum);
+    sum_b = read<Floats>(sum + kVector);
+  }
+  for (int r = 0; r < kTogether; ++r) {
+    Floats a, b;
+    unpack(y[r] + at, a, b);
+    sum_a += gates[r] * a;
+    sum_b += gates[r] * b;
+    parts[r].a += a * a;
+    parts[r].b += b * b;
+    parts[r].top.add(y[r] + at);
+  }
+  pack(sum_a, sum_b, sum);
 }
 
-// Up to kColumns columns of one row join the output's sums, which lie as unpacked, and the row's own lanes.
-template <class T>
-MOEKERN_INLINE void add_columns(const T* y, const T* next, int64_t n, float gate, float* sum, Measure<T>& measure) {
-  Measure<T> m = measure;
+// Up to kColumns columns of kTogether rows join the output's sums, which lie as unpacked.
+template <int kTogether, bool kFirst, class T>
+MOEKERN_INLINE void add_columns(const Filled<T>& f, int64_t k, int64_t start, int64_t n, float* sum,
+                                Measure<T>* measures) {
+  typename Measure<T>::Part parts[kTogether];
+  const T* rows[kTogether];
+  float gates[kTogether];
+  const int turn = start / kColumns % 2;
+  for (int r = 0; r < kTogether; ++r) {
+    parts[r] = measures[k + r].parts[turn];
+    rows[r] = f.rows[k + r] + start;
+    gates[r] = f.gates[k + r];
+  }
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    prefetch(next + i);
-    if (sizeof(T) == 4) prefetch(next + i + kLanes / 2);
-    add_lanes(y + i, gate, sum + i, m);
+    for (int r = 0; r < kTogether; ++r) fetch(f.next[k + r] + start + i);
+    add_rows<kTogether, kFirst>(rows, i, gates, sum + i, parts);
+    add_rows<kTogether, kFirst>(rows, i + kLanes / 2, gates, sum + i + kLanes / 2, parts);
   }
   if (i < n) {
-    T tail[kLanes] = {};
-    std::memcpy(tail, y + i, (n - i) * sizeof(T));
-    add_lanes(tail, gate, sum + i, m);
+    T tails[kTogether][kLanes] = {};
+    for (int r = 0; r < kTogether; ++r) {
+      std::memcpy(tails[r], rows[r] + i, (n - i) * sizeof(T));
+      rows[r] = tails[r];
+    }
+    add_rows<kTogether, kFirst>(rows, 0, gates, sum + i, parts);
+    add_rows<kTogether, kFirst>(rows, kLanes / 2, gates, sum + i + kLanes / 2, parts);
   }
-  measure = m;
+  for (int r = 0; r < kTogether; ++r) measures[k + r].parts[turn] = parts[r];
 }
 
 template <class T>
@@ -134,27 +165,28 @@ MOEKERN_INLINE void round_columns(const float* sum, int64_t n, T* out) {
 // Rows of a token take turns every kColumns columns: the prefetches are spread over all the rows to come.
 template <class T>
 MOEKERN_INLINE void combine_token(const CombineAndMeasure& args, int64_t t, Routing& routing, Filled<T>& f) {
-  const int64_t H = args.H;
-  const size_t filled = f.rows.size();
+  const int64_t H = args.H, filled = f.rows.size();
   std::fill(f.measures.begin(), f.measures.begin() + filled, Measure<T>{});
   T* out = static_cast<T*>(args.out) + t * H;
   for (int64_t start = 0; start < H; start += kColumns) {
     const int64_t n = std::min(kColumns, H - start);
-    float sum[kColumns] = {};
-    for (size_t k = 0; k < filled; ++k)
-      add_columns(f.rows[k] + start, f.next[k] + start, n, routing.gates[f.slots[k]], sum, f.measures[k]);
+    float sum[kColumns];
+    if (filled == 0) std::memset(sum, 0, sizeof sum);
+    Measure<T>* measures = f.measures.data();
+    int64_t k = std::min<int64_t>(filled, kAtOnce);
+    if (filled >= kAtOnce) add_columns<kAtOnce, true>(f, 0, start, n, sum, measures);
+    if (filled == 1) add_columns<1, true>(f, 0, start, n, sum, measures);
+    for (; k + kAtOnce <= filled; k += kAtOnce) add_columns<kAtOnce, false>(f, k, start, n, sum, measures);
+    if (k < filled) add_columns<1, false>(f, k, start, n, sum, measures);
     round_columns(sum, n, out + start);
   }
-  for (size_t k = 0; k < filled; ++k) {
-    const Measure<T>& m = f.measures[k];
+  for (int64_t k = 0; k < filled; ++k) {
+    const auto& [first, second] = f.measures[k].parts;
     const int64_t slot = f.slots[k], row = routing.row_of[slot];
-    float lane[kLanes];
-    in_order(m.first.a, m.first.b, lane, out);
-    in_order(m.second.a, m.second.b, lane + kLanes / 2, out);
-    const float square = sum_of(lane), top = m.first.top.largest(), other = m.second.top.largest();
+    const float square = sum_of_lanes((first.a + second.a) + (first.b + second.b));
     routing.square[row] = square;
-    routing.top[row] = top > other || top != top ? top : other;
-    routing.gated[slot] = static_cast<double>(routing.gates[slot]) * std::sqrt(static_cast<double>(square));
+    routing.top[row] = first.top.joined(second.top).largest();
+    routing.gated[slot] = static_cast<double>(f.gates[k]) * std::sqrt(static_cast<double>(square));
   }
 }
 
@@ -175,47 +207,11 @@ void add_expert(const CombineAndMeasure& args, const Routing& routing, int64_t e
     for (int64_t k = t * K; k < (t + 1) * K; ++k)
       if (routing.ids[k] > e) pairs[routing.ids[k]] += gated * routing.gated[k];
     args.pair_sum[e * E + e] += gated * gated;
+    if (args.residual) args.residual_sum[e] += gated * routing.turn[t];
   }
   for (int64_t j = e + 1; j < E; ++j) {
     args.pair_sum[e * E + j] += pairs[j];
     args.pair_sum[j * E + e] += pairs[j];
-  }
-}
-
-// The sums lie as unpacked; columns that are less than a step are the block's last.
-template <class T>
-MOEKERN_INLINE void add_squares(const T* y, const T* next, int64_t n, float* sum) {
-  for (int64_t i = 0; i < n; i += 2 * kVector) {
-    prefetch(next + i);
-    Floats a, b;
-    if (i + 2 * kVector <= n) {
-      unpack(y + i, a, b);
-    } else {
-      T tail[2 * kVector] = {};
-      std::memcpy(tail, y + i, (n - i) * sizeof(T));
-      unpack(tail, a, b);
-    }
-    pack(read<Floats>(sum + i) + a * a, read<Floats>(sum + i + kVector) + b * b, sum + i);
-  }
-}
-
-// A block of columns of one expert's square_sum: its rows lie side by side, so this second read of y is sequential.
-template <class T>
-MOEKERN_INLINE void add_square_block(const CombineAndMeasure& args, const T* y, int64_t e, int64_t start) {
-  const int64_t H = args.H, n = std::min(kSquares, H - start);
-  double* total = args.square_sum + e * H + start;
-  for (int64_t first = args.offsets[e]; first < args.offsets[e + 1]; first += kRows) {
-    float sum[kSquares] = {};
-    const int64_t stop = std::min(first + kRows, args.offsets[e + 1]);
-    for (int64_t row = first; row < stop; ++row) {
-      const T* at = y + row * H + start;
-      if (!args.mask || args.mask[args.order[row] / args.K]) add_squares(at, row + 1 < args.N ? at + H : at, n, sum);
-    }
-    for (int64_t i = 0; i < n; i += 2 * kVector) {
-      float column[2 * kVector];
-      in_order(read<Floats>(sum + i), read<Floats>(sum + i + kVector), column, y);
-      for (int64_t j = 0; j < std::min<int64_t>(2 * kVector, n - i); ++j) total[i + j] += column[j];
-    }
   }
 }
 
@@ -231,19 +227,28 @@ void run_all(const CombineAndMeasure& args, const T* y, const Run& run) {
     const int64_t stop = std::min(args.T, (task + 1) * kTokens);
     for (int64_t t = task * kTokens; t < stop; ++t) {
       find_rows(args, y, t, routing, filled[worker]);
-      at_level(level, [&]() __attribute__((always_inline)) { combine_token(args, t, routing, filled[worker]); });
+      at_level(level, [&]() __attribute__((always_inline)) {
+        combine_token(args, t, routing, filled[worker]);
+        if (args.residual) routing.turn[t] = turn_of<T>(args, t);
+      });
     }
   });
 
   std::vector<std::vector<double>> pairs(workers_for(args.E, run.threads), std::vector<double>(args.E));
   parallel_for(args.E, run.threads, [&](int64_t e, int worker) { add_expert(args, routing, e, pairs[worker]); });
 
+  if (args.residual)
+    for (int64_t t = 0; t < args.T; ++t) *args.residual_tokens += !args.mask || args.mask[t];
+
   if (!args.square_sum) return;
-  const int64_t blocks = (args.H + kSquares - 1) / kSquares;
-  parallel_for(args.E * blocks, run.threads, [&](int64_t task, int) {
-    at_level(level, [&]() __attribute__((always_inline)) {
-      add_square_block(args, y, task / blocks, task % blocks * kSquares);
-    });
+  const int64_t blocks = (args.H + kDimensions - 1) / kDimensions;
+  std::vector<Chunk<T>> chunks(workers_for(args.E * blocks, run.threads));
+  parallel_for(args.E * blocks, run.threads, [&](int64_t task, int worker) {
+    const int64_t e = task / blocks, start = task % blocks * kDimensions;
+    for (int64_t first = args.offsets[e]; first < args.offsets[e + 1]; first += kRows) {
+      find_chunk(args, y, routing.square.data(), first, std::min(first + kRows, args.offsets[e + 1]), chunks[worker]);
+      at_level(level, [&]() __attribute__((always_inline)) { add_dimensions(args, chunks[worker], y, e, start); });
+    }
   });
 }
 

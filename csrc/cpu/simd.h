@@ -163,6 +163,9 @@ struct Top {
     const Shorts bits = read<Shorts>(y) & 0x7FFF;
     top = bits > top ? bits : top;
   }
+  MOEKERN_INLINE Top joined(const Top& other) const {
+    return {other.top > top ? other.top : top};
+  }
   MOEKERN_INLINE float largest() const {
     int16_t most = 0;
     for (int j = 0; j < 2 * kVector; ++j) most = top[j] > most ? top[j] : most;
@@ -177,6 +180,9 @@ struct Top<float> {
     a = u > a ? u : a;
     b = v > b ? v : b;
   }
+  MOEKERN_INLINE Top joined(const Top& other) const {
+    return {other.a > a ? other.a : a, other.b > b ? other.b : b};
+  }
   MOEKERN_INLINE float largest() const {
     int32_t most = 0;
     for (int j = 0; j < kVector; ++j) most = std::max({most, a[j], b[j]});
@@ -188,6 +194,11 @@ struct Top<float> {
 MOEKERN_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 MOEKERN_INLINE float larger(float a, float b) { return b > a ? b : a; }
+
+// The 8 lanes of a sum, always in this order.
+MOEKERN_INLINE float sum_of_lanes(const Floats& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
 
 MOEKERN_INLINE float sum_of(float* lane) {
   for (int width = kLanes / 2; width > 0; width /= 2)

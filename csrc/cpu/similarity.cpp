@@ -37,11 +37,6 @@ MOEKERN_INLINE void widen(const T* row, int64_t n, float* to) {
   std::memcpy(to + i + kVector, &b, sizeof b);
 }
 
-// The 8 lanes of a sum, always in this order.
-MOEKERN_INLINE float sum_of_lanes(const Floats& v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
-
 // product[r, c] += <a[r], b[c]> over one block of columns; rows of a and b lie kDepth apart.
 MOEKERN_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, float* product, int64_t stride) {
   Floats s00 = {}, s01 = {}, s02 = {}, s03 = {}, s10 = {}, s11 = {}, s12 = {}, s13 = {}, s20 = {}, s21 = {}, s22 = {},

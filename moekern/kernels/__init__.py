@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,27 +11,17 @@ from torch import Tensor
 from moekern.kernels import reference
 from moekern.kernels.checks import BOOL, F64, FLOATS, I64, INTS, check_rows, check_tensors
 from moekern.kernels.dispatch import BACKENDS, MISSING, OPS, PREFERENCE, available, backend_for, implementation, serves
-from moekern.kernels.quantised import Quantised as Quantised
-from moekern.kernels.quantised import dequantize as dequantize
-from moekern.kernels.similarity import SimilaritySums as SimilaritySums
-from moekern.kernels.similarity import distance_sum as distance_sum
-from moekern.kernels.similarity import similarity as similarity
-from moekern.kernels.similarity import similarity_sums as similarity_sums
-from moekern.kernels.similarity import sketch as sketch
+from moekern.kernels.quantised import Quantised, dequantize
+from moekern.kernels.similarity import SimilaritySums, distance_sum, similarity, similarity_sums, sketch
 from moekern.kernels.sorting import sort_by_expert
-from moekern.kernels.vocabulary import pair_popcount as pair_popcount
-from moekern.kernels.vocabulary import popcount as popcount
-from moekern.kernels.vocabulary import vocabulary as vocabulary
-from moekern.kernels.vocabulary import vocabulary_bits as vocabulary_bits
-from moekern.kernels.weights import WeightSums as WeightSums
-from moekern.kernels.weights import of_expert as of_expert
-from moekern.kernels.weights import stable_rank as stable_rank
-from moekern.kernels.weights import weight_stats as weight_stats
-from moekern.kernels.weights import weight_sums as weight_sums
+from moekern.kernels.vocabulary import pair_popcount, popcount, vocabulary, vocabulary_bits
+from moekern.kernels.weights import WeightSums, of_expert, stable_rank, weight_stats, weight_sums
 
 __all__ = (
-    "BACKENDS", "MISSING", "OPS", "PREFERENCE", "SCORES", "ExpertSums", "RouterSums", "available", "backend_for",
-    "combine_and_measure", "expert_sums", "router_stats", "router_sums", "serves", "sort_by_expert",
+    "BACKENDS", "MISSING", "OPS", "PREFERENCE", "SCORES", "ExpertSums", "Quantised", "RouterSums", "SimilaritySums",
+    "WeightSums", "available", "backend_for", "combine_and_measure", "dequantize", "distance_sum", "expert_sums",
+    "of_expert", "pair_popcount", "popcount", "router_stats", "router_sums", "serves", "similarity", "similarity_sums",
+    "sketch", "sort_by_expert", "stable_rank", "vocabulary", "vocabulary_bits", "weight_stats", "weight_sums",
 )  # fmt: skip
 
 SCORES = tuple(reference.SCORES)
@@ -49,6 +40,7 @@ class RouterSums(NamedTuple):
     entropy_sum: Tensor  # [1] float64   Σ -Σₑ p ln p, in nats
     margin_sum: Tensor  # [1] float64   Σ k-th largest score - (k+1)-th, 0 where K = E
     coactivation: Tensor  # [E, E] int64  tokens that chose both; count on the diagonal
+    logit_gram: Tensor  # [E, E] float64  Σ lᵢlⱼ of the logits as given; [0, 0] is not measured
 
 
 class ExpertSums(NamedTuple):
@@ -60,25 +52,32 @@ class ExpertSums(NamedTuple):
     gated_norm_square_sum: Tensor  # [E] float64     Σ a²
     max_abs: Tensor  # [E] float64     largest |y|: merges by maximum
     pair_sum: Tensor  # [E, E] float64  Σ over tokens of aᵢaⱼ; Σ a² on the diagonal
-    square_sum: Tensor  # [E, H] float64  Σ y² of each dimension; [E, 0] is not measured
+    square_sum: Tensor  # [E, H] float64  Σ y² of each dimension; these three are [E, 0] where not measured
+    value_sum: Tensor  # [E, H] float64  Σ y
+    unit_sum: Tensor  # [E, H] float64  Σ y/norm, without rows of norm 0
+    residual_sum: Tensor  # [E] float64     Σ a·max(0, 1 - cos(h, h + out)), h the residual stream
+    residual_tokens: Tensor  # [1] int64       counted tokens whose residual was given
 
 
-def router_sums(E: int, device: torch.device | str = "cpu") -> RouterSums:
-    """Zeros for E experts."""
-    shapes = ((1,), (1,), (E,), (E,), (E,), (E,), (E,), (1,), (1,), (E, E))
+def router_sums(E: int, device: torch.device | str = "cpu", *, gram: bool = False) -> RouterSums:
+    """Zeros for E experts; without `gram` logit_gram is left unmeasured."""
+    G = E if gram else 0
+    shapes = ((1,), (1,), (E,), (E,), (E,), (E,), (E,), (1,), (1,), (E, E), (G, G))
     whole = {"tokens", "logit_tokens", "count", "top1_count", "coactivation"}
-    return RouterSums(
-        *(
-            torch.zeros(shape, dtype=torch.int64 if name in whole else torch.float64, device=device)
-            for name, shape in zip(RouterSums._fields, shapes, strict=True)
-        )
-    )
+    return RouterSums(*_zeros(RouterSums._fields, shapes, whole, device))
 
 
 def expert_sums(E: int, H: int = 0, device: torch.device | str = "cpu") -> ExpertSums:
-    """Zeros for E experts; H = 0 leaves square_sum unmeasured."""
-    shapes = ((E,), (E,), (E,), (E,), (E,), (E, E), (E, H))
-    return ExpertSums(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+    """Zeros for E experts; H = 0 leaves the sums of each dimension unmeasured."""
+    shapes = ((E,), (E,), (E,), (E,), (E,), (E, E), (E, H), (E, H), (E, H), (E,), (1,))
+    return ExpertSums(*_zeros(ExpertSums._fields, shapes, {"residual_tokens"}, device))
+
+
+def _zeros(
+    names: Iterable[str], shapes: Iterable[tuple[int, ...]], whole: set[str], device: torch.device | str
+) -> Iterator[Tensor]:
+    for name, shape in zip(names, shapes, strict=True):
+        yield torch.zeros(shape, dtype=torch.int64 if name in whole else torch.float64, device=device)
 
 
 def router_stats(
@@ -97,10 +96,11 @@ def router_stats(
     [0, E) are empty slots and not counted; the ids of a token are distinct (of two equal ones each is counted, but
     they make no pair). mask [T] bool keeps the tokens that count; None keeps all. Among equal gates the lowest slot is
     top-1. `score` says what a logit becomes: softmax, sigmoid, sqrtsoftplus, or identity for logits that are scores,
-    all positive. Without logits only the sums of slots are added to.
+    all positive. Without logits only the sums of slots are added to. logit_gram takes the logits before any score, and
+    is infinite or NaN where they are not finite.
 
-    Scores are summed in float32 over at most 256 tokens and in float64 across, gates in float64, always in the same
-    order.
+    Scores and products of logits are summed in float32 over at most 256 tokens and in float64 across, gates in
+    float64, always in the same order.
     Raises ValueError for a wrong argument, NotImplementedError for a backend that has no such op.
     """
     op, E = "router_stats", "E"
@@ -124,6 +124,7 @@ def router_stats(
             ("score_sum", E),
             ("entropy_sum", "1"),
             ("margin_sum", "1"),
+            ("logit_gram", "0 0" if sums.logit_gram.shape == (0, 0) else "E E"),
         )
     }
     check_tensors(op, {
@@ -146,9 +147,10 @@ def combine_and_measure(
     mask: Tensor | None,
     sums: ExpertSums,
     *,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Σₖ gate·y for each token, [T, H]; the rows' norms, pairs and squares are added to the sums in place.
+    """Σₖ gate·y for each token, [T, H]; the rows' norms, pairs and dimensions are added to the sums in place.
 
     y [N, H] (float32, bfloat16 or float16) holds expert outputs grouped by expert: rows offsets[e]:offsets[e+1] are
     expert e's. order [N] int64 names the flat slot t·K + k of each row, offsets is [E+1] int64: what sort_by_expert
@@ -156,28 +158,38 @@ def combine_and_measure(
     none; rows and entries of order from offsets[E] on are not read. All tokens are combined; mask [T] bool keeps those
     that the sums count. No gradient passes.
 
+    residual [T, H], of y's dtype, is the stream h that the layer's output is added to: residual_sum is EASY-EP's
+    importance of an expert (arXiv 2504.06792), weighing a token by how far `out`, as returned, turns h. The cosine with
+    a zero vector is 0. Without it neither residual_sum nor residual_tokens is added to.
+
     The output is rounded to float32 after each product and each sum, in slot order, then once to y's dtype: its bits
-    are the same in every backend. A row's squares are summed in float32 (a norm above 1e19 is infinite), rows in
-    float64; square_sum in float32 over at most 256 rows and in float64 across; always in the same order.
+    are the same in every backend. A row's squares are summed in float32 (a norm above 1e19 is infinite, one below
+    1e-23 zero), rows in float64; sums of a dimension in float32 over at most 256 rows and in float64 across; <h, h>,
+    <h, out> and <out, out> in float32, and 1 - cos in float64 from their determinant, <h, h><out, out> - <h, out>²,
+    so that small turns keep their digits; always in the same order.
     Raises ValueError for a wrong argument (on a CPU also for wrong values in order and offsets), NotImplementedError
     for a backend that has no such op.
     """
     op = "combine_and_measure"
-    E = {name: (getattr(sums, name), "E", F64) for name in sums._fields[:5]}
+    E = {name: (getattr(sums, name), "E", F64) for name in (*sums._fields[:5], "residual_sum")}
+    wide = "E 0" if sums.square_sum.shape[-1:] == (0,) else "E H"
     check_tensors(op, {
         **E,
         "pair_sum": (sums.pair_sum, "E E", F64),
+        "residual_tokens": (sums.residual_tokens, "1", I64),
         "offsets": (offsets, "E+1", I64),
         "y": (y, "N H", FLOATS),
         "order": (order, "N", I64),
         "topk_idx": (topk_idx, "T K", INTS),
         "topk_weight": (topk_weight, "T K", FLOATS),
         "mask": (mask, "T", BOOL),
-        "square_sum": (sums.square_sum, "E H" if sums.square_sum.shape[-1:] != (0,) else "E 0", F64),
+        "residual": (residual, "T H", (y.dtype,) if isinstance(y, Tensor) else FLOATS),
+        **{name: (getattr(sums, name), wide, F64) for name in ("square_sum", "value_sum", "unit_sum")},
     })  # fmt: skip
     name = backend_for(op, y.device.type, backend)
     if name != "native" and y.device.type == "cpu":
         check_rows(op, topk_idx, order, offsets)
     run = implementation(name, op)
-    out: Tensor = run(y.detach(), topk_weight.detach(), topk_idx, order, offsets, mask, sums)
+    h = None if residual is None else residual.detach()
+    out: Tensor = run(y.detach(), topk_weight.detach(), topk_idx, order, offsets, mask, h, sums)
     return out

@@ -23,18 +23,19 @@ def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
 ) -> None:  # fmt: skip
-    _C.router_stats(logits, topk_idx, topk_weight, mask, *sums, score, torch.get_num_threads(), level)
+    gram = sums.logit_gram if sums.logit_gram.numel() else None
+    _C.router_stats(logits, topk_idx, topk_weight, mask, *sums[:-1], gram, score, torch.get_num_threads(), level)
 
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    sums: ExpertSums, *, level: str = "",
+    residual: Tensor | None, sums: ExpertSums, *, level: str = "",
 ) -> Tensor:  # fmt: skip
     out = y.new_empty(len(topk_idx), y.shape[1])
-    squares = sums.square_sum if sums.square_sum.shape[1] else None
+    dimensions = (sums.square_sum, sums.value_sum, sums.unit_sum) if sums.square_sum.shape[1] else None
     _C.combine_and_measure(
-        y, topk_weight, topk_idx, order, offsets, mask, sums.norm_sum, sums.norm_square_sum, sums.gated_norm_sum,
-        sums.gated_norm_square_sum, sums.max_abs, sums.pair_sum, squares, out, torch.get_num_threads(), level,
+        y, topk_weight, topk_idx, order, offsets, mask, residual, *sums[:6], dimensions, sums.residual_sum,
+        sums.residual_tokens, out, torch.get_num_threads(), level,
     )  # fmt: skip
     return out
 

@@ -55,6 +55,8 @@ def router_stats(
     sums.logit_tokens.add_(len(s))
     sums.score_sum.add_(s.sum(0))
     sums.entropy_sum.add_(-torch.where(p > 0, p * p.clamp(min=1e-300).log(), 0).sum())
+    if sums.logit_gram.numel():
+        sums.logit_gram.add_(logits.double().T @ logits.double())
     if 0 < K < E:
         largest = s.topk(K + 1, dim=1).values
         sums.margin_sum.add_((largest[:, K - 1] - largest[:, K]).sum())
@@ -62,7 +64,7 @@ def router_stats(
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    sums: ExpertSums,
+    residual: Tensor | None, sums: ExpertSums,
 ) -> Tensor:  # fmt: skip
     (T, K), E = topk_idx.shape, len(sums.norm_sum)
     y, order = y[: offsets[-1]], order[: offsets[-1]]
@@ -72,6 +74,7 @@ def combine_and_measure(
     for k in range(K):  # a product, then a sum, each rounded to float32: the output's bits are part of the meaning
         filled = row_of[:, k] >= 0
         out[filled] += topk_weight[filled, k, None].float() * y[row_of[filled, k]].float()
+    out = out.to(y.dtype)
 
     counted = (
         torch.ones_like(order, dtype=torch.bool) if mask is None else mask[order.div(max(K, 1), rounding_mode="floor")]
@@ -94,9 +97,28 @@ def combine_and_measure(
     add_at(sums.pair_sum.view(-1), (i * E + j)[pairs], (a[:, :, None] * a[:, None, :])[pairs])
     add_at(sums.pair_sum.view(-1), e * (E + 1), gated[counted] ** 2)
     if sums.square_sum.shape[1]:
-        for rows, experts in zip(y[counted].split(4096), e.split(4096), strict=True):
-            add_at(sums.square_sum, experts, rows.double() ** 2)
-    return out.to(y.dtype)
+        for rows, norms, experts in zip(*(x[counted].split(4096) for x in (y, norm, expert)), strict=True):
+            row = rows.double()
+            add_at(sums.square_sum, experts, row**2)
+            add_at(sums.value_sum, experts, row)
+            add_at(sums.unit_sum, experts, torch.where(norms == 0, 0, 1 / norms)[:, None] * row)
+    if residual is not None:
+        sums.residual_tokens.add_(T if mask is None else mask.sum())
+        turn = turned(residual, out).repeat_interleave(K)
+        add_at(sums.residual_sum, e, (gated * turn[order])[counted])
+    return out
+
+
+def turned(h: Tensor, out: Tensor) -> Tensor:
+    """1 - cos(h, h + out) of each row, at least 0, [T] float64; the cosine with a zero vector is 0."""
+    turn = torch.ones(len(h), dtype=torch.float64, device=h.device)
+    for start in range(0, len(h), 4096):
+        a = h[start : start + 4096].double()
+        b = a + out[start : start + 4096].double()
+        norms = a.norm(dim=1) * b.norm(dim=1)
+        cosine = torch.where(norms == 0, 0, (a * b).sum(1) / norms)
+        turn[start : start + 4096] = (1 - cosine).clamp(min=0)
+    return turn
 
 
 def similarity(y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums) -> None:
