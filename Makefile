@@ -20,8 +20,6 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
-	$(BIN)/python -m bench.similarity
-	$(BIN)/python -m bench.weights
 
 # Writes up to 10 GB beside the temporary files and removes them: prune and layer reads against other roads, and at 1T scale.
 bench-streaming: $(VENV)/.ready

@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import nn
 
-from bench.kernels import machine
+from moekern.benchmark.records import append, machine
 from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.decoder.reader import LayerReader, read_tensors
 
@@ -152,10 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         lines = measure(Path(folder), int(options.size * 1e9), options.rounds)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    append(options.out, lines)
     table = Table(title=f"{lines[0]['device']}, {lines[0]['cores']} cores, {options.size:g} GB, cold")
     for column in ("way", "gb_s", "cpu_s", "of_best_sequential"):
         table.add_column(column, justify="left" if column == "way" else "right")

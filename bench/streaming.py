@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import checkpoints
-from bench.machine import append, machine
+from moekern.benchmark.records import append, machine
 from moekern.checkpoint import open_checkpoint
 from moekern.plan import Plan
 from moekern.pruning import prune

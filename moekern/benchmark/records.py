@@ -8,9 +8,15 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
+Line = dict[str, object]
 
-def machine() -> dict[str, object]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+
+def machine() -> Line:
+    """Date, processor and Python."""
+    try:
+        cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        cpu = []
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": cpu[0].split(":")[1].strip() if cpu else platform.machine(),
