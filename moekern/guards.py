@@ -193,9 +193,9 @@ def with_floors(
 ) -> frozenset[int]:
     """The experts to protect so that choose(protected) leaves every domain its floor; `protected` are among them.
 
-    While a domain is below its floor, the one that lacks most is sure of its largest expert that was not, in a
-    group whose `quota` places protected experts do not fill yet. Greedy: it may miss a set that would do. Raises
-    InputError when the places are used up.
+    While a domain is below its floor, the one that lacks most gets its largest expert that is not protected yet, in a
+    group with a place for it (`quota` each). Greedy: it may miss a set that would do. Raises InputError when the places
+    are used up.
     """
     held = frozenset(protected)
     while True:

@@ -139,7 +139,7 @@ def test_a_class_without_tokens_is_an_input_error():
         distinctive(s, Behaviour(("b",)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 50),
     floor=st.sampled_from([0.3, 0.6, 0.8, 0.95]),
