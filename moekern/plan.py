@@ -247,7 +247,7 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
 
 
 def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> None:
-    _check_ids(layer.keep, where)
+    check_ids(layer.keep, where)
     for e in layer.keep:
         if e >= experts:
             raise InputError(f"{where}: expert {_short(e)} is out of range; the layer has experts 0 to {experts - 1}")
@@ -263,7 +263,8 @@ def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> 
         raise InputError(f"{where}: groups of {size} experts keep {per_group}; every group must keep the same number")
 
 
-def _check_ids(keep: Sequence[Any], where: str) -> None:
+def check_ids(keep: Sequence[Any], where: str) -> None:
+    """Raise InputError unless `keep` is a list of distinct expert numbers."""
     for e in keep:
         if type(e) is not int or e < 0:
             raise InputError(f"{where}: expected expert numbers, got {_short(e)}")
@@ -310,7 +311,7 @@ def _parse_layer(layer: Any, where: str) -> LayerPlan:
     if not isinstance(layer, dict) or not isinstance(layer.get("keep"), list) or not layer["keep"]:
         raise InputError(f'{where}: expected an object with "keep": [expert numbers], got {_short(layer)}')
     _known_keys(layer, ("keep", "scores"), where)
-    _check_ids(layer["keep"], where)
+    check_ids(layer["keep"], where)
     scores = layer.get("scores")
     if scores is None:
         return LayerPlan(tuple(sorted(layer["keep"])))

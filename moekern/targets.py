@@ -38,6 +38,7 @@ class Served:
     family: str
     score: str
     limits: Limits
+    in_transformers: bool = True
 
     @property
     def grouped(self) -> bool:
@@ -82,6 +83,12 @@ RULES: tuple[Rule, ...] = (
     # one another without an error, vLLM then routes as if there were no groups, SGLang's view and llama.cpp's assertion
     # fail.
     Rule(ENGINES, True, lambda n, model, target: count_problem(n, model.limits)),
+    Rule(
+        ("transformers",), False,
+        lambda n, model, target: _when(
+            not model.in_transformers, f"it has no class for {model.family}; the checkpoint's own code is needed"
+        ),
+    ),
     # The sparse blocks of most models in vllm/model_executor/models, and those that SGLang took over: "Tensor parallel
     # size ... is greater than the number of experts".
     Rule(
