@@ -183,11 +183,11 @@ MTP_PLAIN = "MTP layers have {mtp} experts, the others {count}; run it without s
 
 def parse_target(text: str) -> Target:
     """ "vllm", "sglang:tp=2,ep=4". Raises InputError."""
-    engine, _, options = text.partition(":")
+    engine, colon, options = text.partition(":")
     if engine not in ENGINES:
         raise InputError(f"--target {text}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2")
     target = Target(engine)
-    for option in options.split(",") if options else ():
+    for option in options.split(",") if colon else ():
         found = re.fullmatch(r"(tp|ep)=([1-9][0-9]{0,4})", option)
         if not found or engine not in PARALLEL:
             known = "tp=N and ep=N" if engine in PARALLEL else f"none for {engine}"
