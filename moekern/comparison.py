@@ -73,8 +73,8 @@ def dropped(name: str, plan: Plan, statistics: Statistics) -> Dropped:
         if key not in plan.layers:
             raise InputError(f"{name}: layer {key} of the statistics is missing")
         experts = statistics.layer(key).num_experts
-        if plan.layers[key].keep[-1] >= experts:
-            raise InputError(f"{name}: layer {key}: expert {plan.layers[key].keep[-1]}, but it has 0 to {experts - 1}")
+        if max(plan.layers[key].keep) >= experts:
+            raise InputError(f"{name}: layer {key}: expert {max(plan.layers[key].keep)}, but it has 0 to {experts - 1}")
     whole = {key: statistics.layer(key) for key in statistics.layers}
     outputs = {key: _share(sums.gated_norm_sum, plan.layers[key].keep) for key, sums in whole.items()}
     worst = max(outputs, key=lambda key: outputs[key])

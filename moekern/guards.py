@@ -173,10 +173,12 @@ def domain_masses(
             raise InputError(f"--domain-floor {name}: no such domain; there are {', '.join(statistics.domains)}")
     found = {}
     for name in statistics.domains:
-        floor = floors.get(name, floors.get("", 0.0))
+        floor = floors.get(name, floors.get(""))
+        if floor is None:
+            continue
         mass = statistics.layer(key, [name]).gated_norm_sum.clamp(min=0)
         total = float(mass.sum())
-        if floor > 0 and total > 0:
+        if total > 0:
             check_keep(floor, "--domain-floor")
             found[name] = floor, (mass / total).tolist()
     return found

@@ -11,6 +11,7 @@ import pytest
 
 from moekern.checkpoint import open_checkpoint
 from moekern.plan import Plan
+from moekern.statistics import Statistics
 from tests import families
 from tests.test_cli import contents, document, moekern
 
@@ -78,6 +79,10 @@ def test_different_counts_from_statistics_to_verified_checkpoint(work: Path, tmp
     out = tmp_path / "out"
     document("prune", work / "model", tmp_path / "plan.json", "--out", out)
     assert document("verify", work / "model", tmp_path / "plan.json", out, "--forward")["good"] is True
+    again = ("calibrate", out, "--data", f"a={work / 'a.npy'}", "--sequence-length", 30, "--out", tmp_path / "again.st")
+    assert document(*again)["num_experts"] == max(kept.values())  # type: ignore[attr-defined]
+    measured = Statistics.load(tmp_path / "again.st")
+    assert {key: measured.layer(key).num_experts for key in measured.layers} == kept
     checked = document("check", out)
     assert checked["uniform"] is False
     assert checked["experts"] == kept

@@ -16,7 +16,7 @@ from moekern.forward import compare_forward
 from moekern.plan import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify
-from tests import families
+from tests import families, synthetic
 
 MakeCheckpoint = Callable[[str], Path]
 # Indexed and stacked experts, groups, selection biases, MTP layers, dense first layers, DBRX's folded rows.
@@ -98,6 +98,22 @@ def test_config_says_the_largest_count_and_engines_refuse_it(family_checkpoint: 
     assert {config[key] for key in ("num_experts", "num_local_experts") if key in config} == {max(counts)}
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatch"), torch.no_grad():
         families.load(out)
+
+
+def test_a_list_of_counts_says_each_layers_own(tmp_path: Path) -> None:
+    config, tensors = synthetic.qwen3()
+    source = synthetic.write(tmp_path / "in", config | {"num_experts": [8, 8], "num_local_experts": 8}, tensors)
+    plan = Plan({"0": LayerPlan((1, 3, 5)), "1": LayerPlan((0, 2, 4, 6))}, {NONUNIFORM: True})
+    prune(source, plan, tmp_path / "out")
+    assert verify(source, plan, tmp_path / "out").problems == ()
+    after = json.loads((tmp_path / "out" / "config.json").read_bytes())
+    assert (after["num_experts"], after["num_local_experts"]) == ([3, 4], 4)
+    assert find_layout(open_checkpoint(tmp_path / "out")).num_experts == 4
+    after["num_experts"] = [3, 5]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(after))
+    with pytest.raises(InputError, match=r"num_experts is \[3, 5\], but the tensors hold 4 experts"):
+        find_layout(open_checkpoint(tmp_path / "out"))
+    assert verify(source, plan, tmp_path / "out").problems
 
 
 def test_without_the_plan_beside_it_such_a_checkpoint_is_damaged(
