@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moekern.errors import InputError
+from moekern.keys import natural
 from moekern.plan import check_keep, parse_keep, super_experts
 from moekern.statistics import Statistics
 
@@ -96,7 +97,7 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
         return {key: list(numbers) for key, numbers in experts.items() if numbers}
 
     if guards.protect_super:
-        largest = {key: statistics.layer(key, domains).max_abs.tolist() for key in statistics.layers}
+        largest = {key: statistics.layer(key, domains).max_abs.tolist() for key in _ordered(statistics)}
         provenance["protect_super"] = mark("protect_super", kept, super_experts(largest))
     for name, into, given in (("keep_always", kept, guards.keep_always), ("drop_first", last, guards.drop_first)):
         if given:
@@ -136,7 +137,7 @@ def contrast(statistics: Statistics, domains: Sequence[str], flag: str = "--guar
     if not rest:
         raise InputError(f"{flag} {','.join(domains)}: no domain is left to compare with; calibrate with several")
     found = {}
-    for key in statistics.layers:
+    for key in _ordered(statistics):
         mine, theirs = statistics.layer(key, domains), statistics.layer(key, rest)
         for sums, names in ((mine, domains), (theirs, rest)):
             if not int(sums.tokens):
@@ -218,6 +219,11 @@ def with_floors(
                 f"{len(kept)} experts; keep more experts or lower the floor"
             )
         held |= {min(open_, key=lambda e: (-shares[e], e))}
+
+
+def _ordered(statistics: Statistics) -> list[str]:
+    """The model's layers from first to last."""
+    return sorted(statistics.layers, key=natural)
 
 
 def _in_group(experts: Collection[int], expert: int, size: int) -> int:

@@ -191,3 +191,15 @@ def test_no_guards_leave_nothing_marked():
     found = marks(model_statistics(), Guards())
     assert found.provenance == {}
     assert not any(found.kept.values())
+
+
+def test_the_order_of_layers_in_the_file_changes_nothing():
+    layers = {str(i): {"a": layer_statistics(i), "b": layer_statistics(50 + i)} for i in (0, 2, 9, 10)}
+    layers["0"]["a"].max_abs[1] = 1e4  # super experts are looked for in the first three of four layers
+    guards = Guards(protect_super=True, guard=(Behaviour(("a",), 5),), domain_floor={"": 0.4})
+    plans = [
+        make_plan(Statistics(header(["a", "b"]), {key: layers[key] for key in order}), "reap", 4, guards=guards)
+        for order in (("0", "2", "9", "10"), ("10", "9", "2", "0"))
+    ]
+    assert plans[0].to_json() == plans[1].to_json()
+    assert plans[0].provenance["protect_super"] == {"0": [1]}

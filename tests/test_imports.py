@@ -29,7 +29,7 @@ LAW: dict[str, set[str]] = {
     "footprint": {"architectures", "checkpoint", "errors"},
     "comparison": {"errors", "plan", "statistics"},
     "interchange": {"architectures", "errors", "keys", "plan", "version"},
-    "guards": {"errors", "plan", "statistics"},
+    "guards": {"errors", "keys", "plan", "statistics"},
     "planning": {
         "budgets",
         "criteria",
