@@ -186,12 +186,13 @@ def adaptive_usage(
 
 
 def adaptive_entropy(entropy: Mapping[str, float], bounds: Mapping[str, Bounds], total: int) -> dict[str, int]:
-    """Counts in proportion to exp(entropy), the number of experts that a token's router effectively weighs up.
+    """Counts in inverse proportion to exp(entropy), the number of experts that a token's router effectively weighs up.
 
-    entropy: mean over tokens of the router's entropy, in nats. The rule is moekern's own, not a paper's. Steps go one
-    by one to the layer with the most exp(entropy) for each expert it would then hold (D'Hondt's apportionment).
+    entropy: mean over tokens of the router's entropy, in nats. The experts of an undecided router stand in for one
+    another, so such a layer is taken as redundant and keeps fewer. The rule is moekern's own, not a paper's. Steps go
+    one by one to the layer with the most exp(-entropy) for each expert it would then hold (D'Hondt's apportionment).
     """
-    gains = {key: [math.exp(entropy[key]) / count for count in b.steps()] for key, b in bounds.items()}
+    gains = {key: [math.exp(-entropy[key]) / count for count in b.steps()] for key, b in bounds.items()}
     return fill(gains, bounds, total)
 
 

@@ -126,7 +126,7 @@ def test_usage_follows_the_published_rule():
     st.sampled_from([1, 2, 4]),
     st.data(),
 )
-def test_entropy_shares_in_proportion(entropies, highest, step, data):
+def test_entropy_shares_in_inverse_proportion(entropies, highest, step, data):
     keys = [str(i) for i in range(len(entropies))]
     bounds = dict.fromkeys(keys, Bounds(step, step * highest, step))
     total = data.draw(st.integers(step * len(keys), step * highest * len(keys)))
@@ -135,7 +135,7 @@ def test_entropy_shares_in_proportion(entropies, highest, step, data):
     for a, b in product(range(len(keys)), repeat=2):  # nobody has a step that another would make more of
         gets, gives = counts[keys[a]], counts[keys[b]]
         if gets < step * highest and gives > step:
-            assert entropies[b] - entropies[a] >= math.log(gives / (gets + step)) - 1e-9
+            assert entropies[a] - entropies[b] >= math.log(gives / (gets + step)) - 1e-9
 
 
 def test_equal_layers_are_filled_in_order():

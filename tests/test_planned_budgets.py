@@ -93,12 +93,12 @@ def test_what_is_even_keeps_more_unless_raw_scores_are_ranked():
     assert counts_of(raw) == {"0": 2, "1": 6}
 
 
-def test_entropy_gives_more_to_the_undecided_router():
+def test_entropy_gives_less_to_the_undecided_router():
     s = loud_and_quiet()
     for key, nats in (("0", 0.0), ("1", math.log(2.0))):
         s.layers[key]["a"].entropy_sum[0] = nats * int(s.layers[key]["a"].logit_tokens)
     made = make_plan(s, "reap", 3, budget=Budget("adaptive", by="entropy", allow_nonuniform=True))
-    assert counts_of(made) == {"0": 2, "1": 4}  # twice the effective experts, twice the count
+    assert counts_of(made) == {"0": 4, "1": 2}  # twice the effective experts, half the count
     s.layers["0"]["a"].logit_tokens[0] = 0
     with pytest.raises(InputError, match="--adaptive-by entropy: layer 0: the statistics hold no router logits"):
         make_plan(s, "reap", 3, budget=Budget("adaptive", by="entropy", allow_nonuniform=True))
