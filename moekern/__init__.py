@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moekern.budgets import Budget as Budget
     from moekern.calibration import calibrate as calibrate
     from moekern.checkpoint import Checkpoint as Checkpoint
     from moekern.checkpoint import open_checkpoint as open_checkpoint
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moekern.errors import InputError as InputError
     from moekern.evaluation import evaluate as evaluate
     from moekern.forward import compare_forward as compare_forward
+    from moekern.guards import Guards as Guards
     from moekern.observation import observe as observe
     from moekern.plan import Plan as Plan
     from moekern.planning import make_plan as make_plan
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
     from moekern.verification import verify as verify
 
 HOMES = {
+    "Budget": "budgets",
     "CRITERIA": "criteria",
     "Checkpoint": "checkpoint",
+    "Guards": "guards",
     "InputError": "errors",
     "LayerStatistics": "statistics",
     "Plan": "plan",

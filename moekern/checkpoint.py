@@ -30,6 +30,7 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PLAN_FILE = "moekern_plan.json"  # in a pruned folder: the plan it was made by
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 SIDE_FOLDERS = ("additional_chat_templates",)

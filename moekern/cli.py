@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moekern import console, tables
+from moekern import cli_planning, console, tables
+from moekern.cli_options import CriterionOption, Json, Keep, Model, MtpMode, ProtectSuper, Seed, result
 from moekern.errors import InputError, notes
 
 app = typer.Typer(
@@ -24,14 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+app.add_typer(cli_planning.commands)
 
 STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
-
-
-class MtpMode(str, Enum):
-    prune = "prune"
-    drop = "drop"
-    keep = "keep"
 
 
 class CopyMode(str, Enum):
@@ -53,9 +48,6 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-Model = Annotated[
-    str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
-]
 Data = Annotated[
     list[str],
     typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
@@ -63,18 +55,13 @@ Data = Annotated[
 Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
-Seed = Annotated[int, typer.Option(help="Seeds the choice of sequences and the random criterion.")]
 Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
-CriterionOption = Annotated[str, typer.Option(help="How experts are ranked; `moekern criteria` lists them.")]
-Keep = Annotated[str, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64).")]
-Domains = Annotated[
-    list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
+MtpOption = Annotated[
+    MtpMode | None,
+    typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole. Default: as planned, else prune."),
 ]
-ProtectSuper = Annotated[bool, typer.Option("--protect-super", help="Keep experts with extreme outputs in any case.")]
-MtpOption = Annotated[MtpMode, typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def main() -> None:
@@ -94,13 +81,6 @@ def main() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _result(as_json: bool, document: Any, table: Callable[[], None]) -> None:
-    if as_json:
-        console.emit(document)
-    else:
-        table()
-
-
 @app.command(epilog="moekern inspect Qwen3-30B-A3B")
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
@@ -108,7 +88,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
     from moekern.overview import overview
 
     found = overview(model_folder(model))
-    _result(as_json, dataclasses.asdict(found), lambda: tables.overview(found))
+    result(as_json, dataclasses.asdict(found), lambda: tables.overview(found))
 
 
 @app.command(epilog="moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors")
@@ -136,7 +116,7 @@ def calibrate(
         trust_remote_code,
     )  # fmt: skip
     statistics = stages.calibrate_to(model_folder(model), options, out)
-    _result(as_json, {"out": str(out), **statistics.header}, lambda: tables.statistics(statistics, out))
+    result(as_json, {"out": str(out), **statistics.header}, lambda: tables.statistics(statistics, out))
 
 
 @app.command(epilog="moekern merge part1.safetensors part2.safetensors --out all.safetensors")
@@ -153,57 +133,7 @@ def merge(
         raise InputError(f"--out {out}: exists already")
     total = merged([Statistics.load(part) for part in parts])
     total.save(out)
-    _result(as_json, {"out": str(out), **total.header}, lambda: tables.statistics(total, out))
-
-
-@app.command(epilog="moekern criteria")
-def criteria(as_json: Json = False) -> None:
-    """List the criteria that score, plan and run know."""
-    from moekern.criteria import CRITERIA
-
-    rows = [{"name": c.name, "meaning": c.meaning, "paper": c.paper} for c in CRITERIA.values()]
-    _result(as_json, rows, lambda: tables.criteria(rows))
-
-
-@app.command(epilog="moekern score s.safetensors --criterion hope")
-def score(
-    statistics: Annotated[Path, typer.Argument(help="A statistics file.")],
-    criterion: CriterionOption = "reap",
-    domain: Domains = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Show every expert's score; higher is kept."""
-    from moekern import stages
-    from moekern.statistics import Statistics
-
-    scores = stages.scores(Statistics.load(statistics), criterion, domain, seed)
-    _result(as_json, {"criterion": criterion, "layers": scores}, lambda: tables.scores(criterion, scores))
-
-
-@app.command(epilog="moekern plan s.safetensors --criterion reap --keep 0.5 --out plan.json")
-def plan(
-    statistics: Annotated[Path, typer.Argument(help="A statistics file.")],
-    keep: Keep,
-    out: Annotated[Path, typer.Option(help="The plan to write.")],
-    criterion: CriterionOption = "reap",
-    domain: Domains = None,
-    protect_super: ProtectSuper = False,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Choose the experts that stay, the same number in every layer, and write them down."""
-    from moekern.plan import parse_keep
-    from moekern.planning import make_plan
-    from moekern.statistics import Statistics
-
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
-    made = make_plan(
-        Statistics.load(statistics), criterion, parse_keep(keep), seed=seed, domains=domain, protect_super=protect_super
-    )
-    made.save(out)
-    _result(as_json, {"out": str(out), "digest": made.digest, **made.provenance}, lambda: tables.plan(made, out))
+    result(as_json, {"out": str(out), **total.header}, lambda: tables.statistics(total, out))
 
 
 @app.command(epilog="moekern prune MODEL plan.json --out MODEL-pruned")
@@ -211,7 +141,7 @@ def prune(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="A plan.json, made by moekern or by hand.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    mtp: MtpOption = MtpMode.prune,
+    mtp: MtpOption = None,
     copy: Annotated[
         CopyMode,
         typer.Option(
@@ -253,7 +183,7 @@ def prune(
             model_folder(model),
             Plan.load(plan),
             out,
-            mtp=mtp.value,
+            mtp=mtp.value if mtp else None,
             copy=copy.value,
             checksum=checksum.value,
             reread=reread,
@@ -261,7 +191,7 @@ def prune(
             part=share,
             progress=step,
         )
-    _result(as_json, {**dataclasses.asdict(report), "out": str(report.out)}, lambda: tables.pruned(report))
+    result(as_json, {**dataclasses.asdict(report), "out": str(report.out)}, lambda: tables.pruned(report))
 
 
 @app.command(epilog="moekern verify MODEL plan.json MODEL-pruned --forward")
@@ -289,7 +219,7 @@ def verify(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    _result(as_json, verdict.document(), lambda: tables.say_verdict(verdict))
+    result(as_json, verdict.document(), lambda: tables.say_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
 
@@ -319,7 +249,7 @@ def evaluate(
     )  # fmt: skip
     named = {str(path): Plan.load(path) for path in plans or []}
     losses = stages.evaluate_plans(model_folder(model), options, named)
-    _result(as_json, tables.losses_document(losses), lambda: tables.losses(losses))
+    result(as_json, tables.losses_document(losses), lambda: tables.losses(losses))
 
 
 @app.command(epilog="moekern run MODEL --data prose=book.txt --keep 0.5 --criterion reap --out MODEL-pruned")
@@ -336,7 +266,7 @@ def run(
     device: Device = "cpu",
     dtype: DtypeOption = None,
     protect_super: ProtectSuper = False,
-    mtp: MtpOption = MtpMode.prune,
+    mtp: MtpOption = None,
     forward: Annotated[
         bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
     ] = True,
@@ -355,9 +285,10 @@ def run(
     )  # fmt: skip
     done = stages.run(
         model_folder(model), options, out,
-        criterion=criterion, keep=parse_keep(keep), protect_super=protect_super, mtp=mtp.value, forward=forward,
+        criterion=criterion, keep=parse_keep(keep), protect_super=protect_super,
+        mtp=mtp.value if mtp else "prune", forward=forward,
     )  # fmt: skip
-    _result(as_json, done.document(), lambda: tables.run(done))
+    result(as_json, done.document(), lambda: tables.run(done))
     if not done.verdict.good:
         raise typer.Exit(1)
 

@@ -77,6 +77,15 @@ class OutputTensor:
         return np.concatenate([data[:, a:b] for a, b in _row_bytes(self.entry, self.cut)], axis=1).tobytes()
 
 
+def planned_mtp(plan: Plan) -> Mtp:
+    """What a plan says about MTP layers; "prune" where it says nothing. Raises InputError for another word."""
+    said = plan.provenance.get("mtp", "prune")
+    for mode in MTP_MODES:
+        if said == mode:
+            return mode
+    raise InputError(f"plan: provenance.mtp is {said!r:.40}; expected one of {', '.join(MTP_MODES)}")
+
+
 def kept_experts(checkpoint: Checkpoint, layout: Layout, plan: Plan, mtp: Mtp) -> dict[str, tuple[int, ...]]:
     """Layer key -> original ids that stay, for every layer that is cut.
 

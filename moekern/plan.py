@@ -17,6 +17,7 @@ from moekern.keys import natural
 
 FORMAT = "moekern.plan/1"
 TIE = "lowest expert number"
+NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers of experts, although no engine loads it
 
 
 class Router(Protocol):
@@ -111,14 +112,20 @@ class Plan:
         return _parse(text, str(path))
 
 
-def parse_keep(text: str) -> float | int:
-    """--keep as a person writes it: "64" is a count, "0.5" and "50%" are shares."""
+def parse_keep(text: str, flag: str = "--keep") -> float | int:
+    """--keep (or another flag) as a person writes it: "64" is a count, "0.5" and "50%" are shares."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else int(text) if text.isdecimal() else float(text)
     except ValueError:
-        raise InputError(f"--keep {text}: expected a share such as 0.5 or 50%, or a count such as 64") from None
-    _check_keep(value)
+        raise InputError(f"{flag} {text}: expected a share such as 0.5 or 50%, or a count such as 64") from None
+    check_keep(value, flag)
     return value
+
+
+def check_keep(keep: float | int, flag: str = "--keep") -> None:
+    """Raise InputError unless `keep` is a share in (0, 1] or a count from 1."""
+    if isinstance(keep, bool) or not (0 < keep <= 1 if isinstance(keep, float) else keep >= 1):
+        raise InputError(f"{flag} {keep}: expected a share above 0 and up to 1 (0.5, 50%), or a count from 1 (64)")
 
 
 def kept_count(keep: float | int, router: Router) -> int:
@@ -126,7 +133,7 @@ def kept_count(keep: float | int, router: Router) -> int:
 
     Raises InputError, with the nearest legal counts, when the router could not work with it.
     """
-    _check_keep(keep)
+    check_keep(keep)
     if isinstance(keep, int):
         count, made = keep, ""
     else:
@@ -160,17 +167,24 @@ def count_problem(count: int, router: Router) -> str | None:
 
 
 def choose_top(
-    scores: Sequence[float], kept: int, *, groups: int = 1, protected: Collection[int] = (), where: str = "plan"
+    scores: Sequence[float],
+    kept: int,
+    *,
+    groups: int = 1,
+    protected: Collection[int] = (),
+    last: Collection[int] = (),
+    where: str = "plan",
 ) -> tuple[int, ...]:
     """The `kept` experts with the highest scores, as many from each group; ties go to the lowest number.
 
-    Protected experts come first whatever their score. Raises InputError when a group has more of them than places.
+    Protected experts come first whatever their score, and those in `last` after all others. Raises InputError when a
+    group has more of them than places.
     """
     check_protected(len(scores), kept, groups, protected, where)
     quota, size = kept // groups, len(scores) // groups
     chosen: list[int] = []
     for start in range(0, len(scores), size):
-        ranked = sorted(range(start, start + size), key=lambda e: (e not in protected, -scores[e], e))
+        ranked = sorted(range(start, start + size), key=lambda e: (e not in protected, e in last, -scores[e], e))
         chosen += ranked[:quota]
     return tuple(sorted(chosen))
 
@@ -202,7 +216,8 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
     """Raise InputError unless `plan` can be executed on the model that `layout` and `fingerprint` describe.
 
     Refused: another model's plan; an unknown or missing layer; a number out of range or twice; scores that are not one
-    an expert; a count the router cannot work with; groups or layers that keep different numbers of experts.
+    an expert; a count the router cannot work with; groups that keep different numbers of experts, and layers that do
+    unless the plan's provenance allows it.
     """
     made_for = plan.provenance.get("fingerprint")
     if made_for is not None and made_for != fingerprint:
@@ -219,17 +234,20 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
         raise InputError(f"{source}: layer {_some(missing)} is missing; every MoE layer needs its list of kept experts")
     for key, layer in plan.layers.items():
         _check_layer(layer, known[key].num_experts, layout, f"{source}: layer {key}")
+    if plan.provenance.get(NONUNIFORM) is True:
+        return
     first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())
     for key, layer in plan.layers.items():
         if len(layer.keep) != kept:
             raise InputError(
                 f"{source}: layer {first} keeps {kept} experts and layer {key} keeps {len(layer.keep)}; engines load "
-                "one expert count for all layers, so keep the same number everywhere"
+                "one expert count for all layers, so keep the same number everywhere, or plan with --allow-nonuniform "
+                f"(in a plan of your own: provenance.{NONUNIFORM}: true)"
             )
 
 
 def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> None:
-    _check_ids(layer.keep, where)
+    check_ids(layer.keep, where)
     for e in layer.keep:
         if e >= experts:
             raise InputError(f"{where}: expert {_short(e)} is out of range; the layer has experts 0 to {experts - 1}")
@@ -245,18 +263,14 @@ def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> 
         raise InputError(f"{where}: groups of {size} experts keep {per_group}; every group must keep the same number")
 
 
-def _check_ids(keep: Sequence[Any], where: str) -> None:
+def check_ids(keep: Sequence[Any], where: str) -> None:
+    """Raise InputError unless `keep` is a list of distinct expert numbers."""
     for e in keep:
         if type(e) is not int or e < 0:
             raise InputError(f"{where}: expected expert numbers, got {_short(e)}")
     if len(set(keep)) < len(keep):
         twice = next(e for e in keep if list(keep).count(e) > 1)
         raise InputError(f"{where}: expert {_short(twice)} is listed twice")
-
-
-def _check_keep(keep: float | int) -> None:
-    if isinstance(keep, bool) or not (0 < keep <= 1 if isinstance(keep, float) else keep >= 1):
-        raise InputError(f"--keep {keep}: expected a share above 0 and up to 1 (0.5, 50%), or a count from 1 (64)")
 
 
 def _nearest(count: int, router: Router) -> str:
@@ -297,7 +311,7 @@ def _parse_layer(layer: Any, where: str) -> LayerPlan:
     if not isinstance(layer, dict) or not isinstance(layer.get("keep"), list) or not layer["keep"]:
         raise InputError(f'{where}: expected an object with "keep": [expert numbers], got {_short(layer)}')
     _known_keys(layer, ("keep", "scores"), where)
-    _check_ids(layer["keep"], where)
+    check_ids(layer["keep"], where)
     scores = layer.get("scores")
     if scores is None:
         return LayerPlan(tuple(sorted(layer["keep"])))

@@ -1,24 +1,33 @@
 """From statistics and a criterion to a plan."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
+from torch import Tensor
+
+from moekern.budgets import (
+    Bounds,
+    Budget,
+    adaptive_entropy,
+    adaptive_usage,
+    bounds_of,
+    global_counts,
+    limits_of,
+    total_of,
+    uniform_count,
+    waterfill,
+)
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.errors import InputError
+from moekern.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.keys import natural
-from moekern.plan import (
-    TIE,
-    LayerPlan,
-    Limits,
-    Plan,
-    Router,
-    check_protected,
-    choose_top,
-    count_problem,
-    kept_count,
-    super_experts,
-)
+from moekern.plan import NONUNIFORM, TIE, LayerPlan, Limits, Plan, Router, check_protected, choose_top, count_problem
 from moekern.statistics import LayerStatistics, Statistics
+from moekern.targets import Served, Target, check_counts
 from moekern.version import __version__
+
+Layers = Mapping[str, LayerStatistics]
 
 
 def router_limits(statistics: Statistics) -> Limits:
@@ -36,49 +45,135 @@ def make_plan(
     seed: int = 0,
     domains: Sequence[str] | None = None,
     protect_super: bool = False,
+    budget: Budget | None = None,
+    guards: Guards | None = None,
+    targets: Sequence[Target] = (),
+    mtp: str | None = None,
+    fit: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Choose the kept experts of every measured layer, the same number in each.
+    """Choose the kept experts of every measured layer.
 
-    `keep` is a share (float in (0, 1], rounded to the nearest multiple of n_group) or a count (int). `layout` gives the
-    router's numbers; None takes them from the statistics. `domains` counts only these (None: all). `protect_super`
-    keeps experts with extreme outputs whatever their score. Raises InputError for a budget the router cannot work with,
-    an unknown criterion or domain, domains without tokens, and more protected experts than places.
+    `keep` is a share (float in (0, 1], of each layer rounded to the nearest multiple of n_group) or a count (int) for
+    each layer; `budget` says how the layers share what is kept (None: each the same). `layout` gives the router's
+    numbers; None takes them from the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
+    with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
+    engines that must run the result. `mtp` is what prune does with MTP layers unless told otherwise; `fit` is what a
+    count was derived from, for the record.
+
+    Raises InputError for a budget the router or a target cannot work with, for layers that would keep different counts
+    without `budget.allow_nonuniform`, for an unknown criterion, domain, layer or expert, for domains without tokens,
+    for more protected experts than places, and for a floor that cannot be met.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
-    router = layout or router_limits(statistics)
+    router, asked = layout or router_limits(statistics), budget or Budget()
+    guard = guards or Guards()
     layers = {key: statistics.layer(key, domains) for key in sorted(statistics.layers, key=natural)}
-    kept = _common_count(keep, router, layers)
-    supers = super_experts({key: sums.max_abs.tolist() for key, sums in layers.items()}) if protect_super else {}
-    plans = {
-        key: _plan_layer(chosen, sums, key, kept, router.n_group, supers.get(key, ()), seed)
-        for key, sums in layers.items()
-    }
-    provenance = {
+    marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
+    scores = {key: _scores(chosen, sums, key, seed) for key, sums in layers.items()}
+    counts = _counts(asked, keep, router, layers, scores, marked)
+    _check_uniform(counts, asked, keep)
+    served = Served(statistics.header["family"], statistics.header["score"], limits_of(router, router.num_experts))
+    check_counts(f"--keep {keep}", counts, served, targets)
+    plans = {}
+    for key, sums in layers.items():
+        floors = domain_masses(statistics, key, guard.domain_floor)
+        plans[key] = _plan_layer(chosen, sums, scores[key], key, counts[key], router.n_group, marked, floors)
+    provenance: dict[str, Any] = {
         "moekern": __version__,
         "fingerprint": statistics.header["fingerprint"],
         "statistics": statistics.sha256,
         "criterion": chosen.name,
         "domains": list(statistics.domains if domains is None else domains),
         "keep": keep,
-        "kept": kept,
+        "kept": counts if len(set(counts.values())) > 1 else next(iter(counts.values())),
         "num_experts": router.num_experts,
         "tie": TIE,
         "seed": seed,
-        "protect_super": {key: list(experts) for key, experts in supers.items()} if protect_super else False,
+        "protect_super": marked.provenance.get("protect_super", False),
+        "budget": {name: value for name, value in asdict(asked).items() if name != "allow_nonuniform"},
+        "guards": {name: value for name, value in marked.provenance.items() if name != "protect_super"},
+        "targets": [str(target) for target in targets],
     }
-    return Plan(plans, provenance)
+    if len(set(counts.values())) > 1:
+        provenance[NONUNIFORM] = True
+    given = {"mtp": mtp, "fit": None if fit is None else dict(fit)}
+    return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
 
 
-def _common_count(keep: float | int, router: Router, layers: dict[str, LayerStatistics]) -> int:
+def _scores(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int) -> Tensor:
+    if criterion.kind != "seeded" and not statistics.count.any():
+        raise InputError(f"layer {key}: no token was routed to any expert, so there is nothing to plan from")
+    return score_layer(criterion, statistics, key, seed)
+
+
+def _counts(
+    budget: Budget, keep: float | int, router: Router, layers: Layers, scores: Mapping[str, Tensor], marked: Marks
+) -> dict[str, int]:
+    """Layer key -> experts it keeps."""
+    if budget.kind == "uniform":
+        return dict.fromkeys(layers, _common_count(keep, router, layers, budget.multiple_of))
+    bounds = {key: _bounds(budget, router, sums.num_experts, key, marked.kept[key]) for key, sums in layers.items()}
+    total = total_of(keep, {key: sums.num_experts for key, sums in layers.items()})
+    if budget.kind == "adaptive" and budget.by == "entropy":
+        return adaptive_entropy({key: _entropy(sums, key) for key, sums in layers.items()}, bounds, total)
+    if budget.kind == "adaptive":
+        usage = {key: _without(marked.last[key], sums.count.double()) for key, sums in layers.items()}
+        return adaptive_usage(usage, bounds, total, groups=router.n_group, first=marked.kept)
+    values = {key: _without(marked.last[key], _idle_at_zero(layers[key], scores[key])) for key in layers}
+    if budget.kind == "waterfill":
+        return waterfill(values, bounds, total, groups=router.n_group, first=marked.kept)
+    return global_counts(values, bounds, total, normalise=budget.normalise, groups=router.n_group, first=marked.kept)
+
+
+def _bounds(budget: Budget, router: Router, experts: int, key: str, protected: Collection[int]) -> Bounds:
+    """A layer's lowest count leaves a place for each protected expert in its group."""
+    size = experts // router.n_group
+    held = max(sum(e // size == g for e in protected) for g in range(router.n_group)) * router.n_group
+    floor = 1 if budget.floor is None else budget.floor
+    least = max(held, bounds_of(router, experts, floor=floor, multiple_of=budget.multiple_of, where=key).lowest)
+    return bounds_of(router, experts, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
+
+
+def _idle_at_zero(statistics: LayerStatistics, scores: Tensor) -> Tensor:
+    """Scores whose idle experts stand at 0, or at the lowest of the others below it, not at the mark far below that
+    ranks them last inside their layer: across layers that mark would say too much."""
+    used = statistics.count > 0
+    lowest = scores[used].min().clamp(max=0) if used.any() else scores.min()
+    return scores.where(used | (scores > lowest), lowest)
+
+
+def _without(last: Collection[int], values: Tensor) -> list[float]:
+    """Values in which experts that go first are worth no more than the layer's least."""
+    row = values.tolist()
+    least = min(row)
+    return [least if e in last else value for e, value in enumerate(row)]
+
+
+def _entropy(statistics: LayerStatistics, key: str) -> float:
+    if not int(statistics.logit_tokens):
+        raise InputError(f"--adaptive-by entropy: layer {key}: the statistics hold no router logits; use usage")
+    return float(statistics.entropy_sum / statistics.logit_tokens)
+
+
+def _check_uniform(counts: Mapping[str, int], budget: Budget, keep: float | int) -> None:
+    if len(set(counts.values())) > 1 and not budget.allow_nonuniform:
+        raise InputError(
+            f"--budget {budget.kind} --keep {keep}: layers would keep {min(counts.values())} to {max(counts.values())} "
+            "experts; engines load one expert count for all layers, so use --budget uniform, or add --allow-nonuniform "
+            "for a checkpoint that moekern writes, verifies and evaluates but no engine loads"
+        )
+
+
+def _common_count(keep: float | int, router: Router, layers: Layers, multiple_of: int) -> int:
     sizes = {sums.num_experts: key for key, sums in layers.items()}
     if isinstance(keep, float) and len(sizes) > 1:
         raise InputError(
             f"--keep {keep}: layers have different numbers of experts ({', '.join(map(str, sorted(sizes)))}), and a "
             "share would keep different numbers; give a count"
         )
-    kept = kept_count(keep, router)
+    kept = uniform_count(keep, router, multiple_of)
     for size, key in sizes.items():
-        problem = count_problem(kept, Limits(size, router.top_k, router.n_group, router.topk_group, router.group_top))
+        problem = count_problem(kept, limits_of(router, size))
         if problem:
             raise InputError(f"--keep {keep}: layer {key}: {problem}")
     return kept
@@ -87,18 +182,44 @@ def _common_count(keep: float | int, router: Router, layers: dict[str, LayerStat
 def _plan_layer(
     criterion: Criterion,
     statistics: LayerStatistics,
+    scores: Tensor,
     key: str,
     kept: int,
     groups: int,
-    protected: Collection[int],
-    seed: int,
+    marked: Marks,
+    floors: Mapping[str, tuple[float, Sequence[float]]],
 ) -> LayerPlan:
-    if criterion.kind != "seeded" and not statistics.count.any():
-        raise InputError(f"layer {key}: no token was routed to any expert, so there is nothing to plan from")
-    where = f"--protect-super: layer {key}"
-    if criterion.kind == "selector":
-        check_protected(statistics.num_experts, kept, groups, protected, where)
-        selection = criterion.function(statistics, kept, groups, protected)
-        return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
-    scores = tuple(score_layer(criterion, statistics, key, seed).tolist())
-    return LayerPlan(choose_top(scores, kept, groups=groups, protected=protected, where=where), scores)
+    protected, last = marked.kept[key], marked.last[key]
+    where = f"layer {key}"
+    check_protected(statistics.num_experts, kept, groups, protected, f"{_sources(marked)}: {where}")
+
+    def choose(held: Collection[int]) -> LayerPlan:
+        if criterion.kind == "selector":
+            selection = criterion.function(_as_idle(statistics, last), kept, groups, held)
+            return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
+        row = tuple(scores.tolist())
+        return LayerPlan(choose_top(row, kept, groups=groups, protected=held, last=last, where=where), row)
+
+    if floors:
+        size = statistics.num_experts // groups
+        protected = with_floors(lambda held: choose(held).keep, floors, protected, last, kept // groups, size, where)
+    return choose(protected)
+
+
+def _as_idle(statistics: LayerStatistics, experts: Collection[int]) -> LayerStatistics:
+    """The same statistics with these experts as the only idle ones, which selectors drop first.
+
+    Experts that really are idle count one token without any output: they are free to drop, but after these.
+    """
+    if not experts:
+        return statistics
+    count = statistics.count.clamp(min=1)
+    count[sorted(experts)] = 0
+    return replace(statistics, count=count)
+
+
+def _sources(marked: Marks) -> str:
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("protect_super", "keep_always", "guard") if name in marked.provenance
+    ]
+    return ", ".join(flags) or "plan"

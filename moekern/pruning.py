@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moekern import _C
 from moekern.architectures import find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.copying import (
     COPIES,
     KINDS,
@@ -25,13 +25,13 @@ from moekern.copying import (
     way_of,
     ways,
 )
-from moekern.cuts import MTP_MODES, Mtp, kept_experts
+from moekern.cuts import MTP_MODES, Mtp, kept_experts, planned_mtp
 from moekern.errors import InputError, add_note
 from moekern.files import fsync
 from moekern.plan import Plan, check_plan
 from moekern.preflight import check_space, check_target
 from moekern.ranges import OutputShard, output_shards
-from moekern.sidefiles import MANIFEST, PLAN_FILE, SideFile, mtp_line, side_files
+from moekern.sidefiles import MANIFEST, SideFile, mtp_line, side_files
 from moekern.workfolder import Part, Record, WorkFolder, open_work, work_path
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
@@ -51,7 +51,7 @@ class PruneReport:
     out: Path
     bytes_in: int
     bytes_out: int
-    experts_before: int  # in each layer
+    experts_before: int  # in each layer, or in the fullest, as config.json says it
     experts_after: int
     layers: int
     tensors_in: int
@@ -122,7 +122,7 @@ def prune(
     plan: Plan,
     out: str | Path,
     *,
-    mtp: Mtp = "prune",
+    mtp: Mtp | None = None,
     copy: Copy = "auto",
     checksum: Checksum = "xxh3",
     reread: bool = False,
@@ -136,7 +136,8 @@ def prune(
     its name at the end; what is interrupted goes on where it was when it is called again with the same arguments. The
     source is only read. Memory: headers, and buffers of 32 MiB. `progress` is called with the bytes so far and in all.
 
-    mtp: "prune" keeps as many experts in MTP layers as elsewhere, "drop" removes these layers, "keep" copies them.
+    mtp: "prune" keeps as many experts in MTP layers as in the fullest other layer, "drop" removes these layers, "keep"
+    copies them; None does what the plan says, else "prune".
     copy: "reflink" shares blocks with the source, "kernel" uses copy_file_range, "stream" goes through memory; a named
     way is taken or refused, "auto" takes the best. checksum: of each tensor, in moekern_manifest.jsonl; "xxh3" covers
     what passes through memory, "blake3" and `reread` read every file back from the disk. max_shard_size: make shards
@@ -146,6 +147,7 @@ def prune(
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
+    mtp = mtp or planned_mtp(plan)
     _check_options(mtp, copy, checksum, max_shard_size)
     check_plan(plan, layout, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
@@ -167,7 +169,7 @@ def prune(
         bytes_in=sum(shard.size for shard in checkpoint.shards),
         bytes_out=sum(shard.size for shard in shards),
         experts_before=layout.num_experts,
-        experts_after=len(kept[next(iter(layout.layers))]),
+        experts_after=max(len(kept[key]) for key in layout.layers),
         layers=len(layout.layers),
         tensors_in=len(checkpoint.tensors),
         tensors_out=sum(len(shard.tensors) for shard in shards),

@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import Any
 
 from moekern.architectures import Layout, MoeLayer
-from moekern.errors import InputError
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # Quantisers also leave their settings in files of their own; these may name experts too.
@@ -23,17 +22,21 @@ def pruned_config(
 ) -> dict[str, Any]:
     """A patched copy; key order stays, and so does every value that no expert count and no expert number is part of.
 
-    Every path of layout.count_paths gets the kept count (in a list, every entry above 1: layers with one expert are
-    dense). With drop_mtp the next-n counts become 0. num_experts_per_tok stays. Raises InputError when the plan keeps
-    different counts in different layers, which these keys cannot say.
+    Every path of layout.count_paths gets the kept count, the largest where layers differ. In a list, entry i gets that
+    of layer i (layers with one expert are dense and stay). With drop_mtp the next-n counts become 0.
+    num_experts_per_tok stays.
     """
-    counts = {len(keep) for key, keep in kept.items() if key in layout.layers}
-    if len(counts) != 1:
-        raise InputError(f"plan: keeps {sorted(counts)} experts in different layers; config.json holds one count")
-    count = counts.pop()
+    counts = {key: len(keep) for key, keep in kept.items() if key in layout.layers}
+    most = max(counts.values())
+
+    def shrunk(old: Any) -> Any:
+        if not isinstance(old, list):
+            return most
+        return [counts.get(str(i), most) if n > 1 else n for i, n in enumerate(old)]
+
     out = deepcopy(dict(config))
     for path in layout.count_paths:
-        _set(out, path, lambda old: [count if n > 1 else n for n in old] if isinstance(old, list) else count)
+        _set(out, path, shrunk)
     for path in layout.mtp_paths if drop_mtp else ():
         _set(out, path, lambda old: 0)
     rename = expert_renamer(layout, kept, drop_mtp=drop_mtp)

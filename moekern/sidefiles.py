@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
-from moekern.checkpoint import CONFIG, INDEX, Checkpoint, read_json
+from moekern.checkpoint import CONFIG, INDEX, PLAN_FILE, Checkpoint, read_json
 from moekern.cuts import Mtp
 from moekern.plan import Plan
 from moekern.ranges import OutputShard
 from moekern.rewrite_config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
 
-PLAN_FILE = "moekern_plan.json"  # what the checkpoint was made from
 MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
 

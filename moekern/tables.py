@@ -11,7 +11,6 @@ from moekern.console import say, show, size
 if TYPE_CHECKING:
     from moekern.evaluation import Evaluation
     from moekern.overview import Overview
-    from moekern.plan import Plan
     from moekern.pruning import PruneReport
     from moekern.stages import Run, Verdict
     from moekern.statistics import Statistics
@@ -75,20 +74,6 @@ def scores(criterion: str, layers: Mapping[str, Sequence[float]]) -> None:
         short = listed if len(listed) <= 16 else [*listed[:8], "...", *listed[-8:]]
         rows.append((key, " ".join(short)))
     show(f"{criterion}, best first (expert:score)", ("layer", "experts"), rows)
-
-
-def plan(made: Plan, out: Path) -> None:
-    """Kept experts per layer."""
-    rows = []
-    for key, layer in made.layers.items():
-        keep = " ".join(map(str, layer.keep))
-        rows.append((key, len(layer.keep), keep if len(keep) <= 100 else keep[:97] + "..."))
-    provenance = made.provenance
-    show(
-        f"{out}: {provenance['criterion']}, {provenance['kept']} of {provenance['num_experts']} experts",
-        ("layer", "kept", "experts"),
-        rows,
-    )
 
 
 def pruned(report: PruneReport) -> None:

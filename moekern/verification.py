@@ -61,8 +61,8 @@ def verify(
 
     Checked: each kept expert's tensors, router rows, biases and tables; untouched tensors; names, shapes and dtypes;
     header metadata; index and its sizes; config.json; side files; that nothing else is there. mtp: as given to prune;
-    None takes it from the moekern_plan.json in `pruned`, else "prune". Raises InputError when `source` or `plan` is at
-    fault, never for `pruned`.
+    None takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Raises InputError when
+    `source` or `plan` is at fault, never for `pruned`.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
@@ -74,7 +74,7 @@ def verify(
     recorded = _recorded(folder, problems)
     if recorded and recorded.get("plan_sha256") != plan.digest:
         problems.append(f"{PLAN_FILE}: made from another plan")
-    mode = mtp or str((recorded or {}).get("mtp", "prune"))
+    mode = mtp or str((recorded or plan.provenance).get("mtp", "prune"))
     compared = 0
     with ExitStack() as stack:
         old = _Folder(checkpoint.folder, stack)

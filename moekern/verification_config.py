@@ -26,7 +26,7 @@ def config_problems(
     except (OSError, ValueError) as error:
         yield f"{path.name}: {error}"
         return
-    count = len(kept[next(iter(layout.layers))])
+    count = max(len(kept[key]) for key in layout.layers)
     counts, mtp = set(layout.count_paths), set(layout.mtp_paths) if drop_mtp else set()
     want, got = dict(_leaves(before, ())), dict(_leaves(after, ()))
     if list(want) != list(got):
@@ -35,13 +35,18 @@ def config_problems(
     for key in want.keys() & got.keys():
         value = want[key]
         if key in counts:
-            value = [count if n > 1 else n for n in value] if isinstance(value, list) else count
+            value = [_in_layer(kept, i, n, count) for i, n in enumerate(value)] if isinstance(value, list) else count
         elif key in mtp:
             value = 0
         elif any(part in QUANTIZATION_KEYS for part in key[:2]):
             value = renamed_modules(value, rename)
         if json.dumps(got[key]) != json.dumps(value):
             yield f"{path.name}: {'.'.join(key)} is {_short(got[key])}, expected {_short(value)}"
+
+
+def _in_layer(kept: Mapping[str, tuple[int, ...]], layer: int, before: int, count: int) -> int:
+    """The count that a list of counts must hold for a layer: 1 is a dense layer."""
+    return before if before <= 1 else len(kept[str(layer)]) if str(layer) in kept else count
 
 
 def renumbered(tensor: ExpertTensor, keep: tuple[int, ...], num_experts: int) -> int | None:

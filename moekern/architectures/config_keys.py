@@ -1,6 +1,6 @@
 """Where config.json keeps the numbers that go with experts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from moekern.architectures.patterns import SIDE
@@ -54,16 +54,22 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def check_counts(config: Mapping[str, Any], source: str, num_experts: int) -> tuple[Path, ...]:
-    """Paths of every key that holds the expert count. Raises InputError if there is none or one disagrees."""
+def check_counts(
+    config: Mapping[str, Any], source: str, num_experts: int, in_layers: Collection[int] = ()
+) -> tuple[Path, ...]:
+    """Paths of every key that holds the expert count. Raises InputError if there is none or one disagrees.
+
+    in_layers: the counts of all layers, any of which may stand in a list; a number must be num_experts, the largest.
+    """
     paths = []
     for path, section in sections(config):
         for key in COUNT_KEYS:
             value = section.get(key)
             if value is None:
                 continue
-            items = value if isinstance(value, list) and value else [value]
-            if any(type(item) is not int or item != num_experts for item in items):
+            listed = isinstance(value, list) and bool(value)
+            items, known = (value, {num_experts, *in_layers}) if listed else ([value], {num_experts})
+            if any(type(item) is not int or item not in known for item in items):
                 where = ".".join((*path, key))
                 raise InputError(f"{source}: {where} is {value!r:.80}, but the tensors hold {num_experts} experts")
             paths.append((*path, key))

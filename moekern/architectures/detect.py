@@ -10,7 +10,7 @@ from moekern.architectures.fit import Fit, Place, find_places, fit
 from moekern.architectures.layout import Layout, MoeLayer
 from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
 from moekern.architectures.table import FAMILIES, Family
-from moekern.checkpoint import CONFIG, Checkpoint
+from moekern.checkpoint import CONFIG, PLAN_FILE, Checkpoint, read_json
 from moekern.errors import InputError
 
 
@@ -32,8 +32,8 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
     num_layers = keys.first(config, keys.LAYER_KEYS, family.holder)
     found = collect_layers(checkpoint, fitted, num_layers, trailing_rows(family, config))
     layers = by_key(checkpoint, [layer for layer in found if not layer.mtp])
-    num_experts = uniform_count(checkpoint, layers)
-    count_paths = keys.check_counts(config, source, num_experts)
+    num_experts = largest_count(checkpoint, layers)
+    count_paths = keys.check_counts(config, source, num_experts, {layer.num_experts for layer in layers.values()})
     n_group, topk_group = groups(family, config, source, num_experts)
     return Layout(
         family=replace(family, score=score(family, config)),
@@ -91,15 +91,28 @@ def by_key(checkpoint: Checkpoint, layers: Iterable[MoeLayer]) -> dict[str, MoeL
     return found
 
 
-def uniform_count(checkpoint: Checkpoint, layers: dict[str, MoeLayer]) -> int:
+def largest_count(checkpoint: Checkpoint, layers: dict[str, MoeLayer]) -> int:
+    """The expert count of the fullest layer. Raises InputError where layers differ, unless the checkpoint was pruned
+    so."""
     if not layers:
         raise InputError(f"{checkpoint.folder}: only its multi-token-prediction layers have experts")
     first, *others = layers.values()
+    counts = {key: layer.num_experts for key, layer in layers.items()}
     for layer in others:
-        if layer.num_experts != first.num_experts:
+        if layer.num_experts != first.num_experts and counts != planned_counts(checkpoint):
             what = f"{first.prefix} has {first.num_experts} experts, {layer.prefix} has {layer.num_experts}"
             raise InputError(f"{checkpoint.folder}: expert counts differ between layers: {what}")
-    return first.num_experts
+    return max(counts.values())
+
+
+def planned_counts(checkpoint: Checkpoint) -> dict[str, int]:
+    """Experts that each layer keeps by the plan that the checkpoint was pruned with; empty where there is none."""
+    path = checkpoint.folder / PLAN_FILE
+    plan = read_json(path).get("plan") if path.is_file() else None
+    layers = plan.get("layers") if isinstance(plan, dict) else None
+    found = layers.items() if isinstance(layers, dict) else ()
+    kept = {key: layer.get("keep") for key, layer in found if isinstance(layer, dict)}
+    return {key: len(keep) for key, keep in kept.items() if isinstance(keep, list)}
 
 
 def trailing_rows(family: Family, config: dict[str, Any]) -> int:

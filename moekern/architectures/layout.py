@@ -48,7 +48,8 @@ class MoeLayer:
 class Layout:
     """The family that fits a checkpoint, its layers with experts, and what its config says about routing.
 
-    n_group is 1 where routing has no groups; a group's score is made from its group_top best experts.
+    n_group is 1 where routing has no groups; a group's score is made from its group_top best experts. Layers pruned to
+    different counts have their own num_experts; the layout's is the largest, which config.json holds.
     """
 
     family: Family

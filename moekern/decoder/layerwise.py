@@ -106,7 +106,7 @@ def open_layerwise(
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
     if layout.family.stacks:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
-    loader = open_loader(checkpoint.folder, dtype, trust_remote_code)
+    loader = open_loader(checkpoint.folder, dtype, trust_remote_code, layout)
     place = torch.device(device)
     layers_name, layers = loader.decoder_layers()
     layer_keys: list[list[str]] = [[] for _ in layers]

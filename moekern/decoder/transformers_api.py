@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,13 @@ def loader_of(model: PreTrainedModel) -> Loader:
     return Loader(model, get_model_conversion_mapping(model), model.state_dict(), model.dtype, None)
 
 
-def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Loader:
+def open_loader(
+    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool = False, layout: Layout | None = None
+) -> Loader:
     """The model of a checkpoint folder with meta parameters and real buffers, in the checkpoint's dtype unless given.
 
-    Raises InputError when transformers knows no such model.
+    With `layout`, layers that hold fewer experts than config.json says are built with their own number. Raises
+    InputError when transformers knows no such model.
     """
     try:
         with _quiet():
@@ -129,16 +132,46 @@ def open_loader(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
         quantizer, config, _ = get_hf_quantizer(config, _dequantized(folder, quantization), {"": "cpu"}, True, {})
     cls = _model_class(config, trust_remote_code)
     wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
-    try:
-        with init_empty_weights(include_buffers=False), _quiet():
-            model = cls._from_config(config, dtype=wanted)
-            if quantizer is not None:
-                quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"}, checkpoint_files=None)
-    except Exception as error:
-        raise InputError(f"{folder}/config.json: no model can be built from it: {first_line(error)}") from error
-    model.eval()
-    mapping = get_model_conversion_mapping(model, None, quantizer)
-    return Loader(model, mapping, model.state_dict(), wanted, quantizer)
+
+    def build(config: Any) -> Loader:
+        try:
+            with init_empty_weights(include_buffers=False), _quiet():
+                model = cls._from_config(config, dtype=wanted)
+                if quantizer is not None:
+                    quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"}, checkpoint_files=None)
+        except Exception as error:
+            raise InputError(f"{folder}/config.json: no model can be built from it: {first_line(error)}") from error
+        model.eval()
+        mapping = get_model_conversion_mapping(model, None, quantizer)
+        return Loader(model, mapping, model.state_dict(), wanted, quantizer)
+
+    loader = build(copy.deepcopy(config))
+    return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
+
+
+def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[int], Loader]) -> Loader:
+    """The loader with each decoder layer that has fewer experts taken from a model that is built with so many."""
+    fewer = {key: layer.num_experts for key, layer in layout.layers.items() if layer.num_experts < layout.num_experts}
+    places, (_, layers) = loader.moe_places(layout) if fewer else {}, loader.decoder_layers()
+    for count in sorted(set(fewer.values())):
+        _, others = build(count).decoder_layers()
+        for key in (key for key, n in fewer.items() if n == count):
+            layers[places[key]] = others[places[key]]
+    return replace(loader, names=loader.model.state_dict()) if fewer else loader
+
+
+def _counting(config: Any, layout: Layout, count: int) -> Any:
+    """A copy of the configuration with another number of experts."""
+    changed = copy.deepcopy(config)
+    for *sections, key in layout.count_paths:
+        section = changed
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
+        if isinstance(section, dict):
+            section[key] = count
+        elif section is not None:
+            setattr(section, key, count)
+    return changed
 
 
 def _dequantized(folder: Path, quantization: Any) -> Any:

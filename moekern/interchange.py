@@ -1,0 +1,125 @@
+"""Plans in the words of other tools.
+
+llm-compressor: the JSON that REAPPruningModifier of 0.14 writes to `report_path`, {MoE block: [kept experts]}, with
+names such as "model.layers.0.mlp". Later versions write scores under "saliency" and "count" there instead, which name
+no kept experts. Taken from descriptions of the tool's output; a block's name is what the router and the experts share.
+
+compressed-tensors: `retained_experts` of MagnitudeExpertPruner (0.20), {router weight: [kept experts]}, with names such
+as "model.layers.0.mlp.gate.weight", read from its code. There it is an argument, not a file; the JSON is the mapping
+itself.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moekern.architectures import Layout, MoeLayer
+from moekern.errors import InputError
+from moekern.keys import natural
+from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_ids
+from moekern.version import __version__
+
+TOOLS = ("llm-compressor", "compressed-tensors")
+LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h|decoder_layer)\.(0|[1-9][0-9]{0,5})(?:\.|$)")
+
+
+def exported(plan: Plan, layout: Layout, tool: str) -> str:
+    """The plan as the JSON of `tool`; the names are those of the checkpoint. Raises InputError without a router."""
+    layers = {**layout.layers, **layout.mtp}
+    names = {key: (_block if tool == TOOLS[0] else _router)(layers[key]) for key in plan.layers}
+    ordered = sorted(plan.layers, key=natural)
+    return json.dumps({names[key]: list(plan.layers[key].keep) for key in ordered}, indent=2) + "\n"
+
+
+def imported(text: str, source: str, layout: Layout | None = None, *, allow_nonuniform: bool = False) -> Plan:
+    """A plan from either tool's JSON; `layout` gives the names, without it layers are known by their number.
+
+    Raises InputError, naming `source`, for anything that is not a list of kept experts for each layer.
+    """
+    document = _read(text, source)
+    known = {} if layout is None else _names({**layout.layers, **layout.mtp})
+    layers: dict[str, LayerPlan] = {}
+    for name, keep in document.items():
+        where = f"{source}: {name:.60}"
+        key = known.get(name) if layout is not None else _number(name)
+        if key is None:
+            hint = "the model has no such MoE block or router" if layout is not None else "no layer number in it"
+            raise InputError(f"{where}: {hint}; name the model that it was made for with --model")
+        if key in layers:
+            raise InputError(f"{where}: layer {key} comes twice")
+        if not isinstance(keep, list) or not keep:
+            raise InputError(f"{where}: expected a list of the experts it keeps")
+        check_ids(keep, where)
+        layers[key] = LayerPlan(tuple(sorted(keep)))
+    tool = TOOLS[1] if any(name.endswith(".weight") for name in document) else TOOLS[0]
+    provenance: dict[str, Any] = {"moekern": __version__, "converted_from": tool}
+    if allow_nonuniform and len({len(layer.keep) for layer in layers.values()}) > 1:
+        provenance[NONUNIFORM] = True
+    return Plan({key: layers[key] for key in sorted(layers, key=natural)}, provenance)
+
+
+def read_plan(text: str, source: str, layout: Layout | None = None, *, allow_nonuniform: bool = False) -> Plan:
+    """A plan of moekern's own ("format") or of either other tool. Raises InputError as from_json and imported do."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+    if isinstance(document, dict) and "format" in document:
+        return Plan.from_json(text, source)
+    return imported(text, source, layout, allow_nonuniform=allow_nonuniform)
+
+
+def _read(text: str, source: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not JSON: {error}") from None
+    if isinstance(document, dict) and isinstance(document.get("retained_experts"), dict):
+        document = document["retained_experts"]
+    if not isinstance(document, dict) or not document:
+        raise InputError(f"{source}: expected an object of MoE blocks or routers, each with the experts it keeps")
+    if {"saliency", "count"} & document.keys():
+        raise InputError(
+            f"{source}: holds scores, not kept experts; prune with llm-compressor 0.14's report, or calibrate"
+        )
+    return document
+
+
+def _names(layers: Mapping[str, MoeLayer]) -> dict[str, str]:
+    """Every name that a layer may go by -> its key; a router with or without the name of its parameter."""
+    found: dict[str, str] = {}
+    for key, layer in layers.items():
+        router = _router(layer)
+        found |= dict.fromkeys((_block(layer), router, router.rpartition(".")[0]), key)
+    return found
+
+
+def _block(layer: MoeLayer) -> str:
+    """The module that holds router and experts."""
+    return _common([tensor.template or tensor.name for tensor in layer.of_role("router", "expert")])
+
+
+def _router(layer: MoeLayer) -> str:
+    """The router's weight."""
+    for tensor in layer.of_role("router"):
+        if tensor.name.endswith("weight"):
+            return tensor.name
+    raise InputError(f"{layer.prefix}: its router has no weight of its own to name")
+
+
+def _common(names: Iterable[str]) -> str:
+    """The dotted beginning that all names share."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
+
+
+def _number(name: str) -> str | None:
+    """The layer's number; None for names without one and for MTP blocks, which only the model can tell."""
+    found = LAYER.search(name)
+    return found[1] if found and "mtp" not in name else None

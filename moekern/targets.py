@@ -1,0 +1,243 @@
+"""What engines can load and run: one table of rules about expert counts, each with its source.
+
+A rule that `stops` names what does not load or gives wrong results; the others name what runs, but slowly or not in
+full. Sources are the engines' code of November 2026 (transformers 5.23, vLLM 0.33, SGLang 0.5.23, llama.cpp b10448 and
+later) and their issue trackers. Speeds were not measured here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moekern.errors import InputError
+from moekern.plan import Limits, count_problem
+
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
+PARALLEL = ("vllm", "sglang")  # engines whose rules depend on tp and ep
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An engine, with the number of tensor-parallel and expert-parallel ranks it is to run on."""
+
+    engine: str
+    tp: int = 1
+    ep: int = 1
+
+    def __str__(self) -> str:
+        ranks = ",".join(f"{name}={n}" for name, n in (("tp", self.tp), ("ep", self.ep)) if n > 1)
+        return f"{self.engine}:{ranks}" if ranks else self.engine
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as far as engines' rules look at it. limits.num_experts is the whole model's count."""
+
+    family: str
+    score: str
+    limits: Limits
+    in_transformers: bool = True
+
+    @property
+    def grouped(self) -> bool:
+        return self.limits.n_group > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """broken(kept experts a layer, model, target) -> what is wrong, or None."""
+
+    engines: tuple[str, ...]
+    stops: bool
+    broken: Callable[[int, Served, Target], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule."""
+
+    stops: bool
+    text: str
+
+
+def _power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def _when(condition: bool, text: str) -> str | None:
+    return text if condition else None
+
+
+# csrc/moe/topk_softmax_kernels.cu: sizes that the fused kernel is compiled for; softmax and sigmoid have a workspace
+# path for others.
+VLLM_TOPK = frozenset({1 << n for n in range(10)} | {192, 320, 384, 448, 576})
+# csrc/moe, fused_topk_softplus_sqrt (vllm-project/vllm#51521, #50982): no path for other sizes.
+VLLM_SOFTPLUS = frozenset({1 << n for n in range(7)} | {128, 192, 256, 320, 384, 448, 512, 576})
+VLLM_DIVIDES = ("deepseek_v4", "kimi_k3", "step3_text", "step3p7")
+VLLM_REMOVED = ("dots1", "minimax", "grok-1", "grok-2", "arctic")
+
+RULES: tuple[Rule, ...] = (
+    # torch.topk raises below top_k; the group rules are the model's own: transformers reshapes tokens and groups into
+    # one another without an error, vLLM then routes as if there were no groups, SGLang's view and llama.cpp's assertion
+    # fail.
+    Rule(ENGINES, True, lambda n, model, target: count_problem(n, model.limits)),
+    Rule(
+        ("transformers",), False,
+        lambda n, model, target: _when(
+            not model.in_transformers, f"it has no class for {model.family}; the checkpoint's own code is needed"
+        ),
+    ),
+    # The sparse blocks of most models in vllm/model_executor/models, and those that SGLang took over: "Tensor parallel
+    # size ... is greater than the number of experts".
+    Rule(
+        ("vllm", "sglang"), True,
+        lambda n, model, target: _when(target.tp > n, f"tp={target.tp} needs at least as many experts"),
+    ),
+    # fused_moe/moe_align_block_size: the count rounded up to a warp of 32 must stay below 1024 threads.
+    Rule(
+        ("vllm",), True,
+        lambda n, model, target: _when(-(-n // 32) * 32 >= 1024, "its Triton experts take at most 992"),
+    ),
+    Rule(  # see VLLM_SOFTPLUS
+        ("vllm",), True,
+        lambda n, model, target: _when(
+            model.score == "sqrtsoftplus" and n not in VLLM_SOFTPLUS,
+            f"its sqrt-softplus router takes {_listed(VLLM_SOFTPLUS)} only",
+        ),
+    ),
+    # The models' own assertions (deepseek_v4, kimi_k3, step), such as n_routed_experts % tp_size == 0.
+    Rule(
+        ("vllm",), True,
+        lambda n, model, target: _when(
+            model.family in VLLM_DIVIDES and bool(n % target.tp or n % target.ep),
+            f"its {model.family} code needs a multiple of tp={target.tp} and of ep={target.ep}",
+        ),
+    ),
+    # csrc/moe/grouped_topk_kernels.cu: at most 32 groups and 32 experts a token.
+    Rule(
+        ("vllm",), True,
+        lambda n, model, target: _when(
+            model.grouped and (model.limits.n_group > 32 or model.limits.top_k > 32),
+            "its grouped router takes at most 32 groups and 32 experts a token",
+        ),
+    ),
+    Rule(  # see VLLM_TOPK; grouped routers have a kernel of their own
+        ("vllm",), False,
+        lambda n, model, target: _when(
+            model.score in ("softmax", "sigmoid") and not model.grouped and n not in VLLM_TOPK,
+            f"its fused top-k kernel is made for {_listed(VLLM_TOPK)}; others take a slower path",
+        ),
+    ),
+    # vllm/distributed/eplb: experts % ep == 0 (vllm-project/vllm#52435); without it experts may be spread unevenly.
+    Rule(
+        ("vllm",), False,
+        lambda n, model, target: _when(bool(n % target.ep), f"balancing (EPLB) needs a multiple of ep={target.ep}"),
+    ),
+    Rule(  # removed between 0.23 and 0.28
+        ("vllm",), False,
+        lambda n, model, target: _when(
+            model.family in VLLM_REMOVED, f"recent releases have no {model.family} code; use an older one"
+        ),
+    ),
+    # sglang/srt/layers/moe/fused_moe_triton/layer.py asserts num_experts % moe_ep_size == 0.
+    Rule(
+        ("sglang",), True,
+        lambda n, model, target: _when(bool(n % target.ep), f"experts must be a multiple of ep={target.ep}"),
+    ),
+    # sgl-project/sglang#26771: moe_fused_gate takes powers of two and at most 32 experts a group.
+    Rule(
+        ("sglang",), False,
+        lambda n, model, target: _when(
+            model.grouped and (not _power_of_two(n) or n // model.limits.n_group > 32),
+            "its fused gate takes powers of two with at most 32 experts in a group; others take a slower path",
+        ),
+    ),
+    # sgl-project/sglang#26771: the Triton top-k ends at 512 experts and top-32, beyond it torch chooses.
+    Rule(
+        ("sglang",), False,
+        lambda n, model, target: _when(
+            not model.grouped and (n > 512 or model.limits.top_k > 32), "more than 512 experts or top-32: torch chooses"
+        ),
+    ),
+    # src/llama-hparams.h, LLAMA_MAX_EXPERTS (ggml-org/llama.cpp#26185); 512 in builds before October 2026.
+    Rule(("llama.cpp",), True, lambda n, model, target: _when(n > 1024, "at most 1024 experts")),
+    # src/llama-model.cpp, load_hparams: n_expert_groups < n_expert, n_group_used < n_expert_groups.
+    Rule(
+        ("llama.cpp",), True,
+        lambda n, model, target: _when(
+            model.grouped and (n <= model.limits.n_group or model.limits.topk_group >= model.limits.n_group),
+            f"needs more experts than the {model.limits.n_group} groups, and fewer chosen groups than all",
+        ),
+    ),
+)  # fmt: skip
+
+# One scalar in config.json sizes every layer: in transformers' models, in vLLM's and SGLang's, and n_expert in GGUF.
+NONUNIFORM = "layers have {low} to {high} experts; the engine takes one count for all layers"
+# The same scalar sizes MTP layers. transformers does not load them; llama.cpp's converter waits for as many tensors as
+# the scalar says ("Unprocessed experts"); vLLM and SGLang load them for speculative decoding only.
+MTP_STOPS = "MTP layers have {mtp} experts, the others {count}; prune with --mtp prune or drop"
+MTP_PLAIN = "MTP layers have {mtp} experts, the others {count}; run it without speculative decoding"
+
+
+def parse_target(text: str) -> Target:
+    """ "vllm", "sglang:tp=2,ep=4". Raises InputError."""
+    engine, colon, options = text.partition(":")
+    if engine not in ENGINES:
+        raise InputError(f"--target {text}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2")
+    target = Target(engine)
+    for option in options.split(",") if colon else ():
+        found = re.fullmatch(r"(tp|ep)=([1-9][0-9]{0,4})", option)
+        if not found or engine not in PARALLEL:
+            known = "tp=N and ep=N" if engine in PARALLEL else f"none for {engine}"
+            raise InputError(f"--target {text}: option {option!r} is not known; known are {known}")
+        target = replace(target, tp=int(found[2])) if found[1] == "tp" else replace(target, ep=int(found[2]))
+    return target
+
+
+def findings(target: Target, counts: Mapping[str, int], served: Served, mtp: Sequence[int] = ()) -> list[Finding]:
+    """Every rule that a model with these experts a layer breaks; those that stop it first.
+
+    counts: layer key -> routed experts. mtp: experts of the MTP layers that are there.
+    """
+    found: list[Finding] = []
+    low, high = min(counts.values()), max(counts.values())
+    if low != high:
+        found.append(Finding(True, NONUNIFORM.format(low=low, high=high)))
+    for count in sorted(set(counts.values())):
+        found += _broken(target, count, served)
+    if any(n != high for n in mtp) and target.engine != "transformers":
+        stops = target.engine == "llama.cpp"
+        found.append(Finding(stops, (MTP_STOPS if stops else MTP_PLAIN).format(mtp=max(mtp), count=high)))
+    return sorted(dict.fromkeys(found), key=lambda finding: not finding.stops)
+
+
+def check_counts(what: str, counts: Mapping[str, int], served: Served, targets: Sequence[Target]) -> None:
+    """Raise InputError, with the rule and the nearest counts that run, unless every target runs these counts."""
+    for target in targets:
+        stopping = [finding for finding in findings(target, counts, served) if finding.stops]
+        if stopping:
+            counted = "" if len(set(counts.values())) > 1 else nearest(max(counts.values()), served, targets)
+            raise InputError(f"{what}: {target} would not run it: {stopping[0].text}{counted}")
+
+
+def runs(count: int, served: Served, targets: Sequence[Target]) -> bool:
+    """Whether every target runs a model with so many experts in each layer."""
+    return all(not finding.stops for target in targets for finding in _broken(target, count, served))
+
+
+def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
+    """The counts below and above that run, as the end of a message."""
+    legal = [n for n in range(1, served.limits.num_experts + 1) if runs(n, served, targets)]
+    around = [*[n for n in legal if n < count][-1:], *[n for n in legal if n > count][:1]]
+    return f"; nearest that runs: {' or '.join(map(str, around))}" if around else "; no count of this model runs there"
+
+
+def _broken(target: Target, count: int, served: Served) -> list[Finding]:
+    texts = ((rule, rule.broken(count, served, target)) for rule in RULES if target.engine in rule.engines)
+    return [Finding(rule.stops, text) for rule, text in texts if text]
+
+
+def _listed(numbers: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))

@@ -1,0 +1,212 @@
+"""The planning commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moekern.checkpoint import open_checkpoint
+from moekern.plan import Plan
+from moekern.statistics import Statistics
+from tests import families
+from tests.test_cli import contents, document, moekern
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and statistics of two domains."""
+    folder = tmp_path_factory.mktemp("planning")
+    families.save("qwen3_moe", folder / "model")
+    for i, name in enumerate(("a", "b")):
+        np.save(folder / f"{name}.npy", np.random.default_rng(i).integers(16 + 40 * i, 56 + 40 * i, 300))
+    data = [part for name in ("a", "b") for part in ("--data", f"{name}={folder / f'{name}.npy'}")]
+    out = folder / "s.safetensors"
+    done = moekern("calibrate", folder / "model", *data, "--sequence-length", 30, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_several_plans_at_once(work: Path, tmp_path: Path) -> None:
+    arguments = (
+        "plan",
+        work / "s.safetensors",
+        "--criterion",
+        "reap",
+        "--criterion",
+        "hope",
+        "--keep",
+        "0.5",
+        "--keep",
+        6,
+    )
+    made = document(*arguments, "--out", tmp_path / "plans")["plans"]
+    names = {"reap-0.5", "reap-6", "hope-0.5", "hope-6"}
+    assert set(made) == names  # type: ignore[call-overload]
+    assert {p.name for p in (tmp_path / "plans").iterdir()} == {f"{name}.json" for name in names}
+    alone = document(
+        "plan", work / "s.safetensors", "--criterion", "hope", "--keep", "50%", "--out", tmp_path / "p.json"
+    )
+    assert alone["digest"] == made["hope-0.5"]["digest"]  # type: ignore[index]
+    assert (tmp_path / "p.json").read_bytes() == (tmp_path / "plans/hope-0.5.json").read_bytes()
+    assert moekern(*arguments, "--out", tmp_path / "x-{}.json").returncode == 0
+    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/reap-6.json").read_bytes()
+    before = contents(tmp_path)
+    for out, message in (("plans", "exists already"), ("p.json", "4 plans need a folder"), ("new.json", "{}")):
+        done = moekern(*arguments, "--out", tmp_path / out)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert contents(tmp_path) == before
+    paths = [tmp_path / "plans" / f"{name}.json" for name in sorted(names)]
+    compared = document("compare", *paths, "--statistics", work / "s.safetensors")
+    assert len(compared["pairs"]) == 6  # type: ignore[arg-type]
+    dropped = compared["dropped"]
+    assert dropped[str(paths[0])]["outputs"] > dropped[str(paths[1])]["outputs"]  # type: ignore[index]  # 4 kept, 6 kept
+    assert "kept by both" in moekern("compare", *paths).stdout
+
+
+def test_different_counts_from_statistics_to_verified_checkpoint(work: Path, tmp_path: Path) -> None:
+    arguments = ("plan", work / "s.safetensors", "--keep", 5, "--budget", "adaptive", "--floor", 3)
+    refused = moekern(*arguments, "--out", tmp_path / "plan.json")
+    assert refused.returncode == 2
+    assert "engines load one expert count for all layers" in refused.stderr
+    made = document(*arguments, "--allow-nonuniform", "--out", tmp_path / "plan.json")
+    kept = made["kept"]
+    assert sum(kept.values()) == 5 * len(kept)  # type: ignore[attr-defined]
+    out = tmp_path / "out"
+    document("prune", work / "model", tmp_path / "plan.json", "--out", out)
+    assert document("verify", work / "model", tmp_path / "plan.json", out, "--forward")["good"] is True
+    again = ("calibrate", out, "--data", f"a={work / 'a.npy'}", "--sequence-length", 30, "--out", tmp_path / "again.st")
+    assert document(*again)["num_experts"] == max(kept.values())  # type: ignore[attr-defined]
+    measured = Statistics.load(tmp_path / "again.st")
+    assert {key: measured.layer(key).num_experts for key in measured.layers} == kept
+    checked = document("check", out)
+    assert checked["uniform"] is False
+    assert checked["experts"] == kept
+    assert not any(row["runs"] for row in checked["targets"].values())  # type: ignore[attr-defined]
+    done = moekern("check", out)
+    assert done.returncode == 0
+    assert "no engine loads this" in done.stderr
+    assert moekern("check", out, "--target", "vllm").returncode == 1
+    assert document("inspect", out)["num_experts"] == max(kept.values())  # type: ignore[attr-defined]
+
+
+def test_check_says_where_a_checkpoint_runs(work: Path) -> None:
+    checked = document("check", work / "model")
+    assert {name: row["runs"] for name, row in checked["targets"].items()} == dict.fromkeys(  # type: ignore[attr-defined]
+        ("transformers", "vllm", "sglang", "llama.cpp"), True
+    )
+    done = moekern("check", work / "model", "--target", "sglang:ep=3", "--target", "vllm")
+    assert done.returncode == 1
+    assert "multiple of ep=3; nearest that runs: 6" in done.stdout
+    assert moekern("check", work / "model", "--target", "sglang:ep=4").returncode == 0
+
+
+def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:
+    whole = open_checkpoint(work / "model").nbytes
+    arguments = ("plan", work / "s.safetensors", "--model", work / "model")
+    made = document(*arguments, "--fit", f"{whole - 1}B", "--context", 0, "--out", tmp_path / "plan.json")
+    assert made["kept"] == 7
+    document("prune", work / "model", tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").nbytes == made["fit"]["weights"] <= whole - 1  # type: ignore[index]
+    cached = document(*arguments, "--fit", f"{whole}B", "--context", 100, "--out", tmp_path / "cached.json")
+    assert cached["fit"]["cache"] > 0  # type: ignore[index]
+    assert cached["kept"] < 8  # type: ignore[operator]
+    even = document(*arguments, "--fit", f"{whole - 1}B", "--target", "sglang:ep=4", "--out", tmp_path / "even.json")
+    assert even["kept"] == 4
+    assert "KV cache" in moekern(*arguments, "--fit", "1GiB", "--out", tmp_path / "all.json").stderr
+
+
+def test_guards_reach_the_plan(work: Path, tmp_path: Path) -> None:
+    guards = ("--guard", "a=3", "--suppress", "b=2", "--domain-floor", "0.3", "--keep-always", "1:0", "--protect-super")
+    made = document("plan", work / "s.safetensors", "--keep", 6, *guards, "--out", tmp_path / "plan.json")["guards"]
+    assert sum(len(e) for e in made["guard"][0]["experts"].values()) == 3  # type: ignore[index]
+    plan = Plan.load(tmp_path / "plan.json")
+    for key, experts in made["guard"][0]["experts"].items():  # type: ignore[index]
+        assert set(experts) <= set(plan.layers[key].keep)
+    for key, experts in made["suppress"][0]["experts"].items():  # type: ignore[index]
+        assert not set(experts) & set(plan.layers[key].keep)
+    assert 0 in plan.layers["1"].keep
+
+
+def test_the_plan_decides_about_mtp_layers(tmp_path: Path, work: Path) -> None:
+    from tests import synthetic
+
+    source = synthetic.write(tmp_path / "in", *synthetic.deepseek_v3())
+    keep = {key: {"keep": [0, 1, 4, 5]} for key in ("1", "2")}
+    for said, expected in (("drop", "MTP layers removed"), ("keep", "all experts kept"), (None, "largest router rows")):
+        plan = tmp_path / f"{said}.json"
+        plan.write_text(
+            json.dumps({"format": "moekern.plan/1", "layers": keep, "provenance": {"mtp": said} if said else {}})
+        )
+        assert expected in str(document("prune", source, plan, "--out", tmp_path / f"out-{said}")["mtp"])
+        assert document("verify", source, plan, tmp_path / f"out-{said}")["good"] is True
+    over = document("prune", source, tmp_path / "drop.json", "--mtp", "keep", "--out", tmp_path / "over")
+    assert "all experts kept" in str(over["mtp"])
+    (tmp_path / "bad.json").write_text((tmp_path / "drop.json").read_text().replace('"drop"', '"burn"'))
+    done = moekern("prune", source, tmp_path / "bad.json", "--out", tmp_path / "bad")
+    assert done.returncode == 2
+    assert "provenance.mtp is 'burn'" in done.stderr
+    made = document("plan", work / "s.safetensors", "--keep", 4, "--mtp", "drop", "--out", tmp_path / "made.json")
+    assert made["mtp"] == "drop"
+
+
+def test_plans_change_hands(work: Path, tmp_path: Path) -> None:
+    shutil.copy(work / "s.safetensors", tmp_path / "s.safetensors")
+    document("plan", work / "s.safetensors", "--keep", 4, "--out", tmp_path / "plan.json")
+    for tool in ("llm-compressor", "compressed-tensors"):
+        theirs, ours = tmp_path / f"{tool}.json", tmp_path / f"back-{tool}.json"
+        document("convert", tmp_path / "plan.json", "--to", tool, "--model", work / "model", "--out", theirs)
+        document("convert", theirs, "--to", "moekern", "--model", work / "model", "--out", ours)
+        keeps = [
+            {key: layer.keep for key, layer in Plan.load(p).layers.items()} for p in (tmp_path / "plan.json", ours)
+        ]
+        assert keeps[0] == keeps[1]
+        assert Plan.load(ours).provenance["fingerprint"] == open_checkpoint(work / "model").fingerprint
+    document("prune", work / "model", ours, "--out", tmp_path / "out")
+
+
+WRONG = {
+    "neither keep nor fit": (("plan", "S"), "--keep, --fit: give one of the two"),
+    "both": (("plan", "S", "--keep", 4, "--fit", "1GiB"), "--keep, --fit: give one of the two"),
+    "fit without a model": (("plan", "S", "--fit", "1GiB"), "add --model MODEL"),
+    "fit of no size": (("plan", "S", "--fit", "big", "--model", "M"), "--fit big: expected a size"),
+    "fit of nothing": (("plan", "S", "--fit", "0", "--model", "M"), "--fit: expected at least one byte"),
+    "nothing fits": (("plan", "S", "--fit", "1KiB", "--model", "M"), "nothing fits; the smallest this model gets is"),
+    "bits without fit": (("plan", "S", "--keep", 4, "--bits", 4), "go with --fit"),
+    "twice": (("plan", "S", "--keep", "0.5", "--keep", "50%"), "given twice"),
+    "budget": (("plan", "S", "--keep", 4, "--budget", "fair"), "--budget fair: expected one of"),
+    "floor": (("plan", "S", "--keep", 4, "--budget", "global", "--floor", "no"), "--floor no: expected a share"),
+    "multiple": (("plan", "S", "--keep", 4, "--multiple-of", 0), "--multiple-of 0: expected a count"),
+    "target": (("plan", "S", "--keep", 4, "--target", "tgi"), "--target tgi: expected one of"),
+    "target that stops": (("plan", "S", "--keep", 4, "--target", "sglang:ep=8"), "nearest that runs: 8"),
+    "no count for the target": (("plan", "S", "--fit", "1GiB", "--model", "M", "--target", "sglang:ep=9"), "is legal"),
+    "guard": (("plan", "S", "--keep", 4, "--guard", "law"), "--guard law: no such domain"),
+    "always": (("plan", "S", "--keep", 4, "--keep-always", "x"), "--keep-always x: expected LAYER:EXPERT"),
+    "check": (("check", "S"), "is a file; give the checkpoint's folder"),
+    "one plan": (("compare", "P"), "one plan alone"),
+    "the same plan": (("compare", "P", "P"), "named twice"),
+    "not a plan": (("compare", "S", "P"), "not a readable plan"),
+    "convert without a model": (("convert", "P", "--to", "llm-compressor"), "add --model MODEL"),
+    "convert statistics": (("convert", "S", "--to", "moekern"), "not a readable plan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_line_and_writes_nothing(case: str, work: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "p.json"
+    plan.write_text('{"format": "moekern.plan/1", "layers": {"0": {"keep": [0, 1]}}}')
+    places = {"S": work / "s.safetensors", "M": work / "model", "P": plan}
+    words, message = WRONG[case]
+    arguments = [places.get(str(word), word) for word in words]
+    before = contents(tmp_path)
+    done = moekern(*arguments, *(("--out", tmp_path / "out") if words[0] in ("plan", "convert") else ()))
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("moekern: ")
+    assert message in lines[0]
+    assert contents(tmp_path) == before

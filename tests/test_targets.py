@@ -1,0 +1,116 @@
+"""What engines run: each rule broken once, and what is said about it."""
+
+import pytest
+
+from moekern.errors import InputError
+from moekern.plan import Limits, count_problem
+from moekern.planning import make_plan
+from moekern.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
+from tests.measured import model_statistics
+
+QWEN = Served("qwen3_moe", "softmax", Limits(128, 8))
+WIDE = Served("wide", "softmax", Limits(2048, 40))
+V3 = Served("deepseek_v3", "sigmoid", Limits(256, 8, 8, 4, 2))
+V4 = Served("deepseek_v4", "sqrtsoftplus", Limits(256, 6))
+REMOTE = Served("arctic", "softmax", Limits(128, 2), in_transformers=False)
+
+BROKEN = {  # target, model, count, whether it stops, words of the finding
+    "top-k": ("transformers", QWEN, 6, True, "fewer than the 8 that each token chooses"),
+    "groups": ("sglang", V3, 100, True, "not a multiple of the router's 8 groups"),
+    "tp": ("vllm:tp=64", QWEN, 48, True, "tp=64 needs at least as many experts"),
+    "tp of sglang": ("sglang:tp=64", QWEN, 48, True, "tp=64 needs at least as many experts"),
+    "992": ("vllm", WIDE, 993, True, "at most 992"),
+    "softplus": ("vllm", V4, 144, True, "sqrt-softplus router takes 1, 2, 4, 8, 16, 32, 64, 128, 192"),
+    "v4 divides": ("vllm:tp=3", V4, 128, True, "deepseek_v4 code needs a multiple of tp=3"),
+    "33 groups": ("vllm", Served("x", "sigmoid", Limits(330, 8, 33, 8, 2)), 66, True, "at most 32 groups"),
+    "slow top-k": ("vllm", QWEN, 96, False, "others take a slower path"),
+    "eplb": ("vllm:ep=3", QWEN, 64, False, "EPLB"),
+    "removed": ("vllm", REMOTE, 64, False, "no arctic code"),
+    "ep": ("sglang:ep=3", QWEN, 64, True, "multiple of ep=3"),
+    "fused gate": ("sglang", V3, 192, False, "powers of two"),
+    "fused gate, group": (
+        "sglang",
+        Served("x", "sigmoid", Limits(256, 8, 4, 2, 2)),
+        256,
+        False,
+        "at most 32 experts in",
+    ),
+    "torch chooses": ("sglang", WIDE, 600, False, "torch chooses"),
+    "1024": ("llama.cpp", WIDE, 1025, True, "at most 1024"),
+    "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Limits(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
+    "remote code": ("transformers", REMOTE, 64, False, "the checkpoint's own code"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_every_rule_is_told(case):
+    text, model, count, stops, words = BROKEN[case]
+    told = [f for f in findings(parse_target(text), {"0": count, "1": count}, model) if words in f.text]
+    assert [f.stops for f in told] == [stops]
+
+
+def test_no_rule_is_forgotten_here():
+    broken = {
+        i
+        for text, model, count, _, _ in BROKEN.values()
+        for i, rule in enumerate(RULES)
+        if parse_target(text).engine in rule.engines and rule.broken(count, model, parse_target(text))
+    }
+    assert broken == set(range(len(RULES)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_plain_half_runs_everywhere(engine):
+    assert findings(Target(engine), {"0": 64, "1": 64}, QWEN) == []
+    assert runs(128, V3, [Target(engine)])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_different_counts_run_nowhere(engine):
+    told = findings(Target(engine), {"0": 64, "1": 32}, QWEN)
+    assert told[0].stops
+    assert told[0].text == "layers have 32 to 64 experts; the engine takes one count for all layers"
+
+
+def test_mtp_layers_of_another_size():
+    counts = {"0": 64}
+    assert findings(Target("transformers"), counts, QWEN, [128]) == []
+    assert [f.stops for f in findings(Target("vllm"), counts, QWEN, [128])] == [False]
+    assert [f.stops for f in findings(Target("llama.cpp"), counts, QWEN, [128])] == [True]
+    assert findings(Target("llama.cpp"), counts, QWEN, [64]) == []
+
+
+def test_the_nearest_counts_that_run():
+    targets = [parse_target("sglang:ep=16"), parse_target("vllm")]
+    with pytest.raises(InputError) as caught:
+        check_counts("--keep 60", {"0": 60}, QWEN, targets)
+    assert str(caught.value) == (
+        "--keep 60: sglang:ep=16 would not run it: experts must be a multiple of ep=16; nearest that runs: 48 or 64"
+    )
+    assert nearest(60, Served("x", "softmax", Limits(8, 9)), targets) == "; no count of this model runs there"
+    for count in range(1, 129):
+        if runs(count, QWEN, targets):
+            assert count % 16 == 0
+            assert count_problem(count, QWEN.limits) is None
+
+
+@pytest.mark.parametrize("text", ["vllm", "sglang:tp=2,ep=4", "llama.cpp", "transformers", "vllm:ep=8"])
+def test_targets_read_as_they_are_written(text):
+    assert str(parse_target(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tgi", "vllm:", "vllm:tp", "vllm:tp=0", "vllm:pp=2", "vllm:tp=x", "llama.cpp:tp=2", "vllm:tp=2,", "VLLM"],
+)
+def test_targets_that_mean_nothing_are_refused(text):
+    with pytest.raises(InputError, match=f"--target {text}: "):
+        parse_target(text)
+
+
+def test_a_plan_is_made_for_its_targets():
+    s = model_statistics()
+    target = parse_target("sglang:ep=3")
+    assert make_plan(s, "reap", 3, targets=[target]).provenance["targets"] == ["sglang:ep=3"]
+    with pytest.raises(InputError, match="--keep 4: sglang:ep=3 would not run it: .* nearest that runs: 3 or 6"):
+        make_plan(s, "reap", 4, targets=[target])
