@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moekern.kernels.quantised import Quantised, scaled
 
 
 class Layer(NamedTuple):
@@ -76,6 +79,19 @@ class Rows(NamedTuple):
     mask: Tensor | None
 
 
+class Mlp(NamedTuple):
+    """Arguments of grouped_mlp before the sums."""
+
+    x: Tensor
+    gate_up: Tensor | Quantised
+    down: Tensor | Quantised
+    topk_weight: Tensor
+    topk_idx: Tensor
+    order: Tensor
+    offsets: Tensor
+    mask: Tensor | None
+
+
 def router(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Router:
     T, E, K, _, masked, empty, favourite, ids = case
     g = torch.Generator().manual_seed(seed)
@@ -113,3 +129,35 @@ def grouped(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:
     slots = ((flat >= 0) & (flat < E)).nonzero()[:, 0]
     counts = torch.bincount(flat[slots], minlength=E)
     return slots[flat[slots].argsort(stable=True)], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def mlp(
+    case: Case, width: int, dtype: torch.dtype = torch.float32, fp8: tuple[int, int] | None = None, seed: int = 0,
+    scales: torch.dtype = torch.float32,
+) -> Mlp:  # fmt: skip
+    """Experts of intermediate size `width`, outputs about 1; with `fp8` weights in blocks of that size."""
+    _, idx, gate, mask = router(case, dtype, seed)
+    order, offsets = grouped(idx, case.E)
+    g = torch.Generator().manual_seed(seed + 2)
+
+    def matrix(rows: int, columns: int) -> Tensor | Quantised:
+        w = torch.randn(case.E, rows, columns, generator=g) / columns**0.5
+        if fp8 is None:
+            return w.to(dtype)
+        blocks = (-(-side // size) for side, size in zip((rows, columns), fp8, strict=True))
+        scale = 2.0 ** torch.randint(-9, -6, (case.E, *blocks), generator=g)
+        if scales != torch.float8_e8m0fnu:
+            scale *= 1.3
+        return scaled((w * 128).to(torch.float8_e4m3fn), scale.to(scales), fp8)
+
+    x = torch.randn(case.T, case.H, generator=g).to(dtype)
+    return Mlp(x, matrix(2 * width, case.H), matrix(case.H, width), gate, idx, order, offsets, mask)
+
+
+def moved(args: Mlp, device: str) -> Mlp:
+    def to(value: Tensor | Quantised | None) -> Tensor | Quantised | None:
+        if isinstance(value, Quantised):
+            return replace(value, codes=value.codes.to(device), scale=value.scale.to(device))
+        return value if value is None else value.to(device)
+
+    return Mlp(*map(to, args))

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that are not here:  python -m tests.compile_triton [80 90]
+"""Compile every Triton kernel for GPUs that are not here:  python -m tests.compile_triton [mlp] [80 90]
 
 The ops run on meta tensors, which have no values: a read on the host raises. Each launch is compiled instead of run.
 One JSON line a kernel: name, architecture, and what of its PTX the tests look at.
@@ -21,13 +21,14 @@ from triton.compiler import ASTSource
 
 from moekern import kernels
 from moekern.kernels import triton as backend
-from tests.cases import Case, router, rows, stream
+from moekern.kernels.triton import mlp as mlp_kernels
+from tests.cases import Case, mlp, moved, router, rows, stream
 
 TYPES = {
     torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
 }  # fmt: skip
-ARCHITECTURES = [int(name) for name in sys.argv[1:]] or [80, 90]
+ARCHITECTURES = [int(name) for name in sys.argv[1:] if name.isdigit()] or [80, 90]
 seen: set[tuple[object, ...]] = set()
 
 
@@ -39,21 +40,32 @@ def compiled(fn: JITFunction, *args: Any, grid: object, warmup: bool, **options:
         n: "constexpr" if n in constants else TYPES[v.dtype] if isinstance(v, torch.Tensor) else "i32"
         for n, v in ((n, values[n]) for n in names)
     }
-    key = (fn.__name__, *signature.values(), *constants.values())
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+        if n not in constants and not fn.params[i].do_not_specialize and aligned(values[n])
+    }  # fmt: skip
+    key = (fn.__name__, *signature.values(), *constants.values(), *attributes)
     if key in seen:
         return
     seen.add(key)
     for architecture in ARCHITECTURES:
-        source = ASTSource(fn=fn, signature=signature, constexprs=constants)
-        ptx = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
+        source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+        binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        ptx = binary.asm["ptx"]
         found = {
             "kernel": fn.__name__,
             "architecture": architecture,
+            "shared": binary.metadata.shared,
             "fused": len(re.findall(r"\bfma\.", ptx)),
             "float_atomics": len(re.findall(r"\b(?:atom|red)\.\S*\.b?f\d+", ptx)),
             "flushed": len(re.findall(r"\b(?:add|mul|sub)\S*\.ftz\.", ptx)),
         }
         print(json.dumps(found), flush=True)
+
+
+def aligned(value: Any) -> bool:
+    """What a launch makes the compiler assume of a number or of an address."""
+    return (value.storage_offset() * value.itemsize if isinstance(value, torch.Tensor) else value) % 16 == 0
 
 
 def meta(args: Any) -> list[Any]:
@@ -62,6 +74,12 @@ def meta(args: Any) -> list[Any]:
 
 def main() -> None:
     JITFunction.run = compiled
+    if "mlp" not in sys.argv:
+        compile_statistics()
+    compile_mlp()
+
+
+def compile_statistics() -> None:
     for case, dtype, score in (
         (Case(300, 513, 22, 600, masked=True), torch.bfloat16, "sqrtsoftplus"),
         (Case(300, 8, 2, 45, ids=torch.int32), torch.float16, "softmax"),
@@ -72,6 +90,26 @@ def main() -> None:
         sums, args = kernels.expert_sums(case.E, case.H, "meta"), rows(case, dtype)
         for residual in (None, stream(args)):
             backend.combine_and_measure(*meta((*args, residual)), sums)
+
+
+def compile_mlp() -> None:
+    """Every dtype, scale and activation, with the tiles of every chip that has the shared memory."""
+    odd, even = Case(40, 8, 2, 45, masked=True), Case(40, 8, 2, 512)
+    for sums in (None, kernels.expert_sums(odd.E, odd.H, "meta")):
+        backend.grouped_mlp(*moved(mlp(odd, 16), "meta"), None, sums, activation="silu")
+    for case, dtype, fp8, scales, activation, tiles in (
+        (even, torch.float32, None, torch.float32, "gelu", mlp_kernels.FLOAT32),
+        (odd, torch.bfloat16, None, torch.float32, "gelu_pytorch_tanh", mlp_kernels.SMALL),
+        (odd, torch.float16, (8, 24), torch.float8_e8m0fnu, "silu", mlp_kernels.SMALL),
+        (even, torch.bfloat16, (128, 128), torch.float32, "silu", mlp_kernels.SMALL),
+        (even, torch.bfloat16, None, torch.float32, "silu", mlp_kernels.BIG),
+        (even, torch.bfloat16, (128, 128), torch.bfloat16, "silu", mlp_kernels.BIG),
+    ):
+        if tiles == mlp_kernels.BIG:
+            ARCHITECTURES[:] = [name for name in ARCHITECTURES if name >= 90]
+        mlp_kernels.tiles_for = lambda *_, tiles=tiles: tiles
+        args = moved(mlp(case, case.H // 2, dtype, fp8, scales=scales), "meta")
+        mlp_kernels.expert_outputs(*args[:3], *args[4:7], activation, measure=True)
 
 
 if __name__ == "__main__":

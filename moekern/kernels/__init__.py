@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moekern.kernels import reference
-from moekern.kernels.checks import BOOL, F64, FLOATS, I64, INTS, check_rows, check_tensors
+from moekern.kernels.checks import BOOL, F64, FLOATS, I64, INTS, check_rows, check_tensors, expert_tensors
 from moekern.kernels.dispatch import BACKENDS, MISSING, OPS, PREFERENCE, available, backend_for, implementation, serves
+from moekern.kernels.mlp import grouped_mlp
 from moekern.kernels.quantised import Quantised, dequantize
 from moekern.kernels.similarity import SimilaritySums, distance_sum, similarity, similarity_sums, sketch
 from moekern.kernels.sorting import sort_by_expert
@@ -20,8 +21,9 @@ from moekern.kernels.weights import WeightSums, of_expert, stable_rank, weight_s
 __all__ = (
     "BACKENDS", "MISSING", "OPS", "PREFERENCE", "SCORES", "ExpertSums", "Quantised", "RouterSums", "SimilaritySums",
     "WeightSums", "available", "backend_for", "combine_and_measure", "dequantize", "distance_sum", "expert_sums",
-    "of_expert", "pair_popcount", "popcount", "router_stats", "router_sums", "serves", "similarity", "similarity_sums",
-    "sketch", "sort_by_expert", "stable_rank", "vocabulary", "vocabulary_bits", "weight_stats", "weight_sums",
+    "grouped_mlp", "of_expert", "pair_popcount", "popcount", "router_stats", "router_sums", "serves", "similarity",
+    "similarity_sums", "sketch", "sort_by_expert", "stable_rank", "vocabulary", "vocabulary_bits", "weight_stats",
+    "weight_sums",
 )  # fmt: skip
 
 SCORES = tuple(reference.SCORES)
@@ -171,20 +173,15 @@ def combine_and_measure(
     for a backend that has no such op.
     """
     op = "combine_and_measure"
-    E = {name: (getattr(sums, name), "E", F64) for name in (*sums._fields[:5], "residual_sum")}
-    wide = "E 0" if sums.square_sum.shape[-1:] == (0,) else "E H"
     check_tensors(op, {
-        **E,
-        "pair_sum": (sums.pair_sum, "E E", F64),
-        "residual_tokens": (sums.residual_tokens, "1", I64),
-        "offsets": (offsets, "E+1", I64),
         "y": (y, "N H", FLOATS),
+        **expert_tensors(sums),
+        "offsets": (offsets, "E+1", I64),
         "order": (order, "N", I64),
         "topk_idx": (topk_idx, "T K", INTS),
         "topk_weight": (topk_weight, "T K", FLOATS),
         "mask": (mask, "T", BOOL),
         "residual": (residual, "T H", (y.dtype,) if isinstance(y, Tensor) else FLOATS),
-        **{name: (getattr(sums, name), wide, F64) for name in ("square_sum", "value_sum", "unit_sum")},
     })  # fmt: skip
     name = backend_for(op, y.device.type, backend)
     if name != "native" and y.device.type == "cpu":

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from moekern.kernels import ExpertSums
+
+Tensors: TypeAlias = "dict[str, tuple[Tensor | None, str, tuple[torch.dtype, ...]]]"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTS = (torch.int64, torch.int32)
 I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
 
 
-def check_tensors(op: str, tensors: dict[str, tuple[Tensor | None, str, tuple[torch.dtype, ...]]]) -> dict[str, int]:
+def check_tensors(op: str, tensors: Tensors) -> dict[str, int]:
     """Check dtype, device, contiguity and named sizes of name -> (tensor, "T K", dtypes); None is skipped.
 
     "E+1" is one more than E, a number is itself. The first tensor that uses a name binds it; returns the sizes.
@@ -43,6 +49,18 @@ def check_shape(op: str, name: str, tensor: Tensor, dims: str, sizes: dict[str, 
         want = (int(size) if size.isdigit() else sizes.setdefault(size, got - more)) + more
         if got != want or got < more:
             raise ValueError(f"[{op}] {name}: expected {word if size.isdigit() else f'{word}={want}'}, got {got}")
+
+
+def expert_tensors(sums: ExpertSums) -> Tensors:
+    """What check_tensors is to check of the sums over E experts and H dimensions."""
+    narrow = {name: (getattr(sums, name), "E", F64) for name in (*sums._fields[:5], "residual_sum")}
+    dims = "E 0" if sums.square_sum.shape[-1:] == (0,) else "E H"
+    return {
+        **narrow,
+        "pair_sum": (sums.pair_sum, "E E", F64),
+        **{name: (getattr(sums, name), dims, F64) for name in ("square_sum", "value_sum", "unit_sum")},
+        "residual_tokens": (sums.residual_tokens, "1", I64),
+    }
 
 
 def check_rows(op: str, topk_idx: Tensor, order: Tensor, offsets: Tensor) -> None:

@@ -12,14 +12,25 @@ import torch
 
 OPS = (
     "router_stats", "combine_and_measure", "sort_by_expert", "similarity", "sketch", "vocabulary", "popcount",
-    "pair_popcount", "weight_stats", "dequantize",
+    "pair_popcount", "weight_stats", "dequantize", "grouped_mlp",
 )  # fmt: skip
-BACKENDS = ("native", "triton", "reference")  # modules beside this one
+BACKENDS = ("native", "grouped_mm", "triton", "reference")  # modules beside this one
 # Every backend that may serve a device, the default first. On a CPU Triton only runs in its interpreter.
-PREFERENCE = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
-# What a backend cannot do yet on a device. This table only shrinks.
-NOT_IN_TRITON = frozenset(OPS[3:])
-MISSING = {("native", "cuda"): frozenset(OPS), ("triton", "cuda"): NOT_IN_TRITON, ("triton", "cpu"): NOT_IN_TRITON}
+PREFERENCE = {
+    "cpu": ("native", "grouped_mm", "reference", "triton"),
+    "cuda": ("native", "grouped_mm", "triton", "reference"),
+}
+# What a backend cannot do yet on a device: this table only shrinks. grouped_mm is a road for grouped_mlp alone.
+NOT_IN_TRITON = frozenset(OPS[3:]) - {"grouped_mlp"}
+ONLY_MLP = frozenset(OPS) - {"grouped_mlp"}
+MISSING = {
+    ("native", "cpu"): frozenset({"grouped_mlp"}),
+    ("native", "cuda"): frozenset(OPS),
+    ("grouped_mm", "cpu"): ONLY_MLP,
+    ("grouped_mm", "cuda"): ONLY_MLP,
+    ("triton", "cpu"): NOT_IN_TRITON,
+    ("triton", "cuda"): NOT_IN_TRITON,
+}
 
 
 def backend_for(op: str, device: str, backend: str | None = None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import gelu, silu, softplus
 
 if TYPE_CHECKING:
     from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
@@ -19,6 +21,10 @@ SCORES = {
     "sqrtsoftplus": lambda logits: softplus(logits, threshold=100).sqrt(),
     "identity": lambda logits: logits.where(logits > -torch.inf, 0),
 }
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu, "gelu": gelu, "gelu_pytorch_tanh": partial(gelu, approximate="tanh")
+}  # fmt: skip
 
 
 def runs_on(device: str) -> bool:
@@ -64,9 +70,9 @@ def router_stats(
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    residual: Tensor | None, sums: ExpertSums,
+    residual: Tensor | None, sums: ExpertSums | None,
 ) -> Tensor:  # fmt: skip
-    (T, K), E = topk_idx.shape, len(sums.norm_sum)
+    (T, K), E = topk_idx.shape, len(offsets) - 1
     y, order = y[: offsets[-1]], order[: offsets[-1]]
     row_of = torch.full((T * K,), -1, device=y.device).index_put_((order,), torch.arange(len(y), device=y.device))
     row_of = row_of.view(T, K)
@@ -75,6 +81,8 @@ def combine_and_measure(
         filled = row_of[:, k] >= 0
         out[filled] += topk_weight[filled, k, None].float() * y[row_of[filled, k]].float()
     out = out.to(y.dtype)
+    if sums is None:
+        return out
 
     counted = (
         torch.ones_like(order, dtype=torch.bool) if mask is None else mask[order.div(max(K, 1), rounding_mode="floor")]
@@ -119,6 +127,26 @@ def turned(h: Tensor, out: Tensor) -> Tensor:
         cosine = torch.where(norms == 0, 0, (a * b).sum(1) / norms)
         turn[start : start + 4096] = (1 - cosine).clamp(min=0)
     return turn
+
+
+def grouped_mlp(
+    x: Tensor, gate_up: Tensor | Quantised, down: Tensor | Quantised, topk_weight: Tensor, topk_idx: Tensor,
+    order: Tensor, offsets: Tensor, mask: Tensor | None, residual: Tensor | None, sums: ExpertSums | None, *,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    bounds, K = offsets.tolist(), topk_idx.shape[1]
+    y = x.new_zeros(len(order), x.shape[1])
+    for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if start < stop:
+            w, v = (of_expert(weight, e, x.dtype).double() for weight in (gate_up, down))
+            gate, up = (x[order[start:stop] // K].double() @ w.T).to(x.dtype).chunk(2, dim=1)
+            inner = ACTIVATIONS[activation](gate.double()).to(x.dtype).double() * up.double()
+            y[start:stop] = (inner.to(x.dtype).double() @ v.T).to(x.dtype)
+    return combine_and_measure(y, topk_weight, topk_idx, order, offsets, mask, residual, sums)
+
+
+def of_expert(weight: Tensor | Quantised, e: int, dtype: torch.dtype) -> Tensor:
+    return weight[e] if isinstance(weight, Tensor) else dequantize(weight.expert(e), dtype)[0]
 
 
 def similarity(y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums) -> None:
@@ -222,7 +250,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 def weight_stats(weight: Tensor | Quantised, sums: WeightSums) -> None:
     """weight is dense [E, N], or quantised."""
     for e in range(len(sums.count)):
-        w = weight[e] if isinstance(weight, Tensor) else dequantize(weight.expert(e), torch.float32)
+        w = of_expert(weight, e, torch.float32)
         sums.count[e] += w.numel()
         if w.numel():
             sums.abs_sum[e] += w.double().abs().sum()

@@ -30,17 +30,21 @@ class Chunks(NamedTuple):
         return triton.next_power_of_2(max(1, self.num_experts))
 
 
-def chunks_of(offsets: Tensor, N: int) -> Chunks:
+def chunks_of(offsets: Tensor, N: int, size: int = CHUNK) -> Chunks:
     """Chunks of rows grouped by expert. Offsets are clamped: wild ones give wrong sums, but no wild address."""
-    offsets, limit = offsets.clamp(0, N), N // CHUNK + len(offsets) - 1
-    counts = (offsets.diff() + (CHUNK - 1)).div(CHUNK, rounding_mode="floor")
+    offsets, limit = offsets.clamp(0, N), N // size + len(offsets) - 1
+    counts = (offsets.diff() + (size - 1)).div(size, rounding_mode="floor")
     return Chunks(offsets, pad(counts.cumsum(0), (1, 0)).clamp_(0, limit), limit)
 
 
 @triton.jit
 def chunk_rows(offsets_ptr, first_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     """This program's expert and rows [start, stop). Expert E, with no rows: there is no such chunk."""
-    chunk = tl.program_id(0)
+    return rows_of(tl.program_id(0), offsets_ptr, first_ptr, E, CHUNK, BLOCK_E)
+
+
+@triton.jit
+def rows_of(chunk, offsets_ptr, first_ptr, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     x = tl.arange(0, BLOCK_E)
     ends = tl.load(first_ptr + 1 + x, mask=x < E, other=0x7FFFFFFF)
     e = tl.sum((ends <= chunk).to(tl.int32), 0)

@@ -27,12 +27,20 @@ def row_of_kernel(order_ptr, stop_ptr, row_of_ptr, N, slots, BLOCK: tl.constexpr
     tl.store(row_of_ptr + slot, n, mask=there & (slot >= 0) & (slot < slots))
 
 
+@triton.jit
+def store_part(y, square_ptr, top_ptr, at, there):
+    """Squares and largest magnitude of each row of y [rows, columns] float32."""
+    tl.store(square_ptr + at, tl.sum(y * y, 1), mask=there)
+    # Bits of non-negative floats are ordered like integers, with NaN above all.
+    tl.store(top_ptr + at, tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), mask=there)
+
+
 @triton.jit(do_not_specialize=["T"])
 def combine_kernel(
     y_ptr, weight_ptr, row_of_ptr, residual_ptr, out_ptr, square_ptr, top_ptr, dots_ptr, T, H,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of some tokens' outputs, and its part of each row's squares and largest magnitude.
+    """A block of columns of some tokens' outputs; where asked, its part of each row's squares and largest magnitude.
 
     With a residual h also its part of <h, h>, <h, out> and <out, out>, where out is as it was rounded.
     """
@@ -48,10 +56,8 @@ def combine_kernel(
         there = filled[:, None] & (h < H)[None, :]
         y = tl.load(y_ptr + row[:, None] * H + h[None, :], mask=there, other=0.0).to(tl.float32)
         sum += gate[:, None] * y
-        tl.store(square_ptr + row * parts + part, tl.sum(y * y, 1), mask=filled)
-        # Bits of non-negative floats are ordered like integers, with NaN above all.
-        magnitude = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        tl.store(top_ptr + row * parts + part, tl.max(magnitude, 1), mask=filled)
+        if square_ptr is not None:
+            store_part(y, square_ptr, top_ptr, row * parts + part, filled)
     there = (t < T)[:, None] & (h < H)[None, :]
     if out_ptr.dtype.element_ty == tl.bfloat16:
         sum = rounded_to_bfloat16(sum)
@@ -103,7 +109,7 @@ def turn_of(dots_ptr, t, there, parts):
 @triton.jit(do_not_specialize=["slots"])
 def measure_kernel(
     square_ptr, top_ptr, dots_ptr, weight_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, gated_ptr, inverse_ptr,
-    partial_ptr, max_ptr, slots, E, parts, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+    partial_ptr, max_ptr, slots, E, parts, dots_parts, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One chunk's sums of norm, norm^2, a, a^2 and a x turn, and its largest magnitude; a of each of its slots, and one
     over the norm of each of its rows, 0 for rows of zeros."""
@@ -131,7 +137,7 @@ def measure_kernel(
         tl.store(at + 3, tl.sum(gated * gated, 0))
         turned = gated
         if dots_ptr is not None:
-            turned = gated * turn_of(dots_ptr, slot // K, counted, parts)
+            turned = gated * turn_of(dots_ptr, slot // K, counted, dots_parts)
         tl.store(at + 4, tl.sum(tl.where(counted, turned, 0.0), 0))
         tl.atomic_max(max_ptr + e, tl.max(tl.where(counted, top, 0), 0), sem="relaxed")
 
@@ -186,10 +192,11 @@ def dimensions_kernel(
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    residual: Tensor | None, sums: ExpertSums,
+    residual: Tensor | None, sums: ExpertSums | None, *, parts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
+    """`parts` of every row's squares (float32) and largest magnitude (its bits), [N, any], if they are known."""
     (N, H), (T, K) = y.shape, topk_idx.shape
-    if residual is not None:
+    if sums is not None and residual is not None:
         sums.residual_tokens.add_(T if mask is None else mask.sum())
     if N == 0 or T * K == 0:
         return y.new_zeros(T, H)
@@ -198,15 +205,18 @@ def combine_and_measure(
     row_of_kernel[(triton.cdiv(N, 1024),)](order, offsets[-1:], row_of, N, T * K, BLOCK=1024, enable_fp_fusion=False)
     columns = min(COLUMNS, triton.next_power_of_2(max(1, H)))
     grid = triton.cdiv(T, ELEMENTS // columns), triton.cdiv(H, columns)
-    square = y.new_empty(N, grid[1], dtype=torch.float32)
-    top = y.new_empty(N, grid[1], dtype=torch.int32)
-    dots = None if residual is None else square.new_empty(T, grid[1], 3)
+    shape = N, grid[1]
+    measured = parts or (y.new_empty(shape, dtype=torch.float32), y.new_empty(shape, dtype=torch.int32))
+    measuring = (None, None) if sums is None or parts else measured
+    dots = None if residual is None else y.new_empty(T, grid[1], 3, dtype=torch.float32)
     combine_kernel[grid](
-        y, topk_weight, row_of, residual, out, square, top, dots, T, H, K=K, BLOCK_T=ELEMENTS // columns,
+        y, topk_weight, row_of, residual, out, *measuring, dots, T, H, K=K, BLOCK_T=ELEMENTS // columns,
         BLOCK_H=columns, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
+    if sums is None:
+        return out
     chunks = chunks_of(offsets, N)
-    inverse = add_norms(square, top, dots, topk_weight, topk_idx, order, mask, chunks, sums)
+    inverse = add_norms(*measured, dots, topk_weight, topk_idx, order, mask, chunks, sums)
     if sums.square_sum.shape[1]:
         add_dimensions(y, inverse, order, mask, chunks, T * K, K, sums)
     return out
@@ -224,7 +234,8 @@ def add_norms(
     largest = top.new_zeros(E)
     measure_kernel[(chunks.limit,)](
         square, top, dots, topk_weight, order, mask, chunks.offsets, chunks.first, gated, inverse, partial, largest,
-        T * K, E, square.shape[1], K=K, CHUNK=CHUNK, BLOCK_E=chunks.block, enable_fp_fusion=False,
+        T * K, E, square.shape[1], 0 if dots is None else dots.shape[1], K=K, CHUNK=CHUNK, BLOCK_E=chunks.block,
+        enable_fp_fusion=False,
     )  # fmt: skip
     total = add_chunks(partial, chunks.first, gated.new_zeros(E, 5))
     if dots is not None:
