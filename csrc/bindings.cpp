@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -29,6 +30,8 @@ void launch(const Args& args, const F& kernel) {
   }
 }
 
+void* stream_of(uintptr_t number) { return reinterpret_cast<void*>(number); }
+
 Score score_of(const Args& args, const std::string& name) {
   if (name == "softmax") return Score::softmax;
   if (name == "sigmoid") return Score::sigmoid;
@@ -46,7 +49,8 @@ const bool* mask_of(Args& args, const py::object& mask, Tensor& tensor) {
 void router_stats(py::object logits_, py::object idx_, py::object weight_, py::object mask_, py::object tokens_,
                   py::object logit_tokens_, py::object count_, py::object top1_count_, py::object gate_sum_,
                   py::object gate_square_sum_, py::object score_sum_, py::object entropy_sum_, py::object margin_sum_,
-                  py::object coactivation_, const std::string& score, int threads, const std::string& level) {
+                  py::object coactivation_, py::object logit_gram_, const std::string& score, int threads,
+                  const std::string& level, uintptr_t stream) {
   Args args("router_stats");
   const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
@@ -61,7 +65,7 @@ void router_stats(py::object logits_, py::object idx_, py::object weight_, py::o
   const Tensor entropy_sum = args.tensor("entropy_sum", entropy_sum_, {Dtype::f64}, "1");
   const Tensor margin_sum = args.tensor("margin_sum", margin_sum_, {Dtype::f64}, "1");
   const Tensor coactivation = args.tensor("coactivation", coactivation_, {Dtype::i64}, "E E");
-  Tensor mask;
+  Tensor mask, logit_gram;
   RouterStats call;
   call.logits = logits_.is_none() ? Typed{} : logits.typed();
   call.idx = idx.typed();
@@ -77,19 +81,25 @@ void router_stats(py::object logits_, py::object idx_, py::object weight_, py::o
   call.entropy_sum = entropy_sum.data<double>();
   call.margin_sum = margin_sum.data<double>();
   call.coactivation = coactivation.data<int64_t>();
+  if (!logit_gram_.is_none()) {
+    logit_gram = args.tensor("logit_gram", logit_gram_, {Dtype::f64}, "E E");
+    call.logit_gram = logit_gram.data<double>();
+  }
   call.T = args["T"];
   call.E = args["E"];
   call.K = args["K"];
   call.score = score_of(args, score);
-  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
-  launch(args, [&] { cpu::router_stats(call, {threads, level}); });
+  launch(args, [&] {
+    idx.is_cuda() ? cuda::router_stats(call, stream_of(stream)) : cpu::router_stats(call, {threads, level});
+  });
 }
 
 void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py::object order_, py::object offsets_,
-                         py::object mask_, py::object norm_sum_, py::object norm_square_sum_,
+                         py::object mask_, py::object residual_, py::object norm_sum_, py::object norm_square_sum_,
                          py::object gated_norm_sum_, py::object gated_norm_square_sum_, py::object max_abs_,
-                         py::object pair_sum_, py::object square_sum_, py::object out_, int threads,
-                         const std::string& level) {
+                         py::object pair_sum_, const std::optional<std::array<py::object, 3>>& dimensions,
+                         py::object residual_sum_, py::object residual_tokens_, py::object out_, int threads,
+                         const std::string& level, uintptr_t stream) {
   Args args("combine_and_measure");
   const Tensor norm_sum = args.tensor("norm_sum", norm_sum_, {Dtype::f64}, "E");
   const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
@@ -102,8 +112,10 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   const Tensor gated_square = args.tensor("gated_norm_square_sum", gated_norm_square_sum_, {Dtype::f64}, "E");
   const Tensor max_abs = args.tensor("max_abs", max_abs_, {Dtype::f64}, "E");
   const Tensor pair_sum = args.tensor("pair_sum", pair_sum_, {Dtype::f64}, "E E");
+  const Tensor residual_sum = args.tensor("residual_sum", residual_sum_, {Dtype::f64}, "E");
+  const Tensor residual_tokens = args.tensor("residual_tokens", residual_tokens_, {Dtype::i64}, "1");
   const Tensor out = args.tensor("out", out_, {y.dtype}, "T H");
-  Tensor mask, square_sum;
+  Tensor mask, residual, square_sum, value_sum, unit_sum;
   CombineAndMeasure call;
   call.y = y.typed();
   call.weight = weight.typed();
@@ -117,19 +129,29 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   call.gated_norm_square_sum = gated_square.data<double>();
   call.max_abs = max_abs.data<double>();
   call.pair_sum = pair_sum.data<double>();
-  call.square_sum = nullptr;
-  if (!square_sum_.is_none()) {
-    square_sum = args.tensor("square_sum", square_sum_, {Dtype::f64}, "E H");
+  if (dimensions) {
+    square_sum = args.tensor("square_sum", (*dimensions)[0], {Dtype::f64}, "E H");
+    value_sum = args.tensor("value_sum", (*dimensions)[1], {Dtype::f64}, "E H");
+    unit_sum = args.tensor("unit_sum", (*dimensions)[2], {Dtype::f64}, "E H");
     call.square_sum = square_sum.data<double>();
+    call.value_sum = value_sum.data<double>();
+    call.unit_sum = unit_sum.data<double>();
   }
+  if (!residual_.is_none()) {
+    residual = args.tensor("residual", residual_, {y.dtype}, "T H");
+    call.residual = residual.data<const void>();
+  }
+  call.residual_sum = residual_sum.data<double>();
+  call.residual_tokens = residual_tokens.data<int64_t>();
   call.out = out.data<void>();
   call.T = args["T"];
   call.E = args["E"];
   call.K = args["K"];
   call.H = args["H"];
   call.N = args["N"];
-  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
-  launch(args, [&] { cpu::combine_and_measure(call, {threads, level}); });
+  launch(args, [&] {
+    y.is_cuda() ? cuda::combine_and_measure(call, stream_of(stream)) : cpu::combine_and_measure(call, {threads, level});
+  });
 }
 
 void similarity(py::object y_, py::object norm_square_, py::object mask_, py::object tokens_, py::object gram_sum_,
@@ -301,7 +323,8 @@ void dequantize(const Stored& stored, py::object out_, int threads, const std::s
   launch(args, [&] { cpu::dequantize(call, {threads, level}); });
 }
 
-void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::object offsets_, int threads) {
+void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::object offsets_, int threads,
+                    uintptr_t stream) {
   Args args("sort_by_expert");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
   Tensor mask;
@@ -315,8 +338,9 @@ void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::ob
   call.T = args["T"];
   call.E = args["E"];
   call.K = args["K"];
-  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
-  launch(args, [&] { cpu::sort_by_expert(call, threads); });
+  launch(args, [&] {
+    idx.is_cuda() ? cuda::sort_by_expert(call, stream_of(stream)) : cpu::sort_by_expert(call, threads);
+  });
 }
 
 }  // namespace

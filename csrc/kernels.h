@@ -39,6 +39,7 @@ struct RouterStats {
   double* entropy_sum;         // [1]
   double* margin_sum;          // [1]
   int64_t* coactivation;       // [E, E]
+  double* logit_gram = nullptr;  // [E, E], or null
   int64_t T, E, K;
   Score score;
 };
@@ -50,13 +51,18 @@ struct CombineAndMeasure {
   const int64_t* order;    // [N]
   const int64_t* offsets;  // [E + 1]
   const bool* mask = nullptr;      // [T], or null
+  const void* residual = nullptr;  // [T, H] of y's dtype, or null
   double* norm_sum;                // [E]
   double* norm_square_sum;         // [E]
   double* gated_norm_sum;          // [E]
   double* gated_norm_square_sum;   // [E]
   double* max_abs;                 // [E]
   double* pair_sum;                // [E, E]
-  double* square_sum;              // [E, H], or null
+  double* square_sum = nullptr;    // [E, H], or null with the next two
+  double* value_sum = nullptr;     // [E, H]
+  double* unit_sum = nullptr;      // [E, H]
+  double* residual_sum;            // [E]
+  int64_t* residual_tokens;        // [1]
   void* out;                       // [T, H], of y's dtype
   int64_t T, E, K, H, N;
 };
@@ -148,6 +154,12 @@ namespace cuda {
 
 std::string architectures();  // what the device code was compiled for; empty without CUDA
 int device_count();           // visible devices that the compiled code runs on
+
+// On a stream (a cudaStream_t) of the current device, without waiting for it. Throw what the driver has to say; values
+// are not checked, and whatever they are nothing outside the arguments is touched.
+void router_stats(const RouterStats& args, void* stream);
+void combine_and_measure(const CombineAndMeasure& args, void* stream);
+void sort_by_expert(const SortByExpert& args, void* stream);
 
 }  // namespace cuda
 }  // namespace moekern

@@ -21,9 +21,11 @@ def router_stats(
     entropy_sum: Tensor,
     margin_sum: Tensor,
     coactivation: Tensor,
+    logit_gram: Tensor | None,
     score: str,
     threads: int,
     level: str,
+    stream: int,
 ) -> None: ...
 def combine_and_measure(
     y: Tensor,
@@ -32,16 +34,20 @@ def combine_and_measure(
     order: Tensor,
     offsets: Tensor,
     mask: Tensor | None,
+    residual: Tensor | None,
     norm_sum: Tensor,
     norm_square_sum: Tensor,
     gated_norm_sum: Tensor,
     gated_norm_square_sum: Tensor,
     max_abs: Tensor,
     pair_sum: Tensor,
-    square_sum: Tensor | None,
+    dimensions: tuple[Tensor, Tensor, Tensor] | None,  # square_sum, value_sum, unit_sum
+    residual_sum: Tensor,
+    residual_tokens: Tensor,
     out: Tensor,
     threads: int,
     level: str,
+    stream: int,
 ) -> None: ...
 def similarity(
     y: Tensor,
@@ -68,7 +74,9 @@ def weight_stats(
     level: str,
 ) -> None: ...
 def dequantize(stored: Stored, out: Tensor, threads: int, level: str) -> None: ...
-def sort_by_expert(topk_idx: Tensor, mask: Tensor | None, order: Tensor, offsets: Tensor, threads: int) -> None: ...
+def sort_by_expert(
+    topk_idx: Tensor, mask: Tensor | None, order: Tensor, offsets: Tensor, threads: int, stream: int
+) -> None: ...
 def levels() -> list[str]: ...
 def cuda_architectures() -> str: ...
 def cuda_device_count() -> int: ...

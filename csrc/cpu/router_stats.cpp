@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "../kernels.h"
+#include "logit_gram.h"
 #include "parallel.h"
 #include "slots.h"
 
@@ -250,6 +251,7 @@ void run_all(const RouterStats& args, const T* logits, const Run& run) {
     }
   }
   add_integers(args, scratch);
+  if (logits && args.logit_gram) add_logit_gram(args, logits, run.threads, level);
 }
 
 }  // namespace

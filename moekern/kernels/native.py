@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +21,25 @@ def runs_on(device: str) -> bool:
     return device == "cpu" or _C.cuda_device_count() > 0
 
 
+@contextmanager
+def stream_of(tensor: Tensor) -> Iterator[int]:
+    """torch's current stream on a GPU tensor's device, which is the current device inside; 0 for a CPU tensor."""
+    if not tensor.is_cuda:
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
 ) -> None:  # fmt: skip
-    _C.router_stats(logits, topk_idx, topk_weight, mask, *sums[:10], score, torch.get_num_threads(), level)
+    gram = sums.logit_gram if sums.logit_gram.numel() else None
+    with stream_of(topk_idx) as stream:
+        _C.router_stats(
+            logits, topk_idx, topk_weight, mask, *sums[:-1], gram, score, torch.get_num_threads(), level, stream
+        )
 
 
 def combine_and_measure(
@@ -31,11 +47,12 @@ def combine_and_measure(
     residual: Tensor | None, sums: ExpertSums, *, level: str = "",
 ) -> Tensor:  # fmt: skip
     out = y.new_empty(len(topk_idx), y.shape[1])
-    squares = sums.square_sum if sums.square_sum.shape[1] else None
-    _C.combine_and_measure(
-        y, topk_weight, topk_idx, order, offsets, mask, sums.norm_sum, sums.norm_square_sum, sums.gated_norm_sum,
-        sums.gated_norm_square_sum, sums.max_abs, sums.pair_sum, squares, out, torch.get_num_threads(), level,
-    )  # fmt: skip
+    dimensions = (sums.square_sum, sums.value_sum, sums.unit_sum) if sums.square_sum.shape[1] else None
+    with stream_of(y) as stream:
+        _C.combine_and_measure(
+            y, topk_weight, topk_idx, order, offsets, mask, residual, *sums[:6], dimensions, sums.residual_sum,
+            sums.residual_tokens, out, torch.get_num_threads(), level, stream,
+        )  # fmt: skip
     return out
 
 
@@ -86,5 +103,6 @@ def _stored(w: Quantised) -> _C.Stored:
 def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     order = topk_idx.new_empty(topk_idx.numel(), dtype=torch.int64)
     offsets = topk_idx.new_empty(num_experts + 1, dtype=torch.int64)
-    _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads())
+    with stream_of(topk_idx) as stream:
+        _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads(), stream)
     return order, offsets
