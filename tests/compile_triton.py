@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from moekern import kernels
 from moekern.kernels import triton as backend
-from tests.cases import Case, router, rows
+from tests.cases import Case, router, rows, stream
 
 TYPES = {
     torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
@@ -67,9 +67,11 @@ def main() -> None:
         (Case(300, 8, 2, 45, ids=torch.int32), torch.float16, "softmax"),
     ):
         backend.sort_by_expert(router(case).topk_idx.to("meta"), case.E, None)
-        backend.router_stats(*meta(router(case, dtype)), kernels.router_sums(case.E, "meta"), score=score)
-        sums = kernels.expert_sums(case.E, case.H, "meta")
-        backend.combine_and_measure(*meta(rows(case, dtype)), None, sums)
+        router_sums = kernels.router_sums(case.E, "meta", gram=True)
+        backend.router_stats(*meta(router(case, dtype)), router_sums, score=score)
+        sums, args = kernels.expert_sums(case.E, case.H, "meta"), rows(case, dtype)
+        for residual in (None, stream(args)):
+            backend.combine_and_measure(*meta((*args, residual)), sums)
 
 
 if __name__ == "__main__":

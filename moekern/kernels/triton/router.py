@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from moekern.kernels import RouterSums
 
 TOKENS = 128  # whose scores a program sums in float32
+GRAM_TOKENS = 256  # whose products of logits a program sums in float32
+GRAM_BLOCK = 64  # logits whose products with as many others a program sums
+GRAM_PROGRAMS = 1024  # about as many as keep a GPU busy: the tokens are divided until there are so many
 
 
 @triton.jit
@@ -94,6 +97,31 @@ def logits_kernel(
     tl.store(at + E + 1, tl.sum(margin, 0))
 
 
+@triton.jit(do_not_specialize=["T", "chunks"])
+def gram_kernel(
+    logits_ptr, mask_ptr, partial_ptr, T, E, chunks, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """A block of products of logits: float32 over the tokens of a chunk, float64 over this program's chunks."""
+    i = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    j = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.full((BLOCK_E, BLOCK_E), 0, tl.float64)
+    first = tl.program_id(0).to(tl.int64) * chunks
+    for chunk in range(first, first + chunks):
+        sum = tl.full((BLOCK_E, BLOCK_E), 0, tl.float32)
+        for start in range(0, CHUNK, BLOCK_T):
+            t = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
+            live = t < T
+            if mask_ptr is not None:
+                live &= tl.load(mask_ptr + t, mask=live, other=0) != 0
+            at = logits_ptr + t[:, None] * E
+            a = tl.load(at + i[None, :], mask=live[:, None] & (i < E)[None, :], other=0.0).to(tl.float32)
+            b = tl.load(at + j[None, :], mask=live[:, None] & (j < E)[None, :], other=0.0).to(tl.float32)
+            sum = tl.dot(tl.trans(a), b, sum, input_precision="ieee")
+        total += sum.to(tl.float64)
+    at = partial_ptr + (tl.program_id(0).to(tl.int64) * E + i[:, None]) * E + j[None, :]
+    tl.store(at, total, mask=(i < E)[:, None] & (j < E)[None, :])
+
+
 @triton.jit(do_not_specialize=["T"])
 def slots_kernel(
     idx_ptr, weight_ptr, mask_ptr, top1_ptr, coactivation_ptr, T, E,
@@ -162,6 +190,19 @@ def router_stats(
     sums.score_sum.add_(total[:E])
     sums.entropy_sum.add_(total[E])
     sums.margin_sum.add_(total[E + 1])
+    if sums.logit_gram.numel():
+        add_gram(logits, mask, sums.logit_gram)
+
+
+def add_gram(logits: Tensor, mask: Tensor | None, logit_gram: Tensor) -> None:
+    T, E = logits.shape
+    blocks, chunks = triton.cdiv(E, GRAM_BLOCK), triton.cdiv(T, GRAM_TOKENS)
+    each = triton.cdiv(chunks, max(1, GRAM_PROGRAMS // blocks**2))  # chunks a program adds up
+    partial = logit_gram.new_empty(triton.cdiv(chunks, each), E, E)
+    gram_kernel[(len(partial), blocks, blocks)](
+        logits, mask, partial, T, E, each, CHUNK=GRAM_TOKENS, BLOCK_T=32, BLOCK_E=GRAM_BLOCK, enable_fp_fusion=False
+    )
+    logit_gram.add_(partial.sum(0))
 
 
 def add_slots(topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums) -> None:

@@ -29,10 +29,13 @@ def row_of_kernel(order_ptr, stop_ptr, row_of_ptr, N, slots, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=["T"])
 def combine_kernel(
-    y_ptr, weight_ptr, row_of_ptr, out_ptr, square_ptr, top_ptr, T, H,
+    y_ptr, weight_ptr, row_of_ptr, residual_ptr, out_ptr, square_ptr, top_ptr, dots_ptr, T, H,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of some tokens' outputs, and its part of each row's squares and largest magnitude."""
+    """A block of columns of some tokens' outputs, and its part of each row's squares and largest magnitude.
+
+    With a residual h also its part of <h, h>, <h, out> and <out, out>, where out is as it was rounded.
+    """
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -52,7 +55,16 @@ def combine_kernel(
     there = (t < T)[:, None] & (h < H)[None, :]
     if out_ptr.dtype.element_ty == tl.bfloat16:
         sum = rounded_to_bfloat16(sum)
-    tl.store(out_ptr + t[:, None] * H + h[None, :], sum.to(out_ptr.dtype.element_ty), mask=there)
+    at = t[:, None] * H + h[None, :]
+    out = sum.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, out, mask=there)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+        out = out.to(tl.float32)
+        at = dots_ptr + (t * parts + part) * 3
+        tl.store(at, tl.sum(residual * residual, 1), mask=t < T)
+        tl.store(at + 1, tl.sum(residual * out, 1), mask=t < T)
+        tl.store(at + 2, tl.sum(out * out, 1), mask=t < T)
 
 
 @triton.jit
@@ -66,12 +78,35 @@ def slots_of(order_ptr, mask_ptr, n, stop, slots, K: tl.constexpr):
     return slot, there, counted
 
 
+@triton.jit
+def turn_of(dots_ptr, t, there, parts):
+    """1 - cos(h, h + out) of tokens t, at least 0, from their dots: the determinant keeps what float32 would lose."""
+    hh = tl.full(t.shape, 0, tl.float32)
+    ho = tl.full(t.shape, 0, tl.float32)
+    oo = tl.full(t.shape, 0, tl.float32)
+    for part in range(parts):
+        at = dots_ptr + (t * parts + part) * 3
+        hh += tl.load(at, mask=there, other=0.0)
+        ho += tl.load(at + 1, mask=there, other=0.0)
+        oo += tl.load(at + 2, mask=there, other=0.0)
+    hh, ho, oo = hh.to(tl.float64), ho.to(tl.float64), oo.to(tl.float64)
+    along = hh + ho
+    square = along + ho + oo
+    determinant = hh * oo - ho * ho
+    norms = tl.sqrt(hh) * tl.sqrt(tl.where(square < 0.0, 0.0, square))
+    whole = tl.where(norms == 0.0, 1.0, norms)
+    ahead = tl.where(determinant < 0.0, 0.0, determinant) / (whole * (whole + tl.where(along < 0.0, 0.0, along)))
+    turn = tl.where(along < 0.0, 1.0 - along / whole, ahead)
+    return tl.where(norms == 0.0, 1.0, turn)
+
+
 @triton.jit(do_not_specialize=["slots"])
 def measure_kernel(
-    square_ptr, top_ptr, weight_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, gated_ptr, partial_ptr, max_ptr,
-    slots, E, parts, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+    square_ptr, top_ptr, dots_ptr, weight_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, gated_ptr, inverse_ptr,
+    partial_ptr, max_ptr, slots, E, parts, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's sums of norm, norm^2, a and a^2, its largest magnitude, and gate x norm of each of its slots."""
+    """One chunk's sums of norm, norm^2, a, a^2 and a x turn, and its largest magnitude; a of each of its slots, and one
+    over the norm of each of its rows, 0 for rows of zeros."""
     e, start, stop = chunk_rows(offsets_ptr, first_ptr, E, CHUNK, BLOCK_E)
     if e < E:
         n = start + tl.arange(0, CHUNK)
@@ -84,13 +119,20 @@ def measure_kernel(
         norm = tl.sqrt(square.to(tl.float64))
         gated = tl.load(weight_ptr + slot, mask=there, other=0.0).to(tl.float64) * norm
         tl.store(gated_ptr + slot, gated, mask=there)
+        zero = square == 0.0
+        inverse = tl.where(zero, 0.0, 1.0 / tl.where(zero, 1.0, norm))
+        tl.store(inverse_ptr + n, inverse.to(tl.float32), mask=there)
         norm = tl.where(counted, norm, 0.0)
         gated = tl.where(counted, gated, 0.0)
-        at = partial_ptr + tl.program_id(0).to(tl.int64) * 4
+        at = partial_ptr + tl.program_id(0).to(tl.int64) * 5
         tl.store(at, tl.sum(norm, 0))
         tl.store(at + 1, tl.sum(tl.where(counted, square.to(tl.float64), 0.0), 0))
         tl.store(at + 2, tl.sum(gated, 0))
         tl.store(at + 3, tl.sum(gated * gated, 0))
+        turned = gated
+        if dots_ptr is not None:
+            turned = gated * turn_of(dots_ptr, slot // K, counted, parts)
+        tl.store(at + 4, tl.sum(tl.where(counted, turned, 0.0), 0))
         tl.atomic_max(max_ptr + e, tl.max(tl.where(counted, top, 0), 0), sem="relaxed")
 
 
@@ -117,23 +159,29 @@ def pairs_kernel(
 
 
 @triton.jit(do_not_specialize=["slots"])
-def squares_kernel(
-    y_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, partial_ptr, slots, H, E,
+def dimensions_kernel(
+    y_ptr, inverse_ptr, order_ptr, mask_ptr, offsets_ptr, first_ptr, square_ptr, value_ptr, unit_ptr, slots, H, E,
     K: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's y^2 for a block of columns."""
+    """One chunk's y^2, y and y / norm for a block of columns."""
     e, start, stop = chunk_rows(offsets_ptr, first_ptr, E, CHUNK, BLOCK_E)
     if e < E:
         h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        sum = tl.full((ROWS, BLOCK_H), 0, tl.float32)
+        square = tl.full((ROWS, BLOCK_H), 0, tl.float32)
+        value = tl.full((ROWS, BLOCK_H), 0, tl.float32)
+        unit = tl.full((ROWS, BLOCK_H), 0, tl.float32)
         for row in range(start, stop, ROWS):
             n = row + tl.arange(0, ROWS)
             _, _, counted = slots_of(order_ptr, mask_ptr, n, stop, slots, K)
             there = counted[:, None] & (h < H)[None, :]
             y = tl.load(y_ptr + n[:, None] * H + h[None, :], mask=there, other=0.0).to(tl.float32)
-            sum += y * y
-        at = partial_ptr + tl.program_id(0).to(tl.int64) * H + h
-        tl.store(at, tl.sum(sum, 0), mask=h < H)
+            square += y * y
+            value += y
+            unit += y * tl.load(inverse_ptr + n, mask=counted, other=0.0)[:, None]
+        at = tl.program_id(0).to(tl.int64) * H + h
+        tl.store(square_ptr + at, tl.sum(square, 0), mask=h < H)
+        tl.store(value_ptr + at, tl.sum(value, 0), mask=h < H)
+        tl.store(unit_ptr + at, tl.sum(unit, 0), mask=h < H)
 
 
 def combine_and_measure(
@@ -141,6 +189,8 @@ def combine_and_measure(
     residual: Tensor | None, sums: ExpertSums,
 ) -> Tensor:  # fmt: skip
     (N, H), (T, K) = y.shape, topk_idx.shape
+    if residual is not None:
+        sums.residual_tokens.add_(T if mask is None else mask.sum())
     if N == 0 or T * K == 0:
         return y.new_zeros(T, H)
     out = y.new_empty(T, H)
@@ -150,31 +200,36 @@ def combine_and_measure(
     grid = triton.cdiv(T, ELEMENTS // columns), triton.cdiv(H, columns)
     square = y.new_empty(N, grid[1], dtype=torch.float32)
     top = y.new_empty(N, grid[1], dtype=torch.int32)
+    dots = None if residual is None else square.new_empty(T, grid[1], 3)
     combine_kernel[grid](
-        y, topk_weight, row_of, out, square, top, T, H, K=K, BLOCK_T=ELEMENTS // columns, BLOCK_H=columns,
-        num_warps=1, enable_fp_fusion=False,
+        y, topk_weight, row_of, residual, out, square, top, dots, T, H, K=K, BLOCK_T=ELEMENTS // columns,
+        BLOCK_H=columns, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     chunks = chunks_of(offsets, N)
-    add_norms(square, top, topk_weight, topk_idx, order, mask, chunks, sums)
+    inverse = add_norms(square, top, dots, topk_weight, topk_idx, order, mask, chunks, sums)
     if sums.square_sum.shape[1]:
-        add_squares(y, order, mask, chunks, T * K, K, sums.square_sum)
+        add_dimensions(y, inverse, order, mask, chunks, T * K, K, sums)
     return out
 
 
 def add_norms(
-    square: Tensor, top: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, mask: Tensor | None,
-    chunks: Chunks, sums: ExpertSums,
-) -> None:  # fmt: skip
+    square: Tensor, top: Tensor, dots: Tensor | None, topk_weight: Tensor, topk_idx: Tensor, order: Tensor,
+    mask: Tensor | None, chunks: Chunks, sums: ExpertSums,
+) -> Tensor:  # fmt: skip
+    """Returns one over the norm of each row, [N] float32."""
     (T, K), E = topk_idx.shape, chunks.num_experts
     gated = sums.norm_sum.new_zeros(T * K)
-    partial = gated.new_empty(chunks.limit, 4)
+    inverse = square.new_empty(len(square))
+    partial = gated.new_empty(chunks.limit, 5)
     largest = top.new_zeros(E)
     measure_kernel[(chunks.limit,)](
-        square, top, topk_weight, order, mask, chunks.offsets, chunks.first, gated, partial, largest, T * K, E,
-        square.shape[1], K=K, CHUNK=CHUNK, BLOCK_E=chunks.block, enable_fp_fusion=False,
+        square, top, dots, topk_weight, order, mask, chunks.offsets, chunks.first, gated, inverse, partial, largest,
+        T * K, E, square.shape[1], K=K, CHUNK=CHUNK, BLOCK_E=chunks.block, enable_fp_fusion=False,
     )  # fmt: skip
-    total = add_chunks(partial, chunks.first, gated.new_zeros(E, 4))
-    for sum, column in zip(sums[:4], total.unbind(1), strict=True):
+    total = add_chunks(partial, chunks.first, gated.new_zeros(E, 5))
+    if dots is not None:
+        sums.residual_sum.add_(total[:, 4])
+    for sum, column in zip(sums[:4], total[:, :4].unbind(1), strict=True):
         sum.add_(column)
     torch.maximum(sums.max_abs, largest.view(torch.float32).double(), out=sums.max_abs)
 
@@ -186,16 +241,18 @@ def add_norms(
     pairs = add_chunks(partial, chunks.first, gated.new_zeros(E, E))
     sums.pair_sum.add_(pairs).add_(pairs.T)
     sums.pair_sum.diagonal().add_(total[:, 3])
+    return inverse
 
 
-def add_squares(
-    y: Tensor, order: Tensor, mask: Tensor | None, chunks: Chunks, slots: int, K: int, square_sum: Tensor
+def add_dimensions(
+    y: Tensor, inverse: Tensor, order: Tensor, mask: Tensor | None, chunks: Chunks, slots: int, K: int, sums: ExpertSums
 ) -> None:
-    E, H = square_sum.shape
+    E, H = sums.square_sum.shape
     columns = min(COLUMNS, triton.next_power_of_2(H))
-    partial = y.new_empty(chunks.limit, H, dtype=torch.float32)
-    squares_kernel[(chunks.limit, triton.cdiv(H, columns))](
-        y, order, mask, chunks.offsets, chunks.first, partial, slots, H, E, K=K, CHUNK=CHUNK,
-        ROWS=min(CHUNK, TILE // columns), BLOCK_H=columns, BLOCK_E=chunks.block, enable_fp_fusion=False,
+    partial = inverse.new_empty(3, chunks.limit, H)
+    dimensions_kernel[(chunks.limit, triton.cdiv(H, columns))](
+        y, inverse, order, mask, chunks.offsets, chunks.first, *partial, slots, H, E, K=K, CHUNK=CHUNK,
+        ROWS=min(CHUNK, TILE // 2 // columns), BLOCK_H=columns, BLOCK_E=chunks.block, enable_fp_fusion=False,
     )  # fmt: skip
-    add_chunks(partial, chunks.first, square_sum)
+    for part, total in zip(partial, (sums.square_sum, sums.value_sum, sums.unit_sum), strict=True):
+        add_chunks(part, chunks.first, total)
