@@ -160,6 +160,13 @@ int device_count();           // visible devices that the compiled code runs on
 void router_stats(const RouterStats& args, void* stream);
 void combine_and_measure(const CombineAndMeasure& args, void* stream);
 void sort_by_expert(const SortByExpert& args, void* stream);
+void similarity(const Similarity& args, void* stream);
+void sketch(const Sketch& args, void* stream);
+void vocabulary(const Vocabulary& args, void* stream);
+void popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, void* stream);       // [E]
+void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, void* stream);  // [E, E]
+void weight_stats(const WeightStats& args, void* stream);
+void dequantize(const Dequantize& args, void* stream);
 
 }  // namespace cuda
 }  // namespace moekern

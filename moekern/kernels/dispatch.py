@@ -19,8 +19,7 @@ BACKENDS = ("native", "triton", "reference")  # modules beside this one
 PREFERENCE = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
 # What a backend cannot do yet on a device. This table only shrinks.
 NOT_IN_TRITON = frozenset(OPS) - {"router_stats", "combine_and_measure", "sort_by_expert"}
-NOT_IN_CUDA = frozenset(OPS) - {"router_stats", "combine_and_measure", "sort_by_expert"}
-MISSING = {("native", "cuda"): NOT_IN_CUDA, ("triton", "cuda"): NOT_IN_TRITON, ("triton", "cpu"): NOT_IN_TRITON}
+MISSING = {("triton", "cuda"): NOT_IN_TRITON, ("triton", "cpu"): NOT_IN_TRITON}
 
 
 def backend_for(op: str, device: str, backend: str | None = None) -> str:

@@ -59,40 +59,48 @@ def combine_and_measure(
 def similarity(
     y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums, *, level: str = ""
 ) -> None:
-    _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level)
+    with stream_of(y) as stream:
+        _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level, stream)
 
 
 def sketch(y: Tensor, size: int, *, seed: int, start: int, level: str = "") -> tuple[Tensor, Tensor]:
     E, T, _ = y.shape
-    z, norm_square = torch.empty(E, T, size), torch.empty(E, T)
-    _C.sketch(y, z, norm_square, seed, start, torch.get_num_threads(), level)
+    z, norm_square = torch.empty(E, T, size, device=y.device), torch.empty(E, T, device=y.device)
+    with stream_of(y) as stream:
+        _C.sketch(y, z, norm_square, seed, start, torch.get_num_threads(), level, stream)
     return z, norm_square
 
 
 def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor) -> None:
-    _C.vocabulary(token_ids, topk_idx, mask, bits, torch.get_num_threads())
+    with stream_of(bits) as stream:
+        _C.vocabulary(token_ids, topk_idx, mask, bits, torch.get_num_threads(), stream)
 
 
 def popcount(bits: Tensor, *, level: str = "") -> Tensor:
     count = bits.new_empty(len(bits))
-    _C.popcount(bits, count, torch.get_num_threads(), level)
+    with stream_of(bits) as stream:
+        _C.popcount(bits, count, torch.get_num_threads(), level, stream)
     return count
 
 
 def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
     count = bits.new_empty(len(bits), len(bits))
-    _C.pair_popcount(bits, count, torch.get_num_threads(), level)
+    with stream_of(bits) as stream:
+        _C.pair_popcount(bits, count, torch.get_num_threads(), level, stream)
     return count
 
 
 def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, level: str = "") -> None:
     dense, stored = (weight, None) if isinstance(weight, Tensor) else (None, _stored(weight))
-    _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level)
+    with stream_of(sums.count) as stream:
+        _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level, stream)
 
 
 def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Tensor:
-    out = torch.empty(len(weight.codes), weight.rows, weight.columns, dtype=dtype)
-    _C.dequantize(_stored(weight), out, torch.get_num_threads(), level)
+    codes = weight.codes
+    out = torch.empty(len(codes), weight.rows, weight.columns, dtype=dtype, device=codes.device)
+    with stream_of(codes) as stream:
+        _C.dequantize(_stored(weight), out, torch.get_num_threads(), level, stream)
     return out
 
 
