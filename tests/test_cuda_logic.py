@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_cpu.Extension:
-    return cuda_on_cpu.Extension(cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu")))
+def built() -> cuda_on_cpu.Extension:
+    return cuda_on_cpu.extension()
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,3 +131,10 @@ class Extension:
             return arg
         held.append(OnDevice(arg, self.library, self.at_end))
         return held[-1]
+
+
+@cache
+def extension() -> Extension:
+    """Compiled when a test first asks for it; once loaded it needs no file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Extension(build(Path(folder)))
