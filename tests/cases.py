@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -113,3 +114,17 @@ def grouped(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:
     slots = ((flat >= 0) & (flat < E)).nonzero()[:, 0]
     counts = torch.bincount(flat[slots], minlength=E)
     return slots[flat[slots].argsort(stable=True)], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def float8(code: int, exponent_bits: int, mantissa_bits: int, bias: int, ieee: bool) -> float:
+    """OCP 8-bit floating point, revision 1.0, from its tables."""
+    sign = -1.0 if code >> 7 else 1.0
+    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
+    top = (1 << exponent_bits) - 1
+    if ieee and exponent == top:
+        return math.nan if mantissa else sign * math.inf
+    if not ieee and exponent == top and mantissa == (1 << mantissa_bits) - 1:
+        return math.nan
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from moekern import _C, kernels
 from moekern.kernels import native
 from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from tests.cases import float8
 from tests.test_kernels import runs
 
 BACKENDS = kernels.available()["dequantize"]["cpu"]
@@ -54,20 +54,6 @@ def positive(*shape: int, seed: int = 1) -> Tensor:
 
 def nibble(word: Tensor, n: int) -> int:
     return (int(word) % 2**32) >> (4 * n) & 15
-
-
-def float8(code: int, exponent_bits: int, mantissa_bits: int, bias: int, ieee: bool) -> float:
-    """OCP 8-bit floating point, revision 1.0, from its tables."""
-    sign = -1.0 if code >> 7 else 1.0
-    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
-    top = (1 << exponent_bits) - 1
-    if ieee and exponent == top:
-        return math.nan if mantissa else sign * math.inf
-    if not ieee and exponent == top and mantissa == (1 << mantissa_bits) - 1:
-        return math.nan
-    if exponent == 0:
-        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
-    return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
 
 
 def each(R: int, C: int, element: Callable[[int, int], float]) -> Tensor:

@@ -39,7 +39,7 @@ def added(y: Tensor, mask: Tensor | None = None, device: str = "cpu", **options:
 
 
 def product_error(H: int, device: str = "cpu") -> float:
-    """Relative to the sum of |products|. On a CPU: their own rounding, 32 additions a lane, 3 to join lanes, one a block.
+    """Relative to the sum of |products|. On a CPU: their own rounding, 32 additions a lane, 3 to join, one a block.
 
     On a GPU: 64 fused multiply-adds a chain, then one addition for each chain.
     """

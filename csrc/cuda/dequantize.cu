@@ -33,7 +33,8 @@ void dequantize(const Dequantize& args, void* stream) {
     using Coding = decltype(coding);
     const auto run = [&](auto* out) {
       using T = std::remove_pointer_t<decltype(out)>;
-      launch(write_eights<Coding, T>, blocks(q.E * a_expert), kThreads, 0, static_cast<cudaStream_t>(stream), q, out, eights, a_expert);
+      launch(write_eights<Coding, T>, blocks(q.E * a_expert), kThreads, 0, static_cast<cudaStream_t>(stream), q, out,
+             eights, a_expert);
     };
     switch (args.dtype) {
       case Dtype::bf16: return run(static_cast<bfloat16*>(args.out));

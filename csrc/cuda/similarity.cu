@@ -1,5 +1,5 @@
-// Inner products of the rows of all experts on the same tokens: tiles of one token's products in parallel, then each pair
-// adds its tokens in order.
+// Inner products of the rows of all experts on the same tokens: tiles of each token's products side by side, then each
+// pair adds its tokens in order.
 #include "block.h"
 #include "tiles.h"
 

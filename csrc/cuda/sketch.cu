@@ -74,8 +74,8 @@ void sketch(const Sketch& args, void* stream) {
   const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(args.M)));
   with_floats(args.y, [&](const auto* y) {
     using T = std::decay_t<decltype(*y)>;
-    launch(project<T>, blocks(args.E * chunks * tiles), kTileThreads, 0, static_cast<cudaStream_t>(stream), args, y, chunks,
-           tiles, scale);
+    launch(project<T>, blocks(args.E * chunks * tiles), kTileThreads, 0, static_cast<cudaStream_t>(stream), args, y,
+           chunks, tiles, scale);
   });
 }
 

@@ -17,8 +17,8 @@ struct Side {
   alignas(16) float at[kDepth * kStride];
 };
 
-// Which row (or column) of the tile is the i-th of a thread's kEach. They come in runs of 4, and the runs of neighbouring
-// threads lie side by side, so that a warp's reads meet in no bank.
+// Which row (or column) of the tile is the i-th of a thread's kEach. They come in runs of 4, and the runs of
+// neighbouring threads lie side by side, so that a warp's reads meet in no bank.
 template <int kTile, int kEach>
 struct Owned {
   static constexpr int kRun = kEach < 4 ? kEach : 4, kLines = kTile / kEach;

@@ -40,7 +40,7 @@ __global__ void count_pairs(const uint64_t* bits, int64_t E, int64_t W, int64_t*
   constexpr int kHalf = kPairs / 2;
   __shared__ uint64_t a[kPairs][kWords + 1], b[kPairs][kWords + 1];
   if (blockIdx.x < blockIdx.y) return;  // the other triangle
-  const int64_t first_a = static_cast<int64_t>(blockIdx.y) * kPairs, first_b = static_cast<int64_t>(blockIdx.x) * kPairs;
+  const int64_t first_a = int64_t{blockIdx.y} * kPairs, first_b = int64_t{blockIdx.x} * kPairs;
   const int row = threadIdx.x / kHalf, column = threadIdx.x % kHalf;
   int64_t ones[2][2] = {};
   for (int64_t w = 0; w < W; w += kWords) {
