@@ -30,6 +30,8 @@ void launch(const Args& args, const F& kernel) {
   }
 }
 
+void* stream_of(uintptr_t number) { return reinterpret_cast<void*>(number); }
+
 Score score_of(const Args& args, const std::string& name) {
   if (name == "softmax") return Score::softmax;
   if (name == "sigmoid") return Score::sigmoid;
@@ -48,7 +50,7 @@ void router_stats(py::object logits_, py::object idx_, py::object weight_, py::o
                   py::object logit_tokens_, py::object count_, py::object top1_count_, py::object gate_sum_,
                   py::object gate_square_sum_, py::object score_sum_, py::object entropy_sum_, py::object margin_sum_,
                   py::object coactivation_, py::object logit_gram_, const std::string& score, int threads,
-                  const std::string& level) {
+                  const std::string& level, uintptr_t stream) {
   Args args("router_stats");
   const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
@@ -87,8 +89,9 @@ void router_stats(py::object logits_, py::object idx_, py::object weight_, py::o
   call.E = args["E"];
   call.K = args["K"];
   call.score = score_of(args, score);
-  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
-  launch(args, [&] { cpu::router_stats(call, {threads, level}); });
+  launch(args, [&] {
+    idx.is_cuda() ? cuda::router_stats(call, stream_of(stream)) : cpu::router_stats(call, {threads, level});
+  });
 }
 
 void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py::object order_, py::object offsets_,
@@ -96,7 +99,7 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
                          py::object gated_norm_sum_, py::object gated_norm_square_sum_, py::object max_abs_,
                          py::object pair_sum_, const std::optional<std::array<py::object, 3>>& dimensions,
                          py::object residual_sum_, py::object residual_tokens_, py::object out_, int threads,
-                         const std::string& level) {
+                         const std::string& level, uintptr_t stream) {
   Args args("combine_and_measure");
   const Tensor norm_sum = args.tensor("norm_sum", norm_sum_, {Dtype::f64}, "E");
   const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
@@ -146,12 +149,13 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   call.K = args["K"];
   call.H = args["H"];
   call.N = args["N"];
-  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
-  launch(args, [&] { cpu::combine_and_measure(call, {threads, level}); });
+  launch(args, [&] {
+    y.is_cuda() ? cuda::combine_and_measure(call, stream_of(stream)) : cpu::combine_and_measure(call, {threads, level});
+  });
 }
 
 void similarity(py::object y_, py::object norm_square_, py::object mask_, py::object tokens_, py::object gram_sum_,
-                py::object cosine_sum_, int threads, const std::string& level) {
+                py::object cosine_sum_, int threads, const std::string& level, uintptr_t stream) {
   Args args("similarity");
   const Tensor y = args.tensor("y", y_, kFloats, "E T H");
   const Tensor tokens = args.tensor("tokens", tokens_, {Dtype::i64}, "1");
@@ -171,54 +175,58 @@ void similarity(py::object y_, py::object norm_square_, py::object mask_, py::ob
   call.E = args["E"];
   call.T = args["T"];
   call.H = args["H"];
-  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
-  launch(args, [&] { cpu::similarity(call, {threads, level}); });
+  launch(args, [&] {
+    y.is_cuda() ? cuda::similarity(call, stream_of(stream)) : cpu::similarity(call, {threads, level});
+  });
 }
 
 void sketch(py::object y_, py::object z_, py::object norm_square_, int64_t seed, int64_t start, int threads,
-            const std::string& level) {
+            const std::string& level, uintptr_t stream) {
   Args args("sketch");
   const Tensor y = args.tensor("y", y_, kFloats, "E T H");
   const Tensor z = args.tensor("z", z_, {Dtype::f32}, "E T M");
   const Tensor norm_square = args.tensor("norm_square", norm_square_, {Dtype::f32}, "E T");
   if (start < 0) args.fail("start", "expected 0 or more, got " + std::to_string(start));
-  if (y.is_cuda()) args.fail("y", "expected a CPU tensor");
   const Sketch call{y.typed(),  z.data<float>(), norm_square.data<float>(), args["E"], args["T"],
                     args["H"], args["M"],       seed,                      start};
-  launch(args, [&] { cpu::sketch(call, {threads, level}); });
+  launch(args, [&] { y.is_cuda() ? cuda::sketch(call, stream_of(stream)) : cpu::sketch(call, {threads, level}); });
 }
 
-void vocabulary(py::object token_ids_, py::object idx_, py::object mask_, py::object bits_, int threads) {
+void vocabulary(py::object token_ids_, py::object idx_, py::object mask_, py::object bits_, int threads,
+                uintptr_t stream) {
   Args args("vocabulary");
   const Tensor bits = args.tensor("bits", bits_, {Dtype::i64}, "E W");
   const Tensor token_ids = args.tensor("token_ids", token_ids_, kInts, "T");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
   Tensor mask;
   const bool* counted = mask_of(args, mask_, mask);
-  if (bits.is_cuda()) args.fail("bits", "expected a CPU tensor");
   const Vocabulary call{token_ids.typed(), idx.typed(), counted,  bits.data<uint64_t>(),
                         args["T"],         args["E"],   args["K"], args["W"]};
-  launch(args, [&] { cpu::vocabulary(call, {threads, ""}); });
-}
-
-template <class Kernel>
-void count_bits(const char* op, const Kernel& kernel, const std::string& dims, const py::object& bits_,
-                const py::object& count_, int threads, const std::string& level) {
-  Args args(op);
-  const Tensor bits = args.tensor("bits", bits_, {Dtype::i64}, "E W");
-  const Tensor count = args.tensor("count", count_, {Dtype::i64}, dims);
-  if (bits.is_cuda()) args.fail("bits", "expected a CPU tensor");
   launch(args, [&] {
-    kernel(bits.data<const uint64_t>(), args["E"], args["W"], count.data<int64_t>(), cpu::Run{threads, level});
+    bits.is_cuda() ? cuda::vocabulary(call, stream_of(stream)) : cpu::vocabulary(call, {threads, ""});
   });
 }
 
-void popcount(py::object bits, py::object count, int threads, const std::string& level) {
-  count_bits("popcount", cpu::popcount, "E", bits, count, threads, level);
+template <class OnCpu, class OnCuda>
+void count_bits(const char* op, const OnCpu& on_cpu, const OnCuda& on_cuda, const std::string& dims,
+                const py::object& bits_, const py::object& count_, const cpu::Run& run, uintptr_t stream) {
+  Args args(op);
+  const Tensor bits = args.tensor("bits", bits_, {Dtype::i64}, "E W");
+  const Tensor count = args.tensor("count", count_, {Dtype::i64}, dims);
+  launch(args, [&] {
+    const auto call = [&](const auto& kernel, const auto& where) {
+      kernel(bits.data<const uint64_t>(), args["E"], args["W"], count.data<int64_t>(), where);
+    };
+    bits.is_cuda() ? call(on_cuda, stream_of(stream)) : call(on_cpu, run);
+  });
 }
 
-void pair_popcount(py::object bits, py::object count, int threads, const std::string& level) {
-  count_bits("pair_popcount", cpu::pair_popcount, "E E", bits, count, threads, level);
+void popcount(py::object bits, py::object count, int threads, const std::string& level, uintptr_t stream) {
+  count_bits("popcount", cpu::popcount, cuda::popcount, "E", bits, count, {threads, level}, stream);
+}
+
+void pair_popcount(py::object bits, py::object count, int threads, const std::string& level, uintptr_t stream) {
+  count_bits("pair_popcount", cpu::pair_popcount, cuda::pair_popcount, "E E", bits, count, {threads, level}, stream);
 }
 
 Coding coding_of(const Args& args, const std::string& name) {
@@ -247,7 +255,6 @@ Quantised quantised_of(Args& args, const Stored& stored, Borrowed& held) {
   held.scale = args.tensor("scale", scale, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::u8}, "E S Q");
   if (!zero.is_none()) held.zero = args.tensor("zero", zero, {Dtype::f32}, "E S Q");
   if (!group.is_none()) held.group = args.tensor("group", group, {Dtype::i32}, "E R");
-  if (held.codes.is_cuda()) args.fail("codes", "expected a CPU tensor");
   if (R < 0 || C < 0 || block_rows < 1 || block_columns < 1) args.fail("block", "expected positive sizes");
   Quantised q;
   q.codes = held.codes.data<const uint8_t>();
@@ -278,7 +285,8 @@ Quantised quantised_of(Args& args, const Stored& stored, Borrowed& held) {
 }
 
 void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::object count_, py::object abs_sum_,
-                  py::object square_sum_, py::object max_abs_, int threads, const std::string& level) {
+                  py::object square_sum_, py::object max_abs_, int threads, const std::string& level,
+                  uintptr_t stream) {
   Args args("weight_stats");
   const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
   const Tensor abs_sum = args.tensor("abs_sum", abs_sum_, {Dtype::f64}, "E");
@@ -291,7 +299,6 @@ void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::ob
   call.max_abs = max_abs.data<double>();
   call.E = args["E"];
   call.N = 0;
-  if (count.is_cuda()) args.fail("count", "expected a CPU tensor");
   Tensor dense;
   Borrowed held;
   Quantised quantised;
@@ -303,10 +310,12 @@ void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::ob
     call.dense = dense.typed();
     call.N = args["N"];
   }
-  launch(args, [&] { cpu::weight_stats(call, {threads, level}); });
+  launch(args, [&] {
+    count.is_cuda() ? cuda::weight_stats(call, stream_of(stream)) : cpu::weight_stats(call, {threads, level});
+  });
 }
 
-void dequantize(const Stored& stored, py::object out_, int threads, const std::string& level) {
+void dequantize(const Stored& stored, py::object out_, int threads, const std::string& level, uintptr_t stream) {
   Args args("dequantize");
   Borrowed held;
   Dequantize call;
@@ -316,10 +325,13 @@ void dequantize(const Stored& stored, py::object out_, int threads, const std::s
   expect(args, "out", "expected columns", call.weight.C, args["_C"]);
   call.out = out.data<void>();
   call.dtype = out.dtype;
-  launch(args, [&] { cpu::dequantize(call, {threads, level}); });
+  launch(args, [&] {
+    out.is_cuda() ? cuda::dequantize(call, stream_of(stream)) : cpu::dequantize(call, {threads, level});
+  });
 }
 
-void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::object offsets_, int threads) {
+void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::object offsets_, int threads,
+                    uintptr_t stream) {
   Args args("sort_by_expert");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
   Tensor mask;
@@ -333,8 +345,9 @@ void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::ob
   call.T = args["T"];
   call.E = args["E"];
   call.K = args["K"];
-  if (idx.is_cuda()) args.fail("topk_idx", "expected a CPU tensor");
-  launch(args, [&] { cpu::sort_by_expert(call, threads); });
+  launch(args, [&] {
+    idx.is_cuda() ? cuda::sort_by_expert(call, stream_of(stream)) : cpu::sort_by_expert(call, threads);
+  });
 }
 
 }  // namespace

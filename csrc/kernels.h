@@ -155,5 +155,18 @@ namespace cuda {
 std::string architectures();  // what the device code was compiled for; empty without CUDA
 int device_count();           // visible devices that the compiled code runs on
 
+// On a stream (a cudaStream_t) of the current device, without waiting for it. Throw what the driver has to say; values
+// are not checked, and whatever they are nothing outside the arguments is touched.
+void router_stats(const RouterStats& args, void* stream);
+void combine_and_measure(const CombineAndMeasure& args, void* stream);
+void sort_by_expert(const SortByExpert& args, void* stream);
+void similarity(const Similarity& args, void* stream);
+void sketch(const Sketch& args, void* stream);
+void vocabulary(const Vocabulary& args, void* stream);
+void popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, void* stream);       // [E]
+void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, void* stream);  // [E, E]
+void weight_stats(const WeightStats& args, void* stream);
+void dequantize(const Dequantize& args, void* stream);
+
 }  // namespace cuda
 }  // namespace moekern

@@ -80,7 +80,11 @@ class Args {
  private:
   Tensor borrow(const char* name, const pybind11::object& object) const {
     if (!pybind11::hasattr(object, "__dlpack__")) fail(name, "expected a tensor");
-    const pybind11::object capsule = object.attr("__dlpack__")();
+    // -1: the stream is ours to order. Otherwise torch would make its default stream wait, which no CUDA graph may record.
+    const auto device = pybind11::tuple(object.attr("__dlpack_device__")());
+    const bool cuda = pybind11::int_(device[0]).cast<int>() == kDLCUDA;
+    const pybind11::object capsule =
+        cuda ? object.attr("__dlpack__")(pybind11::arg("stream") = -1) : object.attr("__dlpack__")();
     auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (!managed) throw pybind11::error_already_set();
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");

@@ -328,7 +328,7 @@ def bench(
     if not lines:
         raise InputError(f"--op {', '.join(op or ())}: no op begins so")
     append(out, lines)
-    _result(as_json, lines, lambda: benchmark.table(lines))
+    result(as_json, lines, lambda: benchmark.table(lines))
 
 
 @app.command(epilog="moekern demo")

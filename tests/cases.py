@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -161,3 +162,17 @@ def moved(args: Mlp, device: str) -> Mlp:
         return value if value is None else value.to(device)
 
     return Mlp(*map(to, args))
+
+
+def float8(code: int, exponent_bits: int, mantissa_bits: int, bias: int, ieee: bool) -> float:
+    """OCP 8-bit floating point, revision 1.0, from its tables."""
+    sign = -1.0 if code >> 7 else 1.0
+    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
+    top = (1 << exponent_bits) - 1
+    if ieee and exponent == top:
+        return math.nan if mantissa else sign * math.inf
+    if not ieee and exponent == top and mantissa == (1 << mantissa_bits) - 1:
+        return math.nan
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)

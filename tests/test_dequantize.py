@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,8 +15,11 @@ from torch import Tensor
 from moekern import _C, kernels
 from moekern.kernels import native
 from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from tests.cases import float8
+from tests.test_kernels import runs
 
 BACKENDS = kernels.available()["dequantize"]["cpu"]
+RUNS = [*runs("dequantize"), ("cpu", "reference")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP4 = [sign * v for sign in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -52,20 +54,6 @@ def positive(*shape: int, seed: int = 1) -> Tensor:
 
 def nibble(word: Tensor, n: int) -> int:
     return (int(word) % 2**32) >> (4 * n) & 15
-
-
-def float8(code: int, exponent_bits: int, mantissa_bits: int, bias: int, ieee: bool) -> float:
-    """OCP 8-bit floating point, revision 1.0, from its tables."""
-    sign = -1.0 if code >> 7 else 1.0
-    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (1 << mantissa_bits) - 1
-    top = (1 << exponent_bits) - 1
-    if ieee and exponent == top:
-        return math.nan if mantissa else sign * math.inf
-    if not ieee and exponent == top and mantissa == (1 << mantissa_bits) - 1:
-        return math.nan
-    if exponent == 0:
-        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
-    return sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
 
 
 def each(R: int, C: int, element: Callable[[int, int], float]) -> Tensor:
@@ -160,19 +148,24 @@ CASES: dict[str, Callable[[], tuple[Quantised, Tensor]]] = {
 }
 
 
+def on(device: str, weight: Quantised) -> Quantised:
+    tensors = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "group")}
+    return replace(weight, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
+
+
 def same(got: Tensor, want: Tensor) -> bool:
     return got.dtype == want.dtype and torch.equal(got.nan_to_num(1e30), want.nan_to_num(1e30))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), RUNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_every_layout_means_what_its_definition_says(case: str, dtype: torch.dtype, backend: str) -> None:
+def test_every_layout_means_what_its_definition_says(case: str, dtype: torch.dtype, device: str, backend: str) -> None:
     weight, want = CASES[case]()
     assert weight.shape == want.shape
-    got = dequantize(weight, dtype, backend=backend)
+    got = dequantize(on(device, weight), dtype, backend=backend)
     assert got.is_contiguous()
-    assert same(got, want.to(dtype))
+    assert same(got.cpu(), want.to(dtype))
 
 
 @pytest.mark.usefixtures("threads")
@@ -184,18 +177,19 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(case: str) -> None:
         assert all(same(native.dequantize(weight, torch.bfloat16, level=level), want) for level in _C.levels())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_float8_code(backend: str) -> None:
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_every_float8_code(device: str, backend: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8)[None]
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        got = dequantize(scaled(codes.view(dtype), torch.ones(())), torch.float32, backend=backend)
-        assert same(got, codes.view(dtype).float())
+        got = dequantize(on(device, scaled(codes.view(dtype), torch.ones(()))), torch.float32, backend=backend)
+        assert same(got.cpu(), codes.view(dtype).float())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_power_of_two(backend: str) -> None:
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_every_power_of_two(device: str, backend: str) -> None:
     scales = torch.arange(256, dtype=torch.uint8)[:, None]
-    got = dequantize(mxfp4(torch.full((256, 1, 16), 0x72, dtype=torch.uint8), scales), torch.float32, backend=backend)
+    weight = mxfp4(torch.full((256, 1, 16), 0x72, dtype=torch.uint8), scales)
+    got = dequantize(on(device, weight), torch.float32, backend=backend).cpu()
     power = torch.ldexp(torch.ones(256, 1, dtype=torch.float64), scales.double() - 127)
     want = (power * torch.tensor([1.0, 6.0] * 16).double()).float()  # 6 · 2^127 is infinite
     want[255] = torch.nan

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native, reference
+from tests.test_kernels import runs
 
 U = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,20 +32,23 @@ def outputs(E: int, T: int, H: int, dtype: torch.dtype = torch.float32, seed: in
     return (y * (torch.rand(E, T, 1, generator=g) > 0.1)).to(dtype)
 
 
-def added(y: Tensor, mask: Tensor | None = None, **options: Any) -> kernels.SimilaritySums:
-    sums = kernels.similarity_sums(len(y))
-    kernels.similarity(y, mask, sums, **options)
-    return sums
+def added(y: Tensor, mask: Tensor | None = None, device: str = "cpu", **options: Any) -> kernels.SimilaritySums:
+    sums = kernels.similarity_sums(len(y), device)
+    kernels.similarity(y.to(device), None if mask is None else mask.to(device), sums, **options)
+    return kernels.SimilaritySums(*(s.cpu() for s in sums))
 
 
-def product_error(H: int) -> float:
-    """Relative to the sum of |products|: their own rounding, 32 additions a lane, 3 to join lanes, one a block."""
-    return (1 + 32 + 3 + math.ceil(H / 256)) * U
+def product_error(H: int, device: str = "cpu") -> float:
+    """Relative to the sum of |products|. On a CPU: their own rounding, 32 additions a lane, 3 to join, one a block.
+
+    On a GPU: 64 fused multiply-adds a chain, then one addition for each chain.
+    """
+    return (64 + math.ceil(H / 64) if device == "cuda" else 1 + 32 + 3 + math.ceil(H / 256)) * U
 
 
-def assert_agree(got: kernels.SimilaritySums, want: kernels.SimilaritySums, y: Tensor) -> None:
+def assert_agree(got: kernels.SimilaritySums, want: kernels.SimilaritySums, y: Tensor, device: str = "cpu") -> None:
     rows = y.double().abs().transpose(0, 1)
-    size, each = (rows @ rows.mT).sum(0), product_error(y.shape[2])
+    size, each = (rows @ rows.mT).sum(0), product_error(y.shape[2], device)
     norm = rows.norm(dim=2)
     unit = rows / norm[:, :, None].clamp(min=1e-300)
     assert torch.equal(got.tokens, want.tokens)
@@ -57,11 +61,14 @@ def assert_agree(got: kernels.SimilaritySums, want: kernels.SimilaritySums, y: T
     assert torch.equal(got.cosine_sum.diagonal(), want.cosine_sum.diagonal())
 
 
+@pytest.mark.parametrize(("device", "backend"), runs("similarity"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_similarity_agrees_with_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_similarity_agrees_with_the_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, backend: str
+) -> None:
     y = outputs(*shape, dtype)
-    assert_agree(added(y, backend="native"), added(y, backend="reference"), y)
+    assert_agree(added(y, device=device, backend=backend), added(y, backend="reference"), y, device)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -76,11 +83,11 @@ def test_by_hand(backend: str) -> None:
     assert kernels.distance_sum(sums).tolist() == [[0.0, 3.0], [3.0, 0.0]]  # 1 + 1 of the first token, 1 of the second
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_masked_tokens_do_not_count(backend: str) -> None:
+@pytest.mark.parametrize(("device", "backend"), [*runs("similarity"), ("cpu", "reference")])
+def test_masked_tokens_do_not_count(device: str, backend: str) -> None:
     y, mask = outputs(6, 50, 40), torch.arange(50) % 3 > 0
-    got = added(y, mask, backend=backend)
-    want = added(y[:, mask].contiguous(), backend=backend)
+    got = added(y, mask, device, backend=backend)
+    want = added(y[:, mask].contiguous(), device=device, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -123,14 +130,22 @@ def test_a_nan_is_seen() -> None:
             assert matrix.isnan().sum() == 9
 
 
+@pytest.mark.parametrize(("device", "backend"), runs("sketch"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sketch_agrees_with_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_sketch_agrees_with_the_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, backend: str
+) -> None:
     y = outputs(*shape, dtype)
-    z, norm_square = kernels.sketch(y, 21, seed=-7, start=37, backend="native")
-    want, want_square = kernels.sketch(y, 21, seed=-7, start=37, backend="reference")
-    each = product_error(shape[2]) + 3 * U  # the scale, its rounding, the reference's own
-    assert ((z.double() - want.double()).abs() <= each * y.double().abs().sum(2, keepdim=True) / 21**0.5 + 1e-30).all()
+    got = [t.cpu() for t in kernels.sketch(y.to(device), 21, seed=-7, start=37, backend=backend)]
+    assert_sketches_agree(got, kernels.sketch(y, 21, seed=-7, start=37, backend="reference"), y, device)
+
+
+def assert_sketches_agree(got: Sequence[Tensor], wanted: Sequence[Tensor], y: Tensor, device: str) -> None:
+    (z, norm_square), (want, want_square), size = got, wanted, got[0].shape[2]
+    each = product_error(y.shape[2], device) + 3 * U  # the scale, its rounding, the reference's own
+    bound = each * y.double().abs().sum(2, keepdim=True) / size**0.5
+    assert ((z.double() - want.double()).abs() <= bound + 1e-30).all()
     torch.testing.assert_close(norm_square, want_square, rtol=each, atol=0)
 
 

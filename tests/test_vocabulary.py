@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native
+from tests.test_kernels import runs
 
 BACKENDS = ("native", "reference")
 
@@ -34,16 +35,17 @@ def sets(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, E: int) -> li
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), [*runs("vocabulary"), ("cpu", "reference")])
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("shape", [(0, 4, 2, 9), (50, 1, 1, 1), (300, 7, 3, 200), (90, 513, 6, 64), (40, 3, 2, 65)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_bits_are_the_sets_of_ids(shape: Any, ids: torch.dtype, masked: bool, backend: str) -> None:
+def test_bits_are_the_sets_of_ids(shape: Any, ids: torch.dtype, masked: bool, device: str, backend: str) -> None:
     T, E, K, V = shape
     token_ids, idx = batch(T, E, K, V, ids=ids)
     mask = torch.arange(T) % 3 > 0 if masked else None
-    bits = kernels.vocabulary_bits(E, V)
-    kernels.vocabulary(token_ids, idx, mask, bits, backend=backend)
+    bits = kernels.vocabulary_bits(E, V, device)
+    on_device = (None if t is None else t.to(device) for t in (token_ids, idx, mask))
+    kernels.vocabulary(*on_device, bits, backend=backend)
     want = sets(token_ids, idx, mask, E)
     found: list[set[int]] = [{64 * w + b for w, word in enumerate(row) for b in range(64) if word >> b & 1}
                              for row in bits.tolist()]  # fmt: skip

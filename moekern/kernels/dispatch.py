@@ -21,11 +21,11 @@ PREFERENCE = {
     "cuda": ("native", "grouped_mm", "triton", "reference"),
 }
 # What a backend cannot do yet on a device: this table only shrinks. grouped_mm is a road for grouped_mlp alone.
-NOT_IN_TRITON = frozenset(OPS[3:]) - {"grouped_mlp"}
+NOT_IN_TRITON = frozenset(OPS) - {"router_stats", "combine_and_measure", "sort_by_expert", "grouped_mlp"}
 ONLY_MLP = frozenset(OPS) - {"grouped_mlp"}
 MISSING = {
     ("native", "cpu"): frozenset({"grouped_mlp"}),
-    ("native", "cuda"): frozenset(OPS),
+    ("native", "cuda"): frozenset({"router_stats", "combine_and_measure", "grouped_mlp"}),
     ("grouped_mm", "cpu"): ONLY_MLP,
     ("grouped_mm", "cuda"): ONLY_MLP,
     ("triton", "cpu"): NOT_IN_TRITON,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +21,25 @@ def runs_on(device: str) -> bool:
     return device == "cpu" or _C.cuda_device_count() > 0
 
 
+@contextmanager
+def stream_of(tensor: Tensor) -> Iterator[int]:
+    """torch's current stream on a GPU tensor's device, which is the current device inside; 0 for a CPU tensor."""
+    if not tensor.is_cuda:
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
 ) -> None:  # fmt: skip
     gram = sums.logit_gram if sums.logit_gram.numel() else None
-    _C.router_stats(logits, topk_idx, topk_weight, mask, *sums[:-1], gram, score, torch.get_num_threads(), level)
+    with stream_of(topk_idx) as stream:
+        _C.router_stats(
+            logits, topk_idx, topk_weight, mask, *sums[:-1], gram, score, torch.get_num_threads(), level, stream
+        )
 
 
 def combine_and_measure(
@@ -33,50 +48,59 @@ def combine_and_measure(
 ) -> Tensor:  # fmt: skip
     out = y.new_empty(len(topk_idx), y.shape[1])
     dimensions = (sums.square_sum, sums.value_sum, sums.unit_sum) if sums.square_sum.shape[1] else None
-    _C.combine_and_measure(
-        y, topk_weight, topk_idx, order, offsets, mask, residual, *sums[:6], dimensions, sums.residual_sum,
-        sums.residual_tokens, out, torch.get_num_threads(), level,
-    )  # fmt: skip
+    with stream_of(y) as stream:
+        _C.combine_and_measure(
+            y, topk_weight, topk_idx, order, offsets, mask, residual, *sums[:6], dimensions, sums.residual_sum,
+            sums.residual_tokens, out, torch.get_num_threads(), level, stream,
+        )  # fmt: skip
     return out
 
 
 def similarity(
     y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums, *, level: str = ""
 ) -> None:
-    _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level)
+    with stream_of(y) as stream:
+        _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level, stream)
 
 
 def sketch(y: Tensor, size: int, *, seed: int, start: int, level: str = "") -> tuple[Tensor, Tensor]:
     E, T, _ = y.shape
-    z, norm_square = torch.empty(E, T, size), torch.empty(E, T)
-    _C.sketch(y, z, norm_square, seed, start, torch.get_num_threads(), level)
+    z, norm_square = torch.empty(E, T, size, device=y.device), torch.empty(E, T, device=y.device)
+    with stream_of(y) as stream:
+        _C.sketch(y, z, norm_square, seed, start, torch.get_num_threads(), level, stream)
     return z, norm_square
 
 
 def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor) -> None:
-    _C.vocabulary(token_ids, topk_idx, mask, bits, torch.get_num_threads())
+    with stream_of(bits) as stream:
+        _C.vocabulary(token_ids, topk_idx, mask, bits, torch.get_num_threads(), stream)
 
 
 def popcount(bits: Tensor, *, level: str = "") -> Tensor:
     count = bits.new_empty(len(bits))
-    _C.popcount(bits, count, torch.get_num_threads(), level)
+    with stream_of(bits) as stream:
+        _C.popcount(bits, count, torch.get_num_threads(), level, stream)
     return count
 
 
 def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
     count = bits.new_empty(len(bits), len(bits))
-    _C.pair_popcount(bits, count, torch.get_num_threads(), level)
+    with stream_of(bits) as stream:
+        _C.pair_popcount(bits, count, torch.get_num_threads(), level, stream)
     return count
 
 
 def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, level: str = "") -> None:
     dense, stored = (weight, None) if isinstance(weight, Tensor) else (None, _stored(weight))
-    _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level)
+    with stream_of(sums.count) as stream:
+        _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level, stream)
 
 
 def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Tensor:
-    out = torch.empty(len(weight.codes), weight.rows, weight.columns, dtype=dtype)
-    _C.dequantize(_stored(weight), out, torch.get_num_threads(), level)
+    codes = weight.codes
+    out = torch.empty(len(codes), weight.rows, weight.columns, dtype=dtype, device=codes.device)
+    with stream_of(codes) as stream:
+        _C.dequantize(_stored(weight), out, torch.get_num_threads(), level, stream)
     return out
 
 
@@ -87,5 +111,6 @@ def _stored(w: Quantised) -> _C.Stored:
 def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     order = topk_idx.new_empty(topk_idx.numel(), dtype=torch.int64)
     offsets = topk_idx.new_empty(num_experts + 1, dtype=torch.int64)
-    _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads())
+    with stream_of(topk_idx) as stream:
+        _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads(), stream)
     return order, offsets

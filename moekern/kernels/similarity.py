@@ -40,8 +40,9 @@ def similarity(
     float32 gives exact squared norms where y is a `sketch`: they make the diagonal and divide the cosines.
 
     A token's products are summed in float32: 256 columns in 8 lanes, then block after block, so that each is wrong by
-    at most (H/256 + 36)·2⁻²⁴·Σ|yᵢyⱼ|. Tokens are added in float64 in their order: neither threads nor instruction sets
-    nor the division of tokens into calls change a bit (natively; the reference keeps this up to float64 rounding).
+    at most (H/256 + 36)·2⁻²⁴·Σ|yᵢyⱼ|; on a GPU 64 columns in order, then chain after chain, (H/64 + 64)·2⁻²⁴.
+    Tokens are added in float64 in their order: neither threads nor instruction sets nor the division of tokens into
+    calls change a bit (natively; the reference keeps this up to float64 rounding).
     Squares are float32: a row of norm above 1e19 is infinite, one below 1e-23 zero.
     Raises ValueError for a wrong argument, NotImplementedError for a backend that has no such op.
     """

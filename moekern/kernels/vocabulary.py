@@ -24,7 +24,8 @@ def vocabulary(
     token_ids [T] and topk_idx [T, K] are int64 or int32; expert ids outside [0, E) are empty slots. mask [T] bool keeps
     the tokens that count; None keeps all. bits [E, W] int64 is `vocabulary_bits` or any number of earlier calls'; bits
     of two runs merge by `|`. Raises ValueError for a wrong argument (on a CPU also for a counted token's id outside
-    [0, 64·W), before anything is set), NotImplementedError for a backend that has no such op.
+    [0, 64·W), before anything is set; natively on a GPU such an id sets nothing), NotImplementedError for a backend
+    that has no such op.
     """
     op = "vocabulary"
     check_tensors(op, {

@@ -1,0 +1,28 @@
+// Linked in place of csrc/cpu and csrc/io: bindings.cpp is here for its CUDA side alone.
+#include <pybind11/pybind11.h>
+
+#include "../../csrc/kernels.h"
+
+namespace moekern::cpu {
+namespace {
+
+[[noreturn]] void refuse() { throw std::logic_error("a CPU tensor on the CUDA side"); }
+
+}  // namespace
+
+std::vector<std::string> levels() { return {}; }
+void router_stats(const RouterStats&, const Run&) { refuse(); }
+void combine_and_measure(const CombineAndMeasure&, const Run&) { refuse(); }
+void similarity(const Similarity&, const Run&) { refuse(); }
+void sketch(const Sketch&, const Run&) { refuse(); }
+void vocabulary(const Vocabulary&, const Run&) { refuse(); }
+void popcount(const uint64_t*, int64_t, int64_t, int64_t*, const Run&) { refuse(); }
+void pair_popcount(const uint64_t*, int64_t, int64_t, int64_t*, const Run&) { refuse(); }
+void weight_stats(const WeightStats&, const Run&) { refuse(); }
+void dequantize(const Dequantize&, const Run&) { refuse(); }
+void sort_by_expert(const SortByExpert&, int) { refuse(); }
+
+}  // namespace moekern::cpu
+
+void bind_io(pybind11::module_&) {}
+void bind_read(pybind11::module_&) {}
