@@ -222,7 +222,7 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], Callable[[Wrong], tuple[object
         lambda w: ("merge", w.work / "s.safetensors", w.work / "s.safetensors", "--out", w.out),
         "given twice",
     ),
-    "unknown criterion": (lambda w: None, lambda w: w.run("--criterion", "best"), "known are usage"),
+    "unknown criterion": (lambda w: None, lambda w: w.run("--criterion", "best"), "known are ews"),
     "unknown device": (lambda w: None, lambda w: w.calibrate("--device", "gpu9"), "--device gpu9"),
     "unknown backend": (lambda w: None, lambda w: w.calibrate("--backend", "magic"), "magic"),
     "vocabulary": (

@@ -92,6 +92,7 @@ LAW: dict[str, set[str]] = {
         "statistics",
         "version",
     },  # fmt: skip
+    "benchmark": {"_C", "decoder", "errors", "kernels", "recorder", "seam"},
     "stored": {"architectures", "checkpoint", "decoder", "errors", "kernels"},
     "weighing": {
         "architectures",

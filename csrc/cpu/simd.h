@@ -131,8 +131,6 @@ struct Top<float> {
 // A line of 64 bytes that is read soon, into the second-level cache.
 MOEKERN_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-MOEKERN_INLINE float larger(float a, float b) { return b > a ? b : a; }
-
 // The 8 lanes of a sum, always in this order.
 MOEKERN_INLINE float sum_of_lanes(const Floats& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
