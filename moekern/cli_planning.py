@@ -27,7 +27,9 @@ class Tool(str, Enum):
     compressed_tensors = "compressed-tensors"
 
 
-StatisticsFile = Annotated[Path, typer.Argument(help="A statistics file.")]
+StatisticsFile = Annotated[
+    Path, typer.Argument(help="A statistics file; or a checkpoint folder, for criteria that need its weights alone.")
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
@@ -36,12 +38,17 @@ Words = list[str] | None
 
 
 @commands.command(epilog="moekern criteria")
-def criteria(as_json: Json = False) -> None:
+def criteria(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/criteria.md.")] = False,
+    as_json: Json = False,
+) -> None:
     """List the criteria that score, plan and run know."""
-    from moekern.criteria import CRITERIA
+    from moekern.criteria.table import described
 
-    rows = [{"name": c.name, "meaning": c.meaning, "paper": c.paper} for c in CRITERIA.values()]
-    result(as_json, rows, lambda: tables.criteria(rows))
+    if markdown:
+        print(tables.markdown(described()), end="")
+        return
+    result(as_json, described(), lambda: tables.criteria(described()))
 
 
 @commands.command(epilog="moekern score s.safetensors --criterion hope")
@@ -54,9 +61,8 @@ def score(
 ) -> None:
     """Show every expert's score; higher is kept."""
     from moekern import stages
-    from moekern.statistics import Statistics
 
-    scores = stages.scores(Statistics.load(statistics), criterion, domain, seed)
+    scores = stages.scores(stages.statistics_of(statistics, [criterion], as_json), criterion, domain, seed)
     result(as_json, {"criterion": criterion, "layers": scores}, lambda: tables.scores(criterion, scores))
 
 
@@ -119,7 +125,7 @@ def plan(
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
     from moekern import stages_planning as stages
     from moekern.plan import parse_keep
-    from moekern.statistics import Statistics
+    from moekern.stages import statistics_of
     from moekern.targets import parse_target
 
     options = stages.Planning(
@@ -134,7 +140,9 @@ def plan(
         model=_folder(model),
         fit=_fit(fit, bits, context, sequences),
     )
-    plans = stages.make_plans(Statistics.load(statistics), options)
+    if out.is_file():
+        raise InputError(f"--out {out}: exists already")
+    plans = stages.make_plans(statistics_of(statistics, criterion, as_json), options)
     paths = stages.destinations(out, list(plans))
     stages.save_plans(plans, paths)
     documents = {

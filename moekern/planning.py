@@ -77,7 +77,8 @@ def make_plan(
     plans = {}
     for key, sums in layers.items():
         floors = domain_masses(statistics, key, guard.domain_floor)
-        plans[key] = _plan_layer(chosen, sums, scores[key], key, counts[key], router.n_group, marked, floors)
+        parts = {name: part for name, part in statistics.layers[key].items() if domains is None or name in domains}
+        plans[key] = _plan_layer(chosen, sums, parts, scores[key], key, counts[key], router.n_group, marked, floors)
     provenance: dict[str, Any] = {
         "moekern": __version__,
         "fingerprint": statistics.header["fingerprint"],
@@ -101,7 +102,7 @@ def make_plan(
 
 
 def _scores(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int) -> Tensor:
-    if criterion.kind != "seeded" and not statistics.count.any():
+    if criterion.kind != "seeded" and criterion.family != "weight" and not statistics.count.any():
         raise InputError(f"layer {key}: no token was routed to any expert, so there is nothing to plan from")
     return score_layer(criterion, statistics, key, seed)
 
@@ -182,6 +183,7 @@ def _common_count(keep: float | int, router: Router, layers: Layers, multiple_of
 def _plan_layer(
     criterion: Criterion,
     statistics: LayerStatistics,
+    domains: Mapping[str, LayerStatistics],
     scores: Tensor,
     key: str,
     kept: int,
@@ -196,6 +198,10 @@ def _plan_layer(
     def choose(held: Collection[int]) -> LayerPlan:
         if criterion.kind == "selector":
             selection = criterion.function(_as_idle(statistics, last), kept, groups, held)
+            return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
+        if criterion.kind == "domains":
+            each = {name: _as_idle(part, last) for name, part in domains.items()}
+            selection = criterion.function(each, kept, groups, held)
             return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
         row = tuple(scores.tolist())
         return LayerPlan(choose_top(row, kept, groups=groups, protected=held, last=last, where=where), row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from moekern.preflight import check_space, check_target
 from moekern.pruning import Mtp, PruneReport, prune
 from moekern.statistics import Statistics
 from moekern.verification import VerifyReport, verify
+from moekern.weighing import weigh
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,21 @@ def read_tokens(checkpoint: Checkpoint, options: Calibration) -> TokenData:
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) -> Statistics:
+    """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once.
+
+    Raises InputError for a folder and a criterion that needs text.
+    """
+    for text in criteria:
+        if criterion_named(text).family != "weight" and source.is_dir():
+            raise InputError(f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file")
+    if not source.is_dir():
+        return Statistics.load(source)
+    costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
+    with console.progress("weighing", "layers", as_json) as step:
+        return weigh(source, costly=costly, progress=step)
 
 
 def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -85,7 +86,8 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
         raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
     plans: dict[str, Plan] = {}
     for criterion, keep in product(options.criteria, keeps):
-        name = f"{criterion}-{keep:g}" if isinstance(keep, float) else f"{criterion}-{keep}"
+        stem = re.sub(r"[^\w.,()*-]+", "_", criterion).strip("_")
+        name = f"{stem}-{keep:g}" if isinstance(keep, float) else f"{stem}-{keep}"
         if name in plans:
             raise InputError(f"--criterion {criterion} --keep {keep}: given twice")
         plans[name] = make_plan(

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 def criteria(rows: Sequence[Mapping[str, str]]) -> None:
     """Name, meaning and paper of every criterion."""
-    show("criteria, higher is kept", ("name", "meaning", "paper"), [tuple(row.values()) for row in rows])
+    show("criteria", tuple(rows[0]), [tuple(row.values()) for row in rows])
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table."""
+    lines = [" | ".join(rows[0]), "|".join("---" for _ in rows[0]), *(" | ".join(row.values()) for row in rows)]
+    return "".join(f"| {line.replace('|w|', 'abs w')} |\n" for line in lines)
 
 
 def overview(found: Overview) -> None:

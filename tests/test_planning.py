@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moekern import files
-from moekern.criteria import CRITERIA
+from moekern.criteria import CRITERIA, criterion_named
 from moekern.errors import InputError
 from moekern.plan import Limits, Plan, check_plan
 from moekern.planning import make_plan, router_limits
@@ -131,3 +131,23 @@ def test_domains_without_tokens_are_an_input_error():
     assert make_plan(s, "reap", 3).layers["0"].keep == make_plan(s, "reap", 3, domains=["a"]).layers["0"].keep
     with pytest.raises(InputError, match="layer 0: no token was routed"):
         make_plan(s, "hope", 3, domains=["b"])
+
+
+def test_domains_are_weighed_one_by_one_where_the_criterion_says_so() -> None:
+    statistics = model_statistics()
+    plan = make_plan(statistics, "worst_domain(gated_norm)", 3)
+    for key, parts in statistics.layers.items():
+        want = criterion_named("worst_domain(gated_norm)").function(parts, 3)
+        assert plan.layers[key].keep == want.keep
+    one = make_plan(statistics, "worst_domain(gated_norm)", 3, domains=["code"])
+    assert one.layers["0"].keep == make_plan(statistics, "gated_norm", 3, domains=["code"]).layers["0"].keep
+
+
+def test_weights_are_planned_from_without_any_text() -> None:
+    statistics = model_statistics(domains=("prose",))
+    for parts in statistics.layers.values():
+        for name in ("tokens", "count"):
+            getattr(parts["prose"], name).zero_()
+    assert len(make_plan(statistics, "rank(aimer, rwn)", 2).layers["0"].keep) == 2
+    with pytest.raises(InputError, match="layer 0: no token was routed to any expert"):
+        make_plan(statistics, "rank(aimer, reap)", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
 from moekern.checkpoint import open_checkpoint
+from moekern.cli import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
@@ -165,3 +168,22 @@ def test_weights_that_are_no_numbers_are_refused(family_checkpoint: MakeCheckpoi
     folder = _rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
     with pytest.raises(InputError, match="layer 1: expert 2: its weights are not finite"):
         weigh(folder)
+
+
+def test_a_checkpoint_is_scored_and_planned_without_statistics(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder, runner = family_checkpoint("mixtral"), CliRunner()
+    scored = runner.invoke(app, ["score", str(folder), "--criterion", "aimer", "--json"], catch_exceptions=False)
+    want = score_layer(CRITERIA["aimer"], weigh(folder, costly=False).layer("0"), "0").tolist()
+    assert json.loads(scored.stdout)["layers"]["0"] == want
+    made = runner.invoke(
+        app,
+        ["plan", str(folder), "--criterion", "rank(ews, rwn)", "--keep", "4", "--out", str(tmp_path / "p.json")],
+        catch_exceptions=False,
+    )
+    assert made.exit_code == 0
+    plan = Plan.load(tmp_path / "p.json")
+    prune(folder, plan, tmp_path / "pruned")
+    refused = runner.invoke(app, ["score", str(folder), "--criterion", "rank(aimer, reap)"])
+    assert "needs text: calibrate first" in str(refused.exception)

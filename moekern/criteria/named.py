@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moekern.criteria import combine, scores
 from moekern.criteria.combine import Part
-from moekern.criteria.table import ALIASES, CRITERIA, Criterion, Kind
+from moekern.criteria.table import ALIASES, CRITERIA, Criterion, Family, Kind
 from moekern.errors import InputError
 from moekern.sums import LayerStatistics
 
@@ -94,7 +94,8 @@ def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
         raise InputError(f"--criterion {text}: {combinator} takes one criterion")
     tiers = [part.criterion.tier for part in parts]
     tier = next((tier for tier in tiers if tier != "routed"), "routed")
-    return Criterion(text, partial(function, parts), kind, "combined", tier, "set", "a combination", "")
+    family: Family = "weight" if all(part.criterion.family == "weight" for part in parts) else "combined"
+    return Criterion(text, partial(function, parts), kind, family, tier, "set", "a combination", "")
 
 
 def _part(text: str, argument: str) -> Part:

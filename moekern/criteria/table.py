@@ -27,7 +27,7 @@ class Criterion:
     kind "domains": as a selector, with a mapping from domain to LayerStatistics in the first place.
     kind "seeded": function(experts, seed, layer key) -> [E] float64.
     `drop` is the end of the published quantity that goes first: where it is "max", the score is its negative. `tier`
-    is what calibration must have measured; "routed" is always there, "weights" needs no text.
+    is what calibration must have measured; "routed" is always there. The family "weight" needs no text.
     """
 
     name: str
@@ -152,3 +152,18 @@ RANDOM = Criterion(
 CRITERIA: dict[str, Criterion] = {row.name: row for row in (*MC_SUITE, *HTS_FAMILY, *LATER, *REDUNDANCY, RANDOM)}
 # Other names that papers use.
 ALIASES = {"euf": "usage", "frequency": "usage", "seer": "gate_mass", "ean_token": "ean"}
+
+
+def described() -> list[dict[str, str]]:
+    """The rows of the table in words, for people and docs."""
+    return [
+        {
+            "name": c.name,
+            "family": c.family,
+            "tier": c.tier,
+            "drop first": c.drop,
+            "meaning": c.meaning,
+            "paper": c.paper,
+        }
+        for c in CRITERIA.values()
+    ]
