@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test lint bench bench-streaming fuzz gpu clean
+.PHONY: demo test lint bench bench-regression bench-streaming fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
+
+# Times against the last saved run of this machine, in .benchmarks/, and saves this one.
+bench-regression: $(VENV)/.ready
+	$(BIN)/python -m pytest -q tests/test_benchmark.py -k speed --benchmark-enable --benchmark-autosave --benchmark-compare
 
 # Writes up to 10 GB beside the temporary files and removes them: prune and layer reads against other roads, and at 1T scale.
 bench-streaming: $(VENV)/.ready
@@ -36,7 +40,8 @@ fuzz: $(VENV)/.ready
 gpu:
 	$(PYTHON) setup.py build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q -m gpu tests/test_kernels.py tests/test_sort.py
+	$(PYTHON) -m pytest -q -m gpu tests/test_kernels.py tests/test_sort.py tests/test_similarity.py tests/test_vocabulary.py \
+		tests/test_weight_stats.py tests/test_dequantize.py tests/test_grouped_mlp.py
 	$(PYTHON) -m bench.kernels --out $(OUT)/kernels.jsonl
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)

@@ -236,7 +236,7 @@ def weight_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
     yield Job("weight_stats bf16", size, by(dense), {"eager": partial(stats, dense, rivals.weight_stats)}, dense.nbytes)
 
     def of_fp8(weight: Any, sums: kernels.WeightSums) -> None:
-        rivals.weight_stats(rivals.fp8_blocks(codes, grid, 128), sums)
+        rivals.weight_stats(rivals.fp8_blocks(codes, grid, 128, torch.float32), sums)
 
     def dense_of(function: Callable[..., Tensor]) -> Callable[[], Results]:
         return lambda: [function(codes, grid, 128)]

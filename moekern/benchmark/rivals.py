@@ -93,8 +93,8 @@ def weight_stats(weight: Tensor, sums: WeightSums) -> None:
         sums.max_abs[e] = sums.max_abs[e].maximum(w.abs().max())
 
 
-def fp8_blocks(codes: Tensor, scale: Tensor, block: int) -> Tensor:
-    """float8 [E, R, C] with a scale for every block x block, as bfloat16."""
+def fp8_blocks(codes: Tensor, scale: Tensor, block: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """float8 [E, R, C] with a scale for every block x block, as numbers."""
     R, C = codes.shape[1:]
     wide = scale.repeat_interleave(block, 1)[:, :R].repeat_interleave(block, 2)[:, :, :C]
-    return (codes.float() * wide).bfloat16()
+    return (codes.float() * wide).to(dtype)

@@ -69,7 +69,7 @@ def _say(lines: Iterable[Line]) -> None:
 
 def job_lines(job: Job, case: str, base: Line, repeats: int, compiled: bool) -> list[Line]:
     """Times of a job's backends and rivals, once each has given what the reference gives."""
-    want = [t.double().cpu() for t in job.backends["reference"]()()]
+    want = [t.clone() for t in job.backends["reference"]()()]
     runs: dict[str, Make] = {**job.rivals, **{name: make for name, make in job.backends.items() if name != "reference"}}
     if compiled and job.compiled:
         runs["compiled"] = job.compiled(torch.compile)
@@ -82,7 +82,7 @@ def job_lines(job: Job, case: str, base: Line, repeats: int, compiled: bool) -> 
             run = make()
             got = run()
             if name != "gemm":
-                agree(job, name, [t.double().cpu() for t in got], want)
+                agree(job, name, got, want)
             times[name] = seconds(run, repeats)
         except AssertionError:
             raise
@@ -100,11 +100,16 @@ def agree(job: Job, name: str, got: Sequence[torch.Tensor], want: Sequence[torch
     for a, b in zip(got, want, strict=False):
         if name in job.rivals and a.shape != b.shape:
             continue  # a rival may keep its results otherwise, as bools instead of bits
-        bound = 0.0 if job.exact else 1e-5 * float(b.abs().max()) if b.numel() else 0.0
-        relative = 0.0 if job.exact else 1e-2 if job.op.startswith("combine") and a.ndim == 2 else 1e-4
-        if job.exact and name in job.rivals:
-            relative, bound = 2.0**-7, 2.0**-7 * float(b.abs().max())
-        torch.testing.assert_close(a, b, rtol=relative, atol=bound, msg=lambda m: f"{job.op} {name}: {m}")
+        if job.exact and name in job.backends:
+            assert torch.equal(a, b), f"{job.op} {name}: not the reference's bits"
+            continue
+        rounded = a.dtype in (torch.bfloat16, torch.float16)
+        relative, absolute = (2.0**-7, 2.0**-7) if rounded else (1e-4, 1e-5)
+        bound = absolute * float(b.double().abs().max()) if b.numel() else 0.0
+        try:
+            torch.testing.assert_close(a.double(), b.double(), rtol=relative, atol=bound)
+        except AssertionError as error:
+            raise AssertionError(f"{job.op} {name}: {error}") from None
 
 
 def _rates(job: Job, name: str, times: Mapping[str, float], base: Line) -> Line:
