@@ -68,7 +68,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("score", kernels.SCORES)
 @pytest.mark.parametrize("case", EDGE.values(), ids=EDGE)
 def test_router_stats_agrees_with_the_reference(cuda: cuda_on_cpu.Extension, score: str, case: Case) -> None:
-    args = router(case._replace(T=min(case.T, 300)))  # more than two blocks
+    args = router(case._replace(T=min(case.T, 150)))  # more than a block
     if score == "identity":
         args = args._replace(logits=args.logits.softmax(1))
     want = routed(args, case.E, backend="reference", score=score)
@@ -126,7 +126,7 @@ def test_equal_gates_and_equal_ids(cuda: cuda_on_cpu.Extension) -> None:
 def test_combine_and_measure_agrees_with_the_reference(
     cuda: cuda_on_cpu.Extension, dtype: torch.dtype, case: Case
 ) -> None:
-    case = case._replace(T=min(case.T, 300))
+    case = case._replace(T=min(case.T, 1200 // case.K))
     args = rows(case, dtype)
     out, got = combined_twice(cuda, args, case.E, case.H)
     want_out, want = combined(args, case.E, case.H, backend="reference")
@@ -157,7 +157,8 @@ def test_dimensions_and_the_residual_are_optional(cuda: cuda_on_cpu.Extension) -
 def test_a_nan_is_seen(cuda: cuda_on_cpu.Extension) -> None:
     args = rows(EDGE["favourite"]._replace(T=40))
     args.y[3, 5] = torch.nan
-    _, s = combined_twice(cuda, args, 6, 64)
+    s = kernels.expert_sums(6, 64)
+    native.combine_and_measure(*args, stream(args), s)
     assert s.max_abs.isnan().tolist() == [True] + [False] * 5
     assert s.norm_sum.isnan().tolist() == [True] + [False] * 5
     assert s.square_sum.isnan().nonzero().tolist() == [[0, 5]]

@@ -7,7 +7,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kSlices = 16;      // of an expert's rows: a block each
+constexpr int64_t kSlices = 16;      // of an expert's rows, at most: a block each
+constexpr int64_t kLeast = 64;       // rows that are worth a slice, where experts have equally many
 constexpr int64_t kChunk = 256;      // rows whose dimensions are added in float32
 constexpr int64_t kBytes = 1 << 25;  // of pairs that blocks leave behind
 constexpr int kColumnThreads = 128;  // of a block that adds dimensions
@@ -43,13 +44,13 @@ __device__ inline int64_t counted_slot(const Experts& a, int64_t row) {
   return slot >= 0 && slot < a.slots && (!a.mask || a.mask[slot / a.K]) ? slot : -1;
 }
 
-// Block (expert, slice): every kSlices-th chunk of the expert's rows, a row a thread.
+// Block (expert, slice): its share of the expert's chunks of rows, a row a thread.
 __global__ void __launch_bounds__(kThreads) scalars_kernel(Experts a, Scalars* sums) {
   __shared__ Scalars of[kThreads];
   const int64_t e = blockIdx.x;
   const Range range = rows_of(a.offsets, e, a.N);
   Scalars mine = {};
-  for (int64_t row = range.first + blockIdx.y * kThreads + threadIdx.x; row < range.stop; row += kSlices * kThreads) {
+  for (int64_t row = range.first + blockIdx.y * kThreads + threadIdx.x; row < range.stop; row += gridDim.y * kThreads) {
     const int64_t slot = counted_slot(a, row);
     if (slot < 0) continue;
     const double square = a.rows.square[row], gated = a.rows.gated[slot];
@@ -67,15 +68,15 @@ __global__ void __launch_bounds__(kThreads) scalars_kernel(Experts a, Scalars* s
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < width) of[threadIdx.x].join(of[threadIdx.x + width]);
   }
-  if (threadIdx.x == 0) sums[e * kSlices + blockIdx.y] = of[0];
+  if (threadIdx.x == 0) sums[e * gridDim.y + blockIdx.y] = of[0];
 }
 
 // A thread for each expert.
-__global__ void add_scalars_kernel(const Scalars* sums, CombineAndMeasure to) {
+__global__ void add_scalars_kernel(const Scalars* sums, int64_t slices, CombineAndMeasure to) {
   const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (e >= to.E) return;
   Scalars all = {};
-  for (int s = 0; s < kSlices; ++s) all.join(sums[e * kSlices + s]);
+  for (int64_t s = 0; s < slices; ++s) all.join(sums[e * slices + s]);
   to.norm_sum[e] += all.norm;
   to.norm_square_sum[e] += all.square;
   to.gated_norm_sum[e] += all.gated;
@@ -86,7 +87,7 @@ __global__ void add_scalars_kernel(const Scalars* sums, CombineAndMeasure to) {
 }
 
 // Block (expert, slice): the products of its rows with the other slots of their tokens. A warp takes a row at a time,
-// in order, and adds to a table of its own: sums [experts of this launch, kSlices, E].
+// in order, and adds to a table of its own: sums [experts of this launch, slices, E].
 __global__ void __launch_bounds__(kThreads) pairs_kernel(Experts a, int64_t first_expert, double* sums) {
   double* tables = dynamic_shared<double>();  // [warps, E]
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(Experts a, int64_t firs
   __syncthreads();
   const Range range = rows_of(a.offsets, e, a.N);
   double* own = tables + warp * a.E;
-  for (int64_t row = range.first + blockIdx.y * kWarps + warp; row < range.stop; row += kSlices * kWarps) {
+  for (int64_t row = range.first + blockIdx.y * kWarps + warp; row < range.stop; row += gridDim.y * kWarps) {
     const int64_t slot = counted_slot(a, row);
     if (slot < 0) continue;
     const int64_t other = slot / a.K * a.K + lane;
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(Experts a, int64_t firs
     in_turns(expert, a.K, lane, [&] { own[expert] += product; });
   }
   __syncthreads();
-  double* to = sums + (blockIdx.x * kSlices + blockIdx.y) * a.E;
+  double* to = sums + (int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * a.E;
   for (int64_t i = threadIdx.x; i < a.E; i += kThreads) {
     double sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += tables[w * a.E + i];
@@ -115,11 +116,11 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(Experts a, int64_t firs
 
 // pair_sum[first + i, j] += the slices of sums [i, slice, j], and the mirror. Only the upper half is read, so that both
 // are the same bits.
-__global__ void add_pairs_kernel(const double* sums, int64_t first, int64_t n, int64_t E, double* pair_sum) {
+__global__ void add_pairs_kernel(const double* sums, int64_t slices, int64_t first, int64_t n, int64_t E, double* pair_sum) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x, e = first + at / E, j = at % E;
   if (at >= n * E || j < e) return;
   double sum = 0;
-  for (int s = 0; s < kSlices; ++s) sum += sums[(at / E * kSlices + s) * E + j];
+  for (int64_t s = 0; s < slices; ++s) sum += sums[(at / E * slices + s) * E + j];
   pair_sum[e * E + j] += sum;
   if (j > e) pair_sum[j * E + e] += sum;
 }
@@ -177,13 +178,14 @@ Experts experts_of(const CombineAndMeasure& args, const RowMeasures& rows) {
   return {args.idx, args.order, args.offsets, args.mask, rows, args.N, args.T * args.K, args.E, static_cast<int>(args.K)};
 }
 
-void add_pairs(const CombineAndMeasure& args, const Experts& a, cudaStream_t stream) {
-  const int64_t size = kSlices * a.E * sizeof(double), most = std::max<int64_t>(1, std::min(a.E, kBytes / size));
-  const Scratch<double> sums(most * kSlices * a.E, stream);
+void add_pairs(const CombineAndMeasure& args, const Experts& a, int64_t slices, cudaStream_t stream) {
+  const int64_t size = slices * a.E * sizeof(double), most = std::max<int64_t>(1, std::min(a.E, kBytes / size));
+  const Scratch<double> sums(most * slices * a.E, stream);
   for (int64_t first = 0; first < a.E; first += most) {
     const int64_t n = std::min(most, a.E - first);
-    launch(pairs_kernel, blocks(n, kSlices), kThreads, kWarps * a.E * sizeof(double), stream, a, first, sums);
-    launch(add_pairs_kernel, blocks(parts(n * a.E, kThreads)), kThreads, 0, stream, sums, first, n, a.E, args.pair_sum);
+    launch(pairs_kernel, blocks(n, slices), kThreads, kWarps * a.E * sizeof(double), stream, a, first, sums);
+    launch(add_pairs_kernel, blocks(parts(n * a.E, kThreads)), kThreads, 0, stream, sums, slices, first, n, a.E,
+           args.pair_sum);
   }
 }
 
@@ -192,10 +194,11 @@ void add_pairs(const CombineAndMeasure& args, const Experts& a, cudaStream_t str
 void add_expert_sums(const CombineAndMeasure& args, const RowMeasures& rows, cudaStream_t stream) {
   if (args.E == 0) return;
   const Experts a = experts_of(args, rows);
-  const Scratch<Scalars> sums(a.E * kSlices, stream);
-  launch(scalars_kernel, blocks(a.E, kSlices), kThreads, 0, stream, a, sums);
-  launch(add_scalars_kernel, blocks(parts(a.E, kThreads)), kThreads, 0, stream, sums, args);
-  add_pairs(args, a, stream);
+  const int64_t slices = std::max<int64_t>(1, std::min(kSlices, args.N / (kLeast * args.E)));
+  const Scratch<Scalars> sums(a.E * slices, stream);
+  launch(scalars_kernel, blocks(a.E, slices), kThreads, 0, stream, a, sums);
+  launch(add_scalars_kernel, blocks(parts(a.E, kThreads)), kThreads, 0, stream, sums, slices, args);
+  add_pairs(args, a, slices, stream);
   if (args.residual)
     launch(residual_tokens_kernel, blocks(parts(args.T, kThreads)), kThreads, 0, stream, args.mask, args.T,
            args.residual_tokens);
