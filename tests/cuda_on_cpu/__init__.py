@@ -28,8 +28,8 @@ SOURCES = HERE.parent.parent / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
-    "-fno-extern-tls-init", "-U_FORTIFY_SOURCE", '-DMOEKERN_CUDA_ARCHITECTURES="none: a CPU"', "-Wall", "-Wextra", "-Werror",
-    "-Wno-unknown-pragmas",
+    "-fno-extern-tls-init", "-U_FORTIFY_SOURCE", '-DMOEKERN_CUDA_ARCHITECTURES="none: a CPU"',
+    "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
 )  # fmt: skip
 
 
