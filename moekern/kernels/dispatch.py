@@ -25,7 +25,7 @@ NOT_IN_TRITON = frozenset(OPS) - {"router_stats", "combine_and_measure", "sort_b
 ONLY_MLP = frozenset(OPS) - {"grouped_mlp"}
 MISSING = {
     ("native", "cpu"): frozenset({"grouped_mlp"}),
-    ("native", "cuda"): frozenset({"router_stats", "combine_and_measure", "grouped_mlp"}),
+    ("native", "cuda"): frozenset({"grouped_mlp"}),
     ("grouped_mm", "cpu"): ONLY_MLP,
     ("grouped_mm", "cuda"): ONLY_MLP,
     ("triton", "cpu"): NOT_IN_TRITON,

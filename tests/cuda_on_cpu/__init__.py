@@ -29,7 +29,7 @@ COMPILER = shutil.which("g++")
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
     "-fno-extern-tls-init", "-U_FORTIFY_SOURCE", '-DMOEKERN_CUDA_ARCHITECTURES="none: a CPU"',
-    "-Wall", "-Wextra", "-Werror",
+    "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
 )  # fmt: skip
 
 
