@@ -1,4 +1,4 @@
-"""The CUDA kernels through nvcc, where there is one. The build compiles them for sm_80 and sm_90; this is a newer GPU."""
+"""The CUDA kernels through nvcc, where there is one: the build compiles them for sm_80 and sm_90, this for newer GPUs."""
 
 from __future__ import annotations
 
