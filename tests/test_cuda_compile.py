@@ -1,4 +1,4 @@
-"""The CUDA kernels through nvcc, where there is one: the build compiles them for sm_80 and sm_90, this for newer GPUs."""
+"""The CUDA kernels through nvcc, where there is one: the build compiles for sm_80 and sm_90, this for newer GPUs."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekern.benchmark.inputs import MODELS, Layer, normal, routing
+from moekern import kernels
+from moekern.benchmark.inputs import MODELS, Layer, Routing, normal, routing
 from moekern.benchmark.records import Line
 from moekern.benchmark.timing import DEVICE, interleaved
 from moekern.decoder.transformers_api import EXPERTS_FUNCTIONS
@@ -48,9 +49,13 @@ def lines(model: str, repeats: int, flops: float = FLOPS, weights: float = WEIGH
     runs: dict[str, Callable[[], Tensor]] = {"plain": plain}
     for name, dimensions in VARIANTS.items():
         runs[name] = measured(block, hidden, args.topk_idx, gates, args.logits, layer, dimensions)
+    if not getattr(block, "is_transposed", False):
+        for backend in kernels.available()["grouped_mlp"][DEVICE]:
+            if backend != "reference" and (backend, DEVICE) != ("triton", "cpu"):  # there only its interpreter
+                runs[f"grouped_mlp {backend}"] = one_op(block, hidden, gates, args, layer, backend)
     with torch.no_grad():
         want = plain()
-        for name in VARIANTS:
+        for name in [name for name in runs if name != "plain"]:
             got = runs[name]()
             # grouped_mm rounds gate x y to bfloat16 (2^-9) before it adds K of them; both round once at the end.
             largest = float(want.abs().max())
@@ -70,6 +75,21 @@ def lines(model: str, repeats: int, flops: float = FLOPS, weights: float = WEIGH
 
 def ratio(t: float, times: Mapping[str, float]) -> float:
     return round(t / times["plain"], 3)
+
+
+def one_op(
+    block: Any, hidden: Tensor, gates: Tensor, args: Routing, layer: Layer, backend: str
+) -> Callable[[], Tensor]:
+    """The block as one op, measured, on the module's weights; the sort is not counted."""
+    sums = kernels.expert_sums(layer.E, 0, DEVICE)
+
+    def run() -> Tensor:
+        return kernels.grouped_mlp(
+            hidden, block.gate_up_proj, block.down_proj, gates, args.topk_idx, args.order, args.offsets, None, sums,
+            backend=backend,
+        )  # fmt: skip
+
+    return run
 
 
 def experts_block(model: str, layer: Layer) -> nn.Module:

@@ -28,7 +28,7 @@ from moekern.errors import first_line
 
 WORDS = ("op", "case", "size", "backend", "target")
 NUMBERS = ("us", "gb_s", "gflop_s", "share", "over_eager", "over_compiled", "over_plain")
-OURS = ("native", "grouped_mm", "triton", "measured", "measured+dimensions")
+OURS = ("native", "triton", "measured", "measured+dimensions", "grouped_mlp grouped_mm", "grouped_mlp triton")
 
 
 def measure(
@@ -137,7 +137,7 @@ def target(line: Line) -> str | None:
         return float(str(line.get(key) or 0))
 
     op, case, backend = line["op"], line["case"], line["backend"]
-    if line.get("us") is None or backend in ("eager", "compiled", "gemm", "reference", "plain"):
+    if line.get("us") is None or backend not in OURS:
         return None
     wanted: list[tuple[str, bool]] = []
     if op == "experts block":
