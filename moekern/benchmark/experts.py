@@ -29,7 +29,7 @@ CLASSES = {
     "gpt-oss-120b": ("gpt_oss", "GptOssExperts"),
     "deepseek-v3": ("deepseek_v3", "DeepseekV3Experts"),
 }
-FLOPS = 4e14 if DEVICE == "cuda" else 4e10  # of one call, at most
+FLOPS = 4e14 if DEVICE == "cuda" else 8e10  # of one call, at most
 WEIGHTS = 24e9 if DEVICE == "cuda" else 2.5e9  # bytes of one block, at most
 VARIANTS = {"measured": False, "measured+dimensions": True}
 
