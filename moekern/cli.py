@@ -122,7 +122,14 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
-    dimensions: Annotated[bool, typer.Option(help="Keep the per-dimension sums [E, H] that ean_dim needs.")] = True,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure this too; repeatable: dimensions (the default), vocabulary, coalitions, outliers, reap, "
+            "replay, weights; routed alone for none. `moekern criteria --json` says which one a criterion needs."
+        ),
+    ] = None,
+    replay_tokens: Annotated[int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")] = 512,
     backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -132,8 +139,8 @@ def calibrate(
     from moekern.hub import model_folder
 
     options = stages.Calibration(
-        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, dimensions, backend,
-        trust_remote_code,
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
+        ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens,
     )  # fmt: skip
     statistics = stages.calibrate_to(model_folder(model), options, out)
     _result(as_json, {"out": str(out), **statistics.header}, lambda: tables.statistics(statistics, out))
@@ -161,7 +168,7 @@ def criteria(as_json: Json = False) -> None:
     """List the criteria that score, plan and run know."""
     from moekern.criteria import CRITERIA
 
-    rows = [{"name": c.name, "meaning": c.meaning, "paper": c.paper} for c in CRITERIA.values()]
+    rows = [{"name": c.name, "meaning": c.meaning, "tier": c.tier, "paper": c.paper} for c in CRITERIA.values()]
     _result(as_json, rows, lambda: tables.criteria(rows))
 
 
@@ -351,7 +358,7 @@ def run(
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        dimensions=criterion_named(criterion).tier == "dimensions", trust_remote_code=trust_remote_code,
+        tiers=(criterion_named(criterion).tier,), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     done = stages.run(
         model_folder(model), options, out,
