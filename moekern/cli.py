@@ -126,7 +126,7 @@ def calibrate(
         list[str] | None,
         typer.Option(
             help="Measure this too; repeatable: dimensions (the default), vocabulary, coalitions, outliers, reap, "
-            "replay, weights; routed alone for none. `moekern criteria --json` says which one a criterion needs."
+            "replay, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
         ),
     ] = None,
     replay_tokens: Annotated[int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")] = 512,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def criteria(rows: Sequence[Mapping[str, str]]) -> None:
-    """Name, meaning and paper of every criterion."""
-    show("criteria, higher is kept", ("name", "meaning", "paper"), [tuple(row.values()) for row in rows])
+    """Name, meaning, tier and paper of every criterion."""
+    show("criteria, higher is kept", ("name", "meaning", "tier", "paper"), [tuple(row.values()) for row in rows])
 
 
 def overview(found: Overview) -> None:
