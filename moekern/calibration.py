@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moekern import kernels
 from moekern.architectures import Layout, find_layout
@@ -15,12 +18,20 @@ from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.errors import InputError
-from moekern.recorder import Recorder
+from moekern.recorder import OutlierRecorder, Recorder
+from moekern.replay import Replay, sample
 from moekern.seam import observed
 from moekern.statistics import Statistics, make_header
+from moekern.sums import TIERS
+from moekern.tiers import wanted_tiers
 from moekern.version import versions
+from moekern.weighing import weigh_layer
 
 OPS = ("router_stats", "sort_by_expert", "combine_and_measure")
+TIER_OPS = {"vocabulary": ("vocabulary",), "replay": ("similarity",)}
+WEIGHT_OPS = ("weight_stats", "similarity", "dequantize")  # on the CPU
+MEASURED = tuple(tier for tier in TIERS if tier != "gradient")
+REPLAY_TOKENS = 512
 
 
 def calibrate(
@@ -29,53 +40,127 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    dimensions: bool = True,
+    tiers: Collection[str] = ("dimensions",),
+    replay_tokens: int = REPLAY_TOKENS,
     backend: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
-    """Measure the routed tier of every MoE layer over all tokens of `data`.
+    """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
     Weights are in the checkpoint's dtype unless `dtype` is given; at most the skeleton and two decoder layers are
-    resident. `dimensions` keeps the per-dimension sums [E, H] that ean_dim needs. `progress(done, total)` counts
-    decoder layers. Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors.
+    resident. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
+    `replay_tokens` tokens of each domain. `progress(done, total)` counts decoder layers over all passes. Raises
+    InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot be
+    measured there.
     """
+    wanted = wanted_tiers(tiers, MEASURED, "calibrate")
+    if replay_tokens < 1:
+        raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    backends = _backends(device, backend)
-    recorder = Recorder(dimensions=dimensions, backend=backend)
+    backends = _backends(device, backend, wanted)
+    recorder = Recorder(tiers=[tier for tier in wanted if tier != "weights"], backend=backend)
     with open_layerwise(
         checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ) as layerwise:
-        _measure(layerwise, data, recorder, progress)
+        recorder.words = -(-layerwise.vocab_size // 64)
+        passes = [recorder]
+        if "outliers" in wanted:
+            passes.append(OutlierRecorder(tiers=(), backend=backend, first=recorder.sums))
+        step = _steps(progress, (max(layerwise.moe_keys) + 1) * len(passes) + len(layout.layers) * ("weights" in wanted))
+        weights = _weigh(checkpoint, layout, backend, step) if "weights" in wanted else {}
+        replay = _replay(layerwise, recorder) if "replay" in wanted else None
+        _measure(layerwise, data, recorder, replay, replay_tokens, step)
+        for again in passes[1:]:
+            _measure(layerwise, data, again, None, 0, step)
+    for key, fields in weights.items():
+        recorder.sums[key] = {domain: replace(sums, **fields) for domain, sums in recorder.sums[key].items()}
     return _statistics(checkpoint, layout, data, recorder, backends, dtype)
 
 
+def _steps(progress: Callable[[int, int], None], total: int) -> Callable[[], None]:
+    done = itertools.count(1)
+    return lambda: progress(next(done), total)
+
+
+def _weigh(
+    checkpoint: Checkpoint, layout: Layout, backend: str | None, step: Callable[[], None]
+) -> dict[str, dict[str, Tensor]]:
+    """Layer key -> the fields of its weights tier."""
+    found = {}
+    for key, layer in layout.layers.items():
+        weighed = weigh_layer(checkpoint, layer, backend=backend)
+        found[key] = {f.name: getattr(weighed, f.name) for f in fields(weighed) if f.metadata["tier"] == "weights"}
+        step()
+    return found
+
+
+def _replay(layerwise: LayerwiseModel, recorder: Recorder) -> Replay:
+    layout = layerwise.layout
+    if any(t.trailing for layer in layout.layers.values() for t in layer.tensors):
+        raise InputError(f"--tier replay: {layout.family.name} also routes to what is no expert, which is not replayed")
+    layers = {key: layerwise.layers[i] for i, key in layerwise.moe_keys.items()}
+    return Replay(layerwise.loader, layout, layers, backend=recorder.backend)
+
+
 def _measure(
-    layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, progress: Callable[[int, int], None]
+    layerwise: LayerwiseModel,
+    data: TokenData,
+    recorder: Recorder,
+    replay: Replay | None,
+    replay_tokens: int,
+    step: Callable[[], None],
 ) -> None:
+    """One pass over weights and data."""
     model: Any = layerwise.model
     layout = layerwise.layout
     modules = {key: layerwise.layers[i] for i, key in layerwise.moe_keys.items()}
-    last = max(layerwise.moe_keys)
     empty = any(t.trailing for layer in layout.layers.values() for t in layer.tensors)
+    last = {batch.domain: number for number, batch in enumerate(data.batches)}
+    sampled = _samples(data, replay_tokens)
 
-    def forward(batch: Batch) -> None:
-        model(input_ids=batch.input_ids.to(layerwise.device), use_cache=False)
+    def forward(task: tuple[int, Batch]) -> None:
+        model(input_ids=task[1].input_ids.to(layerwise.device), use_cache=False)
 
     @contextmanager
-    def entering(batch: Batch, layer: int) -> Iterator[None]:
+    def entering(task: tuple[int, Batch], layer: int) -> Iterator[None]:
+        number, batch = task
+        key = layerwise.moe_keys.get(layer)
         recorder.domain = batch.domain
+        recorder.token_ids = batch.input_ids.reshape(-1).to(layerwise.device)
+        if replay is not None:
+            B, S = batch.input_ids.shape
+            replay.domain, replay.rows, replay.shape = batch.domain, sampled[number], (B, S)
         yield
+        if replay is not None and key is not None and number == last[batch.domain]:
+            replay.finish(key, batch.domain, recorder.sums[key][batch.domain])
 
     def done(i: int) -> None:
         if i in layerwise.moe_keys:
             recorder.check(layerwise.moe_keys[i], layout.top_k)
+            recorder.finish(layerwise.moe_keys[i])
             _check_finite(recorder, layerwise.moe_keys[i], layout.top_k)
-        progress(i + 1, last + 1)
+        step()
 
-    with observed(model, modules, recorder, score=layout.family.score, empty_slots=empty):
-        layerwise.run(data.batches, forward, entering=entering, stop_after=last, progress=done)
+    with ExitStack() as stack:
+        probes = stack.enter_context(
+            observed(model, modules, recorder, score=layout.family.score, empty_slots=empty)
+        )
+        if replay is not None:
+            stack.enter_context(replay.watching(probes))
+        tasks = list(enumerate(data.batches))
+        layerwise.run(tasks, forward, entering=entering, stop_after=max(layerwise.moe_keys), progress=done)
+
+
+def _samples(data: TokenData, size: int) -> dict[int, Tensor]:
+    """Batch number -> its tokens that are replayed, `size` for each domain."""
+    found = {}
+    for domain in data.tokens:
+        numbers = [number for number, batch in enumerate(data.batches) if batch.domain == domain]
+        rows = sample([data.batches[number].input_ids.numel() for number in numbers], size)
+        found |= dict(zip(numbers, rows, strict=True))
+    return found
 
 
 def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
@@ -89,11 +174,13 @@ def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
             )
 
 
-def _backends(device: str, backend: str | None) -> dict[str, str]:
+def _backends(device: str, backend: str | None, tiers: Collection[str]) -> dict[str, str]:
     """Which backend serves each op, for the statistics' header."""
     kind = torch.device(device).type
+    ops = dict.fromkeys(WEIGHT_OPS, "cpu") if "weights" in tiers else {}
+    ops |= dict.fromkeys((*OPS, *(op for tier in tiers for op in TIER_OPS.get(tier, ()))), kind)
     try:
-        return {op: kernels.backend_for(op, kind, backend) for op in OPS}
+        return {op: kernels.backend_for(op, where, backend) for op, where in ops.items()}
     except NotImplementedError as error:
         raise InputError(f"--backend {backend}: {error}") from error
 

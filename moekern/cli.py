@@ -102,7 +102,14 @@ def calibrate(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
-    dimensions: Annotated[bool, typer.Option(help="Keep the per-dimension sums [E, H] that ean_dim needs.")] = True,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure this too; repeatable: dimensions (the default), vocabulary, coalitions, outliers, reap, "
+            "replay, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
+        ),
+    ] = None,
+    replay_tokens: Annotated[int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")] = 512,
     backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -112,8 +119,8 @@ def calibrate(
     from moekern.hub import model_folder
 
     options = stages.Calibration(
-        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, dimensions, backend,
-        trust_remote_code,
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
+        ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens,
     )  # fmt: skip
     statistics = stages.calibrate_to(model_folder(model), options, out)
     result(as_json, {"out": str(out), **statistics.header}, lambda: tables.statistics(statistics, out))
@@ -281,7 +288,7 @@ def run(
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        dimensions=criterion_named(criterion).tier == "dimensions", trust_remote_code=trust_remote_code,
+        tiers=(criterion_named(criterion).tier,), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     done = stages.run(
         model_folder(model), options, out,

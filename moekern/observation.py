@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from moekern.errors import InputError
 from moekern.recorder import Recorder
 from moekern.seam import experts_of, observed
 from moekern.statistics import Statistics, make_header
+from moekern.tiers import wanted_tiers
 from moekern.version import versions
+
+OBSERVED = ("dimensions", "vocabulary", "coalitions", "reap")
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def observe(
     *,
     domain: str = DEFAULT_DOMAIN,
     checkpoint: str | Path | None = None,
-    dimensions: bool = True,
+    tiers: Collection[str] = ("dimensions",),
     backend: str | None = None,
 ) -> Iterator[Statistics]:
     """Measure every forward pass of a transformers model while the context is open; its outputs stay the model's own.
@@ -40,7 +43,7 @@ def observe(
         plan = moekern.make_plan(statistics, "reap", keep=0.5)
 
     Padding does not count: an `attention_mask` [B, S] given to the model's forward says what it is; one given here
-    holds for all passes and goes first. `checkpoint` is the folder the model came from; it ties plans to it.
+    holds for all passes and goes first. `tiers` are of OBSERVED: what one pass can measure. `checkpoint` is the folder the model came from; it ties plans to it.
     Inference only: no gradient flows through measured experts. Raises InputError for a model whose family is unknown
     or whose experts cannot be seen.
     """
@@ -50,8 +53,9 @@ def observe(
         raise InputError(f"{type(model).__name__}: model_type {model.config.model_type!r} is no family moekern knows")
     _, decoder = loader_of(model).decoder_layers()
     layers = {str(i): layer for i, layer in enumerate(decoder) if experts_of(layer) is not None}
-    recorder = Recorder(dimensions=dimensions, backend=backend, domain=domain)
-    handle = model.register_forward_pre_hook(_masking(recorder, attention_mask), with_kwargs=True)
+    words = -(-model.get_input_embeddings().num_embeddings // 64)
+    recorder = Recorder(wanted_tiers(tiers, OBSERVED, "observe"), backend=backend, domain=domain, words=words)
+    handle = model.register_forward_pre_hook(_before(recorder, attention_mask), with_kwargs=True)
     header: dict[str, Any] = {}
     try:
         empty = trailing_rows(family, config) > 0
@@ -66,6 +70,7 @@ def observe(
     chosen = top_k(family, config, source, some.num_experts)
     for key in recorder.sums:
         recorder.check(key, chosen)
+        recorder.finish(key)
     n_group, topk_group = groups(family, config, source, some.num_experts)
     header |= make_header(
         fingerprint=open_checkpoint(checkpoint).fingerprint if checkpoint else "",
@@ -84,12 +89,14 @@ def observe(
     )
 
 
-def _masking(recorder: Recorder, fixed: Tensor | None) -> Any:
+def _before(recorder: Recorder, fixed: Tensor | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = fixed if fixed is not None else kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
             recorder.mask = mask.reshape(-1).bool()
         else:
             recorder.mask = None
+        token_ids = kwargs.get("input_ids", args[0] if args else None)
+        recorder.token_ids = token_ids.reshape(-1) if isinstance(token_ids, Tensor) else None
 
     return hook

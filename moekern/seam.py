@@ -24,9 +24,20 @@ from moekern.decoder.transformers_api import (
     router_modules,
 )
 from moekern.errors import InputError
-from moekern.recorder import Recorder, Routed, route
+from moekern.recorder import Recorder
+from moekern.routed import Outputs, Seen, route
 
 NAME = "moekern"
+
+
+@dataclass
+class Chosen(Exception):
+    """Leaves a block as soon as its router has chosen: what the experts would have been called with."""
+
+    ids: Tensor  # [T, K], below 0 or from num_experts on where a slot is empty
+    gates: Tensor  # [T, K], as they multiply what `outputs` gives
+    num_experts: int
+    outputs: Outputs
 
 
 @dataclass
@@ -38,27 +49,58 @@ class Probe:
     empty_slots: bool  # the model may hand out ids that are no expert
     recorder: Recorder
     logits: Tensor | None = None  # of the batch in flight, from the router's hook
+    norm: tuple[Tensor, Tensor] | None = None  # input and output of the norm that ran last
+    ids: Tensor | None = None  # [T, K] of the batch that ran last
+    choosing: bool = False  # raise Chosen instead of running experts
 
-    def route(self, ids: Tensor, num_experts: int) -> Routed:
-        return route(ids, num_experts, empty_slots=self.empty_slots, backend=self.recorder.backend)
-
-    def measure(self, ids: Tensor, gates: Tensor, y: Tensor, routed: Routed, *, gates_applied: bool = False) -> Tensor:
+    def measure(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        num_experts: int,
+        outputs: Outputs,
+        *,
+        gates_applied: bool = False,
+    ) -> Tensor:
+        """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in routed.Seen."""
         logits, self.logits = self.logits, None
-        return self.recorder.measure(self.layer, self.score, logits, ids, gates, y, routed, gates_applied=gates_applied)
+        norm, self.norm = self.norm, None
+        if self.choosing:
+            raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs)
+        self.ids = ids
+        routed = route(ids, num_experts, empty_slots=self.empty_slots, backend=self.recorder.backend)
+        y = outputs(routed.order // ids.shape[1], routed.offsets)
+        residual = _stream(norm, hidden, y)
+        seen = Seen(logits, ids, gates, routed, y, outputs, residual, gates_applied)
+        return self.recorder.measure(self.layer, self.score, seen)
+
+
+def _stream(norm: tuple[Tensor, Tensor] | None, hidden: Tensor, y: Tensor) -> Tensor | None:
+    """The residual stream [T, H]: what went into the norm whose output is the experts' input; None where none is."""
+    if norm is None:
+        return None
+    before, after = norm
+    same = after.data_ptr() == hidden.data_ptr() and after.numel() == hidden.numel()
+    if not same or before.shape != after.shape or before.shape[-1] != y.shape[1]:
+        return None
+    return before.reshape(-1, before.shape[-1]).to(y.dtype).contiguous()
 
 
 @contextmanager
 def observed(
     model: nn.Module, layers: Mapping[str, nn.Module], recorder: Recorder, *, score: str, empty_slots: bool = False
-) -> Iterator[None]:
+) -> Iterator[dict[str, Probe]]:
     """Measure the experts of these decoder layers (plan key -> module) into `recorder` while the context is open.
 
+    Gives each layer's probe.
     Raises InputError for a layer whose experts moekern has no way to see.
     """
     with ExitStack() as stack:
         interfaced: list[nn.Module] = []
+        probes: dict[str, Probe] = {}
         for key, layer in layers.items():
-            probe = Probe(key, score, empty_slots, recorder)
+            probe = probes[key] = Probe(key, score, empty_slots, recorder)
             block = experts_of(layer)
             if block is None:
                 raise InputError(f"layer {key}: {type(layer).__name__} has no experts that moekern can observe")
@@ -72,8 +114,11 @@ def observed(
             for path, index in router_modules(layer, model).items():
                 handle = layer.get_submodule(path).register_forward_hook(_keep_logits(probe, index))
                 stack.callback(handle.remove)
+            for child in layer.children():
+                if "Norm" in type(child).__name__:
+                    stack.callback(child.register_forward_hook(_keep_norm(probe)).remove)
         stack.enter_context(experts_implementation(interfaced, NAME))
-        yield
+        yield probes
 
 
 def experts_of(layer: nn.Module) -> nn.Module | None:
@@ -92,28 +137,37 @@ def _keep_logits(probe: Probe, index: int) -> Callable[..., None]:
     return hook
 
 
+def _keep_norm(probe: Probe) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            probe.norm = args[0], output
+
+    return hook
+
+
 @torch.no_grad()
 def measured_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Drop-in for transformers' experts functions: the routed rows only, combined and measured in one read of each."""
     return _measured(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _interface_outputs)
 
 
-Outputs = Callable[[Any, Tensor, Routed], Tensor]
+RowOutputs = Callable[[Any, Tensor, Tensor], Tensor]  # (module, rows [N, H] grouped by expert, offsets [E + 1]) -> y
 
 
-def _measured(self: Any, hidden: Tensor, ids: Tensor, gates: Tensor, num_experts: int, outputs: Outputs) -> Tensor:
+def _measured(self: Any, hidden: Tensor, ids: Tensor, gates: Tensor, num_experts: int, of_rows: RowOutputs) -> Tensor:
+    def outputs(tokens: Tensor, offsets: Tensor) -> Tensor:
+        return of_rows(self, hidden[tokens], offsets)
+
     probe: Probe = self._moekern_probe
     if probe.empty_slots:
         ids = torch.where(gates == 0, -1, ids)
-    routed = probe.route(ids, num_experts)
-    y = outputs(self, hidden[routed.order // ids.shape[1]], routed)
-    return probe.measure(ids, gates, y, routed).to(hidden.dtype)
+    return probe.measure(hidden, ids, gates, num_experts, outputs).to(hidden.dtype)
 
 
-def _interface_outputs(self: Any, rows: Tensor, routed: Routed) -> Tensor:
+def _interface_outputs(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     """Outputs of rows grouped by expert, from the attributes transformers sets on every experts class it decorates."""
-    sizes = routed.offsets.diff()
-    ends = routed.offsets[1:].to(torch.int32)
+    sizes = offsets.diff()
+    ends = offsets[1:].to(torch.int32)
 
     def bias(name: str) -> Tensor | None:
         return getattr(self, name).repeat_interleave(sizes, dim=0, output_size=len(rows)) if self.has_bias else None
@@ -129,8 +183,8 @@ def _interface_outputs(self: Any, rows: Tensor, routed: Routed) -> Tensor:
 
 @torch.no_grad()
 def _step3p7(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    def outputs(self: Any, rows: Tensor, routed: Routed) -> Tensor:
-        ends = routed.offsets[1:].to(torch.int32)
+    def outputs(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+        ends = offsets[1:].to(torch.int32)
         return grouped_linear(self._apply_gate(grouped_linear(rows, self.gate_up_proj, ends)), self.down_proj, ends)
 
     return _measured(self, hidden_states, top_k_index, top_k_weights, self.num_experts, outputs)
@@ -140,8 +194,8 @@ def _step3p7(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 def _longcat_flash(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Ids from the number of routed experts on are identity experts: they add gate x input and are not counted."""
 
-    def outputs(self: Any, rows: Tensor, routed: Routed) -> Tensor:
-        ends = routed.offsets[1:].to(torch.int32)
+    def outputs(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+        ends = offsets[1:].to(torch.int32)
         up = grouped_linear(rows, self.gate_up_proj[: self.num_routed_experts], ends)
         gate, up = up.chunk(2, dim=-1)
         return grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
@@ -153,8 +207,8 @@ def _longcat_flash(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 
 @torch.no_grad()
 def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    def outputs(self: Any, rows: Tensor, routed: Routed) -> Tensor:
-        ends = routed.offsets[1:].to(torch.int32)
+    def outputs(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+        ends = offsets[1:].to(torch.int32)
         w1, v1, w2 = (
             w.view(self.num_experts, self.ffn_hidden_size, self.hidden_size)
             for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2)
@@ -172,13 +226,17 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     hidden = hidden_states.reshape(-1, self.hidden_dim)
     scores, logits = self.router(hidden)
     ids = logits.topk(self.top_k, dim=1).indices
+    scales = torch.sigmoid(logits.float()).to(logits.dtype)  # the gate of every expert, were it chosen
+
+    def outputs(tokens: Tensor, offsets: Tensor) -> Tensor:
+        expert = torch.arange(self.num_experts, device=hidden.device).repeat_interleave(offsets.diff())
+        rows = hidden[tokens] * scales[tokens, expert][:, None]
+        ends = offsets[1:].to(torch.int32)
+        gate, up = grouped_linear(rows, self.experts.gate_up_proj, ends, is_transposed=True).chunk(2, dim=-1)
+        return grouped_linear(up * self.experts.act_fn(gate), self.experts.down_proj, ends, is_transposed=True)
+
     gates = scores.gather(1, ids)
-    routed = self._moekern_probe.route(ids, self.num_experts)
-    rows = hidden[routed.order // self.top_k] * gates.reshape(-1, 1)[routed.order]
-    ends = routed.offsets[1:].to(torch.int32)
-    gate, up = grouped_linear(rows, self.experts.gate_up_proj, ends, is_transposed=True).chunk(2, dim=-1)
-    y = grouped_linear(up * self.experts.act_fn(gate), self.experts.down_proj, ends, is_transposed=True)
-    out = self._moekern_probe.measure(ids, gates, y, routed, gates_applied=True)
+    out = self._moekern_probe.measure(hidden, ids, gates, self.num_experts, outputs, gates_applied=True)
     return self.shared_expert(hidden) + out.to(hidden.dtype), logits
 
 
@@ -188,12 +246,14 @@ def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
     logits = self.router(hidden)[-1]
     top, ids = logits.topk(self.router.top_k, dim=1)
     gates = F.softmax(top, dim=1).type_as(hidden)
-    routed = self._moekern_probe.route(ids, self.router.num_experts)
-    sizes = routed.offsets.diff().tolist()
-    gate, up = self.input_linear(hidden[routed.order // self.router.top_k], sizes).chunk(2, dim=-1)
-    y = self.output_linear(self.activation(gate) * up, sizes)
-    out = self._moekern_probe.measure(ids, gates, y, routed)
-    return out.to(layer_input.dtype).view_as(layer_input) + self.bias
+
+    def outputs(tokens: Tensor, offsets: Tensor) -> Tensor:
+        sizes = offsets.diff().tolist()
+        gate, up = self.input_linear(hidden[tokens], sizes).chunk(2, dim=-1)
+        return self.output_linear(self.activation(gate) * up, sizes)  # type: ignore[no-any-return]
+
+    out = self._moekern_probe.measure(hidden, ids, gates, self.router.num_experts, outputs)
+    return out.to(layer_input.dtype).view_as(layer_input) + self.bias  # type: ignore[no-any-return]
 
 
 ADAPTERS: dict[str, Callable[..., Any]] = {

@@ -15,7 +15,7 @@ import torch
 
 from moekern import console
 from moekern.architectures import find_layout
-from moekern.calibration import calibrate
+from moekern.calibration import MEASURED, REPLAY_TOKENS, calibrate
 from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.copying import room_needed
 from moekern.criteria import criterion_named, score_layer
@@ -29,6 +29,7 @@ from moekern.planning import make_plan
 from moekern.preflight import check_space, check_target
 from moekern.pruning import Mtp, PruneReport, prune
 from moekern.statistics import Statistics
+from moekern.tiers import wanted_tiers
 from moekern.verification import VerifyReport, verify
 from moekern.weighing import weigh
 
@@ -44,9 +45,10 @@ class Calibration:
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None
-    dimensions: bool = True
+    tiers: tuple[str, ...] = ("dimensions",)
     backend: str | None = None
     trust_remote_code: bool = False
+    replay_tokens: int = REPLAY_TOKENS
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -129,6 +131,7 @@ def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise InputError(f"--out {out}: no permission to write in {out.parent}")
     check_device(options.device)
+    wanted_tiers(options.tiers, MEASURED, "calibrate")
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     return _measure(checkpoint, read_tokens(checkpoint, options), options, out)
@@ -142,7 +145,8 @@ def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out:
             data,
             device=options.device,
             dtype=options.torch_dtype,
-            dimensions=options.dimensions,
+            tiers=options.tiers,
+            replay_tokens=options.replay_tokens,
             backend=options.backend,
             trust_remote_code=options.trust_remote_code,
             progress=step,
@@ -215,7 +219,7 @@ def run(
 ) -> Run:
     """Calibrate, plan, prune, verify. Statistics of an earlier run with the same model and data are used again."""
     check_device(options.device)
-    criterion_named(criterion)
+    wanted_tiers(options.tiers, MEASURED, "calibrate")
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint))
     check_target(checkpoint.folder, out)
@@ -247,7 +251,7 @@ def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calib
         and len(runs) == 1
         and runs[0].get("dtype") == options.dtype
         and runs[0].get("data") == json.loads(json.dumps(data.recipe))
-        and (not options.dimensions or all(s.dimensions for domains in found.layers.values() for s in domains.values()))
+        and all(set(options.tiers) <= {"routed", *s.tiers} for parts in found.layers.values() for s in parts.values())
     )
     if same:
         console.say(f"using the statistics of an earlier run: {path}")

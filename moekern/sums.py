@@ -174,7 +174,7 @@ class LayerStatistics:
             changed[f.name] = value
         if self.coalitions.numel():
             ids = perm.argsort()[self.coalitions[:, :-1]].sort(1).values
-            changed["coalitions"] = _merge_rows(torch.cat([ids, self.coalitions[:, -1:]], 1), self.coalitions[:0])
+            changed["coalitions"] = merge_rows(torch.cat([ids, self.coalitions[:, -1:]], 1), self.coalitions[:0])
         if self.subset_loss.numel():
             masks = torch.arange(len(self.subset_loss))
             bits = (masks[:, None] >> torch.arange(self.num_experts)) & 1  # of new experts
@@ -260,7 +260,7 @@ def _problem(f: Field[Any], value: Tensor, size: dict[str, int]) -> str | None:
     return None
 
 
-def _merge_rows(a: Tensor, b: Tensor) -> Tensor:
+def merge_rows(a: Tensor, b: Tensor) -> Tensor:
     """Rows whose last number counts the others: equal ones are united, in rising order."""
     rows = torch.cat([part for part in (a, b) if part.numel()]) if a.numel() or b.numel() else a
     if not rows.numel():
@@ -275,5 +275,5 @@ MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": torch.maximum,
     "or": torch.bitwise_or,
     "same": lambda a, b: a if a.numel() else b,
-    "rows": _merge_rows,
+    "rows": merge_rows,
 }

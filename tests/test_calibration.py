@@ -15,7 +15,8 @@ from moekern.calibration import calibrate
 from moekern.data import Batch, TokenData
 from moekern.errors import InputError
 from moekern.observation import observe
-from moekern.recorder import Recorder, route
+from moekern.recorder import Recorder
+from moekern.routed import route
 from moekern.statistics import LayerStatistics, Statistics, merge
 from tests import families
 
@@ -170,7 +171,7 @@ def test_routing_groups_slots_stably_and_leaves_out_empty_ones() -> None:
 
 def test_the_memory_for_output_dimensions_is_optional(family_checkpoint: MakeCheckpoint) -> None:
     folder = family_checkpoint("qwen3_moe")
-    with_, without = (calibrate(folder, _data("qwen3_moe", 1), dimensions=d) for d in (True, False))
+    with_, without = (calibrate(folder, _data("qwen3_moe", 1), tiers=tiers) for tiers in (["dimensions"], []))
     assert with_.layer("0").dimensions == 32
     assert without.layer("0").dimensions == 0
     assert torch.equal(with_.layer("0").pair_sum, without.layer("0").pair_sum)

@@ -159,7 +159,7 @@ def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
 def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(MODEL)
     options = stages.Calibration(
-        (f"a={TEXT / 'c'}",), tokens=256, sequence_length=64, dtype="float32", dimensions=False
+        (f"a={TEXT / 'c'}",), tokens=256, sequence_length=64, dtype="float32", tiers=("routed",)
     )
     path = tmp_path / "s.safetensors"
     stages.calibrate_to(MODEL, options, path)

@@ -1,0 +1,217 @@
+"""A sample of tokens on which every expert of a layer is run, and on which its router chooses again without some.
+
+Inputs of the sampled tokens are kept while batches go through a layer. Then the model's own block is called on them,
+with experts masked as `decoder.masking` does, and left as soon as its router has chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekern import kernels
+from moekern.architectures import Layout
+from moekern.decoder.masking import masked_layer
+from moekern.decoder.transformers_api import Loader, router_modules
+from moekern.errors import InputError
+from moekern.seam import Chosen, Probe, experts_of
+from moekern.sums import LayerStatistics
+
+TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
+
+
+def sample(tokens: Sequence[int], size: int) -> list[Tensor]:
+    """Which tokens of each batch are replayed: `size` in all, evenly from batches of `tokens` tokens, seeded."""
+    total, rows, before, taken = sum(tokens), list[Tensor](), 0, 0
+    for number, n in enumerate(tokens):
+        before += n
+        upto = min(size, total) * before // total
+        draw = torch.Generator().manual_seed(number)
+        rows.append(torch.randperm(n, generator=draw)[: upto - taken].sort().values)
+        taken = upto
+    return rows
+
+
+@dataclass
+class Replay:
+    """Samples of the layers in flight. `domain`, `rows` and `shape` are of the batch in flight."""
+
+    loader: Loader
+    layout: Layout
+    layers: Mapping[str, nn.Module]  # plan key -> decoder layer
+    backend: str | None = None
+    domain: str = ""
+    rows: Tensor | None = None  # flat positions
+    shape: tuple[int, int] = (0, 0)  # B, S
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    samples: dict[tuple[str, str], list[tuple[Any, Tensor]]] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, probes: Mapping[str, Probe]) -> Iterator[None]:
+        """Keep samples while the context is open. Raises InputError for a layer whose router cannot be asked again."""
+        self.probes = probes
+        with ExitStack() as stack:
+            for key, layer in self.layers.items():
+                handle = block_of(key, layer, self.loader.model).register_forward_hook(self._keep(key), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def _keep(self, key: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            ids = self.probes[key].ids
+            if self.rows is not None and len(self.rows) and ids is not None:
+                rows = self.rows.to(ids.device)
+                call = _sliced((args, kwargs), self.shape, rows)
+                self.samples.setdefault((key, self.domain), []).append((call, ids[rows]))
+
+        return hook
+
+    def finish(self, key: str, domain: str, sums: LayerStatistics) -> None:
+        """Add the replay of what was sampled of one domain in a layer, whose weights must be loaded."""
+        kept = self.samples.pop((key, domain), [])
+        if not kept:
+            return
+        call = _joined([call for call, _ in kept])
+        chosen = self._choose(key, call)
+        seen = torch.cat([ids for _, ids in kept])
+        # Products of another shape round differently, so a near tie may go the other way; a wrong call changes most.
+        same = seen.shape == chosen.ids.shape and (seen.sort(1).values == chosen.ids.sort(1).values).all(1)
+        if not torch.as_tensor(same).sum() * 8 >= len(seen) * 7:
+            raise InputError(f"--tier replay: layer {key}: {self._name(key)} does not choose alike when asked again")
+        E = sums.num_experts
+        gates = _dense(chosen, E)
+        lost = self._deletions(key, call, chosen, gates)
+        subsets = self._subsets(key, call, chosen, gates) if sums.subset_loss.numel() else None
+        n, H = len(gates), sums.output_sum.shape[1]
+        step = max(1, TILE // (E * H))
+        for start in range(0, n, step):
+            tokens = torch.arange(start, min(n, start + step), device=gates.device)
+            offsets = torch.arange(E + 1, device=gates.device) * len(tokens)
+            y = chosen.outputs(tokens.repeat(E), offsets).view(E, len(tokens), H)
+            part = slice(start, start + step)
+            _add_outputs(y, sums, self.backend)
+            _add_deletions(y, chosen.ids[part].long(), lost[part], sums)
+            if subsets is not None:
+                _add_subsets(y, subsets[part], sums)
+
+    def _name(self, key: str) -> str:
+        return type(block_of(key, self.layers[key], self.loader.model)).__name__
+
+    def _choose(self, key: str, call: Any, dropped: Sequence[int] = ()) -> Chosen:
+        """What the router chooses for a call of the block, with experts masked."""
+        module, probe = self.layers[key], self.probes[key]
+        args, kwargs = call
+        probe.choosing = True
+        try:
+            with masked_layer(self.loader, self.layout.layers[key], module, dropped):
+                block_of(key, module, self.loader.model)(*args, **kwargs)
+        except Chosen as chosen:
+            return chosen
+        finally:
+            probe.choosing = False
+        raise InputError(f"--tier replay: layer {key}: {self._name(key)} calls its experts in a way that is not seen")
+
+    def _deletions(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> Tensor:
+        """[n, K, E]: by how much each token's gates fall when its k-th expert is dropped; 0 for an empty slot."""
+        (n, K), E = chosen.ids.shape, gates.shape[1]
+        lost = torch.zeros(n, K, E, dtype=torch.float64, device=gates.device)
+        for e in range(E):
+            token, slot = (chosen.ids == e).nonzero(as_tuple=True)
+            if len(token):
+                again = self._choose(key, _sliced(call, (1, n), token), (e,))
+                lost[token, slot] = gates[token] - _dense(again, E, (e,))
+        return lost
+
+    def _subsets(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> Tensor:
+        """[n, 2^E, E]: the same for every kept set, by its bits; sets that are too small lose all."""
+        E = gates.shape[1]
+        lost = gates[:, None].repeat(1, 1 << E, 1)
+        for kept in range(1 << E):
+            dropped = [e for e in range(E) if not kept >> e & 1]
+            if E - len(dropped) >= chosen.ids.shape[1]:
+                again = self._choose(key, call, dropped) if dropped else chosen
+                lost[:, kept] -= _dense(again, E, dropped)
+        return lost
+
+
+def block_of(key: str, layer: nn.Module, model: nn.Module) -> nn.Module:
+    """The smallest part of a decoder layer that calls its router and its experts.
+
+    Raises InputError where that is the decoder layer itself, which cannot be run again alone.
+    """
+    experts = experts_of(layer)
+    path = next(name for name, module in layer.named_modules() if module is experts)
+    routers = [name for name in router_modules(layer, model) if name]
+    if not routers:  # the router of a layer that chooses by token id is not recorded: it is beside the experts
+        return layer.get_submodule(path.rpartition(".")[0])
+    while path and not any(router.startswith(path + ".") for router in routers):
+        path = path.rpartition(".")[0]
+    if not path:
+        name = type(layer).__name__
+        raise InputError(f"--tier replay: layer {key}: {name} calls its router itself, so it cannot be asked again")
+    return layer.get_submodule(path)
+
+
+def _sliced(call: Any, shape: tuple[int, int], rows: Tensor) -> Any:
+    """The arguments of a call for some of its B x S tokens: tensors [B, S, ...] become [1, n, ...], [B * S, ...] [n, ...]."""
+    if isinstance(call, Tensor):
+        if call.shape[:2] == shape:
+            return call.flatten(0, 1)[rows][None]
+        return call[rows] if call.shape[:1] == (shape[0] * shape[1],) else call
+    if isinstance(call, dict):
+        return {name: _sliced(value, shape, rows) for name, value in call.items()}
+    return tuple(_sliced(value, shape, rows) for value in call) if isinstance(call, tuple) else call
+
+
+def _joined(calls: Sequence[Any]) -> Any:
+    """One call for the tokens of several, each of which is `_sliced`."""
+    first = calls[0]
+    if isinstance(first, Tensor):
+        axis = 1 if first.ndim > 1 and len(first) == 1 else 0
+        return torch.cat(list(calls), axis)
+    if isinstance(first, dict):
+        return {name: _joined([call[name] for call in calls]) for name in first}
+    return tuple(_joined(values) for values in zip(*calls, strict=True)) if isinstance(first, tuple) else first
+
+
+def _dense(chosen: Chosen, E: int, dropped: Sequence[int] = ()) -> Tensor:
+    """[n, E] float64: each token's gates, 0 where not chosen. A dropped expert that no other could replace adds nothing."""
+    ids = chosen.ids.long()
+    filled = (ids >= 0) & (ids < E)
+    for e in dropped:
+        filled &= ids != e
+    gates = torch.zeros(len(ids), E, dtype=torch.float64, device=ids.device)
+    return gates.scatter_add_(1, ids.where(filled, 0), torch.where(filled, chosen.gates.double(), 0))
+
+
+def _add_outputs(y: Tensor, sums: LayerStatistics, backend: str | None) -> None:
+    """y is [E, n, H]: all experts on a tile of tokens."""
+    alike = kernels.SimilaritySums(sums.replay_tokens, sums.output_gram, sums.output_cosine)
+    kernels.similarity(y, None, alike, backend=backend)
+    for e, rows in enumerate(y):
+        sums.output_sum[e] += rows.double().sum(0)
+
+
+def _add_deletions(y: Tensor, ids: Tensor, lost: Tensor, sums: LayerStatistics) -> None:
+    """Of a tile: ids [n, K], lost [n, K, E]. An empty slot has lost nothing and is left out."""
+    for t, own in enumerate(ids):
+        filled = (own >= 0) & (own < len(y))
+        e = own[filled]
+        delta = lost[t, filled] @ y[:, t].double()
+        sums.deletion_norm_sum[e] += delta.norm(dim=1)
+        sums.deletion_gram[e[:, None], e] += delta @ delta.T
+        sums.deletion_sum[e] += delta
+
+
+def _add_subsets(y: Tensor, lost: Tensor, sums: LayerStatistics) -> None:
+    """Of a tile: lost [n, 2^E, E]; ‖Σ lost y‖² by the token's Gram matrix."""
+    for t, change in enumerate(lost):
+        rows = y[:, t].double()
+        sums.subset_loss.add_(((change @ (rows @ rows.T)) * change).sum(1).clamp(min=0))
+
+

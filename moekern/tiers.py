@@ -1,0 +1,92 @@
+"""Tiers that need no kernel of their own: what one batch adds to a layer's sums."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from moekern.errors import InputError
+from moekern.routed import Seen
+from moekern.sums import TIERS, LayerStatistics
+
+ROWS = 4096  # output rows that are widened to float64 at a time
+
+
+def wanted_tiers(names: Collection[str], measurable: Sequence[str], where: str) -> tuple[str, ...]:
+    """The tiers that are to be measured, in their usual order; "routed" is always there, outliers need dimensions.
+
+    Raises InputError for a name that `where` cannot measure.
+    """
+    for name in names:
+        if name != "routed" and name not in measurable:
+            reason = f"{where} does not measure it" if name in TIERS else "unknown"
+            raise InputError(f"--tier {name}: {reason}; expected one of {', '.join(('routed', *measurable))}")
+    implied = ("dimensions",) if "outliers" in names else ()
+    return tuple(tier for tier in TIERS if tier in names or tier in implied)
+
+
+def chosen_sets(ids: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
+    """Distinct sets of the counted tokens' ids [T, K], as [C, K + 1] int64: rising ids, then how many tokens.
+
+    A token with an empty slot chose fewer than K experts, and is left out.
+    """
+    ids = ids if mask is None else ids[mask]
+    whole = ids[((ids >= 0) & (ids < num_experts)).all(1)].long().sort(1).values
+    sets, counts = whole.unique(dim=0, return_counts=True)
+    return torch.cat([sets, counts[:, None]], 1)
+
+
+def add_reap(seen: Seen, mask: Tensor | None, sums: LayerStatistics) -> None:
+    """Add a batch to the reap tier. seen.logits are [T, E], or None: then compat sums stay as they are.
+
+    Where the K largest logits are not the model's choice, those experts are run too; their outputs go nowhere else.
+    """
+    E, (T, K) = sums.num_experts, seen.ids.shape
+    slot, experts = seen.routed.order, seen.ids.long().reshape(-1)[seen.routed.order]
+    norm = norms(seen.y)
+    counted = torch.ones(T, dtype=torch.bool, device=norm.device) if mask is None else mask
+    gates = torch.where((seen.ids >= 0) & (seen.ids < E), seen.gates, 0).double()
+    total = gates.sum(1)
+    share = torch.ones_like(gates) if seen.gates_applied else gates
+    share = torch.where(total == 0, 0, 1 / total)[:, None] * share
+    dense = torch.full((T, E), torch.nan, dtype=torch.float64, device=norm.device)
+    token = slot // K
+    dense[token, experts] = norm
+    weighed = torch.zeros_like(dense).index_put_((token, experts), share.reshape(-1)[slot] * norm)
+    sums.renormalised_norm_sum.add_(weighed[counted].sum(0))
+    if seen.logits is None:
+        return
+    chosen = torch.zeros(T, E, dtype=torch.bool, device=norm.device)
+    chosen.scatter_(1, seen.logits.topk(min(K, E), dim=1).indices, True)
+    chosen &= counted[:, None]
+    missing = chosen & dense.isnan()
+    expert, token = missing.T.nonzero(as_tuple=True)
+    if len(token):
+        offsets = torch.cat([expert.new_zeros(1), missing.sum(0).cumsum(0)])
+        dense[token, expert] = norms(seen.outputs(token, offsets))
+    gate = seen.logits.double().softmax(1)
+    sums.compat_count.add_(chosen.sum(0))
+    sums.compat_gated_norm_sum.add_(torch.where(chosen, gate * dense, 0).sum(0))
+
+
+def add_outliers(seen: Seen, mask: Tensor | None, first: LayerStatistics, total: Tensor) -> None:
+    """total[e] += entries of e's counted rows beyond 3 sigma, by mean and sigma of `first`, the sums of a first pass."""
+    entries = (first.count * first.dimensions).clamp(min=1)
+    mean = first.value_sum.sum(1) / entries
+    sigma = (first.square_sum.sum(1) / entries - mean.square()).clamp(min=0).sqrt()
+    slot = seen.routed.order
+    experts = seen.ids.long().reshape(-1)[slot]
+    for start in range(0, len(seen.y), ROWS):
+        e = experts[start : start + ROWS]
+        far = (seen.y[start : start + ROWS].double() - mean[e, None]).abs() > 3 * sigma[e, None]
+        found = far.sum(1)
+        if mask is not None:
+            found *= mask[slot[start : start + ROWS] // seen.ids.shape[1]]
+        total.index_add_(0, e, found)
+
+
+def norms(y: Tensor) -> Tensor:
+    """‖y‖₂ of each row, [N] float64."""
+    return torch.cat([rows.double().norm(dim=1) for rows in y.split(ROWS)])

@@ -1,0 +1,362 @@
+"""Each tier on tiny real models, against a literal computation on the whole model in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moekern
+from moekern.architectures import find_layout
+from moekern.calibration import MEASURED, calibrate
+from moekern.checkpoint import open_checkpoint
+from moekern.data import Batch, TokenData
+from moekern.decoder.masking import masked
+from moekern.decoder.transformers_api import loader_of, router_modules
+from moekern.errors import InputError
+from moekern.replay import sample
+from moekern.seam import experts_of
+from moekern.statistics import LayerStatistics, Statistics, merge
+from moekern.sums import TIERS
+from moekern.tiers import wanted_tiers
+from moekern.weighing import weigh_layer
+from tests import families
+from tests.test_cli import moekern as command
+
+MakeCheckpoint = Callable[[str], Path]
+E, K = families.EXPERTS, families.TOP_K
+# Softmax with and without renormalisation, sigmoid with groups and a bias, biased experts, softmax after the choice.
+NAMES = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "minimax_m2"]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One MoE layer of a model run in memory: what its experts were called with, and every expert's output."""
+
+    hidden: Tensor  # [T, H]
+    ids: Tensor  # [T, K]
+    gates: Tensor  # [T, K] float64
+    logits: Tensor  # [T, E] float64
+    y: Tensor  # [T, E, H] float64
+
+    def dense(self, ids: Tensor | None = None, gates: Tensor | None = None) -> Tensor:
+        """[T, E] gates, 0 where not chosen."""
+        ids, gates = self.ids if ids is None else ids, self.gates if gates is None else gates
+        return torch.zeros(len(ids), E, dtype=torch.float64).scatter(1, ids, gates)
+
+
+@torch.no_grad()
+def called(model: Any, layer: torch.nn.Module, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, ids, gates and router logits of one layer."""
+    seen: dict[str, Any] = {}
+    experts = experts_of(layer)
+    assert experts is not None
+    ((path, index),) = router_modules(layer, model).items()
+    with ExitStack() as stack:
+        hook = experts.register_forward_pre_hook(lambda module, args: seen.update(args=args))
+        stack.callback(hook.remove)
+        hook = layer.get_submodule(path).register_forward_hook(lambda module, args, out: seen.update(out=out))
+        stack.callback(hook.remove)
+        families.forward(model, token_ids)
+    hidden, ids, gates = seen["args"]
+    logits = seen["out"][index] if isinstance(seen["out"], tuple) else seen["out"]
+    return hidden, ids, gates.double(), logits.reshape(-1, E).double()
+
+
+@torch.no_grad()
+def whole(model: Any, layer: torch.nn.Module, token_ids: Tensor) -> Whole:
+    hidden, ids, gates, logits = called(model, layer, token_ids)
+    T = len(hidden)
+    y = [experts_of(layer)(hidden, torch.full((T, 1), e), torch.ones(T, 1)) for e in range(E)]  # type: ignore[misc]
+    return Whole(hidden, ids, gates, logits, torch.stack(y, 1).double())
+
+
+class Case:
+    """A family's last layer, streamed and in memory, over the same batches."""
+
+    def __init__(self, name: str, folder: Path, tiers: tuple[str, ...], seeds: tuple[int, ...] = (1, 2)) -> None:
+        self.token_ids = [families.input_ids(name, 2, 12, seed) for seed in seeds]
+        self.data = TokenData(tuple(Batch("text", ids) for ids in self.token_ids), {})
+        self.statistics = calibrate(folder, self.data, dtype=torch.float32, tiers=tiers)
+        self.key = list(self.statistics.layers)[-1]
+        self.sums = self.statistics.layer(self.key)
+        self.model = families.load(folder)
+        self.layout = find_layout(open_checkpoint(folder))
+        self.loader = loader_of(self.model)
+        self.layer = self.loader.decoder_layers()[1][self.loader.moe_places(self.layout)[self.key]]
+
+    def runs(self) -> list[Whole]:
+        return [whole(self.model, self.layer, ids) for ids in self.token_ids]
+
+    def gates_without(self, token_ids: Tensor, dropped: list[int]) -> Tensor:
+        """[T, E] of the masked model: what comes before the layer is not changed by it."""
+        with masked(self.loader, self.layout, {self.key: dropped}):
+            _, ids, gates, _ = called(self.model, self.layer, token_ids)
+        found = torch.zeros(len(ids), E, dtype=torch.float64).scatter(1, ids, gates)
+        found[:, dropped] = 0
+        return found
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Both sides compute in float32, through products of other shapes; differences of gates lose some digits more."""
+    scale = float(expected.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vocabulary_coalitions_and_logits(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    case = Case(name, family_checkpoint(name), ("vocabulary", "coalitions"))
+    seen = torch.zeros(E, 64 * case.sums.vocabulary.shape[1], dtype=torch.bool)
+    sets: Counter[tuple[int, ...]] = Counter()
+    gram = torch.zeros(E, E, dtype=torch.float64)
+    for token_ids, run in zip(case.token_ids, case.runs(), strict=True):
+        for token, ids in zip(token_ids.reshape(-1).tolist(), run.ids.tolist(), strict=True):
+            seen[ids, token] = True
+            sets[tuple(sorted(ids))] += 1
+        gram += run.logits.T @ run.logits
+    bits = case.sums.vocabulary[:, :, None] >> torch.arange(64) & 1
+    assert torch.equal(bits.reshape(E, -1).bool(), seen)
+    assert case.sums.vocabulary.shape == (E, -(-families.VOCAB // 64))
+    assert case.sums.coalitions.tolist() == [[*ids, n] for ids, n in sorted(sets.items())]
+    close(case.sums.logit_gram, gram)
+    assert case.sums.tiers == ("vocabulary", "coalitions")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reap(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    case = Case(name, family_checkpoint(name), ("reap",))
+    renormalised, count, compat = (torch.zeros(E, dtype=torch.float64) for _ in range(3))
+    for run in case.runs():
+        norm, gates = run.y.norm(dim=2), run.dense()
+        renormalised += (gates / gates.sum(1, keepdim=True) * norm).sum(0)
+        for t, logits in enumerate(run.logits):
+            for e in logits.topk(K).indices.tolist():
+                count[e] += 1
+                compat[e] += logits.softmax(0)[e] * norm[t, e]
+    close(case.sums.renormalised_norm_sum, renormalised)
+    assert torch.equal(case.sums.compat_count.double(), count)
+    close(case.sums.compat_gated_norm_sum, compat)
+    assert torch.equal(case.sums.compat_count, case.sums.count) != (name in ("deepseek_v3", "minimax_m2"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outliers(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    case = Case(name, family_checkpoint(name), ("outliers",))
+    runs = case.runs()
+    for e in range(E):
+        rows = torch.cat([run.y[(run.ids == e).any(1), e] for run in runs])
+        far = ((rows - rows.mean()).abs() > 3 * rows.std(correction=0)).sum() if len(rows) else 0
+        assert int(case.sums.outlier_sum[e]) == int(far)
+    assert int(case.sums.outlier_sum.sum()) > 0
+    assert case.sums.tiers == ("dimensions", "outliers")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replay(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    case = Case(name, family_checkpoint(name), ("replay",), seeds=(1,))
+    s, run, token_ids = case.sums, case.runs()[0], case.token_ids[0]
+    T, H = len(run.y), run.y.shape[2]
+    assert int(s.replay_tokens) == T
+    close(s.output_sum, run.y.sum(0))
+    close(s.output_gram, torch.einsum("tih,tjh->ij", run.y, run.y))
+    unit = run.y / run.y.norm(dim=2, keepdim=True)
+    close(s.output_cosine, torch.einsum("tih,tjh->ij", unit, unit))
+    gates = run.dense()
+    lost = torch.zeros(T, E, H, dtype=torch.float64)
+    for e in range(E):
+        change = gates - case.gates_without(token_ids, [e])
+        mine = (run.ids == e).any(1)
+        lost[mine, e] = torch.einsum("te,teh->th", change[mine], run.y[mine])
+    close(s.deletion_norm_sum, lost.norm(dim=2).sum(0))
+    close(s.deletion_gram, torch.einsum("tih,tjh->ij", lost, lost))
+    close(s.deletion_sum, lost.sum(0))
+    expected = torch.zeros(1 << E, dtype=torch.float64)
+    kept_sets = [0, 1, 1 << 5, 3, 0b10010100, 0b11100111, 0b01111111, (1 << E) - 1]
+    for kept in kept_sets:
+        dropped = [e for e in range(E) if not kept >> e & 1]
+        change = gates - (case.gates_without(token_ids, dropped) if E - len(dropped) >= K else 0)
+        expected[kept] = torch.einsum("te,teh->th", change, run.y).square().sum()
+    close(s.subset_loss[kept_sets], expected[kept_sets])
+    assert float(s.subset_loss[-1]) == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gpt_oss"])
+def test_the_residual_stream(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    """h is what the block's input was before its norm; the sum weighs a token by how far the experts turn it."""
+    case = Case(name, family_checkpoint(name), ())
+    norm = next(child for n, child in case.layer.named_children() if n in ("post_attention_layernorm", "norm"))
+    expected, seen = torch.zeros(E, dtype=torch.float64), list[Tensor]()
+    handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2).double()))
+    for token_ids in case.token_ids:
+        run = whole(case.model, case.layer, token_ids)
+        h, gates = seen.pop(), run.dense()
+        turn = 1 - torch.cosine_similarity(h, h + torch.einsum("te,teh->th", gates, run.y), dim=1)
+        expected += (gates * run.y.norm(dim=2) * turn.clamp(min=0)[:, None]).sum(0)
+    handle.remove()
+    assert int(case.sums.residual_tokens) == int(case.sums.tokens)
+    close(case.sums.residual_sum, expected)
+
+
+def test_weights(family_checkpoint: MakeCheckpoint) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    statistics = calibrate(folder, _two_domains("qwen3_moe"), tiers=("weights",))
+    checkpoint = open_checkpoint(folder)
+    for key, layer in find_layout(checkpoint).layers.items():
+        expected = weigh_layer(checkpoint, layer)
+        for sums in statistics.layers[key].values():
+            assert sums.tiers == ("weights",)
+            assert int(sums.tokens) == 24
+            for f in fields(sums):
+                if f.metadata["tier"] == "weights":
+                    assert torch.equal(getattr(sums, f.name), getattr(expected, f.name))
+    assert {"weight_stats", "similarity", "dequantize"} <= statistics.header["runs"][0]["backend"].keys()
+
+
+def _two_domains(name: str) -> TokenData:
+    return TokenData(tuple(Batch(domain, families.input_ids(name, 2, 12, i)) for i, domain in enumerate("ab")), {})
+
+
+def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
+    return [f.name for f in fields(a) if not torch.equal(getattr(a, f.name), getattr(b, f.name))]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text", "jetmoe", "deepseek_v4"])
+def test_every_tier_with_domains_apart(name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A domain's sums do not depend on what else is calibrated, and all survive the file; two runs are the same."""
+    folder, data = family_checkpoint(name), _two_domains(name)
+    steps: list[tuple[int, int]] = []
+    both = calibrate(
+        folder, data, tiers=MEASURED, replay_tokens=10, progress=lambda done, total: steps.append((done, total))
+    )
+    apart = [calibrate(folder, TokenData((batch,), {}), tiers=MEASURED, replay_tokens=10) for batch in data.batches]
+    both.save(tmp_path / "s.safetensors")
+    loaded, merged = Statistics.load(tmp_path / "s.safetensors"), merge(apart)
+    for key in both.layers:
+        assert both.layer(key).tiers == MEASURED
+        assert int(both.layer(key).replay_tokens) == 20
+        for domain, one in zip("ab", apart, strict=True):
+            assert _differences(both.layer(key, [domain]), one.layer(key)) == []
+            assert _differences(both.layer(key, [domain]), loaded.layer(key, [domain])) == []
+        assert _differences(both.layer(key), merged.layer(key)) == []
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+    assert {total for _, total in steps} == {len(steps)}
+
+
+def test_every_criterion_ranks_what_was_calibrated(family_checkpoint: MakeCheckpoint) -> None:
+    statistics = calibrate(family_checkpoint("deepseek_v3"), _two_domains("deepseek_v3"), tiers=MEASURED)
+    for criterion in moekern.criteria.CRITERIA.values():
+        if criterion.tier != "gradient":
+            plan = moekern.make_plan(statistics, criterion.name, keep=4)
+            assert all(len(layer.keep) == 4 for layer in plan.layers.values())
+
+
+def test_the_replayed_sample_is_even_seeded_and_exact() -> None:
+    rows = sample([100, 300, 7, 93], 50)
+    assert [len(r) for r in rows] == [10, 30, 0, 10]
+    assert all(len(r.unique()) == len(r) and bool((r < n).all()) for r, n in zip(rows, [100, 300, 7, 93], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rows, sample([100, 300, 7, 93], 50), strict=True))
+    assert [r.tolist() for r in sample([3, 2], 512)] == [[0, 1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "longcat_flash"])
+def test_a_router_that_cannot_be_asked_again_is_refused(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(InputError, match="--tier replay: .*(itself|no expert)"):
+        calibrate(family_checkpoint(name), _two_domains(name), tiers=("replay",))
+
+
+def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint) -> None:
+    folder, token_ids = family_checkpoint("qwen3_moe"), families.input_ids("qwen3_moe", 2, 12, 1)
+    model, tiers = families.load(folder), ("dimensions", "vocabulary", "coalitions", "reap")
+    with moekern.observe(model, tiers=tiers) as seen:
+        families.forward(model, token_ids)
+    streamed = calibrate(folder, TokenData((Batch("text", token_ids),), {}), dtype=torch.float32, tiers=tiers)
+    for key in streamed.layers:
+        assert _differences(seen.layer(key), streamed.layer(key)) == []
+    with pytest.raises(InputError, match="--tier replay: observe does not measure it"), moekern.observe(
+        model, tiers=["replay"]
+    ):
+        pass
+    embeddings = model.get_input_embeddings()(token_ids)
+    with pytest.raises(InputError, match="not given input_ids"), moekern.observe(model, tiers=["vocabulary"]):
+        model(inputs_embeds=embeddings)
+
+
+def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
+    model = families.load(family_checkpoint("deepseek_v3"))
+    ids, tiers = families.input_ids("deepseek_v3", 1, 9, 3), ("dimensions", "vocabulary", "coalitions", "reap")
+    padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)
+    with moekern.observe(model, tiers=tiers) as plain, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    with moekern.observe(model, tiers=tiers) as whole_, torch.no_grad():
+        model(input_ids=padded, attention_mask=mask, use_cache=False)
+    for key in plain.layers:
+        a, b = plain.layer(key), whole_.layer(key)
+        for name in ("vocabulary", "coalitions", "compat_count", "residual_tokens"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum"):
+            close(getattr(b, name), getattr(a, name))
+
+
+def test_names_of_tiers() -> None:
+    assert wanted_tiers(("reap", "outliers", "routed"), TIERS, "x") == ("dimensions", "outliers", "reap")
+    assert wanted_tiers(("routed",), TIERS, "x") == ()
+    with pytest.raises(InputError, match="--tier magic: unknown; expected one of routed, dimensions"):
+        wanted_tiers(("magic",), TIERS, "calibrate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--tier", "magic"), "--tier magic: unknown; expected one of routed, dimensions, vocabulary"),
+        (("--tier", "gradient"), "--tier gradient: calibrate does not measure it; expected one of routed"),
+        (("--tier", "replay", "--replay-tokens", 0), "--replay-tokens 0: expected 1 or more"),
+    ],
+)
+def test_flags_that_cannot_be(
+    arguments: tuple[object, ...], error: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [20, 21, 22, 23]}')
+    model = family_checkpoint("qwen3_moe")
+    calibrate_ = ("calibrate", model, "--data", tmp_path / "ids.jsonl", "--out", tmp_path / "s.safetensors")
+    done = command(*calibrate_, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert error in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_tiers_by_flag(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [' + ", ".join(str(20 + i % 70) for i in range(90)) + "]}")
+    out = tmp_path / "s.safetensors"
+    calibrate_ = ("calibrate", family_checkpoint("qwen3_moe"), "--data", tmp_path / "ids.jsonl", "--out", out)
+    for flags, expected in (
+        ((), ("dimensions",)),
+        (("--tier", "routed"), ()),
+        (("--tier", "vocabulary", "--tier", "replay", "--replay-tokens", 7), ("vocabulary", "replay")),
+    ):
+        done = command(*calibrate_, *flags)
+        assert done.returncode == 0, done.stderr
+        sums = Statistics.load(out).layer("0")
+        assert sums.tiers == expected
+        assert int(sums.replay_tokens) == (7 if "replay" in expected else 0)
+        out.unlink()
+
+
+def test_run_measures_what_the_criterion_needs(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [' + ", ".join(str(20 + i % 70) for i in range(90)) + "]}")
+    out = tmp_path / "out"
+    done = command(
+        "run", family_checkpoint("qwen3_moe"), "--data", tmp_path / "ids.jsonl", "--keep", 4,
+        "--criterion", "leave_one_out", "--out", out, "--no-forward",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Statistics.load(tmp_path / "out.moekern" / "statistics.safetensors").layer("0").tiers == ("replay",)
