@@ -11,8 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
-from moekern import cli_planning, console, tables
-from moekern.cli_options import CriterionOption, Json, Keep, Model, MtpMode, ProtectSuper, Seed, result
+from moekern import cli_iteration, cli_planning, console, tables
+from moekern.cli_options import (
+    BatchSize,
+    CriterionOption,
+    Data,
+    Device,
+    DtypeOption,
+    Json,
+    Keep,
+    Model,
+    MtpMode,
+    ProtectSuper,
+    Seed,
+    SequenceLength,
+    Tokens,
+    TrustRemoteCode,
+    result,
+)
 from moekern.errors import InputError, notes
 
 app = typer.Typer(
@@ -25,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(cli_planning.commands)
+app.add_typer(cli_iteration.commands)
 
 STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
 
@@ -42,26 +59,10 @@ class ChecksumKind(str, Enum):
     none = "none"
 
 
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Data = Annotated[
-    list[str],
-    typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
-]
-Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
-Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
 MtpOption = Annotated[
     MtpMode | None,
     typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole. Default: as planned, else prune."),
 ]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
 
 
 def main() -> None:

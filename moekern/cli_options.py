@@ -17,6 +17,12 @@ class MtpMode(str, Enum):
     keep = "keep"
 
 
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 Model = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
 ]
@@ -27,6 +33,16 @@ Domains = Annotated[
     list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
 ]
 ProtectSuper = Annotated[bool, typer.Option("--protect-super", help="Keep experts with extreme outputs in any case.")]
+Data = Annotated[
+    list[str],
+    typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
+Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

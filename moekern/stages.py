@@ -124,12 +124,7 @@ def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) 
 
 def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: no permission to write in {out.parent}")
+    check_new_file(out)
     check_device(options.device)
     wanted_tiers(options.tiers, MEASURED, "calibrate")
     checkpoint = open_checkpoint(folder)
@@ -137,8 +132,18 @@ def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
     return _measure(checkpoint, read_tokens(checkpoint, options), options, out)
 
 
+def check_new_file(out: Path) -> None:
+    """Raise InputError unless `out` can be made."""
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: no permission to write in {out.parent}")
+
+
 def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out: Path) -> Statistics:
-    _hint_dtype(checkpoint, options)
+    hint_dtype(checkpoint, options)
     with console.progress("calibrating") as step:
         statistics = calibrate(
             checkpoint,
@@ -193,7 +198,7 @@ def evaluate_plans(folder: Path, options: Calibration, plans: Mapping[str, Plan]
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     data = read_tokens(checkpoint, options)
-    _hint_dtype(checkpoint, options)
+    hint_dtype(checkpoint, options)
     with console.progress("evaluating") as step:
         return evaluate(
             checkpoint,
@@ -258,7 +263,7 @@ def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calib
     return found if same else None
 
 
-def _hint_dtype(checkpoint: Checkpoint, options: Calibration) -> None:
+def hint_dtype(checkpoint: Checkpoint, options: Calibration) -> None:
     """bfloat16 products are emulated on CPUs without AVX-512: say what is faster there."""
     config = checkpoint.config
     names = {

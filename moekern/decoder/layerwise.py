@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,10 +52,16 @@ class LayerwiseModel:
         forward: Callable[[Task], None],
         *,
         entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
+        loaded: Callable[[int], None] = lambda layer: None,
+        twice: Collection[int] = (),
+        between: Callable[[int], None] = lambda layer: None,
         stop_after: int | None = None,
         progress: Callable[[int], None] = lambda layer: None,
     ) -> None:
-        """Run all tasks through the model in one pass over its weights; see `run_suspended`."""
+        """Run all tasks through the model in one pass over its weights; see `run_suspended`.
+
+        `loaded(i)` may change layer i when its weights are in memory and no task has entered it.
+        """
         last = len(self.layers) if stop_after is None else stop_after + 1
         self.reader.start(0)
 
@@ -66,6 +72,7 @@ class LayerwiseModel:
             self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
             if i + 1 < last:
                 self.reader.start(i + 1)
+            loaded(i)
 
         def unload(i: int) -> None:
             _drop(self.layers[i])
@@ -79,6 +86,8 @@ class LayerwiseModel:
                 load=load,
                 unload=unload,
                 entering=entering,
+                twice=twice,
+                between=between,
                 stop_after=stop_after,
                 progress=progress,
                 device=self.device,

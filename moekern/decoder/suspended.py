@@ -7,7 +7,7 @@ weights are dropped. No mask, RoPE table or state between layers is ever rebuilt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 Task = TypeVar("Task")
 BEFORE = -1  # the stretch up to the first layer's door
 DONE = -2
+HALFWAY = -3  # a layer that runs twice has run once
 
 
 class _Stopped(Exception):
@@ -32,6 +33,8 @@ def run_suspended(
     load: Callable[[int], None],
     unload: Callable[[int], None],
     entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
+    twice: Collection[int] = (),
+    between: Callable[[int], None] = lambda layer: None,
     stop_after: int | None = None,
     progress: Callable[[int], None] = lambda layer: None,
     device: torch.device | None = None,
@@ -40,10 +43,12 @@ def run_suspended(
 
     `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left.
     `entering(task, i)` wraps every stretch of a task's computation: from layer i's door to the next one (i = -1: up to
-    the first). With `stop_after`, each forward pass ends when that layer is done (the head is not run, and what follows
-    it in `forward` is skipped). Tasks' hidden states wait on the CPU when `device` is another one.
+    the first). Layers in `twice` run once for all tasks, then `between(i)` may change the layer, and they run again
+    from the same inputs; what goes on is what the second run made. With `stop_after`, each forward pass ends when that
+    layer is done (the head is not run, and what follows it in `forward` is skipped). Tasks' hidden states wait on the
+    CPU when `device` is another one.
     """
-    parked = _Doors(layers, stop_after, device)
+    parked = _Doors(layers, twice, stop_after, device)
     waiting: list[tuple[Task, greenlet]] = []
     try:
         with parked, torch.no_grad():
@@ -54,6 +59,10 @@ def run_suspended(
             for i in range(len(layers) if stop_after is None else stop_after + 1):
                 load(i)
                 last = i + 1 == len(layers) or i == stop_after
+                if i in twice:
+                    for task, lane in waiting:
+                        _check_step(_resume(lane, entering(task, i)), HALFWAY, task)
+                    between(i)
                 for task, lane in waiting:
                     _check_step(_resume(lane, entering(task, i)), DONE if last else i + 1, task)
                 unload(i)
@@ -87,8 +96,10 @@ def _check_step(got: int, expected: int, task: object) -> None:
 class _Doors:
     """Hooks on the decoder layers while suspended passes run: park before each, keep hidden states off the device."""
 
-    def __init__(self, layers: Sequence[nn.Module], stop_after: int | None, device: torch.device | None) -> None:
-        self.layers, self.stop_after = layers, stop_after
+    def __init__(
+        self, layers: Sequence[nn.Module], twice: Collection[int], stop_after: int | None, device: torch.device | None
+    ) -> None:
+        self.layers, self.twice, self.stop_after = layers, twice, stop_after
         self.device = None if device is None or device.type == "cpu" else device
         self.main = getcurrent()
 
@@ -101,17 +112,33 @@ class _Doors:
                 layer.register_forward_hook(self._after(i)),
             )
         ]
+        for i in self.twice:
+            self.layers[i].forward = self._two_runs(self.layers[i].forward)
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
+        for i in self.twice:
+            del self.layers[i].forward
+
+    def _two_runs(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The first run gets copies, since layers may change what they are given; its output is dropped."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            forward(*_copied(args, self.device), **_copied(kwargs, self.device))
+            self.main.switch(HALFWAY)
+            if self.device is not None:
+                args, kwargs = _all_moved(args, kwargs, self.device)
+            return forward(*args, **kwargs)
+
+        return run
 
     def _before(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.main.switch(i)
-            if self.device is None:
+            if self.device is None or i in self.twice:
                 return None
-            return tuple(_moved(a, self.device) for a in args), {k: _moved(v, self.device) for k, v in kwargs.items()}
+            return _all_moved(args, kwargs, self.device)
 
         return hook
 
@@ -125,6 +152,23 @@ class _Doors:
             return tuple(_moved(o, cpu) for o in output) if isinstance(output, tuple) else _moved(output, cpu)
 
         return hook
+
+
+def _copied(value: Any, device: torch.device | None) -> Any:
+    """A copy of the tensors in nested tuples, lists and dicts, on `device` (None: where they are)."""
+    if isinstance(value, Tensor):
+        return value.to(device or value.device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item, device) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item, device) for item in value)
+    return value
+
+
+def _all_moved(
+    args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(_moved(a, device) for a in args), {key: _moved(value, device) for key, value in kwargs.items()}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

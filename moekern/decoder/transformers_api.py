@@ -135,18 +135,32 @@ def open_loader(
 
     def build(config: Any) -> Loader:
         try:
-            with init_empty_weights(include_buffers=False), _quiet():
-                model = cls._from_config(config, dtype=wanted)
-                if quantizer is not None:
-                    quantizer.preprocess_model(model=model, dtype=wanted, device_map={"": "cpu"}, checkpoint_files=None)
+            model = _empty_model(cls, config, wanted, quantizer)
         except Exception as error:
             raise InputError(f"{folder}/config.json: no model can be built from it: {first_line(error)}") from error
-        model.eval()
         mapping = get_model_conversion_mapping(model, None, quantizer)
         return Loader(model, mapping, model.state_dict(), wanted, quantizer)
 
     loader = build(copy.deepcopy(config))
     return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
+
+
+def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, quantizer: Any | None) -> PreTrainedModel:
+    """A model in eval mode with meta parameters and real buffers."""
+    with init_empty_weights(include_buffers=False), _quiet():
+        model = cls._from_config(config, dtype=dtype)
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=None)
+    return model.eval()
+
+
+def layers_with(loader: Loader, layout: Layout, count: int) -> nn.ModuleList:
+    """The decoder layers of the same model with `count` experts in each MoE layer: parameters on the meta device."""
+    model = _empty_model(
+        type(loader.model), _counting(loader.model.config, layout, count), loader.dtype, loader.quantizer
+    )
+    name, _ = loader.decoder_layers()
+    return _module_list(model, name)
 
 
 def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[int], Loader]) -> Loader:

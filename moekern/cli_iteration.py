@@ -1,0 +1,74 @@
+"""The command `iterate`: experts chosen layer by layer, or in rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekern import tables_planning
+from moekern.cli_options import (
+    BatchSize,
+    CriterionOption,
+    Device,
+    Domains,
+    DtypeOption,
+    Json,
+    Keep,
+    Model,
+    Seed,
+    SequenceLength,
+    Tokens,
+    TrustRemoteCode,
+    result,
+)
+
+commands = typer.Typer()
+
+
+@commands.command(epilog="moekern iterate MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out plan.json")
+def iterate(
+    model: Model,
+    keep: Keep,
+    out: Annotated[Path, typer.Option(help="The plan to write.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="NAME=PATH, as for calibrate; repeatable. Criteria on weights alone take none."),
+    ] = None,
+    criterion: CriterionOption = "reap",
+    rounds: Annotated[
+        int, typer.Option(help="Experts go in so many rounds, each of which scores all that are left anew.")
+    ] = 1,
+    reestimate: Annotated[
+        bool, typer.Option(help="Measure each layer behind the pruned layers before it, not behind whole ones.")
+    ] = True,
+    domain: Domains = None,
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate and plan at once: layers are pruned in memory as they stream by, so that later ones are measured behind
+    them.
+
+    A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
+    """
+    from moekern import stages, stages_iteration
+    from moekern.hub import model_folder
+    from moekern.iteration import Method
+    from moekern.plan import parse_keep
+
+    method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
+    options = stages.Calibration(
+        tuple(data or ()), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, backend=backend,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    made = stages_iteration.iterate_to(model_folder(model), options, method, out)
+    document = {"out": str(out), "digest": made.digest, **made.provenance}
+    result(as_json, document, lambda: tables_planning.plans({method.criterion: made}, {method.criterion: out}))

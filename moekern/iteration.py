@@ -1,0 +1,354 @@
+"""Calibrate and plan in one: layers pruned on the way while they stream by, and in rounds that score survivors again.
+
+One-shot planning scores every layer of the whole model. Here a layer may be measured behind layers that are already
+pruned (re-estimation: the progressive form of NAEE, arXiv:2402.14800), and experts may go in rounds, after each of
+which all that are left are scored anew (MC-Suite, arXiv:2504.05586, without its training). Criteria on weights alone
+see neither text nor routing, so their rounds need no pass: scores of single experts stay as they are, and those of
+pairs are taken among the survivors. Every other criterion changes when tokens are routed anew, and takes a pass a
+round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekern import kernels
+from moekern.architectures import Layout, find_layout
+from moekern.calibration import OPS
+from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.criteria import Criterion, criterion_named, score_layer
+from moekern.data import Batch, TokenData
+from moekern.decoder import LayerwiseModel, open_layerwise
+from moekern.decoder.live import LivePruner
+from moekern.errors import InputError
+from moekern.plan import TIE, LayerPlan, Limits, Plan, choose_top, kept_count
+from moekern.planning import make_plan
+from moekern.recorder import Recorder
+from moekern.seam import observed
+from moekern.statistics import LayerStatistics, Statistics, make_header
+from moekern.version import __version__, versions
+from moekern.weighing import NO_TEXT, weigh_layer
+
+Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
+Measured = Mapping[str, LayerStatistics]  # domain -> one layer's sums
+Choose = Callable[[str, Measured, tuple[int, ...]], LayerPlan]
+Progress = Callable[[int, int], None]
+TIERS = ("routed", "dimensions")  # what a pass measures
+
+
+@dataclass(frozen=True)
+class Method:
+    """How experts are chosen. With `rounds` r, a layer loses about 1/r of what it loses in each round."""
+
+    criterion: str
+    keep: float | int
+    rounds: int = 1
+    reestimate: bool = True  # measure each layer behind the pruned layers before it
+    domains: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in what type layers are computed."""
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    backend: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What all rounds share."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    method: Method
+    criterion: Criterion
+    counts: Mapping[str, tuple[int, ...]]  # layer key -> experts left after each round
+    provenance: Mapping[str, Any]
+    progress: Progress
+
+
+def iterate(
+    source: str | Path | Checkpoint,
+    data: TokenData | None,
+    method: Method,
+    *,
+    compute: Compute | None = None,
+    earlier: Sequence[Plan] = (),
+    finished: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = lambda done, total: None,
+) -> Plan:
+    """The plan of the last round. Without re-estimation and with one round: that of `calibrate` and `make_plan`.
+
+    Each round is one pass over the weights, at the memory of `calibrate`; with re-estimation a MoE layer computes each
+    batch twice. `finished` is called with the plan of each round before the last; `earlier` are such plans of a run
+    that was stopped: those that are of this run are not made again. A criterion on weights alone takes no `data`.
+
+    Raises InputError for what calibrate and make_plan refuse, for rounds that would drop nothing, for layers of
+    different sizes with a share to keep, for criteria that need more than a pass measures, and for missing data.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    how = compute or Compute()
+    job = _job(checkpoint, layout, data, method, how, progress)
+    keeps = _taken_over(job, earlier)
+    while True:
+        plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, how, keeps)
+        if len(keeps) + 1 == method.rounds:
+            return plan
+        finished(plan)
+        keeps.append({key: layer.keep for key, layer in plan.layers.items()})
+
+
+def needs_text(criterion: str) -> bool:
+    """Whether a criterion is measured on text. Raises InputError for one that `iterate` cannot serve."""
+    chosen = criterion_named(criterion)
+    if chosen.family == "weight":
+        return False
+    if chosen.tier not in TIERS:
+        raise InputError(
+            f"--criterion {criterion}: needs the {chosen.tier} tier, which is not measured on the way; choose one of "
+            f"the tiers {', '.join(TIERS)}, or calibrate with --tier {chosen.tier} and plan"
+        )
+    return True
+
+
+def schedule(experts: int, kept: int, rounds: int, groups: int = 1) -> tuple[int, ...]:
+    """How many of `experts` are left after each round, the last time `kept`; always as many in each group.
+
+    Raises InputError when a round would drop none.
+    """
+    steps = (experts - kept) // groups
+    if rounds < 1 or rounds > max(1, steps):
+        raise InputError(
+            f"--rounds {rounds}: expected 1 to {max(1, steps)}: each drops at least {groups} of the {experts - kept} "
+            "experts that go"
+        )
+    return tuple(experts - steps * done // rounds * groups for done in range(1, rounds + 1))
+
+
+def _job(
+    checkpoint: Checkpoint, layout: Layout, data: TokenData | None, method: Method, how: Compute, progress: Progress
+) -> Iteration:
+    text = needs_text(method.criterion)
+    if text != (data is not None):
+        raise InputError(
+            f"--criterion {method.criterion}: it is measured on text: give --data"
+            if text
+            else f"--data: {method.criterion} looks at weights alone; leave the text out"
+        )
+    sizes = {layer.num_experts for layer in layout.layers.values()}
+    if isinstance(method.keep, float) and len(sizes) > 1:
+        raise InputError(f"--keep {method.keep}: layers have different numbers of experts; give a count")
+    counts = {}
+    for key, layer in layout.layers.items():
+        kept = kept_count(method.keep, _limits(layout, layer.num_experts))
+        counts[key] = schedule(layer.num_experts, kept, method.rounds, layout.n_group)
+    domains = [NO_TEXT] if data is None else list(method.domains or data.tokens)
+    for name in method.domains or ():
+        if data is None or name not in data.tokens:
+            raise InputError(f"--domain {name}: the text has no such domain")
+    chosen = criterion_named(method.criterion)
+    provenance = {
+        "moekern": __version__,
+        "fingerprint": checkpoint.fingerprint,
+        "criterion": chosen.name,
+        "domains": domains,
+        "data": None if data is None else data.recipe,
+        "dtype": None if how.dtype is None else str(how.dtype).removeprefix("torch."),
+        "keep": method.keep,
+        "num_experts": layout.num_experts,
+        "tie": TIE,
+        "seed": method.seed,
+        "rounds": method.rounds,
+        "reestimate": method.reestimate and data is not None,
+    }
+    return Iteration(checkpoint, layout, method, chosen, counts, provenance, progress)
+
+
+def _limits(layout: Layout, experts: int) -> Limits:
+    return Limits(experts, layout.top_k, layout.n_group, layout.topk_group, max(1, layout.group_top))
+
+
+def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
+    """The plan of a round, which names what stayed after the rounds before it."""
+    kept = {key: len(layer.keep) for key, layer in layers.items()}
+    rounds = [{key: list(keep) for key, keep in each.items()} for each in keeps]
+    return Plan(
+        {key: layers[key] for key in job.layout.layers},
+        {**job.provenance, "kept": next(iter(kept.values())), "earlier_rounds": rounds},
+    )
+
+
+def _taken_over(job: Iteration, earlier: Sequence[Plan]) -> list[Keeps]:
+    """What rounds that another run finished kept, in order, as far as they are rounds of this run."""
+    keeps: list[Keeps] = []
+    for plan in earlier:
+        layers = dict(plan.layers)
+        same = set(layers) == set(job.layout.layers) and len(keeps) + 1 < job.method.rounds
+        if not same or Plan.from_json(_plan(job, layers, keeps).to_json()) != plan:
+            break
+        keeps.append({key: layer.keep for key, layer in layers.items()})
+    return keeps
+
+
+def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
+    """All layers are weighed once a round: reading is cheap beside a forward pass, and only one layer is in memory."""
+    layers, total = {}, len(job.layout.layers)
+    for done, (key, layer) in enumerate(job.layout.layers.items(), start=1):
+        held = keeps[-1][key] if keeps else tuple(range(layer.num_experts))
+        sums = weigh_layer(job.checkpoint, layer).permuted(torch.tensor(held))
+        scores = tuple(score_layer(job.criterion, sums, key, job.method.seed).tolist())
+        chosen = choose_top(scores, job.counts[key][len(keeps)], groups=job.layout.n_group, where=f"layer {key}")
+        layers[key] = LayerPlan(tuple(held[e] for e in chosen), None if keeps else scores)
+        job.progress(len(keeps) * total + done, job.method.rounds * total)
+    return _plan(job, layers, keeps)
+
+
+def _streamed_round(job: Iteration, data: TokenData, how: Compute, keeps: Sequence[Keeps]) -> Plan:
+    header = _header(job, data, how)
+
+    def choose(key: str, sums: Measured, held: tuple[int, ...]) -> LayerPlan:
+        limits = _limits(job.layout, len(held))
+        statistics = Statistics({**header, **asdict(limits)}, {key: sums})
+        method, count = job.method, job.counts[key][len(keeps)]
+        plan = make_plan(statistics, job.criterion, count, limits, seed=method.seed, domains=method.domains)
+        layer = plan.layers[key]
+        # The scores of survivors would be one for each of them, not of the original experts.
+        return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
+
+    with open_layerwise(
+        job.checkpoint, job.layout, device=how.device, dtype=how.dtype, trust_remote_code=how.trust_remote_code
+    ) as layerwise:
+        total = max(layerwise.moe_keys) + 1
+        layers = _measured_pass(
+            layerwise,
+            data,
+            choose,
+            keeps[-1] if keeps else {},
+            recorder=lambda counted: _recorder(job, how, counted),
+            reestimate=job.method.reestimate,
+            progress=lambda i: job.progress(len(keeps) * total + i + 1, job.method.rounds * total),
+        )
+    return _plan(job, layers, keeps)
+
+
+def _measured_pass(
+    layerwise: LayerwiseModel,
+    data: TokenData,
+    choose: Choose,
+    keeps: Keeps,
+    *,
+    recorder: Callable[[bool], Recorder],
+    reestimate: bool,
+    progress: Callable[[int], None],
+) -> dict[str, LayerPlan]:
+    """Measure every MoE layer, pruned to `keeps` where that names it, and choose what stays as soon as it is measured.
+
+    With `reestimate` the layer then drops the others in memory and computes all batches again for the next one.
+    """
+    model: Any = layerwise.model
+    layout, keys, last = layerwise.layout, layerwise.moe_keys, max(layerwise.moe_keys)
+    empty = any(t.trailing for layer in layout.layers.values() for t in layer.tensors)
+    pruner = LivePruner(layerwise.loader, layout)
+    plans: dict[str, LayerPlan] = {}
+    seeing, watch = recorder(True), ExitStack()
+
+    def see(i: int, counted: bool) -> None:
+        """Let layer i's experts run through the seam, into sums that are used or, the second time, thrown away."""
+        nonlocal seeing
+        seeing = recorder(counted)
+        watch.close()
+        layer = {keys[i]: layerwise.layers[i]}
+        watch.enter_context(observed(model, layer, seeing, score=layout.family.score, empty_slots=empty))
+
+    def loaded(i: int) -> None:
+        if i in keys:
+            if keys[i] in keeps:
+                pruner.prune(keys[i], keeps[keys[i]])
+            see(i, counted=True)
+
+    def measured(i: int) -> None:
+        key = keys[i]
+        seeing.check(key, layout.top_k)
+        sums = {domain: s.to("cpu") for domain, s in seeing.sums[key].items()}
+        _check_finite(key, sums, layout.top_k)
+        held = keeps.get(key, tuple(range(layout.layers[key].num_experts)))
+        plans[key] = choose(key, sums, held)
+
+    def between(i: int) -> None:
+        measured(i)
+        watch.close()
+        pruner.prune(keys[i], plans[keys[i]].keep)
+        see(i, counted=False)
+
+    def done(i: int) -> None:
+        if i in keys and keys[i] not in plans:
+            measured(i)
+        watch.close()
+        progress(i)
+
+    def forward(batch: Batch) -> None:
+        model(input_ids=batch.input_ids.to(layerwise.device), use_cache=False)
+
+    @contextmanager
+    def entering(batch: Batch, layer: int) -> Iterator[None]:
+        seeing.domain = batch.domain
+        yield
+
+    with watch:
+        layerwise.run(
+            data.batches,
+            forward,
+            entering=entering,
+            loaded=loaded,
+            twice=[i for i in keys if i != last] if reestimate else (),
+            between=between,
+            stop_after=last,
+            progress=done,
+        )
+    return plans
+
+
+def _check_finite(key: str, sums: Measured, top_k: int) -> None:
+    for domain, s in sums.items():
+        problem = s.problem(top_k)
+        if problem:
+            raise InputError(
+                f"layer {key}, domain {domain}: {problem}: the model's numbers leave the range of its dtype; try "
+                "another one (--dtype)"
+            )
+
+
+def _recorder(job: Iteration, how: Compute, counted: bool) -> Recorder:
+    return Recorder(dimensions=counted and job.criterion.tier == "dimensions", backend=how.backend)
+
+
+def _header(job: Iteration, data: TokenData, how: Compute) -> dict[str, Any]:
+    """What make_plan asks of statistics; they are not kept."""
+    layout = job.layout
+    try:
+        backends = {op: kernels.backend_for(op, torch.device(how.device).type, how.backend) for op in OPS}
+    except NotImplementedError as error:
+        raise InputError(f"--backend {how.backend}: {error}") from error
+    return make_header(
+        fingerprint=job.checkpoint.fingerprint,
+        family=layout.family.name,
+        score=layout.family.score,
+        top_k=layout.top_k,
+        num_experts=layout.num_experts,
+        domains=list(data.tokens),
+        tokens=data.tokens,
+        data=data.recipe,
+        backend=backends,
+        versions=versions(),
+    )
