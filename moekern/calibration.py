@@ -68,14 +68,15 @@ def calibrate(
         passes = [recorder]
         if "outliers" in wanted:
             passes.append(OutlierRecorder(tiers=(), backend=backend, first=recorder.sums))
-        step = _steps(progress, (max(layerwise.moe_keys) + 1) * len(passes) + len(layout.layers) * ("weights" in wanted))
+        weighed = len(layout.layers) if "weights" in wanted else 0
+        step = _steps(progress, (max(layerwise.moe_keys) + 1) * len(passes) + weighed)
         weights = _weigh(checkpoint, layout, backend, step) if "weights" in wanted else {}
         replay = _replay(layerwise, recorder) if "replay" in wanted else None
         _measure(layerwise, data, recorder, replay, replay_tokens, step)
         for again in passes[1:]:
             _measure(layerwise, data, again, None, 0, step)
-    for key, fields in weights.items():
-        recorder.sums[key] = {domain: replace(sums, **fields) for domain, sums in recorder.sums[key].items()}
+    for key, found in weights.items():
+        recorder.sums[key] = {domain: replace(sums, **found) for domain, sums in recorder.sums[key].items()}
     return _statistics(checkpoint, layout, data, recorder, backends, dtype)
 
 
@@ -144,9 +145,7 @@ def _measure(
         step()
 
     with ExitStack() as stack:
-        probes = stack.enter_context(
-            observed(model, modules, recorder, score=layout.family.score, empty_slots=empty)
-        )
+        probes = stack.enter_context(observed(model, modules, recorder, score=layout.family.score, empty_slots=empty))
         if replay is not None:
             stack.enter_context(replay.watching(probes))
         tasks = list(enumerate(data.batches))
@@ -155,7 +154,7 @@ def _measure(
 
 def _samples(data: TokenData, size: int) -> dict[int, Tensor]:
     """Batch number -> its tokens that are replayed, `size` for each domain."""
-    found = {}
+    found: dict[int, Tensor] = {}
     for domain in data.tokens:
         numbers = [number for number, batch in enumerate(data.batches) if batch.domain == domain]
         rows = sample([data.batches[number].input_ids.numel() for number in numbers], size)

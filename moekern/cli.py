@@ -110,7 +110,9 @@ def calibrate(
             "replay, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
         ),
     ] = None,
-    replay_tokens: Annotated[int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")] = 512,
+    replay_tokens: Annotated[
+        int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
+    ] = 512,
     backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -289,7 +291,7 @@ def run(
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        tiers=(criterion_named(criterion).tier,), trust_remote_code=trust_remote_code,
+        tiers=criterion_named(criterion).tiers, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     done = stages.run(
         model_folder(model), options, out,

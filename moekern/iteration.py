@@ -29,7 +29,7 @@ from moekern.decoder.live import LivePruner
 from moekern.errors import InputError
 from moekern.plan import TIE, LayerPlan, Limits, Plan, choose_top, kept_count
 from moekern.planning import make_plan
-from moekern.recorder import Recorder
+from moekern.recorder import RECORDED, Recorder
 from moekern.seam import observed
 from moekern.statistics import LayerStatistics, Statistics, make_header
 from moekern.version import __version__, versions
@@ -39,7 +39,6 @@ Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
 Measured = Mapping[str, LayerStatistics]  # domain -> one layer's sums
 Choose = Callable[[str, Measured, tuple[int, ...]], LayerPlan]
 Progress = Callable[[int, int], None]
-TIERS = ("routed", "dimensions")  # what a pass measures
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,12 @@ def needs_text(criterion: str) -> bool:
     chosen = criterion_named(criterion)
     if chosen.family == "weight":
         return False
-    if chosen.tier not in TIERS:
-        raise InputError(
-            f"--criterion {criterion}: needs the {chosen.tier} tier, which is not measured on the way; choose one of "
-            f"the tiers {', '.join(TIERS)}, or calibrate with --tier {chosen.tier} and plan"
-        )
+    for tier in chosen.tiers:
+        if tier not in RECORDED:
+            raise InputError(
+                f"--criterion {criterion}: needs the {tier} tier, which is not measured on the way; choose one of the "
+                f"tiers {', '.join(('routed', *RECORDED))}, or calibrate with --tier {tier} and plan"
+            )
     return True
 
 
@@ -267,6 +267,7 @@ def _measured_pass(
         """Let layer i's experts run through the seam, into sums that are used or, the second time, thrown away."""
         nonlocal seeing
         seeing = recorder(counted)
+        seeing.words = -(-layerwise.vocab_size // 64)
         watch.close()
         layer = {keys[i]: layerwise.layers[i]}
         watch.enter_context(observed(model, layer, seeing, score=layout.family.score, empty_slots=empty))
@@ -280,6 +281,7 @@ def _measured_pass(
     def measured(i: int) -> None:
         key = keys[i]
         seeing.check(key, layout.top_k)
+        seeing.finish(key)
         sums = {domain: s.to("cpu") for domain, s in seeing.sums[key].items()}
         _check_finite(key, sums, layout.top_k)
         held = keeps.get(key, tuple(range(layout.layers[key].num_experts)))
@@ -303,6 +305,7 @@ def _measured_pass(
     @contextmanager
     def entering(batch: Batch, layer: int) -> Iterator[None]:
         seeing.domain = batch.domain
+        seeing.token_ids = batch.input_ids.reshape(-1).to(layerwise.device)
         yield
 
     with watch:
@@ -330,7 +333,7 @@ def _check_finite(key: str, sums: Measured, top_k: int) -> None:
 
 
 def _recorder(job: Iteration, how: Compute, counted: bool) -> Recorder:
-    return Recorder(dimensions=counted and job.criterion.tier == "dimensions", backend=how.backend)
+    return Recorder(tiers=job.criterion.tiers if counted else (), backend=how.backend)
 
 
 def _header(job: Iteration, data: TokenData, how: Compute) -> dict[str, Any]:

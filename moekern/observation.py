@@ -17,13 +17,11 @@ from moekern.checkpoint import open_checkpoint
 from moekern.data import DEFAULT_DOMAIN
 from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
-from moekern.recorder import Recorder
+from moekern.recorder import RECORDED, Recorder
 from moekern.seam import experts_of, observed
 from moekern.statistics import Statistics, make_header
 from moekern.tiers import wanted_tiers
 from moekern.version import versions
-
-OBSERVED = ("dimensions", "vocabulary", "coalitions", "reap")
 
 
 @contextmanager
@@ -43,9 +41,9 @@ def observe(
         plan = moekern.make_plan(statistics, "reap", keep=0.5)
 
     Padding does not count: an `attention_mask` [B, S] given to the model's forward says what it is; one given here
-    holds for all passes and goes first. `tiers` are of OBSERVED: what one pass can measure. `checkpoint` is the folder the model came from; it ties plans to it.
-    Inference only: no gradient flows through measured experts. Raises InputError for a model whose family is unknown
-    or whose experts cannot be seen.
+    holds for all passes and goes first. `tiers` are of RECORDED: what one pass can measure. `checkpoint` is the folder
+    the model came from; it ties plans to it. Inference only: no gradient flows through measured experts. Raises
+    InputError for a model whose family is unknown or whose experts cannot be seen.
     """
     config: dict[str, Any] = model.config.to_dict()
     family = next((row for name in model_types(config) if (row := family_named(name))), None)
@@ -54,7 +52,7 @@ def observe(
     _, decoder = loader_of(model).decoder_layers()
     layers = {str(i): layer for i, layer in enumerate(decoder) if experts_of(layer) is not None}
     words = -(-model.get_input_embeddings().num_embeddings // 64)
-    recorder = Recorder(wanted_tiers(tiers, OBSERVED, "observe"), backend=backend, domain=domain, words=words)
+    recorder = Recorder(wanted_tiers(tiers, RECORDED, "observe"), backend=backend, domain=domain, words=words)
     handle = model.register_forward_pre_hook(_before(recorder, attention_mask), with_kwargs=True)
     header: dict[str, Any] = {}
     try:

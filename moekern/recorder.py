@@ -15,6 +15,8 @@ from moekern.statistics import LayerStatistics
 from moekern.sums import merge_rows
 from moekern.tiers import add_outliers, add_reap, chosen_sets
 
+RECORDED = ("dimensions", "vocabulary", "coalitions", "reap")  # tiers of one forward pass
+
 
 @dataclass
 class Recorder:

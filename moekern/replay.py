@@ -57,7 +57,9 @@ class Replay:
         self.probes = probes
         with ExitStack() as stack:
             for key, layer in self.layers.items():
-                handle = block_of(key, layer, self.loader.model).register_forward_hook(self._keep(key), with_kwargs=True)
+                handle = block_of(key, layer, self.loader.model).register_forward_hook(
+                    self._keep(key), with_kwargs=True
+                )
                 stack.callback(handle.remove)
             yield
 
@@ -158,7 +160,7 @@ def block_of(key: str, layer: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _sliced(call: Any, shape: tuple[int, int], rows: Tensor) -> Any:
-    """The arguments of a call for some of its B x S tokens: tensors [B, S, ...] become [1, n, ...], [B * S, ...] [n, ...]."""
+    """The arguments of a call for some of its B x S tokens: [B, S, ...] become [1, n, ...], [B * S, ...] [n, ...]."""
     if isinstance(call, Tensor):
         if call.shape[:2] == shape:
             return call.flatten(0, 1)[rows][None]
@@ -180,7 +182,7 @@ def _joined(calls: Sequence[Any]) -> Any:
 
 
 def _dense(chosen: Chosen, E: int, dropped: Sequence[int] = ()) -> Tensor:
-    """[n, E] float64: each token's gates, 0 where not chosen. A dropped expert that no other could replace adds nothing."""
+    """[n, E] float64: gates, 0 where not chosen. A dropped expert that no other could replace adds nothing."""
     ids = chosen.ids.long()
     filled = (ids >= 0) & (ids < E)
     for e in dropped:
@@ -213,5 +215,3 @@ def _add_subsets(y: Tensor, lost: Tensor, sums: LayerStatistics) -> None:
     for t, change in enumerate(lost):
         rows = y[:, t].double()
         sums.subset_loss.add_(((change @ (rows @ rows.T)) * change).sum(1).clamp(min=0))
-
-

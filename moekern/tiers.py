@@ -72,7 +72,7 @@ def add_reap(seen: Seen, mask: Tensor | None, sums: LayerStatistics) -> None:
 
 
 def add_outliers(seen: Seen, mask: Tensor | None, first: LayerStatistics, total: Tensor) -> None:
-    """total[e] += entries of e's counted rows beyond 3 sigma, by mean and sigma of `first`, the sums of a first pass."""
+    """total[e] += entries of e's counted rows beyond 3 sigma, by the mean and sigma of `first`, a first pass's sums."""
     entries = (first.count * first.dimensions).clamp(min=1)
     mean = first.value_sum.sum(1) / entries
     sigma = (first.square_sum.sum(1) / entries - mean.square()).clamp(min=0).sqrt()

@@ -63,7 +63,7 @@ def slow_round(
     chosen: dict[str, LayerPlan] = {}
     for key, count in counts.items():
         seen = written(source, now if reestimate else held, work / f"before-{key}")
-        statistics = calibrate(seen, data, dtype=torch.float32, dimensions=criterion == "ean_dim")
+        statistics = calibrate(seen, data, dtype=torch.float32, tiers=criterion_named(criterion).tiers)
         experts = statistics.layer(key).num_experts
         only = Statistics({**statistics.header, "num_experts": experts}, {key: statistics.layers[key]})
         ids = held.get(key, tuple(range(experts)))
@@ -115,18 +115,22 @@ def test_running_a_layer_twice_changes_nothing(name: str, family_checkpoint: Mak
     source, data = family_checkpoint(name), data_of(name)
     experts = find_layout(open_checkpoint(source)).num_experts
     plan = iterate(source, data, Method("gated_norm", experts), compute=Compute(dtype=torch.float32))
-    statistics = calibrate(source, data, dtype=torch.float32, dimensions=False)
+    statistics = calibrate(source, data, dtype=torch.float32, tiers=())
     assert dict(plan.layers) == dict(make_plan(statistics, "gated_norm", experts).layers)
 
 
-@pytest.mark.parametrize("criterion", ["reap", "ean_dim", "hope", "usage", "random", "worst_domain(reap)"])
+@pytest.mark.parametrize(
+    "criterion", ["reap", "ean_dim", "evtc", "shape", "random", "worst_domain(reap)", "rank(eae, ets)"]
+)
 def test_one_round_without_re_estimation_is_calibrate_and_plan(
     criterion: str, family_checkpoint: MakeCheckpoint
 ) -> None:
     source, data = family_checkpoint("qwen3_moe"), data_of("qwen3_moe")
     method = Method(criterion, 0.5, reestimate=False, seed=3, domains=("a",))
     plan = iterate(source, data, method)
-    one_shot = make_plan(calibrate(source, data), criterion, 0.5, seed=3, domains=["a"])
+    one_shot = make_plan(
+        calibrate(source, data, tiers=criterion_named(criterion).tiers), criterion, 0.5, seed=3, domains=["a"]
+    )
     assert dict(plan.layers) == dict(one_shot.layers)
     shared = set(plan.provenance) & set(one_shot.provenance)
     assert {key: plan.provenance[key] for key in shared} == {key: one_shot.provenance[key] for key in shared}
@@ -237,7 +241,7 @@ def test_a_killed_command_goes_on(
     [
         (["--keep", "0.5", "--rounds", "5"], "--rounds 5: expected 1 to 4"),
         (["--keep", "1"], "--keep 1: fewer than the 2 that each token chooses"),
-        (["--keep", "0.5", "--criterion", "evtc"], "--criterion evtc: needs the vocabulary tier"),
+        (["--keep", "0.5", "--criterion", "leave_one_out"], "--criterion leave_one_out: needs the replay tier"),
         (["--keep", "0.5", "--criterion", "aimer"], "--data, --domain: aimer looks at weights alone"),
         (["--keep", "0.5", "--domain", "law"], "--domain law: the text has no such domain"),
         (["--keep", "0.5", "--criterion", "best"], "--criterion best: unknown"),

@@ -119,7 +119,7 @@ def experts_block(model: str, layer: Layer) -> nn.Module:
 def measured(
     block: nn.Module, hidden: Tensor, ids: Tensor, gates: Tensor, logits: Tensor, layer: Layer, dimensions: bool
 ) -> Callable[[], Tensor]:
-    probe = Probe("0", layer.score, False, Recorder(dimensions=dimensions))
+    probe = Probe("0", layer.score, False, Recorder(tiers=("dimensions",) if dimensions else ()))
 
     def run() -> Tensor:
         block._moekern_probe = probe  # type: ignore[assignment]

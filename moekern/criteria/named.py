@@ -71,7 +71,7 @@ def _hts(text: str, inside: str) -> Criterion:
     if (alpha, beta) not in scores.MOMENTS:
         scores.hts(LayerStatistics.zeros(1), b, alpha, beta)  # says which are known
     function = partial(scores.hts, b=b, alpha=alpha, beta=beta)
-    return Criterion(text, function, "score", "activation", "routed", "min", "S(b, alpha, beta)", "arXiv:2606.15716")
+    return Criterion(text, function, "score", "activation", (), "min", "S(b, alpha, beta)", "arXiv:2606.15716")
 
 
 def _arguments(inside: str) -> list[str]:
@@ -92,10 +92,9 @@ def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
     kind, function = COMBINATORS[combinator]
     if kind == "domains" and len(parts) != 1:
         raise InputError(f"--criterion {text}: {combinator} takes one criterion")
-    tiers = [part.criterion.tier for part in parts]
-    tier = next((tier for tier in tiers if tier != "routed"), "routed")
+    tiers = tuple(dict.fromkeys(tier for part in parts for tier in part.criterion.tiers))
     family: Family = "weight" if all(part.criterion.family == "weight" for part in parts) else "combined"
-    return Criterion(text, partial(function, parts), kind, family, tier, "set", "a combination", "")
+    return Criterion(text, partial(function, parts), kind, family, tiers, "set", "a combination", "")
 
 
 def _part(text: str, argument: str) -> Part:
@@ -127,7 +126,8 @@ def _plug_in(text: str) -> Criterion:
     except (OSError, ImportError, AttributeError, SyntaxError) as error:
         raise InputError(f"--criterion {text}: {error}") from error
     meaning = (function.__doc__ or "").strip().partition("\n")[0]
-    return Criterion(text, partial(_checked, text, function), "score", "plug-in", "routed", "min", meaning, "")
+    tiers = tuple(getattr(function, "tiers", ()))
+    return Criterion(text, partial(_checked, text, function), "score", "plug-in", tiers, "min", meaning, "")
 
 
 def _checked(text: str, function: Callable[[LayerStatistics], Tensor], statistics: LayerStatistics) -> Tensor:

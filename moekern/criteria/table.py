@@ -26,15 +26,15 @@ class Criterion:
     kind "selector": function(LayerStatistics, kept, groups, protected) -> Selection.
     kind "domains": as a selector, with a mapping from domain to LayerStatistics in the first place.
     kind "seeded": function(experts, seed, layer key) -> [E] float64.
-    `drop` is the end of the published quantity that goes first: where it is "max", the score is its negative. `tier`
-    is what calibration must have measured; "routed" is always there. The family "weight" needs no text.
+    `drop` is the end of the published quantity that goes first: where it is "max", the score is its negative. `tiers`
+    are what calibration must have measured beside the routed one. The family "weight" needs no text.
     """
 
     name: str
     function: Callable[..., Any]
     kind: Kind
     family: Family
-    tier: str
+    tiers: tuple[str, ...]
     drop: Drop
     meaning: str
     paper: str
@@ -42,8 +42,9 @@ class Criterion:
 
 def _rows(module: ModuleType, family: Family, tier: str, *rows: tuple[str, Drop, str, str]) -> tuple[Criterion, ...]:
     """Criteria of one module, family and tier: name (of the function too), drop, meaning, paper."""
+    tiers = () if tier == "routed" else (tier,)
     return tuple(
-        Criterion(name, getattr(module, name), "selector" if drop == "set" else "score", family, tier, drop, *words)
+        Criterion(name, getattr(module, name), "selector" if drop == "set" else "score", family, tiers, drop, *words)
         for name, drop, *words in rows
     )
 
@@ -145,9 +146,7 @@ REDUNDANCY = (
         ("leave_one_out", "min", "what the output loses when the expert is dropped alone", ""),
     ),
 )  # fmt: skip
-RANDOM = Criterion(
-    "random", scores.random, "seeded", "baseline", "routed", "none", "numbers from --seed: a baseline", ""
-)
+RANDOM = Criterion("random", scores.random, "seeded", "baseline", (), "none", "numbers from --seed: a baseline", "")
 
 CRITERIA: dict[str, Criterion] = {row.name: row for row in (*MC_SUITE, *HTS_FAMILY, *LATER, *REDUNDANCY, RANDOM)}
 # Other names that papers use.
@@ -160,7 +159,7 @@ def described() -> list[dict[str, str]]:
         {
             "name": c.name,
             "family": c.family,
-            "tier": c.tier,
+            "tier": ", ".join(c.tiers) or "routed",
             "drop first": c.drop,
             "meaning": c.meaning,
             "paper": c.paper,
