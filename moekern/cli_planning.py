@@ -140,8 +140,7 @@ def plan(
         model=_folder(model),
         fit=_fit(fit, bits, context, sequences),
     )
-    if out.is_file():
-        raise InputError(f"--out {out}: exists already")
+    stages.check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
     plans = stages.make_plans(statistics_of(statistics, criterion, as_json), options)
     paths = stages.destinations(out, list(plans))
     stages.save_plans(plans, paths)

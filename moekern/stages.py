@@ -156,9 +156,18 @@ def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out:
             trust_remote_code=options.trust_remote_code,
             progress=step,
         )
+    console.say(backend_line(statistics.header["runs"][0]["backend"]))
     out.parent.mkdir(exist_ok=True)  # `run` keeps its own in a new folder, made when there is something to keep
     statistics.save(out)
     return Statistics.load(out)
+
+
+def backend_line(backends: Mapping[str, str]) -> str:
+    """Which backend served which ops: "kernels: native (router_stats, sort_by_expert)"."""
+    ops: dict[str, list[str]] = {}
+    for op, backend in backends.items():
+        ops.setdefault(backend, []).append(op)
+    return "kernels: " + "; ".join(f"{backend} ({', '.join(served)})" for backend, served in ops.items())
 
 
 def scores(statistics: Statistics, criterion: str, domains: Sequence[str] | None, seed: int) -> dict[str, list[float]]:

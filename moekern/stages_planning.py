@@ -99,15 +99,19 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
     return plans
 
 
+def check_destination(out: Path, plans: int) -> None:
+    """Raise InputError when `out` cannot take so many plans: known before anything is measured."""
+    if "{}" not in out.name and plans > 1 and out.suffix == ".json":
+        raise InputError(f"--out {out}: {plans} plans need a folder, or a name with {{}} in it such as plan-{{}}.json")
+    if plans == 1 and out.is_file():
+        raise InputError(f"--out {out}: exists already")
+
+
 def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
     """Name -> the file to write. One plan goes to `out`; several, or one where `out` is a folder, to NAME.json in it,
     or, where its name has {} in it, to the files with NAME in that place. Raises InputError for a file that exists."""
     if "{}" in out.name:
         paths = {name: out.with_name(out.name.replace("{}", name)) for name in names}
-    elif len(names) > 1 and out.suffix == ".json":
-        raise InputError(
-            f"--out {out}: {len(names)} plans need a folder, or a name with {{}} in it such as plan-{{}}.json"
-        )
     elif len(names) > 1 or out.is_dir():
         paths = {name: out / f"{name}.json" for name in names}
     else:

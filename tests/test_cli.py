@@ -92,6 +92,17 @@ def test_merged_statistics_are_the_sum(work: Path, tmp_path: Path) -> None:
     assert int(Statistics.load(out).layer("1").count.sum()) == 1800
 
 
+@pytest.mark.parametrize(("options", "backend"), [((), "native"), (("--backend", "reference"), "reference")])
+def test_calibrate_says_which_kernels_it_uses(
+    options: tuple[str, ...], backend: str, work: Path, tmp_path: Path
+) -> None:
+    data = ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 40, "--tokens", 80)
+    done = moekern("calibrate", work / "model", *data, "--out", tmp_path / "s.safetensors", "--json", *options)
+    ops = ("router_stats", "sort_by_expert", "combine_and_measure")
+    assert f"kernels: {backend} ({', '.join(ops)})\n" in done.stderr
+    assert json.loads(done.stdout)["runs"][0]["backend"] == dict.fromkeys(ops, backend)
+
+
 def test_python_m_moekern_is_the_command_line(work: Path) -> None:
     command = [sys.executable, "-m", "moekern", "inspect", str(work / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moekern.cli import app
-from moekern.criteria import CRITERIA
 from moekern.demo import MODEL, TEXT
+from moekern.demo.show import SHOWN
 
 SHARES = (0.75, 0.5, 0.25)
 
@@ -22,7 +22,7 @@ def test_the_tour(tmp_path: Path) -> None:
     assert document["verified"]["good"]
     assert all(document["generated"].values())
     rows = {(row["criterion"], row["kept"]): row for row in document["rows"]}
-    assert set(rows) == {("original", 1.0), *((name, share) for name in CRITERIA for share in SHARES)}
+    assert set(rows) == {("original", 1.0), *((name, share) for name in SHOWN for share in SHARES)}
     original = rows["original", 1.0]
     assert set(original["loss"]) == {path.name for path in TEXT.iterdir() if path.is_dir()}
     for share in SHARES:
