@@ -333,11 +333,10 @@ def bench(
             raise InputError(f"--case {name}: expected one of {', '.join(MODELS)}")
     lines = benchmark.measure(
         case or list(MODELS), threads=threads or torch.get_num_threads(), repeats=repeats, ops=op or (),
-        compiled=compiled,
+        compiled=compiled, done=lambda found: append(out, found),
     )  # fmt: skip
     if not lines:
         raise InputError(f"--op {', '.join(op or ())}: no op begins so")
-    append(out, lines)
     result(as_json, lines, lambda: benchmark.table(lines))
 
 

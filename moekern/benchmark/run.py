@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,13 +40,17 @@ def measure(
     compiled: bool = True,
     scale: Scale | None = None,
     layers: Mapping[str, Layer] = MODELS,
+    done: Callable[[list[Line]], None] = lambda lines: None,
 ) -> list[Line]:
-    """One line a case, op and backend; `ops` names beginnings of ops (none: all). Raises AssertionError for a kernel
-    that does not agree with the reference."""
+    """One line a case, op and backend; `ops` names beginnings of ops (none: all). `done` gets the lines of each case.
+
+    Raises AssertionError for a kernel that does not agree with the reference.
+    """
     torch.set_num_threads(threads)
     base = facts(threads, repeats)
     lines: list[Line] = []
     for case in cases:
+        before = len(lines)
         for job in jobs(layers[case], scale or Scale()):
             if ops and not job.op.startswith(tuple(ops)):
                 continue
@@ -57,8 +61,10 @@ def measure(
             found = [{**base, **line} for line in experts.lines(case, max(3, repeats // 2))]
             lines += found
             _say(found)
+        lines[before:] = [{**line, "target": target(line)} for line in lines[before:]]
+        done(lines[before:])
         gc.collect()
-    return [{**line, "target": target(line)} for line in lines]
+    return lines
 
 
 def _say(lines: Iterable[Line]) -> None:
@@ -96,7 +102,10 @@ def job_lines(job: Job, case: str, base: Line, repeats: int, compiled: bool) -> 
 
 
 def agree(job: Job, name: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
-    """Raise AssertionError, naming op and backend, unless each result is the reference's within float32 sums."""
+    """Raise AssertionError, naming op and backend, unless each result is the reference's within float32 sums.
+
+    A rival's sums may be of any length in float32; ours are of 256 numbers.
+    """
     for a, b in zip(got, want, strict=False):
         if name in job.rivals and a.shape != b.shape:
             continue  # a rival may keep its results otherwise, as bools instead of bits
@@ -104,7 +113,9 @@ def agree(job: Job, name: str, got: Sequence[torch.Tensor], want: Sequence[torch
             assert torch.equal(a, b), f"{job.op} {name}: not the reference's bits"
             continue
         rounded = a.dtype in (torch.bfloat16, torch.float16)
-        relative, absolute = (2.0**-7, 2.0**-7) if rounded else (1e-4, 1e-5)
+        relative, absolute = (
+            (2.0**-7, 2.0**-7) if rounded else (1e-3, 1e-4) if name not in job.backends else (1e-4, 1e-5)
+        )
         bound = absolute * float(b.double().abs().max()) if b.numel() else 0.0
         try:
             torch.testing.assert_close(a.double(), b.double(), rtol=relative, atol=bound)
