@@ -69,8 +69,9 @@ struct Scratch {
   std::vector<int32_t> ids;                     // [chunk, K]
   std::vector<float> gates;                     // [chunk, K]
   std::vector<int32_t> chosen;                  // [K]
-  std::vector<int64_t> top1;                    // [E]
-  std::vector<uint32_t> pairs;                  // [E, E], filled where row <= column
+  std::vector<int64_t> top1, count;             // [E]
+  std::vector<uint32_t> pairs;                  // [E, E]: earlier slot's expert, later slot's
+  std::vector<float> total, weighted, kth, next, log_total;  // [chunk], of the tokens that count
 };
 
 // The k-th and the (k+1)-th largest of n logits, by selection: for rows whose chosen slots are not simply the largest.
@@ -114,7 +115,7 @@ MOEKERN_INLINE void kth_and_next(Scratch& s, int64_t E, int64_t padded, int64_t 
 
 template <class S, class T>
 MOEKERN_INLINE void measure_logits(const T* row, int64_t E, int64_t padded, int64_t K, const int32_t* ids, Scratch& s,
-                                   float* score_sum, Partial& partial) {
+                                   float* score_sum, int64_t t) {
   float* logit = s.logit.data();
   float* score = s.score.data();
   for (int64_t i = 0; i < E; ++i) logit[i] = load(row[i]);
@@ -139,13 +140,29 @@ MOEKERN_INLINE void measure_logits(const T* row, int64_t E, int64_t padded, int6
   const float sum = sum_of(total);
   const float scale = S::kDivide ? 1.0f / sum : 1.0f;
   for (int64_t i = 0; i < padded; ++i) score_sum[i] += score[i] * scale;
-  // With p = s / sum: -sum of p ln p = ln sum - (sum of s ln s) / sum.
-  partial.entropy += static_cast<double>(logarithm(sum)) - static_cast<double>(sum_of(weighted)) / sum;
-
+  s.total[t] = sum;
+  s.weighted[t] = sum_of(weighted);
   if (K == 0 || K >= E) return;
   float kth, next;
   kth_and_next(s, E, padded, K, ids, &kth, &next);
-  partial.margin += static_cast<double>(S::of(kth - top).score * scale) - S::of(next - top).score * scale;
+  s.kth[t] = kth - top;
+  s.next[t] = next - top;
+}
+
+// Entropy and margin of n measured tokens: logarithms and exponentials side by side, sums in the tokens' order.
+template <class S>
+MOEKERN_INLINE void add_tokens(int64_t n, bool margins, Scratch& s, Partial& partial) {
+  for (int64_t t = 0; t < n; ++t) s.log_total[t] = logarithm(s.total[t]);
+  // With p = s / total: -sum of p ln p = ln total - (sum of s ln s) / total.
+  for (int64_t t = 0; t < n; ++t)
+    partial.entropy += static_cast<double>(s.log_total[t]) - static_cast<double>(s.weighted[t]) / s.total[t];
+  if (!margins) return;
+  for (int64_t t = 0; t < n; ++t) {
+    const float scale = S::kDivide ? 1.0f / s.total[t] : 1.0f;
+    s.kth[t] = S::of(s.kth[t]).score * scale;
+    s.next[t] = S::of(s.next[t]).score * scale;
+  }
+  for (int64_t t = 0; t < n; ++t) partial.margin += static_cast<double>(s.kth[t]) - s.next[t];
 }
 
 // gate_sums holds gate sum and gate square sum side by side for each expert.
@@ -161,18 +178,15 @@ void count_slots(const int32_t* ids, const float* gates, int64_t K, int64_t E, S
     const double gate = gates[k];
     gate_sums[2 * ids[k]] += gate;
     gate_sums[2 * ids[k] + 1] += gate * gate;
+    ++s.count[ids[k]];
     s.chosen[n++] = ids[k];
   }
   if (n > 0) ++s.top1[best];
   const int32_t* chosen = s.chosen.data();
   uint32_t* pairs = s.pairs.data();
   for (int64_t a = 0; a < n; ++a) {
-    const int64_t i = chosen[a];
-    ++pairs[i * E + i];
-    for (int64_t b = a + 1; b < n; ++b) {
-      const int64_t j = chosen[b];
-      if (i != j) ++pairs[std::min(i, j) * E + std::max(i, j)];
-    }
+    uint32_t* row = pairs + chosen[a] * E;
+    for (int64_t b = a + 1; b < n; ++b) ++row[chosen[b]];
   }
 }
 
@@ -191,9 +205,11 @@ Partial run_chunk(const RouterStats& args, const T* logits, int64_t start, int64
   }
   if (!logits) return partial;
   at_level(level, [&]() __attribute__((always_inline)) {
+    int64_t measured = 0;
     for (int64_t t = 0; t < n; ++t)
       if (!mask || mask[t])
-        measure_logits<S>(logits + (start + t) * E, E, padded, K, s.ids.data() + t * K, s, score_sum, partial);
+        measure_logits<S>(logits + (start + t) * E, E, padded, K, s.ids.data() + t * K, s, score_sum, measured++);
+    add_tokens<S>(measured, K > 0 && K < E, s, partial);
   });
   return partial;
 }
@@ -203,10 +219,10 @@ void add_integers(const RouterStats& args, const std::vector<Scratch>& scratch) 
   for (const Scratch& s : scratch)
     for (int64_t i = 0; i < E; ++i) {
       args.top1_count[i] += s.top1[i];
-      args.count[i] += s.pairs[i * E + i];
-      args.coactivation[i * E + i] += s.pairs[i * E + i];
+      args.count[i] += s.count[i];
+      args.coactivation[i * E + i] += s.count[i];
       for (int64_t j = i + 1; j < E; ++j)
-        if (const uint32_t pairs = s.pairs[i * E + j]) {
+        if (const int64_t pairs = int64_t{s.pairs[i * E + j]} + s.pairs[j * E + i]) {
           args.coactivation[i * E + j] += pairs;
           args.coactivation[j * E + i] += pairs;
         }
@@ -230,6 +246,8 @@ void run_all(const RouterStats& args, const T* logits, const Run& run) {
     s.gates.resize(kChunk * K);
     s.chosen.resize(K);
     s.top1.resize(E);
+    s.count.resize(E);
+    for (auto* each : {&s.total, &s.weighted, &s.kth, &s.next, &s.log_total}) each->resize(kChunk);
     s.pairs.resize(E * E);
   }
 

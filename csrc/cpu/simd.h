@@ -136,16 +136,19 @@ MOEKERN_INLINE float sum_of_lanes(const Floats& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-MOEKERN_INLINE float sum_of(float* lane) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-  return lane[0];
+// The kLanes lanes of a sum or a maximum: halves upon each other down to one, always in this order.
+MOEKERN_INLINE float sum_of(const float* lane) {
+  static_assert(kLanes == 4 * kVector);
+  const Floats a = read<Floats>(lane), b = read<Floats>(lane + kVector);
+  const Floats c = read<Floats>(lane + 2 * kVector), d = read<Floats>(lane + 3 * kVector);
+  return sum_of_lanes((a + c) + (b + d));
 }
 
 MOEKERN_INLINE float max_of(float* lane) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
+  for (int width = kLanes / 2; width >= kVector; width /= 2)
     for (int j = 0; j < width; ++j) lane[j] = larger(lane[j], lane[j + width]);
-  return lane[0];
+  return larger(larger(larger(lane[0], lane[4]), larger(lane[2], lane[6])),
+                larger(larger(lane[1], lane[5]), larger(lane[3], lane[7])));
 }
 
 }  // namespace moekern::cpu
