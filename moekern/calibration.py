@@ -18,6 +18,7 @@ from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.errors import InputError
+from moekern.gradients import add_gradients
 from moekern.recorder import OutlierRecorder, Recorder
 from moekern.replay import Replay, sample
 from moekern.seam import observed
@@ -30,7 +31,6 @@ from moekern.weighing import weigh_layer
 OPS = ("router_stats", "sort_by_expert", "combine_and_measure")
 TIER_OPS = {"vocabulary": ("vocabulary",), "replay": ("similarity",)}
 WEIGHT_OPS = ("weight_stats", "similarity", "dequantize")  # on the CPU
-MEASURED = tuple(tier for tier in TIERS if tier != "gradient")
 REPLAY_TOKENS = 512
 
 
@@ -42,6 +42,7 @@ def calibrate(
     dtype: torch.dtype | None = None,
     tiers: Collection[str] = ("dimensions",),
     replay_tokens: int = REPLAY_TOKENS,
+    spill: Path | None = None,
     backend: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -50,17 +51,18 @@ def calibrate(
 
     Weights are in the checkpoint's dtype unless `dtype` is given; at most the skeleton and two decoder layers are
     resident. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
-    `replay_tokens` tokens of each domain. `progress(done, total)` counts decoder layers over all passes. Raises
+    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`, with layers'
+    inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all passes. Raises
     InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot be
     measured there.
     """
-    wanted = wanted_tiers(tiers, MEASURED, "calibrate")
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
     if replay_tokens < 1:
         raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     backends = _backends(device, backend, wanted)
-    recorder = Recorder(tiers=[tier for tier in wanted if tier != "weights"], backend=backend)
+    recorder = Recorder(tiers=[tier for tier in wanted if tier not in ("weights", "gradient")], backend=backend)
     with open_layerwise(
         checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ) as layerwise:
@@ -69,12 +71,16 @@ def calibrate(
         if "outliers" in wanted:
             passes.append(OutlierRecorder(tiers=(), backend=backend, first=recorder.sums))
         weighed = len(layout.layers) if "weights" in wanted else 0
-        step = _steps(progress, (max(layerwise.moe_keys) + 1) * len(passes) + weighed)
+        upto, layers = max(layerwise.moe_keys) + 1, len(layerwise.layers)
+        back = 2 * layers - min(layerwise.moe_keys) if "gradient" in wanted else 0
+        step = _steps(progress, upto * len(passes) + weighed + back)
         weights = _weigh(checkpoint, layout, backend, step) if "weights" in wanted else {}
         replay = _replay(layerwise, recorder) if "replay" in wanted else None
         _measure(layerwise, data, recorder, replay, replay_tokens, step)
         for again in passes[1:]:
             _measure(layerwise, data, again, None, 0, step)
+        if "gradient" in wanted:
+            recorder.sums.update(add_gradients(layerwise, data, recorder.sums, spill=spill, step=step))
     for key, found in weights.items():
         recorder.sums[key] = {domain: replace(sums, **found) for domain, sums in recorder.sums[key].items()}
     return _statistics(checkpoint, layout, data, recorder, backends, dtype)

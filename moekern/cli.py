@@ -107,8 +107,12 @@ def calibrate(
         list[str] | None,
         typer.Option(
             help="Measure this too; repeatable: dimensions (the default), vocabulary, coalitions, outliers, reap, "
-            "replay, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
+            "replay, gradient, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
         ),
+    ] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option(help="With tier gradient: a folder for the layers' inputs, which else stay in memory."),
     ] = None,
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
@@ -123,7 +127,7 @@ def calibrate(
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens,
+        ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens, spill,
     )  # fmt: skip
     statistics = stages.calibrate_to(model_folder(model), options, out)
     result(as_json, {"out": str(out), **statistics.header}, lambda: tables.statistics(statistics, out))

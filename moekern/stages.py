@@ -15,7 +15,7 @@ import torch
 
 from moekern import console
 from moekern.architectures import find_layout
-from moekern.calibration import MEASURED, REPLAY_TOKENS, calibrate
+from moekern.calibration import REPLAY_TOKENS, calibrate
 from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.copying import room_needed
 from moekern.criteria import criterion_named, score_layer
@@ -29,6 +29,7 @@ from moekern.planning import make_plan
 from moekern.preflight import check_space, check_target
 from moekern.pruning import Mtp, PruneReport, prune
 from moekern.statistics import Statistics
+from moekern.sums import TIERS
 from moekern.tiers import wanted_tiers
 from moekern.verification import VerifyReport, verify
 from moekern.weighing import weigh
@@ -49,6 +50,7 @@ class Calibration:
     backend: str | None = None
     trust_remote_code: bool = False
     replay_tokens: int = REPLAY_TOKENS
+    spill: Path | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -126,7 +128,9 @@ def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new_file(out)
     check_device(options.device)
-    wanted_tiers(options.tiers, MEASURED, "calibrate")
+    wanted_tiers(options.tiers, TIERS, "calibrate")
+    if options.spill is not None and not os.access(options.spill, os.W_OK | os.X_OK):
+        raise InputError(f"--spill {options.spill}: no folder that can be written to")
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     return _measure(checkpoint, read_tokens(checkpoint, options), options, out)
@@ -152,6 +156,7 @@ def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out:
             dtype=options.torch_dtype,
             tiers=options.tiers,
             replay_tokens=options.replay_tokens,
+            spill=options.spill,
             backend=options.backend,
             trust_remote_code=options.trust_remote_code,
             progress=step,
@@ -233,7 +238,7 @@ def run(
 ) -> Run:
     """Calibrate, plan, prune, verify. Statistics of an earlier run with the same model and data are used again."""
     check_device(options.device)
-    wanted_tiers(options.tiers, MEASURED, "calibrate")
+    wanted_tiers(options.tiers, TIERS, "calibrate")
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint))
     check_target(checkpoint.folder, out)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import moekern
 from moekern.architectures import find_layout
-from moekern.calibration import MEASURED, calibrate
+from moekern.calibration import calibrate
 from moekern.checkpoint import open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder.masking import masked
@@ -234,13 +234,13 @@ def test_every_tier_with_domains_apart(name: str, family_checkpoint: MakeCheckpo
     folder, data = family_checkpoint(name), _two_domains(name)
     steps: list[tuple[int, int]] = []
     both = calibrate(
-        folder, data, tiers=MEASURED, replay_tokens=10, progress=lambda done, total: steps.append((done, total))
+        folder, data, tiers=TIERS, replay_tokens=10, progress=lambda done, total: steps.append((done, total))
     )
-    apart = [calibrate(folder, TokenData((batch,), {}), tiers=MEASURED, replay_tokens=10) for batch in data.batches]
+    apart = [calibrate(folder, TokenData((batch,), {}), tiers=TIERS, replay_tokens=10) for batch in data.batches]
     both.save(tmp_path / "s.safetensors")
     loaded, merged = Statistics.load(tmp_path / "s.safetensors"), merge(apart)
     for key in both.layers:
-        assert both.layer(key).tiers == MEASURED
+        assert both.layer(key).tiers == TIERS
         assert int(both.layer(key).replay_tokens) == 20
         for domain, one in zip("ab", apart, strict=True):
             assert _differences(both.layer(key, [domain]), one.layer(key)) == []
@@ -251,11 +251,10 @@ def test_every_tier_with_domains_apart(name: str, family_checkpoint: MakeCheckpo
 
 
 def test_every_criterion_ranks_what_was_calibrated(family_checkpoint: MakeCheckpoint) -> None:
-    statistics = calibrate(family_checkpoint("deepseek_v3"), _two_domains("deepseek_v3"), tiers=MEASURED)
+    statistics = calibrate(family_checkpoint("deepseek_v3"), _two_domains("deepseek_v3"), tiers=TIERS)
     for criterion in moekern.criteria.CRITERIA.values():
-        if "gradient" not in criterion.tiers:
-            plan = moekern.make_plan(statistics, criterion.name, keep=4)
-            assert all(len(layer.keep) == 4 for layer in plan.layers.values())
+        plan = moekern.make_plan(statistics, criterion.name, keep=4)
+        assert all(len(layer.keep) == 4 for layer in plan.layers.values())
 
 
 def test_the_replayed_sample_is_even_seeded_and_exact() -> None:
@@ -318,7 +317,6 @@ def test_names_of_tiers() -> None:
     ("arguments", "error"),
     [
         (("--tier", "magic"), "--tier magic: unknown; expected one of routed, dimensions, vocabulary"),
-        (("--tier", "gradient"), "--tier gradient: calibrate does not measure it; expected one of routed"),
         (("--tier", "replay", "--replay-tokens", 0), "--replay-tokens 0: expected 1 or more"),
     ],
 )

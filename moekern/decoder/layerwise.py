@@ -66,17 +66,8 @@ class LayerwiseModel:
         self.reader.start(0)
 
         def load(i: int) -> None:
-            self.loader.load(self.reader.take(), self.device)
-            self.reader.release(self.model)
-            return_freed_memory()
-            self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
-            if i + 1 < last:
-                self.reader.start(i + 1)
+            self._load(i, i + 1 if i + 1 < last else None)
             loaded(i)
-
-        def unload(i: int) -> None:
-            _drop(self.layers[i])
-            return_freed_memory()
 
         try:
             run_suspended(
@@ -84,7 +75,7 @@ class LayerwiseModel:
                 tasks,
                 forward,
                 load=load,
-                unload=unload,
+                unload=self._unload,
                 entering=entering,
                 twice=twice,
                 between=between,
@@ -96,6 +87,32 @@ class LayerwiseModel:
             self.reader.cancel()
             for layer in self.layers:
                 _drop(layer)
+
+    def visit(self, order: Sequence[int]) -> Iterator[int]:
+        """Fill these decoder layers in this order, one at a time; each is dropped when the next one is asked for."""
+        self.reader.start(order[0])
+        try:
+            for i, after in zip(order, (*order[1:], None), strict=True):
+                self._load(i, after)
+                yield i
+                self._unload(i)
+        finally:
+            self.reader.cancel()
+            for layer in self.layers:
+                _drop(layer)
+
+    def _load(self, i: int, after: int | None) -> None:
+        """Fill layer i, whose reading was started, and start to read `after`."""
+        self.loader.load(self.reader.take(), self.device)
+        self.reader.release(self.model)
+        return_freed_memory()
+        self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
+        if after is not None:
+            self.reader.start(after)
+
+    def _unload(self, i: int) -> None:
+        _drop(self.layers[i])
+        return_freed_memory()
 
     def _check_filled(self, prefix: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():

@@ -1,0 +1,179 @@
+"""A backward pass with one decoder layer in memory: inputs kept on the way forward, layers visited in reverse.
+
+On the way forward every layer's arguments are kept from the first layer that is wanted on. Behind the last layer autograd
+is switched on with a fresh leaf, so that the model's own norm, head and loss give the gradient of its output. Then each
+layer is loaded again, run with autograd from what it was given, and hands the gradient of its input to the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moekern.decoder.layerwise import LayerwiseModel
+from moekern.errors import InputError
+
+Task = TypeVar("Task")
+HIDDEN = "hidden_states"
+
+
+@dataclass
+class Store:
+    """Tensors by name, in memory or, with a folder, in one file each."""
+
+    folder: Path | None = None
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, name: str, value: Tensor) -> None:
+        value = value.detach().to("cpu", copy=True)
+        if self.folder is None:
+            self.held[name] = value
+        else:
+            torch.save(value, self.folder / name)
+
+    def pop(self, name: str) -> Tensor:
+        if self.folder is None:
+            return self.held.pop(name)
+        value: Tensor = torch.load(self.folder / name)
+        (self.folder / name).unlink()
+        return value
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What the way forward kept, from decoder layer `first` on."""
+
+    layerwise: LayerwiseModel
+    first: int
+    store: Store
+    calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+    def forward(self, tasks: Sequence[Task], loss: Callable[[Task], Tensor], progress: Callable[[int], None]) -> None:
+        """Keep the layers' inputs, and the gradient of `loss(task)`, a forward pass, by the last layer's output."""
+        layers, running = self.layerwise.layers, 0
+        leaves: dict[int, Tensor] = {}
+        besides: dict[int, list[Tensor]] = {}  # what a task's layers have returned beside hidden states
+
+        def keep(i: int) -> Callable[..., None]:
+            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden, args, kwargs = _taken(args, kwargs)
+                given = {id(value) for value in (*args, *kwargs.values())}
+                if given & {id(value) for value in besides.get(running, ())}:
+                    raise self.refusal(i)
+                self.calls[i, running] = args, kwargs
+                self.store.put(f"input-{i}-{running}", hidden)
+
+            return hook
+
+        def returned(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, tuple):
+                more = [v for v in output[1:] if isinstance(v, Tensor) and v.is_floating_point()]
+                besides.setdefault(running, []).extend(more)
+
+        def lead(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+            torch.set_grad_enabled(True)
+            leaf = hidden_of(output).detach().requires_grad_()
+            leaves[running] = leaf
+            return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
+
+        @contextmanager
+        def entering(task: tuple[int, Task], layer: int) -> Iterator[None]:
+            nonlocal running
+            running = task[0]
+            yield
+
+        def forward(task: tuple[int, Task]) -> None:
+            try:
+                total = loss(task[1])
+                leaf = leaves.pop(task[0])
+                (gradient,) = torch.autograd.grad(total, leaf)
+            finally:
+                torch.set_grad_enabled(False)
+            self.store.put(f"gradient-{task[0]}", gradient)
+
+        with ExitStack() as stack:
+            for i in range(self.first, len(layers)):
+                stack.callback(layers[i].register_forward_pre_hook(keep(i), with_kwargs=True).remove)
+                stack.callback(layers[i].register_forward_hook(returned).remove)
+            stack.callback(layers[-1].register_forward_hook(lead).remove)
+            self.layerwise.run(list(enumerate(tasks)), forward, entering=entering, progress=progress)
+
+    def layers(self) -> Iterator[int]:
+        """Decoder layers from the last one to the first that is wanted, each with its weights in memory."""
+        return self.layerwise.visit(range(len(self.layerwise.layers) - 1, self.first - 1, -1))
+
+    def through(self, i: int, task: int, wanted: Callable[[], Sequence[Tensor]]) -> list[Tensor | None]:
+        """One task's way back through layer i: gradients of `wanted()`, asked for when the layer has run.
+
+        Raises InputError where the layer does not hand on what the layer behind it was given.
+        """
+        device = self.layerwise.device
+        args, kwargs = self.calls.pop((i, task))
+        hidden = self.store.pop(f"input-{i}-{task}").to(device).requires_grad_()
+        upstream = self.store.pop(f"gradient-{task}").to(device)
+        with torch.enable_grad():
+            args, kwargs = _moved(args, device), _moved(kwargs, device)
+            out = hidden_of(self.layerwise.layers[i](*_given(args, hidden), **_given(kwargs, hidden)))
+            asked = [hidden, *wanted()]
+            found = torch.autograd.grad(out, asked, upstream.to(out.dtype).view_as(out), allow_unused=True)
+        if i + 1 < len(self.layerwise.layers):
+            after = self.store.pop(f"next-{task}")
+            if after.shape != out.shape or not _alike(out.detach().to("cpu"), after):
+                raise self.refusal(i + 1)
+        if i > self.first:
+            assert found[0] is not None
+            self.store.put(f"next-{task}", hidden)
+            self.store.put(f"gradient-{task}", found[0])
+        return list(found[1:])
+
+    def refusal(self, i: int) -> InputError:
+        """The error for a family in which layers depend on each other by more than the hidden states."""
+        layer, name = type(self.layerwise.layers[i]).__name__, self.layerwise.layout.family.name
+        return InputError(
+            f"--tier gradient: {name}: decoder layer {i} ({layer}) is given more of the layers before it than hidden "
+            "states, so gradients cannot be handed back layer by layer"
+        )
+
+
+def _alike(got: Tensor, kept: Tensor) -> bool:
+    """The same numbers but for rounding: products may take another road when a gradient is wanted."""
+    size = float(kept.float().abs().max())
+    return float((got.float() - kept.float()).abs().max()) <= 64 * torch.finfo(kept.dtype).eps * size
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a decoder layer returns."""
+    return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
+
+
+class _Place:
+    """Where the hidden states were among a layer's arguments."""
+
+
+PLACE = _Place()
+
+
+def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if HIDDEN in kwargs:
+        return kwargs[HIDDEN], args, {**kwargs, HIDDEN: PLACE}
+    return args[0], (PLACE, *args[1:]), kwargs
+
+
+def _given(values: Any, hidden: Tensor) -> Any:
+    if isinstance(values, dict):
+        return {name: hidden if value is PLACE else value for name, value in values.items()}
+    return tuple(hidden if value is PLACE else value for value in values)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(each, device) for name, each in value.items()}
+    return tuple(_moved(each, device) for each in value) if type(value) is tuple else value

@@ -1,0 +1,256 @@
+"""The gradient tier: the loss' gradients by every expert's weights and gates, a decoder layer at a time.
+
+The loss is next-token cross-entropy, summed over a domain's predicted tokens, so G of an expert is the sum over the
+domain's tokens; a mean would scale all G of a domain alike. G holds an expert's matrices (gate, up, down), not biases.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moekern.data import Batch, TokenData
+from moekern.decoder import LayerwiseModel
+from moekern.decoder.backward import Backward, Store
+from moekern.decoder.transformers_api import experts_implementation, is_experts_module
+from moekern.errors import InputError
+from moekern.seam import experts_of
+from moekern.sums import LayerStatistics
+
+IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
+COLUMNS = 1 << 22  # numbers of all experts' G that are looked at together
+
+
+def add_gradients(
+    layerwise: LayerwiseModel,
+    data: TokenData,
+    sums: Mapping[str, dict[str, LayerStatistics]],
+    *,
+    spill: Path | None = None,
+    in_memory: int = IN_MEMORY,
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, LayerStatistics]]:
+    """Layer key -> domain -> `sums` with the gradient tier. `step()` after every layer, forward and back.
+
+    Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H numbers of
+    the model's dtype, in memory or in files under `spill`. Resident: one layer, its experts' gradients of one batch,
+    and G in float32 (in a file beyond `in_memory` bytes). Raises InputError for families whose layers hand on more than
+    hidden states.
+    """
+    model: Any = layerwise.model
+    model.requires_grad_(False)
+
+    def loss(batch: Batch) -> Tensor:
+        ids = batch.input_ids.to(layerwise.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+
+    found: dict[str, dict[str, LayerStatistics]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-", dir=spill)))
+        decorated = [m for m in model.modules() if is_experts_module(m)]
+        stack.enter_context(experts_implementation(decorated, "eager"))
+        back = Backward(layerwise, min(layerwise.moe_keys), Store(folder if spill else None))
+        back.forward(data.batches, loss, lambda i: step())
+        for i in back.layers():
+            key = layerwise.moe_keys.get(i)
+            if key is None:
+                for number in range(len(data.batches)):
+                    back.through(i, number, lambda: ())
+            else:
+                found[key] = dict(_layer(back, i, data, sums[key], folder, in_memory))
+            step()
+    return found
+
+
+def _layer(
+    back: Backward, i: int, data: TokenData, sums: Mapping[str, LayerStatistics], folder: Path, in_memory: int
+) -> Iterator[tuple[str, LayerStatistics]]:
+    """Domain -> its sums with the gradient tier, for one layer whose weights are in memory."""
+    layer = back.layerwise.layers[i]
+    H = int(back.layerwise.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
+    E = next(iter(sums.values())).num_experts
+    parts = matrices(layer, E, H)
+    size = 4 * sum(part.weight.numel() for part in parts)
+    for domain in data.tokens:
+        gate_sum = torch.zeros(E, dtype=torch.float64)
+        with _accumulators(parts, E, folder if size > in_memory else None) as totals:
+            for part in parts:
+                part.weight.requires_grad_()
+            for number, batch in enumerate(data.batches):
+                if batch.domain == domain:
+                    with watching_gates(layer, E) as gates:
+                        wanted: list[Tensor] = [part.weight for part in parts]
+                        got = back.through(i, number, lambda: [*wanted, gates.values])  # noqa: B023
+                    for total, gradient in zip(totals, got[:-1], strict=True):
+                        if gradient is not None:
+                            _add(total, gradient)
+                    if got[-1] is not None:
+                        gate_sum += gates.per_expert(got[-1])
+            yield domain, replace(sums[domain], **functionals(parts, totals, gate_sum))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One stacked weight of a layer's experts: expert e's rows follow one another along the first axis."""
+
+    weight: nn.Parameter
+    shape: tuple[int, int]  # of one expert's part
+    hidden_axis: int  # which of the two is the hidden dimension
+
+
+def matrices(layer: nn.Module, E: int, H: int) -> list[Matrix]:
+    """The weights of a decoder layer's experts, biases and routers left out."""
+    experts = experts_of(layer)
+    assert experts is not None
+    stacked = [(name, p) for name, p in experts.named_parameters() if p.ndim == 3 and len(p) == E]
+    if not stacked:  # DBRX keeps rows of all experts in one matrix
+        stacked = [(n, p) for n, p in experts.named_parameters() if p.ndim == 2 and not len(p) % E and len(p) > E]
+    if not stacked:
+        raise InputError(f"--tier gradient: {type(experts).__name__} keeps its experts' weights in no form known here")
+    transposed = bool(getattr(experts, "is_transposed", False)) or type(experts).__name__ == "Llama4TextMoe"
+    found = []
+    for name, weight in stacked:
+        rows, columns = weight.numel() // E // weight.shape[-1], weight.shape[-1]
+        if (rows == H) != (columns == H):
+            axis = 0 if rows == H else 1
+        else:  # [out, in], and H comes out of the last one
+            axis = int(any(word in name for word in ("down", "output", "w2")) == transposed)
+        found.append(Matrix(weight, (rows, columns), axis))
+    return found
+
+
+@contextmanager
+def _accumulators(parts: list[Matrix], E: int, folder: Path | None) -> Iterator[list[Tensor]]:
+    """Zeros [E, rows, columns] float32 for each matrix, in memory or in a file each."""
+    with ExitStack() as stack:
+        totals = []
+        for number, part in enumerate(parts):
+            shape = (E, *part.shape)
+            if folder is None:
+                totals.append(torch.zeros(shape))
+                continue
+            path = folder / f"G-{number}"
+            stack.callback(path.unlink, missing_ok=True)
+            n = part.weight.numel()
+            totals.append(torch.from_file(str(path), shared=True, size=n, dtype=torch.float32).view(shape))
+        yield totals
+
+
+def _add(total: Tensor, gradient: Tensor) -> None:
+    """total [E, rows, columns] += gradient, an expert at a time."""
+    for mine, theirs in zip(total, gradient.view_as(total), strict=True):
+        mine += theirs.to("cpu", torch.float32)
+
+
+@dataclass
+class Gates:
+    """The gates of the batch that ran last, before they meet the outputs, and the expert of each."""
+
+    values: Tensor
+    experts: Tensor  # of values' shape
+    num_experts: int
+
+    def per_expert(self, gradient: Tensor) -> Tensor:
+        """[E] float64: sum of gate x gradient."""
+        share = (self.values.detach().double() * gradient.double()).flatten().to("cpu")
+        ids = self.experts.flatten().to("cpu", torch.int64)
+        real = (ids >= 0) & (ids < self.num_experts)
+        return torch.zeros(self.num_experts, dtype=torch.float64).index_add_(0, ids[real], share[real])
+
+
+@contextmanager
+def watching_gates(layer: nn.Module, E: int) -> Iterator[Gates]:
+    """Fills the gates whenever the layer's experts run while the context is open."""
+    gates = Gates(torch.empty(0), torch.empty(0), E)
+    experts: Any = experts_of(layer)
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        gates.experts, gates.values = tensors[1], tensors[2]
+
+    def llama4(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        gates.values = output[0]
+        gates.experts = torch.arange(E, device=output[0].device).expand_as(output[0])
+
+    def jetmoe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _, _, gates.values, sizes, _ = output
+        gates.experts = torch.arange(E).repeat_interleave(torch.as_tensor(sizes).cpu())
+
+    kind = type(experts).__name__
+    if kind == "Llama4TextMoe":
+        handle = experts.router.register_forward_hook(llama4)
+    elif kind == "JetMoeMoE":
+        handle = experts.router.register_forward_hook(jetmoe)
+    else:
+        handle = experts.register_forward_pre_hook(called, with_kwargs=True)
+    try:
+        yield gates
+    finally:
+        handle.remove()
+
+
+def functionals(parts: list[Matrix], totals: list[Tensor], gate_sum: Tensor) -> dict[str, Tensor]:
+    """The fields of the gradient tier from one domain's G: totals are [E, rows, columns] float32."""
+    E = len(totals[0])
+    n = sum(total[0].numel() for total in totals)
+    gram, total = torch.zeros(E, E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
+    for columns in _columns(totals):
+        gram += columns @ columns.T
+        total += columns.sum(1)
+    norm = gram.diagonal().sqrt()
+    unit = torch.where(norm > 0, 1 / norm, 0)
+    mean = total / n
+    sigma = (gram.diagonal() / n - mean.square()).clamp(min=0).sqrt()
+    outliers = torch.zeros(E, dtype=torch.int64)
+    for columns in _columns(totals):
+        outliers += ((columns - mean[:, None]).abs() > 3 * sigma[:, None]).sum(1)
+    taylor = torch.stack([
+        sum((_dot(part.weight.view(E, -1)[e], part_total[e]) for part, part_total in zip(parts, totals, strict=True)),
+            torch.zeros((), dtype=torch.float64))
+        for e in range(E)
+    ])  # fmt: skip
+    return {
+        "gradients": torch.ones(1, dtype=torch.int64),
+        "gradient_norm_sum": norm,
+        "gradient_cosine_sum": gram * unit[:, None] * unit,
+        "gradient_log_std_sum": torch.stack([_log_std(parts, [total[e] for total in totals]) for e in range(E)]),
+        "gradient_outlier_sum": outliers,
+        "taylor_sum": taylor,
+        "gate_gradient_sum": gate_sum,
+    }
+
+
+def _columns(totals: list[Tensor]) -> Iterator[Tensor]:
+    """All experts' G in pieces [E, some], float64."""
+    for total in totals:
+        flat = total.flatten(1)
+        for piece in flat.split(max(1, COLUMNS // len(flat)), dim=1):
+            yield piece.double()
+
+
+def _dot(weight: Tensor, total: Tensor) -> Tensor:
+    return weight.detach().to("cpu", torch.float64) @ total.flatten().double()
+
+
+def _log_std(parts: list[Matrix], mine: list[Tensor]) -> Tensor:
+    """Sum over hidden dimensions of log std of the entries of one expert's G that belong to them.
+
+    A dimension that never varies counts as the least normal number, as in eae.
+    """
+    count, total, square = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for part, G in zip(parts, mine, strict=True):
+        other = 1 - part.hidden_axis
+        wide = G.double()
+        count += part.shape[other]
+        total, square = total + wide.sum(other), square + wide.square().sum(other)
+    variance = square / count - (total / count).square()
+    return variance.clamp(min=torch.finfo(torch.float64).tiny).log().sum() / 2

@@ -1,0 +1,198 @@
+"""The streamed backward pass against an ordinary one through the whole model in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moekern.architectures import find_layout
+from moekern.calibration import calibrate
+from moekern.checkpoint import open_checkpoint
+from moekern.data import Batch, TokenData
+from moekern.decoder import open_layerwise
+from moekern.decoder.transformers_api import loader_of
+from moekern.errors import InputError
+from moekern.gradients import add_gradients, matrices, watching_gates
+from moekern.seam import experts_of
+from moekern.statistics import LayerStatistics, Statistics, merge
+from moekern.sums import TIERS
+from tests import families
+from tests.test_cli import moekern as command
+
+MakeCheckpoint = Callable[[str], Path]
+E = families.EXPERTS
+FIELDS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "gradient"]
+# Their decoder layers hand on more than hidden states.
+REFUSED: tuple[str, ...] = ()
+CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
+
+
+def data_of(name: str) -> TokenData:
+    """Two batches of one domain, one of another."""
+    batches = [Batch(domain, families.input_ids(name, 2, 12, seed)) for seed, domain in enumerate("aba")]
+    return TokenData(tuple(batches), {})
+
+
+def whole(folder: Path, batches: list[Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer key -> fields of the tier, by backward through the model in memory, entry by entry in Python."""
+    model: Any = families.load(folder)
+    model = getattr(model, "thinker", model)
+    model.set_experts_implementation("eager")
+    loader, layout = loader_of(model), find_layout(open_checkpoint(folder))
+    layers = loader.decoder_layers()[1]
+    places = loader.moe_places(layout)
+    gate_sums = {key: torch.zeros(E, dtype=torch.float64) for key in places}
+    for token_ids in batches:
+        kept = {}
+        with pytest.MonkeyPatch.context(), torch.enable_grad():
+            contexts = {key: watching_gates(layers[place], E) for key, place in places.items()}
+            gates = {key: context.__enter__() for key, context in contexts.items()}
+            logits = model(input_ids=token_ids, use_cache=False).logits
+            for context in contexts.values():
+                context.__exit__(None, None, None)
+            kept = {key: each.values for key, each in gates.items()}
+            for each in kept.values():
+                each.retain_grad()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="sum")
+            loss.backward()
+        for key, each in gates.items():
+            ids = each.experts.expand_as(each.values).reshape(-1).tolist()
+            shares = (each.values.grad.double() * each.values.detach().double()).reshape(-1).tolist()
+            for e, share in zip(ids, shares, strict=True):
+                if 0 <= e < E:
+                    gate_sums[key][e] += share
+    return {key: literal(layers[place], layout, gate_sums[key], model) for key, place in places.items()}
+
+
+def literal(layer: Any, layout: Any, gate_sum: Tensor, model: Any) -> dict[str, Tensor]:
+    H = model.get_input_embeddings().weight.shape[1]
+    parts = matrices(layer, E, H)
+    G = [[p.weight.grad.double().reshape(E, *p.shape)[e] for p in parts] for e in range(E)]
+    W = [[p.weight.detach().double().reshape(E, *p.shape)[e] for p in parts] for e in range(E)]
+    flat = [torch.cat([g.flatten() for g in each]) for each in G]
+    norm = torch.stack([g.norm() for g in flat])
+    unit = torch.stack([g / n if n > 0 else g for g, n in zip(flat, norm, strict=True)])
+    log_std = []
+    for each in G:
+        total = 0.0
+        for j in range(parts[0].shape[parts[0].hidden_axis]):
+            column = torch.cat([g.select(p.hidden_axis, j) for g, p in zip(each, parts, strict=True)])
+            total += math.log(max(float(column.var(correction=0)), torch.finfo(torch.float64).tiny)) / 2
+        log_std.append(total)
+    far = [int(((g - g.mean()).abs() > 3 * g.std(correction=0)).sum()) for g in flat]
+    taylor = [float(torch.cat([w.flatten() for w in W[e]]) @ flat[e]) for e in range(E)]
+    return {
+        "gradients": torch.ones(1, dtype=torch.int64),
+        "gradient_norm_sum": norm,
+        "gradient_cosine_sum": unit @ unit.T,
+        "gradient_log_std_sum": torch.tensor(log_std, dtype=torch.float64),
+        "gradient_outlier_sum": torch.tensor(far),
+        "taylor_sum": torch.tensor(taylor, dtype=torch.float64),
+        "gate_gradient_sum": gate_sum,
+    }
+
+
+def close(name: str, got: Tensor, want: Tensor) -> None:
+    """Float32 on both sides, through products of other shapes; logarithms of small variances lose more."""
+    if name == "gradient_outlier_sum":  # entries at 3 sigma may fall on either side
+        assert int((got - want).abs().max()) <= 2
+        return
+    scale = float(want.double().abs().max())
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=2e-4 * max(scale, 1e-6))
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKED if name not in REFUSED])
+def test_gradients_are_those_of_a_whole_backward_pass(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    folder, data = family_checkpoint(name), data_of(name)
+    statistics = calibrate(folder, data, dtype=torch.float32, tiers=("gradient",))
+    for domain in "ab":
+        batches = [batch.input_ids for batch in data.batches if batch.domain == domain]
+        for key, want in whole(folder, batches).items():
+            got = statistics.layers[key][domain]
+            assert got.tiers == ("gradient",)
+            for field in FIELDS:
+                close(field, getattr(got, field), want[field])
+            assert float(got.gradient_norm_sum.max()) > 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_that_hand_on_more_are_refused_by_name(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(InputError, match=f"--tier gradient: {name}: decoder layer .* more of the layers before it"):
+        calibrate(family_checkpoint(name), data_of(name), dtype=torch.float32, tiers=("gradient",))
+
+
+def test_files_in_place_of_memory_change_no_bit(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder, data = family_checkpoint("qwen3_moe"), data_of("qwen3_moe")
+    plain = calibrate(folder, data, tiers=("gradient",))
+    spilled = calibrate(folder, data, tiers=("gradient",), spill=tmp_path)
+    checkpoint = open_checkpoint(folder)
+    with open_layerwise(checkpoint, find_layout(checkpoint), device="cpu") as layerwise:
+        paged = add_gradients(layerwise, data, plain.layers, in_memory=0)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    for key, domains in plain.layers.items():
+        for domain, sums in domains.items():
+            for field in FIELDS:
+                assert torch.equal(getattr(sums, field), getattr(spilled.layers[key][domain], field))
+                assert torch.equal(getattr(sums, field), getattr(paged[key][domain], field))
+
+
+def test_one_layer_is_resident_on_the_way_back(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moekern.decoder.backward import Backward
+
+    filled: list[int] = []
+    through = Backward.through
+
+    def counted(self: Backward, i: int, *rest: Any) -> Any:
+        filled.append(sum(not next(layer.parameters()).is_meta for layer in self.layerwise.layers))
+        return through(self, i, *rest)
+
+    monkeypatch.setattr(Backward, "through", counted)
+    steps: list[tuple[int, int]] = []
+    calibrate(
+        family_checkpoint("qwen3_moe"), data_of("qwen3_moe"), tiers=("gradient",),
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert filled
+    assert set(filled) == {1}
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+
+
+def test_runs_add(family_checkpoint: MakeCheckpoint) -> None:
+    folder, data = family_checkpoint("mixtral"), data_of("mixtral")
+    parts = [
+        calibrate(folder, TokenData((batch,), {"n": i}), tiers=("gradient",)) for i, batch in enumerate(data.batches)
+    ]
+    both = merge(parts)
+    for key in both.layers:
+        assert int(both.layer(key).gradients) == 3
+        total = sum(part.layer(key).gradient_norm_sum for part in parts)
+        torch.testing.assert_close(both.layer(key).gradient_norm_sum, total)
+
+
+def test_the_command(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [' + ", ".join(str(20 + i % 70) for i in range(90)) + "]}")
+    folder, out = family_checkpoint("olmoe"), tmp_path / "s.safetensors"
+    arguments = ("calibrate", folder, "--data", tmp_path / "ids.jsonl", "--out", out, "--tier", "gradient")
+    done = command(*arguments, "--spill", tmp_path / "no")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"moekern: --spill {tmp_path / 'no'}: no folder that can be written to\n",
+    )
+    done = command(*arguments, "--spill", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Statistics.load(out).layer("0").tiers == ("gradient",)
+    for criterion in ("egs", "ege", "ego", "egn", "taylor", "gate_taylor"):
+        plan = command("plan", out, "--criterion", criterion, "--keep", 4, "--out", tmp_path / f"{criterion}.json")
+        assert plan.returncode == 0, plan.stderr
+    assert "gradient" in TIERS
+    assert experts_of is not None
