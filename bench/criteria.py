@@ -1,12 +1,15 @@
-"""What criteria cost in held-out loss: one-shot, re-estimated and in rounds, over several draws of calibration text.
+"""What criteria cost: every criterion one-shot, some re-estimated and in rounds, over draws of calibration text.
 
-python -m bench.criteria [--criteria reap usage] [--shares 0.75 0.5 0.25] [--seeds 3] [--rounds 4] [--out FILE.jsonl]
+python -m bench.criteria [--criteria reap usage] [--iterated reap] [--shares 0.75 0.5] [--seeds 3] [--out FILE.jsonl]
 python -m bench.criteria --model MODEL --data NAME=PATH --held-out NAME=PATH --tokens 100000
-python -m bench.criteria --show FILE.jsonl          measures nothing: the table of a record, in Markdown
+python -m bench.criteria --show FILE.jsonl          measures nothing: the tables of a record, in Markdown
 
 Without --model, the small trained model that ships with moekern. A seed draws --tokens of the calibration text (and the
-scores of the random criterion); all plans are evaluated on the same held-out tokens. Losses are nats per token, with
-the standard error over seeds; "gain" is one-shot's mean loss less the method's, seed by seed.
+scores of the random criterion), calibrates once with every tier, and all plans are evaluated on the same held-out
+tokens: loss and KL to the original in nats per token, and how often the likeliest token is the original's, per domain.
+Seeds that are in --out already are not measured again. The criteria of --iterated are run through `iterate` too and,
+as "DOMAIN alone", planned from the first domain's sums. Errors are standard errors over seeds; "gain" is one-shot's
+loss less the method's, seed by seed.
 """
 
 from __future__ import annotations
@@ -26,16 +29,21 @@ from rich.console import Console
 from rich.table import Table
 
 from moekern.benchmark.records import append, machine
+from moekern.calibration import calibrate
 from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.criteria import CRITERIA
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.iteration import Compute, Method, iterate, needs_text
 from moekern.plan import Plan
+from moekern.planning import make_plan
 from moekern.stages import Calibration, read_tokens
+from moekern.sums import TIERS
 
 Line = dict[str, Any]
-CRITERIA = ("reap", "ean_dim", "gated_norm", "hope_all_tokens", "usage", "random")
+ITERATED = ("reap", "ean_dim", "gated_norm", "hope_all_tokens", "usage", "ews")
+COMPUTE = Compute(dtype=torch.float32)
 SHARES = (0.75, 0.5, 0.25)
 ONE_SHOT = "one-shot"
 
@@ -51,9 +59,8 @@ def methods(rounds: int) -> dict[str, tuple[int, bool]]:
 
 
 def measure(options: argparse.Namespace) -> list[Line]:
-    """A line for the original, and one for each criterion, share, method and seed; written when a seed is done."""
+    """A line for the original and for each criterion, share, method and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
-    how = Compute(dtype=torch.float32)
     held_out = read_tokens(
         checkpoint,
         Calibration(tuple(options.held_out), options.held_out_tokens, options.sequence_length, options.batch_size),
@@ -62,44 +69,71 @@ def measure(options: argparse.Namespace) -> list[Line]:
         **machine(), "model": options.model.name, "tokens": options.tokens, "held_out_tokens": options.held_out_tokens,
         "sequence_length": options.sequence_length, "rounds": options.rounds,
     }  # fmt: skip
-    lines: list[Line] = []
+    lines = read(options.out) if options.out and options.out.exists() else []
+    there = {line["seed"] for line in lines}
     for seed in range(options.seeds):
-        plans = dict(made_plans(checkpoint, options, how, seed))
+        if seed in there:
+            continue
+        plans = {json.dumps(key): plan for key, plan in made_plans(checkpoint, options, seed)}
         print(f"seed {seed}: evaluating {len(plans)} plans", file=sys.stderr)
-        before, named = len(lines), {json.dumps(key): plan for key, plan in plans.items()}
-        losses = evaluate(checkpoint, held_out, named, dtype=torch.float32)
+        losses = evaluate(checkpoint, held_out, plans, dtype=torch.float32)
+        found: list[Line] = []
         if not lines:
-            lines.append(
-                {**base, "criterion": ORIGINAL, "share": 1.0, "method": "", "seed": 0, **loss(losses, ORIGINAL)}
+            found.append(
+                {**base, "criterion": ORIGINAL, "share": 1.0, "method": "", "seed": seed, **loss(losses, ORIGINAL)}
             )
-        for (criterion, share, method), plan in plans.items():
-            key = json.dumps((criterion, share, method))
+        for key, plan in plans.items():
+            criterion, share, method = json.loads(key)
             row = {"criterion": criterion, "share": share, "method": method, "seed": seed}
-            lines.append({**base, **row, "plan": plan.digest[:12], **loss(losses, key)})
-        append(options.out, lines[before:])
+            found.append({**base, **row, "plan": plan.digest[:12], **loss(losses, key)})
+        append(options.out, found)
+        lines += found
     return lines
 
 
 def made_plans(
-    checkpoint: Checkpoint, options: argparse.Namespace, how: Compute, seed: int
+    checkpoint: Checkpoint, options: argparse.Namespace, seed: int
 ) -> Iterator[tuple[tuple[str, float, str], Plan]]:
     """(criterion, share, method) -> plan, all from one draw of the text."""
     text = Calibration(tuple(options.data), options.tokens, options.sequence_length, options.batch_size, seed)
     data = read_tokens(checkpoint, text)
+    start = time.perf_counter()
+    measured = calibrate(checkpoint, data, dtype=torch.float32, tiers=TIERS)
+    print(f"seed {seed}: calibrated with every tier: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for criterion in options.criteria:
+        for share in options.shares:
+            yield (criterion, share, ONE_SHOT), make_plan(measured, criterion, share, seed=seed)
+    for criterion in options.iterated:
         start = time.perf_counter()
         for share in options.shares:
+            one = next(iter(data.tokens))
+            if needs_text(criterion):
+                yield (
+                    (criterion, share, f"{one} alone"),
+                    make_plan(measured, criterion, share, seed=seed, domains=[one]),
+                )
             for method, (rounds, reestimate) in methods(options.rounds).items():
-                asked = Method(criterion, share, rounds, reestimate, seed=seed)
-                plan = iterate(checkpoint, data if needs_text(criterion) else None, asked, compute=how)
-                yield (criterion, share, method), plan
+                if method != ONE_SHOT and (reestimate is False or needs_text(criterion)):
+                    asked = Method(criterion, share, rounds, reestimate, seed=seed)
+                    text_of = data if needs_text(criterion) else None
+                    yield (criterion, share, method), iterate(checkpoint, text_of, asked, compute=COMPUTE)
         print(f"seed {seed}: {criterion}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def loss(losses: Evaluation, name: str) -> Line:
-    """Loss per domain, and their mean."""
-    domains = {domain: round(found.nll, 6) for domain, found in losses[name].items()}
-    return {"loss": domains, "mean": round(statistics.fmean(domains.values()), 6)}
+    """Loss, KL and agreement per domain, and their means."""
+    row = losses[name]
+    each = {kind: {d: round(getattr(found, kind), 6) for d, found in row.items()} for kind in ("nll", "kl", "top1")}
+    means = {"mean" if kind == "nll" else f"mean_{kind}": _mean(values) for kind, values in each.items()}
+    return {"loss": each["nll"], "kl": each["kl"], "top1": each["top1"], **means}
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return round(statistics.fmean(values.values()), 6)
+
+
+def read(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
@@ -108,39 +142,62 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def rows(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: the original, then share by share the criteria, each with its methods."""
-    domains = list(lines[0]["loss"])
-    groups: dict[tuple[float, str, str], dict[int, Mapping[str, Any]]] = {}
+def groups_of(lines: Sequence[Line]) -> dict[tuple[str, float, str], dict[int, Line]]:
+    """(criterion, share, method) -> seed -> line."""
+    groups: dict[tuple[str, float, str], dict[int, Line]] = {}
     for line in lines:
-        groups.setdefault((line["share"], line["criterion"], line["method"]), {})[line["seed"]] = line
+        groups.setdefault((line["criterion"], line["share"], line["method"]), {})[line["seed"]] = line
+    return groups
+
+
+def one_shot(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """A row a criterion, from the least loss at the middle share: loss, KL and agreement at every share."""
+    groups = groups_of(lines)
+    shares = sorted({share for _, share, method in groups if method == ONE_SHOT}, reverse=True)
+    names = dict.fromkeys(name for name, _, method in groups if method == ONE_SHOT)
+
+    def values(name: str, share: float, kind: str) -> list[float]:
+        return [line[kind] for line in groups[name, share, ONE_SHOT].values()]
+
+    order = sorted(names, key=lambda name: statistics.fmean(values(name, shares[len(shares) // 2], "mean")))
+    kinds = (("mean", "loss"), ("mean_kl", "KL"), ("mean_top1", "top-1"))
+    header = ["criterion", *(f"{word}, {share:.0%}" for _, word in kinds for share in shares)]
+    first = next(line for line in lines if line["criterion"] == ORIGINAL)
+    cells = [[ORIGINAL, *(f"{first[kind]:.3f}" for kind, _ in kinds for _ in shares)]]
+    cells += [[name, *(spread(values(name, share, kind)) for kind, _ in kinds for share in shares)] for name in order]
+    return header, cells
+
+
+def by_method(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """A row a criterion, share and method that is not one-shot: its loss, and what it gains over one-shot."""
+    groups = groups_of(lines)
     cells = []
-    for (share, criterion, method), seeds in groups.items():
-        plain = groups.get((share, criterion, ONE_SHOT), {})
-        gains = [plain[seed]["mean"] - line["mean"] for seed, line in seeds.items() if seed in plain]
-        gain = spread(gains, sign="+") if gains and method != ONE_SHOT else ""
-        each = [spread([line["loss"][domain] for line in seeds.values()]) for domain in domains]
-        mean = spread([line["mean"] for line in seeds.values()])
-        cells.append([f"{share:.0%}", criterion, method, mean, gain, *each])
-    order = list(dict.fromkeys(line["share"] for line in lines))
-    cells.sort(key=lambda row: [f"{share:.0%}" for share in order].index(row[0]))
-    return ["kept", "criterion", "method", "mean", "gain", *domains], cells
+    for (criterion, share, method), seeds in groups.items():
+        plain = groups.get((criterion, share, ONE_SHOT), {})
+        if method in (ONE_SHOT, "") or not plain:
+            continue
+        gains = [plain[seed]["mean"] - line["mean"] for seed, line in seeds.items()]
+        means = [spread([line["mean"] for line in each.values()]) for each in (plain, seeds)]
+        cells.append([criterion, f"{share:.0%}", method, *means, spread(gains, sign="+")])
+    return ["criterion", "kept", "method", "one-shot", "loss", "gain"], cells
 
 
-def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    header, cells = rows(lines)
-    table = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+def markdown(lines: Sequence[Line]) -> str:
+    text = []
+    for header, cells in (one_shot(lines), by_method(lines)):
+        table = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
+        text.append("".join(f"| {' | '.join(row)} |\n" for row in table))
+    return "\n".join(text)
 
 
-def show(lines: Sequence[Mapping[str, Any]]) -> None:
-    header, cells = rows(lines)
-    table = Table(title="held-out loss, nats per token")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < 3 else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+def show(lines: Sequence[Line]) -> None:
+    for title, (header, cells) in (("one-shot", one_shot(lines)), ("other ways", by_method(lines))):
+        table = Table(title=f"{title}: held-out loss and KL in nats per token")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in cells:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def main() -> None:
@@ -149,6 +206,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=list(text_sources("calibration")), metavar="NAME=PATH")
     parser.add_argument("--held-out", nargs="+", default=list(text_sources("evaluation")), metavar="NAME=PATH")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
+    parser.add_argument("--iterated", nargs="*", default=list(ITERATED))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4)
@@ -161,7 +219,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.show:
-            print(markdown([json.loads(line) for line in options.show.read_text().splitlines()]), end="")
+            print(markdown(read(options.show)), end="")
             return
         lines = measure(options)
     except (InputError, OSError) as error:

@@ -51,10 +51,10 @@ def calibrate(
 
     Weights are in the checkpoint's dtype unless `dtype` is given; at most the skeleton and two decoder layers are
     resident. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
-    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`, with layers'
-    inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all passes. Raises
-    InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot be
-    measured there.
+    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`,
+    with layers' inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all
+    passes. Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that
+    cannot be measured there.
     """
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     if replay_tokens < 1:

@@ -24,9 +24,14 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean negative log likelihood in nats per predicted token."""
+    """Means over predicted tokens.
+
+    nll and kl(original || plan) are in nats; top1 is the share of tokens whose likeliest is the original's.
+    """
 
     nll: float
+    kl: float
+    top1: float
     tokens: int
 
 
@@ -52,7 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss per domain of the original and of every plan, as if pruned: the dropped experts are masked out of selection.
 
-    All plans share one pass over the weights; their hidden states are held at the same time.
+    All plans share one pass over the weights; their hidden states are held at the same time, and the original's
+    predictions of one batch.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
@@ -60,23 +66,28 @@ def evaluate(
         check_plan(plan, layout, checkpoint.fingerprint)
     tasks = [
         MaskedTask(name, dropped_experts(layout, plan), batch)
-        for name, plan in {ORIGINAL: None, **plans}.items()
         for batch in data.batches
+        for name, plan in {ORIGINAL: None, **plans}.items()  # the original first: the others are held against it
     ]
-    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    original: list[Tensor] = []
 
     def add(task: MaskedTask, logits: Tensor) -> None:
-        loss, count = _loss(logits, task.batch.input_ids.to(logits.device))
-        before = sums.get((task.name, task.batch.domain), (0.0, 0))
-        sums[task.name, task.batch.domain] = (before[0] + loss, before[1] + count)
+        predicted = logits[:, :-1].float().log_softmax(-1)
+        if task.name == ORIGINAL:
+            original[:] = [predicted]
+        found = _compared(predicted, original[0], task.batch.input_ids[:, 1:].to(logits.device))
+        key = task.name, task.batch.domain
+        sums[key] = sums[key] + found if key in sums else found
 
     with open_layerwise(
         checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ) as layerwise:
         run_masked(layerwise, tasks, add, progress)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
-    for (name, domain), (total, count) in sums.items():
-        table[name][domain] = Loss(total / count, count)
+    for (name, domain), total in sums.items():
+        nll, kl, top1, count = total.tolist()
+        table[name][domain] = Loss(nll / count, kl / count, top1 / count, int(count))
     return table
 
 
@@ -115,9 +126,15 @@ def run_masked(
     layerwise.run(tasks, forward, entering=entering, progress=lambda i: progress(i + 1, len(layerwise.layers)))
 
 
-def _loss(logits: Tensor, input_ids: Tensor) -> tuple[float, int]:
-    """Summed negative log likelihood of tokens 1.. given those before, and how many they are."""
-    total = 0.0
-    for row, ids in zip(logits, input_ids, strict=True):
-        total += float(F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double().sum())
-    return total, input_ids.shape[0] * (input_ids.shape[1] - 1)
+def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
+    """Sums over a batch's tokens, float64: -log p of those wanted [B, S], KL, equal likeliest tokens, tokens.
+
+    predicted and original are log probabilities [B, S, V]; a sequence is looked at at a time.
+    """
+    total = torch.zeros(4, dtype=torch.float64)
+    for mine, theirs, ids in zip(predicted, original, wanted, strict=True):
+        total[0] -= float(mine.gather(1, ids[:, None]).double().sum())
+        total[1] += float(F.kl_div(mine, theirs, reduction="none", log_target=True).sum(1).double().sum())
+        total[2] += int((mine.argmax(1) == theirs.argmax(1)).sum())
+        total[3] += len(ids)
+    return total

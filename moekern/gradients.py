@@ -40,10 +40,10 @@ def add_gradients(
 ) -> dict[str, dict[str, LayerStatistics]]:
     """Layer key -> domain -> `sums` with the gradient tier. `step()` after every layer, forward and back.
 
-    Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H numbers of
-    the model's dtype, in memory or in files under `spill`. Resident: one layer, its experts' gradients of one batch,
-    and G in float32 (in a file beyond `in_memory` bytes). Raises InputError for families whose layers hand on more than
-    hidden states.
+    Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H
+    numbers of the model's dtype, in memory or in files under `spill`. Resident: one layer, its experts' gradients of
+    one batch, and G in float32 (in a file beyond `in_memory` bytes). Raises InputError for families whose layers hand
+    on more than hidden states, and for heads that do not predict the next token.
     """
     model: Any = layerwise.model
     model.requires_grad_(False)
@@ -51,6 +51,9 @@ def add_gradients(
     def loss(batch: Batch) -> Tensor:
         ids = batch.input_ids.to(layerwise.device)
         logits = model(input_ids=ids, use_cache=False).logits
+        if logits.shape[-1] < layerwise.vocab_size:
+            name = layerwise.layout.family.name
+            raise InputError(f"--tier gradient: {name} does not predict the next token: {logits.shape[-1]} outputs")
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
     found: dict[str, dict[str, LayerStatistics]] = {}

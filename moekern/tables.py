@@ -127,10 +127,16 @@ def losses(table: Evaluation) -> None:
     """Loss per domain, a row a plan."""
     domains = list(next(iter(table.values())))
     rows = [
-        (name, *(f"{row[d].nll:.4f}" for d in domains), f"{mean_loss({d: row[d].nll for d in domains}):.4f}")
+        (
+            name,
+            *(f"{row[d].nll:.4f}" for d in domains),
+            f"{mean_loss({d: row[d].nll for d in domains}):.4f}",
+            f"{mean_loss({d: row[d].kl for d in domains}):.4f}",
+            f"{mean_loss({d: row[d].top1 for d in domains}):.1%}",
+        )
         for name, row in table.items()
     ]
-    show("held-out loss, nats per token", ("plan", *domains, "mean"), rows)
+    show("held-out loss, nats per token", ("plan", *domains, "mean", "KL to original", "same top-1"), rows)
 
 
 def mean_loss(row: Mapping[str, float]) -> float:
@@ -141,7 +147,8 @@ def mean_loss(row: Mapping[str, float]) -> float:
 def losses_document(table: Evaluation) -> dict[str, Any]:
     """The same as JSON."""
     return {
-        name: {d: {"nll": loss.nll, "tokens": loss.tokens} for d, loss in row.items()} for name, row in table.items()
+        name: {d: {"nll": loss.nll, "kl": loss.kl, "top1": loss.top1, "tokens": loss.tokens} for d, loss in row.items()}
+        for name, row in table.items()
     }
 
 

@@ -21,17 +21,15 @@ from moekern.decoder import open_layerwise
 from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
 from moekern.gradients import add_gradients, matrices, watching_gates
-from moekern.seam import experts_of
 from moekern.statistics import LayerStatistics, Statistics, merge
-from moekern.sums import TIERS
 from tests import families
 from tests.test_cli import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS
 FIELDS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "gradient"]
-# Their decoder layers hand on more than hidden states.
-REFUSED: tuple[str, ...] = ()
+# Their decoder layers hand on more than hidden states, or their head is no language model's.
+REFUSED = ("inkling2", "inkling2_text", "mistral_large4", "openai_privacy_filter", "zaya")
 CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
 
 
@@ -51,8 +49,7 @@ def whole(folder: Path, batches: list[Tensor]) -> dict[str, dict[str, Tensor]]:
     places = loader.moe_places(layout)
     gate_sums = {key: torch.zeros(E, dtype=torch.float64) for key in places}
     for token_ids in batches:
-        kept = {}
-        with pytest.MonkeyPatch.context(), torch.enable_grad():
+        with torch.enable_grad():
             contexts = {key: watching_gates(layers[place], E) for key, place in places.items()}
             gates = {key: context.__enter__() for key, context in contexts.items()}
             logits = model(input_ids=token_ids, use_cache=False).logits
@@ -125,7 +122,9 @@ def test_gradients_are_those_of_a_whole_backward_pass(name: str, family_checkpoi
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_layers_that_hand_on_more_are_refused_by_name(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    with pytest.raises(InputError, match=f"--tier gradient: {name}: decoder layer .* more of the layers before it"):
+    with pytest.raises(
+        InputError, match="--tier gradient: .*(more of the layers before it|does not predict the next token)"
+    ):
         calibrate(family_checkpoint(name), data_of(name), dtype=torch.float32, tiers=("gradient",))
 
 
@@ -194,5 +193,3 @@ def test_the_command(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     for criterion in ("egs", "ege", "ego", "egn", "taylor", "gate_taylor"):
         plan = command("plan", out, "--criterion", criterion, "--keep", 4, "--out", tmp_path / f"{criterion}.json")
         assert plan.returncode == 0, plan.stderr
-    assert "gradient" in TIERS
-    assert experts_of is not None

@@ -72,7 +72,9 @@ LAW: dict[str, set[str]] = {
     "recorder": {"errors", "kernels", "routed", "statistics", "sums", "tiers"},
     "seam": {"decoder", "errors", "recorder", "routed"},
     "replay": {"architectures", "decoder", "errors", "kernels", "seam", "sums"},
+    "gradients": {"data", "decoder", "errors", "seam", "sums"},
     "calibration": {
+        "gradients",
         "architectures",
         "checkpoint",
         "data",

@@ -1,13 +1,14 @@
 """A backward pass with one decoder layer in memory: inputs kept on the way forward, layers visited in reverse.
 
-On the way forward every layer's arguments are kept from the first layer that is wanted on. Behind the last layer autograd
-is switched on with a fresh leaf, so that the model's own norm, head and loss give the gradient of its output. Then each
-layer is loaded again, run with autograd from what it was given, and hands the gradient of its input to the one before.
+On the way forward every layer's arguments are kept from the first layer that is wanted on. Behind the last layer
+autograd is switched on with a fresh leaf, so that the model's own norm, head and loss give the gradient of its output.
+Then each layer is loaded again, run with autograd from what it was given, and hands the gradient of its input to the
+one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +59,12 @@ class Backward:
         """Keep the layers' inputs, and the gradient of `loss(task)`, a forward pass, by the last layer's output."""
         layers, running = self.layerwise.layers, 0
         leaves: dict[int, Tensor] = {}
-        besides: dict[int, list[Tensor]] = {}  # what a task's layers have returned beside hidden states
+        seen: dict[int, Given] = {}
 
         def keep(i: int) -> Callable[..., None]:
             def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hidden, args, kwargs = _taken(args, kwargs)
-                given = {id(value) for value in (*args, *kwargs.values())}
-                if given & {id(value) for value in besides.get(running, ())}:
+                if seen.setdefault(running, Given(hidden, args, kwargs)).more_than_hidden(args, kwargs):
                     raise self.refusal(i)
                 self.calls[i, running] = args, kwargs
                 self.store.put(f"input-{i}-{running}", hidden)
@@ -72,9 +72,7 @@ class Backward:
             return hook
 
         def returned(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, tuple):
-                more = [v for v in output[1:] if isinstance(v, Tensor) and v.is_floating_point()]
-                besides.setdefault(running, []).extend(more)
+            seen[running].returned += floats(output[1:]) if isinstance(output, tuple) else []
 
         def lead(module: Any, args: tuple[Any, ...], output: Any) -> Any:
             torch.set_grad_enabled(True)
@@ -145,6 +143,46 @@ def _alike(got: Tensor, kept: Tensor) -> bool:
     """The same numbers but for rounding: products may take another road when a gradient is wanted."""
     size = float(kept.float().abs().max())
     return float((got.float() - kept.float()).abs().max()) <= 64 * torch.finfo(kept.dtype).eps * size
+
+
+class Given:
+    """What the first layer of a task was given beside hidden states, and what layers have returned beside them."""
+
+    def __init__(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.shape = hidden.shape
+        self.streams = self._streams(args, kwargs)
+        self.shared = self._shared(args, kwargs)
+        self.returned: list[Tensor] = []  # kept alive, so that no other tensor gets their ids
+
+    def more_than_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a later layer's arguments hold what layers have made: returned, another stream as wide as the hidden
+        states, or tensors that were put into a shared dictionary on the way."""
+        given = {id(value) for value in floats((args, kwargs))}
+        return (
+            bool(given & {id(value) for value in self.returned})
+            or _differ(self.streams, self._streams(args, kwargs))
+            or _differ(self.shared, self._shared(args, kwargs))
+        )
+
+    def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        B, S, H = self.shape[0], self.shape[1], self.shape[-1]
+        return [v for v in floats((args, kwargs)) if v.ndim > 2 and v.shape[:2] == (B, S) and v.shape[-1] == H]
+
+    def _shared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        return [v for value in (*args, *kwargs.values()) if isinstance(value, Mapping) for v in floats(value)]
+
+
+def _differ(before: list[Tensor], now: list[Tensor]) -> bool:
+    return [id(value) for value in before] != [id(value) for value in now]
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The floating-point tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [found for each in value for found in floats(each)] if isinstance(value, (tuple, list)) else []
 
 
 def hidden_of(output: Any) -> Tensor:

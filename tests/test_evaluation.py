@@ -1,0 +1,50 @@
+"""Losses of plans against the whole model in memory, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekern.architectures import find_layout
+from moekern.checkpoint import open_checkpoint
+from moekern.data import Batch, TokenData
+from moekern.evaluation import ORIGINAL, evaluate
+from moekern.plan import LayerPlan, Plan
+from moekern.pruning import prune
+from tests import families
+
+MakeCheckpoint = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_loss_divergence_and_agreement(name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = family_checkpoint(name)
+    batches = [Batch(domain, families.input_ids(name, 2, 12, seed)) for seed, domain in enumerate("aba")]
+    layers = find_layout(open_checkpoint(folder)).layers
+    plan = Plan({key: LayerPlan((0, 2, 3, 7)) for key in layers}, {})
+    found = evaluate(folder, TokenData(tuple(batches), {}), {"half": plan}, dtype=torch.float32)
+    prune(folder, plan, tmp_path / "half")
+    models = {ORIGINAL: families.load(folder), "half": families.load(tmp_path / "half")}
+    for domain in "ab":
+        for row, model in models.items():
+            nll, kl, same = list[float](), list[float](), list[bool]()
+            for batch in batches:
+                if batch.domain != domain:
+                    continue
+                p = families.forward(models[ORIGINAL], batch.input_ids).double().softmax(-1)
+                q = families.forward(model, batch.input_ids).double().softmax(-1)
+                for b, ids in enumerate(batch.input_ids):
+                    for t in range(len(ids) - 1):
+                        nll.append(-float(q[b, t, ids[t + 1]].log()))
+                        kl.append(float((p[b, t] * (p[b, t] / q[b, t]).log()).sum()))
+                        same.append(int(p[b, t].argmax()) == int(q[b, t].argmax()))
+            got = found[row][domain]
+            assert got.tokens == len(nll)
+            assert got.nll == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+            assert got.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4, abs=1e-6)
+            assert got.top1 == sum(same) / len(same)
+    assert found[ORIGINAL]["a"].kl == 0
+    assert found[ORIGINAL]["a"].top1 == 1 > found["half"]["a"].top1
