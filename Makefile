@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test lint bench bench-regression bench-streaming fuzz gpu clean
+.PHONY: demo test lint bench bench-criteria bench-regression bench-streaming fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -20,6 +20,11 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
+
+# Every criterion on the model that ships, three seeds: about twenty minutes. Lines go to OUT=, and are gone on with there.
+bench-criteria: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.criteria --out $(OUT)/criteria.jsonl
 
 # Times against the last saved run of this machine, in .benchmarks/, and saves this one.
 bench-regression: $(VENV)/.ready

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekern.architectures import Layout, find_layout
+from moekern.architectures import find_layout
 from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
-from moekern.decoder.masking import masked_layer
+from moekern.decoder.live import LivePruner
 from moekern.plan import Plan, check_plan
 
 ORIGINAL = "original"
@@ -39,9 +39,10 @@ Evaluation = Mapping[str, Mapping[str, Loss]]  # plan name (or "original") -> do
 
 
 @dataclass(frozen=True)
-class MaskedTask:
+class Task:
     name: str
-    dropped: Mapping[str, tuple[int, ...]]  # layer key -> dropped experts
+    number: int  # of the plan, the original first
+    plan: Plan | None
     batch: Batch
 
 
@@ -55,7 +56,8 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Loss per domain of the original and of every plan, as if pruned: the dropped experts are masked out of selection.
+    """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
+    that the plan makes.
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
     predictions of one batch.
@@ -64,15 +66,15 @@ def evaluate(
     layout = find_layout(checkpoint)
     for plan in plans.values():
         check_plan(plan, layout, checkpoint.fingerprint)
-    tasks = [
-        MaskedTask(name, dropped_experts(layout, plan), batch)
+    tasks = [  # of each batch the original first: the others are held against it
+        Task(name, number, plan, batch)
         for batch in data.batches
-        for name, plan in {ORIGINAL: None, **plans}.items()  # the original first: the others are held against it
+        for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
     sums: dict[tuple[str, str], Tensor] = {}
     original: list[Tensor] = []
 
-    def add(task: MaskedTask, logits: Tensor) -> None:
+    def add(task: Task, logits: Tensor) -> None:
         predicted = logits[:, :-1].float().log_softmax(-1)
         if task.name == ORIGINAL:
             original[:] = [predicted]
@@ -83,7 +85,7 @@ def evaluate(
     with open_layerwise(
         checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     ) as layerwise:
-        run_masked(layerwise, tasks, add, progress)
+        _run(layerwise, tasks, add, progress)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
@@ -91,39 +93,56 @@ def evaluate(
     return table
 
 
-def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, ...]]:
-    """Layer key -> the experts a plan drops; no plan drops none."""
-    if plan is None:
-        return {}
-    return {
-        key: tuple(sorted(set(range(layout.layers[key].num_experts)) - set(layer.keep)))
-        for key, layer in plan.layers.items()
-    }
-
-
-def run_masked(
+def _run(
     layerwise: LayerwiseModel,
-    tasks: list[MaskedTask],
-    done: Callable[[MaskedTask, Tensor], None],
-    progress: Callable[[int, int], None] = lambda finished, total: None,
+    tasks: list[Task],
+    done: Callable[[Task, Tensor], None],
+    progress: Callable[[int, int], None],
 ) -> None:
-    """Run tasks through the model, each with its own experts masked, and hand logits [B, S, V] to `done`."""
+    """Run tasks through the model, each with its plan applied, and hand logits [B, S, V] to `done`, batch by batch."""
     model: Any = layerwise.model
 
-    def forward(task: MaskedTask) -> None:
+    def forward(task: Task) -> None:
         done(task, model(input_ids=task.batch.input_ids.to(layerwise.device), use_cache=False).logits)
 
+    with ExitStack() as stack:
+        applied = _Applied(layerwise, len(tasks), LivePruner(layerwise.loader, layerwise.layout), stack)
+        layerwise.run(
+            tasks,
+            forward,
+            entering=applied.entering,
+            group=lambda task: task.number,
+            progress=lambda i: progress(i + 1, len(layerwise.layers)),
+        )
+
+
+@dataclass
+class _Applied:
+    """Keeps one plan at a time applied to the layer that runs, for as many tasks in a row as are of that plan."""
+
+    layerwise: LayerwiseModel
+    tasks: int
+    pruner: LivePruner
+    stack: ExitStack
+    now: tuple[int, int] | None = None  # layer, plan number
+    passed: int = 0  # tasks that went through the layer
+
     @contextmanager
-    def entering(task: MaskedTask, layer: int) -> Iterator[None]:
-        key = layerwise.moe_keys.get(layer)
+    def entering(self, task: Task, layer: int) -> Iterator[None]:
+        key = self.layerwise.moe_keys.get(layer)
         if key is None:
             yield
             return
-        dropped = task.dropped.get(key, ())
-        with masked_layer(layerwise.loader, layerwise.layout.layers[key], layerwise.layers[layer], dropped):
-            yield
-
-    layerwise.run(tasks, forward, entering=entering, progress=lambda i: progress(i + 1, len(layerwise.layers)))
+        if self.now != (layer, task.number):
+            self.stack.close()
+            self.now = layer, task.number
+            if task.plan is not None:
+                self.stack.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
+        yield
+        self.passed += 1
+        if self.passed == self.tasks:  # before the layer's weights go
+            self.stack.close()
+            self.now, self.passed = None, 0
 
 
 def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.data import Batch
-from moekern.decoder import open_layerwise
-from moekern.evaluation import MaskedTask, dropped_experts, run_masked
+from moekern.decoder import LayerwiseModel, open_layerwise
+from moekern.decoder.masking import masked_layer
 from moekern.plan import Plan
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
@@ -92,3 +94,45 @@ def _verdict(masked: list[Tensor], pruned: list[Tensor], dtype: torch.dtype) -> 
         dtype=str(dtype).removeprefix("torch."),
         tolerance=TOLERANCE.get(dtype, COARSE_TOLERANCE),
     )
+
+
+@dataclass(frozen=True)
+class MaskedTask:
+    name: str
+    dropped: Mapping[str, tuple[int, ...]]  # layer key -> dropped experts
+    batch: Batch
+
+
+def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, ...]]:
+    """Layer key -> the experts a plan drops; no plan drops none."""
+    if plan is None:
+        return {}
+    return {
+        key: tuple(sorted(set(range(layout.layers[key].num_experts)) - set(layer.keep)))
+        for key, layer in plan.layers.items()
+    }
+
+
+def run_masked(
+    layerwise: LayerwiseModel,
+    tasks: list[MaskedTask],
+    done: Callable[[MaskedTask, Tensor], None],
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> None:
+    """Run tasks through the model, each with its own experts masked, and hand logits [B, S, V] to `done`."""
+    model: Any = layerwise.model
+
+    def forward(task: MaskedTask) -> None:
+        done(task, model(input_ids=task.batch.input_ids.to(layerwise.device), use_cache=False).logits)
+
+    @contextmanager
+    def entering(task: MaskedTask, layer: int) -> Iterator[None]:
+        key = layerwise.moe_keys.get(layer)
+        if key is None:
+            yield
+            return
+        dropped = task.dropped.get(key, ())
+        with masked_layer(layerwise.loader, layerwise.layout.layers[key], layerwise.layers[layer], dropped):
+            yield
+
+    layerwise.run(tasks, forward, entering=entering, progress=lambda i: progress(i + 1, len(layerwise.layers)))

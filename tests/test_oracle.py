@@ -16,8 +16,7 @@ from moekern.cli import app
 from moekern.data import Batch
 from moekern.decoder.masking import masked
 from moekern.decoder.transformers_api import loader_of
-from moekern.evaluation import dropped_experts
-from moekern.forward import compare_forward
+from moekern.forward import compare_forward, dropped_experts
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from tests import families

@@ -55,6 +55,7 @@ class LayerwiseModel:
         loaded: Callable[[int], None] = lambda layer: None,
         twice: Collection[int] = (),
         between: Callable[[int], None] = lambda layer: None,
+        group: Callable[[Task], int] = lambda task: 0,
         stop_after: int | None = None,
         progress: Callable[[int], None] = lambda layer: None,
     ) -> None:
@@ -79,6 +80,7 @@ class LayerwiseModel:
                 entering=entering,
                 twice=twice,
                 between=between,
+                group=group,
                 stop_after=stop_after,
                 progress=progress,
                 device=self.device,
@@ -86,7 +88,7 @@ class LayerwiseModel:
         finally:
             self.reader.cancel()
             for layer in self.layers:
-                _drop(layer)
+                drop(layer)
 
     def visit(self, order: Sequence[int]) -> Iterator[int]:
         """Fill these decoder layers in this order, one at a time; each is dropped when the next one is asked for."""
@@ -99,7 +101,7 @@ class LayerwiseModel:
         finally:
             self.reader.cancel()
             for layer in self.layers:
-                _drop(layer)
+                drop(layer)
 
     def _load(self, i: int, after: int | None) -> None:
         """Fill layer i, whose reading was started, and start to read `after`."""
@@ -111,7 +113,7 @@ class LayerwiseModel:
             self.reader.start(after)
 
     def _unload(self, i: int) -> None:
-        _drop(self.layers[i])
+        drop(self.layers[i])
         return_freed_memory()
 
     def _check_filled(self, prefix: str, module: nn.Module) -> None:
@@ -169,7 +171,7 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
                 part._buffers[name] = buffer.to(device)
 
 
-def _drop(layer: nn.Module) -> None:
+def drop(layer: nn.Module) -> None:
     """Put the layer's parameters back on the meta device; buffers stay: they are small, and not all are in the file."""
     for part in layer.modules():
         for name, parameter in part._parameters.items():

@@ -7,7 +7,8 @@ counts and group sizes are what the model's own code makes of the configuration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from moekern.architectures import Layout, MoeLayer
 from moekern.cuts import replace_experts
+from moekern.decoder.layerwise import drop
 from moekern.decoder.transformers_api import Loader, layers_with
 
 KEPT_ATTRIBUTES = ("hook", "forward")  # parts of the names of a module's own state that is not the layer's
@@ -48,6 +50,23 @@ class LivePruner:
         prune_live(layers[place], self.smaller[len(after)][place], before, after, tables)
         self.held[key] = after
 
+    @contextmanager
+    def pruned(self, key: str, keep: Sequence[int]) -> Iterator[None]:
+        """As `prune` of a whole layer while the context is open; then the layer is what it was, bit for bit."""
+        if key in self.held:
+            raise ValueError(f"[pruned] key: expected a whole layer, layer {key} has lost experts already")
+        module = self.loader.decoder_layers()[1][self.loader.moe_places(self.layout)[key]]
+        before = dict(vars(module))
+        try:
+            self.prune(key, keep)
+            yield
+        finally:
+            if self.held.pop(key, None) is not None:
+                vars(module).clear()
+                vars(module).update(before)
+                place = self.loader.moe_places(self.layout)[key]
+                drop(self.smaller[len(keep)][place])  # it shares tensors with the layer
+
     def _tables(self, layer: MoeLayer, prefix: str, module: nn.Module, keep: Sequence[int]) -> dict[str, Tensor]:
         """Name within the module -> its table of expert ids for the kept experts, made from the original one."""
         found = {}
@@ -63,7 +82,7 @@ class LivePruner:
 def prune_live(
     module: nn.Module, smaller: nn.Module, before: Sequence[int], after: Sequence[int], tables: dict[str, Tensor]
 ) -> None:
-    """Turn a loaded decoder layer with the experts `before` into `smaller`, one with `after`; used up by this.
+    """Turn a loaded decoder layer with the experts `before` into `smaller`, one with `after`.
 
     `smaller` is of the same class, built with len(after) experts, its parameters on the meta device. The module itself
     stays, so that whoever holds it (a forward pass that waits at its door) goes on with fewer experts. `tables` holds

@@ -35,6 +35,7 @@ def run_suspended(
     entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
     twice: Collection[int] = (),
     between: Callable[[int], None] = lambda layer: None,
+    group: Callable[[Task], int] = lambda task: 0,
     stop_after: int | None = None,
     progress: Callable[[int], None] = lambda layer: None,
     device: torch.device | None = None,
@@ -44,9 +45,10 @@ def run_suspended(
     `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left.
     `entering(task, i)` wraps every stretch of a task's computation: from layer i's door to the next one (i = -1: up to
     the first). Layers in `twice` run once for all tasks, then `between(i)` may change the layer, and they run again
-    from the same inputs; what goes on is what the second run made. With `stop_after`, each forward pass ends when that
-    layer is done (the head is not run, and what follows it in `forward` is skipped). Tasks' hidden states wait on the
-    CPU when `device` is another one.
+    from the same inputs; what goes on is what the second run made. Before the last layer, tasks run in the order of
+    `group(task)`; through the last one and what follows it, as they are given. With `stop_after`, each forward pass
+    ends when that layer is done (the head is not run, and what follows it in `forward` is skipped). Tasks' hidden states
+    wait on the CPU when `device` is another one.
     """
     parked = _Doors(layers, twice, stop_after, device)
     waiting: list[tuple[Task, greenlet]] = []
@@ -56,6 +58,7 @@ def run_suspended(
                 lane = greenlet(_body(forward))
                 waiting.append((task, lane))
                 _check_step(_resume(lane, entering(task, BEFORE), task), 0, task)
+            grouped = sorted(waiting, key=lambda each: group(each[0]))
             for i in range(len(layers) if stop_after is None else stop_after + 1):
                 load(i)
                 last = i + 1 == len(layers) or i == stop_after
@@ -63,7 +66,7 @@ def run_suspended(
                     for task, lane in waiting:
                         _check_step(_resume(lane, entering(task, i)), HALFWAY, task)
                     between(i)
-                for task, lane in waiting:
+                for task, lane in waiting if last else grouped:
                     _check_step(_resume(lane, entering(task, i)), DONE if last else i + 1, task)
                 unload(i)
                 progress(i)
