@@ -47,8 +47,8 @@ def run_suspended(
     the first). Layers in `twice` run once for all tasks, then `between(i)` may change the layer, and they run again
     from the same inputs; what goes on is what the second run made. Before the last layer, tasks run in the order of
     `group(task)`; through the last one and what follows it, as they are given. With `stop_after`, each forward pass
-    ends when that layer is done (the head is not run, and what follows it in `forward` is skipped). Tasks' hidden states
-    wait on the CPU when `device` is another one.
+    ends when that layer is done (the head is not run, and what follows it in `forward` is skipped). Tasks' hidden
+    states wait on the CPU when `device` is another one.
     """
     parked = _Doors(layers, twice, stop_after, device)
     waiting: list[tuple[Task, greenlet]] = []
