@@ -144,9 +144,7 @@ def plan(
     plans = stages.make_plans(statistics_of(statistics, criterion, as_json), options)
     paths = stages.destinations(out, list(plans))
     stages.save_plans(plans, paths)
-    documents = {
-        name: {"out": str(paths[name]), "digest": made.digest, **made.provenance} for name, made in plans.items()
-    }
+    documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
     result(as_json, document, lambda: tables_planning.plans(plans, paths))
 

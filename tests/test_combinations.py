@@ -123,6 +123,14 @@ def wrong(statistics):
 '''
 
 
+def test_a_plug_in_names_the_tiers_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def score(s):\n    return s.value_sum.sum(1)\n\n\nscore.tiers = ('dimensions',)\n"
+    )
+    assert criterion_named(f"{tmp_path}/mine.py:score").tiers == ("dimensions",)
+    assert set(criterion_named(f"rank(reap, evtc, {tmp_path}/mine.py:score)").tiers) == {"vocabulary", "dimensions"}
+
+
 def test_a_plug_in_is_one_function_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text(PLUG_IN)
     criterion = criterion_named(f"{tmp_path}/my.py:loudest")

@@ -140,9 +140,11 @@ class Backward:
 
 
 def _alike(got: Tensor, kept: Tensor) -> bool:
-    """The same numbers but for rounding: products may take another road when a gradient is wanted."""
-    size = float(kept.float().abs().max())
-    return float((got.float() - kept.float()).abs().max()) <= 64 * torch.finfo(kept.dtype).eps * size
+    """Whether 7 of 8 tokens have the same numbers but for rounding: products may take another road when a gradient is
+    wanted, and then a near tie in a router may go the other way."""
+    difference = (got.float() - kept.float()).abs().amax(-1)
+    near = difference <= 64 * torch.finfo(kept.dtype).eps * kept.float().abs().max()
+    return int(near.sum()) * 8 >= near.numel() * 7
 
 
 class Given:

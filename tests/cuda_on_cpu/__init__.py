@@ -68,9 +68,9 @@ class Borrowed(ctypes.Structure):
 class OnDevice:
     """A tensor that says it is on a GPU. Its elements lie between pages that may not be touched."""
 
-    def __init__(self, tensor: Tensor, library: ctypes.CDLL, at_end: bool) -> None:
+    def __init__(self, tensor: Tensor, driver: ctypes.CDLL, at_end: bool) -> None:
         self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
-        self.library = library
+        self.driver = library
         self.data = library.cuda_on_cpu_allocate(self.bytes, at_end)
         if tensor.is_contiguous():
             ctypes.memmove(self.data, tensor.data_ptr(), self.bytes)
@@ -90,7 +90,7 @@ class OnDevice:
     def back(self, copy: bool) -> None:
         if copy and self.tensor.is_contiguous():
             ctypes.memmove(self.tensor.data_ptr(), self.data, self.bytes)
-        self.library.cuda_on_cpu_release(self.data)
+        self.driver.cuda_on_cpu_release(self.data)
 
 
 class Extension:
@@ -102,17 +102,17 @@ class Extension:
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
-        self.library = ctypes.CDLL(str(module.__file__))
-        self.library.cuda_on_cpu_allocate.restype = ctypes.c_void_p
-        self.library.cuda_on_cpu_allocate.argtypes = [ctypes.c_size_t, ctypes.c_bool]
-        self.library.cuda_on_cpu_release.argtypes = [ctypes.c_void_p]
-        self.library.cuda_on_cpu_seed.argtypes = [ctypes.c_uint64]
+        self.driver = ctypes.CDLL(str(module.__file__))
+        self.driver.cuda_on_cpu_allocate.restype = ctypes.c_void_p
+        self.driver.cuda_on_cpu_allocate.argtypes = [ctypes.c_size_t, ctypes.c_bool]
+        self.driver.cuda_on_cpu_release.argtypes = [ctypes.c_void_p]
+        self.driver.cuda_on_cpu_seed.argtypes = [ctypes.c_uint64]
         self.seed, self.at_end = 0, True
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             held: list[OnDevice] = []
-            self.library.cuda_on_cpu_seed(self.seed)
+            self.driver.cuda_on_cpu_seed(self.seed)
             done = False
             try:
                 result = getattr(self.module, op)(*(self.moved(arg, held) for arg in args))
@@ -120,7 +120,7 @@ class Extension:
             finally:
                 for tensor in held:
                     tensor.back(done)
-            assert self.library.cuda_on_cpu_allocations() == 0  # scratch memory is freed
+            assert self.driver.cuda_on_cpu_allocations() == 0  # scratch memory is freed
             return result
 
         return call
@@ -130,7 +130,7 @@ class Extension:
             return tuple(self.moved(part, held) for part in arg)
         if not isinstance(arg, torch.Tensor):
             return arg
-        held.append(OnDevice(arg, self.library, self.at_end))
+        held.append(OnDevice(arg, self.driver, self.at_end))
         return held[-1]
 
 
