@@ -70,8 +70,8 @@ class OnDevice:
 
     def __init__(self, tensor: Tensor, driver: ctypes.CDLL, at_end: bool) -> None:
         self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
-        self.driver = library
-        self.data = library.cuda_on_cpu_allocate(self.bytes, at_end)
+        self.driver = driver
+        self.data = driver.cuda_on_cpu_allocate(self.bytes, at_end)
         if tensor.is_contiguous():
             ctypes.memmove(self.data, tensor.data_ptr(), self.bytes)
 
