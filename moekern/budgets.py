@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moekern.errors import InputError
-from moekern.plan import Limits, Router, check_keep, count_problem, kept_count
+from moekern.router import Limits, Router, check_keep, count_problem, kept_count
 
 KINDS = ("uniform", "global", "adaptive", "waterfill")
 NORMALISATIONS = ("none", "sum", "max", "mean", "zscore")

@@ -291,7 +291,7 @@ def run(
     from moekern import stages
     from moekern.criteria import criterion_named
     from moekern.hub import model_folder
-    from moekern.plan import parse_keep
+    from moekern.router import parse_keep
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,

@@ -62,7 +62,7 @@ def iterate(
     from moekern import stages, stages_iteration
     from moekern.hub import model_folder
     from moekern.iteration import Method
-    from moekern.plan import parse_keep
+    from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
     options = stages.Calibration(

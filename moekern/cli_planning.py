@@ -124,7 +124,7 @@ def plan(
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
     from moekern import stages_planning as stages
-    from moekern.plan import parse_keep
+    from moekern.router import parse_keep
     from moekern.stages import statistics_of
     from moekern.targets import parse_target
 
@@ -218,7 +218,7 @@ def _folder(model: str | None) -> Path | None:
 
 def _budget(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
     from moekern.budgets import Budget
-    from moekern.plan import parse_keep
+    from moekern.router import parse_keep
 
     least = None if floor is None else parse_keep(floor, "--floor")
     return Budget(kind, least, normalise, by, multiple_of, nonuniform)

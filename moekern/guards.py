@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moekern.errors import InputError
-from moekern.keys import natural
-from moekern.plan import check_keep, parse_keep, super_experts
+from moekern.layer_keys import natural
+from moekern.plan import super_experts
+from moekern.router import check_keep, parse_keep
 from moekern.statistics import Statistics
 
 DISTINCTIVE = 10  # experts that --guard and --suppress name unless told otherwise, as many as MoTE switches off

@@ -16,7 +16,7 @@ from typing import Any
 
 from moekern.architectures import Layout, MoeLayer
 from moekern.errors import InputError
-from moekern.keys import natural
+from moekern.layer_keys import natural
 from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_ids
 from moekern.version import __version__
 

@@ -27,9 +27,10 @@ from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.decoder.live import LivePruner
 from moekern.errors import InputError
-from moekern.plan import TIE, LayerPlan, Limits, Plan, choose_top, kept_count
+from moekern.plan import TIE, LayerPlan, Plan, choose_top
 from moekern.planning import make_plan
 from moekern.recorder import RECORDED, Recorder
+from moekern.router import Limits, kept_count
 from moekern.seam import observed
 from moekern.statistics import LayerStatistics, Statistics, make_header
 from moekern.version import __version__, versions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moekern.architectures import find_layout
 from moekern.checkpoint import Checkpoint, open_checkpoint
-from moekern.plan import count_problem
+from moekern.router import count_problem
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Which experts stay: budgets, the plan document and its checks."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -13,26 +15,12 @@ import numpy as np
 
 from moekern import files
 from moekern.errors import InputError
-from moekern.keys import natural
+from moekern.layer_keys import natural
+from moekern.router import Limits, Router, count_problem, nearest_counts
 
 FORMAT = "moekern.plan/1"
 TIE = "lowest expert number"
 NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers of experts, although no engine loads it
-
-
-class Router(Protocol):
-    """What a budget must respect; a Layout has these numbers, and so have Limits."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def n_group(self) -> int: ...
-    @property
-    def topk_group(self) -> int: ...
-    @property
-    def group_top(self) -> int: ...
 
 
 class Layer(Protocol):
@@ -49,20 +37,6 @@ class Model(Router, Protocol):
     def layers(self) -> Mapping[str, Layer]: ...
     @property
     def mtp(self) -> Mapping[str, Layer]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """A router: E experts, top-k of them chosen, from the best topk_group of n_group groups.
-
-    A group's rank is taken from its group_top best experts (2 in the DeepSeek-V3 family, 1 in V2).
-    """
-
-    num_experts: int
-    top_k: int
-    n_group: int = 1
-    topk_group: int = 1
-    group_top: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,72 +72,18 @@ class Plan:
         files.write_bytes(path, self.to_json().encode())
 
     @staticmethod
-    def from_json(text: str, source: str = "plan") -> "Plan":
+    def from_json(text: str, source: str = "plan") -> Plan:
         """Read a plan, made by moekern or by hand. Raises InputError, naming `source` and layer, for anything odd."""
         return _parse(text, source)
 
     @staticmethod
-    def load(path: str | Path) -> "Plan":
+    def load(path: str | Path) -> Plan:
         """Read a plan file. Raises InputError as from_json does."""
         try:
             text = Path(path).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not a readable plan ({error})") from error
         return _parse(text, str(path))
-
-
-def parse_keep(text: str, flag: str = "--keep") -> float | int:
-    """--keep (or another flag) as a person writes it: "64" is a count, "0.5" and "50%" are shares."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise InputError(f"{flag} {text}: expected a share such as 0.5 or 50%, or a count such as 64") from None
-    check_keep(value, flag)
-    return value
-
-
-def check_keep(keep: float | int, flag: str = "--keep") -> None:
-    """Raise InputError unless `keep` is a share in (0, 1] or a count from 1."""
-    if isinstance(keep, bool) or not (0 < keep <= 1 if isinstance(keep, float) else keep >= 1):
-        raise InputError(f"{flag} {keep}: expected a share above 0 and up to 1 (0.5, 50%), or a count from 1 (64)")
-
-
-def kept_count(keep: float | int, router: Router) -> int:
-    """Experts a layer keeps: a count as given, a share (float) rounded to the nearest multiple of n_group, ties up.
-
-    Raises InputError, with the nearest legal counts, when the router could not work with it.
-    """
-    check_keep(keep)
-    if isinstance(keep, int):
-        count, made = keep, ""
-    else:
-        step = router.n_group
-        # 1e-9 undoes the error of a decimal share: 0.35 of 10 is 3.5, a tie.
-        count = math.floor(keep * router.num_experts / step + 0.5 + 1e-9) * step
-        made = f" of {router.num_experts} experts is {count}"
-    problem = count_problem(count, router)
-    if problem:
-        raise InputError(f"--keep {keep}{made}: {problem}; {_nearest(count, router)}")
-    return count
-
-
-def count_problem(count: int, router: Router) -> str | None:
-    """Why a router cannot work with `count` experts a layer; None when it can."""
-    size = count // router.n_group
-    if count > router.num_experts:
-        return f"more than the {router.num_experts} experts there are"
-    if count < router.top_k:
-        return f"fewer than the {router.top_k} that each token chooses (top_k)"
-    if count % router.n_group:
-        return f"not a multiple of the router's {router.n_group} groups (n_group)"
-    if router.n_group > 1 and router.topk_group * size < router.top_k:
-        return (
-            f"{size} in each group, and {router.topk_group} chosen groups (topk_group) of {size} hold fewer than "
-            f"top_k = {router.top_k}"
-        )
-    if router.n_group > 1 and size < router.group_top:
-        return f"{size} in each group, but a group is ranked by its best {router.group_top}"
-    return None
 
 
 def choose_top(
@@ -256,7 +176,9 @@ def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> 
     limits = Limits(experts, router.top_k, router.n_group, router.topk_group, router.group_top)
     problem = count_problem(len(layer.keep), limits)
     if problem:
-        raise InputError(f"{where}: keeps {len(layer.keep)} experts: {problem}; {_nearest(len(layer.keep), limits)}")
+        raise InputError(
+            f"{where}: keeps {len(layer.keep)} experts: {problem}; {nearest_counts(len(layer.keep), limits)}"
+        )
     size = experts // router.n_group
     per_group = [sum(e // size == group for e in layer.keep) for group in range(router.n_group)]
     if len(set(per_group)) > 1:
@@ -271,12 +193,6 @@ def check_ids(keep: Sequence[Any], where: str) -> None:
     if len(set(keep)) < len(keep):
         twice = next(e for e in keep if list(keep).count(e) > 1)
         raise InputError(f"{where}: expert {_short(twice)} is listed twice")
-
-
-def _nearest(count: int, router: Router) -> str:
-    legal = [n for n in range(1, router.num_experts + 1) if count_problem(n, router) is None]
-    around = [*[n for n in legal if n < count][-1:], *[n for n in legal if n > count][:1]]
-    return f"nearest legal: {' or '.join(map(str, around))}" if around else "no count is legal for this router"
 
 
 def _some(names: Collection[str]) -> str:

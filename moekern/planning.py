@@ -21,8 +21,9 @@ from moekern.budgets import (
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.guards import Guards, Marks, domain_masses, marks, with_floors
-from moekern.keys import natural
-from moekern.plan import NONUNIFORM, TIE, LayerPlan, Limits, Plan, Router, check_protected, choose_top, count_problem
+from moekern.layer_keys import natural
+from moekern.plan import NONUNIFORM, TIE, LayerPlan, Plan, check_protected, choose_top
+from moekern.router import Limits, Router, count_problem
 from moekern.statistics import LayerStatistics, Statistics
 from moekern.targets import Served, Target, check_counts
 from moekern.version import __version__

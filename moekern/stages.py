@@ -24,10 +24,11 @@ from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
 from moekern.overview import overview
-from moekern.plan import Plan, kept_count
+from moekern.plan import Plan
 from moekern.planning import make_plan
 from moekern.preflight import check_space, check_target
 from moekern.pruning import Mtp, PruneReport, prune
+from moekern.router import kept_count
 from moekern.statistics import Statistics
 from moekern.sums import TIERS
 from moekern.tiers import wanted_tiers

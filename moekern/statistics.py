@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekern import files
 from moekern.errors import InputError
-from moekern.keys import natural
+from moekern.layer_keys import natural
 from moekern.sums import LayerStatistics as LayerStatistics
 from moekern.sums import unmeasured
 

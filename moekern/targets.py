@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moekern.errors import InputError
-from moekern.plan import Limits, count_problem
+from moekern.router import Limits, count_problem
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 PARALLEL = ("vllm", "sglang")  # engines whose rules depend on tp and ep

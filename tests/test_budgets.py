@@ -21,7 +21,8 @@ from moekern.budgets import (
     waterfill,
 )
 from moekern.errors import InputError
-from moekern.plan import Limits, choose_top, count_problem
+from moekern.plan import choose_top
+from moekern.router import Limits, count_problem
 
 # Whole numbers divided by 8: sums are exact, so that ties are ties.
 SCORES = st.integers(0, 40).map(lambda n: n / 8)

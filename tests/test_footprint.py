@@ -8,8 +8,9 @@ from moekern.architectures import find_layout
 from moekern.checkpoint import open_checkpoint
 from moekern.errors import InputError
 from moekern.footprint import Fit, cache_bytes, footprint, largest_count
-from moekern.plan import NONUNIFORM, LayerPlan, Plan, count_problem
+from moekern.plan import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
+from moekern.router import count_problem
 from tests import synthetic
 
 CHECKPOINTS = {

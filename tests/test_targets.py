@@ -3,8 +3,8 @@
 import pytest
 
 from moekern.errors import InputError
-from moekern.plan import Limits, count_problem
 from moekern.planning import make_plan
+from moekern.router import Limits, count_problem
 from moekern.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
 from tests.measured import model_statistics
 
