@@ -39,7 +39,7 @@ bench-streaming: $(VENV)/.ready
 # Mutated headers against the parser and the safetensors library; needs Python 3.11 to 3.13 for atheris.
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python -m tests.fuzz_header -runs=$(RUNS)
+	$(BIN)/python -m tests.helpers.fuzz_header -runs=$(RUNS)
 
 # On a machine with CUDA: no network, no build isolation, the Python that is active. Records go to the folder OUT=.
 gpu:

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 import transformers
 from hypothesis import HealthCheck, settings
 
-from tests import families
+from tests.helpers import families
 
 settings.register_profile("moekern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moekern")

@@ -14,7 +14,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint import open_checkpoint
 from moekern.plan import Plan, check_plan
 from moekern.pruning import prune
-from tests import synthetic
+from tests.helpers import synthetic
 
 # Tensors, parameters and files that others count in the published checkpoints; bytes follow from dtypes and shapes.
 PUBLISHED = {

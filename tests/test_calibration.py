@@ -18,7 +18,7 @@ from moekern.observation import observe
 from moekern.recorder import Recorder
 from moekern.routed import route
 from moekern.statistics import LayerStatistics, Statistics, merge
-from tests import families
+from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
 

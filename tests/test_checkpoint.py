@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from moekern import checkpoint as module
 from moekern.checkpoint import open_checkpoint
 from moekern.errors import InputError
-from tests.bad_files import entry, raw, single
-from tests.layouts import write_checkpoint
+from tests.helpers.bad_files import entry, raw, single
+from tests.helpers.layouts import write_checkpoint
 
 TENSORS = {"a": ("BF16", [4, 8]), "b.weight": ("F32", [3]), "c": ("U8", [0]), "d": ("F8_E4M3", [2, 2])}
 INDEX = "model.safetensors.index.json"

@@ -18,7 +18,7 @@ import pytest
 from moekern.cli import main
 from moekern.criteria import CRITERIA
 from moekern.statistics import Statistics
-from tests import families
+from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
 

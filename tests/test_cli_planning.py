@@ -12,7 +12,7 @@ import pytest
 from moekern.checkpoint import open_checkpoint
 from moekern.plan import Plan
 from moekern.statistics import Statistics
-from tests import families
+from tests.helpers import families
 from tests.test_cli import contents, document, moekern
 
 
@@ -133,7 +133,7 @@ def test_guards_reach_the_plan(work: Path, tmp_path: Path) -> None:
 
 
 def test_the_plan_decides_about_mtp_layers(tmp_path: Path, work: Path) -> None:
-    from tests import synthetic
+    from tests.helpers import synthetic
 
     source = synthetic.write(tmp_path / "in", *synthetic.deepseek_v3())
     keep = {key: {"keep": [0, 1, 4, 5]} for key in ("1", "2")}

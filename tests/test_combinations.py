@@ -10,7 +10,7 @@ import torch
 from moekern.criteria import criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.sums import LayerStatistics
-from tests.measured import layer_statistics, with_tiers
+from tests.helpers.measured import layer_statistics, with_tiers
 
 MEMBERS = {
     "hts(0,0,0)": "usage", "hts(0,1,0)": "gate_mass", "hts(0,0,1)": "ean", "hts(1,1,1)": "reap", "hts(1,0,1)": "man",

@@ -17,7 +17,7 @@ from moekern.criteria.table import MC_SUITE
 from moekern.errors import InputError
 from moekern.statistics import LayerStatistics
 from moekern.sums import TIERS
-from tests.measured import add_token, distinct_pairs, layer_statistics, with_tiers
+from tests.helpers.measured import add_token, distinct_pairs, layer_statistics, with_tiers
 
 MEASURED = [c for c in CRITERIA.values() if c.kind != "seeded"]
 names = pytest.mark.parametrize("criterion", MEASURED, ids=lambda c: c.name)

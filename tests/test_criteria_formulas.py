@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.criteria.subsets import _uncovered
 from moekern.sums import LayerStatistics
-from tests.measured import layer_statistics, with_tiers
-from tests.tokens import Tokens, measured, tokens
+from tests.helpers.measured import layer_statistics, with_tiers
+from tests.helpers.tokens import Tokens, measured, tokens
 
 EXPERTS = range(6)
 Formula = Callable[[Tokens, int], float | Tensor]

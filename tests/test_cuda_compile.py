@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
+from tests.helpers import ROOT
+
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 FLAGS = (
     "-std=c++17", "-O1", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra",

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU: see tests/cuda_on_cpu."""
+"""The CUDA kernels, run on the CPU: see tests/helpers/cuda_on_cpu."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from moekern import kernels
 from moekern.kernels import native
-from tests import cuda_on_cpu
-from tests.cases import EDGE, Case, Router, Rows, router, rows, stream
+from tests.helpers import cuda_on_cpu
+from tests.helpers.cases import EDGE, Case, Router, Rows, router, rows, stream
 from tests.test_kernels import DTYPES, assert_expert_sums_agree, assert_router_sums_agree, combined, routed
 from tests.test_sort import WIDE, by_hand
 

@@ -1,4 +1,4 @@
-"""CUDA kernels over pairs of experts, token ids and stored weights, run on the CPU: see tests/cuda_on_cpu."""
+"""CUDA kernels over pairs of experts, token ids and stored weights, run on the CPU: see tests/helpers/cuda_on_cpu."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from moekern import _C, kernels
 from moekern.kernels import native, of_expert, weight_stats, weight_sums
 from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, pack_quantized, scaled
-from tests import cuda_on_cpu, test_dequantize, test_similarity, test_vocabulary, test_weight_stats
+from tests import test_dequantize, test_similarity, test_vocabulary, test_weight_stats
+from tests.helpers import cuda_on_cpu
 from tests.test_dequantize import CASES, octets, positive, words
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")

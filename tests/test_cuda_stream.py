@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekern import kernels
-from tests.cases import Case, Router, Rows, router, rows, stream
+from tests.helpers.cases import Case, Router, Rows, router, rows, stream
 from tests.test_kernels import to
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

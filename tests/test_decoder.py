@@ -14,7 +14,7 @@ from moekern.checkpoint import open_checkpoint
 from moekern.decoder import open_layerwise, run_suspended
 from moekern.decoder.layerwise import LayerwiseModel
 from moekern.errors import InputError
-from tests import families
+from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
 

@@ -12,9 +12,10 @@ import torch
 from moekern import tables
 from moekern.criteria import criterion_named, score_layer
 from moekern.criteria.table import described
-from tests.measured import layer_statistics
+from tests.helpers import ROOT
+from tests.helpers.measured import layer_statistics
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 def code(page: str) -> str:

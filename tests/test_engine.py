@@ -22,7 +22,7 @@ from moekern.pruning import MANIFEST, prune
 from moekern.ranges import BLOCK
 from moekern.verification import verify
 from moekern.workfolder import Part, work_path
-from tests.synthetic import qwen3, read, tree, write
+from tests.helpers.synthetic import qwen3, read, tree, write
 
 KEEP = {"0": (0, 2, 3, 7), "1": (1, 4, 5, 6)}
 PLAN = Plan({key: LayerPlan(kept) for key, kept in KEEP.items()}, {"criterion": "test"})

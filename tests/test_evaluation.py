@@ -14,7 +14,7 @@ from moekern.data import Batch, TokenData
 from moekern.evaluation import ORIGINAL, evaluate
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
-from tests import families
+from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
 

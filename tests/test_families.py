@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import families
+from tests.helpers import families
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faulty import (
+from tests.helpers.faulty import (
     Bench,
     benches,
     build_library,
@@ -28,7 +28,7 @@ from tests.faulty import (
     work_of,
     write_plan,
 )
-from tests.mounts import MIB, mounted
+from tests.helpers.mounts import MIB, mounted
 
 FIFTH = "model-00005-of-00008.safetensors"
 

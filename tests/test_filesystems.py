@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.faulty import Bench, Ended, Snapshot, benches, checkpoint, finished, snapshot
-from tests.mounts import MIB, disk_bytes, mounted, shared_bytes, used
+from tests.helpers.faulty import Bench, Ended, Snapshot, benches, checkpoint, finished, snapshot
+from tests.helpers.mounts import MIB, disk_bytes, mounted, shared_bytes, used
 
 BLOCK = 4096
 SIZES = {"xfs": 320 * MIB, "btrfs": 256 * MIB, "ext4": 64 * MIB, "tmpfs": 64 * MIB}

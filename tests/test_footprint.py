@@ -11,7 +11,7 @@ from moekern.footprint import Fit, cache_bytes, footprint, largest_count
 from moekern.plan import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.router import count_problem
-from tests import synthetic
+from tests.helpers import synthetic
 
 CHECKPOINTS = {
     **{name: lambda name=name: synthetic.qwen3(name) for name in synthetic.COMPANIONS},

@@ -22,7 +22,7 @@ from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
 from moekern.gradients import add_gradients, matrices, watching_gates
 from moekern.statistics import LayerStatistics, Statistics, merge
-from tests import families
+from tests.helpers import families
 from tests.test_cli import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]

@@ -13,7 +13,7 @@ from moekern import kernels
 from moekern.kernels import reference
 from moekern.kernels.mlp import ACTIVATIONS, FASTEST
 from moekern.kernels.quantised import scaled
-from tests.cases import Case, Mlp, Rows, mlp, moved, stream
+from tests.helpers.cases import Case, Mlp, Rows, mlp, moved, stream
 from tests.test_kernels import U, assert_expert_sums_agree, combined, runs
 
 CASES = {

@@ -20,7 +20,7 @@ from moekern.guards import (
 from moekern.plan import choose_top
 from moekern.planning import make_plan
 from moekern.statistics import LayerStatistics, Statistics
-from tests.measured import header, layer_statistics, model_statistics
+from tests.helpers.measured import header, layer_statistics, model_statistics
 
 CRITERIA = ("reap", "hope", "random")
 

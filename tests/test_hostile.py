@@ -22,8 +22,8 @@ from moekern.checkpoint import HEADER_CAP, INDEX, SINGLE, open_checkpoint, parse
 from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
-from tests.bad_files import BAD, EXPECTED, GOOD, HOSTILE, MADE, entry, judge, kept, mutated, raw, single, valid
-from tests.synthetic import deepseek_v3, qwen3, tree, write
+from tests.helpers.bad_files import BAD, EXPECTED, GOOD, HOSTILE, MADE, entry, judge, kept, mutated, raw, single, valid
+from tests.helpers.synthetic import deepseek_v3, qwen3, tree, write
 
 PLAN = Plan({key: LayerPlan((0, 2, 4, 6)) for key in ("0", "1")}, {})
 # for each byte of JSON, see open_checkpoint; and what an error, a path and a file object take

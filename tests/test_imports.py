@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "moekern"
+from tests.helpers import ROOT
+
+PACKAGE = ROOT / "moekern"
 
 # From the ground up: a part imports only parts that stand before it. A folder is one part.
 LAW: tuple[str, ...] = (

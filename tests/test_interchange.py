@@ -14,8 +14,8 @@ from moekern.comparison import compare
 from moekern.errors import InputError
 from moekern.interchange import TOOLS, exported, imported, read_plan
 from moekern.plan import NONUNIFORM, LayerPlan, Plan
-from tests import synthetic
-from tests.measured import model_statistics
+from tests.helpers import synthetic
+from tests.helpers.measured import model_statistics
 from tests.test_round_trip import random_plan
 
 MakeCheckpoint = Callable[[str], Path]

@@ -23,7 +23,7 @@ from moekern.planning import make_plan
 from moekern.pruning import prune
 from moekern.statistics import Statistics
 from moekern.weighing import weigh
-from tests import families
+from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
 Keeps = dict[str, tuple[int, ...]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.kernels import native
-from tests.cases import Case, router, rows
+from tests.helpers.cases import Case, router, rows
 from tests.test_kernels import combined, routed
 
 

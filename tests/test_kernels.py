@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native
-from tests.cases import EDGE, Case, Rows, grouped, router, rows, stream
+from tests.helpers.cases import EDGE, Case, Rows, grouped, router, rows, stream
 
 U = 2.0**-24  # half a unit in float32's last place: the error of one operation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

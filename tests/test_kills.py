@@ -15,7 +15,7 @@ import pytest
 
 from moekern.plan import Plan
 from moekern.verification import verify
-from tests.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log
+from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log
 
 KILLED = -signal.SIGKILL
 

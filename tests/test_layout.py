@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moekern.architectures import find_layout
 from moekern.checkpoint import open_checkpoint
 from moekern.errors import InputError
-from tests.layouts import BIAS, GUD, STACK, W123, layout_of, moe_keys, write_checkpoint
+from tests.helpers.layouts import BIAS, GUD, STACK, W123, layout_of, moe_keys, write_checkpoint
 
 QWEN = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2}
 DEEPSEEK = {

@@ -11,7 +11,7 @@ from moekern.checkpoint import open_checkpoint
 from moekern.decoder.live import LivePruner
 from moekern.decoder.transformers_api import loader_of
 from moekern.pruning import prune
-from tests import families
+from tests.helpers import families
 from tests.test_round_trip import REFUSED, random_plan
 
 MakeCheckpoint = Callable[[str], Path]

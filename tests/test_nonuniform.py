@@ -16,7 +16,7 @@ from moekern.forward import compare_forward
 from moekern.plan import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify
-from tests import families, synthetic
+from tests.helpers import families, synthetic
 
 MakeCheckpoint = Callable[[str], Path]
 # Indexed and stacked experts, groups, selection biases, MTP layers, dense first layers, DBRX's folded rows.

@@ -19,7 +19,7 @@ from moekern.decoder.transformers_api import loader_of
 from moekern.forward import compare_forward, dropped_experts
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
-from tests import families
+from tests.helpers import families
 from tests.test_round_trip import random_plan
 
 MakeCheckpoint = Callable[[str], Path]

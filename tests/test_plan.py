@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moekern.errors import InputError
 from moekern.plan import FORMAT, LayerPlan, Plan, check_plan, choose_top, super_experts
 from moekern.router import Limits, count_problem, kept_count, parse_keep
-from tests.measured import FINGERPRINT, Model
+from tests.helpers.measured import FINGERPRINT, Model
 
 DEEPSEEK = Limits(num_experts=64, top_k=6, n_group=8, topk_group=3, group_top=2)
 

@@ -15,7 +15,7 @@ from moekern.plan import NONUNIFORM, Plan, check_plan
 from moekern.planning import make_plan
 from moekern.statistics import LayerStatistics, Statistics
 from moekern.targets import Target
-from tests.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
+from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
 BUDGETS = {
     "global": Budget("global", allow_nonuniform=True),

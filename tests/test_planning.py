@@ -12,7 +12,7 @@ from moekern.plan import Plan, check_plan
 from moekern.planning import make_plan, router_limits
 from moekern.router import Limits
 from moekern.statistics import LayerStatistics, Statistics
-from tests.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
+from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

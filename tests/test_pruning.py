@@ -18,7 +18,7 @@ from moekern.plan import LayerPlan, Plan
 from moekern.pruning import MANIFEST, PLAN_FILE, prune
 from moekern.rewrite_config import dumped_like
 from moekern.verification import verify
-from tests.synthetic import (
+from tests.helpers.synthetic import (
     COMPANIONS,
     EXPERTS,
     cut,

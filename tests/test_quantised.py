@@ -23,7 +23,7 @@ from moekern.forward import compare_forward
 from moekern.planning import make_plan
 from moekern.pruning import prune
 from moekern.verification import verify
-from tests import families
+from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
 BLOCK = 16

@@ -15,7 +15,7 @@ from moekern.checkpoint import DTYPE_BITS
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify
-from tests.synthetic import Tensors, gpt_oss_mxfp4, qwen3, shard_bytes
+from tests.helpers.synthetic import Tensors, gpt_oss_mxfp4, qwen3, shard_bytes
 
 EXPERTS = 8
 KEEP = {"0": (1, 2, 5, 7), "1": (0, 3, 4, 6)}

@@ -18,7 +18,7 @@ from moekern.cuts import replace_experts, strongest
 from moekern.errors import InputError
 from moekern.ranges import output_shards
 from moekern.rewrite_config import expert_renamer
-from tests.synthetic import EXPERTS, Tensors, data, read_shard, write
+from tests.helpers.synthetic import EXPERTS, Tensors, data, read_shard, write
 
 
 def layout_of(tensors: Sequence[ExpertTensor], n_group: int = 1) -> Layout:

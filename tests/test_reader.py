@@ -21,7 +21,7 @@ from moekern.checkpoint import Checkpoint, open_checkpoint
 from moekern.decoder import reader
 from moekern.decoder.reader import LayerReader, read_experts, read_tensors
 from moekern.errors import InputError
-from tests import synthetic
+from tests.helpers import synthetic
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from moekern.decoder.transformers_api import loader_of
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify
-from tests import families
+from tests.helpers import families
 
 # 256 float32 epsilons on logits of order 1: the sums over experts and the softmax take another order.
 TOLERANCE = 2**-15

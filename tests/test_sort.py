@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moekern import kernels
-from tests.cases import EDGE, Case, router, rows
+from tests.helpers.cases import EDGE, Case, router, rows
 from tests.test_kernels import combined, runs, threads
 
 __all__ = ("threads",)  # a fixture

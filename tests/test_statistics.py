@@ -15,7 +15,7 @@ from moekern import files
 from moekern.errors import InputError
 from moekern.statistics import FORMAT, LayerStatistics, Statistics, merge
 from moekern.sums import TIERS
-from tests.measured import E, H, header, layer_statistics, model_statistics, with_tiers
+from tests.helpers.measured import E, H, header, layer_statistics, model_statistics, with_tiers
 
 
 def assert_same(a, b, **tolerance):

@@ -6,7 +6,7 @@ from moekern.errors import InputError
 from moekern.planning import make_plan
 from moekern.router import Limits, count_problem
 from moekern.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
-from tests.measured import model_statistics
+from tests.helpers.measured import model_statistics
 
 QWEN = Served("qwen3_moe", "softmax", Limits(128, 8))
 WIDE = Served("wide", "softmax", Limits(2048, 40))

@@ -27,7 +27,7 @@ from moekern.statistics import LayerStatistics, Statistics, merge
 from moekern.sums import TIERS
 from moekern.tiers import wanted_tiers
 from moekern.weighing import weigh_layer
-from tests import families
+from tests.helpers import families
 from tests.test_cli import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]

@@ -15,9 +15,9 @@ from packaging.version import Version
 
 from moekern.decoder import transformers_api as api
 from moekern.errors import InputError
-from tests import families
+from tests.helpers import ROOT, families
 
-PACKAGE = Path(__file__).parent.parent / "moekern"
+PACKAGE = ROOT / "moekern"
 
 
 def _parameters(function: Callable[..., object]) -> list[str]:

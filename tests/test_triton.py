@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from moekern import kernels
-from tests.cases import Case, router, rows
+from tests.helpers import ROOT
+from tests.helpers.cases import Case, router, rows
 from tests.test_kernels import assert_expert_sums_agree, assert_router_sums_agree, combined, routed
 
-HERE = Path(__file__).parent.parent
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 INTERPRETED = pytest.mark.skipif(not kernels.serves("triton", "router_stats", "cpu"), reason="no Triton interpreter")
 KERNELS = {
@@ -29,9 +29,9 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # what a program may have (8.6 
 @NEEDS_TRITON
 @pytest.mark.parametrize("chosen", [["90"], ["mlp", "80"]], ids=" ".join)  # 8.0 has neither FP8 nor Hopper's products
 def test_every_kernel_compiles_for_a_gpu_without_reading_a_value(tmp_path: Path, chosen: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.compile_triton", *chosen]
+    command = [sys.executable, "-m", "tests.helpers.compile_triton", *chosen]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     found = [json.loads(line) for line in result.stdout.splitlines()]
     compiled = {line["kernel"] for line in found}
@@ -85,10 +85,10 @@ def test_kernels_work_without_triton() -> None:
         "backends = kernels.available()['router_stats']['cpu']\n"
         "sys.exit(backends != ('native', 'reference') or kernels.serves('triton', 'router_stats', 'cuda'))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_triton_is_imported_when_it_is_asked_for() -> None:
     code = "import sys, moekern.kernels as k; k.backend_for('router_stats', 'cpu'); sys.exit('triton' in sys.modules)"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0

@@ -22,7 +22,8 @@ from moekern.demo import MODEL, TEXT, show
 from moekern.errors import InputError
 from moekern.plan import Plan
 from moekern.recorder import Recorder
-from tests.measured import layer_statistics
+from tests.helpers import ROOT
+from tests.helpers.measured import layer_statistics
 
 
 @pytest.mark.parametrize(
@@ -169,13 +170,12 @@ def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     needed = ["setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "moekern/py.typed"]
-    needed += [p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.is_file()]
+    needed += [p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     needed += [f"moekern/demo/{p.relative_to(MODEL.parent).as_posix()}" for p in MODEL.iterdir()]
     assert set(needed) <= held
 

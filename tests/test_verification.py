@@ -12,7 +12,7 @@ from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import VerifyReport, remapped, verify
-from tests.synthetic import EXPERTS, Tensors, data, gpt_oss_mxfp4, qwen3, read_shard, shard_bytes, write
+from tests.helpers.synthetic import EXPERTS, Tensors, data, gpt_oss_mxfp4, qwen3, read_shard, shard_bytes, write
 
 PLAN = Plan({"0": LayerPlan((0, 2, 3, 7)), "1": LayerPlan((1, 4, 5, 6))})
 INDEX = "model.safetensors.index.json"

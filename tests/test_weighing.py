@@ -23,7 +23,7 @@ from moekern.pruning import prune
 from moekern.statistics import Statistics
 from moekern.sums import LayerStatistics
 from moekern.weighing import weigh
-from tests import families
+from tests.helpers import families
 from tests.test_quantised import _rewrite, fp8, mxfp4
 from tests.test_quantised_bytes import LAYOUTS, indexed, write_spread
 

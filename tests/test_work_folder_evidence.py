@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faulty import Bench, benches, finished, refused, resumed, work_of, write_plan
+from tests.helpers.faulty import Bench, benches, finished, refused, resumed, work_of, write_plan
 
 FIFTH = "model-00005-of-00008.safetensors"
 

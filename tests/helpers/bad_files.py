@@ -12,9 +12,10 @@ from safetensors import SafetensorError, deserialize
 
 from moekern.checkpoint import DTYPE_BITS, HEADER_CAP, INDEX, SINGLE, Shard, header_length, parse_header
 from moekern.errors import InputError
-from tests.layouts import header_of
+from tests.helpers import ROOT
+from tests.helpers.layouts import header_of
 
-BAD = Path(__file__).parent / "bad"
+BAD = ROOT / "tests" / "bad"
 EXPECTED: dict[str, str] = json.loads(
     (BAD / "expected.json").read_text()
 )  # path under tests/bad -> part of the message

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that are not here:  python -m tests.compile_triton [mlp] [80 90]
+"""Compile every Triton kernel for GPUs that are not here:  python -m tests.helpers.compile_triton [mlp] [80 90]
 
 The ops run on meta tensors, which have no values: a read on the host raises. Each launch is compiled instead of run.
 One JSON line a kernel: name, architecture, and what of its PTX the tests look at.
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from moekern import kernels
 from moekern.kernels import triton as backend
 from moekern.kernels.triton import mlp as mlp_kernels
-from tests.cases import Case, mlp, moved, router, rows, stream
+from tests.helpers.cases import Case, mlp, moved, router, rows, stream
 
 TYPES = {
     torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.helpers import ROOT
+
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parent.parent / "csrc"
+SOURCES = ROOT / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",

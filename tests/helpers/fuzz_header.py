@@ -1,4 +1,4 @@
-"""Feed mutated headers to the parser until one of them gets past it: python -m tests.fuzz_header -runs=1000000
+"""Feed mutated headers to the parser until one of them gets past it: python -m tests.helpers.fuzz_header -runs=1000000
 
 Needs the `fuzz` extra (atheris). Options are libFuzzer's; a folder among them keeps the corpus. Every input must be
 refused in one line or open as the safetensors library opens it; anything else ends the run and leaves a crash file.
@@ -10,7 +10,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["moekern.checkpoint"]):
-    from tests.bad_files import BAD, EXPECTED, judge, mutated, valid
+    from tests.helpers.bad_files import BAD, EXPECTED, judge, mutated, valid
 
 
 def one_input(content: bytes) -> None:

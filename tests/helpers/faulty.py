@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import synthetic
+from tests.helpers import ROOT, synthetic
 
 HERE = Path(__file__).parent
 CHANGES = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "truncate", "fallocate", "copy", "clone")
@@ -75,8 +75,8 @@ class Server:
         self.folder = folder
         self.outputs = 0
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faulty"],
-            cwd=HERE.parent,
+            [sys.executable, "-m", "tests.helpers.faulty"],
+            cwd=ROOT,
             env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
