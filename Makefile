@@ -45,8 +45,7 @@ fuzz: $(VENV)/.ready
 gpu:
 	$(PYTHON) setup.py build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q -m gpu tests/test_kernels.py tests/test_sort.py tests/test_similarity.py tests/test_vocabulary.py \
-		tests/test_weight_stats.py tests/test_dequantize.py tests/test_grouped_mlp.py tests/test_cuda_stream.py
+	$(PYTHON) -m pytest -q -m gpu tests/kernels
 	$(PYTHON) -m bench.kernels --out $(OUT)/kernels.jsonl
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)

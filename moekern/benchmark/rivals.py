@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekern.kernels import ExpertSums, RouterSums, SimilaritySums, WeightSums
+from moekern.kernels import SimilaritySums, WeightSums
+from moekern.kernels.sums import ExpertSums, RouterSums
 
 
 def router_stats(logits: Tensor, topk_idx: Tensor, topk_weight: Tensor, sums: RouterSums, score: str) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums
 
 Tensors: TypeAlias = "dict[str, tuple[Tensor | None, str, tuple[torch.dtype, ...]]]"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,44 +46,6 @@ def check_shape(op: str, name: str, tensor: Tensor, dims: str, sizes: dict[str, 
         want = (int(size) if size.isdigit() else sizes.setdefault(size, got - more)) + more
         if got != want or got < more:
             raise ValueError(f"[{op}] {name}: expected {word if size.isdigit() else f'{word}={want}'}, got {got}")
-
-
-def expert_tensors(sums: ExpertSums) -> Tensors:
-    """What check_tensors is to check of the sums over E experts and H dimensions."""
-    narrow = {name: (getattr(sums, name), "E", F64) for name in (*sums._fields[:5], "residual_sum")}
-    dims = "E 0" if sums.square_sum.shape[-1:] == (0,) else "E H"
-    return {
-        **narrow,
-        "pair_sum": (sums.pair_sum, "E E", F64),
-        **{name: (getattr(sums, name), dims, F64) for name in ("square_sum", "value_sum", "unit_sum")},
-        "residual_tokens": (sums.residual_tokens, "1", I64),
-    }
-
-
-def check_rows(op: str, topk_idx: Tensor, order: Tensor, offsets: Tensor) -> None:
-    """Every filled slot must have exactly one row, and the rows must be grouped by expert.
-
-    Reads values, so a call on a GPU would wait for the device: CPU tensors only.
-    """
-    E, idx = len(offsets) - 1, topk_idx.reshape(-1).long()
-    if offsets[0] != 0 or offsets[-1] > len(order) or (offsets.diff() < 0).any():
-        raise ValueError(f"[{op}] offsets: expected offsets rising from 0 to at most {len(order)}")
-    N = int(offsets[-1])
-    order, expert = order[:N], torch.repeat_interleave(torch.arange(E), offsets.diff())
-    inside = (order >= 0) & (order < len(idx))
-    wrong = ~inside
-    if len(idx):
-        slot = order.where(inside, 0)
-        first = torch.full_like(idx, N).scatter_reduce(0, slot, torch.arange(N), "amin")
-        wrong |= (idx[slot] != expert) | (first[slot] != torch.arange(N))
-    if wrong.any():
-        n = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"[{op}] order: expected each slot of expert {int(expert[n])} once, got slot {int(order[n])} in row {n}"
-        )
-    filled = int(((idx >= 0) & (idx < E)).sum())
-    if filled != N:
-        raise ValueError(f"[{op}] offsets: expected a row for each of {filled} slots, got {N}")
 
 
 def short(dtype: torch.dtype) -> str:

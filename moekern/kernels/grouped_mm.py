@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekern.kernels import ExpertSums, combine_and_measure, expert_sums
-from moekern.kernels.quantised import Quantised, dequantize
+from moekern.kernels.combine_and_measure import combine_and_measure
+from moekern.kernels.dequantize import dequantize
+from moekern.kernels.quantised import Quantised
 from moekern.kernels.reference import ACTIVATIONS
+from moekern.kernels.sums import ExpertSums, expert_sums
 
 
 def runs_on(device: str) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor
 from moekern import _C
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
+    from moekern.kernels import SimilaritySums
     from moekern.kernels.quantised import Quantised
-    from moekern.kernels.weights import WeightSums
+    from moekern.kernels.sums import ExpertSums, RouterSums
+    from moekern.kernels.weight_stats import WeightSums
 
 
 def runs_on(device: str) -> bool:

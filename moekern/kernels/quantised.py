@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moekern.kernels.checks import FLOATS, check_tensors, short
-from moekern.kernels.dispatch import backend_for, implementation
+from moekern.kernels.checks import FLOATS, check_tensors
 
 # What a code means. int4 counts from -8: a symmetric zero point of 8 is then no zero point at all.
 CODINGS = ("e4m3", "e5m2", "int8", "e2m1", "int4", "int4_awq", "int4_rows")
@@ -207,27 +206,6 @@ def pack_quantized(packed: Tensor, scale: Tensor, columns: int, zero_point: Tens
         zero = (_nibbles(zeros.mT.contiguous())[..., :R].mT - 8).float().contiguous()
     block = (1, max(C // max(G, 1), 1))
     return Quantised(_bytes(words), "int4", scales, zero, None, block, R, C, stacked)
-
-
-def dequantize(weight: Quantised, dtype: torch.dtype = torch.bfloat16, *, backend: str | None = None) -> Tensor:
-    """The dense weight, contiguous, [R, C] or [E, R, C], in float32, bfloat16 or float16.
-
-    (value - zero) · scale is rounded to float32 after each of the two operations, then once to dtype: the bits are the
-    same in every backend. Codes that are infinite or NaN, and products too large for dtype, stay so.
-    Raises ValueError for a wrong argument, NotImplementedError for a backend that has no such op.
-    """
-    op = "dequantize"
-    if not isinstance(weight, Quantised):
-        raise ValueError(f"[{op}] weight: expected a Quantised, got {type(weight).__name__}")
-    if dtype not in FLOATS:
-        raise ValueError(f"[{op}] dtype: expected {' or '.join(map(short, FLOATS))}, got {short(dtype)}")
-    name = backend_for(op, weight.codes.device.type, backend)
-    dense: Tensor = implementation(name, "dequantize")(weight, dtype)
-    if weight.transposed:  # one expert at a time: torch copies a transposed matrix in blocks, but not a stack of them
-        stack, dense = dense, dense.new_empty(len(dense), weight.columns, weight.rows)
-        for to, matrix in zip(dense, stack, strict=True):
-            to.copy_(matrix.T)
-    return dense if weight.stacked else dense[0]
 
 
 def _stack(op: str, name: str, tensor: Tensor) -> tuple[Tensor, bool]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums, RouterSums, SimilaritySums
+    from moekern.kernels import SimilaritySums
     from moekern.kernels.quantised import Quantised
-    from moekern.kernels.weights import WeightSums
+    from moekern.kernels.sums import ExpertSums, RouterSums
+    from moekern.kernels.weight_stats import WeightSums
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(1),

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from moekern import kernels
 from moekern.kernels import triton as backend
-from moekern.kernels.triton import mlp as mlp_kernels
+from moekern.kernels.triton import grouped_mlp as mlp_kernels
 from tests.helpers.cases import Case, mlp, moved, router, rows, stream
 
 TYPES = {

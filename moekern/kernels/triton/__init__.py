@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import triton
 
-from moekern.kernels.triton.mlp import grouped_mlp
-from moekern.kernels.triton.router import router_stats
-from moekern.kernels.triton.rows import combine_and_measure, row_of_kernel
-from moekern.kernels.triton.sorting import sort_by_expert
+from moekern.kernels.triton.combine_and_measure import combine_and_measure, row_of_kernel
+from moekern.kernels.triton.grouped_mlp import grouped_mlp
+from moekern.kernels.triton.router_stats import router_stats
+from moekern.kernels.triton.sort_by_expert import sort_by_expert
 
 __all__ = ("combine_and_measure", "grouped_mlp", "router_stats", "runs_on", "sort_by_expert")
 

@@ -13,7 +13,7 @@ from moekern.kernels.triton.chunks import CHUNK, TILE, Chunks, add_chunks, chunk
 from moekern.kernels.triton.floats import rounded_to_bfloat16
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums
+    from moekern.kernels.sums import ExpertSums
 
 COLUMNS = 512  # of a row that a program combines, at most
 ELEMENTS = 1024  # of the output that a program combines: one warp of 32 each, so that no sum waits for other warps

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native
-from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from moekern.kernels.dequantize import dequantize
+from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, nvfp4, pack_quantized, scaled
 from tests.helpers.cases import float8
-from tests.test_kernels import runs
+from tests.kernels.test_kernels import runs
 
 BACKENDS = kernels.available()["dequantize"]["cpu"]
 RUNS = [*runs("dequantize"), ("cpu", "reference")]

@@ -11,7 +11,7 @@ from torch import Tensor
 from moekern import kernels
 from moekern.kernels import native
 from tests.helpers.cases import Case, router, rows
-from tests.test_kernels import combined, routed
+from tests.kernels.test_kernels import combined, routed
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

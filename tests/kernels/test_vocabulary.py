@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native
-from tests.test_kernels import runs
+from tests.kernels.test_kernels import runs
 
 BACKENDS = ("native", "reference")
 

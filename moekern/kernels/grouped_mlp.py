@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from moekern.kernels import reference
-from moekern.kernels.checks import BOOL, FLOATS, I64, INTS, Tensors, check_rows, check_tensors, expert_tensors
+from moekern.kernels.checks import BOOL, FLOATS, I64, INTS, Tensors, check_tensors
+from moekern.kernels.combine_and_measure import check_rows, expert_tensors
 from moekern.kernels.dispatch import backend_for, implementation, serves
 from moekern.kernels.quantised import Quantised
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums
+    from moekern.kernels.sums import ExpertSums
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 # Compute capability -> the backend that was measured to be the fastest there; dispatch.PREFERENCE decides for the rest.

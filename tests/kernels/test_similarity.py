@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native, reference
-from tests.test_kernels import runs
+from tests.kernels.test_kernels import runs
 
 U = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

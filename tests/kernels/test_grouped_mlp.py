@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.kernels import reference
-from moekern.kernels.mlp import ACTIVATIONS, FASTEST
+from moekern.kernels.grouped_mlp import ACTIVATIONS, FASTEST
 from moekern.kernels.quantised import scaled
 from tests.helpers.cases import Case, Mlp, Rows, mlp, moved, stream
-from tests.test_kernels import U, assert_expert_sums_agree, combined, runs
+from tests.kernels.test_kernels import U, assert_expert_sums_agree, combined, runs
 
 CASES = {
     "no-token": (Case(0, 4, 2, 8), 8),

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moekern.kernels.triton.chunks import CHUNK, TILE, Chunks, add_chunks, chunk_rows, chunks_of
 from moekern.kernels.triton.floats import exponential, logarithm, logarithm_of_one_plus
-from moekern.kernels.triton.sorting import sort_by_expert
+from moekern.kernels.triton.sort_by_expert import sort_by_expert
 
 if TYPE_CHECKING:
-    from moekern.kernels import RouterSums
+    from moekern.kernels.sums import RouterSums
 
 TOKENS = 128  # whose scores a program sums in float32
 GRAM_TOKENS = 256  # whose products of logits a program sums in float32

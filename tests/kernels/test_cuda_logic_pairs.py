@@ -14,10 +14,11 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native, of_expert, weight_stats, weight_sums
-from moekern.kernels.quantised import Quantised, awq, dequantize, gptq, mxfp4, pack_quantized, scaled
-from tests import test_dequantize, test_similarity, test_vocabulary, test_weight_stats
+from moekern.kernels.dequantize import dequantize
+from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, pack_quantized, scaled
 from tests.helpers import cuda_on_cpu
-from tests.test_dequantize import CASES, octets, positive, words
+from tests.kernels import test_dequantize, test_similarity, test_vocabulary, test_weight_stats
+from tests.kernels.test_dequantize import CASES, octets, positive, words
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import WeightSums, native, of_expert, stable_rank, weight_stats, weight_sums
-from moekern.kernels.quantised import Quantised, dequantize, mxfp4, scaled
-from tests.test_dequantize import CASES, on
-from tests.test_kernels import runs
+from moekern.kernels.dequantize import dequantize
+from moekern.kernels.quantised import Quantised, mxfp4, scaled
+from tests.kernels.test_dequantize import CASES, on
+from tests.kernels.test_kernels import runs
 
 U = 2.0**-24  # half a unit in float32's last place: the error of one operation
 CHUNK, LANES = 2048, 32

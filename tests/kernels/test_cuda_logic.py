@@ -12,8 +12,8 @@ from moekern import kernels
 from moekern.kernels import native
 from tests.helpers import cuda_on_cpu
 from tests.helpers.cases import EDGE, Case, Router, Rows, router, rows, stream
-from tests.test_kernels import DTYPES, assert_expert_sums_agree, assert_router_sums_agree, combined, routed
-from tests.test_sort import WIDE, by_hand
+from tests.kernels.test_kernels import DTYPES, assert_expert_sums_agree, assert_router_sums_agree, combined, routed
+from tests.kernels.test_sort_by_expert import WIDE, by_hand
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")
 

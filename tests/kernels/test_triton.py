@@ -13,7 +13,7 @@ import torch
 from moekern import kernels
 from tests.helpers import ROOT
 from tests.helpers.cases import Case, router, rows
-from tests.test_kernels import assert_expert_sums_agree, assert_router_sums_agree, combined, routed
+from tests.kernels.test_kernels import assert_expert_sums_agree, assert_router_sums_agree, combined, routed
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 INTERPRETED = pytest.mark.skipif(not kernels.serves("triton", "router_stats", "cpu"), reason="no Triton interpreter")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moekern.kernels.checks import FLOATS, check_tensors
+from moekern.kernels.dequantize import dequantize
 from moekern.kernels.dispatch import backend_for, implementation
-from moekern.kernels.quantised import Quantised, dequantize
+from moekern.kernels.quantised import Quantised
 
 
 class WeightSums(NamedTuple):

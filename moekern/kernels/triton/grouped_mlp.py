@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moekern.kernels.quantised import Quantised
 from moekern.kernels.triton.chunks import Chunks, chunks_of, rows_of
+from moekern.kernels.triton.combine_and_measure import combine_and_measure, store_part
 from moekern.kernels.triton.floats import rounded_to_bfloat16
-from moekern.kernels.triton.rows import combine_and_measure, store_part
 
 if TYPE_CHECKING:
-    from moekern.kernels import ExpertSums
+    from moekern.kernels.sums import ExpertSums
 
 # Triton's interpreter cuts bits off where it makes a bfloat16, and multiplies matrices of them as integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

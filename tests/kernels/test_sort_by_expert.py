@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekern import kernels
 from tests.helpers.cases import EDGE, Case, router, rows
-from tests.test_kernels import combined, runs, threads
+from tests.kernels.test_kernels import combined, runs, threads
 
 __all__ = ("threads",)  # a fixture
 
