@@ -30,7 +30,7 @@ from rich.table import Table
 
 from moekern.benchmark.records import append, machine
 from moekern.calibration import calibrate
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import CRITERIA
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import nn
 
 from moekern.benchmark.records import append, machine
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.decoder.reader import LayerReader, read_tensors
 
 LAYERS, TENSORS, MIB = 8, 64, 1 << 20

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moekern.budgets import Budget as Budget
     from moekern.calibration import calibrate as calibrate
-    from moekern.checkpoint import Checkpoint as Checkpoint
-    from moekern.checkpoint import open_checkpoint as open_checkpoint
+    from moekern.checkpoint.folder import Checkpoint as Checkpoint
+    from moekern.checkpoint.folder import open_checkpoint as open_checkpoint
     from moekern.criteria import CRITERIA as CRITERIA
     from moekern.data import read_data as read_data
     from moekern.errors import InputError as InputError

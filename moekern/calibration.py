@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.architectures import Layout, find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.errors import InputError

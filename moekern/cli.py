@@ -85,7 +85,7 @@ def main() -> None:
 @app.command(epilog="moekern inspect Qwen3-30B-A3B")
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
     from moekern.overview import overview
 
     found = overview(model_folder(model))
@@ -123,7 +123,7 @@ def calibrate(
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
     from moekern import stages
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
@@ -185,7 +185,7 @@ def prune(
 
     What is interrupted goes on where it was when the same command is run again.
     """
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
     from moekern.plan import Plan
     from moekern.pruning import prune as run
     from moekern.workfolder import Part
@@ -222,7 +222,7 @@ def verify(
 ) -> None:
     """Compare the pruned checkpoint with the original, byte for byte; exit code 1 on any difference."""
     from moekern import stages
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
     from moekern.plan import Plan
 
     verdict = stages.verify_both(
@@ -254,7 +254,7 @@ def evaluate(
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights."""
     from moekern import stages
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
     from moekern.plan import Plan
 
     options = stages.Calibration(
@@ -289,8 +289,8 @@ def run(
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
     from moekern import stages
+    from moekern.checkpoint.hub import model_folder
     from moekern.criteria import criterion_named
-    from moekern.hub import model_folder
     from moekern.router import parse_keep
 
     options = stages.Calibration(

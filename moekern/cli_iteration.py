@@ -60,7 +60,7 @@ def iterate(
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
     from moekern import stages, stages_iteration
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
     from moekern.iteration import Method
     from moekern.router import parse_keep
 

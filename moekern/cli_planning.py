@@ -177,7 +177,7 @@ def check(
 ) -> None:
     """Which engines load and run a checkpoint with its expert counts; exit code 1 if one named by --target does not."""
     from moekern import stages_planning as stages
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
     from moekern.targets import parse_target
 
     targets = [parse_target(text) for text in target or ()]
@@ -211,7 +211,7 @@ def convert(
 
 
 def _folder(model: str | None) -> Path | None:
-    from moekern.hub import model_folder
+    from moekern.checkpoint.hub import model_folder
 
     return None if model is None else model_folder(model)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moekern import _C
-from moekern.checkpoint import Checkpoint
+from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 from moekern.ranges import OutputShard, Piece, best_phase
 

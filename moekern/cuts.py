@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
-from moekern.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
+from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
 from moekern.plan import Plan
 

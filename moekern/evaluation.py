@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.decoder.live import LivePruner

@@ -8,7 +8,8 @@ from typing import Any
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.architectures.config_keys import LAYER_KEYS, first, sections
-from moekern.checkpoint import Checkpoint, TensorEntry
+from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
 
 CACHE_BYTES = 2  # of one number in the KV cache: 16 bits

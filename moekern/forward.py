@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data import Batch
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.decoder.masking import masked_layer

@@ -21,7 +21,7 @@ import torch
 from moekern import kernels
 from moekern.architectures import Layout, find_layout
 from moekern.calibration import OPS
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from moekern.architectures import family_named
 from moekern.architectures.config_keys import model_types
 from moekern.architectures.detect import groups, score, top_k, trailing_rows
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data import DEFAULT_DOMAIN
 from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.router import count_problem
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moekern import _C
 from moekern.architectures import find_layout
-from moekern.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.copying import (
     COPIES,
     KINDS,

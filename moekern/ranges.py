@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from moekern.architectures import Layout
-from moekern.checkpoint import DTYPE_BITS, HEADER_CAP, Checkpoint, TensorEntry
+from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
+from moekern.checkpoint.strict_json import HEADER_CAP
 from moekern.cuts import Cut, Mtp, OutputTensor, output_tensor
 
 Piece = tuple[str, int, int] | bytes  # (source file, offset, length), or the bytes themselves

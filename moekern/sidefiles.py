@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
-from moekern.checkpoint import CONFIG, INDEX, PLAN_FILE, Checkpoint, read_json
+from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
+from moekern.checkpoint.strict_json import read_json
 from moekern.cuts import Mtp
 from moekern.plan import Plan
 from moekern.ranges import OutputShard

@@ -16,7 +16,7 @@ import torch
 from moekern import console
 from moekern.architectures import find_layout
 from moekern.calibration import REPLAY_TOKENS, calibrate
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.copying import room_needed
 from moekern.criteria import criterion_named, score_layer
 from moekern.data import TokenData, read_data

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moekern import console
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.iteration import Compute, Method, iterate, needs_text
 from moekern.plan import Plan, check_plan

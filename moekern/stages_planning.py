@@ -11,7 +11,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.budgets import Budget, bounds_of, limits_of
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import criterion_named
 from moekern.errors import InputError
 from moekern.footprint import Fit, Fitted, largest_count

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, MoeLayer
-from moekern.checkpoint import Checkpoint
+from moekern.checkpoint.folder import Checkpoint
 from moekern.decoder.reader import read_experts
 from moekern.errors import InputError
 from moekern.kernels import Quantised

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
-from moekern.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.plan import Plan, check_plan
 from moekern.verification_config import config_problems, module_names, renamed_modules, renumbered
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.architectures import Layout, MoeLayer, find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.decoder.reader import read_tensors
 from moekern.errors import InputError
 from moekern.kernels import Quantised

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from moekern.architectures import FAMILIES, Layout, family_named
 from moekern.architectures.patterns import SCHEMES
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from tests.helpers import families
 from tests.helpers.layouts import BIAS, GUD, STACK, W123, layout_of, moe_keys, write_checkpoint

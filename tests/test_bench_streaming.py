@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from bench import checkpoints, roads, streaming
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan import Plan, check_plan
 from moekern.pruning import prune
 from tests.helpers import synthetic

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.decoder import open_layerwise, run_suspended
 from moekern.decoder.layerwise import LayerwiseModel
 from moekern.errors import InputError

@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from moekern import copying, pruning
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import MANIFEST, prune

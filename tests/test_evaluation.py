@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.evaluation import ORIGINAL, evaluate
 from moekern.plan import LayerPlan, Plan

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.footprint import Fit, cache_bytes, footprint, largest_count
 from moekern.plan import NONUNIFORM, LayerPlan, Plan

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import open_layerwise
 from moekern.decoder.transformers_api import loader_of

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.comparison import compare
 from moekern.errors import InputError
 from moekern.interchange import TOOLS, exported, imported, read_plan

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app, main
 from moekern.criteria import criterion_named, score_layer
 from moekern.data import Batch, TokenData

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from tests.helpers.layouts import BIAS, GUD, STACK, W123, layout_of, moe_keys, write_checkpoint
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.decoder.live import LivePruner
 from moekern.decoder.transformers_api import loader_of
 from moekern.pruning import prune

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moekern.architectures import Layout, find_layout
-from moekern.checkpoint import PLAN_FILE, open_checkpoint
+from moekern.checkpoint.folder import PLAN_FILE, open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation import evaluate

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app
 from moekern.data import Batch
 from moekern.decoder.masking import masked

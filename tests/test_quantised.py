@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder import open_layerwise
 from moekern.errors import InputError

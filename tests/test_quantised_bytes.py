@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from moekern.checkpoint import DTYPE_BITS
+from moekern.checkpoint.header import DTYPE_BITS
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify

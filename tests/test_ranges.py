@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from moekern import _C
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.architectures.table import FAMILIES
-from moekern.checkpoint import DTYPE_BITS, open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.header import DTYPE_BITS
 from moekern.cuts import replace_experts, strongest
 from moekern.errors import InputError
 from moekern.ranges import output_shards

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moekern import _C
 from moekern.architectures import ExpertTensor, MoeLayer, find_layout
-from moekern.checkpoint import Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.decoder import reader
 from moekern.decoder.reader import LayerReader, read_experts, read_tensors
 from moekern.errors import InputError

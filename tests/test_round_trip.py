@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moekern.architectures import FAMILIES, Layout, find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.decoder.masking import masked
 from moekern.decoder.transformers_api import loader_of
 from moekern.plan import LayerPlan, Plan

@@ -16,7 +16,7 @@ from torch import Tensor
 import moekern
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data import Batch, TokenData
 from moekern.decoder.masking import masked
 from moekern.decoder.transformers_api import loader_of, router_modules

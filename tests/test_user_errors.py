@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moekern import calibration, console, stages
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data import read_data
 from moekern.demo import MODEL, TEXT, show
 from moekern.errors import InputError

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError

@@ -7,7 +7,7 @@ from moekern.architectures.fit import Fit, Found
 from moekern.architectures.layout import ExpertTensor, MoeLayer
 from moekern.architectures.patterns import Scheme
 from moekern.architectures.table import Family
-from moekern.checkpoint import Checkpoint
+from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 
 Keys = list[tuple[str, Found]]

@@ -10,7 +10,8 @@ from moekern.architectures.fit import Fit, Place, find_places, fit
 from moekern.architectures.layout import Layout, MoeLayer
 from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
 from moekern.architectures.table import FAMILIES, Family
-from moekern.checkpoint import CONFIG, PLAN_FILE, Checkpoint, read_json
+from moekern.checkpoint.folder import CONFIG, PLAN_FILE, Checkpoint
+from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moekern.architectures import Layout
-from moekern.checkpoint import Checkpoint
+from moekern.checkpoint.folder import Checkpoint
 from moekern.decoder.memory import return_freed_memory
 from moekern.decoder.reader import LayerReader, read_tensors
 from moekern.decoder.suspended import run_suspended

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moekern import _C
 from moekern.architectures import ExpertTensor, MoeLayer
-from moekern.checkpoint import Checkpoint, TensorEntry
+from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
 
 DTYPES = {

@@ -10,7 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from moekern.checkpoint import DTYPE_BITS, HEADER_CAP, INDEX, SINGLE, Shard, header_length, parse_header
+from moekern.checkpoint.folder import INDEX, SINGLE
+from moekern.checkpoint.header import DTYPE_BITS, Shard, header_length, parse_header
+from moekern.checkpoint.strict_json import HEADER_CAP
 from moekern.errors import InputError
 from tests.helpers import ROOT
 from tests.helpers.layouts import header_of

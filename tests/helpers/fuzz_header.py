@@ -9,7 +9,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["moekern.checkpoint"]):
+with atheris.instrument_imports(include=["moekern.checkpoint.header", "moekern.checkpoint.strict_json"]):
     from tests.helpers.bad_files import BAD, EXPECTED, judge, mutated, valid
 
 

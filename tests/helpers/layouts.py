@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
-from moekern.checkpoint import DTYPE_BITS, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.checkpoint.header import DTYPE_BITS
 
 GUD, W123, STACK = "experts.#.gate_proj|up_proj|down_proj", "experts.#.w1|w2|w3", "experts.gate_up_proj|down_proj"
 BIAS = "gate.e_score_correction_bias"

@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekern import checkpoint as module
 from moekern.architectures import find_layout
-from moekern.checkpoint import HEADER_CAP, INDEX, SINGLE, open_checkpoint, parse_header
+from moekern.checkpoint import header as module
+from moekern.checkpoint.folder import INDEX, SINGLE, open_checkpoint
+from moekern.checkpoint.header import parse_header
+from moekern.checkpoint.strict_json import HEADER_CAP
 from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moekern import checkpoint as module
-from moekern.checkpoint import open_checkpoint
+from moekern.checkpoint import header as module
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from tests.helpers.bad_files import entry, raw, single
 from tests.helpers.layouts import write_checkpoint

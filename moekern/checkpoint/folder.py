@@ -1,0 +1,180 @@
+"""A safetensors checkpoint folder: every header is checked once at the door, and everything after trusts it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moekern.checkpoint.dtypes import decode
+from moekern.checkpoint.header import ARRAY_CAP, DTYPE_BITS, Shard, TensorEntry, read_shard
+from moekern.checkpoint.strict_json import read_json, shown
+from moekern.errors import InputError
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PLAN_FILE = "moekern_plan.json"  # in a pruned folder: the plan it was made by
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
+SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and one or more shards, in name order. index is None for a single file."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorEntry]
+    index: dict[str, Any] | None
+
+    @cached_property
+    def side_files(self) -> tuple[str, ...]:
+        """Names, relative to the folder, of the files that belong to the model but hold neither weights nor config."""
+        skipped = (*WEIGHTS, *(f"{suffix}.index.json" for suffix in WEIGHTS))
+        found = [path for path in self.folder.iterdir() if path.is_file()]
+        for folder in SIDE_FOLDERS:
+            found += [path for path in self.folder.glob(f"{folder}/**/*") if path.is_file()]
+        names = (path.relative_to(self.folder).as_posix() for path in found if not path.name.endswith(skipped))
+        return tuple(sorted(name for name in names if name != CONFIG))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all names, dtypes and shapes and of 4 KiB from the middle of 64 tensors.
+
+        A re-sharded copy has the same fingerprint, a fine-tune another; config.json has no part in it.
+        """
+        names = sorted(self.tensors)
+        digest = hashlib.sha256(b"[")
+        encode = json.JSONEncoder(separators=(",", ":")).encode
+        for start in range(0, len(names), 4096):  # one JSON list of [name, dtype, shape], never held whole
+            entries = [self.tensors[name] for name in names[start : start + 4096]]
+            text = encode([(entry.name, entry.dtype, entry.shape) for entry in entries])
+            digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
+        digest.update(b"]")
+        for i in sorted({i * len(names) // 64 for i in range(64)}):
+            entry = self.tensors[names[i]]
+            middle = entry.start + max(0, entry.nbytes - 4096) // 2
+            digest.update(self._pread(entry, middle, min(4096, entry.nbytes)))
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.size - shard.data_start for shard in self.shards)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one tensor, read with pread. Raises InputError if the shard has shrunk meanwhile."""
+        entry = self.tensors[name]
+        return self._pread(entry, entry.start, entry.nbytes)
+
+    def array(self, name: str) -> np.ndarray:
+        """One small tensor in its shape; BF16 and 8-bit floats are widened to float32, other dtypes stay.
+
+        Raises InputError for the packed 4- and 6-bit dtypes, and above ARRAY_CAP.
+        """
+        entry = self.tensors[name]
+        if entry.nbytes > ARRAY_CAP:
+            raise InputError(f"{self.folder / entry.shard}: {name}: {entry.nbytes} bytes are too many for its place")
+        if DTYPE_BITS[entry.dtype] < 8:
+            raise InputError(f"{self.folder / entry.shard}: {name}: packed dtype {entry.dtype} has no numpy form")
+        return decode(self.read(name), entry.dtype).reshape(entry.shape)
+
+    def _pread(self, entry: TensorEntry, start: int, size: int) -> bytes:
+        path = self.folder / entry.shard
+        parts: list[bytes] = []
+        with path.open("rb", buffering=0) as file:
+            while size > 0:
+                try:
+                    part = os.pread(file.fileno(), min(size, 1 << 30), start)
+                except OSError as error:
+                    raise InputError(f"{path}: {error.strerror or error}") from error
+                if not part:
+                    raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
+                parts.append(part)
+                start += len(part)
+                size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read config, index and all headers of a checkpoint folder; no tensor is read.
+
+    Memory: no size that a file declares is believed before it was compared with the file's own. JSON takes at most
+    about 30 bytes for each byte of a file, whose length HEADER_CAP limits; headers of real models take 10. Raises
+    InputError, naming the file and the tensor, for anything missing, truncated, contradictory or malformed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    config = read_json(folder / CONFIG)
+    index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
+    weight_map = check_weight_map(folder, index) if index is not None else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else [find_single(folder)]
+    missing = [name for name in names if not os.path.exists(folder / name)]
+    if missing:
+        what = "a link to nothing" if os.path.islink(folder / missing[0]) else "not there"
+        count = f"{len(missing)} of {len(names)} are missing"
+        raise InputError(f"{folder}: missing shard {missing[0]:.80}: {what} ({count})")
+
+    shards = tuple(read_shard(folder / name) for name in names)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for entry in shard.tensors:
+            other = tensors.setdefault(entry.name, entry)
+            if other is not entry:
+                raise InputError(f"{shard.path}: tensor {entry.name!r} is also in {other.shard}")
+    if index is not None and weight_map is not None:
+        compare_with_index(folder / INDEX, weight_map, tensors)
+        # The same map of the headers' own strings: 140,000 names are held once.
+        index["weight_map"] = {tensors[key].name: tensors[key].shard for key in weight_map}
+    return Checkpoint(folder, config, shards, tensors, index)
+
+
+def find_single(folder: Path) -> str:
+    """The only shard's name in a folder that has no index."""
+    if os.path.lexists(folder / SINGLE):
+        return SINGLE
+    names = sorted(path.name for path in folder.iterdir())
+    for name in [name for name in names if name.endswith(".safetensors")]:
+        raise InputError(f"{folder}: {shown(name)} is there, but neither {SINGLE} nor {INDEX}")
+    for name in [name for name in names if name.removesuffix(".index.json").endswith(PICKLES)]:
+        raise InputError(f"{folder}: {shown(name)} is a pickle, which is never read; convert it to safetensors first")
+    raise InputError(f"{folder}: no safetensors file")
+
+
+def check_weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
+    path, weight_map = folder / INDEX, index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: weight_map is missing or empty")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise InputError(f"{path}: metadata is not an object")
+    examples = {name if isinstance(name, str) else None: (key, name) for key, name in weight_map.items()}
+    for key, name in examples.values():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{path}: {shown(key)} is in {shown(name)}, not a safetensors file; pickles are never read"
+            )
+        if os.path.basename(name) != name or "\\" in name or not name.isprintable():
+            raise InputError(f"{path}: {shown(key)} is in {shown(name)}, which is not a file of this folder")
+    if os.path.lexists(folder / SINGLE) and SINGLE not in examples:
+        raise InputError(f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove one")
+    return weight_map
+
+
+def compare_with_index(path: Path, weight_map: dict[str, str], tensors: Mapping[str, TensorEntry]) -> None:
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise InputError(f"{path}: {shown(key)} should be in {name}, which does not hold it")
+        if tensors[key].shard != name:
+            raise InputError(f"{path}: {key!r} should be in {name}, but is in {tensors[key].shard}")
+    for key, entry in tensors.items():
+        if key not in weight_map:
+            raise InputError(f"{path}: {key!r} of {entry.shard} is not listed")

@@ -1,0 +1,87 @@
+"""JSON of a hostile file: sizes checked first, duplicates and deep nesting refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from moekern.errors import InputError
+
+HEADER_CAP = 100_000_000  # bytes of JSON: a million tensors in a header or an index
+DEPTH_CAP = 64  # levels of a config, where real ones have six
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, such as config.json; duplicate keys and nesting beyond DEPTH_CAP are refused."""
+    if (size := regular_size(path)) > HEADER_CAP:
+        raise InputError(f"{path}: {size} bytes, more than the limit of {HEADER_CAP}")
+    value = parse_json(read_start(path, size)[0], str(path))
+    level: list[Any] = [value]
+    for _ in range(DEPTH_CAP):
+        holders = (list(holder.values()) if isinstance(holder, dict) else holder for holder in level)
+        level = [item for holder in holders for item in holder if isinstance(item, (dict, list))]
+    if level:
+        raise InputError(f"{path}: not valid JSON: nested more than {DEPTH_CAP} deep")
+    return value
+
+
+def parse_json(data: bytes, source: str, strict: bool = False) -> dict[str, Any]:
+    """A JSON object. Refused: duplicate keys, strings that are not Unicode, too deep nesting. strict: also NaN and
+    Infinity, which Python writes into configs, and minus zero, which is no integer of JSON."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            count = Counter(key for key, _ in pairs)
+            raise ValueError(f"duplicate key {shown(next(key for key in count if count[key] > 1))}")
+        return found
+
+    def number(text: str) -> int:
+        if text in ("-0", "NaN", "Infinity", "-Infinity"):
+            raise ValueError(f"{text} is not a number here")
+        return int(text)
+
+    constant, whole = (number, number if b"-0" in data else None) if strict else (None, None)
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be encoded
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{source}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def regular_size(path: Path) -> int:
+    """Size in bytes of a regular file, or of the one a symbolic link leads to; devices and pipes are refused."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def read_start(path: Path, *sizes: int) -> list[bytes]:
+    """The first bytes of a file in parts of these sizes, all of which the file was seen to have."""
+    try:
+        with path.open("rb") as file:
+            parts = [file.read(size) for size in sizes]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    if tuple(map(len, parts)) != sizes:
+        raise InputError(f"{path}: the file has shrunk to {sum(map(len, parts))} bytes")
+    return parts
+
+
+def shown(value: Any) -> str:
+    """repr of anything that JSON holds, cut to 80 printable characters; short work however large the value."""
+    return f"{repr(value[:80]) if isinstance(value, str) else reprlib.repr(value):.80}"
