@@ -39,7 +39,7 @@ from moekern.iteration import Compute, Method, iterate, needs_text
 from moekern.plan import Plan
 from moekern.planning import make_plan
 from moekern.stages import Calibration, read_tokens
-from moekern.sums import TIERS
+from moekern.statistics.layer import TIERS
 
 Line = dict[str, Any]
 ITERATED = ("reap", "ean_dim", "gated_norm", "hope_all_tokens", "usage", "ews")

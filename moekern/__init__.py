@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint as Checkpoint
     from moekern.checkpoint.folder import open_checkpoint as open_checkpoint
     from moekern.criteria import CRITERIA as CRITERIA
-    from moekern.data import read_data as read_data
+    from moekern.data.read import read_data as read_data
     from moekern.errors import InputError as InputError
     from moekern.evaluation import evaluate as evaluate
     from moekern.forward import compare_forward as compare_forward
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from moekern.plan import Plan as Plan
     from moekern.planning import make_plan as make_plan
     from moekern.pruning import prune as prune
-    from moekern.statistics import LayerStatistics as LayerStatistics
-    from moekern.statistics import Statistics as Statistics
-    from moekern.statistics import merge as merge
+    from moekern.statistics.file import LayerStatistics as LayerStatistics
+    from moekern.statistics.file import Statistics as Statistics
+    from moekern.statistics.file import merge as merge
     from moekern.verification import verify as verify
 
 HOMES = {

@@ -15,15 +15,16 @@ from torch import Tensor
 from moekern import kernels
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.errors import InputError
 from moekern.gradients import add_gradients
 from moekern.recorder import OutlierRecorder, Recorder
 from moekern.replay import Replay, sample
 from moekern.seam import observed
-from moekern.statistics import Statistics, make_header
-from moekern.sums import TIERS
+from moekern.statistics.file import Statistics
+from moekern.statistics.header import make_header
+from moekern.statistics.layer import TIERS
 from moekern.tiers import wanted_tiers
 from moekern.version import versions
 from moekern.weighing import weigh_layer

@@ -140,8 +140,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Add statistics gathered in several runs; files that do not match are refused."""
-    from moekern.statistics import Statistics
-    from moekern.statistics import merge as merged
+    from moekern.statistics.file import Statistics
+    from moekern.statistics.file import merge as merged
 
     if out.exists():
         raise InputError(f"--out {out}: exists already")

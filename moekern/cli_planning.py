@@ -160,7 +160,7 @@ def compare(
     """How far plans keep the same experts, and how much of the gates and outputs each of them drops."""
     from moekern.comparison import compare as compared
     from moekern.plan import Plan
-    from moekern.statistics import Statistics
+    from moekern.statistics.file import Statistics
 
     named = {str(path): Plan.load(path) for path in plans}
     if len(named) < len(plans):

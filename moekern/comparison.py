@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moekern.errors import InputError
 from moekern.plan import Plan
-from moekern.statistics import LayerStatistics, Statistics
+from moekern.statistics.file import LayerStatistics, Statistics
 
 
 @dataclass(frozen=True, slots=True)

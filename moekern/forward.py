@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data import Batch
+from moekern.data.batches import Batch
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.decoder.masking import masked_layer
 from moekern.plan import Plan

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.decoder import LayerwiseModel
 from moekern.decoder.backward import Backward, Store
 from moekern.decoder.transformers_api import experts_implementation, is_experts_module
 from moekern.errors import InputError
 from moekern.seam import experts_of
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
 COLUMNS = 1 << 22  # numbers of all experts' G that are looked at together

@@ -8,7 +8,7 @@ from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan import super_experts
 from moekern.router import check_keep, parse_keep
-from moekern.statistics import Statistics
+from moekern.statistics.file import Statistics
 
 DISTINCTIVE = 10  # experts that --guard and --suppress name unless told otherwise, as many as MoTE switches off
 

@@ -23,7 +23,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.calibration import OPS
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.decoder.live import LivePruner
 from moekern.errors import InputError
@@ -32,7 +32,8 @@ from moekern.planning import make_plan
 from moekern.recorder import RECORDED, Recorder
 from moekern.router import Limits, kept_count
 from moekern.seam import observed
-from moekern.statistics import LayerStatistics, Statistics, make_header
+from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.header import make_header
 from moekern.version import __version__, versions
 from moekern.weighing import NO_TEXT, weigh_layer
 

@@ -14,12 +14,13 @@ from moekern.architectures import family_named
 from moekern.architectures.config_keys import model_types
 from moekern.architectures.detect import groups, score, top_k, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data import DEFAULT_DOMAIN
+from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
 from moekern.recorder import RECORDED, Recorder
 from moekern.seam import experts_of, observed
-from moekern.statistics import Statistics, make_header
+from moekern.statistics.file import Statistics
+from moekern.statistics.header import make_header
 from moekern.tiers import wanted_tiers
 from moekern.version import versions
 

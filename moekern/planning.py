@@ -24,7 +24,7 @@ from moekern.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.layer_keys import natural
 from moekern.plan import NONUNIFORM, TIE, LayerPlan, Plan, check_protected, choose_top
 from moekern.router import Limits, Router, count_problem
-from moekern.statistics import LayerStatistics, Statistics
+from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.targets import Served, Target, check_counts
 from moekern.version import __version__
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from moekern import kernels
 from moekern.errors import InputError
 from moekern.routed import Seen
-from moekern.statistics import LayerStatistics
-from moekern.sums import merge_rows
+from moekern.statistics.file import LayerStatistics
+from moekern.statistics.layer import merge_rows
 from moekern.tiers import add_outliers, add_reap, chosen_sets
 
 RECORDED = ("dimensions", "vocabulary", "coalitions", "reap")  # tiers of one forward pass

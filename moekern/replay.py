@@ -20,7 +20,7 @@ from moekern.decoder.masking import masked_layer
 from moekern.decoder.transformers_api import Loader, router_modules
 from moekern.errors import InputError
 from moekern.seam import Chosen, Probe, experts_of
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
 

@@ -19,7 +19,8 @@ from moekern.calibration import REPLAY_TOKENS, calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.copying import room_needed
 from moekern.criteria import criterion_named, score_layer
-from moekern.data import TokenData, read_data
+from moekern.data.batches import TokenData
+from moekern.data.read import read_data
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
@@ -29,8 +30,8 @@ from moekern.planning import make_plan
 from moekern.preflight import check_space, check_target
 from moekern.pruning import Mtp, PruneReport, prune
 from moekern.router import kept_count
-from moekern.statistics import Statistics
-from moekern.sums import TIERS
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import TIERS
 from moekern.tiers import wanted_tiers
 from moekern.verification import VerifyReport, verify
 from moekern.weighing import weigh

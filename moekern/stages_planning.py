@@ -19,7 +19,7 @@ from moekern.guards import Guards
 from moekern.interchange import exported, read_plan
 from moekern.plan import Plan, check_plan
 from moekern.planning import make_plan, router_limits
-from moekern.statistics import Statistics
+from moekern.statistics.file import Statistics
 from moekern.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
 
 

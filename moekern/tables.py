@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moekern.overview import Overview
     from moekern.pruning import PruneReport
     from moekern.stages import Run, Verdict
-    from moekern.statistics import Statistics
+    from moekern.statistics.file import Statistics
 
 
 def criteria(rows: Sequence[Mapping[str, str]]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekern.errors import InputError
 from moekern.routed import Seen
-from moekern.sums import TIERS, LayerStatistics
+from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time
 

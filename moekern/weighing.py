@@ -16,9 +16,10 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.decoder.reader import read_tensors
 from moekern.errors import InputError
 from moekern.kernels import Quantised
-from moekern.statistics import Statistics, make_header
+from moekern.statistics.file import Statistics
+from moekern.statistics.header import make_header
+from moekern.statistics.layer import LayerStatistics
 from moekern.stored import Matrix, projections
-from moekern.sums import LayerStatistics
 from moekern.version import versions
 
 NO_TEXT = "weights"  # the one domain of statistics without text

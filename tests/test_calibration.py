@@ -12,12 +12,12 @@ from torch import Tensor
 
 import moekern
 from moekern.calibration import calibrate
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.observation import observe
 from moekern.recorder import Recorder
 from moekern.routed import route
-from moekern.statistics import LayerStatistics, Statistics, merge
+from moekern.statistics.file import LayerStatistics, Statistics, merge
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

@@ -17,7 +17,7 @@ import pytest
 
 from moekern.cli import main
 from moekern.criteria import CRITERIA
-from moekern.statistics import Statistics
+from moekern.statistics.file import Statistics
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

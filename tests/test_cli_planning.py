@@ -11,7 +11,7 @@ import pytest
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan import Plan
-from moekern.statistics import Statistics
+from moekern.statistics.file import Statistics
 from tests.helpers import families
 from tests.test_cli import contents, document, moekern
 

@@ -9,7 +9,7 @@ import torch
 
 from moekern.criteria import criterion_named, score_layer
 from moekern.errors import InputError
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import layer_statistics, with_tiers
 
 MEMBERS = {

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.criteria.subsets import _uncovered
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import layer_statistics, with_tiers
 from tests.helpers.tokens import Tokens, measured, tokens
 

@@ -10,7 +10,7 @@ import torch
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.evaluation import ORIGINAL, evaluate
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune

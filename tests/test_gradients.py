@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.decoder import open_layerwise
 from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
 from moekern.gradients import add_gradients, matrices, watching_gates
-from moekern.statistics import LayerStatistics, Statistics, merge
+from moekern.statistics.file import LayerStatistics, Statistics, merge
 from tests.helpers import families
 from tests.test_cli import moekern as command
 

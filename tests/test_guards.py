@@ -19,7 +19,7 @@ from moekern.guards import (
 )
 from moekern.plan import choose_top
 from moekern.planning import make_plan
-from moekern.statistics import LayerStatistics, Statistics
+from moekern.statistics.file import LayerStatistics, Statistics
 from tests.helpers.measured import header, layer_statistics, model_statistics
 
 CRITERIA = ("reap", "hope", "random")

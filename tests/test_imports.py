@@ -22,7 +22,6 @@ LAW: tuple[str, ...] = (
     "kernels",
     "checkpoint",
     "architectures",
-    "sums",
     "statistics",
     "data",
     "criteria",

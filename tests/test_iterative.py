@@ -15,13 +15,13 @@ from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app, main
 from moekern.criteria import criterion_named, score_layer
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.iteration import Compute, Method, iterate, schedule
 from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_plan, choose_top
 from moekern.planning import make_plan
 from moekern.pruning import prune
-from moekern.statistics import Statistics
+from moekern.statistics.file import Statistics
 from moekern.weighing import weigh
 from tests.helpers import families
 

@@ -9,7 +9,7 @@ import torch
 
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import PLAN_FILE, open_checkpoint
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation import evaluate
 from moekern.forward import compare_forward

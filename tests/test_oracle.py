@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app
-from moekern.data import Batch
+from moekern.data.batches import Batch
 from moekern.decoder.masking import masked
 from moekern.decoder.transformers_api import loader_of
 from moekern.forward import compare_forward, dropped_experts

@@ -13,7 +13,7 @@ from moekern.errors import InputError
 from moekern.guards import Guards
 from moekern.plan import NONUNIFORM, Plan, check_plan
 from moekern.planning import make_plan
-from moekern.statistics import LayerStatistics, Statistics
+from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.targets import Target
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 

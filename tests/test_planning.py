@@ -11,7 +11,7 @@ from moekern.errors import InputError
 from moekern.plan import Plan, check_plan
 from moekern.planning import make_plan, router_limits
 from moekern.router import Limits
-from moekern.statistics import LayerStatistics, Statistics
+from moekern.statistics.file import LayerStatistics, Statistics
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
 

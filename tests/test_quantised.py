@@ -16,7 +16,7 @@ from torch import Tensor
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.decoder import open_layerwise
 from moekern.errors import InputError
 from moekern.forward import compare_forward

@@ -17,14 +17,14 @@ import moekern
 from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data import Batch, TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.decoder.masking import masked
 from moekern.decoder.transformers_api import loader_of, router_modules
 from moekern.errors import InputError
 from moekern.replay import sample
 from moekern.seam import experts_of
-from moekern.statistics import LayerStatistics, Statistics, merge
-from moekern.sums import TIERS
+from moekern.statistics.file import LayerStatistics, Statistics, merge
+from moekern.statistics.layer import TIERS
 from moekern.tiers import wanted_tiers
 from moekern.weighing import weigh_layer
 from tests.helpers import families

@@ -17,7 +17,7 @@ import pytest
 
 from moekern import calibration, console, stages
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data import read_data
+from moekern.data.read import read_data
 from moekern.demo import MODEL, TEXT, show
 from moekern.errors import InputError
 from moekern.plan import Plan

@@ -20,8 +20,8 @@ from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
-from moekern.statistics import Statistics
-from moekern.sums import LayerStatistics
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
 from moekern.weighing import weigh
 from tests.helpers import families
 from tests.test_quantised import _rewrite, fp8, mxfp4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekern.criteria.needs import idle_lowest, mean, need, others
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 
 def ean_dim(statistics: LayerStatistics) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moekern.criteria.selectors import Selection
 from moekern.criteria.table import Criterion
 from moekern.errors import InputError
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekern.criteria.needs import idle_lowest, need, others
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 
 def egs(statistics: LayerStatistics) -> Tensor:

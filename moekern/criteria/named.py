@@ -17,7 +17,7 @@ from moekern.criteria import combine, scores
 from moekern.criteria.combine import Part
 from moekern.criteria.table import ALIASES, CRITERIA, Criterion, Family, Kind
 from moekern.errors import InputError
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 COMBINATORS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "rank": ("score", combine.rank),

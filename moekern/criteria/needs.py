@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekern.errors import InputError
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 
 def need(statistics: LayerStatistics, criterion: str, *names: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekern.criteria.needs import cosines, idle_lowest, need, others
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 
 def ecc(statistics: LayerStatistics) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekern.criteria.needs import idle_lowest, mean, need
 from moekern.errors import InputError
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 # (α, β) -> the sum that calibration keeps of gᵅ ‖y‖ᵝ
 MOMENTS: dict[tuple[float, float], str] = {

@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from moekern.criteria.needs import idle_lowest
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]

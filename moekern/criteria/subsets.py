@@ -13,7 +13,7 @@ from scipy.spatial.distance import squareform
 
 from moekern.criteria.needs import cosines, idle_lowest, need
 from moekern.criteria.selectors import Selection, select
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 Matrix = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekern.criteria.needs import cosines, need, others
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 
 def ews(statistics: LayerStatistics) -> Tensor:

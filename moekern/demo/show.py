@@ -13,7 +13,7 @@ import torch
 
 from moekern import console
 from moekern.criteria import CRITERIA
-from moekern.data import read_data
+from moekern.data.read import read_data
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
@@ -21,7 +21,7 @@ from moekern.plan import Plan
 from moekern.planning import make_plan
 from moekern.pruning import prune
 from moekern.stages import Calibration, Verdict, calibrate_to, verify_both
-from moekern.statistics import Statistics
+from moekern.statistics.file import Statistics
 from moekern.tables import mean_loss, say_verdict
 
 SHARES = (0.75, 0.5, 0.25)

@@ -6,8 +6,9 @@ from itertools import combinations
 
 import torch
 
-from moekern.statistics import LayerStatistics, Statistics, make_header
-from moekern.sums import TIERS
+from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.header import make_header
+from moekern.statistics.layer import TIERS
 
 E, K, H = 6, 2, 5
 FINGERPRINT = "f" * 64

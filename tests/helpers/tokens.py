@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moekern.sums import LayerStatistics
+from moekern.statistics.layer import LayerStatistics
 
 V = 50  # token ids
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moekern.data import TokenData, read_data
+from moekern.data.batches import TokenData
+from moekern.data.read import read_data
 from moekern.demo import MODEL
 from moekern.errors import InputError
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from moekern import files
 from moekern.errors import InputError
-from moekern.statistics import FORMAT, LayerStatistics, Statistics, merge
-from moekern.sums import TIERS
+from moekern.statistics.file import LayerStatistics, Statistics, merge
+from moekern.statistics.header import FORMAT
+from moekern.statistics.layer import TIERS
 from tests.helpers.measured import E, H, header, layer_statistics, model_statistics, with_tiers
 
 

@@ -1,7 +1,9 @@
 """What calibration measures: sums per layer, domain and expert. Batches, domains and machines merge by adding."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,53 +15,9 @@ from torch import Tensor
 from moekern import files
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.sums import LayerStatistics as LayerStatistics
-from moekern.sums import unmeasured
-
-FORMAT = "moekern.statistics/2"
-READABLE = (FORMAT, "moekern.statistics/1")
-HEADER_KEY = "moekern"
-# What two files must share before their sums may be added.
-IDENTITY = ("fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top")
-
-
-def make_header(
-    *,
-    fingerprint: str,
-    family: str,
-    score: str,
-    top_k: int,
-    num_experts: int,
-    domains: Sequence[str],
-    tokens: Mapping[str, int],
-    data: Any,
-    backend: Any,
-    versions: Mapping[str, str],
-    n_group: int = 1,
-    topk_group: int = 1,
-    group_top: int = 1,
-    dtype: str | None = None,
-) -> dict[str, Any]:
-    """The header of one calibration run.
-
-    `tokens` counts tokens per domain. `data` (the recipe), `backend` and `versions` are any JSON; with `dtype` (None:
-    the checkpoint's) they become the one entry of "runs", which grows when files are merged. The router's numbers let a
-    plan be made without the checkpoint.
-    """
-    return {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "family": family,
-        "score": score,
-        "top_k": top_k,
-        "num_experts": num_experts,
-        "n_group": n_group,
-        "topk_group": topk_group,
-        "group_top": group_top,
-        "domains": list(domains),
-        "tokens": dict(tokens),
-        "runs": [{"data": data, "backend": backend, "versions": dict(versions), "dtype": dtype}],
-    }
+from moekern.statistics.header import HEADER_KEY, IDENTITY, header_problem, merged_header, read_header
+from moekern.statistics.layer import LayerStatistics as LayerStatistics
+from moekern.statistics.layer import unmeasured
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +71,13 @@ class Statistics:
             save_file(tensors, temporary, metadata={HEADER_KEY: header})
 
     @staticmethod
-    def load(path: str | Path) -> "Statistics":
+    def load(path: str | Path) -> Statistics:
         """Read and check a statistics file. Raises InputError, naming file and tensor, for one that cannot be right."""
         if not Path(path).is_file():
             raise InputError(f"{path}: no such statistics file")
         try:
             with safe_open(path, framework="pt") as file:
-                header = _header(path, file.metadata() or {})
+                header = read_header(path, file.metadata() or {})
                 names = file.keys()
                 layers = _layers(path, header, {name: file.get_tensor(name).clone() for name in names})
         except (SafetensorError, OSError) as error:
@@ -154,7 +112,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             raise InputError(f"merge: part {number} and part 1 measured different layers: {', '.join(odd)}")
         for key, domains in part.layers.items():
             _add_layer(layers[key], domains, first.layers[key], f"merge: part {number}, layer {key}")
-    return Statistics(_merged_header([part.header for part in parts]), layers)
+    return Statistics(merged_header([part.header for part in parts]), layers)
 
 
 def _add_layer(
@@ -169,56 +127,6 @@ def _add_layer(
         if problem:
             raise InputError(f"{where}: {problem}; compared with part 1")
         total[domain] = total[domain] + sums if domain in total else sums
-
-
-def _merged_header(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    domains = list(dict.fromkeys(name for header in headers for name in header["domains"]))
-    return {
-        **headers[0],
-        "domains": domains,
-        "tokens": {name: sum(header["tokens"].get(name, 0) for header in headers) for name in domains},
-        "runs": [run for header in headers for run in header["runs"]],
-    }
-
-
-def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if HEADER_KEY not in metadata:
-        raise InputError(f"{path}: a safetensors file, but not moekern statistics (no {HEADER_KEY!r} metadata)")
-    try:
-        header = json.loads(metadata[HEADER_KEY])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the statistics header is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") not in READABLE:
-        found = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise InputError(f"{path}: format {found!r} is not {FORMAT!r}; calibrate again with this version")
-    problem = _header_problem(header)
-    if problem:
-        raise InputError(f"{path}: header: {problem}")
-    return {**header, "format": FORMAT}
-
-
-def _header_problem(header: Mapping[str, Any]) -> str | None:
-    for name in ("fingerprint", "family", "score"):
-        if not isinstance(header.get(name), str):
-            return f"{name}: expected a string, got {header.get(name)!r}"
-    for name in ("top_k", "num_experts", "n_group", "topk_group", "group_top"):
-        if type(header.get(name)) is not int or header[name] < 1:
-            return f"{name}: expected a count, got {header.get(name)!r}"
-    domains, tokens, runs = header.get("domains"), header.get("tokens"), header.get("runs")
-    if not isinstance(domains, list) or not domains or not _distinct_strings(domains):
-        return f"domains: expected distinct names, got {domains!r}"
-    if not isinstance(tokens, dict) or set(tokens) != set(domains):
-        return "tokens: expected one count for each domain"
-    if any(type(n) is not int or n < 0 for n in tokens.values()):
-        return f"tokens: expected counts, got {tokens!r}"
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        return "runs: expected a list of objects"
-    return None
-
-
-def _distinct_strings(values: Iterable[Any]) -> bool:
-    values = list(values)
-    return all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
 
 
 def _layers(
@@ -251,7 +159,7 @@ def _layers(
 
 def _problem(header: Mapping[str, Any], layers: Mapping[str, Mapping[str, LayerStatistics]]) -> str | None:
     """Why this cannot be a statistics file; None when it can."""
-    wrong = _header_problem(header)
+    wrong = header_problem(header)
     if wrong:
         return f"header: {wrong}"
     if not layers:

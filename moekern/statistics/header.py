@@ -1,0 +1,105 @@
+"""The header of a statistics file: the model, its router, the text, and the runs that measured it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moekern.errors import InputError
+
+FORMAT = "moekern.statistics/2"
+READABLE = (FORMAT, "moekern.statistics/1")
+HEADER_KEY = "moekern"
+# What two files must share before their sums may be added.
+IDENTITY = ("fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top")
+
+
+def make_header(
+    *,
+    fingerprint: str,
+    family: str,
+    score: str,
+    top_k: int,
+    num_experts: int,
+    domains: Sequence[str],
+    tokens: Mapping[str, int],
+    data: Any,
+    backend: Any,
+    versions: Mapping[str, str],
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_top: int = 1,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """The header of one calibration run.
+
+    `tokens` counts tokens per domain. `data` (the recipe), `backend` and `versions` are any JSON; with `dtype` (None:
+    the checkpoint's) they become the one entry of "runs", which grows when files are merged. The router's numbers let a
+    plan be made without the checkpoint.
+    """
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "family": family,
+        "score": score,
+        "top_k": top_k,
+        "num_experts": num_experts,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "group_top": group_top,
+        "domains": list(domains),
+        "tokens": dict(tokens),
+        "runs": [{"data": data, "backend": backend, "versions": dict(versions), "dtype": dtype}],
+    }
+
+
+def merged_header(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    domains = list(dict.fromkeys(name for header in headers for name in header["domains"]))
+    return {
+        **headers[0],
+        "domains": domains,
+        "tokens": {name: sum(header["tokens"].get(name, 0) for header in headers) for name in domains},
+        "runs": [run for header in headers for run in header["runs"]],
+    }
+
+
+def read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if HEADER_KEY not in metadata:
+        raise InputError(f"{path}: a safetensors file, but not moekern statistics (no {HEADER_KEY!r} metadata)")
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the statistics header is not JSON ({error})") from error
+    if not isinstance(header, dict) or header.get("format") not in READABLE:
+        found = header.get("format") if isinstance(header, dict) else type(header).__name__
+        raise InputError(f"{path}: format {found!r} is not {FORMAT!r}; calibrate again with this version")
+    problem = header_problem(header)
+    if problem:
+        raise InputError(f"{path}: header: {problem}")
+    return {**header, "format": FORMAT}
+
+
+def header_problem(header: Mapping[str, Any]) -> str | None:
+    for name in ("fingerprint", "family", "score"):
+        if not isinstance(header.get(name), str):
+            return f"{name}: expected a string, got {header.get(name)!r}"
+    for name in ("top_k", "num_experts", "n_group", "topk_group", "group_top"):
+        if type(header.get(name)) is not int or header[name] < 1:
+            return f"{name}: expected a count, got {header.get(name)!r}"
+    domains, tokens, runs = header.get("domains"), header.get("tokens"), header.get("runs")
+    if not isinstance(domains, list) or not domains or not _distinct_strings(domains):
+        return f"domains: expected distinct names, got {domains!r}"
+    if not isinstance(tokens, dict) or set(tokens) != set(domains):
+        return "tokens: expected one count for each domain"
+    if any(type(n) is not int or n < 0 for n in tokens.values()):
+        return f"tokens: expected counts, got {tokens!r}"
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        return "runs: expected a list of objects"
+    return None
+
+
+def _distinct_strings(values: Iterable[Any]) -> bool:
+    values = list(values)
+    return all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
