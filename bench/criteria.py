@@ -35,7 +35,8 @@ from moekern.criteria import CRITERIA
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
-from moekern.iteration import Compute, Method, iterate, needs_text
+from moekern.iteration import Method, iterate, needs_text
+from moekern.model.compute import Compute
 from moekern.plan import Plan
 from moekern.planning import make_plan
 from moekern.stages import Calibration, read_tokens

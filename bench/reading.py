@@ -26,7 +26,7 @@ from torch import nn
 
 from moekern.benchmark.records import append, machine
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.decoder.reader import LayerReader, read_tensors
+from moekern.model.reader import LayerReader, read_tensors
 
 LAYERS, TENSORS, MIB = 8, 64, 1 << 20
 Layers = list[list[str]]

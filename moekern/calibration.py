@@ -16,9 +16,9 @@ from moekern import kernels
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder import LayerwiseModel, open_layerwise
 from moekern.errors import InputError
 from moekern.gradients import add_gradients
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.recorder import OutlierRecorder, Recorder
 from moekern.replay import Replay, sample
 from moekern.seam import observed

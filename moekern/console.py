@@ -41,6 +41,12 @@ def say(text: str) -> None:
     _err.print(text, markup=False)
 
 
+def hint(text: str | None) -> None:
+    """A line for a person, where there is one."""
+    if text is not None:
+        say(text)
+
+
 def emit(document: Any) -> None:
     """A JSON document on standard output; numbers that JSON lacks (NaN, infinity) become null."""
     text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)

@@ -1,13 +1,16 @@
 """What becomes of each tensor when experts go: dropped, renamed, cut along its expert axis, or remapped."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
+from moekern.architectures.id_tables import replace_experts
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
@@ -122,27 +125,6 @@ def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int)
         members = sorted(range(group * size, (group + 1) * size), key=lambda e: (-energy[e], e))
         chosen += members[: count // n_group]
     return tuple(sorted(chosen))
-
-
-def replace_experts(table: np.ndarray, keep: Sequence[int], num_experts: int) -> np.ndarray:
-    """A table of expert ids [..., K] with the ids numbered anew and those of dropped experts replaced.
-
-    Hash layers (DeepSeek V4's tid2eid) give each token a fixed list of experts, which no score ranks, so a dropped
-    expert's tokens are spread evenly: id d becomes the kept expert of rank d * kept // E, or the next rank, cyclically,
-    that the token does not use yet. Slots are filled from left to right. Same shape and dtype as `table`.
-    """
-    ids = table.reshape(-1, table.shape[-1] if table.ndim else 1).astype(np.int64)
-    rank = np.full(num_experts, -1, np.int64)
-    rank[list(keep)] = np.arange(len(keep))
-    out = rank[ids]
-    for slot in range(ids.shape[1]):
-        rows = np.flatnonzero(out[:, slot] < 0)
-        choice = ids[rows, slot] * len(keep) // num_experts
-        for _ in keep:
-            used = (out[rows] == choice[:, None]).any(axis=1)
-            choice[used] = (choice[used] + 1) % len(keep)
-        out[rows, slot] = choice
-    return out.reshape(table.shape).astype(table.dtype)
 
 
 def output_tensor(entry: TensorEntry, cut: Cut | None) -> OutputTensor | None:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder import LayerwiseModel, open_layerwise
-from moekern.decoder.live import LivePruner
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.pruned_layers import LivePruner
 from moekern.plan import Plan, check_plan
 
 ORIGINAL = "original"

@@ -14,8 +14,8 @@ from torch import Tensor
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch
-from moekern.decoder import LayerwiseModel, open_layerwise
-from moekern.decoder.masking import masked_layer
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.masking import masked_layer
 from moekern.plan import Plan
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.

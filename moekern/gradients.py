@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder import LayerwiseModel
-from moekern.decoder.backward import Backward, Store
-from moekern.decoder.transformers_api import experts_implementation, is_experts_module
 from moekern.errors import InputError
+from moekern.model.backward import Backward, Store
+from moekern.model.layerwise import LayerwiseModel
+from moekern.model.transformers_api import experts_implementation, is_experts_module
 from moekern.seam import experts_of
 from moekern.statistics.layer import LayerStatistics
 

@@ -24,9 +24,10 @@ from moekern.calibration import OPS
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder import LayerwiseModel, open_layerwise
-from moekern.decoder.live import LivePruner
 from moekern.errors import InputError
+from moekern.model.compute import Compute
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.pruned_layers import LivePruner
 from moekern.plan import TIE, LayerPlan, Plan, choose_top
 from moekern.planning import make_plan
 from moekern.recorder import RECORDED, Recorder
@@ -53,16 +54,6 @@ class Method:
     reestimate: bool = True  # measure each layer behind the pruned layers before it
     domains: tuple[str, ...] | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and in what type layers are computed."""
-
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    backend: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

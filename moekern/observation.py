@@ -15,8 +15,8 @@ from moekern.architectures.config_keys import model_types
 from moekern.architectures.detect import groups, score, top_k, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import DEFAULT_DOMAIN
-from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
+from moekern.model.transformers_api import loader_of
 from moekern.recorder import RECORDED, Recorder
 from moekern.seam import experts_of, observed
 from moekern.statistics.file import Statistics

@@ -1,7 +1,7 @@
 """A sample of tokens on which every expert of a layer is run, and on which its router chooses again without some.
 
 Inputs of the sampled tokens are kept while batches go through a layer. Then the model's own block is called on them,
-with experts masked as `decoder.masking` does, and left as soon as its router has chosen.
+with experts masked as `model.masking` does, and left as soon as its router has chosen.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from moekern import kernels
 from moekern.architectures import Layout
-from moekern.decoder.masking import masked_layer
-from moekern.decoder.transformers_api import Loader, router_modules
 from moekern.errors import InputError
+from moekern.model.masking import masked_layer
+from moekern.model.transformers_api import Loader, router_modules
 from moekern.seam import Chosen, Probe, experts_of
 from moekern.statistics.layer import LayerStatistics
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moekern.decoder.transformers_api import (
+from moekern.errors import InputError
+from moekern.model.transformers_api import (
     EXPERTS_FUNCTIONS,
     experts_implementation,
     grouped_linear,
     is_experts_module,
     router_modules,
 )
-from moekern.errors import InputError
 from moekern.recorder import Recorder
 from moekern.routed import Outputs, Seen, route
 

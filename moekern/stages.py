@@ -24,6 +24,7 @@ from moekern.data.read import read_data
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
+from moekern.model.compute import check_device, dtype_hint
 from moekern.overview import overview
 from moekern.plan import Plan
 from moekern.planning import make_plan
@@ -149,7 +150,7 @@ def check_new_file(out: Path) -> None:
 
 
 def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out: Path) -> Statistics:
-    hint_dtype(checkpoint, options)
+    console.hint(dtype_hint(checkpoint, options.device, options.dtype))
     with console.progress("calibrating") as step:
         statistics = calibrate(
             checkpoint,
@@ -214,7 +215,7 @@ def evaluate_plans(folder: Path, options: Calibration, plans: Mapping[str, Plan]
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     data = read_tokens(checkpoint, options)
-    hint_dtype(checkpoint, options)
+    console.hint(dtype_hint(checkpoint, options.device, options.dtype))
     with console.progress("evaluating") as step:
         return evaluate(
             checkpoint,
@@ -277,23 +278,3 @@ def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calib
     if same:
         console.say(f"using the statistics of an earlier run: {path}")
     return found if same else None
-
-
-def hint_dtype(checkpoint: Checkpoint, options: Calibration) -> None:
-    """bfloat16 products are emulated on CPUs without AVX-512: say what is faster there."""
-    config = checkpoint.config
-    names = {
-        section.get(key) for section in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")
-    }
-    slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    if options.dtype is None and options.device == "cpu" and slow and "bfloat16" in names:
-        console.say("this CPU computes bfloat16 slowly: --dtype float32 is several times faster for twice the memory")
-
-
-def check_device(device: str) -> None:
-    """Raise InputError for a device torch does not know or does not have."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: not usable here ({reason})") from error

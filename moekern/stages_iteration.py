@@ -8,9 +8,10 @@ from moekern import console
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
-from moekern.iteration import Compute, Method, iterate, needs_text
+from moekern.iteration import Method, iterate, needs_text
+from moekern.model.compute import Compute, check_device, dtype_hint
 from moekern.plan import Plan, check_plan
-from moekern.stages import Calibration, check_device, check_new_file, hint_dtype, read_tokens
+from moekern.stages import Calibration, check_new_file, read_tokens
 
 
 def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) -> Plan:
@@ -26,7 +27,7 @@ def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) ->
     layout = find_layout(checkpoint)
     data = read_tokens(checkpoint, options) if text else None
     if text:
-        hint_dtype(checkpoint, options)
+        console.hint(dtype_hint(checkpoint, options.device, options.dtype))
     side = out.with_name(out.name + ".moekern")
     earlier = _left(side)
 

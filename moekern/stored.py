@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
-from moekern.decoder.reader import read_experts
 from moekern.errors import InputError
 from moekern.kernels import Quantised
 from moekern.kernels.quantised import awq, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from moekern.model.reader import read_experts
 
 Matrix = Tensor | Quantised
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,9 +13,9 @@ from torch import Tensor
 from moekern import kernels
 from moekern.architectures import Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.decoder.reader import read_tensors
 from moekern.errors import InputError
 from moekern.kernels import Quantised
+from moekern.model.reader import read_tensors
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
 from moekern.statistics.layer import LayerStatistics

@@ -17,10 +17,10 @@ from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder import open_layerwise
-from moekern.decoder.transformers_api import loader_of
 from moekern.errors import InputError
 from moekern.gradients import add_gradients, matrices, watching_gates
+from moekern.model.layerwise import open_layerwise
+from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import LayerStatistics, Statistics, merge
 from tests.helpers import families
 from tests.test_cli import moekern as command
@@ -146,7 +146,7 @@ def test_files_in_place_of_memory_change_no_bit(family_checkpoint: MakeCheckpoin
 def test_one_layer_is_resident_on_the_way_back(
     family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moekern.decoder.backward import Backward
+    from moekern.model.backward import Backward
 
     filled: list[int] = []
     through = Backward.through

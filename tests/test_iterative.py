@@ -17,7 +17,8 @@ from moekern.cli import app, main
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.iteration import Compute, Method, iterate, schedule
+from moekern.iteration import Method, iterate, schedule
+from moekern.model.compute import Compute
 from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_plan, choose_top
 from moekern.planning import make_plan
 from moekern.pruning import prune

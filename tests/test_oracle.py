@@ -14,9 +14,9 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app
 from moekern.data.batches import Batch
-from moekern.decoder.masking import masked
-from moekern.decoder.transformers_api import loader_of
 from moekern.forward import compare_forward, dropped_experts
+from moekern.model.masking import masked
+from moekern.model.transformers_api import loader_of
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from tests.helpers import families

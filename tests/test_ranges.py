@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from moekern import _C
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
+from moekern.architectures.id_tables import replace_experts
 from moekern.architectures.table import FAMILIES
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.checkpoint.header import DTYPE_BITS
-from moekern.cuts import replace_experts, strongest
+from moekern.cuts import strongest
 from moekern.errors import InputError
 from moekern.ranges import output_shards
 from moekern.rewrite_config import expert_renamer

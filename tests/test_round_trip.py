@@ -9,8 +9,8 @@ import torch
 
 from moekern.architectures import FAMILIES, Layout, find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.decoder.masking import masked
-from moekern.decoder.transformers_api import loader_of
+from moekern.model.masking import masked
+from moekern.model.transformers_api import loader_of
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify

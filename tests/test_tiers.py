@@ -18,9 +18,9 @@ from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder.masking import masked
-from moekern.decoder.transformers_api import loader_of, router_modules
 from moekern.errors import InputError
+from moekern.model.masking import masked
+from moekern.model.transformers_api import loader_of, router_modules
 from moekern.replay import sample
 from moekern.seam import experts_of
 from moekern.statistics.file import LayerStatistics, Statistics, merge

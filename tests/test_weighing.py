@@ -24,7 +24,7 @@ from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from moekern.weighing import weigh
 from tests.helpers import families
-from tests.test_quantised import _rewrite, fp8, mxfp4
+from tests.model.test_quantised import _rewrite, fp8, mxfp4
 from tests.test_quantised_bytes import LAYOUTS, indexed, write_spread
 
 MakeCheckpoint = Callable[[str], Path]

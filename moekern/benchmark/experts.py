@@ -18,7 +18,7 @@ from moekern import kernels
 from moekern.benchmark.inputs import MODELS, Layer, Routing, normal, routing
 from moekern.benchmark.records import Line
 from moekern.benchmark.timing import DEVICE, interleaved
-from moekern.decoder.transformers_api import EXPERTS_FUNCTIONS
+from moekern.model.transformers_api import EXPERTS_FUNCTIONS
 from moekern.recorder import Recorder
 from moekern.seam import Probe, measured_experts
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moekern.decoder.layerwise import LayerwiseModel
 from moekern.errors import InputError
+from moekern.model.layerwise import LayerwiseModel
 
 Task = TypeVar("Task")
 HIDDEN = "hidden_states"

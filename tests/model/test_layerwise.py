@@ -11,9 +11,9 @@ from torch import nn
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.decoder import open_layerwise, run_suspended
-from moekern.decoder.layerwise import LayerwiseModel
 from moekern.errors import InputError
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.suspended import run_suspended
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

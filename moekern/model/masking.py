@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
-from moekern.cuts import replace_experts
-from moekern.decoder.transformers_api import Loader, router_modules
+from moekern.architectures.id_tables import replace_experts
+from moekern.model.transformers_api import Loader, router_modules
 
 MASKED = -1e9
 PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)

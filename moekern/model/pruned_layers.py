@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from moekern.architectures import Layout, MoeLayer
-from moekern.cuts import replace_experts
-from moekern.decoder.layerwise import drop
-from moekern.decoder.transformers_api import Loader, layers_with
+from moekern.architectures.id_tables import replace_experts
+from moekern.model.layerwise import drop
+from moekern.model.transformers_api import Loader, layers_with
 
 KEPT_ATTRIBUTES = ("hook", "forward")  # parts of the names of a module's own state that is not the layer's
 

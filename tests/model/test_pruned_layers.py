@@ -8,8 +8,8 @@ import torch
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.decoder.live import LivePruner
-from moekern.decoder.transformers_api import loader_of
+from moekern.model.pruned_layers import LivePruner
+from moekern.model.transformers_api import loader_of
 from moekern.pruning import prune
 from tests.helpers import families
 from tests.test_round_trip import REFUSED, random_plan

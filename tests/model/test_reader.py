@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from moekern import _C
 from moekern.architectures import ExpertTensor, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.decoder import reader
-from moekern.decoder.reader import LayerReader, read_experts, read_tensors
 from moekern.errors import InputError
+from moekern.model import reader
+from moekern.model.reader import LayerReader, read_experts, read_tensors
 from tests.helpers import synthetic
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What moekern leans on inside transformers: when one of these fails, decoder/transformers_api.py has to change."""
+"""What moekern leans on inside transformers: when one of these fails, model/transformers_api.py has to change."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 import transformers
 from packaging.version import Version
 
-from moekern.decoder import transformers_api as api
 from moekern.errors import InputError
+from moekern.model import transformers_api as api
 from tests.helpers import ROOT, families
 
 PACKAGE = ROOT / "moekern"

@@ -12,11 +12,11 @@ from torch import nn
 
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
-from moekern.decoder.memory import return_freed_memory
-from moekern.decoder.reader import LayerReader, read_tensors
-from moekern.decoder.suspended import run_suspended
-from moekern.decoder.transformers_api import Loader, layer_index, open_loader
 from moekern.errors import InputError
+from moekern.model.memory import return_freed_memory
+from moekern.model.reader import LayerReader, read_tensors
+from moekern.model.suspended import run_suspended
+from moekern.model.transformers_api import Loader, layer_index, open_loader
 
 Task = TypeVar("Task")
 

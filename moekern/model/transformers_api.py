@@ -1,6 +1,6 @@
 """Every semi-public transformers function moekern leans on. Nothing else imports from transformers' insides.
 
-Checked against transformers 5.17 to 5.23. `tests/test_transformers_api.py` fails loudly when one of them changes.
+Checked against transformers 5.17 to 5.23. `tests/model/test_transformers_api.py` fails loudly when one of them changes.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.decoder import open_layerwise
 from moekern.errors import InputError
 from moekern.forward import compare_forward
+from moekern.model.layerwise import open_layerwise
 from moekern.planning import make_plan
 from moekern.pruning import prune
 from moekern.verification import verify
