@@ -17,17 +17,17 @@ from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.gradients import add_gradients
+from moekern.measurement.gradients import add_gradients
+from moekern.measurement.recorder import OutlierRecorder, Recorder
+from moekern.measurement.replay import Replay, sample
+from moekern.measurement.tiers import wanted_tiers
+from moekern.measurement.watch import observed
+from moekern.measurement.weights import weigh_layer
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.recorder import OutlierRecorder, Recorder
-from moekern.replay import Replay, sample
-from moekern.seam import observed
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
 from moekern.statistics.layer import TIERS
-from moekern.tiers import wanted_tiers
 from moekern.version import versions
-from moekern.weighing import weigh_layer
 
 OPS = ("router_stats", "sort_by_expert", "combine_and_measure")
 TIER_OPS = {"vocabulary": ("vocabulary",), "replay": ("similarity",)}

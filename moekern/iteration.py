@@ -25,18 +25,18 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.measurement.recorder import RECORDED, Recorder
+from moekern.measurement.watch import observed
+from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan import TIE, LayerPlan, Plan, choose_top
 from moekern.planning import make_plan
-from moekern.recorder import RECORDED, Recorder
 from moekern.router import Limits, kept_count
-from moekern.seam import observed
 from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.statistics.header import make_header
 from moekern.version import __version__, versions
-from moekern.weighing import NO_TEXT, weigh_layer
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
 Measured = Mapping[str, LayerStatistics]  # domain -> one layer's sums
@@ -257,7 +257,7 @@ def _measured_pass(
     seeing, watch = recorder(True), ExitStack()
 
     def see(i: int, counted: bool) -> None:
-        """Let layer i's experts run through the seam, into sums that are used or, the second time, thrown away."""
+        """Let layer i's experts be watched, into sums that are used or, the second time, thrown away."""
         nonlocal seeing
         seeing = recorder(counted)
         seeing.words = -(-layerwise.vocab_size // 64)

@@ -1,4 +1,4 @@
-"""Measure a model that is already in memory, through the same seam as calibration."""
+"""Measure a model that is already in memory, by the same hooks as calibration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moekern.architectures.detect import groups, score, top_k, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.errors import InputError
+from moekern.measurement.recorder import RECORDED, Recorder
+from moekern.measurement.tiers import wanted_tiers
+from moekern.measurement.watch import experts_of, observed
 from moekern.model.transformers_api import loader_of
-from moekern.recorder import RECORDED, Recorder
-from moekern.seam import experts_of, observed
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
-from moekern.tiers import wanted_tiers
 from moekern.version import versions
 
 

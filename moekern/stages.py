@@ -24,6 +24,8 @@ from moekern.data.read import read_data
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
+from moekern.measurement.tiers import wanted_tiers
+from moekern.measurement.weights import weigh
 from moekern.model.compute import check_device, dtype_hint
 from moekern.overview import overview
 from moekern.plan import Plan
@@ -33,9 +35,7 @@ from moekern.pruning import Mtp, PruneReport, prune
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
-from moekern.tiers import wanted_tiers
 from moekern.verification import VerifyReport, verify
-from moekern.weighing import weigh
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import moekern
 from moekern.calibration import calibrate
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.measurement.batch import route
+from moekern.measurement.recorder import Recorder
 from moekern.observation import observe
-from moekern.recorder import Recorder
-from moekern.routed import route
 from moekern.statistics.file import LayerStatistics, Statistics, merge
 from tests.helpers import families
 

@@ -18,12 +18,12 @@ from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.iteration import Method, iterate, schedule
+from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute
 from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_plan, choose_top
 from moekern.planning import make_plan
 from moekern.pruning import prune
 from moekern.statistics.file import Statistics
-from moekern.weighing import weigh
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

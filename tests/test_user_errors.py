@@ -20,8 +20,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.read import read_data
 from moekern.demo import MODEL, TEXT, show
 from moekern.errors import InputError
+from moekern.measurement.recorder import Recorder
 from moekern.plan import Plan
-from moekern.recorder import Recorder
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 

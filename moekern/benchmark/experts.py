@@ -18,9 +18,10 @@ from moekern import kernels
 from moekern.benchmark.inputs import MODELS, Layer, Routing, normal, routing
 from moekern.benchmark.records import Line
 from moekern.benchmark.timing import DEVICE, interleaved
+from moekern.measurement.experts import measured_experts
+from moekern.measurement.probe import Probe
+from moekern.measurement.recorder import Recorder
 from moekern.model.transformers_api import EXPERTS_FUNCTIONS
-from moekern.recorder import Recorder
-from moekern.seam import Probe, measured_experts
 
 # model -> transformers' module and experts class
 CLASSES = {

@@ -1,4 +1,4 @@
-"""The routed rows of one batch in one layer: how they are grouped, and all that the seam saw of them."""
+"""The routed rows of one batch in one layer: how they are grouped, and all that was seen of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the seam saw of one batch in one layer: T tokens, K slots, N routed rows.
+    """What was seen of one batch in one layer: T tokens, K slots, N routed rows.
 
     `outputs(tokens [M], offsets [E + 1])` runs any experts on any tokens: row n is of token tokens[n], and rows
     offsets[e]:offsets[e + 1] are expert e's; [M, H] before the gate. With `gates_applied`, outputs already are

@@ -1,148 +1,20 @@
-"""The one place where a model's experts are measured: a function called instead of the model's own experts forward.
-
-It sees the exact ids and gates the model uses, computes the outputs of the routed rows only, and hands them to the
-kernel that combines and measures. Families that do not go through transformers' experts interface get an adapter.
+"""The function that is called instead of a model's own experts, and measures them: the routed rows only, with the
+exact ids and gates that the model uses. Families that do not go through transformers' experts interface get an adapter.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from moekern.errors import InputError
-from moekern.model.transformers_api import (
-    EXPERTS_FUNCTIONS,
-    experts_implementation,
-    grouped_linear,
-    is_experts_module,
-    router_modules,
-)
-from moekern.recorder import Recorder
-from moekern.routed import Outputs, Seen, route
+from moekern.measurement.probe import Probe
+from moekern.model.transformers_api import EXPERTS_FUNCTIONS, grouped_linear
 
 NAME = "moekern"
-
-
-@dataclass
-class Chosen(Exception):
-    """Leaves a block as soon as its router has chosen: what the experts would have been called with."""
-
-    ids: Tensor  # [T, K], below 0 or from num_experts on where a slot is empty
-    gates: Tensor  # [T, K], as they multiply what `outputs` gives
-    num_experts: int
-    outputs: Outputs
-
-
-@dataclass
-class Probe:
-    """What the seam knows about one layer's experts module while it is observed."""
-
-    layer: str
-    score: str
-    empty_slots: bool  # the model may hand out ids that are no expert
-    recorder: Recorder
-    logits: Tensor | None = None  # of the batch in flight, from the router's hook
-    norm: tuple[Tensor, Tensor] | None = None  # input and output of the norm that ran last
-    ids: Tensor | None = None  # [T, K] of the batch that ran last
-    choosing: bool = False  # raise Chosen instead of running experts
-
-    def measure(
-        self,
-        hidden: Tensor,
-        ids: Tensor,
-        gates: Tensor,
-        num_experts: int,
-        outputs: Outputs,
-        *,
-        gates_applied: bool = False,
-    ) -> Tensor:
-        """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in routed.Seen."""
-        logits, self.logits = self.logits, None
-        norm, self.norm = self.norm, None
-        if self.choosing:
-            raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs)
-        self.ids = ids
-        routed = route(ids, num_experts, empty_slots=self.empty_slots, backend=self.recorder.backend)
-        y = outputs(routed.order // ids.shape[1], routed.offsets)
-        residual = _stream(norm, hidden, y)
-        seen = Seen(logits, ids, gates, routed, y, outputs, residual, gates_applied)
-        return self.recorder.measure(self.layer, self.score, seen)
-
-
-def _stream(norm: tuple[Tensor, Tensor] | None, hidden: Tensor, y: Tensor) -> Tensor | None:
-    """The residual stream [T, H]: what went into the norm whose output is the experts' input; None where none is."""
-    if norm is None:
-        return None
-    before, after = norm
-    same = after.data_ptr() == hidden.data_ptr() and after.numel() == hidden.numel()
-    if not same or before.shape != after.shape or before.shape[-1] != y.shape[1]:
-        return None
-    return before.reshape(-1, before.shape[-1]).to(y.dtype).contiguous()
-
-
-@contextmanager
-def observed(
-    model: nn.Module, layers: Mapping[str, nn.Module], recorder: Recorder, *, score: str, empty_slots: bool = False
-) -> Iterator[dict[str, Probe]]:
-    """Measure the experts of these decoder layers (plan key -> module) into `recorder` while the context is open.
-
-    Gives each layer's probe.
-    Raises InputError for a layer whose experts moekern has no way to see.
-    """
-    with ExitStack() as stack:
-        interfaced: list[nn.Module] = []
-        probes: dict[str, Probe] = {}
-        for key, layer in layers.items():
-            probe = probes[key] = Probe(key, score, empty_slots, recorder)
-            block = experts_of(layer)
-            if block is None:
-                raise InputError(f"layer {key}: {type(layer).__name__} has no experts that moekern can observe")
-            block._moekern_probe = probe  # type: ignore[assignment]
-            stack.callback(delattr, block, "_moekern_probe")
-            if type(block).__name__ in ADAPTERS:
-                block.forward = types.MethodType(ADAPTERS[type(block).__name__], block)
-                stack.callback(delattr, block, "forward")
-            else:
-                interfaced.append(block)
-            for path, index in router_modules(layer, model).items():
-                handle = layer.get_submodule(path).register_forward_hook(_keep_logits(probe, index))
-                stack.callback(handle.remove)
-            for child in layer.children():
-                if "Norm" in type(child).__name__:
-                    stack.callback(child.register_forward_hook(_keep_norm(probe)).remove)
-        stack.enter_context(experts_implementation(interfaced, NAME))
-        yield probes
-
-
-def experts_of(layer: nn.Module) -> nn.Module | None:
-    """The module of a decoder layer that moekern measures, if there is one."""
-    for module in layer.modules():
-        if type(module).__name__ in ADAPTERS or is_experts_module(module):
-            return module
-    return None
-
-
-def _keep_logits(probe: Probe, index: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        logits = output[index] if isinstance(output, tuple) else output
-        probe.logits = logits.reshape(-1, logits.shape[-1])
-
-    return hook
-
-
-def _keep_norm(probe: Probe) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            probe.norm = args[0], output
-
-    return hook
 
 
 @torch.no_grad()

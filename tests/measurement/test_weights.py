@@ -18,11 +18,11 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
+from moekern.measurement.weights import weigh
 from moekern.plan import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
-from moekern.weighing import weigh
 from tests.helpers import families
 from tests.model.test_quantised import _rewrite, fp8, mxfp4
 from tests.test_quantised_bytes import LAYOUTS, indexed, write_spread

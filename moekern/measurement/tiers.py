@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekern.errors import InputError
-from moekern.routed import Seen
+from moekern.measurement.batch import Seen
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward, Store
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
-from moekern.seam import experts_of
 from moekern.statistics.layer import LayerStatistics
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages

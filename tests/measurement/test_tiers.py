@@ -19,14 +19,14 @@ from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.measurement.replay import sample
+from moekern.measurement.tiers import wanted_tiers
+from moekern.measurement.watch import experts_of
+from moekern.measurement.weights import weigh_layer
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
-from moekern.replay import sample
-from moekern.seam import experts_of
 from moekern.statistics.file import LayerStatistics, Statistics, merge
 from moekern.statistics.layer import TIERS
-from moekern.tiers import wanted_tiers
-from moekern.weighing import weigh_layer
 from tests.helpers import families
 from tests.test_cli import moekern as command
 

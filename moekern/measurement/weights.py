@@ -15,11 +15,11 @@ from moekern.architectures import Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised
+from moekern.measurement.stored_weights import Matrix, projections
 from moekern.model.reader import read_tensors
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
 from moekern.statistics.layer import LayerStatistics
-from moekern.stored import Matrix, projections
 from moekern.version import versions
 
 NO_TEXT = "weights"  # the one domain of statistics without text

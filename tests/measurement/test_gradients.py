@@ -18,7 +18,7 @@ from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.gradients import add_gradients, matrices, watching_gates
+from moekern.measurement.gradients import add_gradients, matrices, watching_gates
 from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import LayerStatistics, Statistics, merge

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.errors import InputError
-from moekern.routed import Seen
+from moekern.measurement.batch import Seen
+from moekern.measurement.tiers import add_outliers, add_reap, chosen_sets
 from moekern.statistics.file import LayerStatistics
 from moekern.statistics.layer import merge_rows
-from moekern.tiers import add_outliers, add_reap, chosen_sets
 
 RECORDED = ("dimensions", "vocabulary", "coalitions", "reap")  # tiers of one forward pass
 
 
 @dataclass
 class Recorder:
-    """Adds what the seam sees to the sums of the current domain.
+    """Adds what the probes see to the sums of the current domain.
 
     `mask` [T] bool says which tokens of the batch in flight count; None counts all. `token_ids` [T] are the batch's.
     """

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from moekern import kernels
 from moekern.architectures import Layout
 from moekern.errors import InputError
+from moekern.measurement.probe import Chosen, Probe
+from moekern.measurement.watch import experts_of
 from moekern.model.masking import masked_layer
 from moekern.model.transformers_api import Loader, router_modules
-from moekern.seam import Chosen, Probe, experts_of
 from moekern.statistics.layer import LayerStatistics
 
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time

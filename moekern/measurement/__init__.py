@@ -1,0 +1,1 @@
+"""What the experts of one MoE layer are seen doing, and what their weights say."""

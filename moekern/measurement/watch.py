@@ -1,0 +1,74 @@
+"""Hooks on decoder layers while they are measured: the experts' call, the router's logits, the norm before them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from moekern.errors import InputError
+from moekern.measurement.experts import ADAPTERS, NAME
+from moekern.measurement.probe import Probe
+from moekern.measurement.recorder import Recorder
+from moekern.model.transformers_api import experts_implementation, is_experts_module, router_modules
+
+
+@contextmanager
+def observed(
+    model: nn.Module, layers: Mapping[str, nn.Module], recorder: Recorder, *, score: str, empty_slots: bool = False
+) -> Iterator[dict[str, Probe]]:
+    """Measure the experts of these decoder layers (plan key -> module) into `recorder` while the context is open.
+
+    Gives each layer's probe.
+    Raises InputError for a layer whose experts moekern has no way to see.
+    """
+    with ExitStack() as stack:
+        interfaced: list[nn.Module] = []
+        probes: dict[str, Probe] = {}
+        for key, layer in layers.items():
+            probe = probes[key] = Probe(key, score, empty_slots, recorder)
+            block = experts_of(layer)
+            if block is None:
+                raise InputError(f"layer {key}: {type(layer).__name__} has no experts that moekern can observe")
+            block._moekern_probe = probe  # type: ignore[assignment]
+            stack.callback(delattr, block, "_moekern_probe")
+            if type(block).__name__ in ADAPTERS:
+                block.forward = types.MethodType(ADAPTERS[type(block).__name__], block)
+                stack.callback(delattr, block, "forward")
+            else:
+                interfaced.append(block)
+            for path, index in router_modules(layer, model).items():
+                handle = layer.get_submodule(path).register_forward_hook(_keep_logits(probe, index))
+                stack.callback(handle.remove)
+            for child in layer.children():
+                if "Norm" in type(child).__name__:
+                    stack.callback(child.register_forward_hook(_keep_norm(probe)).remove)
+        stack.enter_context(experts_implementation(interfaced, NAME))
+        yield probes
+
+
+def experts_of(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer that moekern measures, if there is one."""
+    for module in layer.modules():
+        if type(module).__name__ in ADAPTERS or is_experts_module(module):
+            return module
+    return None
+
+
+def _keep_logits(probe: Probe, index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        logits = output[index] if isinstance(output, tuple) else output
+        probe.logits = logits.reshape(-1, logits.shape[-1])
+
+    return hook
+
+
+def _keep_norm(probe: Probe) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            probe.norm = args[0], output
+
+    return hook
