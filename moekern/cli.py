@@ -86,7 +86,7 @@ def main() -> None:
 def inspect(model: Model, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
     from moekern.checkpoint.hub import model_folder
-    from moekern.overview import overview
+    from moekern.estimation.overview import overview
 
     found = overview(model_folder(model))
     result(as_json, dataclasses.asdict(found), lambda: tables.overview(found))

@@ -15,7 +15,7 @@ from moekern.errors import InputError
 
 if TYPE_CHECKING:
     from moekern.budgets import Budget
-    from moekern.footprint import Fit
+    from moekern.estimation.footprint import Fit
     from moekern.guards import Guards
 
 commands = typer.Typer()
@@ -240,7 +240,7 @@ def _guards(
 
 
 def _fit(limit: str | None, bits: float | None, context: int, sequences: int) -> Fit | None:
-    from moekern.footprint import Fit
+    from moekern.estimation.footprint import Fit
 
     if limit is None:
         if bits is not None or context or sequences != 1:

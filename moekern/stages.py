@@ -22,12 +22,12 @@ from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import TokenData
 from moekern.data.read import read_data
 from moekern.errors import InputError
+from moekern.estimation.overview import overview
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.forward import ForwardVerdict, compare_forward
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import check_device, dtype_hint
-from moekern.overview import overview
 from moekern.plan import Plan
 from moekern.planning import make_plan
 from moekern.preflight import check_space, check_target

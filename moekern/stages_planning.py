@@ -14,7 +14,7 @@ from moekern.budgets import Budget, bounds_of, limits_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import criterion_named
 from moekern.errors import InputError
-from moekern.footprint import Fit, Fitted, largest_count
+from moekern.estimation.footprint import Fit, Fitted, largest_count
 from moekern.guards import Guards
 from moekern.interchange import exported, read_plan
 from moekern.plan import Plan, check_plan

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from moekern.console import say, show, size
 
 if TYPE_CHECKING:
+    from moekern.estimation.overview import Overview
     from moekern.evaluation import Evaluation
-    from moekern.overview import Overview
     from moekern.pruning import PruneReport
     from moekern.stages import Run, Verdict
     from moekern.statistics.file import Statistics

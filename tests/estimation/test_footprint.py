@@ -7,7 +7,7 @@ import pytest
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
-from moekern.footprint import Fit, cache_bytes, footprint, largest_count
+from moekern.estimation.footprint import Fit, cache_bytes, footprint, largest_count
 from moekern.plan import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.router import count_problem
