@@ -37,8 +37,8 @@ from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.iteration import Method, iterate, needs_text
 from moekern.model.compute import Compute
-from moekern.plan import Plan
-from moekern.planning import make_plan
+from moekern.plan.document import Plan
+from moekern.plan.make import make_plan
 from moekern.stages import Calibration, read_tokens
 from moekern.statistics.layer import TIERS
 

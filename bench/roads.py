@@ -100,7 +100,7 @@ def raw_ring(job: Job) -> Work:
 
 
 def moekern(job: Job, copy: str | None) -> Work:
-    from moekern.plan import Plan
+    from moekern.plan.document import Plan
     from moekern.pruning import prune
 
     options: dict[str, Any] = {} if copy is None else {"copy": copy}

@@ -33,7 +33,7 @@ from rich.table import Table
 from bench import checkpoints
 from moekern.benchmark.records import append, machine
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 from moekern.pruning import prune
 
 Line = dict[str, Any]

@@ -17,7 +17,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moekern.budgets import Budget as Budget
     from moekern.calibration import calibrate as calibrate
     from moekern.checkpoint.folder import Checkpoint as Checkpoint
     from moekern.checkpoint.folder import open_checkpoint as open_checkpoint
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
     from moekern.errors import InputError as InputError
     from moekern.evaluation import evaluate as evaluate
     from moekern.forward import compare_forward as compare_forward
-    from moekern.guards import Guards as Guards
     from moekern.observation import observe as observe
-    from moekern.plan import Plan as Plan
-    from moekern.planning import make_plan as make_plan
+    from moekern.plan.budgets import Budget as Budget
+    from moekern.plan.document import Plan as Plan
+    from moekern.plan.guards import Guards as Guards
+    from moekern.plan.make import make_plan as make_plan
     from moekern.pruning import prune as prune
     from moekern.statistics.file import LayerStatistics as LayerStatistics
     from moekern.statistics.file import Statistics as Statistics

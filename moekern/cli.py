@@ -186,7 +186,7 @@ def prune(
     What is interrupted goes on where it was when the same command is run again.
     """
     from moekern.checkpoint.hub import model_folder
-    from moekern.plan import Plan
+    from moekern.plan.document import Plan
     from moekern.pruning import prune as run
     from moekern.workfolder import Part
 
@@ -223,7 +223,7 @@ def verify(
     """Compare the pruned checkpoint with the original, byte for byte; exit code 1 on any difference."""
     from moekern import stages
     from moekern.checkpoint.hub import model_folder
-    from moekern.plan import Plan
+    from moekern.plan.document import Plan
 
     verdict = stages.verify_both(
         model_folder(model),
@@ -255,7 +255,7 @@ def evaluate(
     """Held-out loss per domain of the original and of plans, in one pass over the weights."""
     from moekern import stages
     from moekern.checkpoint.hub import model_folder
-    from moekern.plan import Plan
+    from moekern.plan.document import Plan
 
     options = stages.Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,

@@ -14,9 +14,9 @@ from moekern.cli_options import CriterionOption, Domains, Json, MtpMode, Protect
 from moekern.errors import InputError
 
 if TYPE_CHECKING:
-    from moekern.budgets import Budget
     from moekern.estimation.footprint import Fit
-    from moekern.guards import Guards
+    from moekern.plan.budgets import Budget
+    from moekern.plan.guards import Guards
 
 commands = typer.Typer()
 
@@ -124,11 +124,12 @@ def plan(
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
     from moekern import stages_planning as stages
+    from moekern.plan.several import Planning, make_plans
+    from moekern.plan.targets import parse_target
     from moekern.router import parse_keep
     from moekern.stages import statistics_of
-    from moekern.targets import parse_target
 
-    options = stages.Planning(
+    options = Planning(
         criteria=tuple(criterion),
         keeps=tuple(parse_keep(text) for text in keep or ()),
         domains=tuple(domain) if domain else None,
@@ -141,7 +142,7 @@ def plan(
         fit=_fit(fit, bits, context, sequences),
     )
     stages.check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
-    plans = stages.make_plans(statistics_of(statistics, criterion, as_json), options)
+    plans = make_plans(statistics_of(statistics, criterion, as_json), options)
     paths = stages.destinations(out, list(plans))
     stages.save_plans(plans, paths)
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
@@ -158,8 +159,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """How far plans keep the same experts, and how much of the gates and outputs each of them drops."""
-    from moekern.comparison import compare as compared
-    from moekern.plan import Plan
+    from moekern.plan.compare import compare as compared
+    from moekern.plan.document import Plan
     from moekern.statistics.file import Statistics
 
     named = {str(path): Plan.load(path) for path in plans}
@@ -176,12 +177,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Which engines load and run a checkpoint with its expert counts; exit code 1 if one named by --target does not."""
-    from moekern import stages_planning as stages
     from moekern.checkpoint.hub import model_folder
-    from moekern.targets import parse_target
+    from moekern.plan.served import check_folder
+    from moekern.plan.targets import parse_target
 
     targets = [parse_target(text) for text in target or ()]
-    report = stages.check_folder(model_folder(model), targets)
+    report = check_folder(model_folder(model), targets)
     result(as_json, report.document(), lambda: tables_planning.report(report))
     if targets and not report.good:
         raise typer.Exit(1)
@@ -200,11 +201,11 @@ def convert(
 ) -> None:
     """Turn a plan into other tools' words, or theirs into a plan."""
     from moekern import files
-    from moekern import stages_planning as stages
+    from moekern.plan.interchange import convert as converted
 
     if out.exists():
         raise InputError(f"--out {out}: exists already")
-    text = stages.convert(source, to.value, _folder(model), allow_nonuniform=allow_nonuniform)
+    text = converted(source, to.value, _folder(model), allow_nonuniform=allow_nonuniform)
     files.write_bytes(out, text.encode())
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(as_json, document, lambda: console.say(f"{out}: {source} for {to.value}"))
@@ -217,7 +218,7 @@ def _folder(model: str | None) -> Path | None:
 
 
 def _budget(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
-    from moekern.budgets import Budget
+    from moekern.plan.budgets import Budget
     from moekern.router import parse_keep
 
     least = None if floor is None else parse_keep(floor, "--floor")
@@ -227,7 +228,7 @@ def _budget(kind: str, floor: str | None, normalise: str, by: str, multiple_of: 
 def _guards(
     protect_super: bool, keep_always: Words, drop_first: Words, guard: Words, suppress: Words, floors: Words
 ) -> Guards:
-    from moekern import guards
+    from moekern.plan import guards
 
     return guards.Guards(
         protect_super=protect_super,

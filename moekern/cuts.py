@@ -14,7 +14,7 @@ from moekern.architectures.id_tables import replace_experts
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 
 Mtp = Literal["prune", "drop", "keep"]
 MTP_MODES: tuple[Mtp, ...] = ("prune", "drop", "keep")

@@ -17,7 +17,8 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
-from moekern.plan import Plan, check_plan
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
 
 ORIGINAL = "original"
 

@@ -16,7 +16,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}

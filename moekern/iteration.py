@@ -31,8 +31,9 @@ from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
-from moekern.plan import TIE, LayerPlan, Plan, choose_top
-from moekern.planning import make_plan
+from moekern.plan.choose import TIE, choose_top
+from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.make import make_plan
 from moekern.router import Limits, kept_count
 from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.statistics.header import make_header

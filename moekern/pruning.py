@@ -28,7 +28,8 @@ from moekern.copying import (
 from moekern.cuts import MTP_MODES, Mtp, kept_experts, planned_mtp
 from moekern.errors import InputError, add_note
 from moekern.files import fsync
-from moekern.plan import Plan, check_plan
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
 from moekern.preflight import check_space, check_target
 from moekern.ranges import OutputShard, output_shards
 from moekern.sidefiles import MANIFEST, SideFile, mtp_line, side_files

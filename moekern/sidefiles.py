@@ -11,7 +11,7 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cuts import Mtp
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 from moekern.ranges import OutputShard
 from moekern.rewrite_config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
 

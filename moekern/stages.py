@@ -28,8 +28,8 @@ from moekern.forward import ForwardVerdict, compare_forward
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import check_device, dtype_hint
-from moekern.plan import Plan
-from moekern.planning import make_plan
+from moekern.plan.document import Plan
+from moekern.plan.make import make_plan
 from moekern.preflight import check_space, check_target
 from moekern.pruning import Mtp, PruneReport, prune
 from moekern.router import kept_count

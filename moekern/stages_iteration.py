@@ -10,7 +10,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.iteration import Method, iterate, needs_text
 from moekern.model.compute import Compute, check_device, dtype_hint
-from moekern.plan import Plan, check_plan
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
 from moekern.stages import Calibration, check_new_file, read_tokens
 
 

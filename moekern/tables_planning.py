@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from moekern.console import say, show, size
 
 if TYPE_CHECKING:
-    from moekern.comparison import Comparison
-    from moekern.plan import Plan
-    from moekern.stages_planning import Report
+    from moekern.plan.compare import Comparison
+    from moekern.plan.document import Plan
+    from moekern.plan.served import Report
 
 
 def plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from bench import checkpoints, roads, streaming
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.plan import Plan, check_plan
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
 from moekern.pruning import prune
 from tests.helpers import synthetic
 

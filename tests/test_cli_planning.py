@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 from moekern.statistics.file import Statistics
 from tests.helpers import families
 from tests.test_cli import contents, document, moekern

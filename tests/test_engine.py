@@ -17,7 +17,7 @@ import xxhash
 from moekern import copying, pruning
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
-from moekern.plan import LayerPlan, Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import MANIFEST, prune
 from moekern.ranges import BLOCK
 from moekern.verification import verify

@@ -12,7 +12,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.evaluation import ORIGINAL, evaluate
-from moekern.plan import LayerPlan, Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import prune
 from tests.helpers import families
 

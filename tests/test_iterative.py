@@ -20,8 +20,10 @@ from moekern.errors import InputError
 from moekern.iteration import Method, iterate, schedule
 from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute
-from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_plan, choose_top
-from moekern.planning import make_plan
+from moekern.plan.choose import choose_top
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.make import make_plan
 from moekern.pruning import prune
 from moekern.statistics.file import Statistics
 from tests.helpers import families

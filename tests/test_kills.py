@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 from moekern.verification import verify
 from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log
 

@@ -17,7 +17,7 @@ from moekern.data.batches import Batch
 from moekern.forward import compare_forward, dropped_experts
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
-from moekern.plan import LayerPlan, Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import prune
 from tests.helpers import families
 from tests.test_round_trip import random_plan

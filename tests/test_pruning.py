@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moekern.errors import InputError
-from moekern.plan import LayerPlan, Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import MANIFEST, PLAN_FILE, prune
 from moekern.rewrite_config import dumped_like
 from moekern.verification import verify

@@ -11,7 +11,7 @@ from moekern.architectures import FAMILIES, Layout, find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
-from moekern.plan import LayerPlan, Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify
 from tests.helpers import families

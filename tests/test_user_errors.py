@@ -21,7 +21,7 @@ from moekern.data.read import read_data
 from moekern.demo import MODEL, TEXT, show
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 

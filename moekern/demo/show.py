@@ -17,8 +17,8 @@ from moekern.data.read import read_data
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
-from moekern.plan import Plan
-from moekern.planning import make_plan
+from moekern.plan.document import Plan
+from moekern.plan.make import make_plan
 from moekern.pruning import prune
 from moekern.stages import Calibration, Verdict, calibrate_to, verify_both
 from moekern.statistics.file import Statistics

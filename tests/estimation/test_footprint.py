@@ -8,7 +8,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.estimation.footprint import Fit, cache_bytes, footprint, largest_count
-from moekern.plan import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.router import count_problem
 from tests.helpers import synthetic

@@ -19,7 +19,7 @@ from moekern.cli import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.measurement.weights import weigh
-from moekern.plan import LayerPlan, Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics

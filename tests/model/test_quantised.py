@@ -20,7 +20,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.forward import compare_forward
 from moekern.model.layerwise import open_layerwise
-from moekern.planning import make_plan
+from moekern.plan.make import make_plan
 from moekern.pruning import prune
 from moekern.verification import verify
 from tests.helpers import families

@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moekern.budgets import (
+from moekern.criteria import Criterion, criterion_named, score_layer
+from moekern.errors import InputError
+from moekern.layer_keys import natural
+from moekern.plan.budgets import (
     Bounds,
     Budget,
     adaptive_entropy,
@@ -18,14 +21,12 @@ from moekern.budgets import (
     uniform_count,
     waterfill,
 )
-from moekern.criteria import Criterion, criterion_named, score_layer
-from moekern.errors import InputError
-from moekern.guards import Guards, Marks, domain_masses, marks, with_floors
-from moekern.layer_keys import natural
-from moekern.plan import NONUNIFORM, TIE, LayerPlan, Plan, check_protected, choose_top
+from moekern.plan.choose import TIE, check_protected, choose_top
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
+from moekern.plan.targets import Served, Target, check_counts
 from moekern.router import Limits, Router, count_problem
 from moekern.statistics.file import LayerStatistics, Statistics
-from moekern.targets import Served, Target, check_counts
 from moekern.version import __version__
 
 Layers = Mapping[str, LayerStatistics]

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekern.errors import InputError
-from moekern.guards import (
+from moekern.plan.choose import choose_top
+from moekern.plan.guards import (
     Behaviour,
     Guards,
     contrast,
@@ -17,8 +18,7 @@ from moekern.guards import (
     parse_experts,
     parse_floors,
 )
-from moekern.plan import choose_top
-from moekern.planning import make_plan
+from moekern.plan.make import make_plan
 from moekern.statistics.file import LayerStatistics, Statistics
 from tests.helpers.measured import header, layer_statistics, model_statistics
 

@@ -8,8 +8,9 @@ import torch
 from moekern import files
 from moekern.criteria import CRITERIA, criterion_named
 from moekern.errors import InputError
-from moekern.plan import Plan, check_plan
-from moekern.planning import make_plan, router_limits
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.make import make_plan, router_limits
 from moekern.router import Limits
 from moekern.statistics.file import LayerStatistics, Statistics
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics

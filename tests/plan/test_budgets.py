@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekern.budgets import (
+from moekern.errors import InputError
+from moekern.plan.budgets import (
     Bounds,
     Budget,
     adaptive_entropy,
@@ -20,8 +21,7 @@ from moekern.budgets import (
     uniform_count,
     waterfill,
 )
-from moekern.errors import InputError
-from moekern.plan import choose_top
+from moekern.plan.choose import choose_top
 from moekern.router import Limits, count_problem
 
 # Whole numbers divided by 8: sums are exact, so that ties are ties.

@@ -13,7 +13,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation import evaluate
 from moekern.forward import compare_forward
-from moekern.plan import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning import prune
 from moekern.verification import verify
 from tests.helpers import families, synthetic

@@ -7,7 +7,7 @@ from itertools import combinations
 from torch import Tensor
 
 from moekern.errors import InputError
-from moekern.plan import Plan
+from moekern.plan.document import Plan
 from moekern.statistics.file import LayerStatistics, Statistics
 
 

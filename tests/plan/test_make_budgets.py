@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekern.budgets import Budget
 from moekern.criteria import CRITERIA
 from moekern.errors import InputError
-from moekern.guards import Guards
-from moekern.plan import NONUNIFORM, Plan, check_plan
-from moekern.planning import make_plan
+from moekern.plan.budgets import Budget
+from moekern.plan.document import NONUNIFORM, Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.guards import Guards
+from moekern.plan.make import make_plan
+from moekern.plan.targets import Target
 from moekern.statistics.file import LayerStatistics, Statistics
-from moekern.targets import Target
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
 BUDGETS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.plan import super_experts
+from moekern.plan.choose import super_experts
 from moekern.router import check_keep, parse_keep
 from moekern.statistics.file import Statistics
 

@@ -3,9 +3,9 @@
 import pytest
 
 from moekern.errors import InputError
-from moekern.planning import make_plan
+from moekern.plan.make import make_plan
+from moekern.plan.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
 from moekern.router import Limits, count_problem
-from moekern.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
 from tests.helpers.measured import model_statistics
 
 QWEN = Served("qwen3_moe", "softmax", Limits(128, 8))

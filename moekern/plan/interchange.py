@@ -12,12 +12,15 @@ itself.
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from moekern.architectures import Layout, MoeLayer
+from moekern.architectures import Layout, MoeLayer, find_layout
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.plan import NONUNIFORM, LayerPlan, Plan, check_ids
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids
+from moekern.plan.fits_model import check_plan
 from moekern.version import __version__
 
 TOOLS = ("llm-compressor", "compressed-tensors")
@@ -123,3 +126,22 @@ def _number(name: str) -> str | None:
     """The layer's number; None for names without one and for MTP blocks, which only the model can tell."""
     found = LAYER.search(name)
     return found[1] if found and "mtp" not in name else None
+
+
+def convert(path: Path, tool: str, model: Path | None, *, allow_nonuniform: bool = False) -> str:
+    """The text of a plan file in another tool's words, or in moekern's. Raises InputError."""
+    checkpoint = None if model is None else open_checkpoint(model)
+    layout = None if checkpoint is None else find_layout(checkpoint)
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable plan ({error})") from error
+    plan = read_plan(text, str(path), layout, allow_nonuniform=allow_nonuniform)
+    if checkpoint is None or layout is None:
+        if tool != "moekern":
+            raise InputError(f"--to {tool}: its names are those of the model's modules: add --model MODEL")
+        return plan.to_json()
+    check_plan(plan, layout, checkpoint.fingerprint, str(path))
+    if tool != "moekern":
+        return exported(plan, layout, tool)
+    return Plan(plan.layers, {"fingerprint": checkpoint.fingerprint, **plan.provenance}).to_json()

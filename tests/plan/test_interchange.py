@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.comparison import compare
 from moekern.errors import InputError
-from moekern.interchange import TOOLS, exported, imported, read_plan
-from moekern.plan import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.compare import compare
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.interchange import TOOLS, exported, imported, read_plan
 from tests.helpers import synthetic
 from tests.helpers.measured import model_statistics
 from tests.test_round_trip import random_plan

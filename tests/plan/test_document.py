@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekern.errors import InputError
-from moekern.plan import FORMAT, LayerPlan, Plan, check_plan, choose_top, super_experts
+from moekern.plan.choose import choose_top, super_experts
+from moekern.plan.document import FORMAT, LayerPlan, Plan
+from moekern.plan.fits_model import check_plan
 from moekern.router import Limits, count_problem, kept_count, parse_keep
 from tests.helpers.measured import FINGERPRINT, Model
 

@@ -1,0 +1,153 @@
+"""Which experts stay: budgets, the plan document and its checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moekern import files
+from moekern.errors import InputError
+from moekern.layer_keys import natural
+
+FORMAT = "moekern.plan/1"
+NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers of experts, although no engine loads it
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer: original numbers of the kept experts, rising; the scores of all E experts, when known."""
+
+    keep: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which experts stay in each layer, and where that came from. The same plan gives the same bytes."""
+
+    layers: Mapping[str, LayerPlan]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 hex of to_json()."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Sorted keys (numbers by value), indent 1, a list of numbers or strings on one line, newline at the end."""
+        layers = {
+            key: {"keep": list(layer.keep)} | ({} if layer.scores is None else {"scores": list(layer.scores)})
+            for key, layer in self.layers.items()
+        }
+        return _pretty({"format": FORMAT, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write to_json() to a temporary file beside `path`, then rename."""
+        files.write_bytes(path, self.to_json().encode())
+
+    @staticmethod
+    def from_json(text: str, source: str = "plan") -> Plan:
+        """Read a plan, made by moekern or by hand. Raises InputError, naming `source` and layer, for anything odd."""
+        return _parse(text, source)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan file. Raises InputError as from_json does."""
+        try:
+            text = Path(path).read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a readable plan ({error})") from error
+        return _parse(text, str(path))
+
+
+def check_ids(keep: Sequence[Any], where: str) -> None:
+    """Raise InputError unless `keep` is a list of distinct expert numbers."""
+    for e in keep:
+        if type(e) is not int or e < 0:
+            raise InputError(f"{where}: expected expert numbers, got {short(e)}")
+    if len(set(keep)) < len(keep):
+        twice = next(e for e in keep if list(keep).count(e) > 1)
+        raise InputError(f"{where}: expert {short(twice)} is listed twice")
+
+
+def some_of(names: Collection[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _parse(text: str, source: str) -> Plan:
+    try:
+        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_number, parse_float=_number)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not a plan: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else document
+        raise InputError(f'{source}: expected an object with "format": "{FORMAT}", got {short(found)}')
+    _known_keys(document, ("format", "layers", "provenance"), source)
+    layers, provenance = document.get("layers"), document.get("provenance", {})
+    if not isinstance(layers, dict) or not layers:
+        raise InputError(f"{source}: layers: expected an object of layers, got {short(layers)}")
+    if not isinstance(provenance, dict):
+        raise InputError(f"{source}: provenance: expected an object, got {short(provenance)}")
+    ordered = sorted(layers, key=natural)
+    return Plan({key: _parse_layer(layers[key], f"{source}: layer {short(key)}") for key in ordered}, provenance)
+
+
+def _parse_layer(layer: Any, where: str) -> LayerPlan:
+    if not isinstance(layer, dict) or not isinstance(layer.get("keep"), list) or not layer["keep"]:
+        raise InputError(f'{where}: expected an object with "keep": [expert numbers], got {short(layer)}')
+    _known_keys(layer, ("keep", "scores"), where)
+    check_ids(layer["keep"], where)
+    scores = layer.get("scores")
+    if scores is None:
+        return LayerPlan(tuple(sorted(layer["keep"])))
+    if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
+        raise InputError(f"{where}: scores: expected a list of finite numbers, got {short(scores)}")
+    return LayerPlan(tuple(sorted(layer["keep"])), tuple(float(score) for score in scores))
+
+
+def _is_score(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _known_keys(document: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in document:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {short(key)}; known are {', '.join(known)}")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {short(next(k for k in keys if keys.count(k) > 1))} appears twice in one object")
+    return document
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{short(text)} is not a finite number")
+    return value
+
+
+def _pretty(value: Any, depth: int) -> str:
+    """JSON with sorted keys, one space a level, and lists without lists or objects in them on one line."""
+    pad, end = "\n" + " " * (depth + 1), "\n" + " " * depth
+    if isinstance(value, Mapping) and value:
+        items = [f"{json.dumps(str(k))}: {_pretty(value[k], depth + 1)}" for k in sorted(value, key=natural)]
+        return "{" + ",".join(pad + item for item in items) + end + "}"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
+        return "[" + ",".join(pad + _pretty(item, depth + 1) for item in value) + end + "]"
+    return json.dumps(value, allow_nan=False)

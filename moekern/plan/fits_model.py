@@ -1,0 +1,81 @@
+"""Whether a plan can be carried out on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from moekern.errors import InputError
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
+from moekern.router import Limits, Router, count_problem, nearest_counts
+
+
+class Layer(Protocol):
+    """One MoE layer, as far as a plan cares."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+
+class Model(Router, Protocol):
+    """What check_plan asks of a Layout."""
+
+    @property
+    def layers(self) -> Mapping[str, Layer]: ...
+    @property
+    def mtp(self) -> Mapping[str, Layer]: ...
+
+
+def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan") -> None:
+    """Raise InputError unless `plan` can be executed on the model that `layout` and `fingerprint` describe.
+
+    Refused: another model's plan; an unknown or missing layer; a number out of range or twice; scores that are not one
+    an expert; a count the router cannot work with; groups that keep different numbers of experts, and layers that do
+    unless the plan's provenance allows it.
+    """
+    made_for = plan.provenance.get("fingerprint")
+    if made_for is not None and made_for != fingerprint:
+        raise InputError(
+            f"{source}: made for another model (fingerprint {str(made_for)[:12]}, this checkpoint has "
+            f"{fingerprint[:12]}); plan again from its own statistics, or, for a twin, remove provenance.fingerprint"
+        )
+    known = {**layout.layers, **layout.mtp}
+    for key in plan.layers:
+        if key not in known:
+            raise InputError(f"{source}: layer {key!r} is not a MoE layer of this model; it has {some_of(known)}")
+    missing = [key for key in layout.layers if key not in plan.layers]
+    if missing:
+        raise InputError(
+            f"{source}: layer {some_of(missing)} is missing; every MoE layer needs its list of kept experts"
+        )
+    for key, layer in plan.layers.items():
+        _check_layer(layer, known[key].num_experts, layout, f"{source}: layer {key}")
+    if plan.provenance.get(NONUNIFORM) is True:
+        return
+    first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())
+    for key, layer in plan.layers.items():
+        if len(layer.keep) != kept:
+            raise InputError(
+                f"{source}: layer {first} keeps {kept} experts and layer {key} keeps {len(layer.keep)}; engines load "
+                "one expert count for all layers, so keep the same number everywhere, or plan with --allow-nonuniform "
+                f"(in a plan of your own: provenance.{NONUNIFORM}: true)"
+            )
+
+
+def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> None:
+    check_ids(layer.keep, where)
+    for e in layer.keep:
+        if e >= experts:
+            raise InputError(f"{where}: expert {short(e)} is out of range; the layer has experts 0 to {experts - 1}")
+    if layer.scores is not None and len(layer.scores) != experts:
+        raise InputError(f"{where}: {len(layer.scores)} scores for {experts} experts; give one for each, or none")
+    limits = Limits(experts, router.top_k, router.n_group, router.topk_group, router.group_top)
+    problem = count_problem(len(layer.keep), limits)
+    if problem:
+        raise InputError(
+            f"{where}: keeps {len(layer.keep)} experts: {problem}; {nearest_counts(len(layer.keep), limits)}"
+        )
+    size = experts // router.n_group
+    per_group = [sum(e // size == group for e in layer.keep) for group in range(router.n_group)]
+    if len(set(per_group)) > 1:
+        raise InputError(f"{where}: groups of {size} experts keep {per_group}; every group must keep the same number")

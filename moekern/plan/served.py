@@ -1,0 +1,64 @@
+"""Which engines run a checkpoint, by its headers and config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moekern.architectures import Layout, find_layout
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.plan.budgets import limits_of
+from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a checkpoint runs: target -> the rules it breaks."""
+
+    folder: str
+    family: str
+    counts: Mapping[str, int]  # layer key -> experts
+    mtp: Mapping[str, int]
+    found: Mapping[str, tuple[Finding, ...]]
+    nearest: Mapping[str, str]  # of targets that do not run it: counts that would, as the end of a message
+
+    @property
+    def good(self) -> bool:
+        return not any(finding.stops for row in self.found.values() for finding in row)
+
+    def document(self) -> dict[str, Any]:
+        targets = {
+            name: {
+                "runs": not any(finding.stops for finding in row),
+                "findings": [{"stops": finding.stops, "text": finding.text} for finding in row],
+            }
+            for name, row in self.found.items()
+        }
+        uniform = len(set(self.counts.values())) == 1
+        return {
+            "folder": self.folder, "family": self.family, "uniform": uniform, "experts": dict(self.counts),
+            "mtp": dict(self.mtp), "targets": targets,
+        }  # fmt: skip
+
+
+def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
+    """Which targets (none: every engine) run a checkpoint, by its headers and config. Raises InputError."""
+    layout = find_layout(open_checkpoint(folder))
+    served = _served(layout)
+    counts = {key: layer.num_experts for key, layer in layout.layers.items()}
+    mtp = {key: layer.num_experts for key, layer in layout.mtp.items()}
+    asked = tuple(targets) or tuple(Target(engine) for engine in ENGINES)
+    found = {str(target): tuple(findings(target, counts, served, tuple(mtp.values()))) for target in asked}
+    near = {
+        str(target): nearest(layout.num_experts, served, [target])
+        for target in asked
+        if not runs(layout.num_experts, served, [target])
+    }
+    return Report(str(folder), layout.family.name, counts, mtp, found, near)
+
+
+def _served(layout: Layout) -> Served:
+    limits = limits_of(layout, layout.num_experts)
+    return Served(layout.family.name, layout.family.score, limits, layout.family.transformers)

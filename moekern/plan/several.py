@@ -1,0 +1,84 @@
+"""Several plans from one statistics file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from moekern.architectures import Layout, find_layout
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.criteria import criterion_named
+from moekern.errors import InputError
+from moekern.estimation.footprint import Fit, Fitted, largest_count
+from moekern.plan.budgets import Budget, bounds_of
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.guards import Guards
+from moekern.plan.make import make_plan, router_limits
+from moekern.plan.targets import Served, Target, runs
+from moekern.statistics.file import Statistics
+
+
+@dataclass(frozen=True)
+class Planning:
+    """The options of `plan`: one plan for each criterion and each keep."""
+
+    criteria: tuple[str, ...]
+    keeps: tuple[float | int, ...]
+    domains: tuple[str, ...] | None = None
+    seed: int = 0
+    budget: Budget = field(default_factory=Budget)
+    guards: Guards = field(default_factory=Guards)
+    targets: tuple[Target, ...] = ()
+    mtp: str | None = None
+    model: Path | None = None
+    fit: Fit | None = None
+
+
+def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
+    """Name -> plan. Nothing is written before all of them are made. Raises InputError."""
+    if (options.fit is None) == (not options.keeps):
+        raise InputError("--keep, --fit: give one of the two")
+    for criterion in options.criteria:
+        criterion_named(criterion)
+    layout = None
+    keeps, fit = options.keeps, None
+    if options.model is not None:
+        checkpoint, layout = _opened(options.model, statistics)
+        if options.fit is not None:
+            fitted = _fitted(checkpoint, layout, statistics, options, options.fit)
+            keeps, fit = (fitted.count,), fitted.document(options.fit)
+    elif options.fit is not None:
+        raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
+    plans: dict[str, Plan] = {}
+    for criterion, keep in product(options.criteria, keeps):
+        stem = re.sub(r"[^\w.,()*-]+", "_", criterion).strip("_")
+        name = f"{stem}-{keep:g}" if isinstance(keep, float) else f"{stem}-{keep}"
+        if name in plans:
+            raise InputError(f"--criterion {criterion} --keep {keep}: given twice")
+        plans[name] = make_plan(
+            statistics, criterion, keep, seed=options.seed, domains=options.domains, budget=options.budget,
+            guards=options.guards, targets=options.targets, mtp=options.mtp, fit=fit,
+        )  # fmt: skip
+        if layout is not None:
+            check_plan(plans[name], layout, statistics.header["fingerprint"])
+    return plans
+
+
+def _opened(model: Path, statistics: Statistics) -> tuple[Checkpoint, Layout]:
+    checkpoint = open_checkpoint(model)
+    if checkpoint.fingerprint != statistics.header["fingerprint"]:
+        raise InputError(
+            f"--model {model}: the statistics were measured on another model (fingerprint "
+            f"{statistics.header['fingerprint'][:12]}, this checkpoint has {checkpoint.fingerprint[:12]})"
+        )
+    return checkpoint, find_layout(checkpoint)
+
+
+def _fitted(checkpoint: Checkpoint, layout: Layout, statistics: Statistics, options: Planning, fit: Fit) -> Fitted:
+    bounds = bounds_of(layout, layout.num_experts, multiple_of=options.budget.multiple_of, where="--fit")
+    served = Served(statistics.header["family"], statistics.header["score"], router_limits(statistics))
+    legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
+    return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")
