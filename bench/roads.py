@@ -101,7 +101,7 @@ def raw_ring(job: Job) -> Work:
 
 def moekern(job: Job, copy: str | None) -> Work:
     from moekern.plan.document import Plan
-    from moekern.pruning import prune
+    from moekern.pruning.prune import prune
 
     options: dict[str, Any] = {} if copy is None else {"copy": copy}
     return lambda: prune(job.source, Plan.load(job.plan), job.out, **options)

@@ -34,7 +34,7 @@ from bench import checkpoints
 from moekern.benchmark.records import append, machine
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan.document import Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 
 Line = dict[str, Any]
 COPIES = ("stream", "kernel", "auto", "reflink")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moekern.plan.document import Plan as Plan
     from moekern.plan.guards import Guards as Guards
     from moekern.plan.make import make_plan as make_plan
-    from moekern.pruning import prune as prune
+    from moekern.pruning.prune import prune as prune
     from moekern.statistics.file import LayerStatistics as LayerStatistics
     from moekern.statistics.file import Statistics as Statistics
     from moekern.statistics.file import merge as merge

@@ -187,8 +187,8 @@ def prune(
     """
     from moekern.checkpoint.hub import model_folder
     from moekern.plan.document import Plan
-    from moekern.pruning import prune as run
-    from moekern.workfolder import Part
+    from moekern.pruning.prune import prune as run
+    from moekern.pruning.work_folder import Part
 
     limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()

@@ -17,7 +17,6 @@ from moekern import console
 from moekern.architectures import find_layout
 from moekern.calibration import REPLAY_TOKENS, calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.copying import room_needed
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import TokenData
 from moekern.data.read import read_data
@@ -30,8 +29,9 @@ from moekern.measurement.weights import weigh
 from moekern.model.compute import check_device, dtype_hint
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
-from moekern.preflight import check_space, check_target
-from moekern.pruning import Mtp, PruneReport, prune
+from moekern.pruning.copying import room_needed
+from moekern.pruning.preflight import check_space, check_target
+from moekern.pruning.prune import Mtp, PruneReport, prune
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS

@@ -11,7 +11,7 @@ from moekern.console import say, show, size
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
     from moekern.evaluation import Evaluation
-    from moekern.pruning import PruneReport
+    from moekern.pruning.prune import PruneReport
     from moekern.stages import Run, Verdict
     from moekern.statistics.file import Statistics
 

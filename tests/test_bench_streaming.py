@@ -14,7 +14,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from tests.helpers import synthetic
 
 # Tensors, parameters and files that others count in the published checkpoints; bytes follow from dtypes and shapes.

@@ -13,7 +13,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.evaluation import ORIGINAL, evaluate
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

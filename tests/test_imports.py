@@ -29,8 +29,8 @@ LAW: tuple[str, ...] = (
     "estimation",
     "measurement",
     "plan",
-    "cuts",
     "calibration",
+    "pruning",
     "evaluation",
     "iteration",
     "benchmark",
@@ -38,17 +38,10 @@ LAW: tuple[str, ...] = (
     "cli_options",
     "forward",
     "observation",
-    "ranges",
-    "copying",
-    "rewrite_config",
-    "sidefiles",
     "stages_planning",
     "tables_planning",
     "verification_config",
     "verification",
-    "workfolder",
-    "preflight",
-    "pruning",
     "__init__",
     "stages",
     "stages_iteration",
@@ -59,7 +52,7 @@ LAW: tuple[str, ...] = (
     "cli",
     "__main__",
 )
-NO_TORCH = ("moekern.plan", "moekern.ranges", "moekern.pruning", "moekern.architectures", "moekern.checkpoint")
+NO_TORCH = ("moekern.plan", "moekern.pruning", "moekern.architectures", "moekern.checkpoint")
 
 
 def parts() -> dict[str, set[str]]:

@@ -24,7 +24,7 @@ from moekern.plan.choose import choose_top
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.statistics.file import Statistics
 from tests.helpers import families
 

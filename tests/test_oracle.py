@@ -18,9 +18,9 @@ from moekern.forward import compare_forward, dropped_experts
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from tests.helpers import families
-from tests.test_round_trip import random_plan
+from tests.pruning.test_masked_original import random_plan
 
 MakeCheckpoint = Callable[[str], Path]
 TOLERANCE = 5e-5  # float32 logits of size 1: rounding of sums taken in another order

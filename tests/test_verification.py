@@ -10,7 +10,7 @@ import torch
 
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.verification import VerifyReport, remapped, verify
 from tests.helpers.synthetic import EXPERTS, Tensors, data, gpt_oss_mxfp4, qwen3, read_shard, shard_bytes, write
 

@@ -19,7 +19,7 @@ from moekern.errors import InputError
 from moekern.evaluation import ORIGINAL, Evaluation, evaluate
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.stages import Calibration, Verdict, calibrate_to, verify_both
 from moekern.statistics.file import Statistics
 from moekern.tables import mean_loss, say_verdict

@@ -23,7 +23,7 @@ from moekern.checkpoint.header import parse_header
 from moekern.checkpoint.strict_json import HEADER_CAP
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from tests.helpers.bad_files import BAD, EXPECTED, GOOD, HOSTILE, MADE, entry, judge, kept, mutated, raw, single, valid
 from tests.helpers.synthetic import deepseek_v3, qwen3, tree, write
 

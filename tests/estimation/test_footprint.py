@@ -9,7 +9,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.estimation.footprint import Fit, cache_bytes, footprint, largest_count
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.router import count_problem
 from tests.helpers import synthetic
 

@@ -20,12 +20,12 @@ from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.measurement.weights import weigh
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
 from tests.model.test_quantised import _rewrite, fp8, mxfp4
-from tests.test_quantised_bytes import LAYOUTS, indexed, write_spread
+from tests.pruning.test_quantised import LAYOUTS, indexed, write_spread
 
 MakeCheckpoint = Callable[[str], Path]
 WEIGHTS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "weights"]

@@ -10,9 +10,9 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.transformers_api import loader_of
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from tests.helpers import families
-from tests.test_round_trip import REFUSED, random_plan
+from tests.pruning.test_masked_original import REFUSED, random_plan
 
 MakeCheckpoint = Callable[[str], Path]
 

@@ -21,7 +21,7 @@ from moekern.errors import InputError
 from moekern.forward import compare_forward
 from moekern.model.layerwise import open_layerwise
 from moekern.plan.make import make_plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.verification import verify
 from tests.helpers import families
 

@@ -16,7 +16,7 @@ from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.plan.interchange import TOOLS, exported, imported, read_plan
 from tests.helpers import synthetic
 from tests.helpers.measured import model_statistics
-from tests.test_round_trip import random_plan
+from tests.pruning.test_masked_original import random_plan
 
 MakeCheckpoint = Callable[[str], Path]
 NAMED = {

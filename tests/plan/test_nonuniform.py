@@ -14,7 +14,7 @@ from moekern.errors import InputError
 from moekern.evaluation import evaluate
 from moekern.forward import compare_forward
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.verification import verify
 from tests.helpers import families, synthetic
 

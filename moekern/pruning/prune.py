@@ -11,7 +11,11 @@ from pathlib import Path
 from moekern import _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
-from moekern.copying import (
+from moekern.errors import InputError, add_note
+from moekern.files import fsync
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.pruning.copying import (
     COPIES,
     KINDS,
     Checksum,
@@ -25,15 +29,11 @@ from moekern.copying import (
     way_of,
     ways,
 )
-from moekern.cuts import MTP_MODES, Mtp, kept_experts, planned_mtp
-from moekern.errors import InputError, add_note
-from moekern.files import fsync
-from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
-from moekern.preflight import check_space, check_target
-from moekern.ranges import OutputShard, output_shards
-from moekern.sidefiles import MANIFEST, SideFile, mtp_line, side_files
-from moekern.workfolder import Part, Record, WorkFolder, open_work, work_path
+from moekern.pruning.cuts import MTP_MODES, Mtp, kept_experts, planned_mtp
+from moekern.pruning.preflight import check_space, check_target
+from moekern.pruning.shards import OutputShard, output_shards
+from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
+from moekern.pruning.work_folder import Part, Record, WorkFolder, open_work, work_path
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
 

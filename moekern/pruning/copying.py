@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moekern import _C
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
-from moekern.ranges import OutputShard, Piece, best_phase
+from moekern.pruning.shards import OutputShard, Piece, best_phase
 
 Copy = Literal["auto", "reflink", "kernel", "stream"]
 Checksum = Literal["xxh3", "blake3", "none"]

@@ -15,8 +15,8 @@ import pytest
 
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import MANIFEST, PLAN_FILE, prune
-from moekern.rewrite_config import dumped_like
+from moekern.pruning.config import dumped_like
+from moekern.pruning.prune import MANIFEST, PLAN_FILE, prune
 from moekern.verification import verify
 from tests.helpers.synthetic import (
     COMPANIONS,

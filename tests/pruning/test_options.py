@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import xxhash
 
-from moekern import copying, pruning
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import MANIFEST, prune
-from moekern.ranges import BLOCK
+from moekern.pruning import copying
+from moekern.pruning import prune as pruning
+from moekern.pruning.prune import MANIFEST, prune
+from moekern.pruning.shards import BLOCK
+from moekern.pruning.work_folder import Part, work_path
 from moekern.verification import verify
-from moekern.workfolder import Part, work_path
 from tests.helpers.synthetic import qwen3, read, tree, write
 
 KEEP = {"0": (0, 2, 3, 7), "1": (1, 4, 5, 6)}
@@ -165,7 +166,7 @@ def test_only_one_process_writes_an_output(source: Path, tmp_path: Path) -> None
             refused.append(str(error.value))
         raise Enough
 
-    patience, workfolder = 0.2, sys.modules["moekern.workfolder"]
+    patience, workfolder = 0.2, sys.modules["moekern.pruning.work_folder"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workfolder, "PATIENCE", patience)
         with pytest.raises(Enough):

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
-from moekern.workfolder import refuse_existing, work_path
+from moekern.pruning.work_folder import refuse_existing, work_path
 
 
 def check_target(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.checkpoint.strict_json import HEADER_CAP
-from moekern.cuts import Cut, Mtp, OutputTensor, output_tensor
+from moekern.pruning.cuts import Cut, Mtp, OutputTensor, output_tensor
 
 Piece = tuple[str, int, int] | bytes  # (source file, offset, length), or the bytes themselves
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size

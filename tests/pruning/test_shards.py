@@ -16,10 +16,10 @@ from moekern.architectures.id_tables import replace_experts
 from moekern.architectures.table import FAMILIES
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.checkpoint.header import DTYPE_BITS
-from moekern.cuts import strongest
 from moekern.errors import InputError
-from moekern.ranges import output_shards
-from moekern.rewrite_config import expert_renamer
+from moekern.pruning.config import expert_renamer
+from moekern.pruning.cuts import strongest
+from moekern.pruning.shards import output_shards
 from tests.helpers.synthetic import EXPERTS, Tensors, data, read_shard, write
 
 

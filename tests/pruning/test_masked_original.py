@@ -12,7 +12,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
 from moekern.plan.document import LayerPlan, Plan
-from moekern.pruning import prune
+from moekern.pruning.prune import prune
 from moekern.verification import verify
 from tests.helpers import families
 

@@ -10,10 +10,10 @@ from typing import Any
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json
-from moekern.cuts import Mtp
 from moekern.plan.document import Plan
-from moekern.ranges import OutputShard
-from moekern.rewrite_config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
+from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
+from moekern.pruning.cuts import Mtp
+from moekern.pruning.shards import OutputShard
 
 MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
