@@ -29,17 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from moekern.benchmark.records import append, machine
-from moekern.calibration import calibrate
+from moekern.calibration.calibrate import calibrate
+from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import CRITERIA
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation import ORIGINAL, Evaluation, evaluate
-from moekern.iteration import Method, iterate, needs_text
+from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
+from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
-from moekern.stages import Calibration, read_tokens
 from moekern.statistics.layer import TIERS
 
 Line = dict[str, Any]

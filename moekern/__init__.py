@@ -17,44 +17,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moekern.calibration import calibrate as calibrate
+    from moekern.calibration.calibrate import calibrate as calibrate
+    from moekern.calibration.observe import observe as observe
     from moekern.checkpoint.folder import Checkpoint as Checkpoint
     from moekern.checkpoint.folder import open_checkpoint as open_checkpoint
     from moekern.criteria import CRITERIA as CRITERIA
     from moekern.data.read import read_data as read_data
     from moekern.errors import InputError as InputError
-    from moekern.evaluation import evaluate as evaluate
-    from moekern.forward import compare_forward as compare_forward
-    from moekern.observation import observe as observe
+    from moekern.evaluation.losses import evaluate as evaluate
     from moekern.plan.budgets import Budget as Budget
     from moekern.plan.document import Plan as Plan
     from moekern.plan.guards import Guards as Guards
     from moekern.plan.make import make_plan as make_plan
     from moekern.pruning.prune import prune as prune
-    from moekern.statistics.file import LayerStatistics as LayerStatistics
     from moekern.statistics.file import Statistics as Statistics
     from moekern.statistics.file import merge as merge
-    from moekern.verification import verify as verify
+    from moekern.statistics.layer import LayerStatistics as LayerStatistics
+    from moekern.verification.logits import compare_forward as compare_forward
+    from moekern.verification.tensors import verify as verify
 
 HOMES = {
-    "Budget": "budgets",
+    "Budget": "plan.budgets",
     "CRITERIA": "criteria",
-    "Checkpoint": "checkpoint",
-    "Guards": "guards",
+    "Checkpoint": "checkpoint.folder",
+    "Guards": "plan.guards",
     "InputError": "errors",
-    "LayerStatistics": "statistics",
-    "Plan": "plan",
-    "Statistics": "statistics",
-    "calibrate": "calibration",
-    "compare_forward": "forward",
-    "evaluate": "evaluation",
-    "make_plan": "planning",
-    "merge": "statistics",
-    "observe": "observation",
-    "open_checkpoint": "checkpoint",
-    "prune": "pruning",
-    "read_data": "data",
-    "verify": "verification",
+    "LayerStatistics": "statistics.layer",
+    "Plan": "plan.document",
+    "Statistics": "statistics.file",
+    "calibrate": "calibration.calibrate",
+    "compare_forward": "verification.logits",
+    "evaluate": "evaluation.losses",
+    "make_plan": "plan.make",
+    "merge": "statistics.file",
+    "observe": "calibration.observe",
+    "open_checkpoint": "checkpoint.folder",
+    "prune": "pruning.prune",
+    "read_data": "data.read",
+    "verify": "verification.tensors",
 }
 
 __all__ = list(HOMES)

@@ -123,9 +123,10 @@ def calibrate(
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
     from moekern import stages
+    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
 
-    options = stages.Calibration(
+    options = Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
         ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens, spill,
     )  # fmt: skip
@@ -254,16 +255,18 @@ def evaluate(
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights."""
     from moekern import stages
+    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
+    from moekern.evaluation.losses import losses_document
     from moekern.plan.document import Plan
 
-    options = stages.Calibration(
+    options = Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     named = {str(path): Plan.load(path) for path in plans or []}
     losses = stages.evaluate_plans(model_folder(model), options, named)
-    result(as_json, tables.losses_document(losses), lambda: tables.losses(losses))
+    result(as_json, losses_document(losses), lambda: tables.losses(losses))
 
 
 @app.command(epilog="moekern run MODEL --data prose=book.txt --keep 0.5 --criterion reap --out MODEL-pruned")
@@ -289,11 +292,12 @@ def run(
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
     from moekern import stages
+    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
     from moekern.criteria import criterion_named
     from moekern.router import parse_keep
 
-    options = stages.Calibration(
+    options = Calibration(
         tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
         tiers=criterion_named(criterion).tiers, trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -59,13 +59,14 @@ def iterate(
 
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
-    from moekern import stages, stages_iteration
+    from moekern import stages_iteration
+    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
-    from moekern.iteration import Method
+    from moekern.iteration.rounds import Method
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
-    options = stages.Calibration(
+    options = Calibration(
         tuple(data or ()), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, backend=backend,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

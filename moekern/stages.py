@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moekern import console
 from moekern.architectures import find_layout
-from moekern.calibration import REPLAY_TOKENS, calibrate
+from moekern.calibration.calibrate import calibrate
+from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import TokenData
-from moekern.data.read import read_data
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
-from moekern.evaluation import ORIGINAL, Evaluation, evaluate
-from moekern.forward import ForwardVerdict, compare_forward
+from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import check_device, dtype_hint
@@ -35,29 +32,8 @@ from moekern.pruning.prune import Mtp, PruneReport, prune
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
-from moekern.verification import VerifyReport, verify
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The options that say which tokens go through the model, and how."""
-
-    data: tuple[str, ...]
-    tokens: int | None = None
-    sequence_length: int = 2048
-    batch_size: int = 1
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str | None = None
-    tiers: tuple[str, ...] = ("dimensions",)
-    backend: str | None = None
-    trust_remote_code: bool = False
-    replay_tokens: int = REPLAY_TOKENS
-    spill: Path | None = None
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else getattr(torch, self.dtype)
+from moekern.verification.logits import ForwardVerdict, compare_forward
+from moekern.verification.tensors import VerifyReport, verify
 
 
 @dataclass(frozen=True)
@@ -93,23 +69,6 @@ class Run:
             "pruned": pruned,
             "verify": self.verdict.document(),
         }
-
-
-def read_tokens(checkpoint: Checkpoint, options: Calibration) -> TokenData:
-    """The token batches that the options name."""
-    config = checkpoint.config
-    nested = config.get("text_config")
-    vocab = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
-    return read_data(
-        options.data,
-        checkpoint.folder,
-        vocab_size=vocab if isinstance(vocab, int) else None,
-        tokens=options.tokens,
-        sequence_length=options.sequence_length,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        trust_remote_code=options.trust_remote_code,
-    )
 
 
 def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) -> Statistics:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from moekern import console
 from moekern.architectures import find_layout
+from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
-from moekern.iteration import Method, iterate, needs_text
+from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.model.compute import Compute, check_device, dtype_hint
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.stages import Calibration, check_new_file, read_tokens
+from moekern.stages import check_new_file
 
 
 def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) -> Plan:

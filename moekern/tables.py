@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moekern.console import say, show, size
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
-    from moekern.evaluation import Evaluation
+    from moekern.evaluation.losses import Evaluation
     from moekern.pruning.prune import PruneReport
     from moekern.stages import Run, Verdict
     from moekern.statistics.file import Statistics
@@ -125,6 +125,8 @@ def say_verdict(found: Verdict) -> None:
 
 def losses(table: Evaluation) -> None:
     """Loss per domain, a row a plan."""
+    from moekern.evaluation.losses import mean_loss
+
     domains = list(next(iter(table.values())))
     rows = [
         (
@@ -137,19 +139,6 @@ def losses(table: Evaluation) -> None:
         for name, row in table.items()
     ]
     show("held-out loss, nats per token", ("plan", *domains, "mean", "KL to original", "same top-1"), rows)
-
-
-def mean_loss(row: Mapping[str, float]) -> float:
-    """Mean over domains, each counting the same."""
-    return sum(row.values()) / len(row)
-
-
-def losses_document(table: Evaluation) -> dict[str, Any]:
-    """The same as JSON."""
-    return {
-        name: {d: {"nll": loss.nll, "kl": loss.kl, "top1": loss.top1, "tokens": loss.tokens} for d, loss in row.items()}
-        for name, row in table.items()
-    }
 
 
 def run(done: Run) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moekern import _C
+import moekern._C as _C
 from moekern.benchmark.records import Line, machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

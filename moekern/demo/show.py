@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from moekern import console
+from moekern.calibration.options import Calibration
 from moekern.criteria import CRITERIA
 from moekern.data.read import read_data
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation import ORIGINAL, Evaluation, evaluate
+from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate, mean_loss
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
-from moekern.stages import Calibration, Verdict, calibrate_to, verify_both
+from moekern.stages import Verdict, calibrate_to, verify_both
 from moekern.statistics.file import Statistics
-from moekern.tables import mean_loss, say_verdict
+from moekern.tables import say_verdict
 
 SHARES = (0.75, 0.5, 0.25)
 CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moekern import _C
+import moekern._C as _C
 
 if TYPE_CHECKING:
     from moekern.kernels import SimilaritySums

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from moekern import _C
+import moekern._C as _C
 from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry

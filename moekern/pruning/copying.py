@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moekern import _C
+import moekern._C as _C
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 from moekern.pruning.shards import OutputShard, Piece, best_phase

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moekern import _C
+import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekern.architectures import find_layout
-from moekern.calibration import calibrate
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError

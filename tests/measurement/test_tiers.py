@@ -15,7 +15,7 @@ from torch import Tensor
 
 import moekern
 from moekern.architectures import find_layout
-from moekern.calibration import calibrate
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError

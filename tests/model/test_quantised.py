@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moekern.architectures import find_layout
-from moekern.calibration import calibrate
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.forward import compare_forward
 from moekern.model.layerwise import open_layerwise
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
-from moekern.verification import verify
+from moekern.verification.logits import compare_forward
+from moekern.verification.tensors import verify
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

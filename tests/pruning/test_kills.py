@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moekern.plan.document import Plan
-from moekern.verification import verify
+from moekern.verification.tensors import verify
 from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log
 
 KILLED = -signal.SIGKILL

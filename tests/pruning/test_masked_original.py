@@ -13,7 +13,7 @@ from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
-from moekern.verification import verify
+from moekern.verification.tensors import verify
 from tests.helpers import families
 
 # 256 float32 epsilons on logits of order 1: the sums over experts and the softmax take another order.

@@ -17,7 +17,7 @@ from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.config import dumped_like
 from moekern.pruning.prune import MANIFEST, PLAN_FILE, prune
-from moekern.verification import verify
+from moekern.verification.tensors import verify
 from tests.helpers.synthetic import (
     COMPANIONS,
     EXPERTS,

@@ -14,7 +14,7 @@ from safetensors import deserialize
 from moekern.checkpoint.header import DTYPE_BITS
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
-from moekern.verification import verify
+from moekern.verification.tensors import verify
 from tests.helpers.synthetic import Tensors, gpt_oss_mxfp4, qwen3, shard_bytes
 
 EXPERTS = 8

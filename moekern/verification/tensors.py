@@ -20,7 +20,7 @@ from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.verification_config import config_problems, module_names, renamed_modules, renumbered
+from moekern.verification.config import config_problems, module_names, renamed_modules, renumbered
 
 PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")

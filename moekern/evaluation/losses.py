@@ -158,3 +158,16 @@ def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
         total[2] += int((mine.argmax(1) == theirs.argmax(1)).sum())
         total[3] += len(ids)
     return total
+
+
+def mean_loss(row: Mapping[str, float]) -> float:
+    """Mean over domains, each counting the same."""
+    return sum(row.values()) / len(row)
+
+
+def losses_document(table: Evaluation) -> dict[str, Any]:
+    """The same as JSON."""
+    return {
+        name: {d: {"nll": loss.nll, "kl": loss.kl, "top1": loss.top1, "tokens": loss.tokens} for d, loss in row.items()}
+        for name, row in table.items()
+    }

@@ -20,7 +20,7 @@ import torch
 
 from moekern import kernels
 from moekern.architectures import Layout, find_layout
-from moekern.calibration import OPS
+from moekern.calibration.calibrate import OPS
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import moekern
-from moekern.calibration import calibrate
+from moekern.calibration.calibrate import calibrate
+from moekern.calibration.observe import observe
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.batch import route
 from moekern.measurement.recorder import Recorder
-from moekern.observation import observe
 from moekern.statistics.file import LayerStatistics, Statistics, merge
 from tests.helpers import families
 

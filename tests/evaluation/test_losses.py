@@ -11,7 +11,7 @@ import torch
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.evaluation import ORIGINAL, evaluate
+from moekern.evaluation.losses import ORIGINAL, evaluate
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from tests.helpers import families

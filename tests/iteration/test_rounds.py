@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
-from moekern.calibration import calibrate
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app, main
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.iteration import Method, iterate, schedule
+from moekern.iteration.rounds import Method, iterate, schedule
 from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute
 from moekern.plan.choose import choose_top
@@ -220,7 +220,7 @@ def test_a_killed_command_goes_on(
     whole = out.read_bytes()
     out.unlink()
     passes: list[int] = []
-    from moekern import iteration
+    from moekern.iteration import rounds as iteration
 
     def counted(job, data, how, keeps):
         passes.append(len(keeps))

@@ -14,11 +14,11 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import app
 from moekern.data.batches import Batch
-from moekern.forward import compare_forward, dropped_experts
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
+from moekern.verification.logits import compare_forward, dropped_experts
 from tests.helpers import families
 from tests.pruning.test_masked_original import random_plan
 

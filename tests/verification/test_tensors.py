@@ -11,7 +11,7 @@ import torch
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
-from moekern.verification import VerifyReport, remapped, verify
+from moekern.verification.tensors import VerifyReport, remapped, verify
 from tests.helpers.synthetic import EXPERTS, Tensors, data, gpt_oss_mxfp4, qwen3, read_shard, shard_bytes, write
 
 PLAN = Plan({"0": LayerPlan((0, 2, 3, 7)), "1": LayerPlan((1, 4, 5, 6))})
