@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from moekern.cli import main
+from moekern.cli.app import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["bench"]

@@ -192,7 +192,7 @@ def fsync_all(folder: Path) -> None:
 
 def command(arguments: list[str]) -> Work:
     def work() -> None:
-        from moekern.cli import main
+        from moekern.cli.app import main
 
         sys.argv = ["moekern", *arguments]
         with redirect_stdout(io.StringIO()):

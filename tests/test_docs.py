@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moekern import tables
+from moekern.cli.criteria import markdown
 from moekern.criteria import criterion_named, score_layer
 from moekern.criteria.table import described
 from tests.helpers import ROOT
@@ -42,7 +42,7 @@ torch.testing.assert_close(reap, torch.stack(means).double(), rtol=1e-4, atol=1e
 
 def test_the_table_of_criteria_is_the_codes() -> None:
     page = (DOCS / "criteria.md").read_text()
-    assert tables.markdown(described()) in page, "run: moekern criteria --markdown"
+    assert markdown(described()) in page, "run: moekern criteria --markdown"
 
 
 def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:

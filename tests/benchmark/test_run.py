@@ -15,7 +15,7 @@ from moekern import kernels
 from moekern.benchmark import experts, run, timing
 from moekern.benchmark.inputs import Layer
 from moekern.benchmark.ops import Job, Scale, jobs
-from moekern.cli import app
+from moekern.cli.app import app
 
 TINY = Layer(6, 2, 32, 32, "softmax")
 TIMED = ("router_stats", "sort_by_expert", "combine_and_measure", "similarity", "weight_stats bf16")

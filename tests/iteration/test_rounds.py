@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.cli import app, main
+from moekern.cli.app import app, main
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError

@@ -22,8 +22,8 @@ from moekern.measurement.gradients import add_gradients, matrices, watching_gate
 from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import LayerStatistics, Statistics, merge
+from tests.cli.test_commands import moekern as command
 from tests.helpers import families
-from tests.test_cli import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS

@@ -27,8 +27,8 @@ from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import LayerStatistics, Statistics, merge
 from moekern.statistics.layer import TIERS
+from tests.cli.test_commands import moekern as command
 from tests.helpers import families
-from tests.test_cli import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]
 E, K = families.EXPERTS, families.TOP_K

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.cli import app
+from moekern.cli.app import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.measurement.weights import weigh

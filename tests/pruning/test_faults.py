@@ -271,7 +271,8 @@ def test_a_signal_to_the_command_line(tmp_path: Path, number: signal.Signals, co
     out.parent.mkdir()
     # A shell that starts the tests in the background lets them ignore Ctrl-C.
     heard = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from moekern.cli import main; main()"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moekern.cli.app import main; main()"
     )
     command = [sys.executable, "-c", heard, "prune", str(source), str(plan), "--out", str(out)]
     environment = os.environ | {

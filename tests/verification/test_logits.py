@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.cli import app
+from moekern.cli.app import app
 from moekern.data.batches import Batch
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern import console
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.cli import console
+from moekern.cli.options import check_new_file
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
+from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
-from moekern.model.compute import check_device, dtype_hint
+from moekern.model.compute import Compute, check_device, dtype_hint
 from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space, check_target
@@ -48,8 +50,8 @@ class Verdict:
         return not self.report.problems and (self.forward is None or self.forward.equal)
 
     def document(self) -> dict[str, Any]:
-        forward = None if self.forward is None else {**dataclasses.asdict(self.forward), "equal": self.forward.equal}
-        return {"good": self.good, **dataclasses.asdict(self.report), "forward": forward}
+        forward = None if self.forward is None else {**asdict(self.forward), "equal": self.forward.equal}
+        return {"good": self.good, **asdict(self.report), "forward": forward}
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,13 @@ class Run:
     verdict: Verdict
 
     def document(self) -> dict[str, Any]:
-        pruned = {**dataclasses.asdict(self.pruned), "out": str(self.pruned.out)}
+        pruned = {**asdict(self.pruned), "out": str(self.pruned.out)}
         return {
             "statistics": str(self.statistics),
             "plan": str(self.plan),
             "pruned": pruned,
             "verify": self.verdict.document(),
         }
-
-
-def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) -> Statistics:
-    """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once.
-
-    Raises InputError for a folder and a criterion that needs text.
-    """
-    for text in criteria:
-        if criterion_named(text).family != "weight" and source.is_dir():
-            raise InputError(f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file")
-    if not source.is_dir():
-        return Statistics.load(source)
-    costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
-    with console.progress("weighing", "layers", as_json) as step:
-        return weigh(source, costly=costly, progress=step)
 
 
 def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
@@ -96,16 +83,6 @@ def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     return _measure(checkpoint, read_tokens(checkpoint, options), options, out)
-
-
-def check_new_file(out: Path) -> None:
-    """Raise InputError unless `out` can be made."""
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: no permission to write in {out.parent}")
 
 
 def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out: Path) -> Statistics:
@@ -135,12 +112,6 @@ def backend_line(backends: Mapping[str, str]) -> str:
     for op, backend in backends.items():
         ops.setdefault(backend, []).append(op)
     return "kernels: " + "; ".join(f"{backend} ({', '.join(served)})" for backend, served in ops.items())
-
-
-def scores(statistics: Statistics, criterion: str, domains: Sequence[str] | None, seed: int) -> dict[str, list[float]]:
-    """Layer key -> the scores of its experts."""
-    chosen = criterion_named(criterion)
-    return {key: score_layer(chosen, statistics.layer(key, domains), key, seed).tolist() for key in statistics.layers}
 
 
 def verify_both(
@@ -187,7 +158,7 @@ def evaluate_plans(folder: Path, options: Calibration, plans: Mapping[str, Plan]
         )
 
 
-def run(
+def run_stages(
     folder: Path,
     options: Calibration,
     out: Path,
@@ -208,7 +179,7 @@ def run(
     data = read_tokens(checkpoint, options)
     work = out.with_name(out.name + ".moekern")
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
-    statistics = _earlier(statistics_path, checkpoint, data, options)
+    statistics = earlier_statistics(statistics_path, checkpoint, data, options)
     if statistics is None:
         statistics = _measure(checkpoint, data, options, statistics_path)
     plan = make_plan(statistics, criterion, keep, seed=options.seed, protect_super=protect_super)
@@ -221,7 +192,7 @@ def run(
     return Run(statistics_path, plan_path, report, verdict)
 
 
-def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calibration) -> Statistics | None:
+def earlier_statistics(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calibration) -> Statistics | None:
     """Statistics an earlier run left, if they measured the same tokens of the same model; else None."""
     if not path.exists():
         return None
@@ -237,3 +208,78 @@ def _earlier(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calib
     if same:
         console.say(f"using the statistics of an earlier run: {path}")
     return found if same else None
+
+
+def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) -> Statistics:
+    """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once.
+
+    Raises InputError for a folder and a criterion that needs text.
+    """
+    for text in criteria:
+        if criterion_named(text).family != "weight" and source.is_dir():
+            raise InputError(f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file")
+    if not source.is_dir():
+        return Statistics.load(source)
+    costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
+    with console.progress("weighing", "layers", as_json) as step:
+        return weigh(source, costly=costly, progress=step)
+
+
+def scores_of(
+    statistics: Statistics, criterion: str, domains: Sequence[str] | None, seed: int
+) -> dict[str, list[float]]:
+    """Layer key -> the scores of its experts."""
+    chosen = criterion_named(criterion)
+    return {key: score_layer(chosen, statistics.layer(key, domains), key, seed).tolist() for key in statistics.layers}
+
+
+def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) -> Plan:
+    """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
+    check_new_file(out)
+    check_device(options.device)
+    text = needs_text(method.criterion)
+    if text and not options.data:
+        raise InputError(f"--criterion {method.criterion}: it is measured on text: give --data")
+    if not text and (options.data or method.domains):
+        raise InputError(f"--data, --domain: {method.criterion} looks at weights alone; leave the text out")
+    checkpoint = open_checkpoint(folder)
+    layout = find_layout(checkpoint)
+    data = read_tokens(checkpoint, options) if text else None
+    if text:
+        console.hint(dtype_hint(checkpoint, options.device, options.dtype))
+    side = out.with_name(out.name + ".moekern")
+    earlier = _left(side)
+
+    def finished(plan: Plan) -> None:
+        side.mkdir(exist_ok=True)
+        plan.save(_round(side, len(plan.provenance["earlier_rounds"]) + 1))
+
+    with console.progress("measuring and planning") as step:
+        plan = iterate(
+            checkpoint,
+            data,
+            method,
+            compute=Compute(options.device, options.torch_dtype, options.backend, options.trust_remote_code),
+            earlier=earlier,
+            finished=finished,
+            progress=step,
+        )
+    check_plan(plan, layout, checkpoint.fingerprint)
+    plan.save(out)
+    for number in range(1, method.rounds):
+        _round(side, number).unlink(missing_ok=True)
+    if side.is_dir() and not any(side.iterdir()):
+        side.rmdir()
+    return plan
+
+
+def _left(side: Path) -> list[Plan]:
+    """The plans of rounds 1, 2, ... that a stopped run has left, as far as they are there."""
+    plans: list[Plan] = []
+    while _round(side, len(plans) + 1).exists():
+        plans.append(Plan.load(_round(side, len(plans) + 1)))
+    return plans
+
+
+def _round(side: Path, number: int) -> Path:
+    return side / f"round-{number}.json"

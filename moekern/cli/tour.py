@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from moekern import console
 from moekern.calibration.options import Calibration
+from moekern.cli import console
+from moekern.cli.pipeline import Verdict, calibrate_to, verify_both
+from moekern.cli.verify import show_verdict
 from moekern.criteria import CRITERIA
 from moekern.data.read import read_data
 from moekern.demo import MODEL, text_sources
@@ -21,9 +23,7 @@ from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate, mean_loss
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
-from moekern.stages import Verdict, calibrate_to, verify_both
 from moekern.statistics.file import Statistics
-from moekern.tables import say_verdict
 
 SHARES = (0.75, 0.5, 0.25)
 CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out
@@ -79,7 +79,7 @@ def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> di
     )
     verdict = verify_both(MODEL, plan, pruned, forward=True)
     if not quiet:
-        say_verdict(verdict)
+        show_verdict(verdict)
     texts = generate(pruned)
     for prompt, text in texts.items():
         say(f"generated: {prompt!r} -> {text!r}")

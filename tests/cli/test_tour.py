@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moekern.cli import app
+from moekern.cli.app import app
+from moekern.cli.tour import SHOWN
 from moekern.demo import MODEL, TEXT
-from moekern.demo.show import SHOWN
 
 SHARES = (0.75, 0.5, 0.25)
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moekern import tables_planning
-from moekern.cli_options import (
+from moekern.cli.options import (
     BatchSize,
     CriterionOption,
     Device,
@@ -23,11 +22,9 @@ from moekern.cli_options import (
     TrustRemoteCode,
     result,
 )
+from moekern.cli.plan import show_plans
 
-commands = typer.Typer()
 
-
-@commands.command(epilog="moekern iterate MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out plan.json")
 def iterate(
     model: Model,
     keep: Keep,
@@ -59,9 +56,9 @@ def iterate(
 
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
-    from moekern import stages_iteration
     from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
+    from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.router import parse_keep
 
@@ -70,6 +67,6 @@ def iterate(
         tuple(data or ()), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, backend=backend,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = stages_iteration.iterate_to(model_folder(model), options, method, out)
+    made = pipeline.iterate_to(model_folder(model), options, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
-    result(as_json, document, lambda: tables_planning.plans({method.criterion: made}, {method.criterion: out}))
+    result(as_json, document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

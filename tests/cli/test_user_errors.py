@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moekern import console, stages
 from moekern.calibration.calibrate import _check_finite
+from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli import console, pipeline
+from moekern.cli import tour as show
 from moekern.data.read import read_data
-from moekern.demo import MODEL, TEXT, show
+from moekern.demo import MODEL, TEXT
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
 from moekern.plan.document import Plan
@@ -120,9 +122,9 @@ def _plan() -> Plan:
 
 
 def test_a_plan_cannot_take_the_place_of_the_original() -> None:
-    options = stages.Calibration((f"a={TEXT / 'c'}",), tokens=64)
+    options = Calibration((f"a={TEXT / 'c'}",), tokens=64)
     with pytest.raises(InputError, match="a plan is named 'original'"):
-        stages.evaluate_plans(MODEL, options, {"original": _plan()})
+        pipeline.evaluate_plans(MODEL, options, {"original": _plan()})
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
@@ -131,13 +133,13 @@ def test_a_stopped_command_says_so_and_leaves_nothing(number: signal.Signals, na
     script = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from moekern import cli
+from moekern.cli.app import main
 import moekern._C as _C
 def slow(*arguments):
     print("writing", flush=True)
     time.sleep(600)
 _C.write_file = slow
-cli.main()
+main()
 """
     command = [sys.executable, "-c", script, "prune", str(MODEL), "plan.json", "--out", "o"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
@@ -161,14 +163,12 @@ def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
 
 def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(MODEL)
-    options = stages.Calibration(
-        (f"a={TEXT / 'c'}",), tokens=256, sequence_length=64, dtype="float32", tiers=("routed",)
-    )
+    options = Calibration((f"a={TEXT / 'c'}",), tokens=256, sequence_length=64, dtype="float32", tiers=("routed",))
     path = tmp_path / "s.safetensors"
-    stages.calibrate_to(MODEL, options, path)
-    data = stages.read_tokens(checkpoint, options)
-    assert stages._earlier(path, checkpoint, data, options) is not None
-    assert stages._earlier(path, checkpoint, data, replace(options, dtype=None)) is None
+    pipeline.calibrate_to(MODEL, options, path)
+    data = read_tokens(checkpoint, options)
+    assert pipeline.earlier_statistics(path, checkpoint, data, options) is not None
+    assert pipeline.earlier_statistics(path, checkpoint, data, replace(options, dtype=None)) is None
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path: Path) -> None:
@@ -191,10 +191,10 @@ def test_a_run_stopped_while_calibrating_leaves_no_folder(tmp_path: Path, monkey
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "calibrate", stop)
-    options = stages.Calibration((f"a={TEXT / 'c'}",), tokens=64, dtype="float32")
+    monkeypatch.setattr(pipeline, "calibrate", stop)
+    options = Calibration((f"a={TEXT / 'c'}",), tokens=64, dtype="float32")
     with pytest.raises(KeyboardInterrupt):
-        stages.run(
+        pipeline.run_stages(
             MODEL, options, tmp_path / "o", criterion="reap", keep=8, protect_super=False, mtp="prune", forward=False
         )
     assert list(tmp_path.iterdir()) == []

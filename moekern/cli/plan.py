@@ -1,72 +1,36 @@
-"""The planning commands: criteria, score, plan, compare, check, convert."""
+"""The command `plan`."""
 
 from __future__ import annotations
 
-import dataclasses
-from enum import Enum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moekern import console, tables, tables_planning
-from moekern.cli_options import CriterionOption, Domains, Json, MtpMode, ProtectSuper, Seed, result
+from moekern.cli import console
+from moekern.cli.console import say, show, size
+from moekern.cli.options import (
+    Domains,
+    Json,
+    MtpMode,
+    ProtectSuper,
+    Seed,
+    StatisticsFile,
+    Targets,
+    Words,
+    folder_of,
+    result,
+)
 from moekern.errors import InputError
 
 if TYPE_CHECKING:
     from moekern.estimation.footprint import Fit
     from moekern.plan.budgets import Budget
+    from moekern.plan.document import Plan
     from moekern.plan.guards import Guards
 
-commands = typer.Typer()
 
-
-class Tool(str, Enum):
-    moekern = "moekern"
-    llm_compressor = "llm-compressor"
-    compressed_tensors = "compressed-tensors"
-
-
-StatisticsFile = Annotated[
-    Path, typer.Argument(help="A statistics file; or a checkpoint folder, for criteria that need its weights alone.")
-]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
-]
-Words = list[str] | None
-
-
-@commands.command(epilog="moekern criteria")
-def criteria(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/criteria.md.")] = False,
-    as_json: Json = False,
-) -> None:
-    """List the criteria that score, plan and run know."""
-    from moekern.criteria.table import described
-
-    if markdown:
-        print(tables.markdown(described()), end="")
-        return
-    result(as_json, described(), lambda: tables.criteria(described()))
-
-
-@commands.command(epilog="moekern score s.safetensors --criterion hope")
-def score(
-    statistics: StatisticsFile,
-    criterion: CriterionOption = "reap",
-    domain: Domains = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Show every expert's score; higher is kept."""
-    from moekern import stages
-
-    scores = stages.scores(stages.statistics_of(statistics, [criterion], as_json), criterion, domain, seed)
-    result(as_json, {"criterion": criterion, "layers": scores}, lambda: tables.scores(criterion, scores))
-
-
-@commands.command(epilog="moekern plan s.safetensors --criterion reap --keep 0.5 --target vllm:tp=2 --out plan.json")
 def plan(
     statistics: StatisticsFile,
     out: Annotated[
@@ -123,11 +87,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
-    from moekern import stages_planning as stages
+    from moekern.cli.pipeline import statistics_of
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
     from moekern.router import parse_keep
-    from moekern.stages import statistics_of
 
     options = Planning(
         criteria=tuple(criterion),
@@ -138,83 +101,16 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=_folder(model),
+        model=folder_of(model),
         fit=_fit(fit, bits, context, sequences),
     )
-    stages.check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
+    check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
     plans = make_plans(statistics_of(statistics, criterion, as_json), options)
-    paths = stages.destinations(out, list(plans))
-    stages.save_plans(plans, paths)
+    paths = destinations(out, list(plans))
+    save_plans(plans, paths)
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
-    result(as_json, document, lambda: tables_planning.plans(plans, paths))
-
-
-@commands.command(epilog="moekern compare reap.json hope.json --statistics s.safetensors")
-def compare(
-    plans: Annotated[list[Path], typer.Argument(help="Plans of one model.")],
-    statistics: Annotated[
-        Path | None, typer.Option(help="Also tell what each plan drops of what was measured.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """How far plans keep the same experts, and how much of the gates and outputs each of them drops."""
-    from moekern.plan.compare import compare as compared
-    from moekern.plan.document import Plan
-    from moekern.statistics.file import Statistics
-
-    named = {str(path): Plan.load(path) for path in plans}
-    if len(named) < len(plans):
-        raise InputError("compare: the same file is named twice")
-    found = compared(named, None if statistics is None else Statistics.load(statistics))
-    result(as_json, dataclasses.asdict(found), lambda: tables_planning.comparison(found))
-
-
-@commands.command(epilog="moekern check MODEL-pruned --target vllm:tp=4,ep=4")
-def check(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id, pruned or not.")],
-    target: Targets = None,
-    as_json: Json = False,
-) -> None:
-    """Which engines load and run a checkpoint with its expert counts; exit code 1 if one named by --target does not."""
-    from moekern.checkpoint.hub import model_folder
-    from moekern.plan.served import check_folder
-    from moekern.plan.targets import parse_target
-
-    targets = [parse_target(text) for text in target or ()]
-    report = check_folder(model_folder(model), targets)
-    result(as_json, report.document(), lambda: tables_planning.report(report))
-    if targets and not report.good:
-        raise typer.Exit(1)
-
-
-@commands.command(epilog="moekern convert plan.json --to llm-compressor --model MODEL --out report.json")
-def convert(
-    source: Annotated[Path, typer.Argument(help="A plan, an llm-compressor report or a retained_experts map.")],
-    to: Annotated[Tool, typer.Option(help="Whose words to write.")],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
-    model: Annotated[str | None, typer.Option(help="The checkpoint, which gives modules their names.")] = None,
-    allow_nonuniform: Annotated[
-        bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Turn a plan into other tools' words, or theirs into a plan."""
-    from moekern import files
-    from moekern.plan.interchange import convert as converted
-
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
-    text = converted(source, to.value, _folder(model), allow_nonuniform=allow_nonuniform)
-    files.write_bytes(out, text.encode())
-    document = {"source": str(source), "to": to.value, "out": str(out)}
-    result(as_json, document, lambda: console.say(f"{out}: {source} for {to.value}"))
-
-
-def _folder(model: str | None) -> Path | None:
-    from moekern.checkpoint.hub import model_folder
-
-    return None if model is None else model_folder(model)
+    result(as_json, document, lambda: show_plans(plans, paths))
 
 
 def _budget(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
@@ -248,3 +144,62 @@ def _fit(limit: str | None, bits: float | None, context: int, sequences: int) ->
             raise InputError("--bits, --context, --sequences: go with --fit")
         return None
     return Fit(console.parsed_size("--fit", limit), bits, context, sequences)
+
+
+def check_destination(out: Path, plans: int) -> None:
+    """Raise InputError when `out` cannot take so many plans: known before anything is measured."""
+    if "{}" not in out.name and plans > 1 and out.suffix == ".json":
+        raise InputError(f"--out {out}: {plans} plans need a folder, or a name with {{}} in it such as plan-{{}}.json")
+    if plans == 1 and out.is_file():
+        raise InputError(f"--out {out}: exists already")
+
+
+def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Name -> the file to write. One plan goes to `out`; several, or one where `out` is a folder, to NAME.json in it,
+    or, where its name has {} in it, to the files with NAME in that place. Raises InputError for a file that exists."""
+    if "{}" in out.name:
+        paths = {name: out.with_name(out.name.replace("{}", name)) for name in names}
+    elif len(names) > 1 or out.is_dir():
+        paths = {name: out / f"{name}.json" for name in names}
+    else:
+        paths = {names[0]: out}
+    for path in paths.values():
+        if path.exists() or (path.parent.exists() and not path.parent.is_dir()):
+            raise InputError(f"--out {path if path.exists() else path.parent}: exists already")
+    return paths
+
+
+def save_plans(plans: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
+    """Write every plan; a folder for several is made where its parent is there."""
+    for name, plan in plans.items():
+        folder = paths[name].parent
+        if len(plans) > 1 and folder.parent.is_dir():
+            folder.mkdir(exist_ok=True)
+        plan.save(paths[name])
+
+
+def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
+    """One plan: its kept experts per layer. Several: a line each."""
+    if len(made) > 1:
+        several = [(paths[name], p.provenance["criterion"], _kept(p), p.digest[:12]) for name, p in made.items()]
+        show("plans", ("file", "criterion", "kept", "digest"), several)
+        return
+    (name, plan), rows = next(iter(made.items())), []
+    for key, layer in plan.layers.items():
+        keep = " ".join(map(str, layer.keep))
+        rows.append((key, len(layer.keep), keep if len(keep) <= 100 else keep[:97] + "..."))
+    provenance = plan.provenance
+    title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
+    show(title, ("layer", "kept", "experts"), rows)
+    fit = provenance.get("fit")
+    if fit:
+        cache = f", KV cache {size(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
+        say(f"weights {size(fit['weights'])}{cache}; limit {size(fit['limit'])}")
+    if isinstance(provenance["kept"], dict):
+        say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+
+
+def _kept(plan: Plan) -> str:
+    counts = [len(layer.keep) for layer in plan.layers.values()]
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}, {sum(counts)} in all"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moekern import console
+from moekern.cli import console
+from moekern.errors import InputError
 
 
 class MtpMode(str, Enum):
@@ -43,7 +46,26 @@ BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
+MtpOption = Annotated[
+    MtpMode | None,
+    typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole. Default: as planned, else prune."),
+]
+StatisticsFile = Annotated[
+    Path, typer.Argument(help="A statistics file; or a checkpoint folder, for criteria that need its weights alone.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
+]
+Words = list[str] | None
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def folder_of(model: str | None) -> Path | None:
+    """The folder of a model that may be left out."""
+    from moekern.checkpoint.hub import model_folder
+
+    return None if model is None else model_folder(model)
 
 
 def result(as_json: bool, document: Any, table: Callable[[], None]) -> None:
@@ -52,3 +74,13 @@ def result(as_json: bool, document: Any, table: Callable[[], None]) -> None:
         console.emit(document)
     else:
         table()
+
+
+def check_new_file(out: Path) -> None:
+    """Raise InputError unless `out` can be made."""
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: no permission to write in {out.parent}")

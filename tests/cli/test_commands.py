@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from moekern.cli import main
+from moekern.cli.app import main
 from moekern.criteria import CRITERIA
 from moekern.statistics.file import Statistics
 from tests.helpers import families

@@ -1,0 +1,78 @@
+"""The command line: one command a stage. Each parses its options, calls the stage and shows the result."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from moekern.cli.bench import bench
+from moekern.cli.calibrate import calibrate
+from moekern.cli.check import check
+from moekern.cli.compare import compare
+from moekern.cli.convert import convert
+from moekern.cli.criteria import criteria
+from moekern.cli.demo import demo
+from moekern.cli.evaluate import evaluate
+from moekern.cli.inspect import inspect
+from moekern.cli.iterate import iterate
+from moekern.cli.merge import merge
+from moekern.cli.plan import plan
+from moekern.cli.prune import prune
+from moekern.cli.run import run
+from moekern.cli.score import score
+from moekern.cli.verify import verify
+from moekern.errors import InputError, notes
+
+app = typer.Typer(
+    name="moekern",
+    help="Prune experts from Mixture-of-Experts language models of any size on one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+# In the order of the work: the function, and an example of its use.
+COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
+    (inspect, "moekern inspect Qwen3-30B-A3B"),
+    (calibrate, "moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors"),
+    (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),
+    (criteria, "moekern criteria"),
+    (score, "moekern score s.safetensors --criterion hope"),
+    (plan, "moekern plan s.safetensors --criterion reap --keep 0.5 --target vllm:tp=2 --out plan.json"),
+    (iterate, "moekern iterate MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out plan.json"),
+    (compare, "moekern compare reap.json hope.json --statistics s.safetensors"),
+    (check, "moekern check MODEL-pruned --target vllm:tp=4,ep=4"),
+    (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
+    (prune, "moekern prune MODEL plan.json --out MODEL-pruned"),
+    (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
+    (evaluate, "moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json"),
+    (run, "moekern run MODEL --data prose=book.txt --keep 0.5 --criterion reap --out MODEL-pruned"),
+    (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),
+    (demo, "moekern demo"),
+)
+for function, example in COMMANDS:
+    app.command(epilog=example)(function)
+
+STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
+
+
+def main() -> None:
+    """Run the command line; what the user can mend ends in one line and exit code 2, a signal in 128 + its number."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files go
+    try:
+        app()
+    except (InputError, OSError) as error:
+        text = " ".join(str(error).split())
+        print(f"moekern: {text}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code in STOPPED:
+            print("; ".join([f"moekern: stopped by {STOPPED[end.code]}", *notes(end)]), file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,47 @@
+"""The command `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekern.cli.options import Json, result
+from moekern.errors import InputError
+
+
+def bench(
+    case: Annotated[list[str] | None, typer.Option(help="Layers to take; repeatable. Default: all.")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="Beginnings of ops, or experts; repeatable. Default: all.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
+    repeats: Annotated[int, typer.Option(help="Calls a median is taken of.")] = 9,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile of the torch code too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Append one JSON line a time to this file.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Measure nothing: print a record as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the kernels on layers of real models, against torch and torch.compile; correct first."""
+    import torch
+
+    from moekern.benchmark import run as benchmark
+    from moekern.benchmark.inputs import MODELS
+    from moekern.benchmark.records import append
+
+    if show is not None:
+        if not show.is_file():
+            raise InputError(f"--show {show}: no such record")
+        print(benchmark.markdown(benchmark.read(show)), end="")
+        return
+    for name in case or ():
+        if name not in MODELS:
+            raise InputError(f"--case {name}: expected one of {', '.join(MODELS)}")
+    lines = benchmark.measure(
+        case or list(MODELS), threads=threads or torch.get_num_threads(), repeats=repeats, ops=op or (),
+        compiled=compiled, done=lambda found: append(out, found),
+    )  # fmt: skip
+    if not lines:
+        raise InputError(f"--op {', '.join(op or ())}: no op begins so")
+    result(as_json, lines, lambda: benchmark.table(lines))

@@ -1,0 +1,82 @@
+"""The command `calibrate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moekern.cli.console import say, show
+from moekern.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    DtypeOption,
+    Json,
+    Model,
+    Seed,
+    SequenceLength,
+    Tokens,
+    TrustRemoteCode,
+    result,
+)
+
+if TYPE_CHECKING:
+    from moekern.statistics.file import Statistics
+
+
+def calibrate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The statistics file to write.")],
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure this too; repeatable: dimensions (the default), vocabulary, coalitions, outliers, reap, "
+            "replay, gradient, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
+        ),
+    ] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option(help="With tier gradient: a folder for the layers' inputs, which else stay in memory."),
+    ] = None,
+    replay_tokens: Annotated[
+        int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
+    ] = 512,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Stream text through the model one layer at a time and measure its experts."""
+    from moekern.calibration.options import Calibration
+    from moekern.checkpoint.hub import model_folder
+    from moekern.cli import pipeline
+
+    options = Calibration(
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
+        ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens, spill,
+    )  # fmt: skip
+    statistics = pipeline.calibrate_to(model_folder(model), options, out)
+    result(as_json, {"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
+
+
+def show_statistics(measured: Statistics, out: Path) -> None:
+    """Tokens per domain and how evenly they reach the experts."""
+    rows = []
+    for key in measured.layers:
+        s = measured.layer(key)
+        counts = s.count.double()
+        idle = int((counts == 0).sum())
+        mean_norm = float(s.norm_sum.sum() / counts.sum().clamp(min=1))
+        rows.append((key, s.num_experts, idle, int(counts.min()), int(counts.max()), f"{mean_norm:.4g}"))
+    tokens: Mapping[str, int] = measured.header["tokens"]
+    say("tokens: " + ", ".join(f"{name} {n}" for name, n in tokens.items()))
+    show(str(out), ("layer", "experts", "idle", "fewest tokens", "most tokens", "mean output norm"), rows)

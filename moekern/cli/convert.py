@@ -1,0 +1,41 @@
+"""The command `convert`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekern.cli import console
+from moekern.cli.options import Json, folder_of, result
+from moekern.errors import InputError
+
+
+class Tool(str, Enum):
+    moekern = "moekern"
+    llm_compressor = "llm-compressor"
+    compressed_tensors = "compressed-tensors"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A plan, an llm-compressor report or a retained_experts map.")],
+    to: Annotated[Tool, typer.Option(help="Whose words to write.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    model: Annotated[str | None, typer.Option(help="The checkpoint, which gives modules their names.")] = None,
+    allow_nonuniform: Annotated[
+        bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a plan into other tools' words, or theirs into a plan."""
+    from moekern import files
+    from moekern.plan.interchange import convert as converted
+
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
+    files.write_bytes(out, text.encode())
+    document = {"source": str(source), "to": to.value, "out": str(out)}
+    result(as_json, document, lambda: console.say(f"{out}: {source} for {to.value}"))

@@ -1,0 +1,51 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from moekern.cli.console import show, size
+from moekern.cli.options import Json, Model, result
+
+if TYPE_CHECKING:
+    from moekern.estimation.overview import Overview
+
+
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show layout, experts, bytes and what can be pruned, from the headers alone."""
+    from moekern.checkpoint.hub import model_folder
+    from moekern.estimation.overview import overview
+
+    found = overview(model_folder(model))
+    result(as_json, asdict(found), lambda: show_overview(found))
+
+
+def show_overview(found: Overview) -> None:
+    """The checkpoint's experts and what pruning would leave."""
+    layers = found.moe_layers
+    groups = f"{found.n_group} (top {found.topk_group})" if found.n_group > 1 else "none"
+    show(
+        f"{found.folder}",
+        ("what", "value"),
+        (
+            ("family", found.family),
+            ("MoE layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
+            ("experts a layer, top-k", f"{found.num_experts}, {found.top_k}"),
+            ("router", f"{found.score}, groups: {groups}"),
+            ("MTP layers with experts", ", ".join(found.mtp_layers) or "none"),
+            ("files, tensors", f"{found.shards}, {found.tensors}"),
+            ("size", size(found.total_bytes)),
+            ("routed experts", f"{size(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
+            ("their types", ", ".join(f"{name} {size(n)}" for name, n in found.dtypes.items())),
+            ("one expert of one layer", size(found.bytes_per_expert)),
+            ("transformers can run it", "yes" if found.in_transformers else "no: it can be pruned, not calibrated"),
+            *((("note", found.note),) if found.note else ()),
+        ),
+    )
+    shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]
+    show(
+        "kept experts a layer (any legal count works; eighths shown)",
+        ("kept", "share", "size"),
+        [(n, f"{n / found.num_experts:.1%}", size(found.bytes_at(n))) for n in shares],
+    )

@@ -1,0 +1,28 @@
+"""The command `merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekern.cli.calibrate import show_statistics
+from moekern.cli.options import Json, result
+from moekern.errors import InputError
+
+
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="Statistics files of one model.")],
+    out: Annotated[Path, typer.Option(help="The statistics file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Add statistics gathered in several runs; files that do not match are refused."""
+    from moekern.statistics.file import Statistics
+    from moekern.statistics.file import merge as merged
+
+    if out.exists():
+        raise InputError(f"--out {out}: exists already")
+    total = merged([Statistics.load(part) for part in parts])
+    total.save(out)
+    result(as_json, {"out": str(out), **total.header}, lambda: show_statistics(total, out))

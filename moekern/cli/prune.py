@@ -1,0 +1,112 @@
+"""The command `prune`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moekern.cli import console
+from moekern.cli.console import say, show, size
+from moekern.cli.options import Json, Model, MtpOption, result
+
+if TYPE_CHECKING:
+    from moekern.pruning.prune import PruneReport
+
+
+class CopyMode(str, Enum):
+    auto = "auto"
+    reflink = "reflink"
+    kernel = "kernel"
+    stream = "stream"
+
+
+class ChecksumKind(str, Enum):
+    xxh3 = "xxh3"
+    blake3 = "blake3"
+    none = "none"
+
+
+def prune(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="A plan.json, made by moekern or by hand.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    mtp: MtpOption = None,
+    copy: Annotated[
+        CopyMode,
+        typer.Option(
+            help="reflink shares blocks with MODEL, kernel uses copy_file_range, stream goes through memory; auto "
+            "takes the best, a named way is taken or refused."
+        ),
+    ] = CopyMode.auto,
+    checksum: Annotated[
+        ChecksumKind,
+        typer.Option(
+            help="Of every tensor, in moekern_manifest.jsonl. xxh3: of what passes through memory; blake3: reads back."
+        ),
+    ] = ChecksumKind.xxh3,
+    reread: Annotated[
+        bool, typer.Option("--reread", help="Read every file back from the disk and compare its checksums.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Make shards anew of at most this size (5GB, 512MiB), instead of MODEL's own.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="I/N: write this process's share of the shards; whoever is last finishes. Set by torchrun."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted.
+
+    What is interrupted goes on where it was when the same command is run again.
+    """
+    from moekern.checkpoint.hub import model_folder
+    from moekern.plan.document import Plan
+    from moekern.pruning.prune import prune as run
+    from moekern.pruning.work_folder import Part
+
+    limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
+    share = Part.parse(part) if part else Part.of_torchrun()
+    with console.progress("pruning", "bytes", as_json) as step:
+        report = run(
+            model_folder(model),
+            Plan.load(plan),
+            out,
+            mtp=mtp.value if mtp else None,
+            copy=copy.value,
+            checksum=checksum.value,
+            reread=reread,
+            max_shard_size=limit,
+            part=share,
+            progress=step,
+        )
+    result(as_json, {**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
+
+
+def show_pruned(report: PruneReport) -> None:
+    """What was written."""
+    if not report.finished:
+        say(f"this part is written; {report.waiting} shards are left to other parts, the last of which finishes")
+        return
+    show(
+        f"{report.out}",
+        ("what", "before", "after"),
+        (
+            ("experts a layer", report.experts_before, report.experts_after),
+            ("bytes", size(report.bytes_in), size(report.bytes_out)),
+            ("tensors", report.tensors_in, report.tensors_out),
+            ("files", report.shards_in, report.shards_out),
+        ),
+    )
+    ways = (("copied", report.copied), ("shared with the source", report.cloned), ("holes", report.holes),
+            ("written by an earlier run", report.reused))  # fmt: skip
+    rate = f", {size((report.bytes_out - report.reused) / max(report.seconds, 1e-9))}/s"
+    say(
+        "; ".join(f"{size(n)} {what}" for what, n in ways if n)
+        + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
+    )
+    say(report.mtp)

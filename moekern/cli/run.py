@@ -1,0 +1,80 @@
+"""The command `run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moekern.cli.console import say
+from moekern.cli.options import (
+    BatchSize,
+    CriterionOption,
+    Data,
+    Device,
+    DtypeOption,
+    Json,
+    Keep,
+    Model,
+    MtpOption,
+    ProtectSuper,
+    Seed,
+    SequenceLength,
+    Tokens,
+    TrustRemoteCode,
+    result,
+)
+from moekern.cli.prune import show_pruned
+from moekern.cli.verify import show_verdict
+
+if TYPE_CHECKING:
+    from moekern.cli.pipeline import Run
+
+
+def run(
+    model: Model,
+    data: Data,
+    keep: Keep,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    criterion: CriterionOption = "reap",
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    protect_super: ProtectSuper = False,
+    mtp: MtpOption = None,
+    forward: Annotated[
+        bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
+    ] = True,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
+    from moekern.calibration.options import Calibration
+    from moekern.checkpoint.hub import model_folder
+    from moekern.cli import pipeline
+    from moekern.criteria import criterion_named
+    from moekern.router import parse_keep
+
+    options = Calibration(
+        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
+        tiers=criterion_named(criterion).tiers, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    done = pipeline.run_stages(
+        model_folder(model), options, out,
+        criterion=criterion, keep=parse_keep(keep), protect_super=protect_super,
+        mtp=mtp.value if mtp else "prune", forward=forward,
+    )  # fmt: skip
+    result(as_json, done.document(), lambda: show_run(done))
+    if not done.verdict.good:
+        raise typer.Exit(1)
+
+
+def show_run(done: Run) -> None:
+    """The last two stages' results; the artefacts' places."""
+    show_pruned(done.pruned)
+    show_verdict(done.verdict)
+    say(f"statistics: {done.statistics}; plan: {done.plan}")

@@ -1,0 +1,33 @@
+"""The command `score`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moekern.cli.console import show
+from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, result
+
+
+def score(
+    statistics: StatisticsFile,
+    criterion: CriterionOption = "reap",
+    domain: Domains = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Show every expert's score; higher is kept."""
+    from moekern.cli import pipeline
+
+    scores = pipeline.scores_of(pipeline.statistics_of(statistics, [criterion], as_json), criterion, domain, seed)
+    result(as_json, {"criterion": criterion, "layers": scores}, lambda: show_scores(criterion, scores))
+
+
+def show_scores(criterion: str, layers: Mapping[str, Sequence[float]]) -> None:
+    """Per layer, experts from the best to the worst."""
+    rows = []
+    for key, values in layers.items():
+        order = sorted(range(len(values)), key=lambda e: (-values[e], e))
+        listed = [f"{e}:{values[e]:.3g}" for e in order]
+        short = listed if len(listed) <= 16 else [*listed[:8], "...", *listed[-8:]]
+        rows.append((key, " ".join(short)))
+    show(f"{criterion}, best first (expert:score)", ("layer", "experts"), rows)

@@ -1,0 +1,59 @@
+"""The command `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moekern.cli.console import say, size
+from moekern.cli.options import Device, Json, Model, TrustRemoteCode, result
+
+if TYPE_CHECKING:
+    from moekern.cli.pipeline import Verdict
+
+
+def verify(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="The plan the checkpoint was pruned with.")],
+    pruned: Annotated[Path, typer.Argument(help="The pruned checkpoint.")],
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Also stream both models and compare logits with the masked original.")
+    ] = False,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the pruned checkpoint with the original, byte for byte; exit code 1 on any difference."""
+    from moekern.checkpoint.hub import model_folder
+    from moekern.cli import pipeline
+    from moekern.plan.document import Plan
+
+    verdict = pipeline.verify_both(
+        model_folder(model),
+        Plan.load(plan),
+        pruned,
+        forward=forward,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    result(as_json, verdict.document(), lambda: show_verdict(verdict))
+    if not verdict.good:
+        raise typer.Exit(1)
+
+
+def show_verdict(found: Verdict) -> None:
+    """Problems, or what was compared."""
+    for problem in found.report.problems:
+        say(f"wrong: {problem}")
+    if not found.report.problems:
+        say(f"bytes: {found.report.tensors_compared} tensors, {size(found.report.bytes_compared)} equal")
+    if found.forward is not None:
+        f = found.forward
+        say(
+            f"logits ({f.dtype}, {f.tokens} tokens): largest difference {f.max_difference:.3g} at a standard deviation "
+            f"of {f.logit_std:.3g}, same top-1 for {f.top1_agreement:.2%}: {'equal' if f.equal else 'NOT equal'} "
+            "to the masked original"
+        )
+    say("verified" if found.good else "NOT verified: do not use this checkpoint")
