@@ -35,8 +35,9 @@ from moekern.plan.choose import TIE, choose_top
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
 from moekern.router import Limits, kept_count
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
+from moekern.statistics.layer import LayerStatistics
 from moekern.version import __version__, versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number

@@ -12,8 +12,7 @@ from moekern import kernels
 from moekern.errors import InputError
 from moekern.measurement.batch import Seen
 from moekern.measurement.tiers import add_outliers, add_reap, chosen_sets
-from moekern.statistics.file import LayerStatistics
-from moekern.statistics.layer import merge_rows
+from moekern.statistics.layer import LayerStatistics, merge_rows
 
 RECORDED = ("dimensions", "vocabulary", "coalitions", "reap")  # tiers of one forward pass
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moekern.errors import InputError
 from moekern.plan.document import Plan
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
 
 
 @dataclass(frozen=True, slots=True)

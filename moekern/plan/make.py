@@ -26,7 +26,8 @@ from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.plan.targets import Served, Target, check_counts
 from moekern.router import Limits, Router, count_problem
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
 from moekern.version import __version__
 
 Layers = Mapping[str, LayerStatistics]

@@ -183,7 +183,7 @@ class LayerStatistics:
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """Sums of both; maxima by maximum, bits by or. Raises ValueError when sizes or measured tiers differ."""
-        problem = self.differs(other)
+        problem = self.differs(other) or self.other_weights(other)
         if problem:
             raise ValueError(f"[LayerStatistics] add: {problem}")
         return LayerStatistics(
@@ -191,14 +191,12 @@ class LayerStatistics:
         )
 
     def differs(self, other: LayerStatistics) -> str | None:
-        """Why the two cannot be added; None when they can."""
+        """Why the two cannot be added, by their shapes (the sums may lie on the meta device); None when they can."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             merge = f.metadata["merge"]
             if merge == "rows" or (merge == "same" and not (mine.numel() and theirs.numel())):
                 continue
-            if merge == "same" and not torch.equal(mine, theirs):
-                return f"{f.name}: the two sides are of different weights"
             if mine.shape == theirs.shape:
                 continue
             if bool(mine.numel()) != bool(theirs.numel()):
@@ -206,18 +204,39 @@ class LayerStatistics:
             return f"{f.name}: expected {list(mine.shape)}, got {list(theirs.shape)}"
         return None
 
-    def problem(self, top_k: int) -> str | None:
-        """The first field that cannot be what it claims, with the reason; None when all is well."""
+    def other_weights(self, other: LayerStatistics) -> str | None:
+        """Why the two are not of the same weights; None when they are, or one side did not look at them."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.metadata["merge"] == "same" and mine.numel() and theirs.numel() and not torch.equal(mine, theirs):
+                return f"{f.name}: the two sides are of different weights"
+        return None
+
+    def shape_problem(self) -> str | None:
+        """The first field whose type or shape is not what it should be, with the reason; None when all is well."""
         size = {"1": 1, "E": self.num_experts if self.count.ndim == 1 else -1}
         for f in fields(self):
-            problem = _problem(f, getattr(self, f.name), size)
+            problem = _shape_problem(f, getattr(self, f.name), size)
             if problem:
                 return f"{f.name}: {problem}"
         if self.subset_loss.numel() not in (0, 1 << min(size["E"], SUBSETS)):
             return f"subset_loss: {self.subset_loss.numel()} subsets of {size['E']} experts"
+        return None
+
+    def problem(self, top_k: int) -> str | None:
+        """The first field that cannot be what it claims, with the reason; None when all is well."""
+        wrong = self.shape_problem()
+        if wrong:
+            return wrong
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not value.isfinite().all():
+                return f"{f.name}: not finite"
+            if not f.metadata["negative"] and (value < 0).any():
+                return f"{f.name}: negative"
         ids = self.coalitions[:, :-1]
-        if ids.numel() and (ids >= size["E"]).any():
-            return f"coalitions: an id of {size['E']} or above"
+        if ids.numel() and (ids >= self.num_experts).any():
+            return f"coalitions: an id of {self.num_experts} or above"
         # Python integers, because a damaged file's counts could overflow an int64 sum.
         tokens, slots = int(self.tokens), sum(self.count.tolist())
         if slots > tokens * top_k:
@@ -245,7 +264,7 @@ def unmeasured(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 LATER = ("logit_gram", "residual_sum", "residual_tokens")  # routed fields that files of version 1 do not have
 
 
-def _problem(f: Field[Any], value: Tensor, size: dict[str, int]) -> str | None:
+def _shape_problem(f: Field[Any], value: Tensor, size: dict[str, int]) -> str | None:
     if value.dtype != f.metadata["dtype"]:
         return f"expected dtype {f.metadata['dtype']}, got {value.dtype}"
     names = f.metadata["shape"].split()
@@ -253,10 +272,6 @@ def _problem(f: Field[Any], value: Tensor, size: dict[str, int]) -> str | None:
         n != size.setdefault(d.rstrip("?"), n) for d, n in zip(names, value.shape, strict=True) if n or d[-1] != "?"
     ):
         return f"expected shape [{', '.join(names)}] with E={size['E']}, got {list(value.shape)}"
-    if not value.isfinite().all():
-        return "not finite"
-    if not f.metadata["negative"] and (value < 0).any():
-        return "negative"
     return None
 
 

@@ -17,7 +17,8 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.batch import route
 from moekern.measurement.recorder import Recorder
-from moekern.statistics.file import LayerStatistics, Statistics, merge
+from moekern.statistics.file import Statistics, merge
+from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]

@@ -15,8 +15,7 @@ from moekern.criteria import CRITERIA, criterion_named, score_layer, selectors
 from moekern.criteria.selectors import conditional_pairs, hope
 from moekern.criteria.table import MC_SUITE
 from moekern.errors import InputError
-from moekern.statistics.file import LayerStatistics
-from moekern.statistics.layer import TIERS
+from moekern.statistics.layer import TIERS, LayerStatistics
 from tests.helpers.measured import add_token, distinct_pairs, layer_statistics, with_tiers
 
 MEASURED = [c for c in CRITERIA.values() if c.kind != "seeded"]

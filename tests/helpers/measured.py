@@ -6,9 +6,9 @@ from itertools import combinations
 
 import torch
 
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
-from moekern.statistics.layer import TIERS
+from moekern.statistics.layer import TIERS, LayerStatistics
 
 E, K, H = 6, 2, 5
 FINGERPRINT = "f" * 64

@@ -21,7 +21,8 @@ from moekern.errors import InputError
 from moekern.measurement.gradients import add_gradients, matrices, watching_gates
 from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import loader_of
-from moekern.statistics.file import LayerStatistics, Statistics, merge
+from moekern.statistics.file import Statistics, merge
+from moekern.statistics.layer import LayerStatistics
 from tests.cli.test_commands import moekern as command
 from tests.helpers import families
 

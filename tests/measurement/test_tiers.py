@@ -25,8 +25,8 @@ from moekern.measurement.watch import experts_of
 from moekern.measurement.weights import weigh_layer
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
-from moekern.statistics.file import LayerStatistics, Statistics, merge
-from moekern.statistics.layer import TIERS
+from moekern.statistics.file import Statistics, merge
+from moekern.statistics.layer import TIERS, LayerStatistics
 from tests.cli.test_commands import moekern as command
 from tests.helpers import families
 

@@ -19,7 +19,8 @@ from moekern.plan.guards import (
     parse_floors,
 )
 from moekern.plan.make import make_plan
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import header, layer_statistics, model_statistics
 
 CRITERIA = ("reap", "hope", "random")

@@ -12,7 +12,8 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan, router_limits
 from moekern.router import Limits
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
 

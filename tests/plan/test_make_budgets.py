@@ -15,7 +15,8 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.targets import Target
-from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
 BUDGETS = {
