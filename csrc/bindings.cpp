@@ -10,10 +10,11 @@
 
 namespace py = pybind11;
 
+namespace moekern {
+
 void bind_io(py::module_& m);
 void bind_read(py::module_& m);
 
-namespace moekern {
 namespace {
 
 constexpr auto kFloats = {Dtype::f32, Dtype::bf16, Dtype::f16};
@@ -367,6 +368,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");
-  bind_io(m);
-  bind_read(m);
+  moekern::bind_io(m);
+  moekern::bind_read(m);
 }

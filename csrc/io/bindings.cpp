@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 
+namespace moekern {
 namespace {
 
 io::Piece piece_from(const py::handle& item) {
@@ -100,3 +101,5 @@ void bind_io(py::module_& m) {
   m.def("probe_copy", &io::probe, py::arg("source"), py::arg("folder"), py::call_guard<py::gil_scoped_release>(),
         "The best way to copy from `source` into new files of `folder`: reflink, kernel or stream.");
 }
+
+}  // namespace moekern

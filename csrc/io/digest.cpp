@@ -6,7 +6,7 @@
 #define XXH_INLINE_ALL
 #include "../vendored/xxhash.h"
 
-namespace io {
+namespace moekern::io {
 
 struct Digests::State {
   XXH3_state_t xxh;
@@ -50,4 +50,4 @@ std::vector<std::optional<Digest>> Digests::take() {
   return std::move(digests_);
 }
 
-}  // namespace io
+}  // namespace moekern::io

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-namespace io {
+namespace moekern::io {
 
 using Span = std::pair<int64_t, int64_t>;  // first byte and the byte past the last, in the file that is written
 using Digest = std::array<unsigned char, 16>;  // XXH3-128, canonical (big-endian) bytes
@@ -33,4 +33,4 @@ class Digests {
   int64_t seen_ = 0;  // bytes of the current span
 };
 
-}  // namespace io
+}  // namespace moekern::io
