@@ -36,11 +36,8 @@ def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
 ) -> None:  # fmt: skip
-    gram = sums.logit_gram if sums.logit_gram.numel() else None
     with stream_of(topk_idx) as stream:
-        _C.router_stats(
-            logits, topk_idx, topk_weight, mask, *sums[:-1], gram, score, torch.get_num_threads(), level, stream
-        )
+        _C.router_stats(logits, topk_idx, topk_weight, mask, sums, score, torch.get_num_threads(), level, stream)
 
 
 def combine_and_measure(
@@ -48,12 +45,10 @@ def combine_and_measure(
     residual: Tensor | None, sums: ExpertSums, *, level: str = "",
 ) -> Tensor:  # fmt: skip
     out = y.new_empty(len(topk_idx), y.shape[1])
-    dimensions = (sums.square_sum, sums.value_sum, sums.unit_sum) if sums.square_sum.shape[1] else None
     with stream_of(y) as stream:
         _C.combine_and_measure(
-            y, topk_weight, topk_idx, order, offsets, mask, residual, *sums[:6], dimensions, sums.residual_sum,
-            sums.residual_tokens, out, torch.get_num_threads(), level, stream,
-        )  # fmt: skip
+            y, topk_weight, topk_idx, order, offsets, mask, residual, sums, out, torch.get_num_threads(), level, stream
+        )
     return out
 
 
@@ -61,7 +56,7 @@ def similarity(
     y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums, *, level: str = ""
 ) -> None:
     with stream_of(y) as stream:
-        _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level, stream)
+        _C.similarity(y, norm_square, mask, sums, torch.get_num_threads(), level, stream)
 
 
 def sketch(y: Tensor, size: int, *, seed: int, start: int, level: str = "") -> tuple[Tensor, Tensor]:
@@ -94,7 +89,7 @@ def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
 def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, level: str = "") -> None:
     dense, stored = (weight, None) if isinstance(weight, Tensor) else (None, _stored(weight))
     with stream_of(sums.count) as stream:
-        _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level, stream)
+        _C.weight_stats(dense, stored, sums, torch.get_num_threads(), level, stream)
 
 
 def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Tensor:
