@@ -161,9 +161,7 @@ def _read_back(
 
 def _hashes(checksum: Checksum) -> list[Any]:
     """xxh3, to compare with what was written, and the one that is asked for."""
-    import xxhash
-
-    hashes: list[Any] = [xxhash.xxh3_128()]
+    hashes: list[Any] = [_C.Xxh3()]
     if checksum == "blake3":
         import blake3
 

@@ -12,7 +12,6 @@ from typing import Any
 import blake3
 import numpy as np
 import pytest
-import xxhash
 
 from moekern import copying, pruning
 from moekern.checkpoint import open_checkpoint
@@ -23,6 +22,7 @@ from moekern.ranges import BLOCK
 from moekern.verification import verify
 from moekern.workfolder import Part, work_path
 from tests.helpers.synthetic import qwen3, read, tree, write
+from tests.test_digest import xxh3
 
 KEEP = {"0": (0, 2, 3, 7), "1": (1, 4, 5, 6)}
 PLAN = Plan({key: LayerPlan(kept) for key, kept in KEEP.items()}, {"criterion": "test"})
@@ -224,7 +224,7 @@ def test_checksums(source: Path, tmp_path: Path) -> None:
     }.items():
         prune(source, PLAN, tmp_path / name, **options)  # type: ignore[arg-type]
     tensors = {name: raw for name, (_, _, raw) in read(tmp_path / "default").items()}
-    want = {name: xxhash.xxh3_128_hexdigest(raw) for name, raw in tensors.items()}
+    want = {name: xxh3(raw).hex() for name, raw in tensors.items()}
     assert manifest_of(tmp_path / "default") == want
     assert manifest_of(tmp_path / "reread") == want
     assert manifest_of(tmp_path / "kernel_reread") == want
