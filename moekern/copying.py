@@ -177,4 +177,5 @@ def check_checksum(checksum: str) -> None:
         try:
             import blake3  # noqa: F401
         except ImportError:
-            raise InputError("--checksum blake3: the package blake3 is not installed; pip install blake3") from None
+            how = "pip install 'moekern[blake3]'"
+            raise InputError(f"--checksum blake3: the package blake3 is not installed; {how}") from None

@@ -288,6 +288,13 @@ def test_options_are_checked(source: Path, tmp_path: Path, options: Any, message
         prune(source, PLAN, tmp_path / "out", **options)
 
 
+def test_blake3_is_an_extra(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(InputError, match=r"--checksum blake3: .* not installed; pip install 'moekern\[blake3\]'$"):
+        prune(source, PLAN, tmp_path / "out", checksum="blake3")
+    assert prune(source, PLAN, tmp_path / "out", reread=True).finished
+
+
 def test_reflink_is_taken_or_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying._C, "probe_copy", lambda source, folder: "stream")
     with pytest.raises(InputError, match="--copy reflink: .* cannot share blocks with"):
