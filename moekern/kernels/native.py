@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from moekern.kernels.weight_stats import WeightSums
 
 
-def runs_on(device: str) -> bool:
-    return device == "cpu" or _C.cuda_device_count() > 0
+def obstacle(device: str) -> str | None:
+    """Why none of this runs on a device of this type; None where it does."""
+    if device == "cpu" or _C.cuda_device_count() > 0:
+        return None
+    built_for = _C.cuda_architectures()
+    return f"no CUDA device that it was built for ({built_for})" if built_for else "built without CUDA"
 
 
 @contextmanager

@@ -28,8 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def runs_on(device: str) -> bool:
-    return True
+def obstacle(device: str) -> str | None:
+    """Why none of this runs on a device of this type; None where it does."""
+    return None
 
 
 def router_stats(
