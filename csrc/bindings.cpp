@@ -1,7 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -10,10 +9,11 @@
 
 namespace py = pybind11;
 
+namespace moekern {
+
 void bind_io(py::module_& m);
 void bind_read(py::module_& m);
 
-namespace moekern {
 namespace {
 
 constexpr auto kFloats = {Dtype::f32, Dtype::bf16, Dtype::f16};
@@ -46,45 +46,29 @@ const bool* mask_of(Args& args, const py::object& mask, Tensor& tensor) {
   return tensor.data<const bool>();
 }
 
-void router_stats(py::object logits_, py::object idx_, py::object weight_, py::object mask_, py::object tokens_,
-                  py::object logit_tokens_, py::object count_, py::object top1_count_, py::object gate_sum_,
-                  py::object gate_square_sum_, py::object score_sum_, py::object entropy_sum_, py::object margin_sum_,
-                  py::object coactivation_, py::object logit_gram_, const std::string& score, int threads,
-                  const std::string& level, uintptr_t stream) {
+void router_stats(py::object logits_, py::object idx_, py::object weight_, py::object mask_, py::object sums,
+                  const std::string& score, int threads, const std::string& level, uintptr_t stream) {
   Args args("router_stats");
-  const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
+  RouterStats call;
+  call.count = args.sum<int64_t>(sums, "count", "E");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
   const Tensor weight = args.tensor("topk_weight", weight_, kFloats, "T K");
   const Tensor logits = logits_.is_none() ? Tensor{} : args.tensor("logits", logits_, kFloats, "T E");
-  const Tensor tokens = args.tensor("tokens", tokens_, {Dtype::i64}, "1");
-  const Tensor logit_tokens = args.tensor("logit_tokens", logit_tokens_, {Dtype::i64}, "1");
-  const Tensor top1_count = args.tensor("top1_count", top1_count_, {Dtype::i64}, "E");
-  const Tensor gate_sum = args.tensor("gate_sum", gate_sum_, {Dtype::f64}, "E");
-  const Tensor gate_square_sum = args.tensor("gate_square_sum", gate_square_sum_, {Dtype::f64}, "E");
-  const Tensor score_sum = args.tensor("score_sum", score_sum_, {Dtype::f64}, "E");
-  const Tensor entropy_sum = args.tensor("entropy_sum", entropy_sum_, {Dtype::f64}, "1");
-  const Tensor margin_sum = args.tensor("margin_sum", margin_sum_, {Dtype::f64}, "1");
-  const Tensor coactivation = args.tensor("coactivation", coactivation_, {Dtype::i64}, "E E");
-  Tensor mask, logit_gram;
-  RouterStats call;
+  Tensor mask;
   call.logits = logits_.is_none() ? Typed{} : logits.typed();
   call.idx = idx.typed();
   call.weight = weight.typed();
   call.mask = mask_of(args, mask_, mask);
-  call.tokens = tokens.data<int64_t>();
-  call.logit_tokens = logit_tokens.data<int64_t>();
-  call.count = count.data<int64_t>();
-  call.top1_count = top1_count.data<int64_t>();
-  call.gate_sum = gate_sum.data<double>();
-  call.gate_square_sum = gate_square_sum.data<double>();
-  call.score_sum = score_sum.data<double>();
-  call.entropy_sum = entropy_sum.data<double>();
-  call.margin_sum = margin_sum.data<double>();
-  call.coactivation = coactivation.data<int64_t>();
-  if (!logit_gram_.is_none()) {
-    logit_gram = args.tensor("logit_gram", logit_gram_, {Dtype::f64}, "E E");
-    call.logit_gram = logit_gram.data<double>();
-  }
+  call.tokens = args.sum<int64_t>(sums, "tokens", "1");
+  call.logit_tokens = args.sum<int64_t>(sums, "logit_tokens", "1");
+  call.top1_count = args.sum<int64_t>(sums, "top1_count", "E");
+  call.gate_sum = args.sum<double>(sums, "gate_sum", "E");
+  call.gate_square_sum = args.sum<double>(sums, "gate_square_sum", "E");
+  call.score_sum = args.sum<double>(sums, "score_sum", "E");
+  call.entropy_sum = args.sum<double>(sums, "entropy_sum", "1");
+  call.margin_sum = args.sum<double>(sums, "margin_sum", "1");
+  call.coactivation = args.sum<int64_t>(sums, "coactivation", "E E");
+  if (args.measured(sums, "logit_gram")) call.logit_gram = args.sum<double>(sums, "logit_gram", "E E");
   call.T = args["T"];
   call.E = args["E"];
   call.K = args["K"];
@@ -95,54 +79,40 @@ void router_stats(py::object logits_, py::object idx_, py::object weight_, py::o
 }
 
 void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py::object order_, py::object offsets_,
-                         py::object mask_, py::object residual_, py::object norm_sum_, py::object norm_square_sum_,
-                         py::object gated_norm_sum_, py::object gated_norm_square_sum_, py::object max_abs_,
-                         py::object pair_sum_, const std::optional<std::array<py::object, 3>>& dimensions,
-                         py::object residual_sum_, py::object residual_tokens_, py::object out_, int threads,
+                         py::object mask_, py::object residual_, py::object sums, py::object out_, int threads,
                          const std::string& level, uintptr_t stream) {
   Args args("combine_and_measure");
-  const Tensor norm_sum = args.tensor("norm_sum", norm_sum_, {Dtype::f64}, "E");
+  CombineAndMeasure call;
+  call.norm_sum = args.sum<double>(sums, "norm_sum", "E");
   const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
   const Tensor y = args.tensor("y", y_, kFloats, "N H");
   const Tensor order = args.tensor("order", order_, {Dtype::i64}, "N");
   const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
   const Tensor weight = args.tensor("topk_weight", weight_, kFloats, "T K");
-  const Tensor norm_square_sum = args.tensor("norm_square_sum", norm_square_sum_, {Dtype::f64}, "E");
-  const Tensor gated_norm_sum = args.tensor("gated_norm_sum", gated_norm_sum_, {Dtype::f64}, "E");
-  const Tensor gated_square = args.tensor("gated_norm_square_sum", gated_norm_square_sum_, {Dtype::f64}, "E");
-  const Tensor max_abs = args.tensor("max_abs", max_abs_, {Dtype::f64}, "E");
-  const Tensor pair_sum = args.tensor("pair_sum", pair_sum_, {Dtype::f64}, "E E");
-  const Tensor residual_sum = args.tensor("residual_sum", residual_sum_, {Dtype::f64}, "E");
-  const Tensor residual_tokens = args.tensor("residual_tokens", residual_tokens_, {Dtype::i64}, "1");
   const Tensor out = args.tensor("out", out_, {y.dtype}, "T H");
-  Tensor mask, residual, square_sum, value_sum, unit_sum;
-  CombineAndMeasure call;
+  Tensor mask, residual;
   call.y = y.typed();
   call.weight = weight.typed();
   call.idx = idx.typed();
   call.order = order.data<const int64_t>();
   call.offsets = offsets.data<const int64_t>();
   call.mask = mask_of(args, mask_, mask);
-  call.norm_sum = norm_sum.data<double>();
-  call.norm_square_sum = norm_square_sum.data<double>();
-  call.gated_norm_sum = gated_norm_sum.data<double>();
-  call.gated_norm_square_sum = gated_square.data<double>();
-  call.max_abs = max_abs.data<double>();
-  call.pair_sum = pair_sum.data<double>();
-  if (dimensions) {
-    square_sum = args.tensor("square_sum", (*dimensions)[0], {Dtype::f64}, "E H");
-    value_sum = args.tensor("value_sum", (*dimensions)[1], {Dtype::f64}, "E H");
-    unit_sum = args.tensor("unit_sum", (*dimensions)[2], {Dtype::f64}, "E H");
-    call.square_sum = square_sum.data<double>();
-    call.value_sum = value_sum.data<double>();
-    call.unit_sum = unit_sum.data<double>();
+  call.norm_square_sum = args.sum<double>(sums, "norm_square_sum", "E");
+  call.gated_norm_sum = args.sum<double>(sums, "gated_norm_sum", "E");
+  call.gated_norm_square_sum = args.sum<double>(sums, "gated_norm_square_sum", "E");
+  call.max_abs = args.sum<double>(sums, "max_abs", "E");
+  call.pair_sum = args.sum<double>(sums, "pair_sum", "E E");
+  if (args.measured(sums, "square_sum")) {
+    call.square_sum = args.sum<double>(sums, "square_sum", "E H");
+    call.value_sum = args.sum<double>(sums, "value_sum", "E H");
+    call.unit_sum = args.sum<double>(sums, "unit_sum", "E H");
   }
   if (!residual_.is_none()) {
     residual = args.tensor("residual", residual_, {y.dtype}, "T H");
     call.residual = residual.data<const void>();
   }
-  call.residual_sum = residual_sum.data<double>();
-  call.residual_tokens = residual_tokens.data<int64_t>();
+  call.residual_sum = args.sum<double>(sums, "residual_sum", "E");
+  call.residual_tokens = args.sum<int64_t>(sums, "residual_tokens", "1");
   call.out = out.data<void>();
   call.T = args["T"];
   call.E = args["E"];
@@ -154,13 +124,10 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   });
 }
 
-void similarity(py::object y_, py::object norm_square_, py::object mask_, py::object tokens_, py::object gram_sum_,
-                py::object cosine_sum_, int threads, const std::string& level, uintptr_t stream) {
+void similarity(py::object y_, py::object norm_square_, py::object mask_, py::object sums, int threads,
+                const std::string& level, uintptr_t stream) {
   Args args("similarity");
   const Tensor y = args.tensor("y", y_, kFloats, "E T H");
-  const Tensor tokens = args.tensor("tokens", tokens_, {Dtype::i64}, "1");
-  const Tensor gram_sum = args.tensor("gram_sum", gram_sum_, {Dtype::f64}, "E E");
-  const Tensor cosine_sum = args.tensor("cosine_sum", cosine_sum_, {Dtype::f64}, "E E");
   Tensor mask, norm_square;
   Similarity call;
   call.y = y.typed();
@@ -169,9 +136,9 @@ void similarity(py::object y_, py::object norm_square_, py::object mask_, py::ob
     call.norm_square = norm_square.data<const float>();
   }
   call.mask = mask_of(args, mask_, mask);
-  call.tokens = tokens.data<int64_t>();
-  call.gram_sum = gram_sum.data<double>();
-  call.cosine_sum = cosine_sum.data<double>();
+  call.tokens = args.sum<int64_t>(sums, "tokens", "1");
+  call.gram_sum = args.sum<double>(sums, "gram_sum", "E E");
+  call.cosine_sum = args.sum<double>(sums, "cosine_sum", "E E");
   call.E = args["E"];
   call.T = args["T"];
   call.H = args["H"];
@@ -284,19 +251,14 @@ Quantised quantised_of(Args& args, const Stored& stored, Borrowed& held) {
   return q;
 }
 
-void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::object count_, py::object abs_sum_,
-                  py::object square_sum_, py::object max_abs_, int threads, const std::string& level,
-                  uintptr_t stream) {
+void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::object sums, int threads,
+                  const std::string& level, uintptr_t stream) {
   Args args("weight_stats");
-  const Tensor count = args.tensor("count", count_, {Dtype::i64}, "E");
-  const Tensor abs_sum = args.tensor("abs_sum", abs_sum_, {Dtype::f64}, "E");
-  const Tensor square_sum = args.tensor("square_sum", square_sum_, {Dtype::f64}, "E");
-  const Tensor max_abs = args.tensor("max_abs", max_abs_, {Dtype::f64}, "E");
   WeightStats call;
-  call.count = count.data<int64_t>();
-  call.abs_sum = abs_sum.data<double>();
-  call.square_sum = square_sum.data<double>();
-  call.max_abs = max_abs.data<double>();
+  call.count = args.sum<int64_t>(sums, "count", "E");
+  call.abs_sum = args.sum<double>(sums, "abs_sum", "E");
+  call.square_sum = args.sum<double>(sums, "square_sum", "E");
+  call.max_abs = args.sum<double>(sums, "max_abs", "E");
   call.E = args["E"];
   call.N = 0;
   Tensor dense;
@@ -311,7 +273,7 @@ void weight_stats(py::object dense_, const std::optional<Stored>& stored, py::ob
     call.N = args["N"];
   }
   launch(args, [&] {
-    count.is_cuda() ? cuda::weight_stats(call, stream_of(stream)) : cpu::weight_stats(call, {threads, level});
+    args.on_cuda() ? cuda::weight_stats(call, stream_of(stream)) : cpu::weight_stats(call, {threads, level});
   });
 }
 
@@ -367,6 +329,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("levels", &moekern::cpu::levels, "Instruction sets of this CPU that the kernels have code for, narrowest first.");
   m.def("cuda_architectures", &moekern::cuda::architectures, "What device code was compiled for; '' without CUDA.");
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");
-  bind_io(m);
-  bind_read(m);
+  moekern::bind_io(m);
+  moekern::bind_read(m);
 }

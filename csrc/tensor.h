@@ -9,6 +9,7 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "dlpack.h"
@@ -71,6 +72,23 @@ class Args {
     return tensor;
   }
 
+  // A sum that the op adds to, by the name of its field: no place in a tuple can be mistaken for another. Its memory is
+  // held as long as the arguments are.
+  template <class T>
+  T* sum(const pybind11::object& sums, const char* name, const std::string& dims) {
+    held_.push_back(tensor(name, field(sums, name), {std::is_same_v<T, double> ? Dtype::f64 : Dtype::i64}, dims));
+    return held_.back().template data<T>();
+  }
+
+  // Whether a matrix of sums that may be left out was asked for: one that was not has no columns.
+  bool measured(const pybind11::object& sums, const char* name) const {
+    const Tensor tensor = borrow(name, field(sums, name));
+    const DLTensor& t = tensor.owner->dl_tensor;
+    return t.ndim != 2 || t.shape[1] > 0;
+  }
+
+  bool on_cuda() const { return device_.device_type == kDLCUDA; }
+
   int64_t operator[](const std::string& size) const { return sizes_.at(size); }
 
   [[noreturn]] void fail(const std::string& name, const std::string& what) const {
@@ -78,6 +96,11 @@ class Args {
   }
 
  private:
+  pybind11::object field(const pybind11::object& sums, const char* name) const {
+    if (!pybind11::hasattr(sums, name)) fail(name, "expected a field of the sums");
+    return sums.attr(name);
+  }
+
   Tensor borrow(const char* name, const pybind11::object& object) const {
     if (!pybind11::hasattr(object, "__dlpack__")) fail(name, "expected a tensor");
     // -1: the stream is ours to order. Otherwise torch would make its default stream wait, which no CUDA graph may record.
@@ -142,6 +165,7 @@ class Args {
 
   std::string op_;
   std::map<std::string, int64_t> sizes_;
+  std::vector<Tensor> held_;
   DLDevice device_{};
   bool bound_ = false;
 };

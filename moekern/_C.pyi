@@ -3,6 +3,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from moekern.kernels.similarity import SimilaritySums
+from moekern.kernels.sums import ExpertSums, RouterSums
+from moekern.kernels.weight_stats import WeightSums
+
+# Sums are read by the names of their fields.
+
 # codes, coding, scale, zero, group, rows, columns, block rows, block columns
 Stored = tuple[Tensor, str, Tensor, Tensor | None, Tensor | None, int, int, int, int]
 
@@ -11,17 +17,7 @@ def router_stats(
     topk_idx: Tensor,
     topk_weight: Tensor,
     mask: Tensor | None,
-    tokens: Tensor,
-    logit_tokens: Tensor,
-    count: Tensor,
-    top1_count: Tensor,
-    gate_sum: Tensor,
-    gate_square_sum: Tensor,
-    score_sum: Tensor,
-    entropy_sum: Tensor,
-    margin_sum: Tensor,
-    coactivation: Tensor,
-    logit_gram: Tensor | None,
+    sums: RouterSums,
     score: str,
     threads: int,
     level: str,
@@ -35,15 +31,7 @@ def combine_and_measure(
     offsets: Tensor,
     mask: Tensor | None,
     residual: Tensor | None,
-    norm_sum: Tensor,
-    norm_square_sum: Tensor,
-    gated_norm_sum: Tensor,
-    gated_norm_square_sum: Tensor,
-    max_abs: Tensor,
-    pair_sum: Tensor,
-    dimensions: tuple[Tensor, Tensor, Tensor] | None,  # square_sum, value_sum, unit_sum
-    residual_sum: Tensor,
-    residual_tokens: Tensor,
+    sums: ExpertSums,
     out: Tensor,
     threads: int,
     level: str,
@@ -53,9 +41,7 @@ def similarity(
     y: Tensor,
     norm_square: Tensor | None,
     mask: Tensor | None,
-    tokens: Tensor,
-    gram_sum: Tensor,
-    cosine_sum: Tensor,
+    sums: SimilaritySums,
     threads: int,
     level: str,
     stream: int,
@@ -71,10 +57,7 @@ def pair_popcount(bits: Tensor, count: Tensor, threads: int, level: str, stream:
 def weight_stats(
     weight: Tensor | None,
     stored: Stored | None,
-    count: Tensor,
-    abs_sum: Tensor,
-    square_sum: Tensor,
-    max_abs: Tensor,
+    sums: WeightSums,
     threads: int,
     level: str,
     stream: int,
@@ -94,6 +77,12 @@ def write_file(
     progress: Callable[[int], object] | None = None,
 ) -> tuple[int, int, int, list[bytes | None]]: ...
 def probe_copy(source: str, folder: str) -> Literal["reflink", "kernel", "stream"]: ...
+
+class Xxh3:
+    def __init__(self) -> None: ...
+    def update(self, data: bytes | bytearray | memoryview) -> None: ...
+    def digest(self) -> bytes: ...
+
 def read_ranges(
     ranges: Sequence[tuple[str, int, int, int]],
     threads: int,

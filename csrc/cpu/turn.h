@@ -1,6 +1,7 @@
-// How far a layer's output turns the residual stream that it is added to: EASY-EP's weight of a token.
+// How far a token's output turns its residual stream: EASY-EP's weight of a token.
 #pragma once
 
+#include "../turn.h"
 #include "slots.h"
 
 namespace moekern::cpu {
@@ -29,15 +30,6 @@ MOEKERN_INLINE double sum_of_dots(const Floats& a, const Floats& b, const Floats
   in_order(a, b, lane, order);
   in_order(c, d, lane + kLanes / 2, order);
   return sum_of(lane);
-}
-
-// 1 - cos(h, h + out), at least 0, from <h, h>, <h, out> and <out, out>. Where out is small the cosine is near 1: the
-// determinant has what float32 has lost of it.
-inline double turned(double hh, double ho, double oo) {
-  const double along = hh + ho, square = along + ho + oo, norms = std::sqrt(hh) * std::sqrt(std::max(square, 0.0));
-  if (norms == 0) return 1;
-  if (along < 0) return 1 - along / norms;
-  return std::max(hh * oo - ho * ho, 0.0) / (norms * (norms + along));
 }
 
 // How far a token's output, as it was rounded, turns its residual.

@@ -1,4 +1,5 @@
-#include "combine.h"
+#include "../turn.h"
+#include "combine_and_measure.h"
 
 namespace moekern::cuda {
 namespace {
@@ -75,16 +76,6 @@ __device__ inline unsigned magnitude(float v) { return bit_cast<unsigned>(v) & 0
 __device__ inline unsigned max_of_warp(unsigned v) {
   for (int step = kWarp / 2; step > 0; step /= 2) v = max(v, __shfl_xor_sync(kAll, v, step));
   return v;
-}
-
-// 1 - cos(h, h + out), at least 0, from <h, h>, <h, out> and <out, out>. Where out is small the cosine is near 1: the
-// determinant has what float32 has lost of it.
-__device__ inline double turned(double hh, double ho, double oo) {
-  const double along = hh + ho, square = along + ho + oo, norms = sqrt(hh) * sqrt(square > 0 ? square : 0.0);
-  if (norms == 0) return 1;
-  if (along < 0) return 1 - along / norms;
-  const double determinant = hh * oo - ho * ho;
-  return (determinant > 0 ? determinant : determinant == determinant ? 0.0 : determinant) / (norms * (norms + along));
 }
 
 struct Shared {

@@ -1,5 +1,5 @@
 // What every .cu shares: launches and calls that throw, memory in stream order, dispatch over dtypes.
-// Kernels keep to a small part of CUDA, which tests/cuda_on_cpu can run without a GPU: no float atomics, no contraction.
+// Kernels keep to a small part of CUDA, which tests/helpers/cuda_on_cpu can run without a GPU: no float atomics, no contraction.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,6 +1,6 @@
-#include "router.h"
+#include "../scores.h"
+#include "router_stats.h"
 #include "rows.h"
-#include "scores.h"
 
 namespace moekern::cuda {
 namespace {

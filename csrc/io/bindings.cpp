@@ -6,10 +6,12 @@
 #include <vector>
 
 #include "copy.h"
+#include "digest.h"
 #include "file.h"
 
 namespace py = pybind11;
 
+namespace moekern {
 namespace {
 
 io::Piece piece_from(const py::handle& item) {
@@ -49,6 +51,10 @@ void check_spans(const std::vector<io::Span>& spans) {
   }
 }
 
+py::bytes bytes_of(const io::Digest& digest) {
+  return py::bytes(reinterpret_cast<const char*>(digest.data()), digest.size());
+}
+
 py::tuple write_file(const std::string& path, const py::list& items, const std::vector<io::Span>& spans,
                      const std::string& copy, const py::object& progress) {
   const io::Copy mode = copy_named(copy);
@@ -71,12 +77,22 @@ py::tuple write_file(const std::string& path, const py::list& items, const std::
   py::list digests;
   for (const auto& digest : made.digests) {
     if (digest) {
-      digests.append(py::bytes(reinterpret_cast<const char*>(digest->data()), digest->size()));
+      digests.append(bytes_of(*digest));
     } else {
       digests.append(py::none());
     }
   }
   return py::make_tuple(made.cloned, made.holes, made.copied, digests);
+}
+
+void update(io::Xxh3& hash, const py::buffer& data) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  {
+    const py::gil_scoped_release nogil;
+    hash.update(static_cast<const char*>(view.buf), view.len);
+  }
+  PyBuffer_Release(&view);
 }
 
 void translate(std::exception_ptr pending) {
@@ -99,4 +115,10 @@ void bind_io(py::module_& m) {
         "or None where not all of its bytes passed through memory.");
   m.def("probe_copy", &io::probe, py::arg("source"), py::arg("folder"), py::call_guard<py::gil_scoped_release>(),
         "The best way to copy from `source` into new files of `folder`: reflink, kernel or stream.");
+  py::class_<io::Xxh3>(m, "Xxh3", "XXH3-128 of bytes as they come, as write_file takes it.")
+      .def(py::init())
+      .def("update", &update, py::arg("data"))
+      .def("digest", [](const io::Xxh3& hash) { return bytes_of(hash.digest()); }, "16 bytes, big-endian.");
 }
+
+}  // namespace moekern

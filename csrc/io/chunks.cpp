@@ -16,7 +16,7 @@
 #include <sys/vfs.h>
 #endif
 
-namespace io {
+namespace moekern::io {
 
 namespace {
 
@@ -200,4 +200,4 @@ std::string probe(const std::string& source, const std::string& folder) {
   return on_a_server(from) && on_a_server(to) && copies_in_kernel(from, to) ? "kernel" : "stream";
 }
 
-}  // namespace io
+}  // namespace moekern::io

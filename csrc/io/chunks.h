@@ -7,7 +7,7 @@
 #include "copy.h"
 #include "file.h"
 
-namespace io {
+namespace moekern::io {
 
 // A stretch of the output that is filled from one place.
 struct Part {
@@ -36,4 +36,4 @@ struct Chunks {
 // of the sources are left out.
 Chunks cut(const std::vector<Piece>& pieces, Sources& sources, const File& out, Copy copy, int64_t limit);
 
-}  // namespace io
+}  // namespace moekern::io

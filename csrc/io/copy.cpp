@@ -7,7 +7,7 @@
 #include "file.h"
 #include "ring.h"
 
-namespace io {
+namespace moekern::io {
 
 Written write_file(const std::string& path, const std::vector<Piece>& pieces, const std::vector<Span>& spans, Copy copy,
                    const std::function<void(int64_t)>& written) {
@@ -31,4 +31,4 @@ Written write_file(const std::string& path, const std::vector<Piece>& pieces, co
   return {work.cloned, work.holes, total - work.cloned - work.holes, digests.take()};
 }
 
-}  // namespace io
+}  // namespace moekern::io

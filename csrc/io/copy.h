@@ -7,7 +7,7 @@
 
 #include "digest.h"
 
-namespace io {
+namespace moekern::io {
 
 // Bytes of the file to write: a range of a source file, or bytes that the caller holds.
 struct Piece {
@@ -41,4 +41,4 @@ Written write_file(const std::string& path, const std::vector<Piece>& pieces, co
 // server copies between its own files, else "stream". Makes and removes a file.
 std::string probe(const std::string& source, const std::string& folder);
 
-}  // namespace io
+}  // namespace moekern::io

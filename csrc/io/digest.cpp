@@ -6,29 +6,40 @@
 #define XXH_INLINE_ALL
 #include "../vendored/xxhash.h"
 
-namespace io {
+namespace moekern::io {
 
-struct Digests::State {
+struct Xxh3::State {
   XXH3_state_t xxh;
 };
 
-Digests::Digests(const std::vector<Span>& spans) : state_(new State), spans_(spans) {
+Xxh3::Xxh3() : state_(new State) {
   XXH3_INITSTATE(&state_->xxh);
-  XXH3_128bits_reset(&state_->xxh);
-  digests_.reserve(spans.size());
+  reset();
 }
 
-Digests::~Digests() = default;
+Xxh3::~Xxh3() = default;
+
+void Xxh3::reset() { XXH3_128bits_reset(&state_->xxh); }
+
+void Xxh3::update(const char* data, int64_t length) {
+  XXH3_128bits_update(&state_->xxh, data, static_cast<size_t>(length));
+}
+
+Digest Xxh3::digest() const {
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(&state_->xxh));
+  Digest digest;
+  std::copy(std::begin(canonical.digest), std::end(canonical.digest), digest.begin());
+  return digest;
+}
+
+Digests::Digests(const std::vector<Span>& spans) : spans_(spans) { digests_.reserve(spans.size()); }
 
 void Digests::close_until(int64_t position) {
   for (; current_ < spans_.size() && spans_[current_].second <= position; ++current_) {
     digests_.emplace_back();
-    if (seen_ == spans_[current_].second - spans_[current_].first) {
-      XXH128_canonical_t canonical;
-      XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(&state_->xxh));
-      std::copy(std::begin(canonical.digest), std::end(canonical.digest), digests_.back().emplace().begin());
-    }
-    XXH3_128bits_reset(&state_->xxh);
+    if (seen_ == spans_[current_].second - spans_[current_].first) digests_.back() = hash_.digest();
+    hash_.reset();
     seen_ = 0;
   }
 }
@@ -38,7 +49,7 @@ void Digests::feed(int64_t position, const char* data, int64_t length) {
   close_until(position);
   while (current_ < spans_.size() && spans_[current_].first < stop) {
     const int64_t from = std::max(position, spans_[current_].first), to = std::min(stop, spans_[current_].second);
-    XXH3_128bits_update(&state_->xxh, data + (from - position), static_cast<size_t>(to - from));
+    hash_.update(data + (from - position), to - from);
     seen_ += to - from;
     if (to == stop) return;
     close_until(to);
@@ -50,4 +61,4 @@ std::vector<std::optional<Digest>> Digests::take() {
   return std::move(digests_);
 }
 
-}  // namespace io
+}  // namespace moekern::io

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-namespace io {
+namespace moekern::io {
 
 Error::Error(int code, const std::string& message, std::string path)
     : std::runtime_error(message), code(code), path(std::move(path)) {}
@@ -57,4 +57,4 @@ void File::ends_at(int64_t offset) const {
   throw Error(EIO, "ends at byte " + std::to_string(offset) + ", more was expected", path_);
 }
 
-}  // namespace io
+}  // namespace moekern::io

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace io {
+namespace moekern::io {
 
 struct Error : std::runtime_error {
   Error(int code, const std::string& message, std::string path);
@@ -37,4 +37,4 @@ class File {
   int fd_;
 };
 
-}  // namespace io
+}  // namespace moekern::io

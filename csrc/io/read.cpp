@@ -18,7 +18,7 @@
 
 #include "file.h"
 
-namespace io {
+namespace moekern::io {
 namespace {
 
 constexpr int64_t kPage = 4096;               // what O_DIRECT asks of offsets, lengths and addresses at most
@@ -249,4 +249,4 @@ void read_ranges(std::vector<Range> ranges, int threads, bool keep_cache,
   progress(total);
 }
 
-}  // namespace io
+}  // namespace moekern::io

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-namespace io {
+namespace moekern::io {
 
 // Bytes of a file, and the memory that they are read into.
 struct Range {
@@ -22,4 +22,4 @@ struct Range {
 // the reading. A file that ends inside a range and every failed system call throw Error; no thread is left behind.
 void read_ranges(std::vector<Range> ranges, int threads, bool keep_cache, const std::function<void(int64_t)>& progress);
 
-}  // namespace io
+}  // namespace moekern::io

@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 
+namespace moekern {
 namespace {
 
 using Item = std::tuple<std::string, int64_t, int64_t, uintptr_t>;
@@ -41,3 +42,5 @@ void bind_read(py::module_& m) {
         py::arg("progress") = py::none(),
         "Fill memory with ranges of files, each (path, offset, length, address), with several threads.");
 }
+
+}  // namespace moekern

@@ -16,7 +16,7 @@
 #include <new>
 #include <thread>
 
-namespace io {
+namespace moekern::io {
 
 namespace {
 
@@ -224,4 +224,4 @@ void copy_in_kernel(const Chunks& work, const File& out, const std::function<voi
   }
 }
 
-}  // namespace io
+}  // namespace moekern::io

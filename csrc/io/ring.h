@@ -3,7 +3,7 @@
 
 #include "chunks.h"
 
-namespace io {
+namespace moekern::io {
 
 // Fills the chunks of `out` through a ring of buffers: threads read, the calling thread takes checksums in order, a thread
 // writes in order. `moved` is called on the calling thread with the bytes written so far, at least five times a second.
@@ -15,4 +15,4 @@ void copy_in_kernel(const Chunks& work, const File& out, const std::function<voi
 constexpr int64_t kRingChunk = int64_t{4} << 20;
 constexpr int64_t kKernelChunk = int64_t{64} << 20;
 
-}  // namespace io
+}  // namespace moekern::io

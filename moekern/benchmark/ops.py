@@ -54,10 +54,12 @@ def jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
 
 
 def names(op: str) -> tuple[str, ...]:
+    """The backends that serve the op on the device that is timed, the default first."""
     return kernels.available()[op][DEVICE]
 
 
 def router_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
+    """kernels.router_stats on float32 [T, E], with and without the Gram; kernels.sort_by_expert on int64 [T, K]."""
     args = routing(scale.tokens, layer, DEVICE)
     logits, idx, weight, _, _ = args
     moved = logits.nbytes + idx.nbytes + weight.nbytes
@@ -102,6 +104,7 @@ def _call(run: Callable[[], Results]) -> Callable[[], Results]:
 
 
 def row_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
+    """kernels.combine_and_measure on bfloat16 rows [T·K, H]: bare, with a residual, with sums of each dimension."""
     T = max(1, min(scale.row_bytes // (2 * layer.K * layer.H), scale.row_bytes // 8 // (2 * layer.H)))
     args = routing(T, layer, DEVICE)
     y = normal(T * layer.K, layer.H, device=DEVICE)
@@ -143,6 +146,7 @@ def _row_job(layer: Layer, args: Routing, y: Tensor, residual: Tensor | None, mo
 
 
 def similarity_job(layer: Layer, scale: Scale) -> Job:
+    """kernels.similarity on a bfloat16 tile [E, T, H], against einsum and the bare matrix product."""
     E, H = layer.E, layer.H
     T = max(1, min(64, scale.tile_bytes // (2 * E * H)))
     y = normal(E, T, H, device=DEVICE) + normal(1, T, H, device=DEVICE, seed=2)
@@ -174,6 +178,7 @@ def similarity_job(layer: Layer, scale: Scale) -> Job:
 
 
 def vocabulary_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
+    """kernels.vocabulary on T tokens, and kernels.pair_popcount of what they set."""
     idx = routing(scale.tokens, layer, DEVICE).topk_idx
     V, E = scale.vocabulary, layer.E
     ids = torch.randint(V, (scale.tokens,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -212,6 +217,7 @@ def vocabulary_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
 
 
 def weight_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
+    """kernels.weight_stats on bfloat16 [E, R, C] and on FP8 in blocks of 128 x 128; kernels.dequantize of these."""
     R, C = layer.H, layer.I
     E = max(1, min(layer.E, scale.tile_bytes // (R * C)))
     dense = normal(E, R, C, device=DEVICE)

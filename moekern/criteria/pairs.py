@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moekern.criteria.needs import cosines, idle_lowest, need, others
+from moekern.kernels import pair_popcount
 from moekern.statistics.layer import LayerStatistics
 
 
@@ -23,9 +24,7 @@ def ets(statistics: LayerStatistics) -> Tensor:
     The paper counts common tokens; here each id counts once.
     """
     need(statistics, "ets", "vocabulary")
-    bits = torch.arange(64, device=statistics.vocabulary.device)
-    seen = (statistics.vocabulary[..., None] >> bits & 1).flatten(1).float()
-    return _rarer_of_the_closest(statistics, (seen @ seen.T).double())  # exact: below 2^24 ids
+    return _rarer_of_the_closest(statistics, pair_popcount(statistics.vocabulary).double())
 
 
 def _rarer_of_the_closest(statistics: LayerStatistics, together: Tensor) -> Tensor:

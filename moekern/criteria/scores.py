@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moekern.criteria.needs import idle_lowest, mean, need
 from moekern.errors import InputError
+from moekern.kernels import popcount
 from moekern.statistics.layer import LayerStatistics
 
 # (α, β) -> the sum that calibration keeps of gᵅ ‖y‖ᵝ
@@ -115,8 +116,3 @@ def random(experts: int, seed: int, key: str) -> Tensor:
     """Uniform in [0, 1), a function of seed, layer key and expert number alone, the same on every machine."""
     digests = (hashlib.sha256(f"{seed}/{key}/{e}".encode()).digest() for e in range(experts))
     return torch.tensor([(int.from_bytes(d[:8], "big") >> 11) / 2**53 for d in digests], dtype=torch.float64)
-
-
-def popcount(bits: Tensor) -> Tensor:
-    """Bits set in each row of [E, W] int64, as [E] int64."""
-    return (bits[..., None] >> torch.arange(64, device=bits.device) & 1).sum((-1, -2))

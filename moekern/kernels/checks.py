@@ -16,7 +16,8 @@ I64, F64, BOOL = (torch.int64,), (torch.float64,), (torch.bool,)
 def check_tensors(op: str, tensors: Tensors) -> dict[str, int]:
     """Check dtype, device, contiguity and named sizes of name -> (tensor, "T K", dtypes); None is skipped.
 
-    "E+1" is one more than E, a number is itself. The first tensor that uses a name binds it; returns the sizes.
+    "E+1" is one more than E, a number is itself; "H?" is H, or 0 in all tensors that use it. The first tensor that uses
+    a name binds it; returns the sizes.
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None
@@ -41,6 +42,8 @@ def check_shape(op: str, name: str, tensor: Tensor, dims: str, sizes: dict[str, 
     if tensor.ndim != len(words):
         raise ValueError(f"[{op}] {name}: expected shape [{', '.join(words)}], got {list(tensor.shape)}")
     for word, got in zip(words, tensor.shape, strict=True):
+        if word.endswith("?"):
+            word = word[:-1] if sizes.setdefault(word, got) else "0"
         size, _, extra = word.partition("+")
         more = int(extra or 0)
         want = (int(size) if size.isdigit() else sizes.setdefault(size, got - more)) + more

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekern.kernels.checks import BOOL, F64, FLOATS, I64, INTS, Tensors, check_tensors
+from moekern.kernels.checks import BOOL, FLOATS, I64, INTS, check_tensors
 from moekern.kernels.dispatch import backend_for, implementation
-from moekern.kernels.sums import ExpertSums
+from moekern.kernels.sums import ExpertSums, as_arguments
 
 
 def combine_and_measure(
@@ -45,7 +45,7 @@ def combine_and_measure(
     op = "combine_and_measure"
     check_tensors(op, {
         "y": (y, "N H", FLOATS),
-        **expert_tensors(sums),
+        **as_arguments(ExpertSums, sums),
         "offsets": (offsets, "E+1", I64),
         "order": (order, "N", I64),
         "topk_idx": (topk_idx, "T K", INTS),
@@ -60,18 +60,6 @@ def combine_and_measure(
     h = None if residual is None else residual.detach()
     out: Tensor = run(y.detach(), topk_weight.detach(), topk_idx, order, offsets, mask, h, sums)
     return out
-
-
-def expert_tensors(sums: ExpertSums) -> Tensors:
-    """What check_tensors is to check of the sums over E experts and H dimensions."""
-    narrow = {name: (getattr(sums, name), "E", F64) for name in (*sums._fields[:5], "residual_sum")}
-    dims = "E 0" if sums.square_sum.shape[-1:] == (0,) else "E H"
-    return {
-        **narrow,
-        "pair_sum": (sums.pair_sum, "E E", F64),
-        **{name: (getattr(sums, name), dims, F64) for name in ("square_sum", "value_sum", "unit_sum")},
-        "residual_tokens": (sums.residual_tokens, "1", I64),
-    }
 
 
 def check_rows(op: str, topk_idx: Tensor, order: Tensor, offsets: Tensor) -> None:

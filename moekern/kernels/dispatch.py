@@ -34,12 +34,19 @@ MISSING = {
 
 
 def backend_for(op: str, device: str, backend: str | None = None) -> str:
-    """The named backend, or the device's first that has the op. A named backend never falls back."""
-    for name in [backend] if backend else PREFERENCE.get(device, ()):
-        if serves(name, op, device):
+    """The named backend, or the device's first that has the op. A named backend never falls back.
+
+    `device` is a torch device's type. Raises NotImplementedError, in one line with the reason for each that was asked.
+    """
+    reasons: dict[str, str] = {}
+    for name in [backend] if backend else PREFERENCE.get(device, BACKENDS):
+        why = obstacle(name, op, device)
+        if why is None:
             return name
+        reasons[name] = why
     have = [name for name in BACKENDS if serves(name, op, device)]
-    raise NotImplementedError(f"[{op}] backend: expected one of {have} on {device}, got {backend}")
+    said = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    raise NotImplementedError(f"[{op}] backend: expected one of {have} on {device}, got {backend} ({said})")
 
 
 def available() -> dict[str, dict[str, tuple[str, ...]]]:
@@ -50,25 +57,37 @@ def available() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def serves(backend: str, op: str, device: str) -> bool:
-    if backend not in PREFERENCE.get(device, ()) or op in MISSING.get((backend, device), ()):
-        return False
+    """Whether the backend has the op on a device of this type, here and now."""
+    return obstacle(backend, op, device) is None
+
+
+def obstacle(backend: str, op: str, device: str) -> str | None:
+    """Why the backend does not serve the op on a device of this type; None where it does."""
+    if backend not in BACKENDS:
+        return "no such backend"
+    if backend not in PREFERENCE.get(device, ()):
+        return f"does not run on {device}"
+    if op in MISSING.get((backend, device), ()):
+        return "lacks the op"
     module = backend_module(backend)
-    return module is not None and hasattr(module, op) and module.runs_on(device)
+    if isinstance(module, str):
+        return module
+    return module.obstacle(device) if hasattr(module, op) else "lacks the op"
 
 
 @cache
-def backend_module(backend: str) -> ModuleType | None:
-    """A backend is imported when it is first asked for; None where Triton is not installed."""
+def backend_module(backend: str) -> ModuleType | str:
+    """A backend is imported when it is first asked for; where Triton is not installed, what the import has to say."""
     try:
         return import_module(f"moekern.kernels.{backend}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return None
+        return f"Triton is not installed: {error}"
 
 
 def implementation(backend: str, op: str) -> Callable[..., Any]:
     """The op's function in a backend that backend_for has named."""
     module = backend_module(backend)
-    assert module is not None
+    assert not isinstance(module, str)
     return cast("Callable[..., Any]", getattr(module, op))

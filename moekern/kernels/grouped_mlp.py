@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from moekern.kernels import reference
 from moekern.kernels.checks import BOOL, FLOATS, I64, INTS, Tensors, check_tensors
-from moekern.kernels.combine_and_measure import check_rows, expert_tensors
+from moekern.kernels.combine_and_measure import check_rows
 from moekern.kernels.dispatch import backend_for, implementation, serves
 from moekern.kernels.quantised import Quantised
-
-if TYPE_CHECKING:
-    from moekern.kernels.sums import ExpertSums
+from moekern.kernels.sums import ExpertSums, as_arguments
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 # Compute capability -> the backend that was measured to be the fastest there; dispatch.PREFERENCE decides for the rest.
@@ -65,7 +61,7 @@ def grouped_mlp(
         "residual": (residual, "T H", same),
         **_weight("gate_up", op, gate_up, same, "E 2I H"),
         **_weight("down", op, down, same, "E H I"),
-        **({} if sums is None else expert_tensors(sums)),
+        **({} if sums is None else as_arguments(ExpertSums, sums)),
     })  # fmt: skip
     if sizes["2I"] != 2 * sizes["I"]:
         raise ValueError(f"[{op}] gate_up: expected 2I={2 * sizes['I']}, got {sizes['2I']}")

@@ -15,8 +15,9 @@ from moekern.kernels.reference import ACTIVATIONS
 from moekern.kernels.sums import ExpertSums, expert_sums
 
 
-def runs_on(device: str) -> bool:
-    return True
+def obstacle(device: str) -> str | None:
+    """Why none of this runs on a device of this type; None where it does."""
+    return None
 
 
 def grouped_mlp(

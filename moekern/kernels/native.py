@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from moekern.kernels.weight_stats import WeightSums
 
 
-def runs_on(device: str) -> bool:
-    return device == "cpu" or _C.cuda_device_count() > 0
+def obstacle(device: str) -> str | None:
+    """Why none of this runs on a device of this type; None where it does."""
+    if device == "cpu" or _C.cuda_device_count() > 0:
+        return None
+    built_for = _C.cuda_architectures()
+    return f"no CUDA device that it was built for ({built_for})" if built_for else "built without CUDA"
 
 
 @contextmanager
@@ -36,35 +40,40 @@ def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str,
     level: str = "",
 ) -> None:  # fmt: skip
-    gram = sums.logit_gram if sums.logit_gram.numel() else None
+    """kernels.router_stats with checked arguments: logits [T, E] or None, sums added to in place.
+
+    `level` names an instruction set of _C.levels(), here and below: no bit depends on it; "" is the widest.
+    """
     with stream_of(topk_idx) as stream:
-        _C.router_stats(
-            logits, topk_idx, topk_weight, mask, *sums[:-1], gram, score, torch.get_num_threads(), level, stream
-        )
+        _C.router_stats(logits, topk_idx, topk_weight, mask, sums, score, torch.get_num_threads(), level, stream)
 
 
 def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
     residual: Tensor | None, sums: ExpertSums, *, level: str = "",
 ) -> Tensor:  # fmt: skip
+    """kernels.combine_and_measure with checked arguments: the output [T, H] of y's dtype, sums added to in place.
+
+    Residual is [T, H] of y's dtype, or None. Raises ValueError for rows that are not one for each filled slot (CPU).
+    """
     out = y.new_empty(len(topk_idx), y.shape[1])
-    dimensions = (sums.square_sum, sums.value_sum, sums.unit_sum) if sums.square_sum.shape[1] else None
     with stream_of(y) as stream:
         _C.combine_and_measure(
-            y, topk_weight, topk_idx, order, offsets, mask, residual, *sums[:6], dimensions, sums.residual_sum,
-            sums.residual_tokens, out, torch.get_num_threads(), level, stream,
-        )  # fmt: skip
+            y, topk_weight, topk_idx, order, offsets, mask, residual, sums, out, torch.get_num_threads(), level, stream
+        )
     return out
 
 
 def similarity(
     y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums, *, level: str = ""
 ) -> None:
+    """kernels.similarity with checked arguments: y [E, T, H], norm_square [E, T] float32 or None, sums in place."""
     with stream_of(y) as stream:
-        _C.similarity(y, norm_square, mask, *sums, torch.get_num_threads(), level, stream)
+        _C.similarity(y, norm_square, mask, sums, torch.get_num_threads(), level, stream)
 
 
 def sketch(y: Tensor, size: int, *, seed: int, start: int, level: str = "") -> tuple[Tensor, Tensor]:
+    """kernels.sketch with checked arguments: projections [E, T, size] and squared norms [E, T], float32."""
     E, T, _ = y.shape
     z, norm_square = torch.empty(E, T, size, device=y.device), torch.empty(E, T, device=y.device)
     with stream_of(y) as stream:
@@ -73,11 +82,13 @@ def sketch(y: Tensor, size: int, *, seed: int, start: int, level: str = "") -> t
 
 
 def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor) -> None:
+    """kernels.vocabulary with checked arguments: bits [E, W] int64 set in place. ValueError for a wild id (CPU)."""
     with stream_of(bits) as stream:
         _C.vocabulary(token_ids, topk_idx, mask, bits, torch.get_num_threads(), stream)
 
 
 def popcount(bits: Tensor, *, level: str = "") -> Tensor:
+    """kernels.popcount with checked arguments: [E] int64 of bits [E, W] int64."""
     count = bits.new_empty(len(bits))
     with stream_of(bits) as stream:
         _C.popcount(bits, count, torch.get_num_threads(), level, stream)
@@ -85,6 +96,7 @@ def popcount(bits: Tensor, *, level: str = "") -> Tensor:
 
 
 def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
+    """kernels.pair_popcount with checked arguments: [E, E] int64 of bits [E, W] int64."""
     count = bits.new_empty(len(bits), len(bits))
     with stream_of(bits) as stream:
         _C.pair_popcount(bits, count, torch.get_num_threads(), level, stream)
@@ -92,12 +104,14 @@ def pair_popcount(bits: Tensor, *, level: str = "") -> Tensor:
 
 
 def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, level: str = "") -> None:
+    """kernels.weight_stats with checked arguments: weight dense [E, N], or quantised; sums added to in place."""
     dense, stored = (weight, None) if isinstance(weight, Tensor) else (None, _stored(weight))
     with stream_of(sums.count) as stream:
-        _C.weight_stats(dense, stored, *sums, torch.get_num_threads(), level, stream)
+        _C.weight_stats(dense, stored, sums, torch.get_num_threads(), level, stream)
 
 
 def dequantize(weight: Quantised, dtype: torch.dtype, *, level: str = "") -> Tensor:
+    """kernels.dequantize with checked arguments: [E, R, C] of dtype, in the order of the codes' rows and columns."""
     codes = weight.codes
     out = torch.empty(len(codes), weight.rows, weight.columns, dtype=dtype, device=codes.device)
     with stream_of(codes) as stream:
@@ -110,6 +124,7 @@ def _stored(w: Quantised) -> _C.Stored:
 
 
 def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """kernels.sort_by_expert with checked arguments: (order [T·K] int64, offsets [E + 1] int64)."""
     order = topk_idx.new_empty(topk_idx.numel(), dtype=torch.int64)
     offsets = topk_idx.new_empty(num_experts + 1, dtype=torch.int64)
     with stream_of(topk_idx) as stream:

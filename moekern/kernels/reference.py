@@ -28,13 +28,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def runs_on(device: str) -> bool:
-    return True
+def obstacle(device: str) -> str | None:
+    """Why none of this runs on a device of this type; None where it does."""
+    return None
 
 
 def router_stats(
     logits: Tensor | None, topk_idx: Tensor, topk_weight: Tensor, mask: Tensor | None, sums: RouterSums, *, score: str
 ) -> None:
+    """Add the counted tokens of a batch to RouterSums, in place, in float64.
+
+    logits [T, E] and topk_weight [T, K] of any floating dtype, topk_idx [T, K] of any integer one; mask [T] bool counts
+    all tokens where it is None. An id outside [0, E) is an empty slot. `score` names one of SCORES.
+
+    tokens counts the tokens, logit_tokens those with logits; without these only the sums of slots are added to. With s
+    = score(l) and p = s / Σₑ s of each token: score_sum takes s of every expert, entropy_sum -Σₑ p ln p (0 ln 0 is 0),
+    margin_sum the K-th largest s minus the next (nothing where K = 0 or K = E), logit_gram lᵢlⱼ where it was asked for.
+    top1_count takes the expert of the largest gate among filled slots, of equal ones the lowest slot's; coactivation
+    each ordered pair of different ids of a token, and on its diagonal every filled slot, as count does.
+    """
     E, K = len(sums.count), topk_idx.shape[1]
     if mask is not None:
         logits = None if logits is None else logits[mask]
@@ -73,6 +85,20 @@ def combine_and_measure(
     y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
     residual: Tensor | None, sums: ExpertSums | None,
 ) -> Tensor:  # fmt: skip
+    """Σₖ gate·y of each token, [T, H] of y's dtype; its rows are added to ExpertSums, in place, in float64.
+
+    y [N, H] holds outputs grouped by expert: row n belongs to slot order[n] = t·K + k, rows offsets[e]:offsets[e + 1]
+    to expert e, and rows from offsets[E] on to nobody. topk_weight [T, K] floating, topk_idx [T, K], order [N] and
+    offsets [E + 1] integers, mask [T] bool or None: the tokens that the sums count; all are combined. residual [T, H]
+    or None.
+
+    The output adds, in slot order, float32(gate)·float32(y) to a float32 sum, each product and each sum rounded, and is
+    rounded once to y's dtype. With n = ‖y‖₂ of a row in float64 and a = gate·n the sums take, for the row's expert: n,
+    n², a, a², the largest |y|; aᵢaⱼ for each ordered pair of a token's rows of different experts, a² on the diagonal;
+    and where square_sum has columns, y², y and y / n (0 for n = 0) of each dimension. With a residual h residual_tokens
+    counts the tokens and residual_sum takes a·turned(h, output), with the output as it was rounded. Without sums
+    nothing is measured.
+    """
     (T, K), E = topk_idx.shape, len(offsets) - 1
     y, order = y[: offsets[-1]], order[: offsets[-1]]
     row_of = torch.full((T * K,), -1, device=y.device).index_put_((order,), torch.arange(len(y), device=y.device))
@@ -135,6 +161,13 @@ def grouped_mlp(
     order: Tensor, offsets: Tensor, mask: Tensor | None, residual: Tensor | None, sums: ExpertSums | None, *,
     activation: str,
 ) -> Tensor:  # fmt: skip
+    """Σₖ gate·y of each token, [T, H] of x's dtype, with y = down(act(gate(x))·up(x)) of the slot's expert.
+
+    x [T, H]; gate_up [E, 2I, H], the gate's rows before up's; down [E, H, I]: of x's dtype, or Quantised and then as
+    dequantize gives them in it. activation names one of ACTIVATIONS. The others are as for combine_and_measure, which
+    combines and measures y. Products are added in float64; rounded to x's dtype, each once, are gate(x), up(x),
+    act(gate(x)), its product with up(x), and y.
+    """
     bounds, K = offsets.tolist(), topk_idx.shape[1]
     y = x.new_zeros(len(order), x.shape[1])
     for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -147,10 +180,17 @@ def grouped_mlp(
 
 
 def of_expert(weight: Tensor | Quantised, e: int, dtype: torch.dtype) -> Tensor:
+    """Expert e's matrix, [R, C]: a slice of [E, R, C], or dequantised to dtype."""
     return weight[e] if isinstance(weight, Tensor) else dequantize(weight.expert(e), dtype)[0]
 
 
 def similarity(y: Tensor, norm_square: Tensor | None, mask: Tensor | None, sums: SimilaritySums) -> None:
+    """Add the counted tokens of a tile to SimilaritySums, in place, in float64.
+
+    y [E, T, H] floating: every expert's output for each token; mask [T] bool or None. gram_sum takes <yᵢ, yⱼ> of each
+    token, cosine_sum <yᵢ, yⱼ> / (‖yᵢ‖·‖yⱼ‖), 0 where a norm is 0, and exactly 1 of an expert with itself. norm_square
+    [E, T] replaces the squared norms: it is then gram_sum's diagonal, and divides the cosines.
+    """
     if mask is not None:
         y, norm_square = y[:, mask], None if norm_square is None else norm_square[:, mask]
     E, T, _ = y.shape
@@ -172,6 +212,11 @@ SKETCH_TOKENS = 64  # tokens that share a projection
 
 
 def sketch(y: Tensor, size: int, *, seed: int, start: int) -> tuple[Tensor, Tensor]:
+    """Projections [E, T, size] float32 of rows y [E, T, H], and the rows' squared norms [E, T] float32.
+
+    Token t, at position start + t, is multiplied by the signs of chunk (start + t) // SKETCH_TOKENS and divided by
+    √size, in float64. `seed` is a signed 64-bit integer.
+    """
     E, T, H = y.shape
     z = torch.empty(E, T, size, device=y.device)
     t = 0
@@ -204,6 +249,11 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: Tensor) -> None:
+    """Set bit token_ids[t] of the experts of token t, in place.
+
+    token_ids [T] and topk_idx [T, K] integers, mask [T] bool or None, bits [E, W] int64: bit v mod 64 of word v // 64
+    stands for id v. Ids of experts outside [0, E) are empty slots; token ids of counted tokens lie in [0, 64·W).
+    """
     (E, W), K = bits.shape, topk_idx.shape[1]
     idx, ids = topk_idx.reshape(-1).long(), token_ids.long().repeat_interleave(K)
     kept = (idx >= 0) & (idx < E)
@@ -216,10 +266,12 @@ def vocabulary(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, bits: T
 
 
 def popcount(bits: Tensor) -> Tensor:
+    """How many bits each expert has set, [E] int64, of bits [E, W] int64."""
     return unpacked(bits).sum(1)
 
 
 def pair_popcount(bits: Tensor) -> Tensor:
+    """How many bits both experts of each pair have set, [E, E] int64, of bits [E, W] int64."""
     seen = unpacked(bits)
     return torch.stack([(seen & row).sum(1) for row in seen]) if len(seen) else bits.new_zeros(0, 0)
 
@@ -230,6 +282,11 @@ def unpacked(bits: Tensor) -> Tensor:
 
 
 def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(order [T·K] int64, offsets [E + 1] int64): flat slots t·K + k by expert, rising within an expert.
+
+    topk_idx [T, K] integers, mask [T] bool or None. Slots with an id outside [0, E), and those of tokens that mask
+    leaves out, come last, from offsets[E] on, rising.
+    """
     E, idx = num_experts, topk_idx.long()
     filled = (idx >= 0) & (idx < E) & (True if mask is None else mask[:, None])
     ids = idx.masked_fill(~filled, E).reshape(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from moekern.kernels import reference
-from moekern.kernels.checks import BOOL, F64, FLOATS, I64, INTS, check_tensors
+from moekern.kernels.checks import BOOL, FLOATS, INTS, check_tensors
 from moekern.kernels.dispatch import backend_for, implementation
-from moekern.kernels.sums import RouterSums
+from moekern.kernels.sums import RouterSums, as_arguments
 
 SCORES = tuple(reference.SCORES)
 
@@ -35,32 +35,11 @@ def router_stats(
     float64, always in the same order.
     Raises ValueError for a wrong argument, NotImplementedError for a backend that has no such op.
     """
-    op, E = "router_stats", "E"
+    op = "router_stats"
     if score not in SCORES:
         raise ValueError(f"[{op}] score: expected one of {', '.join(SCORES)}, got {score}")
-    integers = {
-        name: (getattr(sums, name), dims, I64)
-        for name, dims in (
-            ("count", E),
-            ("top1_count", E),
-            ("tokens", "1"),
-            ("logit_tokens", "1"),
-            ("coactivation", "E E"),
-        )
-    }
-    reals = {
-        name: (getattr(sums, name), dims, F64)
-        for name, dims in (
-            ("gate_sum", E),
-            ("gate_square_sum", E),
-            ("score_sum", E),
-            ("entropy_sum", "1"),
-            ("margin_sum", "1"),
-            ("logit_gram", "0 0" if sums.logit_gram.shape == (0, 0) else "E E"),
-        )
-    }
     check_tensors(op, {
-        **integers, **reals,
+        **as_arguments(RouterSums, sums),
         "topk_idx": (topk_idx, "T K", INTS),
         "topk_weight": (topk_weight, "T K", FLOATS),
         "logits": (logits, "T E", FLOATS),

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moekern.kernels.checks import FLOATS, check_tensors
 from moekern.kernels.dispatch import backend_for, implementation
+from moekern.kernels.sums import Sum, as_arguments, integers, zeros
 
 
 class SimilaritySums(NamedTuple):
     """Sums over the counted tokens of one layer, y the experts' outputs before the gate. The matrices are symmetric."""
 
-    tokens: Tensor  # [1] int64       counted tokens
-    gram_sum: Tensor  # [E, E] float64  Σ <yᵢ, yⱼ>; Σ ‖y‖² on the diagonal
-    cosine_sum: Tensor  # [E, E] float64  Σ <yᵢ, yⱼ> / (‖yᵢ‖·‖yⱼ‖), 0 where a row is zero
+    tokens: Annotated[Tensor, integers("1")]  # counted tokens
+    gram_sum: Annotated[Tensor, Sum("E E")]  # Σ <yᵢ, yⱼ>; Σ ‖y‖² on the diagonal
+    cosine_sum: Annotated[Tensor, Sum("E E")]  # Σ <yᵢ, yⱼ> / (‖yᵢ‖·‖yⱼ‖), 0 where a row is zero
 
 
 def similarity_sums(E: int, device: torch.device | str = "cpu") -> SimilaritySums:
     """Zeros for E experts."""
-    matrices = [torch.zeros(E, E, dtype=torch.float64, device=device) for _ in range(2)]
-    return SimilaritySums(torch.zeros(1, dtype=torch.int64, device=device), *matrices)
+    return zeros(SimilaritySums, {"E": E}, device)
 
 
 def similarity(
@@ -50,9 +50,7 @@ def similarity(
         "y": (y, "E T H", FLOATS),
         "mask": (mask, "T", (torch.bool,)),
         "norm_square": (norm_square, "E T", (torch.float32,)),
-        "tokens": (sums.tokens, "1", (torch.int64,)),
-        "gram_sum": (sums.gram_sum, "E E", (torch.float64,)),
-        "cosine_sum": (sums.cosine_sum, "E E", (torch.float64,)),
+        **as_arguments(SimilaritySums, sums),
     })  # fmt: skip
     name = backend_for("similarity", y.device.type, backend)
     implementation(name, "similarity")(y.detach(), norm_square, mask, sums)

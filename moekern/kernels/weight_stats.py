@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,26 +12,26 @@ from moekern.kernels.checks import FLOATS, check_tensors
 from moekern.kernels.dequantize import dequantize
 from moekern.kernels.dispatch import backend_for, implementation
 from moekern.kernels.quantised import Quantised
+from moekern.kernels.sums import Sum, as_arguments, declared, integers, zeros
 
 
 class WeightSums(NamedTuple):
     """Sums over the weights of each expert. RMS = √(square_sum / count), AIMER (2603.18492) = abs_sum / count / RMS."""
 
-    count: Tensor  # type: ignore[assignment]  # [E] int64  weights seen
-    abs_sum: Tensor  # [E] float64  Σ |w|
-    square_sum: Tensor  # [E] float64  Σ w²
-    max_abs: Tensor  # [E] float64  largest |w|: merges by maximum
+    count: Annotated[Tensor, integers("E")]  # type: ignore[assignment]  # weights seen
+    abs_sum: Annotated[Tensor, Sum("E")]  # Σ |w|
+    square_sum: Annotated[Tensor, Sum("E")]  # Σ w²
+    max_abs: Annotated[Tensor, Sum("E")]  # largest |w|: merges by maximum
 
 
 def weight_sums(E: int, device: torch.device | str = "cpu") -> WeightSums:
     """Zeros for E experts."""
-    sums = (torch.zeros(E, dtype=torch.float64, device=device) for _ in range(3))
-    return WeightSums(torch.zeros(E, dtype=torch.int64, device=device), *sums)
+    return zeros(WeightSums, {"E": E}, device)
 
 
 def of_expert(sums: WeightSums, e: int) -> WeightSums:
     """A view of expert e's sums, for matrices that a checkpoint stores one by one."""
-    return WeightSums(*(tensor[e : e + 1] for tensor in sums))
+    return WeightSums(**{name: getattr(sums, name)[e : e + 1] for name in declared(WeightSums)})
 
 
 def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, backend: str | None = None) -> None:
@@ -45,14 +45,10 @@ def weight_stats(weight: Tensor | Quantised, sums: WeightSums, *, backend: str |
     infinity makes them infinite. Raises ValueError for a wrong argument, NotImplementedError for a backend that has no
     such op.
     """
-    op, f64 = "weight_stats", (torch.float64,)
-    total = {
-        "count": (sums.count, "E", (torch.int64,)),
-        **{name: (getattr(sums, name), "E", f64) for name in ("abs_sum", "square_sum", "max_abs")},
-    }
+    op = "weight_stats"
     dense = weight.codes if isinstance(weight, Quantised) else _stack(op, weight)
     dtypes = (torch.uint8,) if isinstance(weight, Quantised) else FLOATS
-    check_tensors(op, {**total, "weight": (dense, "E R C", dtypes)})
+    check_tensors(op, {**as_arguments(WeightSums, sums), "weight": (dense, "E R C", dtypes)})
     run = implementation(backend_for(op, dense.device.type, backend), op)
     run(weight if isinstance(weight, Quantised) else dense.detach().flatten(1), sums)
 

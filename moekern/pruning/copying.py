@@ -161,9 +161,7 @@ def _read_back(
 
 def _hashes(checksum: Checksum) -> list[Any]:
     """xxh3, to compare with what was written, and the one that is asked for."""
-    import xxhash
-
-    hashes: list[Any] = [xxhash.xxh3_128()]
+    hashes: list[Any] = [_C.Xxh3()]
     if checksum == "blake3":
         import blake3
 
@@ -179,4 +177,5 @@ def check_checksum(checksum: str) -> None:
         try:
             import blake3  # noqa: F401
         except ImportError:
-            raise InputError("--checksum blake3: the package blake3 is not installed; pip install blake3") from None
+            how = "pip install 'moekern[blake3]'"
+            raise InputError(f"--checksum blake3: the package blake3 is not installed; {how}") from None

@@ -1,5 +1,6 @@
 """Criteria: values by hand, properties of all of them, and HOPE against brute force."""
 
+import subprocess
 import sys
 from dataclasses import fields
 from itertools import combinations
@@ -16,6 +17,7 @@ from moekern.criteria.selectors import conditional_pairs, hope
 from moekern.criteria.table import MC_SUITE
 from moekern.errors import InputError
 from moekern.statistics.layer import TIERS, LayerStatistics
+from tests.helpers import ROOT
 from tests.helpers.measured import add_token, distinct_pairs, layer_statistics, with_tiers
 
 MEASURED = [c for c in CRITERIA.values() if c.kind != "seeded"]
@@ -292,3 +294,30 @@ def test_hope_with_many_experts_and_groups_is_repeatable():
     np.put_along_axis(by_reap, mean.argsort(1)[:, :8], True, 1)
     F = conditional_pairs(s)
     assert selectors.objective(F, ~np.isin(np.arange(128), keep)) < selectors.objective(F, by_reap.ravel())
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from moekern.criteria import criterion_named, score_layer
+from moekern.statistics import LayerStatistics
+
+def peak():  # of this process alone; ru_maxrss would start at the parent's
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+
+criterion = criterion_named(sys.argv[1])
+score_layer(criterion, LayerStatistics.zeros(2, tiers=("vocabulary",), words=1), "0")
+layer = LayerStatistics.zeros(384, tiers=("vocabulary",), words=2560)
+before = peak()
+score_layer(criterion, layer, "0")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["evtc", "ets"])
+def test_vocabularies_are_counted_as_bits(name):
+    """384 experts and 163,840 ids are 8 MB of bits; a number for each bit took 1 GB."""
+    command = [sys.executable, "-c", PEAK, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 100 << 20

@@ -12,27 +12,6 @@ from torch import Tensor
 from moekern.kernels.quantised import Quantised, scaled
 
 
-class Layer(NamedTuple):
-    """The MoE layer of a model people prune."""
-
-    E: int
-    K: int
-    H: int
-    score: str
-
-
-MODELS = {
-    "mixtral-8x7b": Layer(8, 2, 4096, "softmax"),
-    "qwen3-30b-a3b": Layer(128, 8, 2048, "softmax"),
-    "qwen3-235b-a22b": Layer(128, 8, 4096, "softmax"),
-    "glm-4.5-air": Layer(128, 8, 4096, "sigmoid"),
-    "gpt-oss-120b": Layer(128, 4, 2880, "softmax"),
-    "deepseek-v3": Layer(256, 8, 7168, "sigmoid"),
-    "kimi-k2": Layer(384, 8, 7168, "sigmoid"),
-    "qwen3-next-80b-a3b": Layer(512, 10, 2048, "softmax"),
-}
-
-
 class Case(NamedTuple):
     """T tokens, E experts, K slots a token, hidden size H; what is unusual about the routing."""
 

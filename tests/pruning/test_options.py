@@ -12,7 +12,6 @@ from typing import Any
 import blake3
 import numpy as np
 import pytest
-import xxhash
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
@@ -23,6 +22,7 @@ from moekern.pruning.shards import BLOCK
 from moekern.pruning.work_folder import Part, work_path
 from moekern.verification.tensors import verify
 from tests.helpers.synthetic import qwen3, read, tree, write
+from tests.test_digest import xxh3
 
 KEEP = {"0": (0, 2, 3, 7), "1": (1, 4, 5, 6)}
 PLAN = Plan({key: LayerPlan(kept) for key, kept in KEEP.items()}, {"criterion": "test"})
@@ -224,7 +224,7 @@ def test_checksums(source: Path, tmp_path: Path) -> None:
     }.items():
         prune(source, PLAN, tmp_path / name, **options)  # type: ignore[arg-type]
     tensors = {name: raw for name, (_, _, raw) in read(tmp_path / "default").items()}
-    want = {name: xxhash.xxh3_128_hexdigest(raw) for name, raw in tensors.items()}
+    want = {name: xxh3(raw).hex() for name, raw in tensors.items()}
     assert manifest_of(tmp_path / "default") == want
     assert manifest_of(tmp_path / "reread") == want
     assert manifest_of(tmp_path / "kernel_reread") == want
@@ -286,6 +286,13 @@ def test_a_single_file_becomes_several(tmp_path: Path) -> None:
 def test_options_are_checked(source: Path, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prune(source, PLAN, tmp_path / "out", **options)
+
+
+def test_blake3_is_an_extra(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(InputError, match=r"--checksum blake3: .* not installed; pip install 'moekern\[blake3\]'$"):
+        prune(source, PLAN, tmp_path / "out", checksum="blake3")
+    assert prune(source, PLAN, tmp_path / "out", reread=True).finished
 
 
 def test_reflink_is_taken_or_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

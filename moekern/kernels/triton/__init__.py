@@ -13,8 +13,11 @@ from moekern.kernels.triton.grouped_mlp import grouped_mlp
 from moekern.kernels.triton.router_stats import router_stats
 from moekern.kernels.triton.sort_by_expert import sort_by_expert
 
-__all__ = ("combine_and_measure", "grouped_mlp", "router_stats", "runs_on", "sort_by_expert")
+__all__ = ("combine_and_measure", "grouped_mlp", "obstacle", "router_stats", "sort_by_expert")
 
 
-def runs_on(device: str) -> bool:
-    return device == "cuda" or not isinstance(row_of_kernel, triton.JITFunction)
+def obstacle(device: str) -> str | None:
+    """Why none of this runs on a device of this type; None where it does."""
+    if device == "cuda" or not isinstance(row_of_kernel, triton.JITFunction):
+        return None
+    return "on a CPU it needs Triton's interpreter, with TRITON_INTERPRET=1 in the environment"

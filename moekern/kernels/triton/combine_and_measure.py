@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from moekern.kernels.sums import ExpertSums
 
 COLUMNS = 512  # of a row that a program combines, at most
+# What measure_kernel leaves of a chunk, in its order.
+SCALARS = ("norm_sum", "norm_square_sum", "gated_norm_sum", "gated_norm_square_sum", "residual_sum")
 ELEMENTS = 1024  # of the output that a program combines: one warp of 32 each, so that no sum waits for other warps
 
 
@@ -237,11 +239,10 @@ def add_norms(
         T * K, E, square.shape[1], 0 if dots is None else dots.shape[1], K=K, CHUNK=CHUNK, BLOCK_E=chunks.block,
         enable_fp_fusion=False,
     )  # fmt: skip
-    total = add_chunks(partial, chunks.first, gated.new_zeros(E, 5))
-    if dots is not None:
-        sums.residual_sum.add_(total[:, 4])
-    for sum, column in zip(sums[:4], total[:, :4].unbind(1), strict=True):
-        sum.add_(column)
+    total = dict(zip(SCALARS, add_chunks(partial, chunks.first, gated.new_zeros(E, 5)).unbind(1), strict=True))
+    for name, column in total.items():
+        if name != "residual_sum" or dots is not None:
+            getattr(sums, name).add_(column)
     torch.maximum(sums.max_abs, largest.view(torch.float32).double(), out=sums.max_abs)
 
     partial = gated.new_empty(chunks.limit, E)
@@ -251,7 +252,7 @@ def add_norms(
     )  # fmt: skip
     pairs = add_chunks(partial, chunks.first, gated.new_zeros(E, E))
     sums.pair_sum.add_(pairs).add_(pairs.T)
-    sums.pair_sum.diagonal().add_(total[:, 3])
+    sums.pair_sum.diagonal().add_(total["gated_norm_square_sum"])
     return inverse
 
 

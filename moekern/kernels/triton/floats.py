@@ -1,4 +1,4 @@
-"""Exponential, logarithm and rounding of float32, operation by operation those of csrc/cpu/simd.h.
+"""Exponential, logarithm and rounding of float32, operation by operation those of csrc/floats.h.
 
 A GPU's own are approximations that differ from chip to chip, and ln near 1 has no correct digit.
 """

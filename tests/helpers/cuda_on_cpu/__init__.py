@@ -129,7 +129,8 @@ class Extension:
 
     def moved(self, arg: Any, held: list[OnDevice]) -> Any:
         if isinstance(arg, tuple):
-            return tuple(self.moved(part, held) for part in arg)
+            parts = [self.moved(part, held) for part in arg]
+            return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
         if not isinstance(arg, torch.Tensor):
             return arg
         held.append(OnDevice(arg, self.driver, self.at_end))

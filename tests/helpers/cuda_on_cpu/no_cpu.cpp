@@ -1,7 +1,7 @@
 // Linked in place of csrc/cpu and csrc/io: bindings.cpp is here for its CUDA side alone.
 #include <pybind11/pybind11.h>
 
-#include "../../csrc/kernels.h"
+#include "../../../csrc/kernels.h"
 
 namespace moekern::cpu {
 namespace {
@@ -24,5 +24,9 @@ void sort_by_expert(const SortByExpert&, int) { refuse(); }
 
 }  // namespace moekern::cpu
 
+namespace moekern {
+
 void bind_io(pybind11::module_&) {}
 void bind_read(pybind11::module_&) {}
+
+}  // namespace moekern

@@ -1,4 +1,4 @@
-#include "router.h"
+#include "router_stats.h"
 #include "rows.h"
 
 namespace moekern::cuda {

@@ -1,4 +1,4 @@
-#include "combine.h"
+#include "combine_and_measure.h"
 #include "rows.h"
 #include "slots.h"
 

@@ -1,9 +1,9 @@
-// What a logit's score is, as in csrc/cpu/router_stats.cpp: the same operations, so the same bits.
+// What a logit's score is, on a CPU and on a GPU: one source, so the same operations and the same bits.
 #pragma once
 
-#include "launch.h"
+#include "floats.h"
 
-namespace moekern::cuda {
+namespace moekern {
 
 constexpr float kLow = -87.0f;  // exp below this is taken as 0
 constexpr float kNone = -INFINITY;
@@ -15,7 +15,7 @@ struct Scored {
 
 struct Softmax {
   static constexpr bool kDivide = true;
-  __device__ static Scored of(float x) {  // x <= 0: the largest logit is subtracted before
+  static MOEKERN_INLINE Scored of(float x) {  // x <= 0: the largest logit is subtracted before
     const float c = x < kLow ? kLow : x;
     const float s = exponential(c);
     return {x < kLow ? 0.0f : s, c};
@@ -24,7 +24,7 @@ struct Softmax {
 
 struct Sigmoid {
   static constexpr bool kDivide = false;
-  __device__ static Scored of(float x) {
+  static MOEKERN_INLINE Scored of(float x) {
     float c = x < kLow ? kLow : x;
     c = c > -kLow ? -kLow : c;
     const float s = 1.0f / (1.0f + exponential(-c));
@@ -34,7 +34,7 @@ struct Sigmoid {
 
 struct SqrtSoftplus {
   static constexpr bool kDivide = false;
-  __device__ static Scored of(float x) {
+  static MOEKERN_INLINE Scored of(float x) {
     const float size = fabsf(x);
     const float c = size > -kLow ? kLow : -size;
     const float softplus = larger(0.0f, x) + logarithm_of_one_plus(exponential(c));
@@ -45,10 +45,10 @@ struct SqrtSoftplus {
 
 struct Identity {
   static constexpr bool kDivide = false;
-  __device__ static Scored of(float x) {
+  static MOEKERN_INLINE Scored of(float x) {
     const float positive = x > 0.0f ? x : 1.0f;
     return {x == kNone ? 0.0f : x, logarithm(positive)};
   }
 };
 
-}  // namespace moekern::cuda
+}  // namespace moekern
