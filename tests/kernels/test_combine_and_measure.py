@@ -218,9 +218,10 @@ def test_renaming_experts_renames_their_sums(perm: list[int], seed: int) -> None
 
 
 @INTERPRETED
-def test_many_experts_and_slots_on_the_interpreter() -> None:
+@pytest.mark.parametrize("dimensions", [0, pytest.param(45, marks=pytest.mark.whole)])  # each expert takes milliseconds
+def test_many_experts_and_slots_on_the_interpreter(dimensions: int) -> None:
     args = rows(Case(5, 513, 22, 45, masked=True, empty=True, favourite=True), torch.bfloat16)
-    (out, got), (want_out, want) = (combined(args, 513, 45, backend=b) for b in ("triton", "reference"))
+    (out, got), (want_out, want) = (combined(args, 513, dimensions, backend=b) for b in ("triton", "reference"))
     assert torch.equal(out, want_out)
     assert_expert_sums_agree(got, want, args, want_out)
 
