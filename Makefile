@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test lint bench bench-criteria bench-regression bench-streaming fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-regression bench-streaming fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --benchmark-disable $(PYTEST_FLAGS)
+
+# As test, with every combination of parameters on Triton's interpreter and the CUDA simulator.
+test-all: PYTEST_FLAGS = --whole
+test-all: test
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check moekern tests bench setup.py

@@ -16,12 +16,25 @@ if not torch.cuda.is_available():
 import transformers
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import families
+pytest.register_assert_rewrite("tests.helpers")  # a failed assert says what it compared, as in a test
+
+from tests.helpers import families  # noqa: E402
 
 settings.register_profile("moekern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moekern")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="also what the default run leaves out of dear matrices")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--whole"):
+        spare = [item for item in items if item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=spare)
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
 
 
 @pytest.fixture(autouse=True)

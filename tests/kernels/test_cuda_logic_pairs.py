@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,26 +16,16 @@ from moekern import _C, kernels
 from moekern.kernels import native, of_expert, weight_stats, weight_sums
 from moekern.kernels.dequantize import dequantize
 from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, pack_quantized, scaled
-from tests.helpers import cuda_on_cpu
-from tests.kernels import test_dequantize, test_similarity, test_vocabulary, test_weight_stats
-from tests.kernels.test_dequantize import CASES, octets, positive, words
+from tests.helpers import cuda_on_cpu, similarity, stored, vocabulary, weights
+from tests.helpers.ops import DTYPES
+from tests.helpers.stored import CASES, octets, positive, words
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # E, T, H: the edges of tiles of 16, 32 and 64 experts, of 16 columns in shared memory and of chains of 64
-SHAPES = [*test_similarity.SHAPES, (16, 3, 16), (17, 2, 64), (32, 2, 65), (33, 3, 15), (64, 1, 128), (65, 2, 17),
+SHAPES = [*similarity.SHAPES, (16, 3, 16), (17, 2, 64), (32, 2, 65), (33, 3, 15), (64, 1, 128), (65, 2, 17),
           (160, 2, 33), (3, 2, 0)]  # fmt: skip
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_on_cpu.Extension]:
-    """The native backend runs its CUDA side."""
-    extension = cuda_on_cpu.extension()
-    monkeypatch.setattr(native, "_C", extension)
-    extension.seed, extension.at_end = 0, True
-    return extension
 
 
 def bits(result: Any) -> list[Tensor]:
@@ -57,35 +47,35 @@ def assert_repeats(cuda: cuda_on_cpu.Extension, call: Callable[[], Any]) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_similarity_agrees_with_the_reference(cuda: cuda_on_cpu.Extension, shape: Any, dtype: torch.dtype) -> None:
-    y = test_similarity.outputs(*shape, dtype)
+    y = similarity.outputs(*shape, dtype)
     for mask in (None, torch.arange(shape[1]) % 3 > 0, torch.zeros(shape[1]).bool()):
-        got, want = (test_similarity.added(y, mask, backend=b) for b in ("native", "reference"))
-        test_similarity.assert_agree(got, want, y, "cuda")
+        got, want = (similarity.added(y, mask, backend=b) for b in ("native", "reference"))
+        similarity.assert_agree(got, want, y, "cuda")
 
 
 def test_more_tokens_than_products_fit(cuda: cuda_on_cpu.Extension) -> None:
     """45 tiles of 64 x 64 a token: 32 MiB hold 45 tokens."""
-    y, mask = test_similarity.outputs(513, 47, 2), torch.ones(47).bool()
+    y, mask = similarity.outputs(513, 47, 2), torch.ones(47).bool()
     mask[[3, 45]] = False
-    got, want = (test_similarity.added(y, mask, backend=b) for b in ("native", "reference"))
-    test_similarity.assert_agree(got, want, y, "cuda")
+    got, want = (similarity.added(y, mask, backend=b) for b in ("native", "reference"))
+    similarity.assert_agree(got, want, y, "cuda")
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 40), (20, 3, 70), (70, 3, 33)], ids=str)
 def test_similarity_and_sketch_repeat_bit_for_bit(cuda: cuda_on_cpu.Extension, shape: Any) -> None:
-    y = test_similarity.outputs(*shape, torch.bfloat16)
+    y = similarity.outputs(*shape, torch.bfloat16)
     mask = torch.arange(shape[1]) % 3 > 0
-    assert_repeats(cuda, lambda: test_similarity.added(y, mask, backend="native"))
+    assert_repeats(cuda, lambda: similarity.added(y, mask, backend="native"))
     assert_repeats(cuda, lambda: kernels.sketch(y, 70, start=60))
 
 
 @SHARED
 @given(cut=st.integers(0, 12), E=st.integers(1, 70), H=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
 def test_calls_may_cut_anywhere(cuda: cuda_on_cpu.Extension, cut: int, E: int, H: int, dtype: torch.dtype) -> None:
-    y, parts = test_similarity.outputs(E, 12, H, dtype), kernels.similarity_sums(E)
+    y, parts = similarity.outputs(E, 12, H, dtype), kernels.similarity_sums(E)
     kernels.similarity(y[:, :cut].contiguous(), None, parts)
     kernels.similarity(y[:, cut:].contiguous(), None, parts)
-    assert all(torch.equal(a, b) for a, b in zip(parts, test_similarity.added(y), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parts, similarity.added(y), strict=True))
     whole = kernels.sketch(y, 5, start=58)
     halves = (
         kernels.sketch(y[:, :cut].contiguous(), 5, start=58),
@@ -96,12 +86,12 @@ def test_calls_may_cut_anywhere(cuda: cuda_on_cpu.Extension, cut: int, E: int, H
 
 def test_masked_tokens_are_not_read_and_a_nan_is_seen(cuda: cuda_on_cpu.Extension) -> None:
     for E in (5, 20, 70):
-        y, mask = test_similarity.outputs(E, 6, 20), torch.tensor([True, False, True, True, False, True])
-        want = test_similarity.added(y[:, mask].contiguous(), backend="native")
+        y, mask = similarity.outputs(E, 6, 20), torch.tensor([True, False, True, True, False, True])
+        want = similarity.added(y[:, mask].contiguous(), backend="native")
         y[:, ~mask] = torch.nan
-        assert all(torch.equal(a, b) for a, b in zip(test_similarity.added(y, mask), want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(similarity.added(y, mask), want, strict=True))
         y[2, 3, 4] = torch.nan
-        for matrix in test_similarity.added(y, mask)[1:]:
+        for matrix in similarity.added(y, mask)[1:]:
             assert matrix.isnan().any(1).all()
             assert matrix.isnan().sum() == 2 * E - 1
 
@@ -110,18 +100,18 @@ def test_masked_tokens_are_not_read_and_a_nan_is_seen(cuda: cuda_on_cpu.Extensio
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 70, 33), (3, 5, 130), (1, 9, 0), (4, 0, 8)], ids=str)
 def test_sketch_agrees_with_the_reference(cuda: cuda_on_cpu.Extension, shape: Any, size: int) -> None:
     for dtype in DTYPES:
-        y = test_similarity.outputs(*shape, dtype)
+        y = similarity.outputs(*shape, dtype)
         got, want = (kernels.sketch(y, size, seed=-7, start=2**40 + 37, backend=b) for b in ("native", "reference"))
-        test_similarity.assert_sketches_agree(got, want, y, "cuda")
+        similarity.assert_sketches_agree(got, want, y, "cuda")
 
 
 def test_sketched_norms_are_the_bits_of_the_gram_diagonal(cuda: cuda_on_cpu.Extension) -> None:
     for H in (16, 65, 300):
-        y = test_similarity.outputs(20, 1, H)
+        y = similarity.outputs(20, 1, H)
         z, norm_square = kernels.sketch(y, 8)
-        gram = test_similarity.added(y).gram_sum
+        gram = similarity.added(y).gram_sum
         assert torch.equal(norm_square[:, 0].double(), gram.diagonal())
-        sums = test_similarity.added(z, norm_square=norm_square)
+        sums = similarity.added(z, norm_square=norm_square)
         assert torch.equal(sums.gram_sum.diagonal(), gram.diagonal())
         assert torch.equal(sums.cosine_sum.diagonal(), (norm_square[:, 0] > 0).double())
 
@@ -132,11 +122,11 @@ def test_sketched_norms_are_the_bits_of_the_gram_diagonal(cuda: cuda_on_cpu.Exte
 )
 def test_bits_are_the_sets_of_ids(cuda: cuda_on_cpu.Extension, shape: Any, ids: torch.dtype) -> None:
     for masked in (False, True):
-        test_vocabulary.test_bits_are_the_sets_of_ids(shape, ids, masked, "cpu", "native")
+        vocabulary.assert_bits_are_sets(shape, ids, masked, "cpu", "native")
 
 
 def test_bits_repeat_and_unite(cuda: cuda_on_cpu.Extension) -> None:
-    args = test_vocabulary.batch(400, 6, 3, 90)
+    args = vocabulary.batch(400, 6, 3, 90)
 
     def seen() -> Any:
         found = kernels.vocabulary_bits(6, 90)
@@ -160,40 +150,40 @@ def test_wild_ids_touch_nothing(cuda: cuda_on_cpu.Extension) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*test_weight_stats.SHAPES, (2, 3, 16385)], ids=str)
+@pytest.mark.parametrize("shape", [*weights.SHAPES, (2, 3, 16385)], ids=str)
 def test_dense_weights_agree_with_float64(cuda: cuda_on_cpu.Extension, shape: Any, dtype: torch.dtype) -> None:
-    w = test_weight_stats.weights(*shape, dtype=dtype)
-    test_weight_stats.assert_agree(test_weight_stats.summed(w, shape[0], "native"), test_weight_stats.defined(w))
+    w = weights.weights(*shape, dtype=dtype)
+    weights.assert_agree(weights.summed(w, shape[0], "native"), weights.defined(w))
     one_by_one = weight_sums(shape[0])
     for e in range(shape[0]):
         weight_stats(w[e], of_expert(one_by_one, e))
-    assert test_weight_stats.equal(one_by_one, test_weight_stats.summed(w, shape[0], "native"))
+    assert weights.equal(one_by_one, weights.summed(w, shape[0], "native"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_quantised_weights_agree_with_what_they_stand_for(cuda: cuda_on_cpu.Extension, case: str) -> None:
-    test_weight_stats.test_quantised_weights_agree_with_what_they_stand_for(case, "cpu", "native")
+    weights.assert_quantised_agrees(case, "cpu", "native")
     weight = CASES[case]()[0]
-    assert_repeats(cuda, lambda: test_weight_stats.summed(weight, 1))
+    assert_repeats(cuda, lambda: weights.summed(weight, 1))
 
 
 def test_blocks_that_do_not_divide_a_stack_of_many_tasks(cuda: cuda_on_cpu.Extension) -> None:
-    test_weight_stats.test_fp8_blocks_that_do_not_divide_the_weight("cpu", "native")
-    dense = test_weight_stats.weights(2, 41, 801)
-    assert_repeats(cuda, lambda: test_weight_stats.summed(dense, 2))
+    weights.assert_blocks_need_not_divide("cpu", "native")
+    dense = weights.weights(2, 41, 801)
+    assert_repeats(cuda, lambda: weights.summed(dense, 2))
 
 
 @pytest.mark.parametrize("at", [0, 31, 2048, 4098])
 def test_nan_and_infinity_are_seen_where_they_are(cuda: cuda_on_cpu.Extension, at: int) -> None:
     for dtype in DTYPES:
-        test_weight_stats.test_nan_and_infinity_are_seen_where_they_are(at, dtype, "cpu", "native")
-    test_weight_stats.test_a_nan_code_is_seen("native")
+        weights.assert_nan_and_infinity_are_seen(at, dtype, "cpu", "native")
+    weights.assert_a_nan_code_is_seen("native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_dequantize_gives_the_cpu_s_bits(cuda: cuda_on_cpu.Extension, case: str, dtype: torch.dtype) -> None:
-    test_dequantize.test_every_layout_means_what_its_definition_says(case, dtype, "cpu", "native")
+    stored.assert_defined(case, dtype, "cpu", "native")
     weight = CASES[case]()[0]
     assert_repeats(cuda, lambda: native.dequantize(weight, dtype))
     assert same_bits(weight, dtype, cuda)
@@ -209,12 +199,12 @@ def same_bits(weight: Quantised, dtype: torch.dtype, cuda: cuda_on_cpu.Extension
 
 
 def test_every_code_and_scale(cuda: cuda_on_cpu.Extension) -> None:
-    test_dequantize.test_every_float8_code("cpu", "native")
-    test_dequantize.test_every_power_of_two("cpu", "native")
-    test_dequantize.test_a_stack_is_its_experts("native")
-    test_dequantize.test_scales_of_every_shape("native")
+    stored.assert_every_float8_code("cpu", "native")
+    stored.assert_every_power_of_two("cpu", "native")
+    stored.assert_a_stack_is_its_experts("native")
+    stored.assert_scales_of_every_shape("native")
     for sizes in ((0, 4, 32), (2, 0, 32), (2, 4, 0)):
-        test_dequantize.test_empty_weights(*sizes, "native")
+        stored.assert_empty(*sizes, "native")
 
 
 @SHARED
@@ -241,12 +231,12 @@ def test_any_shape_and_block_has_the_cpu_s_bits(
 @pytest.mark.parametrize("value", [-1, 4, -(2**31), 2**31 - 1])
 def test_a_group_without_scales_is_nan_and_touches_nothing(cuda: cuda_on_cpu.Extension, value: int) -> None:
     """A CPU refuses it; a GPU would have to wait. gptq checks the groups that it is given."""
-    good = test_dequantize.GOOD
+    good = stored.GOOD
     assert good.group is not None
     group = good.group.clone()
     group[0, 5] = value
     got, want = (dequantize(replace(good, group=g), torch.float32) for g in (group, good.group))
     assert got[:, 5].isnan().all()
     want[:, 5] = torch.nan
-    assert test_dequantize.same(got, want)
-    assert test_weight_stats.summed(replace(good, group=group), 1).abs_sum.isnan().all()
+    assert stored.same(got, want)
+    assert weights.summed(replace(good, group=group), 1).abs_sum.isnan().all()

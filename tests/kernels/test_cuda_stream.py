@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekern import kernels
 from tests.helpers.cases import Case, Router, Rows, router, rows, stream
-from tests.kernels.test_kernels import to
+from tests.helpers.ops import to
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

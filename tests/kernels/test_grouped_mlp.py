@@ -14,7 +14,8 @@ from moekern.kernels import reference
 from moekern.kernels.grouped_mlp import ACTIVATIONS, FASTEST
 from moekern.kernels.quantised import scaled
 from tests.helpers.cases import Case, Mlp, Rows, mlp, moved, stream
-from tests.kernels.test_kernels import U, assert_expert_sums_agree, combined, runs
+from tests.helpers.ops import DTYPES, U, assert_expert_sums_agree, combined, runs
+from tests.helpers.pairwise import matrix
 
 CASES = {
     "no-token": (Case(0, 4, 2, 8), 8),
@@ -102,13 +103,11 @@ def assert_close(got: Tensor, args: Mlp, want: Near) -> None:
     assert (wrong <= 0).all(), f"{float(wrong.max())} more than allowed"
 
 
-@pytest.mark.parametrize(("device", "backend"), [*runs("grouped_mlp"), ("cpu", "reference")])
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize(("case", "width"), CASES.values(), ids=CASES)
+@matrix([*runs("grouped_mlp"), ("cpu", "reference")], sizes=CASES, dtype=DTYPES)
 def test_outputs_are_those_of_the_definition(
-    device: str, backend: str, dtype: torch.dtype, case: Case, width: int
+    device: str, backend: str, sizes: tuple[Case, int], dtype: torch.dtype
 ) -> None:
-    args = mlp(case, width, dtype)
+    args = mlp(*sizes, dtype)
     out, _ = run(args, device, backend)
     assert_close(out, args, expected(args))
 
@@ -197,11 +196,13 @@ def outputs_of(args: Mlp, device: str, backend: str) -> Tensor:
     return run(apart, device, backend)[0][args.order]
 
 
-@pytest.mark.parametrize(("device", "backend"), runs("grouped_mlp"))
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("name", ["all-chosen", "favourite", "masked-and-empty"])
-def test_sums_are_those_of_the_outputs(device: str, backend: str, dtype: torch.dtype, name: str) -> None:
-    case, width = CASES[name]
+@matrix(
+    runs("grouped_mlp"),
+    sizes={name: CASES[name] for name in ("all-chosen", "favourite", "masked-and-empty")},
+    dtype=DTYPES,
+)
+def test_sums_are_those_of_the_outputs(device: str, backend: str, sizes: tuple[Case, int], dtype: torch.dtype) -> None:
+    case, width = sizes
     args = mlp(case, width, dtype)
     y = outputs_of(args, device, backend)
     as_rows = Rows(y, *args[3:])

@@ -6,31 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from moekern import kernels
-from tests.helpers.cases import EDGE, Case, router, rows
-from tests.kernels.test_kernels import combined, runs, threads
-
-__all__ = ("threads",)  # a fixture
+from tests.helpers.cases import Case, router
+from tests.helpers.ops import WIDE, by_hand, runs
 
 OP = "sort_by_expert"
-WIDE = {**EDGE, "many-blocks": Case(700, 7, 6, 1, empty=True), "half-idle": Case(90, 256, 1, 1, favourite=True)}
-
-
-def by_hand(topk_idx: Tensor, E: int, mask: Tensor | None) -> tuple[list[int], list[int]]:
-    K = topk_idx.shape[1]
-    ids = topk_idx.reshape(-1).tolist()
-    keys = [e if 0 <= e < E and (mask is None or mask[n // K]) else E for n, e in enumerate(ids)]
-    order = sorted(range(len(keys)), key=lambda n: (keys[n], n))
-    return order, [sum(k < e for k in keys) for e in range(E + 1)]
 
 
 @pytest.mark.parametrize(("device", "backend"), [*runs(OP), ("cpu", "reference")])
 @pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
 def test_every_backend_gives_the_defined_permutation(device: str, backend: str, case: Case) -> None:
+    if (device, backend) == ("cpu", "triton"):
+        case = case._replace(T=min(case.T, 4200 // case.K))  # 5 blocks of slots, or 12: the interpreter is slow
     args = router(case)
-    for mask in (None, args.mask):
+    for mask in (None, args.mask) if case.masked else (None,):
         given = None if mask is None else mask.to(device)
         order, offsets = kernels.sort_by_expert(args.topk_idx.to(device), case.E, given, backend=backend)
         assert order.dtype == offsets.dtype == torch.int64
@@ -57,19 +47,6 @@ def test_the_permutation_does_not_depend_on_threads() -> None:
     for count in (1, 2, 3, 4):
         torch.set_num_threads(count)
         assert all(torch.equal(a, b) for a, b in zip(kernels.sort_by_expert(topk_idx, 160), want, strict=True))
-
-
-@pytest.mark.parametrize(("device", "backend"), [*runs("combine_and_measure"), ("cpu", "reference")])
-def test_rows_behind_the_last_expert_are_not_read(device: str, backend: str) -> None:
-    args = rows(Case(30, 6, 3, 20, masked=True, empty=True))
-    want_out, want = combined(args, 6, 20)
-    order, offsets = kernels.sort_by_expert(args.topk_idx, 6)
-    y = torch.full((len(order), 20), torch.nan)
-    y[: offsets[-1]] = args.y
-    out, got = combined(args._replace(y=y, order=order, offsets=offsets), 6, 20, device, backend)
-    assert torch.equal(out, want_out)
-    assert all(s.isfinite().all() for s in got)
-    assert torch.equal(got.max_abs, want.max_abs)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,38 +1,18 @@
-from collections.abc import Iterator
+"""vocabulary, popcount and pair_popcount against sets of Python."""
+
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from moekern import _C, kernels
 from moekern.kernels import native
-from tests.kernels.test_kernels import runs
+from tests.helpers.ops import runs
+from tests.helpers.vocabulary import assert_bits_are_sets, batch
 
 BACKENDS = ("native", "reference")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def batch(T: int, E: int, K: int, V: int, seed: int = 0, ids: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(V, (T,), generator=g).to(ids), torch.randint(-1, E + 1, (T, K), generator=g).to(ids)
-
-
-def sets(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, E: int) -> list[set[int]]:
-    found: list[set[int]] = [set() for _ in range(E)]
-    for t, (v, chosen) in enumerate(zip(token_ids.tolist(), topk_idx.tolist(), strict=True)):
-        for e in chosen:
-            if 0 <= e < E and (mask is None or mask[t]):
-                found[e].add(v)
-    return found
 
 
 @pytest.mark.parametrize(("device", "backend"), [*runs("vocabulary"), ("cpu", "reference")])
@@ -40,18 +20,7 @@ def sets(token_ids: Tensor, topk_idx: Tensor, mask: Tensor | None, E: int) -> li
 @pytest.mark.parametrize("shape", [(0, 4, 2, 9), (50, 1, 1, 1), (300, 7, 3, 200), (90, 513, 6, 64), (40, 3, 2, 65)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_bits_are_the_sets_of_ids(shape: Any, ids: torch.dtype, masked: bool, device: str, backend: str) -> None:
-    T, E, K, V = shape
-    token_ids, idx = batch(T, E, K, V, ids=ids)
-    mask = torch.arange(T) % 3 > 0 if masked else None
-    bits = kernels.vocabulary_bits(E, V, device)
-    on_device = (None if t is None else t.to(device) for t in (token_ids, idx, mask))
-    kernels.vocabulary(*on_device, bits, backend=backend)
-    want = sets(token_ids, idx, mask, E)
-    found: list[set[int]] = [{64 * w + b for w, word in enumerate(row) for b in range(64) if word >> b & 1}
-                             for row in bits.tolist()]  # fmt: skip
-    assert found == want
-    assert kernels.popcount(bits, backend=backend).tolist() == [len(a) for a in want]
-    assert kernels.pair_popcount(bits, backend=backend).tolist() == [[len(a & b) for b in want] for a in want]
+    assert_bits_are_sets(shape, ids, masked, device, backend)
 
 
 @given(cut=st.integers(0, 30), E=st.integers(1, 6), K=st.integers(1, 4), V=st.integers(1, 200), seed=st.integers(0, 99))

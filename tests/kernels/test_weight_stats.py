@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,53 +14,25 @@ from torch import Tensor
 from moekern import _C, kernels
 from moekern.kernels import WeightSums, native, of_expert, stable_rank, weight_stats, weight_sums
 from moekern.kernels.dequantize import dequantize
-from moekern.kernels.quantised import Quantised, mxfp4, scaled
-from tests.kernels.test_dequantize import CASES, on
-from tests.kernels.test_kernels import runs
+from moekern.kernels.quantised import mxfp4, scaled
+from tests.helpers.ops import DTYPES, U, runs
+from tests.helpers.stored import CASES
+from tests.helpers.weights import (
+    SHAPES,
+    SUM,
+    assert_a_nan_code_is_seen,
+    assert_agree,
+    assert_blocks_need_not_divide,
+    assert_nan_and_infinity_are_seen,
+    assert_quantised_agrees,
+    defined,
+    equal,
+    summed,
+    weights,
+)
 
-U = 2.0**-24  # half a unit in float32's last place: the error of one operation
-CHUNK, LANES = 2048, 32
-# A chunk is summed in 32 lanes of 64, and the lanes in 5 steps; a square is rounded once before.
-SUM = (CHUNK / LANES + 5 + 1) * U
 BACKENDS = kernels.available()["weight_stats"]["cpu"]
 RUNS = [*runs("weight_stats"), ("cpu", "reference")]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(1, 1, 1), (3, 5, 7), (2, 64, 32), (2, 33, 97), (4, 1, 2049), (1, 130, 1030), (3, 0, 8), (3, 8, 0), (0, 4, 4)]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def weights(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
-
-
-def summed(weight: Tensor | Quantised, E: int, backend: str | None = None, device: str = "cpu") -> WeightSums:
-    sums = weight_sums(E, device)
-    weight_stats(weight.to(device) if isinstance(weight, Tensor) else on(device, weight), sums, backend=backend)
-    return WeightSums(*(s.cpu() for s in sums))
-
-
-def defined(dense: Tensor) -> WeightSums:
-    """[E, R, C] in float64, expert by expert."""
-    w = dense.double().flatten(1)
-    top = w.abs().amax(1) if w.shape[1] else torch.zeros(len(w), dtype=torch.float64)
-    return WeightSums(torch.full((len(w),), w.shape[1]), w.abs().sum(1), w.square().sum(1), top)
-
-
-def assert_agree(got: WeightSums, want: WeightSums) -> None:
-    assert torch.equal(got.count, want.count)
-    assert torch.equal(got.max_abs, want.max_abs)
-    torch.testing.assert_close(got.abs_sum, want.abs_sum, rtol=SUM, atol=0)
-    torch.testing.assert_close(got.square_sum, want.square_sum, rtol=SUM, atol=0)
-
-
-def equal(a: WeightSums, b: WeightSums) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNS)
@@ -77,20 +48,12 @@ def test_dense_weights_agree_with_float64(
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 @pytest.mark.parametrize("case", CASES)
 def test_quantised_weights_agree_with_what_they_stand_for(case: str, device: str, backend: str) -> None:
-    weight, dense = CASES[case]()
-    finite = dense.isfinite().all()
-    got, want = summed(weight, 1, backend, device), defined(dense[None])
-    if finite:
-        assert_agree(got, want)
-    assert got.max_abs.isfinite().item() is finite.item()
+    assert_quantised_agrees(case, device, backend)
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_fp8_blocks_that_do_not_divide_the_weight(device: str, backend: str) -> None:
-    codes = weights(2, 150, 2100).mul(1e4).to(torch.float8_e4m3fn)
-    scale = torch.rand(2, 2, 17, generator=torch.Generator().manual_seed(1))
-    weight = scaled(codes, scale, (128, 128))
-    assert_agree(summed(weight, 2, backend, device), defined(dequantize(weight, torch.float32, backend="reference")))
+    assert_blocks_need_not_divide(device, backend)
 
 
 def test_by_hand() -> None:
@@ -121,25 +84,12 @@ def test_every_half_is_read(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at", [0, 31, 32, 2047, 2048, 4098])
 def test_nan_and_infinity_are_seen_where_they_are(at: int, dtype: torch.dtype, device: str, backend: str) -> None:
-    w = weights(3, 1, 4099, dtype=dtype)
-    w[1, 0, at] = torch.nan
-    w[2, 0, at] = -torch.inf
-    s = summed(w, 3, backend, device)
-    for sum_ in s[1:]:
-        assert sum_[0].isfinite()
-        assert sum_[1].isnan()
-        assert sum_[2] == torch.inf
-    s = WeightSums(*(t.to(device) for t in s))
-    weight_stats(torch.ones(3, 1, 1, device=device), s, backend=backend)
-    assert s.max_abs.isnan().tolist() == [False, True, False]  # a NaN stays
+    assert_nan_and_infinity_are_seen(at, dtype, device, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_code_is_seen(backend: str) -> None:
-    codes = torch.zeros(2, 3, 40, dtype=torch.uint8)
-    codes[1, 2, 39] = 0x7F
-    s = summed(scaled(codes.view(torch.float8_e4m3fn), torch.ones(1)), 2, backend)
-    assert all(sum_.isnan().tolist() == [False, True] for sum_ in s[1:])
+    assert_a_nan_code_is_seen(backend)
 
 
 @pytest.mark.usefixtures("threads")

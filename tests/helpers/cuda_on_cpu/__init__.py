@@ -7,12 +7,12 @@ stretches between two barriers brings out.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -35,12 +35,12 @@ FLAGS = (
 )  # fmt: skip
 
 
-def build(folder: Path) -> ModuleType:
+def build(folder: Path) -> Path:
     """The extension's CUDA side as a module of its own, compiled into the folder."""
     import pybind11
 
     include = [f"-I{HERE}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    sources = [*SOURCES.glob("cuda/*.cu"), SOURCES / "bindings.cpp", *HERE.glob("*.cpp")]
+    sources = [SOURCES / "bindings.cpp", *SOURCES.glob("cuda/*.cu"), *HERE.glob("*.cpp")]  # the longest first
 
     def compiled(source: Path) -> str:
         out = folder / f"{source.name}.o"
@@ -53,6 +53,10 @@ def build(folder: Path) -> ModuleType:
         objects = list(pool.map(compiled, sources))
     library = folder / "_C.so"
     subprocess.run([str(COMPILER), "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+def loaded(library: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("_C", library)
     assert spec is not None
     assert spec.loader is not None
@@ -138,7 +142,12 @@ class Extension:
 
 
 @cache
-def extension() -> Extension:
-    """Compiled when a test first asks for it; once loaded it needs no file."""
-    with tempfile.TemporaryDirectory() as folder:
-        return Extension(build(Path(folder)))
+def extension(folder: Path) -> Extension:
+    """Compiled by the first process that asks for it in this folder."""
+    library = folder / "cuda_on_cpu" / "_C.so"
+    with (folder / "cuda_on_cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            library.parent.mkdir(exist_ok=True)
+            build(library.parent)
+    return Extension(loaded(library))

@@ -1,5 +1,5 @@
 // Linked in place of csrc/cpu and csrc/io: bindings.cpp is here for its CUDA side alone.
-#include <pybind11/pybind11.h>
+#include "../../../csrc/kernels.h"
 
 #include "../../../csrc/kernels.h"
 
