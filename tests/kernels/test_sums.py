@@ -12,7 +12,7 @@ from torch import Tensor
 from moekern import kernels
 from moekern.kernels import sums as declaration
 from tests.helpers.cases import Case, router, rows, stream
-from tests.kernels.test_kernels import runs
+from tests.helpers.ops import runs
 
 CASE = Case(40, 5, 2, 12, masked=True)
 KINDS = (kernels.RouterSums, kernels.ExpertSums, kernels.SimilaritySums, kernels.WeightSums)
