@@ -9,17 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moekern.calibration.options import Calibration
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.pipeline import Verdict, calibrate_to, verify_both
 from moekern.cli.verify import show_verdict
 from moekern.criteria import CRITERIA
-from moekern.data.read import read_data
+from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate, mean_loss
+from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
@@ -30,7 +29,8 @@ CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out
 BASELINE = "random"
 SHOWN = tuple(name for name, row in CRITERIA.items() if set(row.tiers) <= {"dimensions"})  # one calibration serves them
 LENGTH, BATCH = 128, 16
-DTYPE = "float32"  # on a CPU without bfloat16 units it is several times faster than the checkpoint's bfloat16
+# On a CPU without bfloat16 units float32 is several times faster than the checkpoint's bfloat16.
+COMPUTE = Compute(dtype="float32")
 EVALUATION_TOKENS = 12288
 PROMPTS = ("The system administrator", "Der Administrator", "def __init__(self,")
 
@@ -62,8 +62,8 @@ def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, 
 
 def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> dict[str, Any]:
     say(f"the model: {MODEL}")
-    options = Calibration(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH, dtype=DTYPE)
-    statistics = calibrate_to(MODEL, options, work / "statistics.safetensors")
+    text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
+    statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors")
     say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
     plans = make_plans(statistics, seeds)
     losses = _evaluate(plans)
@@ -81,8 +81,8 @@ def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> di
     if not quiet:
         show_verdict(verdict)
     texts = generate(pruned)
-    for prompt, text in texts.items():
-        say(f"generated: {prompt!r} -> {text!r}")
+    for prompt, said in texts.items():
+        say(f"generated: {prompt!r} -> {said!r}")
     rows = table_rows(losses, seeds)
     if not quiet:
         _show(rows, statistics.domains)
@@ -101,13 +101,12 @@ def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
 
 
 def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]:
-    data = read_data(
-        text_sources("evaluation"), MODEL, tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH
-    )
+    text = Text(text_sources("evaluation"), tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH)
+    data = text.read(open_checkpoint(MODEL))
     names = {str(key): key for key in plans}
     with console.progress(f"evaluating {len(plans)} plans in one pass") as step:
         found: Evaluation = evaluate(
-            MODEL, data, {str(key): plan for key, plan in plans.items()}, dtype=torch.float32, progress=step
+            MODEL, data, {str(key): plan for key, plan in plans.items()}, COMPUTE, progress=step
         )
     return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
 
