@@ -67,7 +67,7 @@ def calibrate(
         model_folder(model), text, compute, out,
         tiers=("dimensions",) if tier is None else tuple(tier), replay_tokens=replay_tokens, spill=spill,
     )  # fmt: skip
-    result(as_json, {"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
+    result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
 
 
 def show_statistics(measured: Statistics, out: Path) -> None:

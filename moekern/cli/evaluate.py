@@ -51,7 +51,7 @@ def evaluate(
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = {str(path): Plan.load(path) for path in plans or []}
     losses = pipeline.evaluate_plans(model_folder(model), text, compute, named)
-    result(as_json, losses_document(losses), lambda: show_losses(losses))
+    result(losses_document(losses), lambda: show_losses(losses))
 
 
 def show_losses(table: Evaluation) -> None:

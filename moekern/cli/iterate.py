@@ -68,4 +68,4 @@ def iterate(
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
-    result(as_json, document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))
+    result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

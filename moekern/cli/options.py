@@ -62,7 +62,11 @@ Targets = Annotated[
     typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
 ]
 Words = list[str] | None
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+# Not looked at by the commands: the callback sets the console's mode before anything else is done.
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON instead of tables.", callback=console.set_json, is_eager=True),
+]
 
 
 def text_of(
@@ -92,9 +96,9 @@ def folder_of(model: str | None) -> Path | None:
     return None if model is None else model_folder(model)
 
 
-def result(as_json: bool, document: Any, table: Callable[[], None]) -> None:
+def result(document: Any, table: Callable[[], None]) -> None:
     """Show a result as JSON or as a table."""
-    if as_json:
+    if console.as_json():
         console.emit(document)
     else:
         table()

@@ -210,7 +210,7 @@ def earlier_statistics(
     return found if same else None
 
 
-def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) -> Statistics:
+def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
     """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once.
 
     Raises InputError for a folder and a criterion that needs text.
@@ -221,7 +221,7 @@ def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) 
     if not source.is_dir():
         return Statistics.load(source)
     costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
-    with console.progress("weighing", "layers", as_json) as step:
+    with console.progress("weighing") as step:
         return weigh(source, costly=costly, progress=step)
 
 

@@ -68,7 +68,7 @@ def run(
         criterion=chosen, keep=share, protect_super=protect_super,
         mtp=mtp.value if mtp else "prune", forward=forward,
     )  # fmt: skip
-    result(as_json, done.document(), lambda: show_run(done))
+    result(done.document(), lambda: show_run(done))
     if not done.verdict.good:
         raise typer.Exit(1)
 

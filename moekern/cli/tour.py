@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ PROMPTS = ("The system administrator", "Der Administrator", "def __init__(self,"
 Key = tuple[str, float, int]  # criterion, kept share, seed
 
 
-def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, Any]:
+def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
     """The whole tour. Artefacts go to the new folder `out`, or to a temporary one. Returns everything as JSON data.
 
     Raises InputError when `out` exists or `seeds` is below 1.
@@ -46,7 +46,6 @@ def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, 
         raise InputError(f"--seeds {seeds}: expected at least 1")
     if out is not None and out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder")
-    say = (lambda text: None) if quiet else console.say
     with ExitStack() as stack:
         if out is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-demo-")))
@@ -54,17 +53,17 @@ def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, 
             out.mkdir(parents=True)
             work = out
         try:
-            return _tour(work, seeds, say, quiet)
+            return _tour(work, seeds)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
 
-def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> dict[str, Any]:
-    say(f"the model: {MODEL}")
+def _tour(work: Path, seeds: int) -> dict[str, Any]:
+    console.say(f"the model: {MODEL}")
     text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
     statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors")
-    say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
+    console.say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
     plans = make_plans(statistics, seeds)
     losses = _evaluate(plans)
     criterion, share = CHOSEN
@@ -73,20 +72,20 @@ def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> di
     pruned = work / "pruned"
     with console.progress("pruning", "bytes") as step:
         report = prune(MODEL, plan, pruned, progress=step)
-    say(
+    console.say(
         f"pruned to {report.experts_after} of {report.experts_before} experts by {CHOSEN[0]}: "
         f"{console.size(report.bytes_in)} -> {console.size(report.bytes_out)}"
     )
     verdict = verify_both(MODEL, plan, pruned, forward=True)
-    if not quiet:
+    if not console.as_json():
         show_verdict(verdict)
     texts = generate(pruned)
     for prompt, said in texts.items():
-        say(f"generated: {prompt!r} -> {said!r}")
+        console.say(f"generated: {prompt!r} -> {said!r}")
     rows = table_rows(losses, seeds)
-    if not quiet:
+    if not console.as_json():
         _show(rows, statistics.domains)
-        say(beating_random(rows))
+        console.say(beating_random(rows))
     return _document(rows, verdict, texts)
 
 

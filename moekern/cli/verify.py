@@ -37,7 +37,7 @@ def verify(
         compute_of(device=device, trust_remote_code=trust_remote_code),
         forward=forward,
     )
-    result(as_json, verdict.document(), lambda: show_verdict(verdict))
+    result(verdict.document(), lambda: show_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
 

@@ -159,7 +159,7 @@ def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(show, "calibrate_to", fail)
     with pytest.raises(KeyboardInterrupt):
-        show.run_demo(tmp_path / "demo", 1, quiet=True)
+        show.run_demo(tmp_path / "demo", 1)
     assert list(tmp_path.iterdir()) == []
 
 
