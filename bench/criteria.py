@@ -24,15 +24,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
-from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import CRITERIA
+from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
@@ -44,7 +43,7 @@ from moekern.statistics.layer import TIERS
 
 Line = dict[str, Any]
 ITERATED = ("reap", "ean_dim", "gated_norm", "hope_all_tokens", "usage", "ews")
-COMPUTE = Compute(dtype=torch.float32)
+COMPUTE = Compute(dtype="float32")
 SHARES = (0.75, 0.5, 0.25)
 ONE_SHOT = "one-shot"
 
@@ -62,10 +61,7 @@ def methods(rounds: int) -> dict[str, tuple[int, bool]]:
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for the original and for each criterion, share, method and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
-    held_out = read_tokens(
-        checkpoint,
-        Calibration(tuple(options.held_out), options.held_out_tokens, options.sequence_length, options.batch_size),
-    )
+    held_out = _text(options, options.held_out, options.held_out_tokens).read(checkpoint)
     base: Line = {
         **machine(), "model": options.model.name, "tokens": options.tokens, "held_out_tokens": options.held_out_tokens,
         "sequence_length": options.sequence_length, "rounds": options.rounds,
@@ -77,7 +73,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
             continue
         plans = {json.dumps(key): plan for key, plan in made_plans(checkpoint, options, seed)}
         print(f"seed {seed}: evaluating {len(plans)} plans", file=sys.stderr)
-        losses = evaluate(checkpoint, held_out, plans, dtype=torch.float32)
+        losses = evaluate(checkpoint, held_out, plans, COMPUTE)
         found: list[Line] = []
         if not lines:
             found.append(
@@ -92,14 +88,23 @@ def measure(options: argparse.Namespace) -> list[Line]:
     return lines
 
 
+def _text(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
+    return Text(
+        data=tuple(data),
+        tokens=tokens,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+        seed=seed,
+    )
+
+
 def made_plans(
     checkpoint: Checkpoint, options: argparse.Namespace, seed: int
 ) -> Iterator[tuple[tuple[str, float, str], Plan]]:
     """(criterion, share, method) -> plan, all from one draw of the text."""
-    text = Calibration(tuple(options.data), options.tokens, options.sequence_length, options.batch_size, seed)
-    data = read_tokens(checkpoint, text)
+    data = _text(options, options.data, options.tokens, seed).read(checkpoint)
     start = time.perf_counter()
-    measured = calibrate(checkpoint, data, dtype=torch.float32, tiers=TIERS)
+    measured = calibrate(checkpoint, data, COMPUTE, tiers=TIERS)
     print(f"seed {seed}: calibrated with every tier: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for criterion in options.criteria:
         for share in options.shares:
@@ -117,7 +122,7 @@ def made_plans(
                 if method != ONE_SHOT and (reestimate is False or needs_text(criterion)):
                     asked = Method(criterion, share, rounds, reestimate, seed=seed)
                     text_of = data if needs_text(criterion) else None
-                    yield (criterion, share, method), iterate(checkpoint, text_of, asked, compute=COMPUTE)
+                    yield (criterion, share, method), iterate(checkpoint, text_of, asked, COMPUTE)
         print(f"seed {seed}: {criterion}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from moekern.checkpoint.folder import open_checkpoint as open_checkpoint
     from moekern.criteria import CRITERIA as CRITERIA
     from moekern.data.read import read_data as read_data
+    from moekern.data.text import Text as Text
     from moekern.errors import InputError as InputError
     from moekern.evaluation.losses import evaluate as evaluate
+    from moekern.model.compute import Compute as Compute
     from moekern.plan.budgets import Budget as Budget
     from moekern.plan.document import Plan as Plan
     from moekern.plan.guards import Guards as Guards
@@ -40,11 +42,13 @@ HOMES = {
     "Budget": "plan.budgets",
     "CRITERIA": "criteria",
     "Checkpoint": "checkpoint.folder",
+    "Compute": "model.compute",
     "Guards": "plan.guards",
     "InputError": "errors",
     "LayerStatistics": "statistics.layer",
     "Plan": "plan.document",
     "Statistics": "statistics.file",
+    "Text": "data.text",
     "calibrate": "calibration.calibrate",
     "compare_forward": "verification.logits",
     "evaluate": "evaluation.losses",

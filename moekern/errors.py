@@ -1,5 +1,22 @@
 """The one exception a user sees."""
 
+from __future__ import annotations
+
+import re
+
+# What a program is told that an error is about: by the flag that the message begins with, else by who raised it.
+FLAG_KINDS = {"data": "data", "device": "device", "target": "target"}  # other flags: "option"
+PART_KINDS = {
+    "checkpoint": "checkpoint",
+    "architectures": "checkpoint",
+    "model": "checkpoint",
+    "measurement": "checkpoint",
+    "plan": "plan",
+    "statistics": "statistics",
+    "criteria": "statistics",
+    "data": "data",
+}  # other parts of moekern: "input"
+
 
 class InputError(ValueError):
     """Something the user can mend: a file, a flag, a plan or a checkpoint. One line that says what and where.
@@ -7,8 +24,28 @@ class InputError(ValueError):
     Names of a hostile checkpoint reach the terminal without line breaks and control codes.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, kind: str | None = None) -> None:
         super().__init__("".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in message))
+        self._kind = kind
+
+    @property
+    def kind(self) -> str:
+        """checkpoint, plan, statistics, data, option, target, device, or input for anything else."""
+        if self._kind is not None:
+            return self._kind
+        flag = re.match("--([a-z-]+)", str(self))
+        if flag:
+            return FLAG_KINDS.get(flag[1], "option")
+        return PART_KINDS.get(_part_that_raised(self), "input")
+
+
+def _part_that_raised(error: BaseException) -> str:
+    """The part of moekern an error comes from; empty for one that was not raised."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else str(last.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[2].partition(".")[0]
 
 
 def first_line(error: BaseException) -> str:

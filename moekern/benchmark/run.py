@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,10 @@ NUMBERS = ("us", "gb_s", "gflop_s", "share", "over_eager", "over_compiled", "ove
 OURS = ("native", "triton", "measured", "measured+dimensions", "grouped_mlp grouped_mm", "grouped_mlp triton")
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def measure(
     cases: Sequence[str],
     *,
@@ -41,10 +45,12 @@ def measure(
     scale: Scale | None = None,
     layers: Mapping[str, Layer] = MODELS,
     done: Callable[[list[Line]], None] = lambda lines: None,
+    say: Callable[[str], None] = _to_stderr,
 ) -> list[Line]:
     """One line a case, op and backend; `ops` names beginnings of ops (none: all). `done` gets the lines of each case.
 
-    Raises AssertionError for a kernel that does not agree with the reference.
+    `say` gets each line in words, as soon as it is measured. Raises AssertionError for a kernel that does
+    not agree with the reference.
     """
     torch.set_num_threads(threads)
     base = facts(threads, repeats)
@@ -56,21 +62,22 @@ def measure(
                 continue
             found = job_lines(job, case, base, repeats, compiled)
             lines += found
-            _say(found)
+            for line in found:
+                say(_words(line))
         if case in experts.CLASSES and (not ops or "experts" in ops) and scale is None:
             found = [{**base, **line} for line in experts.lines(case, max(3, repeats // 2))]
             lines += found
-            _say(found)
+            for line in found:
+                say(_words(line))
         lines[before:] = [{**line, "target": target(line)} for line in lines[before:]]
         done(lines[before:])
         gc.collect()
     return lines
 
 
-def _say(lines: Iterable[Line]) -> None:
-    for line in lines:
-        took = f"{float(str(line['us'])) / 1e3:.1f} ms" if line.get("us") is not None else line.get("failed")
-        print(f"{line['op']} {line['case']} {line['backend']} {took}", file=sys.stderr)
+def _words(line: Line) -> str:
+    took = f"{float(str(line['us'])) / 1e3:.1f} ms" if line.get("us") is not None else line.get("failed")
+    return f"{line['op']} {line['case']} {line['backend']} {took}"
 
 
 def job_lines(job: Job, case: str, base: Line, repeats: int, compiled: bool) -> list[Line]:

@@ -23,6 +23,7 @@ from moekern.measurement.replay import Replay, sample
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.watch import observed
 from moekern.measurement.weights import weigh_layer
+from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import make_header
@@ -38,19 +39,16 @@ REPLAY_TOKENS = 512
 def calibrate(
     source: str | Path | Checkpoint,
     data: TokenData,
+    compute: Compute = Compute(),
     *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
     tiers: Collection[str] = ("dimensions",),
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
-    backend: str | None = None,
-    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
-    Weights are in the checkpoint's dtype unless `dtype` is given; at most the skeleton and two decoder layers are
+    Weights are in the checkpoint's dtype unless `compute` has one; at most the skeleton and two decoder layers are
     resident. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
     `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`,
     with layers' inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all
@@ -62,11 +60,10 @@ def calibrate(
         raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    backends = _backends(device, backend, wanted)
+    backend = compute.backend
+    backends = _backends(compute, wanted)
     recorder = Recorder(tiers=[tier for tier in wanted if tier not in ("weights", "gradient")], backend=backend)
-    with open_layerwise(
-        checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    ) as layerwise:
+    with open_layerwise(checkpoint, layout, compute) as layerwise:
         recorder.words = -(-layerwise.vocab_size // 64)
         passes = [recorder]
         if "outliers" in wanted:
@@ -84,7 +81,7 @@ def calibrate(
             recorder.sums.update(add_gradients(layerwise, data, recorder.sums, spill=spill, step=step))
     for key, found in weights.items():
         recorder.sums[key] = {domain: replace(sums, **found) for domain, sums in recorder.sums[key].items()}
-    return _statistics(checkpoint, layout, data, recorder, backends, dtype)
+    return _statistics(checkpoint, layout, data, recorder, backends, compute)
 
 
 def _steps(progress: Callable[[int, int], None], total: int) -> Callable[[], None]:
@@ -180,15 +177,15 @@ def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
             )
 
 
-def _backends(device: str, backend: str | None, tiers: Collection[str]) -> dict[str, str]:
+def _backends(compute: Compute, tiers: Collection[str]) -> dict[str, str]:
     """Which backend serves each op, for the statistics' header."""
-    kind = torch.device(device).type
+    kind = torch.device(compute.device).type
     ops = dict.fromkeys(WEIGHT_OPS, "cpu") if "weights" in tiers else {}
     ops |= dict.fromkeys((*OPS, *(op for tier in tiers for op in TIER_OPS.get(tier, ()))), kind)
     try:
-        return {op: kernels.backend_for(op, where, backend) for op, where in ops.items()}
+        return {op: kernels.backend_for(op, where, compute.backend) for op, where in ops.items()}
     except NotImplementedError as error:
-        raise InputError(f"--backend {backend}: {error}") from error
+        raise InputError(f"--backend {compute.backend}: {error}") from error
 
 
 def _statistics(
@@ -197,7 +194,7 @@ def _statistics(
     data: TokenData,
     recorder: Recorder,
     backends: dict[str, str],
-    dtype: torch.dtype | None,
+    compute: Compute,
 ) -> Statistics:
     header = make_header(
         fingerprint=checkpoint.fingerprint,
@@ -213,7 +210,7 @@ def _statistics(
         data=data.recipe,
         backend=backends,
         versions=versions(),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=compute.dtype_name,
     )
     layers = {key: {domain: sums.to("cpu") for domain, sums in recorder.sums[key].items()} for key in layout.layers}
     return Statistics(header, layers)

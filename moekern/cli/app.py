@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
+from moekern.cli import console
 from moekern.cli.bench import bench
 from moekern.cli.calibrate import calibrate
 from moekern.cli.check import check
@@ -25,10 +30,36 @@ from moekern.cli.prune import prune
 from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
-from moekern.errors import InputError, notes
+from moekern.errors import InputError, first_line, notes
+
+UsageError: Any = typer.BadParameter.__base__  # click's, which typer may bring its own copy of
+
+
+class Commands(TyperGroup):
+    """With --json a usage error is told by `main`, as every other error is."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        if not console.as_json():
+            raise
+        raise InputError(error.format_message(), kind="option") from error
+
 
 app = typer.Typer(
     name="moekern",
+    cls=Commands,
     help="Prune experts from Mixture-of-Experts language models of any size on one machine.",
     no_args_is_help=True,
     add_completion=False,
@@ -64,15 +95,29 @@ STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
 def main() -> None:
     """Run the command line; what the user can mend ends in one line and exit code 2, a signal in 128 + its number."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files go
+    asked = "--json" in sys.argv[1:]  # before the flags are parsed, for what is wrong with them
+    if asked:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
+    try:
+        with console.output(asked):
+            _run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        text = " ".join(str(error).split())
-        print(f"moekern: {text}", file=sys.stderr)
+        console.fail(" ".join(str(error).split()), error.kind if isinstance(error, InputError) else "system")
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED:
-            print("; ".join([f"moekern: stopped by {STOPPED[end.code]}", *notes(end)]), file=sys.stderr)
+            console.fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except Exception as error:
+        if not console.as_json():
+            raise
+        told = "".join(traceback.format_exception(error))
+        console.fail(f"{type(error).__name__}: {first_line(error)}", "internal", traceback=told)
+        sys.exit(1)

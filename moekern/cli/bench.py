@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moekern.cli import console
 from moekern.cli.options import Json, result
 from moekern.errors import InputError
 
@@ -28,20 +31,30 @@ def bench(
 
     from moekern.benchmark import run as benchmark
     from moekern.benchmark.inputs import MODELS
-    from moekern.benchmark.records import append
+    from moekern.benchmark.records import Line, append
 
     if show is not None:
         if not show.is_file():
             raise InputError(f"--show {show}: no such record")
-        print(benchmark.markdown(benchmark.read(show)), end="")
+        found = benchmark.read(show)
+        result(found, lambda: print(benchmark.markdown(found), end=""))
         return
     for name in case or ():
         if name not in MODELS:
             raise InputError(f"--case {name}: expected one of {', '.join(MODELS)}")
-    lines = benchmark.measure(
-        case or list(MODELS), threads=threads or torch.get_num_threads(), repeats=repeats, ops=op or (),
-        compiled=compiled, done=lambda found: append(out, found),
-    )  # fmt: skip
+    cases = case or list(MODELS)
+    counted = itertools.count(1)
+    # A person sees the times as they come; the count of layers is for programs.
+    with console.progress("timing", "cases") if console.as_json() else nullcontext(lambda done, total: None) as step:
+
+        def done(found: list[Line]) -> None:
+            append(out, found)
+            step(next(counted), len(cases))
+
+        lines = benchmark.measure(
+            cases, threads=threads or torch.get_num_threads(), repeats=repeats, ops=op or (), compiled=compiled,
+            done=done, say=console.say,
+        )  # fmt: skip
     if not lines:
         raise InputError(f"--op {', '.join(op or ())}: no op begins so")
-    result(as_json, lines, lambda: benchmark.table(lines))
+    result(lines, lambda: benchmark.table(lines))

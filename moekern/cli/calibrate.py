@@ -20,7 +20,9 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    compute_of,
     result,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -56,16 +58,16 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
-    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
 
-    options = Calibration(
-        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        ("dimensions",) if tier is None else tuple(tier), backend, trust_remote_code, replay_tokens, spill,
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    statistics = pipeline.calibrate_to(
+        model_folder(model), text, compute, out,
+        tiers=("dimensions",) if tier is None else tuple(tier), replay_tokens=replay_tokens, spill=spill,
     )  # fmt: skip
-    statistics = pipeline.calibrate_to(model_folder(model), options, out)
-    result(as_json, {"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
+    result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
 
 
 def show_statistics(measured: Statistics, out: Path) -> None:

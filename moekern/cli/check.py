@@ -25,7 +25,7 @@ def check(
 
     targets = [parse_target(text) for text in target or ()]
     report = check_folder(model_folder(model), targets)
-    result(as_json, report.document(), lambda: show_report(report))
+    result(report.document(), lambda: show_report(report))
     if targets and not report.good:
         raise typer.Exit(1)
 

@@ -32,7 +32,7 @@ def compare(
     if len(named) < len(plans):
         raise InputError("compare: the same file is named twice")
     found = compared(named, None if statistics is None else Statistics.load(statistics))
-    result(as_json, asdict(found), lambda: show_comparison(found))
+    result(asdict(found), lambda: show_comparison(found))
 
 
 def show_comparison(found: Comparison) -> None:

@@ -1,4 +1,8 @@
-"""What a person sees: tables and progress on a terminal, plain lines in a log, JSON when asked for."""
+"""What a person sees: tables and progress on a terminal, plain lines in a log.
+
+With --json a program reads instead: one document on standard output, and on standard error an object a line:
+{"stage", "done", "total", ...} for progress, {"note"} for what a person would be told, {"error", "kind"} at the end.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -34,11 +40,55 @@ JSON_EVERY = 1.0
 Step = Callable[[int, int], None]  # (done, total)
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
+_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+
+
+def as_json() -> bool:
+    """Whether a program reads, not a person."""
+    return _as_json.get()
+
+
+def set_json(value: bool) -> bool:
+    """Set the mode for the rest of the command; the callback of --json."""
+    _as_json.set(value)
+    return value
+
+
+@contextmanager
+def output(as_json: bool) -> Iterator[None]:
+    """A command's mode until its flags are parsed, when `set_json` has the word; afterwards the mode is what it was."""
+    token = _as_json.set(as_json)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warning(warnings.showwarning)
+            yield
+    finally:
+        _as_json.reset(token)
+
+
+def _warning(as_text: Callable[..., None]) -> Callable[..., None]:
+    """Warnings of libraries must not come between JSON lines."""
+    return lambda message, *where, **more: say(str(message)) if _as_json.get() else as_text(message, *where, **more)
 
 
 def say(text: str) -> None:
     """A line for a person, on standard error so that standard output stays data."""
-    _err.print(text, markup=False)
+    if _as_json.get():
+        _line({"note": text})
+    else:
+        _err.print(text, markup=False)
+
+
+def fail(text: str, kind: str, **more: str) -> None:
+    """The error that ends the command."""
+    if _as_json.get():
+        _line({"error": text, "kind": kind, **more})
+    else:
+        print(f"moekern: {text}", file=sys.stderr)
+
+
+def _line(document: dict[str, Any]) -> None:
+    print(json.dumps(_finite(document), allow_nan=False), file=sys.stderr, flush=True)
 
 
 def hint(text: str | None) -> None:
@@ -80,12 +130,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 
 @contextmanager
-def progress(what: str, unit: str = "layers", as_json: bool = False) -> Iterator[Step]:
-    """A bar on a terminal, a plain line every few seconds elsewhere, JSON lines on standard error with `as_json`.
+def progress(what: str, unit: str = "layers") -> Iterator[Step]:
+    """A bar on a terminal, a plain line every few seconds elsewhere, JSON lines on standard error with --json.
 
     Yields step(done, total).
     """
-    if as_json:
+    if as_json():
         yield _lines(lambda moment: _say_json(what, unit, moment), JSON_EVERY)
     elif _err.is_terminal:
         rate = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "bytes" else []
@@ -146,11 +196,11 @@ def _say_plain(what: str, unit: str, moment: Moment) -> None:
 
 
 def _say_json(what: str, unit: str, moment: Moment) -> None:
-    line = {
+    line: dict[str, Any] = {
         "stage": what, "unit": unit, "done": moment.done, "total": moment.total,
         "seconds": round(moment.seconds, 3), "rate": round(moment.rate, 3), "seconds_left": moment.left,
     }  # fmt: skip
-    print(json.dumps(line), file=sys.stderr, flush=True)
+    _line(line)
 
 
 def parsed_size(flag: str, text: str) -> int:

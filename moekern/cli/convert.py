@@ -38,4 +38,4 @@ def convert(
     text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
     files.write_bytes(out, text.encode())
     document = {"source": str(source), "to": to.value, "out": str(out)}
-    result(as_json, document, lambda: console.say(f"{out}: {source} for {to.value}"))
+    result(document, lambda: console.say(f"{out}: {source} for {to.value}"))

@@ -18,10 +18,8 @@ def criteria(
     """List the criteria that score, plan and run know."""
     from moekern.criteria.table import described
 
-    if as_markdown:
-        print(markdown(described()), end="")
-        return
-    result(as_json, described(), lambda: show_criteria(described()))
+    rows = described()
+    result(rows, lambda: print(markdown(rows), end="") if as_markdown else show_criteria(rows))
 
 
 def show_criteria(rows: Sequence[Mapping[str, str]]) -> None:

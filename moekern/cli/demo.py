@@ -21,6 +21,6 @@ def demo(
     """The whole of it on the small trained model that ships with moekern."""
     from moekern.cli.tour import run_demo
 
-    document = run_demo(out, seeds, quiet=as_json)
-    if as_json:
+    document = run_demo(out, seeds)
+    if console.as_json():
         console.emit(document)

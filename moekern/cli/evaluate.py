@@ -19,7 +19,9 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    compute_of,
     result,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -40,19 +42,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights."""
-    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.evaluation.losses import losses_document
     from moekern.plan.document import Plan
 
-    options = Calibration(
-        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = {str(path): Plan.load(path) for path in plans or []}
-    losses = pipeline.evaluate_plans(model_folder(model), options, named)
-    result(as_json, losses_document(losses), lambda: show_losses(losses))
+    losses = pipeline.evaluate_plans(model_folder(model), text, compute, named)
+    result(losses_document(losses), lambda: show_losses(losses))
 
 
 def show_losses(table: Evaluation) -> None:

@@ -18,7 +18,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
     from moekern.estimation.overview import overview
 
     found = overview(model_folder(model))
-    result(as_json, asdict(found), lambda: show_overview(found))
+    result(asdict(found), lambda: show_overview(found))
 
 
 def show_overview(found: Overview) -> None:

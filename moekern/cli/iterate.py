@@ -20,7 +20,9 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    compute_of,
     result,
+    text_of,
 )
 from moekern.cli.plan import show_plans
 
@@ -56,17 +58,14 @@ def iterate(
 
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
-    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
-    options = Calibration(
-        tuple(data or ()), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value, backend=backend,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    made = pipeline.iterate_to(model_folder(model), options, method, out)
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
-    result(as_json, document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))
+    result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

@@ -25,4 +25,4 @@ def merge(
         raise InputError(f"--out {out}: exists already")
     total = merged([Statistics.load(part) for part in parts])
     total.save(out)
-    result(as_json, {"out": str(out), **total.header}, lambda: show_statistics(total, out))
+    result({"out": str(out), **total.header}, lambda: show_statistics(total, out))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekern.cli import console
 from moekern.errors import InputError
+
+if TYPE_CHECKING:
+    from moekern.data.text import Text
+    from moekern.model.compute import Compute
 
 
 class MtpMode(str, Enum):
@@ -58,7 +62,31 @@ Targets = Annotated[
     typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
 ]
 Words = list[str] | None
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+# Not looked at by the commands: the callback sets the console's mode before anything else is done.
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON instead of tables.", callback=console.set_json, is_eager=True),
+]
+
+
+def text_of(
+    *, data: Sequence[str] | None, tokens: int | None, sequence_length: int, batch_size: int, seed: int
+) -> Text:
+    """Which text the options name; none of it is read yet."""
+    from moekern.data.text import Text
+
+    return Text(
+        data=tuple(data or ()), tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed
+    )
+
+
+def compute_of(
+    *, device: str, dtype: Dtype | None = None, backend: str | None = None, trust_remote_code: bool
+) -> Compute:
+    """How the options say that layers are computed."""
+    from moekern.model.compute import Compute
+
+    return Compute(device=device, dtype=dtype and dtype.value, backend=backend, trust_remote_code=trust_remote_code)
 
 
 def folder_of(model: str | None) -> Path | None:
@@ -68,9 +96,9 @@ def folder_of(model: str | None) -> Path | None:
     return None if model is None else model_folder(model)
 
 
-def result(as_json: bool, document: Any, table: Callable[[], None]) -> None:
+def result(document: Any, table: Callable[[], None]) -> None:
     """Show a result as JSON or as a table."""
-    if as_json:
+    if console.as_json():
         console.emit(document)
     else:
         table()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
-from moekern.calibration.calibrate import calibrate
-from moekern.calibration.options import Calibration, read_tokens
+from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.cli.options import check_new_file
-from moekern.criteria import criterion_named, score_layer
+from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import TokenData
+from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
@@ -73,32 +73,41 @@ class Run:
         }
 
 
-def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
+def calibrate_to(
+    folder: Path,
+    text: Text,
+    compute: Compute,
+    out: Path,
+    *,
+    tiers: Collection[str] = ("dimensions",),
+    replay_tokens: int = REPLAY_TOKENS,
+    spill: Path | None = None,
+) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new_file(out)
-    check_device(options.device)
-    wanted_tiers(options.tiers, TIERS, "calibrate")
-    if options.spill is not None and not os.access(options.spill, os.W_OK | os.X_OK):
-        raise InputError(f"--spill {options.spill}: no folder that can be written to")
+    check_device(compute.device)
+    wanted_tiers(tiers, TIERS, "calibrate")
+    if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
+        raise InputError(f"--spill {spill}: no folder that can be written to")
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
-    return _measure(checkpoint, read_tokens(checkpoint, options), options, out)
+    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
+    return _measure(checkpoint, data, compute, out, tiers, replay_tokens, spill)
 
 
-def _measure(checkpoint: Checkpoint, data: TokenData, options: Calibration, out: Path) -> Statistics:
-    console.hint(dtype_hint(checkpoint, options.device, options.dtype))
+def _measure(
+    checkpoint: Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    out: Path,
+    tiers: Collection[str],
+    replay_tokens: int = REPLAY_TOKENS,
+    spill: Path | None = None,
+) -> Statistics:
+    console.hint(dtype_hint(checkpoint, compute))
     with console.progress("calibrating") as step:
         statistics = calibrate(
-            checkpoint,
-            data,
-            device=options.device,
-            dtype=options.torch_dtype,
-            tiers=options.tiers,
-            replay_tokens=options.replay_tokens,
-            spill=options.spill,
-            backend=options.backend,
-            trust_remote_code=options.trust_remote_code,
-            progress=step,
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     out.parent.mkdir(exist_ok=True)  # `run` keeps its own in a new folder, made when there is something to keep
@@ -118,81 +127,72 @@ def verify_both(
     folder: Path,
     plan: Plan,
     pruned: Path,
+    compute: Compute = Compute(),
     *,
     forward: bool,
     mtp: str | None = None,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
 ) -> Verdict:
     """Bytes first; logits only of a checkpoint whose bytes are right."""
-    check_device(device)
+    check_device(compute.device)
     with console.progress("verifying", "bytes") as step:
         report = verify(folder, plan, pruned, mtp=mtp, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
     with console.progress("comparing logits") as step:
-        compared = compare_forward(
-            folder, plan, pruned, device=device, trust_remote_code=trust_remote_code, progress=step
-        )
+        compared = compare_forward(folder, plan, pruned, compute=compute, progress=step)
     return Verdict(report, compared)
 
 
-def evaluate_plans(folder: Path, options: Calibration, plans: Mapping[str, Plan]) -> Evaluation:
+def evaluate_plans(folder: Path, text: Text, compute: Compute, plans: Mapping[str, Plan]) -> Evaluation:
     """Held-out loss of the original and of plans applied on the fly."""
     if ORIGINAL in plans:
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
-    check_device(options.device)
+    check_device(compute.device)
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
-    data = read_tokens(checkpoint, options)
-    console.hint(dtype_hint(checkpoint, options.device, options.dtype))
+    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
+    console.hint(dtype_hint(checkpoint, compute))
     with console.progress("evaluating") as step:
-        return evaluate(
-            checkpoint,
-            data,
-            plans,
-            device=options.device,
-            dtype=options.torch_dtype,
-            trust_remote_code=options.trust_remote_code,
-            progress=step,
-        )
+        return evaluate(checkpoint, data, plans, compute, progress=step)
 
 
 def run_stages(
     folder: Path,
-    options: Calibration,
+    text: Text,
+    compute: Compute,
     out: Path,
     *,
-    criterion: str,
+    criterion: Criterion,
     keep: float | int,
     protect_super: bool,
     mtp: Mtp,
     forward: bool,
 ) -> Run:
     """Calibrate, plan, prune, verify. Statistics of an earlier run with the same model and data are used again."""
-    check_device(options.device)
-    wanted_tiers(options.tiers, TIERS, "calibrate")
+    check_device(compute.device)
+    wanted_tiers(criterion.tiers, TIERS, "calibrate")
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint))
     check_target(checkpoint.folder, out)
     check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
-    data = read_tokens(checkpoint, options)
+    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     work = out.with_name(out.name + ".moekern")
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
-    statistics = earlier_statistics(statistics_path, checkpoint, data, options)
+    statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
     if statistics is None:
-        statistics = _measure(checkpoint, data, options, statistics_path)
-    plan = make_plan(statistics, criterion, keep, seed=options.seed, protect_super=protect_super)
+        statistics = _measure(checkpoint, data, compute, statistics_path, criterion.tiers)
+    plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
     plan.save(plan_path)
     with console.progress("pruning", "bytes") as step:
         report = prune(checkpoint, plan, out, mtp=mtp, progress=step)
-    verdict = verify_both(
-        folder, plan, out, forward=forward, mtp=mtp, device=options.device, trust_remote_code=options.trust_remote_code
-    )
+    # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
+    verdict = verify_both(folder, plan, out, replace(compute, dtype=None), forward=forward, mtp=mtp)
     return Run(statistics_path, plan_path, report, verdict)
 
 
-def earlier_statistics(path: Path, checkpoint: Checkpoint, data: TokenData, options: Calibration) -> Statistics | None:
+def earlier_statistics(
+    path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]
+) -> Statistics | None:
     """Statistics an earlier run left, if they measured the same tokens of the same model; else None."""
     if not path.exists():
         return None
@@ -201,16 +201,16 @@ def earlier_statistics(path: Path, checkpoint: Checkpoint, data: TokenData, opti
     same = (
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
-        and runs[0].get("dtype") == options.dtype
+        and runs[0].get("dtype") == compute.dtype_name
         and runs[0].get("data") == json.loads(json.dumps(data.recipe))
-        and all(set(options.tiers) <= {"routed", *s.tiers} for parts in found.layers.values() for s in parts.values())
+        and all(set(tiers) <= {"routed", *s.tiers} for parts in found.layers.values() for s in parts.values())
     )
     if same:
         console.say(f"using the statistics of an earlier run: {path}")
     return found if same else None
 
 
-def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) -> Statistics:
+def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
     """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once.
 
     Raises InputError for a folder and a criterion that needs text.
@@ -221,7 +221,7 @@ def statistics_of(source: Path, criteria: Sequence[str], as_json: bool = False) 
     if not source.is_dir():
         return Statistics.load(source)
     costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
-    with console.progress("weighing", "layers", as_json) as step:
+    with console.progress("weighing") as step:
         return weigh(source, costly=costly, progress=step)
 
 
@@ -233,20 +233,20 @@ def scores_of(
     return {key: score_layer(chosen, statistics.layer(key, domains), key, seed).tolist() for key in statistics.layers}
 
 
-def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) -> Plan:
+def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
     check_new_file(out)
-    check_device(options.device)
-    text = needs_text(method.criterion)
-    if text and not options.data:
+    check_device(compute.device)
+    measured = needs_text(method.criterion)
+    if measured and not text.data:
         raise InputError(f"--criterion {method.criterion}: it is measured on text: give --data")
-    if not text and (options.data or method.domains):
+    if not measured and (text.data or method.domains):
         raise InputError(f"--data, --domain: {method.criterion} looks at weights alone; leave the text out")
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
-    data = read_tokens(checkpoint, options) if text else None
-    if text:
-        console.hint(dtype_hint(checkpoint, options.device, options.dtype))
+    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code) if measured else None
+    if measured:
+        console.hint(dtype_hint(checkpoint, compute))
     side = out.with_name(out.name + ".moekern")
     earlier = _left(side)
 
@@ -259,7 +259,7 @@ def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) ->
             checkpoint,
             data,
             method,
-            compute=Compute(options.device, options.torch_dtype, options.backend, options.trust_remote_code),
+            compute,
             earlier=earlier,
             finished=finished,
             progress=step,

@@ -105,12 +105,12 @@ def plan(
         fit=_fit(fit, bits, context, sequences),
     )
     check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
-    plans = make_plans(statistics_of(statistics, criterion, as_json), options)
+    plans = make_plans(statistics_of(statistics, criterion), options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
-    result(as_json, document, lambda: show_plans(plans, paths))
+    result(document, lambda: show_plans(plans, paths))
 
 
 def _budget(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:

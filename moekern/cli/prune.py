@@ -71,7 +71,7 @@ def prune(
 
     limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()
-    with console.progress("pruning", "bytes", as_json) as step:
+    with console.progress("pruning", "bytes") as step:
         report = run(
             model_folder(model),
             Plan.load(plan),
@@ -84,7 +84,7 @@ def prune(
             part=share,
             progress=step,
         )
-    result(as_json, {**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
+    result({**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
 
 
 def show_pruned(report: PruneReport) -> None:

@@ -23,7 +23,9 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    compute_of,
     result,
+    text_of,
 )
 from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
@@ -53,22 +55,20 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
-    from moekern.calibration.options import Calibration
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
     from moekern.router import parse_keep
 
-    options = Calibration(
-        tuple(data), tokens, sequence_length, batch_size, seed, device, dtype and dtype.value,
-        tiers=criterion_named(criterion).tiers, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
-        model_folder(model), options, out,
-        criterion=criterion, keep=parse_keep(keep), protect_super=protect_super,
+        model_folder(model), text, compute, out,
+        criterion=chosen, keep=share, protect_super=protect_super,
         mtp=mtp.value if mtp else "prune", forward=forward,
     )  # fmt: skip
-    result(as_json, done.document(), lambda: show_run(done))
+    result(done.document(), lambda: show_run(done))
     if not done.verdict.good:
         raise typer.Exit(1)
 

@@ -18,8 +18,8 @@ def score(
     """Show every expert's score; higher is kept."""
     from moekern.cli import pipeline
 
-    scores = pipeline.scores_of(pipeline.statistics_of(statistics, [criterion], as_json), criterion, domain, seed)
-    result(as_json, {"criterion": criterion, "layers": scores}, lambda: show_scores(criterion, scores))
+    scores = pipeline.scores_of(pipeline.statistics_of(statistics, [criterion]), criterion, domain, seed)
+    result({"criterion": criterion, "layers": scores}, lambda: show_scores(criterion, scores))
 
 
 def show_scores(criterion: str, layers: Mapping[str, Sequence[float]]) -> None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moekern.calibration.options import Calibration
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.pipeline import Verdict, calibrate_to, verify_both
 from moekern.cli.verify import show_verdict
 from moekern.criteria import CRITERIA
-from moekern.data.read import read_data
+from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate, mean_loss
+from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
@@ -30,14 +29,15 @@ CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out
 BASELINE = "random"
 SHOWN = tuple(name for name, row in CRITERIA.items() if set(row.tiers) <= {"dimensions"})  # one calibration serves them
 LENGTH, BATCH = 128, 16
-DTYPE = "float32"  # on a CPU without bfloat16 units it is several times faster than the checkpoint's bfloat16
+# On a CPU without bfloat16 units float32 is several times faster than the checkpoint's bfloat16.
+COMPUTE = Compute(dtype="float32")
 EVALUATION_TOKENS = 12288
 PROMPTS = ("The system administrator", "Der Administrator", "def __init__(self,")
 
 Key = tuple[str, float, int]  # criterion, kept share, seed
 
 
-def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, Any]:
+def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
     """The whole tour. Artefacts go to the new folder `out`, or to a temporary one. Returns everything as JSON data.
 
     Raises InputError when `out` exists or `seeds` is below 1.
@@ -46,7 +46,6 @@ def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, 
         raise InputError(f"--seeds {seeds}: expected at least 1")
     if out is not None and out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder")
-    say = (lambda text: None) if quiet else console.say
     with ExitStack() as stack:
         if out is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-demo-")))
@@ -54,17 +53,17 @@ def run_demo(out: Path | None, seeds: int, *, quiet: bool = False) -> dict[str, 
             out.mkdir(parents=True)
             work = out
         try:
-            return _tour(work, seeds, say, quiet)
+            return _tour(work, seeds)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
 
-def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> dict[str, Any]:
-    say(f"the model: {MODEL}")
-    options = Calibration(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH, dtype=DTYPE)
-    statistics = calibrate_to(MODEL, options, work / "statistics.safetensors")
-    say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
+def _tour(work: Path, seeds: int) -> dict[str, Any]:
+    console.say(f"the model: {MODEL}")
+    text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
+    statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors")
+    console.say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
     plans = make_plans(statistics, seeds)
     losses = _evaluate(plans)
     criterion, share = CHOSEN
@@ -73,20 +72,20 @@ def _tour(work: Path, seeds: int, say: Callable[[str], None], quiet: bool) -> di
     pruned = work / "pruned"
     with console.progress("pruning", "bytes") as step:
         report = prune(MODEL, plan, pruned, progress=step)
-    say(
+    console.say(
         f"pruned to {report.experts_after} of {report.experts_before} experts by {CHOSEN[0]}: "
         f"{console.size(report.bytes_in)} -> {console.size(report.bytes_out)}"
     )
     verdict = verify_both(MODEL, plan, pruned, forward=True)
-    if not quiet:
+    if not console.as_json():
         show_verdict(verdict)
     texts = generate(pruned)
-    for prompt, text in texts.items():
-        say(f"generated: {prompt!r} -> {text!r}")
+    for prompt, said in texts.items():
+        console.say(f"generated: {prompt!r} -> {said!r}")
     rows = table_rows(losses, seeds)
-    if not quiet:
+    if not console.as_json():
         _show(rows, statistics.domains)
-        say(beating_random(rows))
+        console.say(beating_random(rows))
     return _document(rows, verdict, texts)
 
 
@@ -101,13 +100,12 @@ def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
 
 
 def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]:
-    data = read_data(
-        text_sources("evaluation"), MODEL, tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH
-    )
+    text = Text(text_sources("evaluation"), tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH)
+    data = text.read(open_checkpoint(MODEL))
     names = {str(key): key for key in plans}
     with console.progress(f"evaluating {len(plans)} plans in one pass") as step:
         found: Evaluation = evaluate(
-            MODEL, data, {str(key): plan for key, plan in plans.items()}, dtype=torch.float32, progress=step
+            MODEL, data, {str(key): plan for key, plan in plans.items()}, COMPUTE, progress=step
         )
     return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
 

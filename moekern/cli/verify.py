@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import say, size
-from moekern.cli.options import Device, Json, Model, TrustRemoteCode, result
+from moekern.cli.options import Device, Json, Model, TrustRemoteCode, compute_of, result
 
 if TYPE_CHECKING:
     from moekern.cli.pipeline import Verdict
@@ -34,11 +34,10 @@ def verify(
         model_folder(model),
         Plan.load(plan),
         pruned,
+        compute_of(device=device, trust_remote_code=trust_remote_code),
         forward=forward,
-        device=device,
-        trust_remote_code=trust_remote_code,
     )
-    result(as_json, verdict.document(), lambda: show_verdict(verdict))
+    result(verdict.document(), lambda: show_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
 

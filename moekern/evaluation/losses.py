@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
+from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
@@ -51,10 +52,8 @@ def evaluate(
     source: str | Path | Checkpoint,
     data: TokenData,
     plans: Mapping[str, Plan],
+    compute: Compute = Compute(),
     *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
@@ -83,9 +82,7 @@ def evaluate(
         key = task.name, task.batch.domain
         sums[key] = sums[key] + found if key in sums else found
 
-    with open_layerwise(
-        checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    ) as layerwise:
+    with open_layerwise(checkpoint, layout, compute) as layerwise:
         _run(layerwise, tasks, add, progress)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():

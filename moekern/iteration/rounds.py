@@ -75,8 +75,8 @@ def iterate(
     source: str | Path | Checkpoint,
     data: TokenData | None,
     method: Method,
+    compute: Compute = Compute(),
     *,
-    compute: Compute | None = None,
     earlier: Sequence[Plan] = (),
     finished: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = lambda done, total: None,
@@ -92,11 +92,10 @@ def iterate(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    how = compute or Compute()
-    job = _job(checkpoint, layout, data, method, how, progress)
+    job = _job(checkpoint, layout, data, method, compute, progress)
     keeps = _taken_over(job, earlier)
     while True:
-        plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, how, keeps)
+        plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps)
         if len(keeps) + 1 == method.rounds:
             return plan
         finished(plan)
@@ -132,7 +131,7 @@ def schedule(experts: int, kept: int, rounds: int, groups: int = 1) -> tuple[int
 
 
 def _job(
-    checkpoint: Checkpoint, layout: Layout, data: TokenData | None, method: Method, how: Compute, progress: Progress
+    checkpoint: Checkpoint, layout: Layout, data: TokenData | None, method: Method, compute: Compute, progress: Progress
 ) -> Iteration:
     text = needs_text(method.criterion)
     if text != (data is not None):
@@ -159,7 +158,7 @@ def _job(
         "criterion": chosen.name,
         "domains": domains,
         "data": None if data is None else data.recipe,
-        "dtype": None if how.dtype is None else str(how.dtype).removeprefix("torch."),
+        "dtype": compute.dtype_name,
         "keep": method.keep,
         "num_experts": layout.num_experts,
         "tie": TIE,
@@ -209,8 +208,8 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
     return _plan(job, layers, keeps)
 
 
-def _streamed_round(job: Iteration, data: TokenData, how: Compute, keeps: Sequence[Keeps]) -> Plan:
-    header = _header(job, data, how)
+def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps]) -> Plan:
+    header = _header(job, data, compute)
 
     def choose(key: str, sums: Measured, held: tuple[int, ...]) -> LayerPlan:
         limits = _limits(job.layout, len(held))
@@ -221,16 +220,14 @@ def _streamed_round(job: Iteration, data: TokenData, how: Compute, keeps: Sequen
         # The scores of survivors would be one for each of them, not of the original experts.
         return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
 
-    with open_layerwise(
-        job.checkpoint, job.layout, device=how.device, dtype=how.dtype, trust_remote_code=how.trust_remote_code
-    ) as layerwise:
+    with open_layerwise(job.checkpoint, job.layout, compute) as layerwise:
         total = max(layerwise.moe_keys) + 1
         layers = _measured_pass(
             layerwise,
             data,
             choose,
             keeps[-1] if keeps else {},
-            recorder=lambda counted: _recorder(job, how, counted),
+            recorder=lambda counted: _recorder(job, compute, counted),
             reestimate=job.method.reestimate,
             progress=lambda i: job.progress(len(keeps) * total + i + 1, job.method.rounds * total),
         )
@@ -327,17 +324,17 @@ def _check_finite(key: str, sums: Measured, top_k: int) -> None:
             )
 
 
-def _recorder(job: Iteration, how: Compute, counted: bool) -> Recorder:
-    return Recorder(tiers=job.criterion.tiers if counted else (), backend=how.backend)
+def _recorder(job: Iteration, compute: Compute, counted: bool) -> Recorder:
+    return Recorder(tiers=job.criterion.tiers if counted else (), backend=compute.backend)
 
 
-def _header(job: Iteration, data: TokenData, how: Compute) -> dict[str, Any]:
+def _header(job: Iteration, data: TokenData, compute: Compute) -> dict[str, Any]:
     """What make_plan asks of statistics; they are not kept."""
     layout = job.layout
     try:
-        backends = {op: kernels.backend_for(op, torch.device(how.device).type, how.backend) for op in OPS}
+        backends = {op: kernels.backend_for(op, torch.device(compute.device).type, compute.backend) for op in OPS}
     except NotImplementedError as error:
-        raise InputError(f"--backend {how.backend}: {error}") from error
+        raise InputError(f"--backend {compute.backend}: {error}") from error
     return make_header(
         fingerprint=job.checkpoint.fingerprint,
         family=layout.family.name,

@@ -12,22 +12,37 @@ from moekern.errors import InputError
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what type layers are computed."""
+    """Where, in what type and by which kernels layers are computed, from the command line to the core."""
 
     device: str = "cpu"
-    dtype: torch.dtype | None = None
-    backend: str | None = None
+    dtype: str | torch.dtype | None = None  # a name such as "float32", or torch's; None: the checkpoint's
+    backend: str | None = None  # of kernels; None: the best
     trust_remote_code: bool = False
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Raises InputError for a name that is none of torch's types."""
+        if not isinstance(self.dtype, str):
+            return self.dtype
+        found = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise InputError(f"--dtype {self.dtype}: no such type; expected a name such as float32 or bfloat16")
+        return found
 
-def dtype_hint(checkpoint: Checkpoint, device: str, dtype: str | None) -> str | None:
+    @property
+    def dtype_name(self) -> str | None:
+        """As artefacts name it."""
+        return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+
+def dtype_hint(checkpoint: Checkpoint, compute: Compute) -> str | None:
     """bfloat16 products are emulated on CPUs without AVX-512: what is faster there, in a sentence."""
     config = checkpoint.config
     names = {
         section.get(key) for section in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")
     }
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    if dtype is None and device == "cpu" and slow and "bfloat16" in names:
+    if compute.dtype is None and compute.device == "cpu" and slow and "bfloat16" in names:
         return "this CPU computes bfloat16 slowly: --dtype float32 is several times faster for twice the memory"
     return None
 

@@ -13,6 +13,7 @@ from torch import nn
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
+from moekern.model.compute import Compute
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.suspended import run_suspended
@@ -123,19 +124,12 @@ class LayerwiseModel:
 
 
 @contextmanager
-def open_layerwise(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-) -> Iterator[LayerwiseModel]:
+def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
     if layout.family.stacks:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
-    loader = open_loader(checkpoint.folder, dtype, trust_remote_code, layout)
-    place = torch.device(device)
+    loader = open_loader(checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout)
+    place = torch.device(compute.device)
     layers_name, layers = loader.decoder_layers()
     layer_keys: list[list[str]] = [[] for _ in layers]
     skeleton: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch
+from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
 from moekern.plan.document import Plan
@@ -45,25 +46,21 @@ def compare_forward(
     pruned: str | Path | Checkpoint,
     batches: tuple[Batch, ...] | None = None,
     *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    compute: Compute = Compute(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ForwardVerdict:
     """Stream both models over `batches` (None: seeded random tokens) and compare logits.
 
-    `dtype` None means float32, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
+    No dtype in `compute` means float32, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
     """
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
     quantised = "quantization_config" in str(before.config.keys() | before.config.get("text_config", {}).keys())
-    chosen = dtype or (torch.bfloat16 if quantised else torch.float32)
+    chosen = compute.torch_dtype or (torch.bfloat16 if quantised else torch.float32)
     logits: dict[str, list[Tensor]] = {}
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
         layout = find_layout(checkpoint)
-        with open_layerwise(
-            checkpoint, layout, device=device, dtype=chosen, trust_remote_code=trust_remote_code
-        ) as layerwise:
+        with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
             tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]
             run_masked(layerwise, tasks, _keep(logits.setdefault(side, [])), progress)

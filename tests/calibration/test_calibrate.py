@@ -17,6 +17,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.batch import route
 from moekern.measurement.recorder import Recorder
+from moekern.model.compute import Compute
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
@@ -39,7 +40,7 @@ def test_streamed_statistics_are_the_whole_models_bit_for_bit(name: str, family_
     plain = [families.forward(whole, batch.input_ids) for batch in data.batches]
     with observe(whole, checkpoint=folder) as seen:
         measured = [families.forward(whole, batch.input_ids) for batch in data.batches]
-    streamed = calibrate(folder, data, dtype=torch.float32)
+    streamed = calibrate(folder, data, Compute(dtype=torch.float32))
     assert list(streamed.layers) == list(seen.layers)
     for key in streamed.layers:
         assert _differences(streamed.layer(key), seen.layer(key)) == []
@@ -78,7 +79,7 @@ def _expected(model: torch.nn.Module, layer: int, ids: Tensor) -> tuple[Tensor, 
 def test_the_sums_mean_what_they_say(family_checkpoint: MakeCheckpoint) -> None:
     folder = family_checkpoint("qwen3_moe")
     ids = families.input_ids("qwen3_moe", 2, 12, 5)
-    s = calibrate(folder, TokenData((Batch("a", ids),), {}), dtype=torch.float32).layer("2")
+    s = calibrate(folder, TokenData((Batch("a", ids),), {}), Compute(dtype=torch.float32)).layer("2")
     count, gate_sum, norm_sum = _expected(families.load(folder), 2, ids)
     assert torch.equal(s.count.double(), count)
     torch.testing.assert_close(s.gate_sum, gate_sum, rtol=1e-6, atol=0)

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 
 from moekern.calibration.calibrate import _check_finite
-from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline
 from moekern.cli import tour as show
+from moekern.criteria import criterion_named
 from moekern.data.read import read_data
+from moekern.data.text import Text
 from moekern.demo import MODEL, TEXT
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
+from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
@@ -122,9 +124,9 @@ def _plan() -> Plan:
 
 
 def test_a_plan_cannot_take_the_place_of_the_original() -> None:
-    options = Calibration((f"a={TEXT / 'c'}",), tokens=64)
+    text = Text((f"a={TEXT / 'c'}",), tokens=64)
     with pytest.raises(InputError, match="a plan is named 'original'"):
-        pipeline.evaluate_plans(MODEL, options, {"original": _plan()})
+        pipeline.evaluate_plans(MODEL, text, Compute(), {"original": _plan()})
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
@@ -157,18 +159,18 @@ def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(show, "calibrate_to", fail)
     with pytest.raises(KeyboardInterrupt):
-        show.run_demo(tmp_path / "demo", 1, quiet=True)
+        show.run_demo(tmp_path / "demo", 1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(MODEL)
-    options = Calibration((f"a={TEXT / 'c'}",), tokens=256, sequence_length=64, dtype="float32", tiers=("routed",))
+    text, compute = Text((f"a={TEXT / 'c'}",), tokens=256, sequence_length=64), Compute(dtype="float32")
     path = tmp_path / "s.safetensors"
-    pipeline.calibrate_to(MODEL, options, path)
-    data = read_tokens(checkpoint, options)
-    assert pipeline.earlier_statistics(path, checkpoint, data, options) is not None
-    assert pipeline.earlier_statistics(path, checkpoint, data, replace(options, dtype=None)) is None
+    pipeline.calibrate_to(MODEL, text, compute, path, tiers=["routed"])
+    data = text.read(checkpoint)
+    assert pipeline.earlier_statistics(path, checkpoint, data, compute, ["routed"]) is not None
+    assert pipeline.earlier_statistics(path, checkpoint, data, replace(compute, dtype=None), ["routed"]) is None
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path: Path) -> None:
@@ -192,9 +194,17 @@ def test_a_run_stopped_while_calibrating_leaves_no_folder(tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "calibrate", stop)
-    options = Calibration((f"a={TEXT / 'c'}",), tokens=64, dtype="float32")
+    text, compute = Text((f"a={TEXT / 'c'}",), tokens=64), Compute(dtype="float32")
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_stages(
-            MODEL, options, tmp_path / "o", criterion="reap", keep=8, protect_super=False, mtp="prune", forward=False
+            MODEL,
+            text,
+            compute,
+            tmp_path / "o",
+            criterion=criterion_named("reap"),
+            keep=8,
+            protect_super=False,
+            mtp="prune",
+            forward=False,
         )
     assert list(tmp_path.iterdir()) == []

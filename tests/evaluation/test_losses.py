@@ -12,6 +12,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.model.compute import Compute
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from tests.helpers import families
@@ -25,7 +26,7 @@ def test_loss_divergence_and_agreement(name: str, family_checkpoint: MakeCheckpo
     batches = [Batch(domain, families.input_ids(name, 2, 12, seed)) for seed, domain in enumerate("aba")]
     layers = find_layout(open_checkpoint(folder)).layers
     plan = Plan({key: LayerPlan((0, 2, 5, 7)) for key in layers}, {})
-    found = evaluate(folder, TokenData(tuple(batches), {}), {"half": plan}, dtype=torch.float32)
+    found = evaluate(folder, TokenData(tuple(batches), {}), {"half": plan}, Compute(dtype=torch.float32))
     prune(folder, plan, tmp_path / "half")
     models = {ORIGINAL: families.load(folder), "half": families.load(tmp_path / "half")}
     for domain in "ab":
@@ -44,7 +45,7 @@ def test_loss_divergence_and_agreement(name: str, family_checkpoint: MakeCheckpo
             got = found[row][domain]
             assert got.tokens == len(nll)
             if row != ORIGINAL:  # the very bits of the checkpoint that the plan makes
-                alone = evaluate(tmp_path / "half", TokenData(tuple(batches), {}), {}, dtype=torch.float32)
+                alone = evaluate(tmp_path / "half", TokenData(tuple(batches), {}), {}, Compute(dtype=torch.float32))
                 assert got.nll == alone[ORIGINAL][domain].nll
             assert got.nll == pytest.approx(sum(nll) / len(nll), rel=1e-5)
             assert got.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4, abs=1e-6)

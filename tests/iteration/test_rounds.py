@@ -66,7 +66,7 @@ def slow_round(
     chosen: dict[str, LayerPlan] = {}
     for key, count in counts.items():
         seen = written(source, now if reestimate else held, work / f"before-{key}")
-        statistics = calibrate(seen, data, dtype=torch.float32, tiers=criterion_named(criterion).tiers)
+        statistics = calibrate(seen, data, Compute(dtype=torch.float32), tiers=criterion_named(criterion).tiers)
         experts = statistics.layer(key).num_experts
         only = Statistics({**statistics.header, "num_experts": experts}, {key: statistics.layers[key]})
         ids = held.get(key, tuple(range(experts)))
@@ -85,12 +85,12 @@ def test_re_estimation_is_a_loop_over_written_checkpoints(
     name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     source, data = family_checkpoint(name), data_of(name)
-    plan = iterate(source, data, Method("reap", 4), compute=Compute(dtype=torch.float32))
+    plan = iterate(source, data, Method("reap", 4), Compute(dtype=torch.float32))
     layout = find_layout(open_checkpoint(source))
     check_plan(plan, layout, open_checkpoint(source).fingerprint)
     want = slow_round(source, data, "reap", dict.fromkeys(layout.layers, 4), {}, reestimate=True, work=tmp_path)
     assert dict(plan.layers) == want  # scores too, bit for bit
-    one_shot = keeps_of(make_plan(calibrate(source, data, dtype=torch.float32), "reap", 4))
+    one_shot = keeps_of(make_plan(calibrate(source, data, Compute(dtype=torch.float32)), "reap", 4))
     assert keeps_of(plan) != one_shot, "nothing was re-estimated"
 
 
@@ -101,7 +101,7 @@ def test_rounds_are_a_loop_over_written_checkpoints(
     source, data = family_checkpoint("qwen3_moe"), data_of("qwen3_moe")
     method = Method("gated_norm", 0.5, rounds=2, reestimate=reestimate)
     rounds: list[Plan] = []
-    plan = iterate(source, data, method, compute=Compute(dtype=torch.float32), finished=rounds.append)
+    plan = iterate(source, data, method, Compute(dtype=torch.float32), finished=rounds.append)
     held: Keeps = {}
     for number, count in enumerate((6, 4)):
         (tmp_path / str(number)).mkdir()
@@ -117,8 +117,8 @@ def test_running_a_layer_twice_changes_nothing(name: str, family_checkpoint: Mak
     """With every expert kept, what the second run hands on must be what the first would have."""
     source, data = family_checkpoint(name), data_of(name)
     experts = find_layout(open_checkpoint(source)).num_experts
-    plan = iterate(source, data, Method("gated_norm", experts), compute=Compute(dtype=torch.float32))
-    statistics = calibrate(source, data, dtype=torch.float32, tiers=())
+    plan = iterate(source, data, Method("gated_norm", experts), Compute(dtype=torch.float32))
+    statistics = calibrate(source, data, Compute(dtype=torch.float32), tiers=())
     assert dict(plan.layers) == dict(make_plan(statistics, "gated_norm", experts).layers)
 
 

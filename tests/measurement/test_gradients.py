@@ -19,6 +19,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.gradients import add_gradients, matrices, watching_gates
+from moekern.model.compute import Compute
 from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import Statistics, merge
@@ -110,7 +111,7 @@ def close(name: str, got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("name", [name for name in CHECKED if name not in REFUSED])
 def test_gradients_are_those_of_a_whole_backward_pass(name: str, family_checkpoint: MakeCheckpoint) -> None:
     folder, data = family_checkpoint(name), data_of(name)
-    statistics = calibrate(folder, data, dtype=torch.float32, tiers=("gradient",))
+    statistics = calibrate(folder, data, Compute(dtype=torch.float32), tiers=("gradient",))
     for domain in "ab":
         batches = [batch.input_ids for batch in data.batches if batch.domain == domain]
         for key, want in whole(folder, batches).items():
@@ -126,7 +127,7 @@ def test_layers_that_hand_on_more_are_refused_by_name(name: str, family_checkpoi
     with pytest.raises(
         InputError, match="--tier gradient: .*(more of the layers before it|does not predict the next token)"
     ):
-        calibrate(family_checkpoint(name), data_of(name), dtype=torch.float32, tiers=("gradient",))
+        calibrate(family_checkpoint(name), data_of(name), Compute(dtype=torch.float32), tiers=("gradient",))
 
 
 def test_files_in_place_of_memory_change_no_bit(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_files_in_place_of_memory_change_no_bit(family_checkpoint: MakeCheckpoin
     plain = calibrate(folder, data, tiers=("gradient",))
     spilled = calibrate(folder, data, tiers=("gradient",), spill=tmp_path)
     checkpoint = open_checkpoint(folder)
-    with open_layerwise(checkpoint, find_layout(checkpoint), device="cpu") as layerwise:
+    with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
         paged = add_gradients(layerwise, data, plain.layers, in_memory=0)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
     for key, domains in plain.layers.items():

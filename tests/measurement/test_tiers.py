@@ -23,6 +23,7 @@ from moekern.measurement.replay import sample
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.watch import experts_of
 from moekern.measurement.weights import weigh_layer
+from moekern.model.compute import Compute
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import Statistics, merge
@@ -84,7 +85,7 @@ class Case:
     def __init__(self, name: str, folder: Path, tiers: tuple[str, ...], seeds: tuple[int, ...] = (1, 2)) -> None:
         self.token_ids = [families.input_ids(name, 2, 12, seed) for seed in seeds]
         self.data = TokenData(tuple(Batch("text", ids) for ids in self.token_ids), {})
-        self.statistics = calibrate(folder, self.data, dtype=torch.float32, tiers=tiers)
+        self.statistics = calibrate(folder, self.data, Compute(dtype=torch.float32), tiers=tiers)
         self.key = list(self.statistics.layers)[-1]
         self.sums = self.statistics.layer(self.key)
         self.model = families.load(folder)
@@ -276,7 +277,7 @@ def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint)
     model, tiers = families.load(folder), ("dimensions", "vocabulary", "coalitions", "reap")
     with moekern.observe(model, tiers=tiers) as seen:
         families.forward(model, token_ids)
-    streamed = calibrate(folder, TokenData((Batch("text", token_ids),), {}), dtype=torch.float32, tiers=tiers)
+    streamed = calibrate(folder, TokenData((Batch("text", token_ids),), {}), Compute(dtype=torch.float32), tiers=tiers)
     for key in streamed.layers:
         assert _differences(seen.layer(key), streamed.layer(key)) == []
     with (

@@ -12,6 +12,7 @@ from torch import nn
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
+from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.suspended import run_suspended
 from tests.helpers import families
@@ -25,7 +26,7 @@ def test_streamed_logits_and_hidden_states_are_the_whole_models(name: str, famil
     whole = families.load(folder)
     batches = [families.input_ids(name, 2, 12, seed) for seed in (1, 2, 3)]
     checkpoint = open_checkpoint(folder)
-    with open_layerwise(checkpoint, find_layout(checkpoint), dtype=torch.float32) as layerwise:
+    with open_layerwise(checkpoint, find_layout(checkpoint), Compute(dtype=torch.float32)) as layerwise:
         _, layers = layerwise.loader.decoder_layers()
         streamed_states: dict[tuple[int, int], torch.Tensor] = {}
         logits: dict[int, torch.Tensor] = {}

@@ -1,0 +1,189 @@
+"""The flags of every command and their defaults, written out: what scripts rely on changes in a diff that shows it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import typer
+
+from moekern.cli.app import app
+
+FLAGS = """
+inspect
+  MODEL required
+  --json = False
+calibrate
+  MODEL required
+  --data* required
+  --out required
+  --tokens = None
+  --sequence-length = 2048
+  --batch-size = 1
+  --seed = 0
+  --device = cpu
+  --dtype = None
+  --tier* = None
+  --spill = None
+  --replay-tokens = 512
+  --backend = None
+  --trust-remote-code = False
+  --json = False
+merge
+  PARTS* required
+  --out required
+  --json = False
+criteria
+  --markdown = False
+  --json = False
+score
+  STATISTICS required
+  --criterion = reap
+  --domain* = None
+  --seed = 0
+  --json = False
+plan
+  STATISTICS required
+  --out required
+  --keep* = None
+  --fit = None
+  --model = None
+  --bits = None
+  --context = 0
+  --sequences = 1
+  --criterion* = ['reap']
+  --domain* = None
+  --budget = uniform
+  --floor = None
+  --normalise = none
+  --adaptive-by = usage
+  --multiple-of = 1
+  --allow-nonuniform = False
+  --target* = None
+  --mtp = None
+  --protect-super = False
+  --keep-always* = None
+  --drop-first* = None
+  --guard* = None
+  --suppress* = None
+  --domain-floor* = None
+  --seed = 0
+  --json = False
+iterate
+  MODEL required
+  --keep required
+  --out required
+  --data* = None
+  --criterion = reap
+  --rounds = 1
+  --reestimate/--no-reestimate = True
+  --domain* = None
+  --tokens = None
+  --sequence-length = 2048
+  --batch-size = 1
+  --seed = 0
+  --device = cpu
+  --dtype = None
+  --backend = None
+  --trust-remote-code = False
+  --json = False
+compare
+  PLANS* required
+  --statistics = None
+  --json = False
+check
+  MODEL required
+  --target* = None
+  --json = False
+convert
+  SOURCE required
+  --to required
+  --out required
+  --model = None
+  --allow-nonuniform = False
+  --json = False
+prune
+  MODEL required
+  PLAN required
+  --out required
+  --mtp = None
+  --copy = auto
+  --checksum = xxh3
+  --reread = False
+  --max-shard-size = None
+  --part = None
+  --json = False
+verify
+  MODEL required
+  PLAN required
+  PRUNED required
+  --forward = False
+  --device = cpu
+  --trust-remote-code = False
+  --json = False
+evaluate
+  MODEL required
+  --data* required
+  PLANS* = None
+  --tokens = None
+  --sequence-length = 2048
+  --batch-size = 1
+  --seed = 0
+  --device = cpu
+  --dtype = None
+  --trust-remote-code = False
+  --json = False
+run
+  MODEL required
+  --data* required
+  --keep required
+  --out required
+  --criterion = reap
+  --tokens = None
+  --sequence-length = 2048
+  --batch-size = 1
+  --seed = 0
+  --device = cpu
+  --dtype = None
+  --protect-super = False
+  --mtp = None
+  --forward/--no-forward = True
+  --trust-remote-code = False
+  --json = False
+bench
+  --case* = None
+  --op* = None
+  --threads = None
+  --repeats = 9
+  --compiled/--no-compiled = True
+  --out = None
+  --show = None
+  --json = False
+demo
+  --out = None
+  --seeds = 5
+  --json = False
+"""
+
+
+def listed() -> str:
+    """A line a command, and one for each of its parameters: names, * where it can be repeated, default."""
+    lines = []
+    command: Any = typer.main.get_command(app)
+    for name, each in command.commands.items():
+        lines.append(name)
+        for parameter in each.params:
+            many = "*" if parameter.multiple or parameter.nargs == -1 else ""
+            if parameter.required:
+                default = "required"
+            else:
+                value = parameter.default() if callable(parameter.default) else parameter.default
+                default = f"= {value.value if isinstance(value, Enum) else value}"
+            names = "/".join((*parameter.opts, *parameter.secondary_opts))
+            shown = names if parameter.param_type_name == "option" else names.upper()
+            lines.append(f"  {shown}{many} {default}")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_flags_of_every_command() -> None:
+    assert listed() == FLAGS.lstrip("\n")

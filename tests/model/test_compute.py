@@ -1,0 +1,22 @@
+"""Compute: one object from the command line to the core."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moekern.errors import InputError
+from moekern.model.compute import Compute
+
+
+def test_a_type_is_the_same_by_name_and_as_torchs() -> None:
+    named, torchs = Compute(dtype="bfloat16"), Compute(dtype=torch.bfloat16)
+    assert named.torch_dtype is torchs.torch_dtype is torch.bfloat16
+    assert named.dtype_name == torchs.dtype_name == "bfloat16"
+    assert (Compute().torch_dtype, Compute().dtype_name) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["float31", "nn"])
+def test_a_type_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"--dtype {name}: no such type"):
+        _ = Compute(dtype=name).torch_dtype
