@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,9 @@ def _measure(
 
     def done(i: int) -> None:
         if i in layerwise.moe_keys:
-            recorder.check(layerwise.moe_keys[i], layout.top_k)
+            recorder.check(layerwise.moe_keys[i], layout.router.top_k)
             recorder.finish(layerwise.moe_keys[i])
-            _check_finite(recorder, layerwise.moe_keys[i], layout.top_k)
+            _check_finite(recorder, layerwise.moe_keys[i], layout.router.top_k)
         step()
 
     with ExitStack() as stack:
@@ -203,11 +203,7 @@ def _statistics(
         fingerprint=checkpoint.fingerprint,
         family=layout.family.name,
         score=layout.family.score,
-        top_k=layout.top_k,
-        num_experts=layout.num_experts,
-        n_group=layout.n_group,
-        topk_group=layout.topk_group,
-        group_top=max(1, layout.group_top),
+        **asdict(layout.router),
         domains=list(data.tokens),
         tokens=data.tokens,
         data=data.recipe,

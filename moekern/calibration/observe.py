@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moekern.architectures import family_named
 from moekern.architectures.config_keys import model_types
-from moekern.architectures.detect import groups, score, top_k, trailing_rows
+from moekern.architectures.detect import find_router, score, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.errors import InputError
@@ -65,21 +66,15 @@ def observe(
     if not recorder.sums:
         raise InputError("observe: the model was not run while it was observed")
     some = next(iter(recorder.sums.values()))[domain]
-    source = type(model).__name__
-    chosen = top_k(family, config, source, some.num_experts)
+    router = find_router(family, config, type(model).__name__, some.num_experts)
     for key in recorder.sums:
-        recorder.check(key, chosen)
+        recorder.check(key, router.top_k)
         recorder.finish(key)
-    n_group, topk_group = groups(family, config, source, some.num_experts)
     header |= make_header(
         fingerprint=open_checkpoint(checkpoint).fingerprint if checkpoint else "",
         family=family.name,
         score=score(family, config),
-        top_k=chosen,
-        num_experts=some.num_experts,
-        n_group=n_group,
-        topk_group=topk_group,
-        group_top=max(1, family.group_top),
+        **asdict(router),
         domains=[domain],
         tokens={domain: int(some.tokens)},
         data="observed in memory",

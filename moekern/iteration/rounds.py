@@ -34,7 +34,7 @@ from moekern.model.pruned_layers import LivePruner
 from moekern.plan.choose import TIE, choose_top
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
-from moekern.router import Limits, kept_count
+from moekern.router import kept_count
 from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.statistics.header import make_header
 from moekern.version import __version__, versions
@@ -145,7 +145,7 @@ def _job(
         raise InputError(f"--keep {method.keep}: layers have different numbers of experts; give a count")
     counts = {}
     for key, layer in layout.layers.items():
-        kept = kept_count(method.keep, _limits(layout, layer.num_experts))
+        kept = kept_count(method.keep, layout.router.of(layer.num_experts))
         counts[key] = schedule(layer.num_experts, kept, method.rounds, layout.n_group)
     domains = [NO_TEXT] if data is None else list(method.domains or data.tokens)
     for name in method.domains or ():
@@ -167,10 +167,6 @@ def _job(
         "reestimate": method.reestimate and data is not None,
     }
     return Iteration(checkpoint, layout, method, chosen, counts, provenance, progress)
-
-
-def _limits(layout: Layout, experts: int) -> Limits:
-    return Limits(experts, layout.top_k, layout.n_group, layout.topk_group, max(1, layout.group_top))
 
 
 def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
@@ -212,10 +208,10 @@ def _streamed_round(job: Iteration, data: TokenData, how: Compute, keeps: Sequen
     header = _header(job, data, how)
 
     def choose(key: str, sums: Measured, held: tuple[int, ...]) -> LayerPlan:
-        limits = _limits(job.layout, len(held))
-        statistics = Statistics({**header, **asdict(limits)}, {key: sums})
+        router = job.layout.router.of(len(held))
+        statistics = Statistics({**header, **asdict(router)}, {key: sums})
         method, count = job.method, job.counts[key][len(keeps)]
-        plan = make_plan(statistics, job.criterion, count, limits, seed=method.seed, domains=method.domains)
+        plan = make_plan(statistics, job.criterion, count, router, seed=method.seed, domains=method.domains)
         layer = plan.layers[key]
         # The scores of survivors would be one for each of them, not of the original experts.
         return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
@@ -274,10 +270,10 @@ def _measured_pass(
 
     def measured(i: int) -> None:
         key = keys[i]
-        seeing.check(key, layout.top_k)
+        seeing.check(key, layout.router.top_k)
         seeing.finish(key)
         sums = {domain: s.to("cpu") for domain, s in seeing.sums[key].items()}
-        _check_finite(key, sums, layout.top_k)
+        _check_finite(key, sums, layout.router.top_k)
         held = keeps.get(key, tuple(range(layout.layers[key].num_experts)))
         plans[key] = choose(key, sums, held)
 
@@ -341,8 +337,7 @@ def _header(job: Iteration, data: TokenData, how: Compute) -> dict[str, Any]:
         fingerprint=job.checkpoint.fingerprint,
         family=layout.family.name,
         score=layout.family.score,
-        top_k=layout.top_k,
-        num_experts=layout.num_experts,
+        **asdict(layout.router),
         domains=list(data.tokens),
         tokens=data.tokens,
         data=data.recipe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,7 @@ def _header(checkpoint: Checkpoint, layout: Layout, backend: str | None) -> dict
         fingerprint=checkpoint.fingerprint,
         family=layout.family.name,
         score=layout.family.score,
-        top_k=layout.top_k,
-        num_experts=layout.num_experts,
-        n_group=layout.n_group,
-        topk_group=layout.topk_group,
-        group_top=max(1, layout.group_top),
+        **asdict(layout.router),
         domains=[NO_TEXT],
         tokens={NO_TEXT: 0},
         data="no text: the weights alone",

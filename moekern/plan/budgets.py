@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moekern.errors import InputError
-from moekern.router import Limits, Router, check_keep, count_problem, kept_count
+from moekern.router import Router, check_keep, count_problem, kept_count
 
 KINDS = ("uniform", "global", "adaptive", "waterfill")
 NORMALISATIONS = ("none", "sum", "max", "mean", "zscore")
@@ -70,22 +70,14 @@ class Bounds:
         return range(self.lowest + self.step, self.highest + 1, self.step)
 
 
-def limits_of(router: Router, experts: int) -> Limits:
-    """The router of a layer with so many experts."""
-    return Limits(experts, router.top_k, router.n_group, router.topk_group, router.group_top)
-
-
-def bounds_of(
-    router: Router, experts: int, *, floor: float | int = 1, multiple_of: int = 1, where: str = "plan"
-) -> Bounds:
+def bounds_of(router: Router, *, floor: float | int = 1, multiple_of: int = 1, where: str = "plan") -> Bounds:
     """The counts from `floor` (a share or a count) on that the router can work with and that `multiple_of` divides.
 
     A multiple that is legal leaves all larger ones legal. Raises InputError when there is none.
     """
-    step = math.lcm(router.n_group, multiple_of)
+    step, experts = math.lcm(router.n_group, multiple_of), router.num_experts
     least = math.ceil(floor * experts - 1e-9) if isinstance(floor, float) else floor
-    limits = limits_of(router, experts)
-    legal = [n for n in range(step, experts + 1, step) if n >= least and count_problem(n, limits) is None]
+    legal = [n for n in range(step, experts + 1, step) if n >= least and count_problem(n, router) is None]
     if not legal:
         raise InputError(
             f"{where}: none of its counts is a multiple of {step}, at least {max(least, router.top_k)} and at most its "
@@ -97,7 +89,7 @@ def bounds_of(
 def uniform_count(keep: float | int, router: Router, multiple_of: int = 1) -> int:
     """kept_count, and from there down to a multiple of `multiple_of` that the router can work with."""
     count = kept_count(keep, router)
-    allowed = bounds_of(router, router.num_experts, multiple_of=multiple_of, where=f"--multiple-of {multiple_of}")
+    allowed = bounds_of(router, multiple_of=multiple_of, where=f"--multiple-of {multiple_of}")
     if count < allowed.lowest:
         raise InputError(
             f"--keep {keep} is {count} experts; with --multiple-of {multiple_of} the least is {allowed.lowest}"

@@ -16,7 +16,6 @@ from moekern.plan.budgets import (
     adaptive_usage,
     bounds_of,
     global_counts,
-    limits_of,
     total_of,
     uniform_count,
     waterfill,
@@ -25,24 +24,19 @@ from moekern.plan.choose import TIE, check_protected, choose_top
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.plan.targets import Served, Target, check_counts
-from moekern.router import Limits, Router, count_problem
+from moekern.router import Router, count_problem
 from moekern.statistics.file import LayerStatistics, Statistics
+from moekern.statistics.header import router_of
 from moekern.version import __version__
 
 Layers = Mapping[str, LayerStatistics]
-
-
-def router_limits(statistics: Statistics) -> Limits:
-    """The router's numbers as calibration recorded them."""
-    names = ("num_experts", "top_k", "n_group", "topk_group", "group_top")
-    return Limits(**{name: statistics.header[name] for name in names})
 
 
 def make_plan(
     statistics: Statistics,
     criterion: str | Criterion,
     keep: float | int,
-    layout: Router | None = None,
+    router: Router | None = None,
     *,
     seed: int = 0,
     domains: Sequence[str] | None = None,
@@ -56,8 +50,8 @@ def make_plan(
     """Choose the kept experts of every measured layer.
 
     `keep` is a share (float in (0, 1], of each layer rounded to the nearest multiple of n_group) or a count (int) for
-    each layer; `budget` says how the layers share what is kept (None: each the same). `layout` gives the router's
-    numbers; None takes them from the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
+    each layer; `budget` says how the layers share what is kept (None: each the same). `router` is that of the model;
+    None takes the one of the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
     with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
     engines that must run the result. `mtp` is what prune does with MTP layers unless told otherwise; `fit` is what a
     count was derived from, for the record.
@@ -67,14 +61,14 @@ def make_plan(
     for more protected experts than places, and for a floor that cannot be met.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
-    router, asked = layout or router_limits(statistics), budget or Budget()
+    router, asked = router or router_of(statistics.header), budget or Budget()
     guard = guards or Guards()
     layers = {key: statistics.layer(key, domains) for key in sorted(statistics.layers, key=natural)}
     marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
     scores = {key: _scores(chosen, sums, key, seed) for key, sums in layers.items()}
     counts = _counts(asked, keep, router, layers, scores, marked)
     _check_uniform(counts, asked, keep)
-    served = Served(statistics.header["family"], statistics.header["score"], limits_of(router, router.num_experts))
+    served = Served(statistics.header["family"], statistics.header["score"], router)
     check_counts(f"--keep {keep}", counts, served, targets)
     plans = {}
     for key, sums in layers.items():
@@ -115,7 +109,7 @@ def _counts(
     """Layer key -> experts it keeps."""
     if budget.kind == "uniform":
         return dict.fromkeys(layers, _common_count(keep, router, layers, budget.multiple_of))
-    bounds = {key: _bounds(budget, router, sums.num_experts, key, marked.kept[key]) for key, sums in layers.items()}
+    bounds = {key: _bounds(budget, router.of(sums.num_experts), key, marked.kept[key]) for key, sums in layers.items()}
     total = total_of(keep, {key: sums.num_experts for key, sums in layers.items()})
     if budget.kind == "adaptive" and budget.by == "entropy":
         return adaptive_entropy({key: _entropy(sums, key) for key, sums in layers.items()}, bounds, total)
@@ -128,13 +122,13 @@ def _counts(
     return global_counts(values, bounds, total, normalise=budget.normalise, groups=router.n_group, first=marked.kept)
 
 
-def _bounds(budget: Budget, router: Router, experts: int, key: str, protected: Collection[int]) -> Bounds:
+def _bounds(budget: Budget, router: Router, key: str, protected: Collection[int]) -> Bounds:
     """A layer's lowest count leaves a place for each protected expert in its group."""
-    size = experts // router.n_group
+    size = router.num_experts // router.n_group
     held = max(sum(e // size == g for e in protected) for g in range(router.n_group)) * router.n_group
     floor = 1 if budget.floor is None else budget.floor
-    least = max(held, bounds_of(router, experts, floor=floor, multiple_of=budget.multiple_of, where=key).lowest)
-    return bounds_of(router, experts, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
+    least = max(held, bounds_of(router, floor=floor, multiple_of=budget.multiple_of, where=key).lowest)
+    return bounds_of(router, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
 
 
 def _idle_at_zero(statistics: LayerStatistics, scores: Tensor) -> Tensor:
@@ -176,7 +170,7 @@ def _common_count(keep: float | int, router: Router, layers: Layers, multiple_of
         )
     kept = uniform_count(keep, router, multiple_of)
     for size, key in sizes.items():
-        problem = count_problem(kept, limits_of(router, size))
+        problem = count_problem(kept, router.of(size))
         if problem:
             raise InputError(f"--keep {keep}: layer {key}: {problem}")
     return kept

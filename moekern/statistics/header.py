@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from moekern.errors import InputError
+from moekern.router import Router
 
 FORMAT = "moekern.statistics/2"
 READABLE = (FORMAT, "moekern.statistics/1")
 HEADER_KEY = "moekern"
+ROUTER = tuple(field.name for field in fields(Router))
 # What two files must share before their sums may be added.
-IDENTITY = ("fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top")
+IDENTITY = ("fingerprint", "family", "score", *ROUTER)
 
 
 def make_header(
@@ -55,6 +58,11 @@ def make_header(
     }
 
 
+def router_of(header: Mapping[str, Any]) -> Router:
+    """The router of a statistics file, as calibration recorded it."""
+    return Router(**{name: header[name] for name in ROUTER})
+
+
 def merged_header(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     domains = list(dict.fromkeys(name for header in headers for name in header["domains"]))
     return {
@@ -85,7 +93,7 @@ def header_problem(header: Mapping[str, Any]) -> str | None:
     for name in ("fingerprint", "family", "score"):
         if not isinstance(header.get(name), str):
             return f"{name}: expected a string, got {header.get(name)!r}"
-    for name in ("top_k", "num_experts", "n_group", "topk_group", "group_top"):
+    for name in ROUTER:
         if type(header.get(name)) is not int or header[name] < 1:
             return f"{name}: expected a count, got {header.get(name)!r}"
     domains, tokens, runs = header.get("domains"), header.get("tokens"), header.get("runs")

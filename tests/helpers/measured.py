@@ -6,6 +6,7 @@ from itertools import combinations
 
 import torch
 
+from moekern.router import Router
 from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.statistics.header import make_header
 from moekern.statistics.layer import TIERS
@@ -23,11 +24,7 @@ class Layer:
 class Model:
     """As much of a Layout as check_plan looks at."""
 
-    num_experts: int = 8
-    top_k: int = 2
-    n_group: int = 1
-    topk_group: int = 1
-    group_top: int = 1
+    router: Router = Router(8, 2)
     layers: Mapping[str, Layer] = field(default_factory=lambda: {"0": Layer(8), "10": Layer(8)})
     mtp: Mapping[str, Layer] = field(default_factory=lambda: {"mtp.0": Layer(8)})
 
