@@ -57,7 +57,7 @@ def test_every_budget_makes_a_plan_that_can_be_executed(criterion, budget):
 @given(
     seed=st.integers(0, 30),
     kind=st.sampled_from(["global", "adaptive", "waterfill"]),
-    share=st.floats(0.35, 1),
+    share=st.floats(4 / 9, 1),  # of 18: the lowest counts come to 8 where two guarded experts are in one of two groups
     groups=st.sampled_from([1, 2]),
     kept=st.sets(st.integers(0, 5), max_size=2),
     gone=st.sets(st.integers(0, 5), max_size=2),
