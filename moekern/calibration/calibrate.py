@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from moekern.measurement.watch import observed
 from moekern.measurement.weights import weigh_layer
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
 from moekern.version import versions
 
@@ -62,7 +62,7 @@ def calibrate(
         raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    backends = _backends(device, backend, wanted)
+    backends = backends_of(device, backend, wanted)
     recorder = Recorder(tiers=[tier for tier in wanted if tier not in ("weights", "gradient")], backend=backend)
     with open_layerwise(
         checkpoint, layout, device=device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -180,8 +180,8 @@ def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
             )
 
 
-def _backends(device: str, backend: str | None, tiers: Collection[str]) -> dict[str, str]:
-    """Which backend serves each op, for the statistics' header."""
+def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -> dict[str, str]:
+    """Which backend serves each op, for the statistics' header. Raises InputError for one that is not there."""
     kind = torch.device(device).type
     ops = dict.fromkeys(WEIGHT_OPS, "cpu") if "weights" in tiers else {}
     ops |= dict.fromkeys((*OPS, *(op for tier in tiers for op in TIER_OPS.get(tier, ()))), kind)
@@ -200,11 +200,7 @@ def _statistics(
     dtype: torch.dtype | None,
 ) -> Statistics:
     header = make_header(
-        fingerprint=checkpoint.fingerprint,
-        family=layout.family.name,
-        score=layout.family.score,
-        **asdict(layout.router),
-        domains=list(data.tokens),
+        Source.of(checkpoint, layout),
         tokens=data.tokens,
         data=data.recipe,
         backend=backends,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.watch import experts_of, observed
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.version import versions
 
 
@@ -70,12 +69,9 @@ def observe(
     for key in recorder.sums:
         recorder.check(key, router.top_k)
         recorder.finish(key)
+    fingerprint = open_checkpoint(checkpoint).fingerprint if checkpoint else ""
     header |= make_header(
-        fingerprint=open_checkpoint(checkpoint).fingerprint if checkpoint else "",
-        family=family.name,
-        score=score(family, config),
-        **asdict(router),
-        domains=[domain],
+        Source(fingerprint, family.name, score(family, config), router),
         tokens={domain: int(some.tokens)},
         data="observed in memory",
         backend=backend,

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moekern import kernels
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.calibrate import OPS
+from moekern.calibration.calibrate import backends_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
@@ -36,7 +35,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
 from moekern.router import kept_count
 from moekern.statistics.file import LayerStatistics, Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.version import __version__, versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
@@ -205,13 +204,14 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
 
 
 def _streamed_round(job: Iteration, data: TokenData, how: Compute, keeps: Sequence[Keeps]) -> Plan:
-    header = _header(job, data, how)
+    model, backends = Source.of(job.checkpoint, job.layout), backends_of(how.device, how.backend)
 
     def choose(key: str, sums: Measured, held: tuple[int, ...]) -> LayerPlan:
-        router = job.layout.router.of(len(held))
-        statistics = Statistics({**header, **asdict(router)}, {key: sums})
+        left = replace(model, router=model.router.of(len(held)))
+        header = make_header(left, tokens=data.tokens, data=data.recipe, backend=backends, versions=versions())
         method, count = job.method, job.counts[key][len(keeps)]
-        plan = make_plan(statistics, job.criterion, count, router, seed=method.seed, domains=method.domains)
+        statistics = Statistics(header, {key: sums})
+        plan = make_plan(statistics, job.criterion, count, seed=method.seed, domains=method.domains)
         layer = plan.layers[key]
         # The scores of survivors would be one for each of them, not of the original experts.
         return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
@@ -324,23 +324,3 @@ def _check_finite(key: str, sums: Measured, top_k: int) -> None:
 
 def _recorder(job: Iteration, how: Compute, counted: bool) -> Recorder:
     return Recorder(tiers=job.criterion.tiers if counted else (), backend=how.backend)
-
-
-def _header(job: Iteration, data: TokenData, how: Compute) -> dict[str, Any]:
-    """What make_plan asks of statistics; they are not kept."""
-    layout = job.layout
-    try:
-        backends = {op: kernels.backend_for(op, torch.device(how.device).type, how.backend) for op in OPS}
-    except NotImplementedError as error:
-        raise InputError(f"--backend {how.backend}: {error}") from error
-    return make_header(
-        fingerprint=job.checkpoint.fingerprint,
-        family=layout.family.name,
-        score=layout.family.score,
-        **asdict(layout.router),
-        domains=list(data.tokens),
-        tokens=data.tokens,
-        data=data.recipe,
-        backend=backends,
-        versions=versions(),
-    )
