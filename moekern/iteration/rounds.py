@@ -30,13 +30,14 @@ from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
-from moekern.plan.choose import TIE, choose_top
+from moekern.plan.choose import choose_top
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
+from moekern.plan.provenance import Provenance
 from moekern.router import kept_count
 from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.statistics.header import Source, make_header
-from moekern.version import __version__, versions
+from moekern.version import versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
 Measured = Mapping[str, LayerStatistics]  # domain -> one layer's sums
@@ -65,7 +66,8 @@ class Iteration:
     method: Method
     criterion: Criterion
     counts: Mapping[str, tuple[int, ...]]  # layer key -> experts left after each round
-    provenance: Mapping[str, Any]
+    provenance: Provenance
+    measuring: Mapping[str, Any]  # for the provenance: how the text, if any, was run
     progress: Progress
 
 
@@ -151,31 +153,29 @@ def _job(
         if data is None or name not in data.tokens:
             raise InputError(f"--domain {name}: the text has no such domain")
     chosen = criterion_named(method.criterion)
-    provenance = {
-        "moekern": __version__,
-        "fingerprint": checkpoint.fingerprint,
-        "criterion": chosen.name,
-        "domains": domains,
+    provenance = Provenance(
+        fingerprint=checkpoint.fingerprint,
+        criterion=chosen.name,
+        domains=domains,
+        keep=method.keep,
+        num_experts=layout.num_experts,
+        seed=method.seed,
+    )
+    measuring = {
         "data": None if data is None else data.recipe,
         "dtype": None if how.dtype is None else str(how.dtype).removeprefix("torch."),
-        "keep": method.keep,
-        "num_experts": layout.num_experts,
-        "tie": TIE,
-        "seed": method.seed,
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }
-    return Iteration(checkpoint, layout, method, chosen, counts, provenance, progress)
+    return Iteration(checkpoint, layout, method, chosen, counts, provenance, measuring, progress)
 
 
 def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
     """The plan of a round, which names what stayed after the rounds before it."""
-    kept = {key: len(layer.keep) for key, layer in layers.items()}
+    chosen = {key: layers[key] for key in job.layout.layers}
+    provenance = job.provenance.document({key: len(layer.keep) for key, layer in chosen.items()})
     rounds = [{key: list(keep) for key, keep in each.items()} for each in keeps]
-    return Plan(
-        {key: layers[key] for key in job.layout.layers},
-        {**job.provenance, "kept": next(iter(kept.values())), "earlier_rounds": rounds},
-    )
+    return Plan(chosen, {**provenance, **job.measuring, "earlier_rounds": rounds})
 
 
 def _taken_over(job: Iteration, earlier: Sequence[Plan]) -> list[Keeps]:

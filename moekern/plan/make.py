@@ -1,7 +1,7 @@
 """From statistics and a criterion to a plan."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,14 +20,14 @@ from moekern.plan.budgets import (
     uniform_count,
     waterfill,
 )
-from moekern.plan.choose import TIE, check_protected, choose_top
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.choose import check_protected, choose_top
+from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
+from moekern.plan.provenance import Provenance
 from moekern.plan.targets import Served, Target, check_counts
 from moekern.router import Router, count_problem
 from moekern.statistics.file import LayerStatistics, Statistics
 from moekern.statistics.header import router_of
-from moekern.version import __version__
 
 Layers = Mapping[str, LayerStatistics]
 
@@ -75,24 +75,18 @@ def make_plan(
         floors = domain_masses(statistics, key, guard.domain_floor)
         parts = {name: part for name, part in statistics.layers[key].items() if domains is None or name in domains}
         plans[key] = _plan_layer(chosen, sums, parts, scores[key], key, counts[key], router.n_group, marked, floors)
-    provenance: dict[str, Any] = {
-        "moekern": __version__,
-        "fingerprint": statistics.header["fingerprint"],
-        "statistics": statistics.sha256,
-        "criterion": chosen.name,
-        "domains": list(statistics.domains if domains is None else domains),
-        "keep": keep,
-        "kept": counts if len(set(counts.values())) > 1 else next(iter(counts.values())),
-        "num_experts": router.num_experts,
-        "tie": TIE,
-        "seed": seed,
-        "protect_super": marked.provenance.get("protect_super", False),
-        "budget": {name: value for name, value in asdict(asked).items() if name != "allow_nonuniform"},
-        "guards": {name: value for name, value in marked.provenance.items() if name != "protect_super"},
-        "targets": [str(target) for target in targets],
-    }
-    if len(set(counts.values())) > 1:
-        provenance[NONUNIFORM] = True
+    provenance = Provenance(
+        fingerprint=statistics.header["fingerprint"],
+        statistics=statistics.sha256,
+        criterion=chosen.name,
+        domains=statistics.domains if domains is None else domains,
+        keep=keep,
+        num_experts=router.num_experts,
+        seed=seed,
+        budget=asked,
+        marked=marked.provenance,
+        targets=targets,
+    ).document(counts)
     given = {"mtp": mtp, "fit": None if fit is None else dict(fit)}
     return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
 
