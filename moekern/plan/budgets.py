@@ -132,14 +132,14 @@ def global_counts(
     *,
     normalise: str = "none",
     groups: int = 1,
-    first: Mapping[str, Collection[int]] = {},
+    protected: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """The counts that keep the largest sum of normalised scores, when each layer keeps its best of each group.
 
-    `first` are experts that are kept whatever their score; `bounds` must leave room for them.
+    `protected` experts are kept whatever their score; `bounds` must leave room for them.
     """
     gains = {
-        key: step_gains(normalised(row, normalise, key), bounds[key], groups, first.get(key, ()))
+        key: step_gains(normalised(row, normalise, key), bounds[key], groups, protected.get(key, ()))
         for key, row in scores.items()
     }
     return fill(gains, bounds, total)
@@ -151,7 +151,7 @@ def waterfill(
     total: int,
     *,
     groups: int = 1,
-    first: Mapping[str, Collection[int]] = {},
+    protected: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """The counts for which the dropped shares of the layers' saliency add up to the least.
 
@@ -159,7 +159,7 @@ def waterfill(
     its count rises, so dropping the smallest shares first is exact.
     """
     positive = {key: [max(value, 0.0) for value in row] for key, row in saliency.items()}
-    return global_counts(positive, bounds, total, normalise="sum", groups=groups, first=first)
+    return global_counts(positive, bounds, total, normalise="sum", groups=groups, protected=protected)
 
 
 def adaptive_usage(
@@ -168,13 +168,13 @@ def adaptive_usage(
     total: int,
     *,
     groups: int = 1,
-    first: Mapping[str, Collection[int]] = {},
+    protected: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """M-SMoE's rule (arXiv:2310.01334): usage divided by the layer's largest, one threshold for all layers.
 
     A layer that uses its experts evenly keeps many of them, one that leans on a few keeps few.
     """
-    return global_counts(counts, bounds, total, normalise="max", groups=groups, first=first)
+    return global_counts(counts, bounds, total, normalise="max", groups=groups, protected=protected)
 
 
 def adaptive_entropy(entropy: Mapping[str, float], bounds: Mapping[str, Bounds], total: int) -> dict[str, int]:
@@ -188,11 +188,12 @@ def adaptive_entropy(entropy: Mapping[str, float], bounds: Mapping[str, Bounds],
     return fill(gains, bounds, total)
 
 
-def step_gains(scores: Sequence[float], bounds: Bounds, groups: int, first: Collection[int]) -> list[float]:
+def step_gains(scores: Sequence[float], bounds: Bounds, groups: int, protected: Collection[int]) -> list[float]:
     """What each step above the lowest count adds: the next best scores of every group; never rising."""
     size, quota = len(scores) // groups, bounds.lowest // groups
     ranked = [
-        sorted(range(g * size, (g + 1) * size), key=lambda e: (e not in first, -scores[e], e)) for g in range(groups)
+        sorted(range(g * size, (g + 1) * size), key=lambda e: (e not in protected, -scores[e], e))
+        for g in range(groups)
     ]
     gains = []
     for count in bounds.steps():

@@ -108,12 +108,14 @@ def _counts(
     if budget.kind == "adaptive" and budget.by == "entropy":
         return adaptive_entropy({key: _entropy(sums, key) for key, sums in layers.items()}, bounds, total)
     if budget.kind == "adaptive":
-        usage = {key: _without(marked.last[key], sums.count.double()) for key, sums in layers.items()}
-        return adaptive_usage(usage, bounds, total, groups=router.n_group, first=marked.kept)
-    values = {key: _without(marked.last[key], _idle_at_zero(layers[key], scores[key])) for key in layers}
+        usage = {key: _without(marked.drop_first[key], sums.count.double()) for key, sums in layers.items()}
+        return adaptive_usage(usage, bounds, total, groups=router.n_group, protected=marked.kept)
+    values = {key: _without(marked.drop_first[key], _idle_at_zero(layers[key], scores[key])) for key in layers}
     if budget.kind == "waterfill":
-        return waterfill(values, bounds, total, groups=router.n_group, first=marked.kept)
-    return global_counts(values, bounds, total, normalise=budget.normalise, groups=router.n_group, first=marked.kept)
+        return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept)
+    return global_counts(
+        values, bounds, total, normalise=budget.normalise, groups=router.n_group, protected=marked.kept
+    )
 
 
 def _bounds(budget: Budget, router: Router, key: str, protected: Collection[int]) -> Bounds:
@@ -133,11 +135,11 @@ def _idle_at_zero(statistics: LayerStatistics, scores: Tensor) -> Tensor:
     return scores.where(used | (scores > lowest), lowest)
 
 
-def _without(last: Collection[int], values: Tensor) -> list[float]:
+def _without(drop_first: Collection[int], values: Tensor) -> list[float]:
     """Values in which experts that go first are worth no more than the layer's least."""
     row = values.tolist()
     least = min(row)
-    return [least if e in last else value for e, value in enumerate(row)]
+    return [least if e in drop_first else value for e, value in enumerate(row)]
 
 
 def _entropy(statistics: LayerStatistics, key: str) -> float:
@@ -181,24 +183,26 @@ def _plan_layer(
     marked: Marks,
     floors: Mapping[str, tuple[float, Sequence[float]]],
 ) -> LayerPlan:
-    protected, last = marked.kept[key], marked.last[key]
+    protected, drop_first = marked.kept[key], marked.drop_first[key]
     where = f"layer {key}"
     check_protected(statistics.num_experts, kept, groups, protected, f"{_sources(marked)}: {where}")
 
     def choose(held: Collection[int]) -> LayerPlan:
         if criterion.kind == "selector":
-            selection = criterion.function(_as_idle(statistics, last), kept, groups, held)
+            selection = criterion.function(_as_idle(statistics, drop_first), kept, groups, held)
             return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
         if criterion.kind == "domains":
-            each = {name: _as_idle(part, last) for name, part in domains.items()}
+            each = {name: _as_idle(part, drop_first) for name, part in domains.items()}
             selection = criterion.function(each, kept, groups, held)
             return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
         row = tuple(scores.tolist())
-        return LayerPlan(choose_top(row, kept, groups=groups, protected=held, last=last, where=where), row)
+        return LayerPlan(choose_top(row, kept, groups=groups, protected=held, drop_first=drop_first, where=where), row)
 
     if floors:
         size = statistics.num_experts // groups
-        protected = with_floors(lambda held: choose(held).keep, floors, protected, last, kept // groups, size, where)
+        protected = with_floors(
+            lambda held: choose(held).keep, floors, protected, drop_first, kept // groups, size, where
+        )
     return choose(protected)
 
 

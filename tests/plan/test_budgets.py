@@ -74,7 +74,7 @@ def best_value(scores, bounds, total, groups, first):
 @given(problems())
 def test_global_keeps_the_most_and_uses_the_budget(problem):
     scores, bounds, total, groups, first = problem
-    counts = global_counts(scores, bounds, total, groups=groups, first=first)
+    counts = global_counts(scores, bounds, total, groups=groups, protected=first)
     step = bounds["0"].step
     for key, count in counts.items():
         assert count in (bounds[key].lowest, *bounds[key].steps())
@@ -89,7 +89,7 @@ def test_global_keeps_the_most_and_uses_the_budget(problem):
 @given(problems())
 def test_waterfill_drops_the_least_share(problem):
     scores, bounds, total, groups, first = problem
-    counts = waterfill(scores, bounds, total, groups=groups, first=first)
+    counts = waterfill(scores, bounds, total, groups=groups, protected=first)
     shares = {key: normalised(row, "sum", key) for key, row in scores.items()}
     got = sum(kept_value(shares[k], counts[k], groups, first[k]) for k in scores)
     # up to 24 shares are added up in another order
