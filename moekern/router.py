@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from moekern.errors import InputError
 
 
-class Router(Protocol):
-    """What a budget must respect; a Layout has these numbers, and so have Limits."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def n_group(self) -> int: ...
-    @property
-    def topk_group(self) -> int: ...
-    @property
-    def group_top(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """A router: E experts, top-k of them chosen, from the best topk_group of n_group groups.
+class Router:
+    """E experts, top-k of them chosen, from the best topk_group of n_group groups; n_group is 1 without groups.
 
-    A group's rank is taken from its group_top best experts (2 in the DeepSeek-V3 family, 1 in V2).
+    A group's rank is taken from its group_top best experts (2 in the DeepSeek-V3 family, 1 in V2). Families without
+    groups have a group_top of 0 in their table, which counts as 1.
     """
 
     num_experts: int
@@ -36,6 +21,13 @@ class Limits:
     n_group: int = 1
     topk_group: int = 1
     group_top: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group_top", max(1, self.group_top))
+
+    def of(self, experts: int) -> Router:
+        """The same router in a layer with so many experts."""
+        return replace(self, num_experts=experts)
 
 
 def parse_keep(text: str, flag: str = "--keep") -> float | int:

@@ -13,6 +13,7 @@ from moekern.architectures.table import FAMILIES, Family
 from moekern.checkpoint.folder import CONFIG, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError
+from moekern.router import Router
 
 
 def find_layout(checkpoint: Checkpoint) -> Layout:
@@ -35,17 +36,12 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
     layers = by_key(checkpoint, [layer for layer in found if not layer.mtp])
     num_experts = largest_count(checkpoint, layers)
     count_paths = keys.check_counts(config, source, num_experts, {layer.num_experts for layer in layers.values()})
-    n_group, topk_group = groups(family, config, source, num_experts)
     return Layout(
         family=replace(family, score=score(family, config)),
         layers=layers,
         mtp=by_key(checkpoint, [layer for layer in found if layer.mtp]),
         mtp_prefixes=mtp_prefixes(family, places, stacks, num_layers),
-        num_experts=num_experts,
-        top_k=top_k(family, config, source, num_experts),
-        n_group=n_group,
-        topk_group=topk_group,
-        group_top=family.group_top,
+        router=find_router(family, config, source, num_experts),
         count_paths=count_paths,
         mtp_paths=tuple(path for path, _ in keys.values(config, keys.MTP_KEYS)),
     )
@@ -120,6 +116,12 @@ def trailing_rows(family: Family, config: dict[str, Any]) -> int:
     if isinstance(family.trailing, int):
         return family.trailing
     return max(0, keys.first(config, (family.trailing,), family.holder) or 0)
+
+
+def find_router(family: Family, config: dict[str, Any], source: str, num_experts: int) -> Router:
+    """What the config says about routing. Raises InputError, naming `source`, where it cannot be."""
+    n_group, topk_group = groups(family, config, source, num_experts)
+    return Router(num_experts, top_k(family, config, source, num_experts), n_group, topk_group, family.group_top)
 
 
 def top_k(family: Family, config: dict[str, Any], source: str, num_experts: int) -> int:

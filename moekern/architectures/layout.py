@@ -6,6 +6,7 @@ from typing import Literal
 
 from moekern.architectures.config_keys import Path
 from moekern.architectures.table import Family
+from moekern.router import Router
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +49,21 @@ class MoeLayer:
 class Layout:
     """The family that fits a checkpoint, its layers with experts, and what its config says about routing.
 
-    n_group is 1 where routing has no groups; a group's score is made from its group_top best experts. Layers pruned to
-    different counts have their own num_experts; the layout's is the largest, which config.json holds.
+    Layers pruned to different counts have their own num_experts; the router's is the largest, which config.json holds.
     """
 
     family: Family
     layers: Mapping[str, MoeLayer]
     mtp: Mapping[str, MoeLayer]
     mtp_prefixes: tuple[str, ...]  # beginnings of every key of a multi-token-prediction block
-    num_experts: int
-    top_k: int
-    n_group: int
-    topk_group: int
-    group_top: int
+    router: Router
     count_paths: tuple[Path, ...]  # config keys that hold the expert count
     mtp_paths: tuple[Path, ...]  # config keys that hold the number of multi-token-prediction layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_experts
+
+    @property
+    def n_group(self) -> int:
+        return self.router.n_group

@@ -26,7 +26,7 @@ from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
 from moekern.version import versions
 
@@ -61,7 +61,7 @@ def calibrate(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     backend = compute.backend
-    backends = _backends(compute, wanted)
+    backends = backends_of(compute, wanted)
     recorder = Recorder(tiers=[tier for tier in wanted if tier not in ("weights", "gradient")], backend=backend)
     with open_layerwise(checkpoint, layout, compute) as layerwise:
         recorder.words = -(-layerwise.vocab_size // 64)
@@ -143,9 +143,9 @@ def _measure(
 
     def done(i: int) -> None:
         if i in layerwise.moe_keys:
-            recorder.check(layerwise.moe_keys[i], layout.top_k)
+            recorder.check(layerwise.moe_keys[i], layout.router.top_k)
             recorder.finish(layerwise.moe_keys[i])
-            _check_finite(recorder, layerwise.moe_keys[i], layout.top_k)
+            _check_finite(recorder, layerwise.moe_keys[i], layout.router.top_k)
         step()
 
     with ExitStack() as stack:
@@ -177,8 +177,8 @@ def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
             )
 
 
-def _backends(compute: Compute, tiers: Collection[str]) -> dict[str, str]:
-    """Which backend serves each op, for the statistics' header."""
+def backends_of(compute: Compute, tiers: Collection[str] = ()) -> dict[str, str]:
+    """Which backend serves each op, for the statistics' header. Raises InputError for one that is not there."""
     kind = torch.device(compute.device).type
     ops = dict.fromkeys(WEIGHT_OPS, "cpu") if "weights" in tiers else {}
     ops |= dict.fromkeys((*OPS, *(op for tier in tiers for op in TIER_OPS.get(tier, ()))), kind)
@@ -197,15 +197,7 @@ def _statistics(
     compute: Compute,
 ) -> Statistics:
     header = make_header(
-        fingerprint=checkpoint.fingerprint,
-        family=layout.family.name,
-        score=layout.family.score,
-        top_k=layout.top_k,
-        num_experts=layout.num_experts,
-        n_group=layout.n_group,
-        topk_group=layout.topk_group,
-        group_top=max(1, layout.group_top),
-        domains=list(data.tokens),
+        Source.of(checkpoint, layout),
         tokens=data.tokens,
         data=data.recipe,
         backend=backends,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moekern.architectures import family_named
 from moekern.architectures.config_keys import model_types
-from moekern.architectures.detect import groups, score, top_k, trailing_rows
+from moekern.architectures.detect import find_router, score, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.errors import InputError
@@ -21,7 +21,7 @@ from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.watch import experts_of, observed
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.version import versions
 
 
@@ -65,22 +65,13 @@ def observe(
     if not recorder.sums:
         raise InputError("observe: the model was not run while it was observed")
     some = next(iter(recorder.sums.values()))[domain]
-    source = type(model).__name__
-    chosen = top_k(family, config, source, some.num_experts)
+    router = find_router(family, config, type(model).__name__, some.num_experts)
     for key in recorder.sums:
-        recorder.check(key, chosen)
+        recorder.check(key, router.top_k)
         recorder.finish(key)
-    n_group, topk_group = groups(family, config, source, some.num_experts)
+    fingerprint = open_checkpoint(checkpoint).fingerprint if checkpoint else ""
     header |= make_header(
-        fingerprint=open_checkpoint(checkpoint).fingerprint if checkpoint else "",
-        family=family.name,
-        score=score(family, config),
-        top_k=chosen,
-        num_experts=some.num_experts,
-        n_group=n_group,
-        topk_group=topk_group,
-        group_top=max(1, family.group_top),
-        domains=[domain],
+        Source(fingerprint, family.name, score(family, config), router),
         tokens={domain: int(some.tokens)},
         data="observed in memory",
         backend=backend,

@@ -172,7 +172,7 @@ def run_stages(
     check_device(compute.device)
     wanted_tiers(criterion.tiers, TIERS, "calibrate")
     checkpoint = open_checkpoint(folder)
-    kept = kept_count(keep, find_layout(checkpoint))
+    kept = kept_count(keep, find_layout(checkpoint).router)
     check_target(checkpoint.folder, out)
     check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)

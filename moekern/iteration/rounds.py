@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moekern import kernels
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.calibrate import OPS
+from moekern.calibration.calibrate import backends_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
@@ -31,14 +30,15 @@ from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
-from moekern.plan.choose import TIE, choose_top
+from moekern.plan.choose import choose_top
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
-from moekern.router import Limits, kept_count
+from moekern.plan.provenance import Provenance
+from moekern.router import kept_count
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import LayerStatistics
-from moekern.version import __version__, versions
+from moekern.version import versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
 Measured = Mapping[str, LayerStatistics]  # domain -> one layer's sums
@@ -67,7 +67,8 @@ class Iteration:
     method: Method
     criterion: Criterion
     counts: Mapping[str, tuple[int, ...]]  # layer key -> experts left after each round
-    provenance: Mapping[str, Any]
+    provenance: Provenance
+    measuring: Mapping[str, Any]  # for the provenance: how the text, if any, was run
     progress: Progress
 
 
@@ -145,42 +146,36 @@ def _job(
         raise InputError(f"--keep {method.keep}: layers have different numbers of experts; give a count")
     counts = {}
     for key, layer in layout.layers.items():
-        kept = kept_count(method.keep, _limits(layout, layer.num_experts))
+        kept = kept_count(method.keep, layout.router.of(layer.num_experts))
         counts[key] = schedule(layer.num_experts, kept, method.rounds, layout.n_group)
     domains = [NO_TEXT] if data is None else list(method.domains or data.tokens)
     for name in method.domains or ():
         if data is None or name not in data.tokens:
             raise InputError(f"--domain {name}: the text has no such domain")
     chosen = criterion_named(method.criterion)
-    provenance = {
-        "moekern": __version__,
-        "fingerprint": checkpoint.fingerprint,
-        "criterion": chosen.name,
-        "domains": domains,
+    provenance = Provenance(
+        fingerprint=checkpoint.fingerprint,
+        criterion=chosen.name,
+        domains=domains,
+        keep=method.keep,
+        num_experts=layout.num_experts,
+        seed=method.seed,
+    )
+    measuring = {
         "data": None if data is None else data.recipe,
         "dtype": compute.dtype_name,
-        "keep": method.keep,
-        "num_experts": layout.num_experts,
-        "tie": TIE,
-        "seed": method.seed,
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }
-    return Iteration(checkpoint, layout, method, chosen, counts, provenance, progress)
-
-
-def _limits(layout: Layout, experts: int) -> Limits:
-    return Limits(experts, layout.top_k, layout.n_group, layout.topk_group, max(1, layout.group_top))
+    return Iteration(checkpoint, layout, method, chosen, counts, provenance, measuring, progress)
 
 
 def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
     """The plan of a round, which names what stayed after the rounds before it."""
-    kept = {key: len(layer.keep) for key, layer in layers.items()}
+    chosen = {key: layers[key] for key in job.layout.layers}
+    provenance = job.provenance.document({key: len(layer.keep) for key, layer in chosen.items()})
     rounds = [{key: list(keep) for key, keep in each.items()} for each in keeps]
-    return Plan(
-        {key: layers[key] for key in job.layout.layers},
-        {**job.provenance, "kept": next(iter(kept.values())), "earlier_rounds": rounds},
-    )
+    return Plan(chosen, {**provenance, **job.measuring, "earlier_rounds": rounds})
 
 
 def _taken_over(job: Iteration, earlier: Sequence[Plan]) -> list[Keeps]:
@@ -209,13 +204,14 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
 
 
 def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps]) -> Plan:
-    header = _header(job, data, compute)
+    model, backends = Source.of(job.checkpoint, job.layout), backends_of(compute)
 
     def choose(key: str, sums: Measured, held: tuple[int, ...]) -> LayerPlan:
-        limits = _limits(job.layout, len(held))
-        statistics = Statistics({**header, **asdict(limits)}, {key: sums})
+        left = replace(model, router=model.router.of(len(held)))
+        header = make_header(left, tokens=data.tokens, data=data.recipe, backend=backends, versions=versions())
         method, count = job.method, job.counts[key][len(keeps)]
-        plan = make_plan(statistics, job.criterion, count, limits, seed=method.seed, domains=method.domains)
+        statistics = Statistics(header, {key: sums})
+        plan = make_plan(statistics, job.criterion, count, seed=method.seed, domains=method.domains)
         layer = plan.layers[key]
         # The scores of survivors would be one for each of them, not of the original experts.
         return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
@@ -272,10 +268,10 @@ def _measured_pass(
 
     def measured(i: int) -> None:
         key = keys[i]
-        seeing.check(key, layout.top_k)
+        seeing.check(key, layout.router.top_k)
         seeing.finish(key)
         sums = {domain: s.to("cpu") for domain, s in seeing.sums[key].items()}
-        _check_finite(key, sums, layout.top_k)
+        _check_finite(key, sums, layout.router.top_k)
         held = keeps.get(key, tuple(range(layout.layers[key].num_experts)))
         plans[key] = choose(key, sums, held)
 
@@ -326,24 +322,3 @@ def _check_finite(key: str, sums: Measured, top_k: int) -> None:
 
 def _recorder(job: Iteration, compute: Compute, counted: bool) -> Recorder:
     return Recorder(tiers=job.criterion.tiers if counted else (), backend=compute.backend)
-
-
-def _header(job: Iteration, data: TokenData, compute: Compute) -> dict[str, Any]:
-    """What make_plan asks of statistics; they are not kept."""
-    layout = job.layout
-    try:
-        backends = {op: kernels.backend_for(op, torch.device(compute.device).type, compute.backend) for op in OPS}
-    except NotImplementedError as error:
-        raise InputError(f"--backend {compute.backend}: {error}") from error
-    return make_header(
-        fingerprint=job.checkpoint.fingerprint,
-        family=layout.family.name,
-        score=layout.family.score,
-        top_k=layout.top_k,
-        num_experts=layout.num_experts,
-        domains=list(data.tokens),
-        tokens=data.tokens,
-        data=data.recipe,
-        backend=backends,
-        versions=versions(),
-    )

@@ -18,7 +18,7 @@ from moekern.kernels import Quantised
 from moekern.measurement.stored_weights import Matrix, projections
 from moekern.model.reader import read_tensors
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import LayerStatistics
 from moekern.version import versions
 
@@ -104,15 +104,7 @@ def _router(checkpoint: Checkpoint, layer: MoeLayer) -> Tensor:
 def _header(checkpoint: Checkpoint, layout: Layout, backend: str | None) -> dict[str, Any]:
     ops = ("weight_stats", "similarity", "dequantize")
     return make_header(
-        fingerprint=checkpoint.fingerprint,
-        family=layout.family.name,
-        score=layout.family.score,
-        top_k=layout.top_k,
-        num_experts=layout.num_experts,
-        n_group=layout.n_group,
-        topk_group=layout.topk_group,
-        group_top=max(1, layout.group_top),
-        domains=[NO_TEXT],
+        Source.of(checkpoint, layout),
         tokens={NO_TEXT: 0},
         data="no text: the weights alone",
         backend={op: kernels.backend_for(op, "cpu", backend) for op in ops},

@@ -1,14 +1,13 @@
-"""Which experts stay: the plan document, the router's limits and the choice by scores. Needs no torch."""
+"""Which experts stay: the plan document, what a router can work with and the choice by scores. Needs no torch."""
 
 from moekern.plan.choose import TIE, check_protected, choose_top, super_experts
 from moekern.plan.document import FORMAT, NONUNIFORM, LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
-from moekern.router import Limits, Router, check_keep, count_problem, kept_count, parse_keep
+from moekern.router import Router, check_keep, count_problem, kept_count, parse_keep
 
 __all__ = [
     "FORMAT",
     "LayerPlan",
-    "Limits",
     "NONUNIFORM",
     "Plan",
     "Router",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moekern.errors import InputError
-from moekern.router import Limits, Router, check_keep, count_problem, kept_count
+from moekern.router import Router, check_keep, count_problem, kept_count
 
 KINDS = ("uniform", "global", "adaptive", "waterfill")
 NORMALISATIONS = ("none", "sum", "max", "mean", "zscore")
@@ -70,22 +70,14 @@ class Bounds:
         return range(self.lowest + self.step, self.highest + 1, self.step)
 
 
-def limits_of(router: Router, experts: int) -> Limits:
-    """The router of a layer with so many experts."""
-    return Limits(experts, router.top_k, router.n_group, router.topk_group, router.group_top)
-
-
-def bounds_of(
-    router: Router, experts: int, *, floor: float | int = 1, multiple_of: int = 1, where: str = "plan"
-) -> Bounds:
+def bounds_of(router: Router, *, floor: float | int = 1, multiple_of: int = 1, where: str = "plan") -> Bounds:
     """The counts from `floor` (a share or a count) on that the router can work with and that `multiple_of` divides.
 
     A multiple that is legal leaves all larger ones legal. Raises InputError when there is none.
     """
-    step = math.lcm(router.n_group, multiple_of)
+    step, experts = math.lcm(router.n_group, multiple_of), router.num_experts
     least = math.ceil(floor * experts - 1e-9) if isinstance(floor, float) else floor
-    limits = limits_of(router, experts)
-    legal = [n for n in range(step, experts + 1, step) if n >= least and count_problem(n, limits) is None]
+    legal = [n for n in range(step, experts + 1, step) if n >= least and count_problem(n, router) is None]
     if not legal:
         raise InputError(
             f"{where}: none of its counts is a multiple of {step}, at least {max(least, router.top_k)} and at most its "
@@ -97,7 +89,7 @@ def bounds_of(
 def uniform_count(keep: float | int, router: Router, multiple_of: int = 1) -> int:
     """kept_count, and from there down to a multiple of `multiple_of` that the router can work with."""
     count = kept_count(keep, router)
-    allowed = bounds_of(router, router.num_experts, multiple_of=multiple_of, where=f"--multiple-of {multiple_of}")
+    allowed = bounds_of(router, multiple_of=multiple_of, where=f"--multiple-of {multiple_of}")
     if count < allowed.lowest:
         raise InputError(
             f"--keep {keep} is {count} experts; with --multiple-of {multiple_of} the least is {allowed.lowest}"
@@ -140,14 +132,14 @@ def global_counts(
     *,
     normalise: str = "none",
     groups: int = 1,
-    first: Mapping[str, Collection[int]] = {},
+    protected: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """The counts that keep the largest sum of normalised scores, when each layer keeps its best of each group.
 
-    `first` are experts that are kept whatever their score; `bounds` must leave room for them.
+    `protected` experts are kept whatever their score; `bounds` must leave room for them.
     """
     gains = {
-        key: step_gains(normalised(row, normalise, key), bounds[key], groups, first.get(key, ()))
+        key: step_gains(normalised(row, normalise, key), bounds[key], groups, protected.get(key, ()))
         for key, row in scores.items()
     }
     return fill(gains, bounds, total)
@@ -159,7 +151,7 @@ def waterfill(
     total: int,
     *,
     groups: int = 1,
-    first: Mapping[str, Collection[int]] = {},
+    protected: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """The counts for which the dropped shares of the layers' saliency add up to the least.
 
@@ -167,7 +159,7 @@ def waterfill(
     its count rises, so dropping the smallest shares first is exact.
     """
     positive = {key: [max(value, 0.0) for value in row] for key, row in saliency.items()}
-    return global_counts(positive, bounds, total, normalise="sum", groups=groups, first=first)
+    return global_counts(positive, bounds, total, normalise="sum", groups=groups, protected=protected)
 
 
 def adaptive_usage(
@@ -176,13 +168,13 @@ def adaptive_usage(
     total: int,
     *,
     groups: int = 1,
-    first: Mapping[str, Collection[int]] = {},
+    protected: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """M-SMoE's rule (arXiv:2310.01334): usage divided by the layer's largest, one threshold for all layers.
 
     A layer that uses its experts evenly keeps many of them, one that leans on a few keeps few.
     """
-    return global_counts(counts, bounds, total, normalise="max", groups=groups, first=first)
+    return global_counts(counts, bounds, total, normalise="max", groups=groups, protected=protected)
 
 
 def adaptive_entropy(entropy: Mapping[str, float], bounds: Mapping[str, Bounds], total: int) -> dict[str, int]:
@@ -196,11 +188,12 @@ def adaptive_entropy(entropy: Mapping[str, float], bounds: Mapping[str, Bounds],
     return fill(gains, bounds, total)
 
 
-def step_gains(scores: Sequence[float], bounds: Bounds, groups: int, first: Collection[int]) -> list[float]:
+def step_gains(scores: Sequence[float], bounds: Bounds, groups: int, protected: Collection[int]) -> list[float]:
     """What each step above the lowest count adds: the next best scores of every group; never rising."""
     size, quota = len(scores) // groups, bounds.lowest // groups
     ranked = [
-        sorted(range(g * size, (g + 1) * size), key=lambda e: (e not in first, -scores[e], e)) for g in range(groups)
+        sorted(range(g * size, (g + 1) * size), key=lambda e: (e not in protected, -scores[e], e))
+        for g in range(groups)
     ]
     gains = []
     for count in bounds.steps():

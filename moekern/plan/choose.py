@@ -17,19 +17,19 @@ def choose_top(
     *,
     groups: int = 1,
     protected: Collection[int] = (),
-    last: Collection[int] = (),
+    drop_first: Collection[int] = (),
     where: str = "plan",
 ) -> tuple[int, ...]:
     """The `kept` experts with the highest scores, as many from each group; ties go to the lowest number.
 
-    Protected experts come first whatever their score, and those in `last` after all others. Raises InputError when a
-    group has more of them than places.
+    Protected experts are kept whatever their score, and those in `drop_first` only where places are left. Raises
+    InputError when a group has more protected experts than places.
     """
     check_protected(len(scores), kept, groups, protected, where)
     quota, size = kept // groups, len(scores) // groups
     chosen: list[int] = []
     for start in range(0, len(scores), size):
-        ranked = sorted(range(start, start + size), key=lambda e: (e not in protected, e in last, -scores[e], e))
+        ranked = sorted(range(start, start + size), key=lambda e: (e not in protected, e in drop_first, -scores[e], e))
         chosen += ranked[:quota]
     return tuple(sorted(chosen))
 

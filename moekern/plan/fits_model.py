@@ -7,7 +7,7 @@ from typing import Protocol
 
 from moekern.errors import InputError
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
-from moekern.router import Limits, Router, count_problem, nearest_counts
+from moekern.router import Router, count_problem, nearest_counts
 
 
 class Layer(Protocol):
@@ -17,9 +17,11 @@ class Layer(Protocol):
     def num_experts(self) -> int: ...
 
 
-class Model(Router, Protocol):
+class Model(Protocol):
     """What check_plan asks of a Layout."""
 
+    @property
+    def router(self) -> Router: ...
     @property
     def layers(self) -> Mapping[str, Layer]: ...
     @property
@@ -49,7 +51,7 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
             f"{source}: layer {some_of(missing)} is missing; every MoE layer needs its list of kept experts"
         )
     for key, layer in plan.layers.items():
-        _check_layer(layer, known[key].num_experts, layout, f"{source}: layer {key}")
+        _check_layer(layer, layout.router.of(known[key].num_experts), f"{source}: layer {key}")
     if plan.provenance.get(NONUNIFORM) is True:
         return
     first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())
@@ -62,18 +64,18 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
             )
 
 
-def _check_layer(layer: LayerPlan, experts: int, router: Router, where: str) -> None:
+def _check_layer(layer: LayerPlan, router: Router, where: str) -> None:
+    experts = router.num_experts
     check_ids(layer.keep, where)
     for e in layer.keep:
         if e >= experts:
             raise InputError(f"{where}: expert {short(e)} is out of range; the layer has experts 0 to {experts - 1}")
     if layer.scores is not None and len(layer.scores) != experts:
         raise InputError(f"{where}: {len(layer.scores)} scores for {experts} experts; give one for each, or none")
-    limits = Limits(experts, router.top_k, router.n_group, router.topk_group, router.group_top)
-    problem = count_problem(len(layer.keep), limits)
+    problem = count_problem(len(layer.keep), router)
     if problem:
         raise InputError(
-            f"{where}: keeps {len(layer.keep)} experts: {problem}; {nearest_counts(len(layer.keep), limits)}"
+            f"{where}: keeps {len(layer.keep)} experts: {problem}; {nearest_counts(len(layer.keep), router)}"
         )
     size = experts // router.n_group
     per_group = [sum(e // size == group for e in layer.keep) for group in range(router.n_group)]

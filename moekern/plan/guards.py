@@ -40,7 +40,7 @@ class Marks:
     """What the guards come to: experts kept in any case, experts dropped before all others, and why."""
 
     kept: Mapping[str, frozenset[int]]
-    last: Mapping[str, frozenset[int]]
+    drop_first: Mapping[str, frozenset[int]]
     provenance: Mapping[str, Any]
 
 
@@ -88,7 +88,7 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
     Raises InputError for a layer, expert or domain that is not there, and for an expert that is to be kept and dropped.
     """
     kept: dict[str, set[int]] = {key: set() for key in statistics.layers}
-    last: dict[str, set[int]] = {key: set() for key in statistics.layers}
+    drop_first: dict[str, set[int]] = {key: set() for key in statistics.layers}
     provenance: dict[str, Any] = {}
 
     def mark(name: str, into: dict[str, set[int]], experts: Experts) -> dict[str, list[int]]:
@@ -100,10 +100,10 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
     if guards.protect_super:
         largest = {key: statistics.layer(key, domains).max_abs.tolist() for key in _ordered(statistics)}
         provenance["protect_super"] = mark("protect_super", kept, super_experts(largest))
-    for name, into, given in (("keep_always", kept, guards.keep_always), ("drop_first", last, guards.drop_first)):
+    for name, into, given in (("keep_always", kept, guards.keep_always), ("drop_first", drop_first, guards.drop_first)):
         if given:
             provenance[name] = mark(name, into, given)
-    for name, into, behaviours in (("guard", kept, guards.guard), ("suppress", last, guards.suppress)):
+    for name, into, behaviours in (("guard", kept, guards.guard), ("suppress", drop_first, guards.suppress)):
         for behaviour in behaviours:
             experts = mark(name, into, distinctive(statistics, behaviour, f"--{name}"))
             entry = {"domains": list(behaviour.domains), "count": behaviour.count, "experts": experts}
@@ -111,7 +111,7 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
     if guards.domain_floor:
         provenance["domain_floor"] = {name or "all": share for name, share in guards.domain_floor.items()}
     for key in statistics.layers:
-        both = sorted(kept[key] & last[key])
+        both = sorted(kept[key] & drop_first[key])
         if both:
             raise InputError(
                 f"layer {key}: expert {both[0]} is to be kept in any case (--protect-super, --keep-always, --guard) "
@@ -119,7 +119,7 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
             )
     return Marks(
         {key: frozenset(experts) for key, experts in kept.items()},
-        {key: frozenset(experts) for key, experts in last.items()},
+        {key: frozenset(experts) for key, experts in drop_first.items()},
         provenance,
     )
 
@@ -190,7 +190,7 @@ def with_floors(
     choose: Callable[[Collection[int]], tuple[int, ...]],
     masses: Mapping[str, tuple[float, Sequence[float]]],
     protected: Collection[int],
-    last: Collection[int],
+    drop_first: Collection[int],
     quota: int,
     group_size: int,
     where: str,
@@ -212,7 +212,7 @@ def with_floors(
         open_ = [
             e
             for e, share in enumerate(shares)
-            if share > 0 and e not in held and e not in last and _in_group(held, e, group_size) < quota
+            if share > 0 and e not in held and e not in drop_first and _in_group(held, e, group_size) < quota
         ]
         if not open_:
             raise InputError(

@@ -1,7 +1,7 @@
 """From statistics and a criterion to a plan."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,34 +16,28 @@ from moekern.plan.budgets import (
     adaptive_usage,
     bounds_of,
     global_counts,
-    limits_of,
     total_of,
     uniform_count,
     waterfill,
 )
-from moekern.plan.choose import TIE, check_protected, choose_top
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
+from moekern.plan.choose import check_protected, choose_top
+from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
+from moekern.plan.provenance import Provenance
 from moekern.plan.targets import Served, Target, check_counts
-from moekern.router import Limits, Router, count_problem
+from moekern.router import Router, count_problem
 from moekern.statistics.file import Statistics
+from moekern.statistics.header import router_of
 from moekern.statistics.layer import LayerStatistics
-from moekern.version import __version__
 
 Layers = Mapping[str, LayerStatistics]
-
-
-def router_limits(statistics: Statistics) -> Limits:
-    """The router's numbers as calibration recorded them."""
-    names = ("num_experts", "top_k", "n_group", "topk_group", "group_top")
-    return Limits(**{name: statistics.header[name] for name in names})
 
 
 def make_plan(
     statistics: Statistics,
     criterion: str | Criterion,
     keep: float | int,
-    layout: Router | None = None,
+    router: Router | None = None,
     *,
     seed: int = 0,
     domains: Sequence[str] | None = None,
@@ -57,8 +51,8 @@ def make_plan(
     """Choose the kept experts of every measured layer.
 
     `keep` is a share (float in (0, 1], of each layer rounded to the nearest multiple of n_group) or a count (int) for
-    each layer; `budget` says how the layers share what is kept (None: each the same). `layout` gives the router's
-    numbers; None takes them from the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
+    each layer; `budget` says how the layers share what is kept (None: each the same). `router` is that of the model;
+    None takes the one of the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
     with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
     engines that must run the result. `mtp` is what prune does with MTP layers unless told otherwise; `fit` is what a
     count was derived from, for the record.
@@ -68,38 +62,32 @@ def make_plan(
     for more protected experts than places, and for a floor that cannot be met.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
-    router, asked = layout or router_limits(statistics), budget or Budget()
+    router, asked = router or router_of(statistics.header), budget or Budget()
     guard = guards or Guards()
     layers = {key: statistics.layer(key, domains) for key in sorted(statistics.layers, key=natural)}
     marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
     scores = {key: _scores(chosen, sums, key, seed) for key, sums in layers.items()}
     counts = _counts(asked, keep, router, layers, scores, marked)
     _check_uniform(counts, asked, keep)
-    served = Served(statistics.header["family"], statistics.header["score"], limits_of(router, router.num_experts))
+    served = Served(statistics.header["family"], statistics.header["score"], router)
     check_counts(f"--keep {keep}", counts, served, targets)
     plans = {}
     for key, sums in layers.items():
         floors = domain_masses(statistics, key, guard.domain_floor)
         parts = {name: part for name, part in statistics.layers[key].items() if domains is None or name in domains}
         plans[key] = _plan_layer(chosen, sums, parts, scores[key], key, counts[key], router.n_group, marked, floors)
-    provenance: dict[str, Any] = {
-        "moekern": __version__,
-        "fingerprint": statistics.header["fingerprint"],
-        "statistics": statistics.sha256,
-        "criterion": chosen.name,
-        "domains": list(statistics.domains if domains is None else domains),
-        "keep": keep,
-        "kept": counts if len(set(counts.values())) > 1 else next(iter(counts.values())),
-        "num_experts": router.num_experts,
-        "tie": TIE,
-        "seed": seed,
-        "protect_super": marked.provenance.get("protect_super", False),
-        "budget": {name: value for name, value in asdict(asked).items() if name != "allow_nonuniform"},
-        "guards": {name: value for name, value in marked.provenance.items() if name != "protect_super"},
-        "targets": [str(target) for target in targets],
-    }
-    if len(set(counts.values())) > 1:
-        provenance[NONUNIFORM] = True
+    provenance = Provenance(
+        fingerprint=statistics.header["fingerprint"],
+        statistics=statistics.sha256,
+        criterion=chosen.name,
+        domains=statistics.domains if domains is None else domains,
+        keep=keep,
+        num_experts=router.num_experts,
+        seed=seed,
+        budget=asked,
+        marked=marked.provenance,
+        targets=targets,
+    ).document(counts)
     given = {"mtp": mtp, "fit": None if fit is None else dict(fit)}
     return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
 
@@ -116,26 +104,28 @@ def _counts(
     """Layer key -> experts it keeps."""
     if budget.kind == "uniform":
         return dict.fromkeys(layers, _common_count(keep, router, layers, budget.multiple_of))
-    bounds = {key: _bounds(budget, router, sums.num_experts, key, marked.kept[key]) for key, sums in layers.items()}
+    bounds = {key: _bounds(budget, router.of(sums.num_experts), key, marked.kept[key]) for key, sums in layers.items()}
     total = total_of(keep, {key: sums.num_experts for key, sums in layers.items()})
     if budget.kind == "adaptive" and budget.by == "entropy":
         return adaptive_entropy({key: _entropy(sums, key) for key, sums in layers.items()}, bounds, total)
     if budget.kind == "adaptive":
-        usage = {key: _without(marked.last[key], sums.count.double()) for key, sums in layers.items()}
-        return adaptive_usage(usage, bounds, total, groups=router.n_group, first=marked.kept)
-    values = {key: _without(marked.last[key], _idle_at_zero(layers[key], scores[key])) for key in layers}
+        usage = {key: _without(marked.drop_first[key], sums.count.double()) for key, sums in layers.items()}
+        return adaptive_usage(usage, bounds, total, groups=router.n_group, protected=marked.kept)
+    values = {key: _without(marked.drop_first[key], _idle_at_zero(layers[key], scores[key])) for key in layers}
     if budget.kind == "waterfill":
-        return waterfill(values, bounds, total, groups=router.n_group, first=marked.kept)
-    return global_counts(values, bounds, total, normalise=budget.normalise, groups=router.n_group, first=marked.kept)
+        return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept)
+    return global_counts(
+        values, bounds, total, normalise=budget.normalise, groups=router.n_group, protected=marked.kept
+    )
 
 
-def _bounds(budget: Budget, router: Router, experts: int, key: str, protected: Collection[int]) -> Bounds:
+def _bounds(budget: Budget, router: Router, key: str, protected: Collection[int]) -> Bounds:
     """A layer's lowest count leaves a place for each protected expert in its group."""
-    size = experts // router.n_group
+    size = router.num_experts // router.n_group
     held = max(sum(e // size == g for e in protected) for g in range(router.n_group)) * router.n_group
     floor = 1 if budget.floor is None else budget.floor
-    least = max(held, bounds_of(router, experts, floor=floor, multiple_of=budget.multiple_of, where=key).lowest)
-    return bounds_of(router, experts, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
+    least = max(held, bounds_of(router, floor=floor, multiple_of=budget.multiple_of, where=key).lowest)
+    return bounds_of(router, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
 
 
 def _idle_at_zero(statistics: LayerStatistics, scores: Tensor) -> Tensor:
@@ -146,11 +136,11 @@ def _idle_at_zero(statistics: LayerStatistics, scores: Tensor) -> Tensor:
     return scores.where(used | (scores > lowest), lowest)
 
 
-def _without(last: Collection[int], values: Tensor) -> list[float]:
+def _without(drop_first: Collection[int], values: Tensor) -> list[float]:
     """Values in which experts that go first are worth no more than the layer's least."""
     row = values.tolist()
     least = min(row)
-    return [least if e in last else value for e, value in enumerate(row)]
+    return [least if e in drop_first else value for e, value in enumerate(row)]
 
 
 def _entropy(statistics: LayerStatistics, key: str) -> float:
@@ -177,7 +167,7 @@ def _common_count(keep: float | int, router: Router, layers: Layers, multiple_of
         )
     kept = uniform_count(keep, router, multiple_of)
     for size, key in sizes.items():
-        problem = count_problem(kept, limits_of(router, size))
+        problem = count_problem(kept, router.of(size))
         if problem:
             raise InputError(f"--keep {keep}: layer {key}: {problem}")
     return kept
@@ -194,24 +184,26 @@ def _plan_layer(
     marked: Marks,
     floors: Mapping[str, tuple[float, Sequence[float]]],
 ) -> LayerPlan:
-    protected, last = marked.kept[key], marked.last[key]
+    protected, drop_first = marked.kept[key], marked.drop_first[key]
     where = f"layer {key}"
     check_protected(statistics.num_experts, kept, groups, protected, f"{_sources(marked)}: {where}")
 
     def choose(held: Collection[int]) -> LayerPlan:
         if criterion.kind == "selector":
-            selection = criterion.function(_as_idle(statistics, last), kept, groups, held)
+            selection = criterion.function(_as_idle(statistics, drop_first), kept, groups, held)
             return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
         if criterion.kind == "domains":
-            each = {name: _as_idle(part, last) for name, part in domains.items()}
+            each = {name: _as_idle(part, drop_first) for name, part in domains.items()}
             selection = criterion.function(each, kept, groups, held)
             return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
         row = tuple(scores.tolist())
-        return LayerPlan(choose_top(row, kept, groups=groups, protected=held, last=last, where=where), row)
+        return LayerPlan(choose_top(row, kept, groups=groups, protected=held, drop_first=drop_first, where=where), row)
 
     if floors:
         size = statistics.num_experts // groups
-        protected = with_floors(lambda held: choose(held).keep, floors, protected, last, kept // groups, size, where)
+        protected = with_floors(
+            lambda held: choose(held).keep, floors, protected, drop_first, kept // groups, size, where
+        )
     return choose(protected)
 
 

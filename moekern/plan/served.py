@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import Layout, find_layout
+from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.plan.budgets import limits_of
 from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
 
 
@@ -46,7 +45,7 @@ class Report:
 def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
     """Which targets (none: every engine) run a checkpoint, by its headers and config. Raises InputError."""
     layout = find_layout(open_checkpoint(folder))
-    served = _served(layout)
+    served = Served(layout.family.name, layout.family.score, layout.router, layout.family.transformers)
     counts = {key: layer.num_experts for key, layer in layout.layers.items()}
     mtp = {key: layer.num_experts for key, layer in layout.mtp.items()}
     asked = tuple(targets) or tuple(Target(engine) for engine in ENGINES)
@@ -57,8 +56,3 @@ def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
         if not runs(layout.num_experts, served, [target])
     }
     return Report(str(folder), layout.family.name, counts, mtp, found, near)
-
-
-def _served(layout: Layout) -> Served:
-    limits = limits_of(layout, layout.num_experts)
-    return Served(layout.family.name, layout.family.score, limits, layout.family.transformers)

@@ -16,9 +16,10 @@ from moekern.plan.budgets import Budget, bounds_of
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
-from moekern.plan.make import make_plan, router_limits
+from moekern.plan.make import make_plan
 from moekern.plan.targets import Served, Target, runs
 from moekern.statistics.file import Statistics
+from moekern.statistics.header import router_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _opened(model: Path, statistics: Statistics) -> tuple[Checkpoint, Layout]:
 
 
 def _fitted(checkpoint: Checkpoint, layout: Layout, statistics: Statistics, options: Planning, fit: Fit) -> Fitted:
-    bounds = bounds_of(layout, layout.num_experts, multiple_of=options.budget.multiple_of, where="--fit")
-    served = Served(statistics.header["family"], statistics.header["score"], router_limits(statistics))
+    bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
+    served = Served(statistics.header["family"], statistics.header["score"], router_of(statistics.header))
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
     return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moekern.errors import InputError
-from moekern.router import Limits, count_problem
+from moekern.router import Router, count_problem
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 PARALLEL = ("vllm", "sglang")  # engines whose rules depend on tp and ep
@@ -33,16 +33,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model as far as engines' rules look at it. limits.num_experts is the whole model's count."""
+    """A model as far as engines' rules look at it. router.num_experts is the whole model's count."""
 
     family: str
     score: str
-    limits: Limits
+    router: Router
     in_transformers: bool = True
 
     @property
     def grouped(self) -> bool:
-        return self.limits.n_group > 1
+        return self.router.n_group > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ RULES: tuple[Rule, ...] = (
     # torch.topk raises below top_k; the group rules are the model's own: transformers reshapes tokens and groups into
     # one another without an error, vLLM then routes as if there were no groups, SGLang's view and llama.cpp's assertion
     # fail.
-    Rule(ENGINES, True, lambda n, model, target: count_problem(n, model.limits)),
+    Rule(ENGINES, True, lambda n, model, target: count_problem(n, model.router)),
     Rule(
         ("transformers",), False,
         lambda n, model, target: _when(
@@ -119,7 +119,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("vllm",), True,
         lambda n, model, target: _when(
-            model.grouped and (model.limits.n_group > 32 or model.limits.top_k > 32),
+            model.grouped and (model.router.n_group > 32 or model.router.top_k > 32),
             "its grouped router takes at most 32 groups and 32 experts a token",
         ),
     ),
@@ -150,7 +150,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("sglang",), False,
         lambda n, model, target: _when(
-            model.grouped and (not _power_of_two(n) or n // model.limits.n_group > 32),
+            model.grouped and (not _power_of_two(n) or n // model.router.n_group > 32),
             "its fused gate takes powers of two with at most 32 experts in a group; others take a slower path",
         ),
     ),
@@ -158,7 +158,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("sglang",), False,
         lambda n, model, target: _when(
-            not model.grouped and (n > 512 or model.limits.top_k > 32), "more than 512 experts or top-32: torch chooses"
+            not model.grouped and (n > 512 or model.router.top_k > 32), "more than 512 experts or top-32: torch chooses"
         ),
     ),
     # src/llama-hparams.h, LLAMA_MAX_EXPERTS (ggml-org/llama.cpp#26185); 512 in builds before October 2026.
@@ -167,8 +167,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("llama.cpp",), True,
         lambda n, model, target: _when(
-            model.grouped and (n <= model.limits.n_group or model.limits.topk_group >= model.limits.n_group),
-            f"needs more experts than the {model.limits.n_group} groups, and fewer chosen groups than all",
+            model.grouped and (n <= model.router.n_group or model.router.topk_group >= model.router.n_group),
+            f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
         ),
     ),
 )  # fmt: skip
@@ -229,7 +229,7 @@ def runs(count: int, served: Served, targets: Sequence[Target]) -> bool:
 
 def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
     """The counts below and above that run, as the end of a message."""
-    legal = [n for n in range(1, served.limits.num_experts + 1) if runs(n, served, targets)]
+    legal = [n for n in range(1, served.router.num_experts + 1) if runs(n, served, targets)]
     around = [*[n for n in legal if n < count][-1:], *[n for n in legal if n > count][:1]]
     return f"; nearest that runs: {' or '.join(map(str, around))}" if around else "; no count of this model runs there"
 

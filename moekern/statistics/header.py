@@ -4,55 +4,66 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moekern.architectures import Layout
+from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
+from moekern.router import Router
 
 FORMAT = "moekern.statistics/2"
 READABLE = (FORMAT, "moekern.statistics/1")
 HEADER_KEY = "moekern"
-# What two files must share before their sums may be added.
-IDENTITY = ("fingerprint", "family", "score", "top_k", "num_experts", "n_group", "topk_group", "group_top")
+ROUTER = tuple(field.name for field in fields(Router))
+IDENTITY = ("fingerprint", "family", "score", *ROUTER)  # a Source, as keys of the header
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model that was measured: what two files must share before their sums may be added."""
+
+    fingerprint: str  # empty where no checkpoint is known
+    family: str
+    score: str
+    router: Router
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, layout: Layout) -> Source:
+        return Source(checkpoint.fingerprint, layout.family.name, layout.family.score, layout.router)
 
 
 def make_header(
+    source: Source,
     *,
-    fingerprint: str,
-    family: str,
-    score: str,
-    top_k: int,
-    num_experts: int,
-    domains: Sequence[str],
     tokens: Mapping[str, int],
     data: Any,
     backend: Any,
     versions: Mapping[str, str],
-    n_group: int = 1,
-    topk_group: int = 1,
-    group_top: int = 1,
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """The header of one calibration run.
 
-    `tokens` counts tokens per domain. `data` (the recipe), `backend` and `versions` are any JSON; with `dtype` (None:
-    the checkpoint's) they become the one entry of "runs", which grows when files are merged. The router's numbers let a
-    plan be made without the checkpoint.
+    `tokens` counts tokens per domain, in the order that domains are numbered in. `data` (the recipe), `backend` and
+    `versions` are any JSON; with `dtype` (None: the checkpoint's) they become the one entry of "runs", which grows when
+    files are merged. The router's numbers let a plan be made without the checkpoint.
     """
     return {
         "format": FORMAT,
-        "fingerprint": fingerprint,
-        "family": family,
-        "score": score,
-        "top_k": top_k,
-        "num_experts": num_experts,
-        "n_group": n_group,
-        "topk_group": topk_group,
-        "group_top": group_top,
-        "domains": list(domains),
+        "fingerprint": source.fingerprint,
+        "family": source.family,
+        "score": source.score,
+        **asdict(source.router),
+        "domains": list(tokens),
         "tokens": dict(tokens),
         "runs": [{"data": data, "backend": backend, "versions": dict(versions), "dtype": dtype}],
     }
+
+
+def router_of(header: Mapping[str, Any]) -> Router:
+    """The router of a statistics file, as calibration recorded it."""
+    return Router(**{name: header[name] for name in ROUTER})
 
 
 def merged_header(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def header_problem(header: Mapping[str, Any]) -> str | None:
     for name in ("fingerprint", "family", "score"):
         if not isinstance(header.get(name), str):
             return f"{name}: expected a string, got {header.get(name)!r}"
-    for name in ("top_k", "num_experts", "n_group", "topk_group", "group_top"):
+    for name in ROUTER:
         if type(header.get(name)) is not int or header[name] < 1:
             return f"{name}: expected a count, got {header.get(name)!r}"
     domains, tokens, runs = header.get("domains"), header.get("tokens"), header.get("runs")

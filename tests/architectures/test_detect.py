@@ -72,9 +72,9 @@ def test_family_that_transformers_builds(name: str, family_checkpoint: Callable[
     assert list(layout.layers) == moe_layers(name)
     assert layout.num_experts == families.EXPERTS
     assert all(layer.num_experts == families.EXPERTS for layer in layout.layers.values())
-    assert layout.top_k == (1 if name == "zaya" else families.TOP_K)
+    assert layout.router.top_k == (1 if name == "zaya" else families.TOP_K)
     grouped = family.group_top and (family.group_if is None or json.dumps(family.group_if[1]) in json.dumps(config))
-    assert (layout.n_group, layout.topk_group) == ((2, 1) if grouped else (1, 1))
+    assert (layout.router.n_group, layout.router.topk_group) == ((2, 1) if grouped else (1, 1))
     assert not layout.mtp
     assert not layout.mtp_prefixes
     assert layout.count_paths
@@ -188,7 +188,7 @@ def test_family_known_from_its_hub_files(row: list[str], suffixes: tuple[str, ..
     assert list(layout.layers) == [f"{stack}1", f"{stack}3"]
     assert layout.count_paths == ((*section.split("."), count) if section else (count,),)
     assert layout.num_experts == 8
-    assert layout.top_k == (1 if name == "switch_transformers" else 2)
+    assert layout.router.top_k == (1 if name == "switch_transformers" else 2)
     found = Counter((t.role, t.action) for layer in layout.layers.values() for t in layer.tensors)
     number = 2 * (experts.count("|") + 1) * len(suffixes)
     expected = {("expert", "drop"): number * 8} if "#" in experts else {("expert", "slice"): number}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
+from moekern.router import Router
 from tests.helpers.layouts import BIAS, GUD, STACK, W123, layout_of, moe_keys, write_checkpoint
 
 QWEN = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2}
@@ -38,7 +39,7 @@ def test_numbered_mtp_layers(tmp_path: Path) -> None:
     assert layout.mtp["2"].mtp
     assert layout.mtp_prefixes == ("model.layers.2.",)
     assert layout.mtp_paths == (("num_nextn_predict_layers",),)
-    assert (layout.n_group, layout.topk_group, layout.group_top) == (4, 2, 2)
+    assert layout.router == Router(8, 2, 4, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_hash_layers(tmp_path: Path) -> None:
     assert not list(layout.layers["0"].of_role("bias"))
     assert len(list(layout.layers["1"].of_role("bias"))) == 1
     assert list(layout.mtp) == ["mtp.0"]
-    assert (layout.n_group, layout.topk_group) == (1, 1)
+    assert (layout.router.n_group, layout.router.topk_group) == (1, 1)
 
 
 def test_trailing_rows(tmp_path: Path) -> None:
@@ -193,8 +194,7 @@ def test_score_function_that_the_config_names(tmp_path: Path, model_type: str, s
 def test_groups_of_deepseek_v2(tmp_path: Path, method: str | None, groups: tuple[int, int]) -> None:
     config = DEEPSEEK | {"model_type": "deepseek_v2", "topk_method": method}
     _, layout = layout_of(write_checkpoint(tmp_path, config, qwen_keys()))
-    assert (layout.n_group, layout.topk_group) == groups
-    assert layout.group_top == 1
+    assert layout.router == Router(8, 2, *groups)
 
 
 def test_count_keys_everywhere(tmp_path: Path) -> None:
@@ -359,4 +359,4 @@ def test_edited_checkpoints_are_understood_or_refused(
         return
     assert {t.name for layer in (*layout.layers.values(), *layout.mtp.values()) for t in layer.tensors} <= set(keys)
     assert layout.num_experts == 4
-    assert 1 <= layout.top_k <= 4
+    assert 1 <= layout.router.top_k <= 4

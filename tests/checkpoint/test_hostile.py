@@ -172,7 +172,7 @@ def test_configs_of_wrong_types(tmp_path: Path, make: Any) -> None:
             except InputError as error:
                 said.append(str(error))
                 continue
-            assert (layout.num_experts, 1 <= layout.top_k <= 8, 8 % layout.n_group) == (8, True, 0)
+            assert (layout.num_experts, 1 <= layout.router.top_k <= 8, 8 % layout.n_group) == (8, True, 0)
             opened += 1
     assert all(line.startswith(str(folder)) and line.isprintable() for line in said)
     assert opened > len(HOSTILE)  # keys that say nothing here may hold anything

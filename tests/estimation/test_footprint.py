@@ -32,7 +32,7 @@ def test_a_prediction_is_the_size_that_pruning_writes(tmp_path, name, mtp):
     found = footprint(checkpoint, layout, mtp=mtp)
     if mtp != "drop":
         assert found.uniform(layout.num_experts) == checkpoint.nbytes
-    for count in (n for n in range(1, layout.num_experts) if count_problem(n, layout) is None):
+    for count in (n for n in range(1, layout.num_experts) if count_problem(n, layout.router) is None):
         size = layout.num_experts // layout.n_group
         keep = tuple(e for e in range(layout.num_experts) if e % size < count // layout.n_group)
         plan = Plan({key: LayerPlan(keep) for key in layout.layers})

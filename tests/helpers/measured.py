@@ -1,13 +1,14 @@
 """Statistics of given or random tokens, computed in the plainest way, for tests."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 
 import torch
 
+from moekern.router import Router
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import make_header
+from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 E, K, H = 6, 2, 5
@@ -23,11 +24,7 @@ class Layer:
 class Model:
     """As much of a Layout as check_plan looks at."""
 
-    num_experts: int = 8
-    top_k: int = 2
-    n_group: int = 1
-    topk_group: int = 1
-    group_top: int = 1
+    router: Router = Router(8, 2)
     layers: Mapping[str, Layer] = field(default_factory=lambda: {"0": Layer(8), "10": Layer(8)})
     mtp: Mapping[str, Layer] = field(default_factory=lambda: {"mtp.0": Layer(8)})
 
@@ -124,20 +121,21 @@ def distinct_vocabulary(experts):
 
 
 def header(domains, **changes):
-    """A valid header for E experts and top-K."""
-    values = {
-        "fingerprint": FINGERPRINT,
-        "family": "mixtral",
-        "score": "softmax",
-        "top_k": K,
-        "num_experts": E,
-        "domains": domains,
+    """A valid header for E experts and top-K; `changes` are fields of the router or the source, or keys of the run."""
+    router = Router(**{"num_experts": E, "top_k": K, **_taken(changes, Router)})
+    source = replace(Source(FINGERPRINT, "mixtral", "softmax", router), **_taken(changes, Source))
+    run = {
         "tokens": dict.fromkeys(domains, 40),
         "data": {"domains": list(domains)},
         "backend": "reference",
         "versions": {"torch": "2"},
     }
-    return make_header(**{**values, **changes})
+    return make_header(source, **{**run, **changes})
+
+
+def _taken(changes, kind):
+    """What is a field of the dataclass `kind`, taken out of `changes`."""
+    return {f.name: changes.pop(f.name) for f in fields(kind) if f.name in changes}
 
 
 def model_statistics(seed=0, layers=("0", "2", "10"), domains=("prose", "code"), **changes):

@@ -32,6 +32,8 @@ MakeCheckpoint = Callable[[str], Path]
 Keeps = dict[str, tuple[int, ...]]
 # Stacked and indexed experts, selection biases with groups, rows of the router that stay, state between layers.
 FAMILIES = ("qwen3_moe", "deepseek_v3", "longcat_flash")
+# What plans of rounds say beside what every plan says.
+OWN = ("data", "dtype", "rounds", "reestimate", "earlier_rounds")
 CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
 
 
@@ -135,8 +137,8 @@ def test_one_round_without_re_estimation_is_calibrate_and_plan(
         calibrate(source, data, tiers=criterion_named(criterion).tiers), criterion, 0.5, seed=3, domains=["a"]
     )
     assert dict(plan.layers) == dict(one_shot.layers)
-    shared = set(plan.provenance) & set(one_shot.provenance)
-    assert {key: plan.provenance[key] for key in shared} == {key: one_shot.provenance[key] for key in shared}
+    assert plan.provenance == {**one_shot.provenance, **{key: plan.provenance[key] for key in OWN}}
+    assert set(plan.provenance) - set(one_shot.provenance) == set(OWN)
     assert iterate(source, data, method).to_json() == plan.to_json()
 
 
@@ -157,6 +159,41 @@ def test_rounds_on_weights_need_no_pass(criterion: str, family_checkpoint: MakeC
     assert keeps_of(plan) == held
     one_shot = keeps_of(iterate(source, None, Method(criterion, 2)))
     assert (keeps_of(plan) == one_shot) == (criterion == "aimer")
+
+
+@pytest.mark.parametrize("criterion", ["gated_norm", "aimer"])
+def test_every_round_says_where_it_comes_from_as_other_plans_do(
+    criterion: str, family_checkpoint: MakeCheckpoint
+) -> None:
+    source, data = family_checkpoint("mixtral"), None if criterion == "aimer" else data_of("mixtral")
+    rounds: list[Plan] = []
+    rounds.append(iterate(source, data, Method(criterion, 2, rounds=3), finished=rounds.append))
+    other = make_plan(weigh(source) if data is None else calibrate(source, data), criterion, 2)
+    for done, plan in enumerate(rounds):
+        found = dict(plan.provenance)
+        assert len(found.pop("earlier_rounds")) == done
+        assert (found.pop("rounds"), found.pop("reestimate")) == (3, data is not None)
+        assert (found.pop("data"), found.pop("dtype")) == (data and data.recipe, None)
+        assert found == {**other.provenance, "kept": (6, 4, 2)[done]}
+
+
+def test_layers_of_different_sizes_say_so_on_the_way(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Rounds come to one count from different ones, and go on from there when they are read back."""
+    first = next(iter(find_layout(open_checkpoint(family_checkpoint("mixtral"))).layers))
+    source, method = (
+        written(family_checkpoint("mixtral"), {first: tuple(range(6))}, tmp_path / "m"),
+        Method("ews", 4, 2),
+    )
+    rounds: list[Plan] = []
+    plan = iterate(source, None, method, finished=rounds.append)
+    assert rounds[0].provenance["kept"] == {key: 5 if key == first else 6 for key in plan.layers}
+    assert rounds[0].provenance[NONUNIFORM] is True
+    assert plan.provenance["kept"] == 4
+    assert NONUNIFORM not in plan.provenance
+    made: list[Plan] = []
+    read = [Plan.from_json(each.to_json()) for each in rounds]
+    assert iterate(source, None, method, earlier=read, finished=made.append).to_json() == plan.to_json()
+    assert not made
 
 
 def test_a_stopped_run_goes_on_after_its_last_round(family_checkpoint: MakeCheckpoint) -> None:

@@ -22,7 +22,7 @@ from moekern.plan.budgets import (
     waterfill,
 )
 from moekern.plan.choose import choose_top
-from moekern.router import Limits, count_problem
+from moekern.router import Router, count_problem
 
 # Whole numbers divided by 8: sums are exact, so that ties are ties.
 SCORES = st.integers(0, 40).map(lambda n: n / 8)
@@ -34,12 +34,12 @@ def problems(draw):
     groups = draw(st.sampled_from([1, 1, 2]))
     size = draw(st.integers(1, 6 // groups))
     multiple = draw(st.sampled_from([1, 1, 2, 3]))
-    router = Limits(groups * size, draw(st.integers(1, 2)), groups, groups)
+    router = Router(groups * size, draw(st.integers(1, 2)), groups, groups)
     step = (groups * multiple) if multiple % groups else multiple
     if step > router.num_experts or router.top_k > router.num_experts // step * step:
         multiple, step = 1, groups
     if router.top_k > router.num_experts:
-        router = Limits(router.num_experts, 1, groups, groups)
+        router = Router(router.num_experts, 1, groups, groups)
     keys = [str(i) for i in range(draw(st.integers(1, 4)))]
     scores = {key: draw(st.lists(SCORES, min_size=groups * size, max_size=groups * size)) for key in keys}
     first = {key: draw(st.sets(st.integers(0, groups * size - 1), max_size=1)) for key in keys}
@@ -47,9 +47,9 @@ def problems(draw):
     for key in keys:
         least = max(draw(st.integers(1, 2)), groups * len(first[key]))
         try:
-            bounds[key] = bounds_of(router, router.num_experts, floor=least, multiple_of=multiple)
+            bounds[key] = bounds_of(router, floor=least, multiple_of=multiple)
         except InputError:
-            bounds[key] = bounds_of(router, router.num_experts, multiple_of=multiple)
+            bounds[key] = bounds_of(router, multiple_of=multiple)
             first[key] = set() if bounds[key].lowest < groups else first[key]
     total = draw(st.integers(sum(b.lowest for b in bounds.values()), len(keys) * groups * size + 2))
     return scores, bounds, total, groups, first
@@ -74,7 +74,7 @@ def best_value(scores, bounds, total, groups, first):
 @given(problems())
 def test_global_keeps_the_most_and_uses_the_budget(problem):
     scores, bounds, total, groups, first = problem
-    counts = global_counts(scores, bounds, total, groups=groups, first=first)
+    counts = global_counts(scores, bounds, total, groups=groups, protected=first)
     step = bounds["0"].step
     for key, count in counts.items():
         assert count in (bounds[key].lowest, *bounds[key].steps())
@@ -89,7 +89,7 @@ def test_global_keeps_the_most_and_uses_the_budget(problem):
 @given(problems())
 def test_waterfill_drops_the_least_share(problem):
     scores, bounds, total, groups, first = problem
-    counts = waterfill(scores, bounds, total, groups=groups, first=first)
+    counts = waterfill(scores, bounds, total, groups=groups, protected=first)
     shares = {key: normalised(row, "sum", key) for key, row in scores.items()}
     got = sum(kept_value(shares[k], counts[k], groups, first[k]) for k in scores)
     # up to 24 shares are added up in another order
@@ -151,16 +151,16 @@ def test_a_budget_below_the_floors_is_refused():
 @pytest.mark.parametrize(
     ("router", "floor", "multiple", "bounds"),
     [
-        (Limits(128, 8), 1, 1, Bounds(8, 128, 1)),
-        (Limits(128, 8), 0.25, 1, Bounds(32, 128, 1)),
-        (Limits(128, 8), 1, 48, Bounds(48, 96, 48)),
-        (Limits(64, 6, 8, 3, 2), 1, 1, Bounds(16, 64, 8)),
-        (Limits(64, 6, 8, 3, 2), 20, 12, Bounds(24, 48, 24)),
-        (Limits(10, 2), 0.3, 1, Bounds(3, 10, 1)),  # 3 in spite of 0.3 * 10 being a little more in binary
+        (Router(128, 8), 1, 1, Bounds(8, 128, 1)),
+        (Router(128, 8), 0.25, 1, Bounds(32, 128, 1)),
+        (Router(128, 8), 1, 48, Bounds(48, 96, 48)),
+        (Router(64, 6, 8, 3, 2), 1, 1, Bounds(16, 64, 8)),
+        (Router(64, 6, 8, 3, 2), 20, 12, Bounds(24, 48, 24)),
+        (Router(10, 2), 0.3, 1, Bounds(3, 10, 1)),  # 3 in spite of 0.3 * 10 being a little more in binary
     ],
 )
 def test_bounds_are_what_router_floor_and_multiple_allow(router, floor, multiple, bounds):
-    got = bounds_of(router, router.num_experts, floor=floor, multiple_of=multiple)
+    got = bounds_of(router, floor=floor, multiple_of=multiple)
     assert got == bounds
     assert all(count_problem(n, router) is None for n in (got.lowest, *got.steps()))
 
@@ -168,7 +168,7 @@ def test_bounds_are_what_router_floor_and_multiple_allow(router, floor, multiple
 @settings(deadline=None)
 @given(st.floats(0.01, 1), st.integers(1, 64), st.sampled_from([1, 2, 4]), st.integers(1, 16), st.integers(1, 12))
 def test_a_uniform_count_is_a_legal_multiple_not_above(share, multiple, groups, size, top_k):
-    router = Limits(groups * size, top_k, groups, groups)
+    router = Router(groups * size, top_k, groups, groups)
     try:
         count = uniform_count(share, router, multiple)
     except InputError:
@@ -179,12 +179,12 @@ def test_a_uniform_count_is_a_legal_multiple_not_above(share, multiple, groups, 
 
 
 def test_uniform_with_a_multiple_goes_down():
-    assert uniform_count(60, Limits(128, 8), 32) == 32
-    assert uniform_count(0.5, Limits(60, 4), 8) == 24
+    assert uniform_count(60, Router(128, 8), 32) == 32
+    assert uniform_count(0.5, Router(60, 4), 8) == 24
     with pytest.raises(InputError, match="--keep 20 is 20 experts; with --multiple-of 32 the least is 32"):
-        uniform_count(20, Limits(128, 8), 32)
+        uniform_count(20, Router(128, 8), 32)
     with pytest.raises(InputError, match="none of its counts is a multiple of 256"):
-        uniform_count(20, Limits(128, 8), 256)
+        uniform_count(20, Router(128, 8), 256)
 
 
 def test_totals_are_never_above_the_share():

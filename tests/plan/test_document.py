@@ -12,10 +12,10 @@ from moekern.errors import InputError
 from moekern.plan.choose import choose_top, super_experts
 from moekern.plan.document import FORMAT, LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
-from moekern.router import Limits, count_problem, kept_count, parse_keep
+from moekern.router import Router, count_problem, kept_count, parse_keep
 from tests.helpers.measured import FINGERPRINT, Model
 
-DEEPSEEK = Limits(num_experts=64, top_k=6, n_group=8, topk_group=3, group_top=2)
+DEEPSEEK = Router(num_experts=64, top_k=6, n_group=8, topk_group=3, group_top=2)
 
 
 def plan_of(keep, scores=None, **others):
@@ -41,44 +41,44 @@ def test_a_keep_that_means_nothing_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("keep", "limits", "count"),
+    ("keep", "router", "count"),
     [
-        (0.5, Limits(128, 8), 64),
-        (1.0, Limits(128, 8), 128),
-        (128, Limits(128, 8), 128),
-        (8, Limits(128, 8), 8),
-        (0.29, Limits(100, 8), 29),
-        (0.35, Limits(10, 2), 4),  # 3.5 goes up, although 0.35 is a little less in binary
-        (0.1, Limits(16, 2), 2),
+        (0.5, Router(128, 8), 64),
+        (1.0, Router(128, 8), 128),
+        (128, Router(128, 8), 128),
+        (8, Router(128, 8), 8),
+        (0.29, Router(100, 8), 29),
+        (0.35, Router(10, 2), 4),  # 3.5 goes up, although 0.35 is a little less in binary
+        (0.1, Router(16, 2), 2),
         (0.5, DEEPSEEK, 32),
         (0.45, DEEPSEEK, 32),  # 28.8, to the nearest multiple of 8
         (0.43, DEEPSEEK, 24),
         (16, DEEPSEEK, 16),
     ],
 )
-def test_shares_are_rounded_and_counts_are_taken(keep, limits, count):
-    assert kept_count(keep, limits) == count
+def test_shares_are_rounded_and_counts_are_taken(keep, router, count):
+    assert kept_count(keep, router) == count
 
 
 @pytest.mark.parametrize(
-    ("keep", "limits", "message"),
+    ("keep", "router", "message"),
     [
-        (4, Limits(64, 8), r"--keep 4: fewer than the 8 .* \(top_k\); nearest legal: 8$"),
-        (0.05, Limits(64, 8), "--keep 0.05 of 64 experts is 3: fewer than the 8 .* nearest legal: 8$"),
-        (65, Limits(64, 8), "--keep 65: more than the 64 experts there are; nearest legal: 64$"),
+        (4, Router(64, 8), r"--keep 4: fewer than the 8 .* \(top_k\); nearest legal: 8$"),
+        (0.05, Router(64, 8), "--keep 0.05 of 64 experts is 3: fewer than the 8 .* nearest legal: 8$"),
+        (65, Router(64, 8), "--keep 65: more than the 64 experts there are; nearest legal: 64$"),
         (30, DEEPSEEK, r"--keep 30: not a multiple of .* 8 groups \(n_group\); nearest legal: 24 or 32$"),
         (8, DEEPSEEK, "--keep 8: 1 in each group, .* fewer than top_k = 6; nearest legal: 16$"),
         (0.12, DEEPSEEK, "--keep 0.12 of 64 experts is 8: 1 in each group"),
         (8, replace(DEEPSEEK, topk_group=8), "1 in each group, but a group is ranked by its best 2; .* 16$"),
         (0.01, DEEPSEEK, "--keep 0.01 of 64 experts is 0: fewer than the 6"),
-        (True, Limits(64, 8), "--keep True: expected"),
-        (float("nan"), Limits(64, 8), "--keep nan: expected"),
-        (5, Limits(4, 5), "no count is legal for this router"),
+        (True, Router(64, 8), "--keep True: expected"),
+        (float("nan"), Router(64, 8), "--keep nan: expected"),
+        (5, Router(4, 5), "no count is legal for this router"),
     ],
 )
-def test_a_count_the_router_cannot_work_with_is_refused(keep, limits, message):
+def test_a_count_the_router_cannot_work_with_is_refused(keep, router, message):
     with pytest.raises(InputError, match=message):
-        kept_count(keep, limits)
+        kept_count(keep, router)
 
 
 @settings(deadline=None)
@@ -91,14 +91,14 @@ def test_a_count_the_router_cannot_work_with_is_refused(keep, limits, message):
     data=st.data(),
 )
 def test_a_share_gives_a_legal_count_or_an_error(share, groups, size, top_k, group_top, data):
-    limits = Limits(groups * size, top_k, groups, data.draw(st.integers(1, groups)), group_top)
+    router = Router(groups * size, top_k, groups, data.draw(st.integers(1, groups)), group_top)
     try:
-        count = kept_count(share, limits)
+        count = kept_count(share, router)
     except InputError as error:
         assert str(error).startswith(f"--keep {share} of {groups * size} experts is ")  # noqa: PT017
     else:
-        assert count_problem(count, limits) is None
-        assert abs(count - share * limits.num_experts) <= groups / 2 + 1e-6
+        assert count_problem(count, router) is None
+        assert abs(count - share * router.num_experts) <= groups / 2 + 1e-6
 
 
 def test_ties_go_to_the_lowest_number_in_each_group():
@@ -274,10 +274,10 @@ def test_an_unreadable_file_is_an_input_error(tmp_path):
         (plan_of([0, 1], **{"mtp.0": [1, 2, 3]}), Model(), "layer 0 keeps 2 experts and layer mtp.0 keeps 3"),
         (plan_of([0, 1], **{"11": [0, 1]}), Model(), "layer '11' is not a MoE layer of this .* has 0, 10, mtp.0"),
         (Plan({"0": LayerPlan((0, 1))}), Model(), "layer 10 is missing"),
-        (plan_of([0, 1, 2]), Model(n_group=2, topk_group=2), "not a multiple of .* 2 groups .* legal: 2 or 4"),
-        (plan_of([0, 1, 2, 4]), Model(n_group=2, topk_group=2), r"groups of 4 experts keep \[3, 1\]"),
-        (plan_of([0, 4]), Model(n_group=2), "fewer than top_k = 2; nearest legal: 4"),
-        (plan_of([0, 4]), Model(n_group=2, topk_group=2, group_top=2), "a group is ranked by its best 2"),
+        (plan_of([0, 1, 2]), Model(Router(8, 2, 2, 2)), "not a multiple of .* 2 groups .* legal: 2 or 4"),
+        (plan_of([0, 1, 2, 4]), Model(Router(8, 2, 2, 2)), r"groups of 4 experts keep \[3, 1\]"),
+        (plan_of([0, 4]), Model(Router(8, 2, 2)), "fewer than top_k = 2; nearest legal: 4"),
+        (plan_of([0, 4]), Model(Router(8, 2, 2, 2, 2)), "a group is ranked by its best 2"),
         (plan_of([0, 1], scores=(1.0,) * 7), Model(), "layer 0: 7 scores for 8 experts"),
         (plan_of([0, 1.0]), Model(), "layer 0: expected expert numbers, got 1.0"),
         (replace(plan_of([0, 1]), provenance={"fingerprint": "e" * 64}), Model(), "made for another model"),
@@ -296,7 +296,7 @@ def test_a_plan_that_does_not_fit_is_refused(plan, model, message):
         (plan_of([0, 7]), Model()),
         (plan_of(range(8)), Model()),
         (plan_of([0, 1], **{"mtp.0": [6, 7]}), Model()),
-        (plan_of([0, 3, 4, 5], scores=(0.0,) * 8), Model(n_group=2, topk_group=1, group_top=2)),
+        (plan_of([0, 3, 4, 5], scores=(0.0,) * 8), Model(Router(8, 2, 2, 1, 2))),
         (replace(plan_of([0, 1]), provenance={"fingerprint": FINGERPRINT, "by": "hand"}), Model()),
     ],
 )

@@ -183,9 +183,9 @@ def test_the_worst_domain_is_served_first():
 
 
 def test_experts_that_go_first_are_last_in_the_ranking():
-    assert choose_top([5, 4, 3, 2], 2, last=[0]) == (1, 2)
-    assert choose_top([5, 4, 3, 2], 4, last=[0]) == (0, 1, 2, 3)
-    assert choose_top([5, 4, 3, 2], 2, groups=2, last=[0]) == (1, 2)
+    assert choose_top([5, 4, 3, 2], 2, drop_first=[0]) == (1, 2)
+    assert choose_top([5, 4, 3, 2], 4, drop_first=[0]) == (0, 1, 2, 3)
+    assert choose_top([5, 4, 3, 2], 2, groups=2, drop_first=[0]) == (1, 2)
 
 
 def test_no_guards_leave_nothing_marked():

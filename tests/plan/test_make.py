@@ -10,9 +10,10 @@ from moekern.criteria import CRITERIA, criterion_named
 from moekern.errors import InputError
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.make import make_plan, router_limits
-from moekern.router import Limits
+from moekern.plan.make import make_plan
+from moekern.router import Router
 from moekern.statistics.file import Statistics
+from moekern.statistics.header import router_of
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
 
@@ -20,11 +21,10 @@ from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_stat
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_every_criterion_makes_a_plan_that_passes_the_check(criterion, groups):
-    limits = {"n_group": groups, "topk_group": groups, "group_top": 1}
-    s = model_statistics(**limits)
+    s = model_statistics(n_group=groups, topk_group=groups)
     plan = make_plan(s, criterion, 4, seed=3)
     layers = dict.fromkeys(("0", "2", "10"), Layer(6))
-    check_plan(plan, Model(num_experts=6, layers=layers, mtp={}, **limits), FINGERPRINT)
+    check_plan(plan, Model(Router(6, 2, groups, groups), layers=layers, mtp={}), FINGERPRINT)
     assert list(plan.layers) == ["0", "2", "10"]
     again = Plan.from_json(plan.to_json())
     assert again == plan
@@ -68,11 +68,11 @@ def test_seeds_change_a_random_plan():
     assert make_plan(s, "random", 3, seed=1).layers != make_plan(s, "random", 3, seed=2).layers
 
 
-def test_the_layout_overrides_the_recorded_router():
+def test_a_given_router_goes_before_the_recorded_one():
     s = model_statistics()
-    assert router_limits(s) == Limits(6, 2)
+    assert router_of(s.header) == Router(6, 2)
     with pytest.raises(InputError, match="not a multiple of the router's 2 groups"):
-        make_plan(s, "reap", 3, Limits(6, 2, 2, 2, 1))
+        make_plan(s, "reap", 3, Router(6, 2, 2, 2, 1))
 
 
 def statistics_with_a_super_expert():

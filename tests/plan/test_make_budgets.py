@@ -15,6 +15,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.targets import Target
+from moekern.router import Router
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import FINGERPRINT, Layer, Model, header, layer_statistics, model_statistics
@@ -43,7 +44,7 @@ def test_every_budget_makes_a_plan_that_can_be_executed(criterion, budget):
     assert sum(counts.values()) == 12
     asked = BUDGETS[budget]
     assert all(n % asked.multiple_of == 0 and n >= (asked.floor or 2) for n in counts.values())
-    model = Model(num_experts=6, layers=dict.fromkeys(("0", "2", "10"), Layer(6)), mtp={})
+    model = Model(Router(6, 2), layers=dict.fromkeys(("0", "2", "10"), Layer(6)), mtp={})
     check_plan(made, model, FINGERPRINT)
     assert (NONUNIFORM in made.provenance) == (len(set(counts.values())) > 1)
     assert made.provenance["kept"] == (counts if len(set(counts.values())) > 1 else 4)
@@ -57,7 +58,7 @@ def test_every_budget_makes_a_plan_that_can_be_executed(criterion, budget):
 @given(
     seed=st.integers(0, 30),
     kind=st.sampled_from(["global", "adaptive", "waterfill"]),
-    share=st.floats(0.35, 1),
+    share=st.floats(4 / 9, 1),  # of 18: the lowest counts come to 8 where two guarded experts are in one of two groups
     groups=st.sampled_from([1, 2]),
     kept=st.sets(st.integers(0, 5), max_size=2),
     gone=st.sets(st.integers(0, 5), max_size=2),

@@ -5,14 +5,14 @@ import pytest
 from moekern.errors import InputError
 from moekern.plan.make import make_plan
 from moekern.plan.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
-from moekern.router import Limits, count_problem
+from moekern.router import Router, count_problem
 from tests.helpers.measured import model_statistics
 
-QWEN = Served("qwen3_moe", "softmax", Limits(128, 8))
-WIDE = Served("wide", "softmax", Limits(2048, 40))
-V3 = Served("deepseek_v3", "sigmoid", Limits(256, 8, 8, 4, 2))
-V4 = Served("deepseek_v4", "sqrtsoftplus", Limits(256, 6))
-REMOTE = Served("arctic", "softmax", Limits(128, 2), in_transformers=False)
+QWEN = Served("qwen3_moe", "softmax", Router(128, 8))
+WIDE = Served("wide", "softmax", Router(2048, 40))
+V3 = Served("deepseek_v3", "sigmoid", Router(256, 8, 8, 4, 2))
+V4 = Served("deepseek_v4", "sqrtsoftplus", Router(256, 6))
+REMOTE = Served("arctic", "softmax", Router(128, 2), in_transformers=False)
 
 BROKEN = {  # target, model, count, whether it stops, words of the finding
     "top-k": ("transformers", QWEN, 6, True, "fewer than the 8 that each token chooses"),
@@ -22,7 +22,7 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "992": ("vllm", WIDE, 993, True, "at most 992"),
     "softplus": ("vllm", V4, 144, True, "sqrt-softplus router takes 1, 2, 4, 8, 16, 32, 64, 128, 192"),
     "v4 divides": ("vllm:tp=3", V4, 128, True, "deepseek_v4 code needs a multiple of tp=3"),
-    "33 groups": ("vllm", Served("x", "sigmoid", Limits(330, 8, 33, 8, 2)), 66, True, "at most 32 groups"),
+    "33 groups": ("vllm", Served("x", "sigmoid", Router(330, 8, 33, 8, 2)), 66, True, "at most 32 groups"),
     "slow top-k": ("vllm", QWEN, 96, False, "others take a slower path"),
     "eplb": ("vllm:ep=3", QWEN, 64, False, "EPLB"),
     "removed": ("vllm", REMOTE, 64, False, "no arctic code"),
@@ -30,14 +30,14 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "fused gate": ("sglang", V3, 192, False, "powers of two"),
     "fused gate, group": (
         "sglang",
-        Served("x", "sigmoid", Limits(256, 8, 4, 2, 2)),
+        Served("x", "sigmoid", Router(256, 8, 4, 2, 2)),
         256,
         False,
         "at most 32 experts in",
     ),
     "torch chooses": ("sglang", WIDE, 600, False, "torch chooses"),
     "1024": ("llama.cpp", WIDE, 1025, True, "at most 1024"),
-    "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Limits(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
+    "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
     "remote code": ("transformers", REMOTE, 64, False, "the checkpoint's own code"),
 }
 
@@ -87,11 +87,11 @@ def test_the_nearest_counts_that_run():
     assert str(caught.value) == (
         "--keep 60: sglang:ep=16 would not run it: experts must be a multiple of ep=16; nearest that runs: 48 or 64"
     )
-    assert nearest(60, Served("x", "softmax", Limits(8, 9)), targets) == "; no count of this model runs there"
+    assert nearest(60, Served("x", "softmax", Router(8, 9)), targets) == "; no count of this model runs there"
     for count in range(1, 129):
         if runs(count, QWEN, targets):
             assert count % 16 == 0
-            assert count_problem(count, QWEN.limits) is None
+            assert count_problem(count, QWEN.router) is None
 
 
 @pytest.mark.parametrize("text", ["vllm", "sglang:tp=2,ep=4", "llama.cpp", "transformers", "vllm:ep=8"])

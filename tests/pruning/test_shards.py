@@ -20,6 +20,7 @@ from moekern.errors import InputError
 from moekern.pruning.config import expert_renamer
 from moekern.pruning.cuts import strongest
 from moekern.pruning.shards import output_shards
+from moekern.router import Router
 from tests.helpers.synthetic import EXPERTS, Tensors, data, read_shard, write
 
 
@@ -27,8 +28,8 @@ def layout_of(tensors: Sequence[ExpertTensor], n_group: int = 1) -> Layout:
     """A model with one MoE layer "0" of 8 experts that holds the given tensors."""
     layer = MoeLayer("0", "model.layers.0", EXPERTS, False, tuple(tensors))
     return Layout(
-        family=FAMILIES[0], layers={"0": layer}, mtp={}, mtp_prefixes=(), num_experts=EXPERTS, top_k=2,
-        n_group=n_group, topk_group=1, group_top=1, count_paths=(("num_experts",),), mtp_paths=(),
+        family=FAMILIES[0], layers={"0": layer}, mtp={}, mtp_prefixes=(), router=Router(EXPERTS, 2, n_group),
+        count_paths=(("num_experts",),), mtp_paths=(),
     )  # fmt: skip
 
 

@@ -1,0 +1,52 @@
+"""Where a plan comes from: the keys that every plan made by moekern has, whoever chose the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from moekern.plan.budgets import Budget
+from moekern.plan.choose import TIE
+from moekern.plan.document import NONUNIFORM
+from moekern.plan.targets import Target
+from moekern.version import __version__
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a plan was made from, and what was asked for.
+
+    `statistics` is the sha256 of their file, None where they were not kept in one; `marked` what the guards came to.
+    """
+
+    fingerprint: str
+    criterion: str
+    domains: Sequence[str]
+    keep: float | int
+    num_experts: int
+    seed: int = 0
+    statistics: str | None = None
+    budget: Budget = field(default_factory=Budget)
+    marked: Mapping[str, Any] = field(default_factory=dict)
+    targets: Sequence[Target] = ()
+
+    def document(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """As a plan holds it, with the experts that each layer keeps."""
+        uniform = len(set(counts.values())) == 1
+        return {
+            "moekern": __version__,
+            "fingerprint": self.fingerprint,
+            "statistics": self.statistics,
+            "criterion": self.criterion,
+            "domains": list(self.domains),
+            "keep": self.keep,
+            "kept": next(iter(counts.values())) if uniform else dict(counts),
+            "num_experts": self.num_experts,
+            "tie": TIE,
+            "seed": self.seed,
+            "protect_super": self.marked.get("protect_super", False),
+            "budget": {name: value for name, value in asdict(self.budget).items() if name != "allow_nonuniform"},
+            "guards": {name: value for name, value in self.marked.items() if name != "protect_super"},
+            "targets": [str(target) for target in self.targets],
+        } | ({} if uniform else {NONUNIFORM: True})
