@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,6 +59,7 @@ class Record:
     plan: str  # sha256 of the plan
     checksum: str | None  # how `tensors` were made: "xxh3-128", "blake3"
     tensors: Mapping[str, str | None]  # hex; None where the bytes did not pass through memory
+    computed: Sequence[str] = ()  # of these tensors the bytes stand in no file of the source
 
 
 @dataclass
@@ -243,4 +244,5 @@ def _parsed(line: bytes) -> Record | None:
         return None
     good = isinstance(record.shard, str) and isinstance(record.made_from, str) and isinstance(record.tensors, dict)
     good = good and all(value is None or isinstance(value, str) for value in record.tensors.values())
+    good = good and isinstance(record.computed, list | tuple) and all(isinstance(name, str) for name in record.computed)
     return record if good else None

@@ -230,14 +230,21 @@ def build_library(folder: Path) -> Path | None:
 
 
 def checkpoint(
-    folder: Path, shards: int = 8, layers: int = 3, rows: int = 1029, companions: str = "bf16", embedding: int = 4000
+    folder: Path,
+    shards: int = 8,
+    layers: int = 3,
+    rows: int = 1029,
+    companions: str = "bf16",
+    embedding: int = 4000,
+    computed: bool = False,
 ) -> Path:
-    """A qwen3_moe checkpoint of random bytes in several shards, with side files.
+    """A qwen3_moe checkpoint of random bytes in several shards, with side files; with `computed` a deepseek_v4 one,
+    whose pruning computes tensors.
 
     Every tensor of an expert has `rows` rows: of 8 bytes with companions "bf16", of 5 with "odd", so that few of them
     begin at a multiple of a block. The embedding has `embedding` rows of 8 bytes.
     """
-    config, tensors = synthetic.qwen3(companions, layers=layers)
+    config, tensors = synthetic.deepseek_v4(layers) if computed else synthetic.qwen3(companions, layers=layers)
     rng = np.random.default_rng(7)
     for name, (dtype, shape, _) in tensors.items():
         if ".experts." in name:
