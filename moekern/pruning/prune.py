@@ -12,7 +12,7 @@ import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note
-from moekern.files import fsync
+from moekern.files import fsync, work_path
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
@@ -33,7 +33,7 @@ from moekern.pruning.pieces import made_from
 from moekern.pruning.preflight import check_space, check_target
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
-from moekern.pruning.work_folder import Part, Record, WorkFolder, open_work, work_path
+from moekern.pruning.work_folder import Part, Record, WorkFolder, open_work
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
 
@@ -133,7 +133,7 @@ def prune(
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
 
-    Everything is checked before the first byte is written. The output grows in `.NAME.moekern` beside `out` and gets
+    Everything is checked before the first byte is written. The output grows in `NAME.moekern` beside `out` and gets
     its name at the end; what is interrupted goes on where it was when it is called again with the same arguments. The
     source is only read. Memory: headers, and buffers of 32 MiB. `progress` is called with the bytes so far and in all.
 

@@ -186,7 +186,7 @@ def nothing_or_all(out: Path, want: Snapshot) -> bool:
     if os.path.lexists(out):
         assert snapshot(out) == want
         return True
-    assert set(os.listdir(out.parent)) <= {f".{out.name}.moekern"}
+    assert set(os.listdir(out.parent)) <= {work_of(out).name}
     return False
 
 
@@ -199,7 +199,7 @@ def finished(out: Path) -> Snapshot:
 
 
 def work_of(out: Path) -> Path:
-    return out.with_name(f".{out.name}.moekern")
+    return out.with_name(f"{out.name}.moekern")
 
 
 def refused(ended: Ended, out: Path, code: int = 2) -> str:

@@ -15,12 +15,12 @@ import pytest
 import xxhash
 
 from moekern.errors import InputError
+from moekern.files import work_path
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import cuts
 from moekern.pruning.copying import CHECKSUMS
 from moekern.pruning.pieces import Computed, computed, made_from, recipe
 from moekern.pruning.prune import MANIFEST, prune
-from moekern.pruning.work_folder import work_path
 from moekern.verification.tensors import verify
 from tests.helpers.synthetic import deepseek_v4, read, tree, write
 

@@ -17,7 +17,7 @@ import pytest
 
 from moekern.plan.document import Plan
 from moekern.verification.tensors import verify
-from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log
+from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log, work_of
 
 KILLED = -signal.SIGKILL
 
@@ -70,8 +70,7 @@ def again(bench: Bench, out: Path, want: Snapshot, *options: str) -> None:
 
 def lines(out: Path) -> list[str]:
     """The shards that the manifests in the work folder tell to be complete."""
-    work = out.with_name(f".{out.name}.moekern")
-    text = b"".join(path.read_bytes() for path in sorted(work.glob("manifest*.jsonl")))
+    text = b"".join(path.read_bytes() for path in sorted(work_of(out).glob("manifest*.jsonl")))
     return [str(json.loads(line)["shard"]) for line in text.split(b"\n")[:-1]]
 
 

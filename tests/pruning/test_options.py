@@ -16,11 +16,12 @@ import xxhash
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
+from moekern.files import work_path
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import copying
 from moekern.pruning.prune import MANIFEST, prune
 from moekern.pruning.shards import BLOCK
-from moekern.pruning.work_folder import Part, work_path
+from moekern.pruning.work_folder import Part
 from moekern.verification.tensors import verify
 from tests.helpers.synthetic import qwen3, read, tree, write
 
