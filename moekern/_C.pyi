@@ -71,7 +71,7 @@ def cuda_architectures() -> str: ...
 def cuda_device_count() -> int: ...
 def write_file(
     path: str,
-    pieces: Sequence[tuple[str, int, int] | bytes],
+    pieces: Sequence[tuple[str, int, int] | bytes | tuple[str, int, Callable[[], bytes | memoryview]]],
     spans: Sequence[tuple[int, int]] = (),
     copy: str = "stream",
     progress: Callable[[int], object] | None = None,

@@ -40,6 +40,20 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def work_path(target: Path) -> Path:
+    """The folder beside a target in which all that is not yet done of it, or that it was made from, is kept: `run`'s
+    statistics and plan, `iterate`'s rounds, the checkpoint that `prune` writes. Each removes what is its own, and the
+    folder when nothing is left in it."""
+    return target.with_name(f"{target.name}.moekern")
+
+
+def check_work(target: Path) -> None:
+    """Raise InputError when something else stands at the work folder's name: it is not followed, and not removed."""
+    work = work_path(target)
+    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
+        raise InputError(f"{work}: is no folder, and what is not done yet of {target} is kept there; move it away")
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)

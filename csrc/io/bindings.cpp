@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -14,6 +15,25 @@ namespace py = pybind11;
 namespace moekern {
 namespace {
 
+// What a function of the caller gives, held by its buffer. Needs no GIL, and letting go needs none.
+std::shared_ptr<const char> made_by(const py::handle& function, int64_t length) {
+  const py::gil_scoped_acquire gil;
+  const py::object bytes = function();
+  const auto release = [](Py_buffer* view) {
+    const py::gil_scoped_acquire held;
+    PyBuffer_Release(view);
+    delete view;
+  };
+  auto view = std::make_unique<Py_buffer>();
+  if (PyObject_GetBuffer(bytes.ptr(), view.get(), PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  const std::shared_ptr<Py_buffer> owner(view.release(), release);
+  if (owner->len != length) {
+    throw py::value_error("[write_file] pieces: expected " + std::to_string(length) + " bytes from the function, got " +
+                          std::to_string(owner->len));
+  }
+  return {owner, static_cast<const char*>(owner->buf)};
+}
+
 io::Piece piece_from(const py::handle& item) {
   io::Piece piece;
   if (py::isinstance<py::bytes>(item)) {
@@ -22,7 +42,14 @@ io::Piece piece_from(const py::handle& item) {
     return piece;
   }
   if (!py::isinstance<py::tuple>(item) || py::len(item) != 3) {
-    throw py::type_error("[write_file] pieces: expected bytes or (path, offset, length)");
+    throw py::type_error("[write_file] pieces: expected bytes, (path, offset, length) or (name, length, function)");
+  }
+  const py::object last = item.cast<py::tuple>()[2];
+  if (PyCallable_Check(last.ptr())) {
+    piece.length = item.cast<py::tuple>()[1].cast<int64_t>();
+    if (piece.length < 0) throw py::value_error("[write_file] pieces: expected length >= 0");
+    piece.make = [function = py::handle(last), length = piece.length] { return made_by(function, length); };
+    return piece;
   }
   const auto [source, offset, length] = item.cast<std::tuple<std::string, int64_t, int64_t>>();
   if (offset < 0 || length < 0) {
@@ -59,7 +86,7 @@ py::tuple write_file(const std::string& path, const py::list& items, const std::
                      const std::string& copy, const py::object& progress) {
   const io::Copy mode = copy_named(copy);
   check_spans(spans);
-  // A copy of the list keeps every literal alive while the GIL is released.
+  // A copy of the list keeps every literal and function alive while the GIL is released.
   const py::list held(items[py::slice(0, static_cast<py::ssize_t>(items.size()), 1)]);
   std::vector<io::Piece> pieces;
   pieces.reserve(held.size());
@@ -110,9 +137,10 @@ void bind_io(py::module_& m) {
   py::register_exception_translator(&translate);
   m.def("write_file", &write_file, py::arg("path"), py::arg("pieces"), py::arg("spans") = std::vector<io::Span>(),
         py::arg("copy") = "stream", py::arg("progress") = py::none(),
-        "Write a new file from pieces, each (source path, offset, length) or bytes, and fsync it. Returns the bytes that "
-        "were cloned, that stayed holes and that were copied, and for each span (start, stop) of the file its XXH3-128, "
-        "or None where not all of its bytes passed through memory.");
+        "Write a new file from pieces, each (source path, offset, length), bytes, or (name, length, function that gives "
+        "the bytes, called when their turn comes), and fsync it. Returns the bytes that were cloned, that stayed holes "
+        "and that were copied, and for each span (start, stop) of the file its XXH3-128, or None where not all of its "
+        "bytes passed through memory.");
   m.def("probe_copy", &io::probe, py::arg("source"), py::arg("folder"), py::call_guard<py::gil_scoped_release>(),
         "The best way to copy from `source` into new files of `folder`: reflink, kernel or stream.");
   py::class_<io::Xxh3>(m, "Xxh3", "XXH3-128 of bytes as they come, as write_file takes it.")

@@ -83,6 +83,10 @@ class Cutter {
     for (int64_t done = 0; done < piece.length;) done += add({nullptr, 0, piece.literal + done, piece.length - done});
   }
 
+  void made(const Piece& piece) {
+    for (int64_t done = 0; done < piece.length;) done += add({nullptr, done, nullptr, piece.length - done, &piece});
+  }
+
   void range(const File& source, int64_t offset, int64_t length) {
     if (copy_ == Copy::reflink || copy_ == Copy::reflink_or_stream) {
       const int64_t head = std::min(length, (block_ - offset % block_) % block_);
@@ -136,8 +140,8 @@ class Cutter {
   int64_t add(Part part) {
     auto& chunks = made_.chunks;
     const bool fresh = chunks.empty() || chunks.back().length == limit_ ||
-                       chunks.back().position + chunks.back().length != position_;
-    if (fresh) chunks.push_back({position_, 0, made_.parts.size(), made_.parts.size()});
+                       chunks.back().position + chunks.back().length != position_ || chunks.back().made != part.made;
+    if (fresh) chunks.push_back({position_, 0, made_.parts.size(), made_.parts.size(), part.made});
     Chunk& chunk = chunks.back();
     part.length = std::min(part.length, limit_ - chunk.length);
     made_.parts.push_back(part);
@@ -162,6 +166,8 @@ Chunks cut(const std::vector<Piece>& pieces, Sources& sources, const File& out, 
   for (const Piece& piece : pieces) {
     if (piece.literal != nullptr) {
       cutter.literal(piece);
+    } else if (piece.make) {
+      cutter.made(piece);
     } else if (piece.length > 0) {
       const File& source = sources.try_emplace(piece.source, piece.source, O_RDONLY).first->second;
       cutter.range(source, piece.offset, piece.length);

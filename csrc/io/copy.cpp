@@ -22,7 +22,7 @@ Written write_file(const std::string& path, const std::vector<Piece>& pieces, co
   const auto moved = [&](int64_t bytes) { written(work.cloned + work.holes + bytes); };
   Digests digests(spans);
   if (kernel) {
-    copy_in_kernel(work, out, moved);
+    copy_in_kernel(work, out, digests, moved);
   } else {
     copy_through_ring(work, out, digests, moved);
   }

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -9,12 +10,15 @@
 
 namespace moekern::io {
 
-// Bytes of the file to write: a range of a source file, or bytes that the caller holds.
+// Bytes of the file to write: a range of a source file, bytes that the caller holds, or bytes that `make` gives.
 struct Piece {
-  std::string source;  // empty: literal
+  std::string source;  // empty: literal or made
   int64_t offset = 0;
   int64_t length = 0;
   const char* literal = nullptr;  // borrowed
+  // Called once, on the calling thread, when all before it is read; gives `length` bytes, which are let go before the
+  // next piece is made. Not called for length 0.
+  std::function<std::shared_ptr<const char>()> make;
 };
 
 // How ranges are copied. stream: through a ring of buffers. kernel: copy_file_range. reflink: the blocks that lie alike in

@@ -109,6 +109,7 @@ class Ring {
     std::unique_lock<std::mutex> lock(mutex_);
     while (to_read_ < work_.chunks.size()) {
       const size_t chunk = to_read_++;
+      if (work_.chunks[chunk].made) continue;
       if (!wait(lock, [&] { return chunk < written_ + kSlots; })) return;
       lock.unlock();
       char* at = slot(chunk);
@@ -132,11 +133,12 @@ class Ring {
     std::unique_lock<std::mutex> lock(mutex_);
     while (written_ < work_.chunks.size() && !error_) {
       const bool come = changed_.wait_for(lock, std::chrono::milliseconds(200), [this] {
-        return error_ || written_ == work_.chunks.size() || (hashed_ < work_.chunks.size() && ready_[hashed_ % kSlots]);
+        return error_ || written_ == work_.chunks.size() || next_is_ready();
       });
       const int64_t so_far = moved_;
-      const bool ready = come && hashed_ < work_.chunks.size() && ready_[hashed_ % kSlots];
+      const bool ready = come && !error_ && next_is_ready();
       lock.unlock();
+      if (ready && work_.chunks[hashed_].made) make(work_.chunks[hashed_]);
       if (ready) digests.feed(work_.chunks[hashed_].position, slot(hashed_), work_.chunks[hashed_].length);
       moved(so_far);
       lock.lock();
@@ -146,6 +148,18 @@ class Ring {
         changed_.notify_all();
       }
     }
+  }
+
+  // The next chunk to hash has been read; or there is a slot for what the calling thread makes of it.
+  bool next_is_ready() const {
+    if (hashed_ == work_.chunks.size()) return false;
+    return work_.chunks[hashed_].made ? hashed_ < written_ + kSlots : ready_[hashed_ % kSlots];
+  }
+
+  void make(const Chunk& chunk) {
+    const Part& part = work_.parts[chunk.first];
+    std::memcpy(slot(hashed_), making_.at(part), static_cast<size_t>(part.length));
+    making_.done(part);
   }
 
   void write() {
@@ -171,6 +185,7 @@ class Ring {
   const Chunks& work_;
   const File& out_;
   std::unique_ptr<char, Free> buffer_;
+  Making making_;  // the calling thread's
   std::mutex mutex_;
   std::condition_variable changed_;
   bool ready_[kSlots] = {};  // read, not yet hashed
@@ -204,8 +219,10 @@ void copy_through_ring(const Chunks& work, const File& out, Digests& digests,
   if (!work.chunks.empty()) Ring(work, out).run(digests, moved);
 }
 
-void copy_in_kernel(const Chunks& work, const File& out, const std::function<void(int64_t)>& moved) {
+void copy_in_kernel(const Chunks& work, const File& out, Digests& digests,
+                    const std::function<void(int64_t)>& moved) {
   WriteBehind behind(out);
+  Making making;
   int64_t bytes = 0;
   for (const Chunk& chunk : work.chunks) {
     int64_t position = chunk.position;
@@ -215,7 +232,10 @@ void copy_in_kernel(const Chunks& work, const File& out, const std::function<voi
         copy_part(part, out, position);
         done_with(part);
       } else {
-        out.write(part.literal, part.length, position);
+        const char* const bytes = part.made ? making.at(part) : part.literal;
+        digests.feed(position, bytes, part.length);
+        out.write(bytes, part.length, position);
+        if (part.made) making.done(part);
       }
       position += part.length;
     }

@@ -21,6 +21,7 @@ from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
+from moekern.files import check_work, work_path
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
@@ -176,7 +177,7 @@ def run_stages(
     check_target(checkpoint.folder, out)
     check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    work = out.with_name(out.name + ".moekern")
+    work = work_path(out)
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
     statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
     if statistics is None:
@@ -236,6 +237,7 @@ def scores_of(
 def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
     check_new_file(out)
+    check_work(out)
     check_device(compute.device)
     measured = needs_text(method.criterion)
     if measured and not text.data:
@@ -247,7 +249,7 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code) if measured else None
     if measured:
         console.hint(dtype_hint(checkpoint, compute))
-    side = out.with_name(out.name + ".moekern")
+    side = work_path(out)
     earlier = _left(side)
 
     def finished(plan: Plan) -> None:

@@ -1,6 +1,5 @@
 """How the bytes of a shard come into its file, and their checksums."""
 
-import hashlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any, Literal
 import moekern._C as _C
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
-from moekern.pruning.shards import OutputShard, Piece, best_phase
+from moekern.pruning.pieces import Piece
+from moekern.pruning.shards import OutputShard, best_phase
 
 Copy = Literal["auto", "reflink", "kernel", "stream"]
 Checksum = Literal["xxh3", "blake3", "none"]
@@ -95,18 +95,6 @@ def _data_bytes(path: Path) -> int:
     finally:
         os.close(handle)
     return status.st_size if hole >= status.st_size else min(status.st_size, status.st_blocks * 512)
-
-
-def made_from(pieces: Sequence[Piece]) -> str:
-    """sha256 of all that decides a file's bytes: the pieces, and name, size and time of each file they come from."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece if isinstance(piece, bytes) else repr(piece).encode())
-        digest.update(b"\0")
-    for source in sorted({piece[0] for piece in pieces if not isinstance(piece, bytes)}):
-        status = os.stat(source)
-        digest.update(repr((source, status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()
 
 
 def copy_shard(

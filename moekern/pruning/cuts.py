@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
 from moekern.plan.document import Plan
+from moekern.pruning.pieces import Computed, computed, recipe
 
 Mtp = Literal["prune", "drop", "keep"]
 MTP_MODES: tuple[Mtp, ...] = ("prune", "drop", "keep")
@@ -57,28 +58,49 @@ class OutputTensor:
         return self.elements * DTYPE_BITS[self.entry.dtype] // 8
 
     def ranges(self) -> tuple[Range, ...] | None:
-        """Where its bytes lie in the source file, in their order here; None where they are computed: see `content`."""
+        """Where its bytes lie in the source file, in their order here; None where they are computed."""
         entry, cut = self.entry, self.cut
+        if self.is_computed:
+            return None
         if not self.nbytes:
             return ()
         if cut is None:
             return ((entry.start, entry.stop),)
-        outer = math.prod(entry.shape[: cut.tensor.axis])
-        if cut.tensor.action == "remap" or (outer > 1 and entry.nbytes <= SMALL):
-            return None
-        stride = entry.nbytes // outer
+        stride = entry.nbytes // math.prod(entry.shape[: cut.tensor.axis])
         starts = range(entry.start, entry.stop, stride)
         return tuple((at + start, at + stop) for at in starts for start, stop in _row_bytes(entry, cut))
 
-    def content(self, checkpoint: Checkpoint) -> bytes:
-        """The bytes of a tensor that has no ranges: a table of expert ids, or rows of a small tensor cut on an inner
-        axis."""
-        assert self.cut is not None
-        if self.cut.tensor.action == "remap":
-            return _remapped(self.cut, checkpoint)
+    @property
+    def is_computed(self) -> bool:
+        """Tables of expert ids are, and rows of a small tensor cut on an inner axis, which would be many ranges."""
+        if self.cut is None or not self.nbytes:
+            return False
         outer = math.prod(self.entry.shape[: self.cut.tensor.axis])
-        data = np.frombuffer(checkpoint.read(self.entry.name), np.uint8).reshape(outer, -1)
-        return np.concatenate([data[:, a:b] for a, b in _row_bytes(self.entry, self.cut)], axis=1).tobytes()
+        return self.cut.tensor.action == "remap" or (outer > 1 and self.entry.nbytes <= SMALL)
+
+    def computed(self, checkpoint: Checkpoint) -> Computed:
+        """The piece of a tensor that is computed."""
+        entry, cut = self.entry, self.cut
+        assert cut is not None
+        tensor = cut.tensor
+        digest = recipe(
+            tensor.action,
+            [(str(checkpoint.folder / entry.shard), entry.start, entry.nbytes)],
+            kept=tuple(cut.rank),
+            num_experts=cut.num_experts,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            rows=(tensor.axis, tensor.rows, tensor.trailing),
+        )
+        make = _remapped if tensor.action == "remap" else _inner_rows
+        return computed(self.name, digest, self.nbytes, lambda: make(entry, cut, checkpoint))
+
+
+def check_tables(checkpoint: Checkpoint, tensors: Iterable[OutputTensor]) -> None:
+    """Raise InputError for a table of expert ids that holds something else: known before anything is written."""
+    for tensor in tensors:
+        if tensor.cut is not None and tensor.cut.tensor.action == "remap":
+            _table(tensor.entry, tensor.cut, checkpoint)
 
 
 def planned_mtp(plan: Plan) -> Mtp:
@@ -165,8 +187,18 @@ def _row_bytes(entry: TensorEntry, cut: Cut) -> list[tuple[int, int]]:
     return [(start * row_bits // 8, stop * row_bits // 8) for start, stop in joined]
 
 
-def _remapped(cut: Cut, checkpoint: Checkpoint) -> bytes:
-    table = checkpoint.array(cut.tensor.name)
+def _inner_rows(entry: TensorEntry, cut: Cut, checkpoint: Checkpoint) -> bytes:
+    outer = math.prod(entry.shape[: cut.tensor.axis])
+    data = np.frombuffer(checkpoint.read(entry.name), np.uint8).reshape(outer, -1)
+    return np.concatenate([data[:, a:b] for a, b in _row_bytes(entry, cut)], axis=1).tobytes()
+
+
+def _remapped(entry: TensorEntry, cut: Cut, checkpoint: Checkpoint) -> bytes:
+    return replace_experts(_table(entry, cut, checkpoint), tuple(cut.rank), cut.num_experts).tobytes()
+
+
+def _table(entry: TensorEntry, cut: Cut, checkpoint: Checkpoint) -> np.ndarray:
+    table = checkpoint.array(entry.name)
     if table.dtype.kind not in "iu" or (table.size and not (table.min() >= 0 and table.max() < cut.num_experts)):
-        raise InputError(f"{cut.tensor.name}: expected expert numbers from 0 to {cut.num_experts - 1}")
-    return replace_experts(table, tuple(cut.rank), cut.num_experts).tobytes()
+        raise InputError(f"{entry.name}: expected expert numbers from 0 to {cut.num_experts - 1}")
+    return table

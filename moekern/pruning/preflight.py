@@ -6,13 +6,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
-from moekern.pruning.work_folder import refuse_existing, work_path
+from moekern.files import check_work, work_path
+from moekern.pruning.work_folder import refuse_existing
 
 
 def check_target(source: Path, target: Path) -> None:
     """Refuse a target that exists, lies inside the source, or cannot be made where it should be."""
     parent = target.parent
     refuse_existing(target)
+    check_work(target)
     if not target.name or target.name == "..":
         raise InputError(f"{target}: names no new folder")
     if not parent.is_dir():
@@ -26,9 +28,9 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def check_space(target: Path, nbytes: int, files: int) -> None:
-    """Refuse a target that its file system has no room or no inodes for; what an earlier run left counts as room."""
-    work, parent = work_path(target), target.parent
-    there = list(_files_in(work))
+    """Refuse a target that its file system has no room or no inodes for; what an earlier run wrote counts as room."""
+    parent = target.parent
+    there = list(_files_in(work_path(target) / "checkpoint"))
     status = os.statvfs(parent)
     free = status.f_bavail * status.f_frsize + sum(512 * found.st_blocks for found in there)
     if nbytes > free:

@@ -12,7 +12,7 @@ import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note
-from moekern.files import fsync
+from moekern.files import fsync, work_path
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
@@ -24,16 +24,16 @@ from moekern.pruning.copying import (
     Way,
     check_checksum,
     copy_shard,
-    made_from,
     space_needed,
     way_of,
     ways,
 )
-from moekern.pruning.cuts import MTP_MODES, Mtp, kept_experts, planned_mtp
+from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, planned_mtp
+from moekern.pruning.pieces import made_from
 from moekern.pruning.preflight import check_space, check_target
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
-from moekern.pruning.work_folder import Part, Record, WorkFolder, open_work, work_path
+from moekern.pruning.work_folder import Part, Record, WorkFolder, open_work
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
 
@@ -133,7 +133,7 @@ def prune(
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
 
-    Everything is checked before the first byte is written. The output grows in `.NAME.moekern` beside `out` and gets
+    Everything is checked before the first byte is written. The output grows in `NAME.moekern` beside `out` and gets
     its name at the end; what is interrupted goes on where it was when it is called again with the same arguments. The
     source is only read. Memory: headers, and buffers of 32 MiB. `progress` is called with the bytes so far and in all.
 
@@ -156,6 +156,7 @@ def prune(
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
     target = Path(out)
     check_target(checkpoint.folder, target)
+    check_tables(checkpoint, (tensor for shard in shards for tensor in shard.tensors))
     sources = {name for shard in shards for name in shard.sources}
     origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}
     known_ways = ways(checkpoint, sources, target.parent, copy)
@@ -239,13 +240,14 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     partial.unlink(missing_ok=True)
     pieces = shard.pieces(job.checkpoint)
     made: Copied = copy_shard(partial, shard, pieces, job.way(shard), job.checksum, job.reread, tally.moving)
-    if made_from(pieces) != origin:
+    if made_from(shard.pieces(job.checkpoint)) != origin:
         names = ", ".join(shard.sources)
         raise InputError(f"{work.target}: not finished: {names} in {job.checkpoint.folder} changed while it was copied")
     partial.replace(path)
     fsync(work.checkpoint)
     mtime = path.stat().st_mtime_ns
-    work.add(Record(shard.name, shard.size, mtime, origin, job.plan.digest, made.checksum, made.tensors))
+    done = Record(shard.name, shard.size, mtime, origin, job.plan.digest, made.checksum, made.tensors, shard.computed)
+    work.add(done)
     tally.cloned += made.cloned
     tally.holes += made.holes
     tally.copied += made.copied
@@ -272,6 +274,7 @@ def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tal
                 "plan": job.plan.digest,
                 "checksum": r.checksum,
                 "tensors": dict(r.tensors),
+                "computed": list(r.computed),
             },
             ensure_ascii=False,
         )

@@ -11,8 +11,8 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.checkpoint.strict_json import HEADER_CAP
 from moekern.pruning.cuts import Cut, Mtp, OutputTensor, output_tensor
+from moekern.pruning.pieces import Piece
 
-Piece = tuple[str, int, int] | bytes  # (source file, offset, length), or the bytes themselves
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size
 
 
@@ -38,6 +38,11 @@ class OutputShard:
         """Names of the files that its tensors come from."""
         return tuple(dict.fromkeys(tensor.entry.shard for tensor in self.tensors))
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Names of the tensors whose bytes stand in no file of the source."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed)
+
     def header(self) -> bytes:
         """Length and JSON, padded with spaces so that most of the data lies at the same place in its block as in the
         source, and can be shared; at the least to a multiple of 8 bytes. The source's metadata is kept."""
@@ -62,12 +67,12 @@ class OutputShard:
         return [(start + a, start + b) for a, b in _offsets(self.tensors)]
 
     def pieces(self, checkpoint: Checkpoint) -> list[Piece]:
-        """Header and data in file order. Ranges that touch in the source are joined; small tensors that have to be
-        computed are read from `checkpoint` and held as bytes."""
+        """Header and data in file order. Ranges that touch in the source are joined; tensors that have to be computed
+        are so when they are written, from what is read from `checkpoint` then."""
         pieces: list[Piece] = [self.header()]
         for run in _runs(self.tensors):
             if isinstance(run, OutputTensor):
-                pieces.append(run.content(checkpoint))
+                pieces.append(run.computed(checkpoint))
             else:
                 pieces.append((str(checkpoint.folder / run.shard), run.start, run.length))
         return pieces

@@ -1,7 +1,8 @@
 """The folder in which an output grows beside its target: who may write there, and what in it is known to be done.
 
-`.NAME.moekern/` holds `checkpoint/`, which becomes `NAME` by one rename, and a manifest: JSON lines, one for each shard
+`NAME.moekern/` holds `checkpoint/`, which becomes `NAME` by one rename, and a manifest: JSON lines, one for each shard
 that is complete on the disk. A lock on the folder, which ends with the process however that ends, keeps others out.
+What other commands keep there is left alone.
 """
 
 import fcntl
@@ -10,15 +11,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moekern.errors import InputError
-from moekern.files import fsync
+from moekern.files import fsync, work_path
 
+MANIFESTS = ("manifest.jsonl", "manifest.*-of-*.jsonl")  # of a run without parts; of each part
+OWN = (*MANIFESTS, "part-*-of-*.lock")  # the pruner's files, beside `checkpoint`
 PATIENCE = 10.0  # seconds that a part waits for a process that is about to finish the output
 
 
@@ -59,6 +62,7 @@ class Record:
     plan: str  # sha256 of the plan
     checksum: str | None  # how `tensors` were made: "xxh3-128", "blake3"
     tensors: Mapping[str, str | None]  # hex; None where the bytes did not pass through memory
+    computed: Sequence[str] = ()  # of these tensors the bytes stand in no file of the source
 
 
 @dataclass
@@ -105,7 +109,7 @@ class WorkFolder:
     def reload(self) -> None:
         """Read the manifests of all parts again; a line that a killed process left unfinished is no record."""
         self.records = {}
-        for path in sorted(self.folder.glob("manifest*.jsonl")):
+        for path in sorted(found for pattern in MANIFESTS for found in self.folder.glob(pattern)):
             for line in path.read_bytes().split(b"\n")[:-1]:
                 record = _parsed(line)
                 if record is not None:
@@ -131,20 +135,15 @@ class WorkFolder:
         refuse_existing(self.target)
         self.checkpoint.rename(self.target)
         fsync(self.target.parent)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def work_path(target: Path) -> Path:
-    """Where the output grows."""
-    return target.with_name(f".{target.name}.moekern")
+        _remove_own(self.folder)
 
 
 def refuse_existing(target: Path) -> None:
     """Raise InputError when the target exists. What a process killed just after its commit left is removed."""
     if os.path.lexists(target):
         work = work_path(target)
-        if work.is_dir() and not (work / "checkpoint").exists():
-            shutil.rmtree(work, ignore_errors=True)
+        if not (work / "checkpoint").exists():
+            _remove_own(work)
         raise InputError(f"{target}: exists already; name a new folder or remove it")
 
 
@@ -152,7 +151,7 @@ def refuse_existing(target: Path) -> None:
 def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
     """The target's work folder, new or as an earlier run left it, locked for this process, or for this part of them.
 
-    On leaving, a folder without any complete shard is removed. Raises InputError when another process is at work.
+    On leaving, what is there without any complete shard is removed. Raises InputError when another process is at work.
     """
     with _locked_folder(target, part) as handle:
         work = WorkFolder(target, part, handle)
@@ -167,7 +166,18 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
             yield work
         finally:
             if part is None and not work.records:
-                shutil.rmtree(work.folder, ignore_errors=True)
+                _remove_own(work.folder)
+
+
+def _remove_own(work: Path) -> None:
+    """Remove what the pruner put into a work folder, and the folder when nothing else is in it."""
+    if work.is_symlink():
+        return
+    shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    with suppress(OSError):
+        for path in [found for pattern in OWN for found in work.glob(pattern)]:
+            path.unlink(missing_ok=True)
+        work.rmdir()
 
 
 @contextmanager
@@ -243,4 +253,5 @@ def _parsed(line: bytes) -> Record | None:
         return None
     good = isinstance(record.shard, str) and isinstance(record.made_from, str) and isinstance(record.tensors, dict)
     good = good and all(value is None or isinstance(value, str) for value in record.tensors.values())
+    good = good and isinstance(record.computed, list | tuple) and all(isinstance(name, str) for name in record.computed)
     return record if good else None

@@ -208,6 +208,10 @@ def _exists(w: Wrong) -> None:
     w.out.mkdir()
 
 
+def _linked_work(w: Wrong) -> None:
+    w.out.with_name(f"{w.out.name}.moekern").symlink_to("elsewhere")
+
+
 WRONG: dict[str, tuple[Callable[[Wrong], object], Callable[[Wrong], tuple[object, ...]], str]] = {
     "no such folder": (lambda w: shutil.rmtree(w.model), Wrong.run, "no such folder"),
     "not a MoE": (_not_moe, Wrong.run, "not a Mixture-of-Experts"),
@@ -222,6 +226,8 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], Callable[[Wrong], tuple[object
     "keep too large": (lambda w: None, lambda w: w.run("--keep", 9), "more than the 8"),
     "existing output": (_exists, Wrong.run, "exists already"),
     "existing output, prune": (_exists, Wrong.prune, "exist"),
+    "a link at the work folder's name": (_linked_work, Wrong.run, "out.moekern: is no folder"),
+    "a link at the work folder's name, prune": (_linked_work, Wrong.prune, "out.moekern: is no folder"),
     "empty text": (_empty, Wrong.run, "holds no text"),
     "no such text": (lambda w: setattr(w, "data", "a=/nowhere.txt"), Wrong.run, "no such file"),
     "corrupted statistics": (

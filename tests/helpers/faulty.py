@@ -186,7 +186,7 @@ def nothing_or_all(out: Path, want: Snapshot) -> bool:
     if os.path.lexists(out):
         assert snapshot(out) == want
         return True
-    assert set(os.listdir(out.parent)) <= {f".{out.name}.moekern"}
+    assert set(os.listdir(out.parent)) <= {work_of(out).name}
     return False
 
 
@@ -199,7 +199,7 @@ def finished(out: Path) -> Snapshot:
 
 
 def work_of(out: Path) -> Path:
-    return out.with_name(f".{out.name}.moekern")
+    return out.with_name(f"{out.name}.moekern")
 
 
 def refused(ended: Ended, out: Path, code: int = 2) -> str:
@@ -230,14 +230,21 @@ def build_library(folder: Path) -> Path | None:
 
 
 def checkpoint(
-    folder: Path, shards: int = 8, layers: int = 3, rows: int = 1029, companions: str = "bf16", embedding: int = 4000
+    folder: Path,
+    shards: int = 8,
+    layers: int = 3,
+    rows: int = 1029,
+    companions: str = "bf16",
+    embedding: int = 4000,
+    computed: bool = False,
 ) -> Path:
-    """A qwen3_moe checkpoint of random bytes in several shards, with side files.
+    """A qwen3_moe checkpoint of random bytes in several shards, with side files; with `computed` a deepseek_v4 one,
+    whose pruning computes tensors.
 
     Every tensor of an expert has `rows` rows: of 8 bytes with companions "bf16", of 5 with "odd", so that few of them
     begin at a multiple of a block. The embedding has `embedding` rows of 8 bytes.
     """
-    config, tensors = synthetic.qwen3(companions, layers=layers)
+    config, tensors = synthetic.deepseek_v4(layers) if computed else synthetic.qwen3(companions, layers=layers)
     rng = np.random.default_rng(7)
     for name, (dtype, shape, _) in tensors.items():
         if ".experts." in name:

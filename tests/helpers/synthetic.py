@@ -115,6 +115,30 @@ def deepseek_v3(mtp: bool = True) -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
+def deepseek_v4(layers: int = 3, tables: str = "I64", seed: int = 0) -> tuple[dict[str, Any], Tensors]:
+    """A deepseek_v4 checkpoint whose pruning computes tensors: every layer but the last has a table of expert ids, the
+    last a bias of two rows, which is cut on its inner axis."""
+    rng = np.random.default_rng(seed)
+    config = {
+        "model_type": "deepseek_v4", "num_hidden_layers": layers, "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+    }  # fmt: skip
+    tensors: Tensors = {"embed.weight": data(rng, "BF16", [10, 4])}
+    for layer in range(layers):
+        block = f"layers.{layer}.ffn"
+        tensors[f"{block}.gate.weight"] = data(rng, "BF16", [EXPERTS, 4])
+        if layer < layers - 1:
+            ids = np.argsort(rng.random((500, EXPERTS)), axis=1)[:, :TOP_K]
+            table = ids.astype("<i8" if tables == "I64" else "<i4")
+            tensors[f"{block}.gate.tid2eid"] = tables, [500, TOP_K], table.tobytes()
+        else:
+            tensors[f"{block}.gate.bias"] = data(rng, "F32", [2, EXPERTS])
+        for e in range(EXPERTS):
+            for name in ("w1", "w2", "w3"):
+                tensors[f"{block}.experts.{e}.{name}.weight"] = data(rng, "BF16", [6, 4])
+    return config, tensors
+
+
 def shard_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = None, pad: int = 0) -> bytes:
     """A safetensors file with the tensors in the order of the dict."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -9,23 +9,41 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moekern.plan.document import Plan
 from moekern.verification.tensors import verify
-from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log
+from tests.helpers.faulty import Bench, Snapshot, benches, finished, nothing_or_all, read_log, work_of
 
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+@contextmanager
+def in_memory(tmp_path_factory: pytest.TempPathFactory, **sizes: Any) -> Iterator[Bench]:
     """In memory where there is such a folder: what a kill leaves is the same there, and a flush costs nothing."""
     memory = Path("/dev/shm")
     root = memory if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("kills")
-    with tempfile.TemporaryDirectory(prefix="moekern-kills-", dir=root) as folder, benches(Path(folder)) as made:
+    with (
+        tempfile.TemporaryDirectory(prefix="moekern-kills-", dir=root) as folder,
+        benches(Path(folder), **sizes) as made,
+    ):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with in_memory(tmp_path_factory) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def computing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Three shards with tensors that are computed when they are written."""
+    with in_memory(tmp_path_factory, shards=3, computed=True) as made:
         yield made
 
 
@@ -52,8 +70,7 @@ def again(bench: Bench, out: Path, want: Snapshot, *options: str) -> None:
 
 def lines(out: Path) -> list[str]:
     """The shards that the manifests in the work folder tell to be complete."""
-    work = out.with_name(f".{out.name}.moekern")
-    text = b"".join(path.read_bytes() for path in sorted(work.glob("manifest*.jsonl")))
+    text = b"".join(path.read_bytes() for path in sorted(work_of(out).glob("manifest*.jsonl")))
     return [str(json.loads(line)["shard"]) for line in text.split(b"\n")[:-1]]
 
 
@@ -66,6 +83,18 @@ def test_undisturbed_runs_are_right_and_alike(bench: Bench) -> None:
     kernel = bench.want("--copy", "kernel")
     assert kernel.keys() == want.keys()
     assert {name for name in want if kernel[name] != want[name]} <= {"moekern_manifest.jsonl"}
+
+
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+def test_killed_before_every_change_of_what_is_computed(computing: Bench, copy: str) -> None:
+    options = ("--copy", copy)
+    want, changes = computing.want(*options), computing.changes(*options)
+    lines = [json.loads(line) for line in str(want["moekern_manifest.jsonl"][1], "utf-8").splitlines()]  # type: ignore[arg-type]
+    assert sum(len(line["computed"]) for line in lines) == 3
+    for k in range(1, len(changes) + 1, 2):
+        kill_and_resume(computing, computing.fresh(), [f"change:{k}:KILL"], want, *options)
+    for k in range(1, sum(call == "write" for call, _ in changes) + 1):
+        kill_and_resume(computing, computing.fresh(), [f"write:{k}:TORN"], want, *options)
 
 
 @pytest.mark.parametrize(("copy", "step"), [("stream", 1), ("kernel", 3)])

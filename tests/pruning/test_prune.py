@@ -345,7 +345,7 @@ class TestRefusals:
 
         with pytest.raises(InputError, match=rf"out: not finished: {last}: ends at byte \d+, .*; \d shards .* stay in"):
             prune(source, PLAN, source.parent / "out", progress=cut_short)
-        shutil.rmtree(source.parent / ".out.moekern")
+        shutil.rmtree(source.parent / "out.moekern")
 
     def test_source_gone_while_it_is_read(self, source):
         last = sorted(source.glob("*.safetensors"))[-1]
@@ -353,7 +353,7 @@ class TestRefusals:
             InputError, match=f"{last}: No such file or directory; .*: run the same command again to go"
         ):
             prune(source, PLAN, source.parent / "out", progress=lambda done, total: last.unlink(missing_ok=True))
-        shutil.rmtree(source.parent / ".out.moekern")
+        shutil.rmtree(source.parent / "out.moekern")
 
     def test_no_space_while_writing(self, source):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

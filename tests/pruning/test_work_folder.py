@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from moekern.errors import InputError
+from moekern.pruning.preflight import check_space
 from tests.helpers.faulty import Bench, benches, finished, refused, resumed, work_of, write_plan
 
 FIFTH = "model-00005-of-00008.safetensors"
@@ -130,3 +133,75 @@ def test_a_work_folder_that_is_none(bench: Bench, tmp_path: Path, what: str) -> 
     assert os.path.lexists(work)
     if what == "link":
         assert (elsewhere / "checkpoint/mine.txt").read_text() == "mine"
+
+
+def with_neighbours(out: Path) -> dict[str, bytes]:
+    """What `run` and others keep in the work folder; some of it has names like the pruner's."""
+    work = work_of(out)
+    work.mkdir(parents=True)
+    content = {
+        name: name.encode()
+        for name in ("statistics.safetensors", "plan.json", "manifest.mine.jsonl", "part-mine.lock", "checkpoint.txt")
+    }
+    for name, data in content.items():
+        (work / name).write_bytes(data)
+    return content
+
+
+def neighbours(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in work_of(out).iterdir()}
+
+
+@pytest.mark.parametrize("options", [(), ("--part", "1/1")])
+def test_what_others_keep_in_the_work_folder_stays(bench: Bench, options: tuple[str, ...]) -> None:
+    out = bench.fresh()
+    want = with_neighbours(out)
+    assert bench.prune(out, *options, rules=f"open@{FIFTH}:1:KILL").code == -signal.SIGKILL
+    assert bench.prune(out, *options).code == 0
+    assert neighbours(out) == want
+    assert "exists already" in bench.prune(out, *options).line
+    assert neighbours(out) == want
+    shutil.rmtree(work_of(out))
+    assert finished(out) == bench.want()
+
+
+def test_a_run_that_wrote_no_shard_removes_only_its_own(bench: Bench) -> None:
+    out = bench.fresh()
+    want = with_neighbours(out)
+    refused(bench.prune(out, rules="open@model-00001:1:EIO"), out)
+    assert neighbours(out) == want
+
+
+def test_a_kill_after_the_commit_leaves_what_is_removed_later(bench: Bench) -> None:
+    """At every call between the rename and the end, others' files in the folder or not."""
+    for others in (False, True):
+        probe = bench.fresh()
+        if others:
+            with_neighbours(probe)
+        calls = bench.changes(out=probe)
+        commit = max(k for k, (call, path) in enumerate(calls, 1) if call == "rename" and path.endswith(f" -> {probe}"))
+        assert len(calls) > commit + 1
+        for k in range(commit + 1, len(calls) + 1):
+            out = bench.fresh()
+            want = with_neighbours(out) if others else {}
+            assert bench.prune(out, rules=f"change:{k}:KILL").code == -signal.SIGKILL
+            assert "exists already" in bench.prune(out).line
+            if others:
+                assert neighbours(out) == want
+            else:
+                assert finished(out) == bench.want()
+
+
+def test_only_the_checkpoint_counts_as_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others keep in the work folder will not be replaced."""
+    out = bench.fresh()
+    with_neighbours(out)
+    (work_of(out) / "statistics.safetensors").write_bytes(bytes(1 << 20))
+    status = list(os.statvfs(out.parent))
+    status[4] = 0  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(status))
+    with pytest.raises(InputError, match="has 0.00 GB free"):
+        check_space(out, 1 << 19, 1)
+    (work_of(out) / "checkpoint").mkdir()
+    (work_of(out) / "checkpoint/model.safetensors").write_bytes(os.urandom(1 << 20))
+    check_space(out, 1 << 19, 1)

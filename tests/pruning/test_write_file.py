@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def random_pieces(rng: random.Random, source: Path) -> tuple[list[Any], bytes, l
     pieces: list[Any] = []
     spans, want = [], b""
     for _ in range(rng.randrange(1, 10)):
-        if rng.random() < 0.3:
+        kind = rng.random()
+        if kind < 0.5:
             part = rng.randbytes(rng.choice([0, 1, 100, 5 * MiB]))
-            pieces.append(part)
+            pieces.append(part if kind < 0.25 else ("made", len(part), lambda part=part: memoryview(part)))
         else:
             start = rng.randrange(len(data))
             part = data[start : start + rng.choice([0, 1, 4096, rng.randrange(len(data))])]
@@ -57,10 +59,13 @@ def test_pieces_become_the_file(copy: str, source: Path, tmp_path: Path) -> None
         assert (cloned, cloned + holes + copied) == (0, len(want))
         assert seen == sorted(seen)
         assert seen[-1] == len(want)
-        for (start, stop), digest in zip(spans, digests, strict=True):
+        for piece, (start, stop), digest in zip(pieces, spans, digests, strict=True):
             if digest is not None:
                 assert digest == xxh3(want[start:stop])
-            elif copy == "stream":
+                continue
+            assert not isinstance(piece, bytes), "it passes through memory"
+            assert not callable(piece[2]), "it passes through memory"
+            if copy == "stream":
                 assert b"\0" in want[start:stop], "only bytes of a hole go without a checksum"
 
 
@@ -85,6 +90,45 @@ def test_spans_may_leave_gaps_and_cross_pieces(tmp_path: Path) -> None:
     assert digests == [xxh3(data[start:stop]) for start, stop in spans]
 
 
+class Watched(bytearray):
+    """Bytes that a weak reference tells to be gone."""
+
+
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+@pytest.mark.parametrize("between", [b"", b"ab"])
+def test_made_pieces_are_made_in_turn_and_never_held_together(tmp_path: Path, copy: str, between: bytes) -> None:
+    """Sizes below, at and above the ring's chunks (4 MiB) and the kernel's (64 MiB)."""
+    held: list[weakref.ref[Watched]] = []
+    path, sizes = tmp_path / "out", [3, 64 * MiB, 65 * MiB + 1, 4 * MiB, 1]
+    pieces: list[Any] = [b"head"]
+    for number, size in enumerate(sizes):
+
+        def make(number: int = number, size: int = size) -> Watched:
+            assert [made() for made in held] == [None] * number, "what was made before is held"
+            made = Watched(bytes([65 + number]) * size)
+            held.append(weakref.ref(made))
+            return made
+
+        pieces += [("made", size, make), between]
+    _C.write_file(str(path), pieces, (), copy)
+    assert len(held) == 5
+    assert [made() for made in held] == [None] * 5
+    assert path.read_bytes() == b"head" + b"".join(bytes([65 + i]) * size + between for i, size in enumerate(sizes))
+
+
+def test_ctrl_c_is_heard_by_what_makes_a_piece(tmp_path: Path) -> None:
+    def make() -> bytes:
+        signal.raise_signal(signal.SIGINT)
+        return b"x"
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _C.write_file(str(tmp_path / "out"), [("made", 1, make)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"0123456789")
@@ -98,8 +142,12 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         ([(str(source), 20, 6)], OSError, "ends at byte 10, more was expected"),
         ([(str(tmp_path / "none"), 0, 1)], FileNotFoundError, "none"),
         ([(str(source), -1, 2)], ValueError, r"\[write_file\] pieces: expected offset and length >= 0"),
-        ([(str(source), 1)], TypeError, r"\[write_file\] pieces: expected bytes or \(path, offset, length\)"),
+        ([(str(source), 1)], TypeError, r"\[write_file\] pieces: expected bytes, \(path, offset, length\) or"),
         (["text"], TypeError, r"\[write_file\] pieces"),
+        ([b"x", ("made", 5, lambda: b"1234")], ValueError, r"\[write_file\] pieces: expected 5 bytes .*, got 4"),
+        ([b"x", ("made", 5, lambda: "12345")], TypeError, "bytes-like"),
+        ([b"x", ("made", 5, lambda: 1 // 0)], ZeroDivisionError, "zero"),
+        ([b"x", ("made", -5, lambda: b"")], ValueError, r"\[write_file\] pieces: expected length >= 0"),
     ):
         for copy in ("stream", "kernel"):
             Path(path).unlink(missing_ok=True)
