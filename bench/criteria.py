@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moekern.benchmark.records import append, machine
-from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.cli.pipeline import losses_of, measured
 from moekern.criteria import CRITERIA
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
+from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
@@ -72,8 +72,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
         if seed in there:
             continue
         plans = {json.dumps(key): plan for key, plan in made_plans(checkpoint, options, seed)}
-        print(f"seed {seed}: evaluating {len(plans)} plans", file=sys.stderr)
-        losses = evaluate(checkpoint, held_out, plans, COMPUTE)
+        losses = losses_of(checkpoint, held_out, COMPUTE, plans, f"seed {seed}: evaluating {len(plans)} plans")
         found: list[Line] = []
         if not lines:
             found.append(
@@ -104,11 +103,11 @@ def made_plans(
     """(criterion, share, method) -> plan, all from one draw of the text."""
     data = _text(options, options.data, options.tokens, seed).read(checkpoint)
     start = time.perf_counter()
-    measured = calibrate(checkpoint, data, COMPUTE, tiers=TIERS)
+    sums = measured(checkpoint, data, COMPUTE, tiers=TIERS)
     print(f"seed {seed}: calibrated with every tier: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for criterion in options.criteria:
         for share in options.shares:
-            yield (criterion, share, ONE_SHOT), make_plan(measured, criterion, share, seed=seed)
+            yield (criterion, share, ONE_SHOT), make_plan(sums, criterion, share, seed=seed)
     for criterion in options.iterated:
         start = time.perf_counter()
         for share in options.shares:
@@ -116,7 +115,7 @@ def made_plans(
             if needs_text(criterion):
                 yield (
                     (criterion, share, f"{one} alone"),
-                    make_plan(measured, criterion, share, seed=seed, domains=[one]),
+                    make_plan(sums, criterion, share, seed=seed, domains=[one]),
                 )
             for method, (rounds, reestimate) in methods(options.rounds).items():
                 if method != ONE_SHOT and (reestimate is False or needs_text(criterion)):

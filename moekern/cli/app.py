@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -31,6 +31,7 @@ from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
 from moekern.errors import InputError, first_line, notes
+from moekern.version import __version__
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer may bring its own copy of
 
@@ -67,6 +68,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"moekern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Those of the whole command line."""
+
+
 # In the order of the work: the function, and an example of its use.
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (inspect, "moekern inspect Qwen3-30B-A3B"),

@@ -10,6 +10,7 @@ import typer
 
 from moekern.cli.console import say, show
 from moekern.cli.options import (
+    BackendOption,
     BatchSize,
     Data,
     Device,
@@ -53,7 +54,7 @@ def calibrate(
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
     ] = 512,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
+    backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import show
-from moekern.cli.options import Json, result
-from moekern.errors import InputError
+from moekern.cli.options import Json, named_plans, result
 
 if TYPE_CHECKING:
     from moekern.plan.compare import Comparison
@@ -25,13 +24,9 @@ def compare(
 ) -> None:
     """How far plans keep the same experts, and how much of the gates and outputs each of them drops."""
     from moekern.plan.compare import compare as compared
-    from moekern.plan.document import Plan
     from moekern.statistics.file import Statistics
 
-    named = {str(path): Plan.load(path) for path in plans}
-    if len(named) < len(plans):
-        raise InputError("compare: the same file is named twice")
-    found = compared(named, None if statistics is None else Statistics.load(statistics))
+    found = compared(named_plans("compare", plans), None if statistics is None else Statistics.load(statistics))
     result(asdict(found), lambda: show_comparison(found))
 
 

@@ -20,6 +20,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     compute_of,
+    named_plans,
     result,
     text_of,
 )
@@ -45,11 +46,10 @@ def evaluate(
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.evaluation.losses import losses_document
-    from moekern.plan.document import Plan
 
     text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    named = {str(path): Plan.load(path) for path in plans or []}
+    named = named_plans("evaluate", plans or [])
     losses = pipeline.evaluate_plans(model_folder(model), text, compute, named)
     result(losses_document(losses), lambda: show_losses(losses))
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli.options import (
+    BackendOption,
     BatchSize,
     CriterionOption,
     Device,
@@ -49,7 +50,7 @@ def iterate(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use: native or reference. Default: the best.")] = None,
+    backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:

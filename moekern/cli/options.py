@@ -16,6 +16,7 @@ from moekern.errors import InputError
 if TYPE_CHECKING:
     from moekern.data.text import Text
     from moekern.model.compute import Compute
+    from moekern.plan.document import Plan
 
 
 class MtpMode(str, Enum):
@@ -49,6 +50,11 @@ SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence."
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
+BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
+BackendOption = Annotated[
+    str | None,
+    typer.Option(help=f"Kernels to use: {', '.join(BACKENDS)}; never another than the named one. Default: the best."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
 MtpOption = Annotated[
     MtpMode | None,
@@ -94,6 +100,15 @@ def folder_of(model: str | None) -> Path | None:
     from moekern.checkpoint.hub import model_folder
 
     return None if model is None else model_folder(model)
+
+
+def named_plans(command: str, paths: Sequence[Path]) -> dict[str, Plan]:
+    """File -> plan. Raises InputError for a file that is named twice, which would make one row of two."""
+    from moekern.plan.document import Plan
+
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{command}: the same file is named twice", kind="option")
+    return {str(path): Plan.load(path) for path in paths}
 
 
 def result(document: Any, table: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.cli.options import check_new_file
+from moekern.cli.prune import prune_to
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
@@ -31,7 +32,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space, check_target
-from moekern.pruning.prune import Mtp, PruneReport, prune
+from moekern.pruning.prune import Mtp, PruneReport
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
@@ -93,27 +94,28 @@ def calibrate_to(
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return _measure(checkpoint, data, compute, out, tiers, replay_tokens, spill)
+    statistics = measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill)
+    statistics.save(out)
+    return Statistics.load(out)
 
 
-def _measure(
+def measured(
     checkpoint: Checkpoint,
     data: TokenData,
     compute: Compute,
-    out: Path,
+    *,
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
 ) -> Statistics:
+    """Calibrate, and say how it goes."""
     console.hint(dtype_hint(checkpoint, compute))
     with console.progress("calibrating") as step:
         statistics = calibrate(
             checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
-    out.parent.mkdir(exist_ok=True)  # `run` keeps its own in a new folder, made when there is something to keep
-    statistics.save(out)
-    return Statistics.load(out)
+    return statistics
 
 
 def backend_line(backends: Mapping[str, str]) -> str:
@@ -144,7 +146,9 @@ def verify_both(
     return Verdict(report, compared)
 
 
-def evaluate_plans(folder: Path, text: Text, compute: Compute, plans: Mapping[str, Plan]) -> Evaluation:
+def evaluate_plans(
+    folder: Path, text: Text, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
+) -> Evaluation:
     """Held-out loss of the original and of plans applied on the fly."""
     if ORIGINAL in plans:
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
@@ -153,7 +157,14 @@ def evaluate_plans(folder: Path, text: Text, compute: Compute, plans: Mapping[st
     find_layout(checkpoint)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     console.hint(dtype_hint(checkpoint, compute))
-    with console.progress("evaluating") as step:
+    return losses_of(checkpoint, data, compute, plans, what)
+
+
+def losses_of(
+    checkpoint: Checkpoint, data: TokenData, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
+) -> Evaluation:
+    """Evaluate, and say how it goes."""
+    with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, progress=step)
 
 
@@ -181,11 +192,13 @@ def run_stages(
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
     statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
     if statistics is None:
-        statistics = _measure(checkpoint, data, compute, statistics_path, criterion.tiers)
+        statistics = measured(checkpoint, data, compute, tiers=criterion.tiers)
+        work.mkdir(exist_ok=True)  # not before there is something to keep
+        statistics.save(statistics_path)
+        statistics = Statistics.load(statistics_path)
     plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
     plan.save(plan_path)
-    with console.progress("pruning", "bytes") as step:
-        report = prune(checkpoint, plan, out, mtp=mtp, progress=step)
+    report = prune_to(checkpoint, plan, out, mtp=mtp)
     # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
     verdict = verify_both(folder, plan, out, replace(compute, dtype=None), forward=forward, mtp=mtp)
     return Run(statistics_path, plan_path, report, verdict)

@@ -14,7 +14,10 @@ from moekern.cli.console import say, show, size
 from moekern.cli.options import Json, Model, MtpOption, result
 
 if TYPE_CHECKING:
-    from moekern.pruning.prune import PruneReport
+    from moekern.checkpoint.folder import Checkpoint
+    from moekern.plan.document import Plan
+    from moekern.pruning.prune import Checksum, Copy, Mtp, PruneReport
+    from moekern.pruning.work_folder import Part
 
 
 class CopyMode(str, Enum):
@@ -66,25 +69,37 @@ def prune(
     """
     from moekern.checkpoint.hub import model_folder
     from moekern.plan.document import Plan
-    from moekern.pruning.prune import prune as run
     from moekern.pruning.work_folder import Part
 
     limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()
-    with console.progress("pruning", "bytes") as step:
-        report = run(
-            model_folder(model),
-            Plan.load(plan),
-            out,
-            mtp=mtp.value if mtp else None,
-            copy=copy.value,
-            checksum=checksum.value,
-            reread=reread,
-            max_shard_size=limit,
-            part=share,
-            progress=step,
-        )
+    report = prune_to(
+        model_folder(model), Plan.load(plan), out, mtp=mtp.value if mtp else None, copy=copy.value,
+        checksum=checksum.value, reread=reread, max_shard_size=limit, part=share,
+    )  # fmt: skip
     result({**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
+
+
+def prune_to(
+    source: Checkpoint | Path,
+    plan: Plan,
+    out: Path,
+    *,
+    mtp: Mtp | None = None,
+    copy: Copy = "auto",
+    checksum: Checksum = "xxh3",
+    reread: bool = False,
+    max_shard_size: int | None = None,
+    part: Part | None = None,
+) -> PruneReport:
+    """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch."""
+    from moekern.pruning.prune import prune as run
+
+    with console.progress("pruning", "bytes") as step:
+        return run(
+            source, plan, out, mtp=mtp, copy=copy, checksum=checksum, reread=reread, max_shard_size=max_shard_size,
+            part=part, progress=step,
+        )  # fmt: skip
 
 
 def show_pruned(report: PruneReport) -> None:

@@ -9,19 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
-from moekern.cli.pipeline import Verdict, calibrate_to, verify_both
+from moekern.cli.pipeline import Verdict, calibrate_to, evaluate_plans, verify_both
+from moekern.cli.prune import prune_to
 from moekern.cli.verify import show_verdict
 from moekern.criteria import CRITERIA
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate, mean_loss
+from moekern.evaluation.losses import ORIGINAL, mean_loss
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
-from moekern.pruning.prune import prune
 from moekern.statistics.file import Statistics
 
 SHARES = (0.75, 0.5, 0.25)
@@ -70,8 +69,7 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
     plan = plans[criterion, share, 0]
     plan.save(work / "plan.json")
     pruned = work / "pruned"
-    with console.progress("pruning", "bytes") as step:
-        report = prune(MODEL, plan, pruned, progress=step)
+    report = prune_to(MODEL, plan, pruned)
     console.say(
         f"pruned to {report.experts_after} of {report.experts_before} experts by {CHOSEN[0]}: "
         f"{console.size(report.bytes_in)} -> {console.size(report.bytes_out)}"
@@ -101,12 +99,9 @@ def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
 
 def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]:
     text = Text(text_sources("evaluation"), tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH)
-    data = text.read(open_checkpoint(MODEL))
     names = {str(key): key for key in plans}
-    with console.progress(f"evaluating {len(plans)} plans in one pass") as step:
-        found: Evaluation = evaluate(
-            MODEL, data, {str(key): plan for key, plan in plans.items()}, COMPUTE, progress=step
-        )
+    what = f"evaluating {len(plans)} plans in one pass"
+    found = evaluate_plans(MODEL, text, COMPUTE, {str(key): plan for key, plan in plans.items()}, what)
     return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
 
 

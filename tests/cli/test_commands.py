@@ -240,6 +240,11 @@ WRONG: dict[str, tuple[Callable[[Wrong], object], Callable[[Wrong], tuple[object
         lambda w: ("merge", w.work / "s.safetensors", w.work / "s.safetensors", "--out", w.out),
         "given twice",
     ),
+    "one plan evaluated twice": (
+        lambda w: None,
+        lambda w: ("evaluate", w.model, "--data", w.data, w.work / "plan.json", w.work / "plan.json"),
+        "evaluate: the same file is named twice",
+    ),
     "unknown criterion": (lambda w: None, lambda w: w.run("--criterion", "best"), "known are ews"),
     "unknown device": (lambda w: None, lambda w: w.calibrate("--device", "gpu9"), "--device gpu9"),
     "unknown backend": (lambda w: None, lambda w: w.calibrate("--backend", "magic"), "magic"),

@@ -7,9 +7,15 @@ from typing import Any
 
 import typer
 
+from moekern import kernels
 from moekern.cli.app import app
+from moekern.cli.options import BACKENDS
+from moekern.version import __version__
+from tests.cli.test_commands import moekern
 
 FLAGS = """
+moekern
+  --version = False
 inspect
   MODEL required
   --json = False
@@ -170,7 +176,7 @@ def listed() -> str:
     """A line a command, and one for each of its parameters: names, * where it can be repeated, default."""
     lines = []
     command: Any = typer.main.get_command(app)
-    for name, each in command.commands.items():
+    for name, each in {"moekern": command, **command.commands}.items():
         lines.append(name)
         for parameter in each.params:
             many = "*" if parameter.multiple or parameter.nargs == -1 else ""
@@ -183,6 +189,18 @@ def listed() -> str:
             shown = names if parameter.param_type_name == "option" else names.upper()
             lines.append(f"  {shown}{many} {default}")
     return "\n".join(lines) + "\n"
+
+
+def test_the_version() -> None:
+    done = moekern("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"moekern {__version__}\n", "")
+
+
+def test_the_help_of_backend_names_the_kernels_own() -> None:
+    assert kernels.BACKENDS == BACKENDS
+    for command in ("calibrate", "iterate"):
+        shown = moekern(command, "--help").stdout
+        assert all(name in shown for name in BACKENDS)
 
 
 def test_the_flags_of_every_command() -> None:
