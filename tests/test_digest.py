@@ -7,6 +7,7 @@ import pytest
 
 from moekern import _C
 from tests.helpers import ROOT
+from tests.helpers.digest import xxh3
 
 VENDORED = ROOT / "csrc" / "vendored"
 # Length -> low and high half, seed 0: from the sanity check of xxHash (xxhsum 0.8), over the bytes of `sanity`.
@@ -25,12 +26,6 @@ PUBLISHED = {
     2240: (0x6E73A90539CF2948, 0xCCB134FBFA7CE49D),
     2367: (0xCB37AEB9E5D361ED, 0xE89C0F6FF369B427),
 }
-
-
-def xxh3(data: bytes) -> bytes:
-    hash = _C.Xxh3()
-    hash.update(data)
-    return hash.digest()
 
 
 def sanity(length: int) -> bytes:

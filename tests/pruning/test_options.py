@@ -22,8 +22,8 @@ from moekern.pruning.prune import MANIFEST, prune
 from moekern.pruning.shards import BLOCK
 from moekern.pruning.work_folder import Part
 from moekern.verification.tensors import verify
+from tests.helpers.digest import xxh3
 from tests.helpers.synthetic import qwen3, read, tree, write
-from tests.test_digest import xxh3
 
 KEEP = {"0": (0, 2, 3, 7), "1": (1, 4, 5, 6)}
 PLAN = Plan({key: LayerPlan(kept) for key, kept in KEEP.items()}, {"criterion": "test"})

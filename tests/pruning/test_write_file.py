@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moekern import _C
-from tests.test_digest import xxh3
+from tests.helpers.digest import xxh3
 
 MiB = 1 << 20
 
