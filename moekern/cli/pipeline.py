@@ -15,13 +15,12 @@ from moekern.calibration.calibrate import calibrate
 from moekern.calibration.options import Calibration, read_tokens
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.cli.options import check_new_file
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
-from moekern.files import check_work, work_path
+from moekern.files import check_new, check_work, work_path
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
@@ -30,8 +29,9 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan
 from moekern.pruning.copying import room_needed
-from moekern.pruning.preflight import check_space, check_target
+from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Mtp, PruneReport, prune
+from moekern.pruning.work_folder import check_target
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
@@ -76,7 +76,7 @@ class Run:
 
 def calibrate_to(folder: Path, options: Calibration, out: Path) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
-    check_new_file(out)
+    check_new(out)
     check_device(options.device)
     wanted_tiers(options.tiers, TIERS, "calibrate")
     if options.spill is not None and not os.access(options.spill, os.W_OK | os.X_OK):
@@ -175,7 +175,7 @@ def run_stages(
     wanted_tiers(options.tiers, TIERS, "calibrate")
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint))
-    check_target(checkpoint.folder, out)
+    check_target(out, checkpoint.folder)
     check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
     data = read_tokens(checkpoint, options)
     work = work_path(out)
@@ -236,7 +236,7 @@ def scores_of(
 
 def iterate_to(folder: Path, options: Calibration, method: Method, out: Path) -> Plan:
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
-    check_new_file(out)
+    check_new(out)
     check_work(out)
     check_device(options.device)
     text = needs_text(method.criterion)
