@@ -141,7 +141,7 @@ class WorkFolder:
 def check_target(target: Path, source: Path | None = None) -> None:
     """Raise InputError when the target exists, lies inside the source or cannot be made. What a process killed just
     after its commit left beside it is removed."""
-    if os.path.lexists(target) and not (work_path(target) / "checkpoint").exists():
+    if target.name and os.path.lexists(target) and not (work_path(target) / "checkpoint").exists():
         _remove_own(work_path(target))
     check_new(target, folder=True, source=source)
     check_work(target)
