@@ -16,11 +16,10 @@ CHUNK = 1 << 20
 def replacing(path: str | Path) -> Iterator[Path]:
     """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
 
-    Raises InputError when the folder does not exist or `path` is itself a folder.
+    Raises InputError when nothing can be made in the folder or `path` is itself a folder.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: the folder {target.parent} does not exist; make it first")
+    check_place(target, "")
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -38,6 +37,31 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` beside `path`, fsync, rename."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def check_new(path: str | Path, flag: str = "--out", *, folder: bool = False, source: Path | None = None) -> None:
+    """Raise InputError unless a new file, or folder, can be made at `path`, which `flag` gave. A link to nothing is
+    something too. With `source`: unless `path` lies outside it. To be called before anything is measured or written."""
+    target, what = Path(path), "folder" if folder else "file"
+    if os.path.lexists(target):
+        raise InputError(f"{flag} {target}: exists already; name a new {what} or remove it")
+    if target.name in ("", ".."):
+        raise InputError(f"{flag} {target}: names no new {what}")
+    if source is not None and target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{flag} {target}: lies inside the source {source}; name a {what} elsewhere")
+    check_place(target, flag)
+
+
+def check_place(path: str | Path, flag: str = "--out") -> None:
+    """Raise InputError unless the folder of `path` is there and can be written to."""
+    target = Path(path)
+    parent, name = target.parent, f"{flag} {target}".strip()
+    if not os.path.isdir(parent):
+        raise InputError(f"{name}: the folder {parent} does not exist; make it first")
+    if os.statvfs(parent).f_flag & os.ST_RDONLY:  # first, since nobody has permission there
+        raise InputError(f"{name}: {parent} is on a file system that is mounted read-only")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: no permission to write in {parent}")
 
 
 def work_path(target: Path) -> Path:

@@ -10,7 +10,6 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.options import Json, folder_of, result
-from moekern.errors import InputError
 
 
 class Tool(str, Enum):
@@ -33,8 +32,7 @@ def convert(
     from moekern import files
     from moekern.plan.interchange import convert as converted
 
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
+    files.check_new(out)
     text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
     files.write_bytes(out, text.encode())
     document = {"source": str(source), "to": to.value, "out": str(out)}

@@ -9,7 +9,7 @@ import typer
 
 from moekern.cli.calibrate import show_statistics
 from moekern.cli.options import Json, result
-from moekern.errors import InputError
+from moekern.files import check_new
 
 
 def merge(
@@ -21,8 +21,7 @@ def merge(
     from moekern.statistics.file import Statistics
     from moekern.statistics.file import merge as merged
 
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
+    check_new(out)
     total = merged([Statistics.load(part) for part in parts])
     total.save(out)
     result({"out": str(out), **total.header}, lambda: show_statistics(total, out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -117,13 +116,3 @@ def result(document: Any, table: Callable[[], None]) -> None:
         console.emit(document)
     else:
         table()
-
-
-def check_new_file(out: Path) -> None:
-    """Raise InputError unless `out` can be made."""
-    if out.exists():
-        raise InputError(f"--out {out}: exists already")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: no permission to write in {out.parent}")

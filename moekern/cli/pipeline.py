@@ -14,7 +14,6 @@ from moekern.architectures import find_layout
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.cli.options import check_new_file
 from moekern.cli.prune import prune_to
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.data.batches import TokenData
@@ -22,7 +21,7 @@ from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
-from moekern.files import check_work, work_path
+from moekern.files import check_new, check_work, work_path
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
@@ -31,8 +30,9 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan
 from moekern.pruning.copying import room_needed
-from moekern.pruning.preflight import check_space, check_target
+from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Mtp, PruneReport
+from moekern.pruning.work_folder import check_target
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
@@ -86,7 +86,7 @@ def calibrate_to(
     spill: Path | None = None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
-    check_new_file(out)
+    check_new(out)
     check_device(compute.device)
     wanted_tiers(tiers, TIERS, "calibrate")
     if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
@@ -185,7 +185,7 @@ def run_stages(
     wanted_tiers(criterion.tiers, TIERS, "calibrate")
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint).router)
-    check_target(checkpoint.folder, out)
+    check_target(out, checkpoint.folder)
     check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     work = work_path(out)
@@ -249,7 +249,7 @@ def scores_of(
 
 def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
-    check_new_file(out)
+    check_new(out)
     check_work(out)
     check_device(compute.device)
     measured = needs_text(method.criterion)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ from moekern.cli.options import (
     result,
 )
 from moekern.errors import InputError
+from moekern.files import check_new, check_place
 
 if TYPE_CHECKING:
     from moekern.estimation.footprint import Fit
@@ -150,8 +152,11 @@ def check_destination(out: Path, plans: int) -> None:
     """Raise InputError when `out` cannot take so many plans: known before anything is measured."""
     if "{}" not in out.name and plans > 1 and out.suffix == ".json":
         raise InputError(f"--out {out}: {plans} plans need a folder, or a name with {{}} in it such as plan-{{}}.json")
-    if plans == 1 and out.is_file():
-        raise InputError(f"--out {out}: exists already")
+    folder = out.parent if "{}" in out.name else out
+    if folder.is_dir():
+        check_place(folder / "plan.json")
+    else:  # one plan goes to `out` itself; several to a folder that is made for them
+        check_new(folder if plans > 1 else out, folder=plans > 1)
 
 
 def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -164,8 +169,8 @@ def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
     else:
         paths = {names[0]: out}
     for path in paths.values():
-        if path.exists() or (path.parent.exists() and not path.parent.is_dir()):
-            raise InputError(f"--out {path if path.exists() else path.parent}: exists already")
+        if os.path.lexists(path):
+            check_new(path)
     return paths
 
 

@@ -18,6 +18,7 @@ from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, mean_loss
+from moekern.files import check_new
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
@@ -39,17 +40,17 @@ Key = tuple[str, float, int]  # criterion, kept share, seed
 def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
     """The whole tour. Artefacts go to the new folder `out`, or to a temporary one. Returns everything as JSON data.
 
-    Raises InputError when `out` exists or `seeds` is below 1.
+    Raises InputError when `out` cannot be made or `seeds` is below 1.
     """
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: expected at least 1")
-    if out is not None and out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder")
+    if out is not None:
+        check_new(out, folder=True)
     with ExitStack() as stack:
         if out is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-demo-")))
         else:
-            out.mkdir(parents=True)
+            out.mkdir()
             work = out
         try:
             return _tour(work, seeds)

@@ -1,4 +1,4 @@
-"""What can be known before the first byte is written: whether the target can be made at all."""
+"""What can be known before the first byte is written: whether there is room for the target."""
 
 import os
 from collections.abc import Iterator
@@ -6,25 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
-from moekern.files import check_work, work_path
-from moekern.pruning.work_folder import refuse_existing
-
-
-def check_target(source: Path, target: Path) -> None:
-    """Refuse a target that exists, lies inside the source, or cannot be made where it should be."""
-    parent = target.parent
-    refuse_existing(target)
-    check_work(target)
-    if not target.name or target.name == "..":
-        raise InputError(f"{target}: names no new folder")
-    if not parent.is_dir():
-        raise InputError(f"{target}: the folder {parent} does not exist; make it first")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target}: lies inside the source {source}; name a folder elsewhere")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{target}: no permission to write in {parent}")
-    if os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise InputError(f"{target}: {parent} is on a file system that is mounted read-only")
+from moekern.files import work_path
 
 
 def check_space(target: Path, nbytes: int, files: int) -> None:

@@ -30,10 +30,10 @@ from moekern.pruning.copying import (
 )
 from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, planned_mtp
 from moekern.pruning.pieces import made_from
-from moekern.pruning.preflight import check_space, check_target
+from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
-from moekern.pruning.work_folder import Part, Record, WorkFolder, open_work
+from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, open_work
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
 
@@ -147,15 +147,14 @@ def prune(
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    layout = find_layout(checkpoint)
+    layout, target = find_layout(checkpoint), Path(out)
+    check_target(target, checkpoint.folder)
     mtp = mtp or planned_mtp(plan)
     _check_options(mtp, copy, checksum, max_shard_size)
     check_plan(plan, layout, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
     shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
-    target = Path(out)
-    check_target(checkpoint.folder, target)
     check_tables(checkpoint, (tensor for shard in shards for tensor in shard.tensors))
     sources = {name for shard in shards for name in shard.sources}
     origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.errors import InputError
-from moekern.files import fsync, work_path
+from moekern.files import check_new, check_work, fsync, work_path
 
 MANIFESTS = ("manifest.jsonl", "manifest.*-of-*.jsonl")  # of a run without parts; of each part
 OWN = (*MANIFESTS, "part-*-of-*.lock")  # the pruner's files, beside `checkpoint`
@@ -132,19 +132,19 @@ class WorkFolder:
         for folder in sorted(path for path in self.checkpoint.rglob("*") if path.is_dir()):
             fsync(folder)
         fsync(self.checkpoint)
-        refuse_existing(self.target)
+        check_target(self.target)
         self.checkpoint.rename(self.target)
         fsync(self.target.parent)
         _remove_own(self.folder)
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise InputError when the target exists. What a process killed just after its commit left is removed."""
-    if os.path.lexists(target):
-        work = work_path(target)
-        if not (work / "checkpoint").exists():
-            _remove_own(work)
-        raise InputError(f"{target}: exists already; name a new folder or remove it")
+def check_target(target: Path, source: Path | None = None) -> None:
+    """Raise InputError when the target exists, lies inside the source or cannot be made. What a process killed just
+    after its commit left beside it is removed."""
+    if target.name and os.path.lexists(target) and not (work_path(target) / "checkpoint").exists():
+        _remove_own(work_path(target))
+    check_new(target, folder=True, source=source)
+    check_work(target)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
     with _locked_folder(target, part) as handle:
         work = WorkFolder(target, part, handle)
         try:
-            refuse_existing(target)
+            check_target(target)
             work.checkpoint.mkdir(exist_ok=True)
             work.manifest.touch()
             for folder in (work.folder, target.parent):  # so that a power cut leaves what the manifest proves

@@ -146,6 +146,44 @@ def test_a_damaged_result_is_found(work: Path, tmp_path: Path) -> None:
     assert "NOT verified" in done.stderr
 
 
+@pytest.mark.parametrize("what", ["a link to nothing", "a folder", "no parent"])
+@pytest.mark.parametrize(
+    "command", ["calibrate", "iterate", "plan", "plans", "merge", "convert", "demo", "run", "prune"]
+)
+def test_every_target_is_checked_alike_and_first(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, what: str
+) -> None:
+    """No statistics and no plan is read before: those named here are not there."""
+    monkeypatch.setattr(Statistics, "load", lambda path: pytest.fail("statistics were read"))
+    data, none = ("--data", f"a={work / 'ids.npy'}"), tmp_path / "none"
+    arguments: dict[str, tuple[object, ...]] = {
+        "calibrate": ("calibrate", work / "model", *data),
+        "iterate": ("iterate", work / "model", *data, "--keep", 4),
+        "plan": ("plan", none, "--keep", 4),
+        "plans": ("plan", none, "--keep", 4, "--keep", 5),
+        "merge": ("merge", none),
+        "convert": ("convert", none, "--to", "moekern"),
+        "demo": ("demo",),
+        "run": ("run", work / "model", *data, "--keep", 4),
+        "prune": ("prune", work / "model", work / "plan.json"),
+    }
+    out, says = tmp_path / "out", "exists already; name a new "
+    if what == "a link to nothing":
+        out.symlink_to("nowhere")
+    elif what == "something" and command not in ("plan", "plans"):  # plans go into a folder that is there
+        out.mkdir()
+    elif what == "something":
+        out.touch()
+    else:
+        out, says = none / "out", f"the folder {none} does not exist; make it first"
+    before = contents(tmp_path)
+    done = moekern(*arguments[command], "--out", out)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"moekern: --out {out}: {says}")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
 class Wrong:
     """A copy of the model to spoil, and a place where nothing may appear."""
 
