@@ -4,7 +4,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moekern.errors import InputError
@@ -76,6 +76,18 @@ def check_work(target: Path) -> None:
     work = work_path(target)
     if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
         raise InputError(f"{work}: is no folder, and what is not done yet of {target} is kept there; move it away")
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """A folder for what the context makes; where that fails, it does not stay behind empty."""
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
 def fsync(path: Path) -> None:

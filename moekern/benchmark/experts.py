@@ -18,6 +18,7 @@ from moekern import kernels
 from moekern.benchmark.inputs import MODELS, Layer, Routing, normal, routing
 from moekern.benchmark.records import Line
 from moekern.benchmark.timing import DEVICE, interleaved
+from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.experts import measured_experts
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import Recorder
@@ -120,7 +121,8 @@ def experts_block(model: str, layer: Layer) -> nn.Module:
 def measured(
     block: nn.Module, hidden: Tensor, ids: Tensor, gates: Tensor, logits: Tensor, layer: Layer, dimensions: bool
 ) -> Callable[[], Tensor]:
-    probe = Probe("0", layer.score, False, Recorder(tiers=("dimensions",) if dimensions else ()))
+    recorder = Recorder(layer.score, ("dimensions",) if dimensions else ())
+    probe = Probe("0", False, recorder, InFlight(BatchContext("bench", (1, len(ids)))))
 
     def run() -> Tensor:
         block._moekern_probe = probe  # type: ignore[assignment]

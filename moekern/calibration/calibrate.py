@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekern import kernels
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.passes import MeasuringPass, Step, Sums, samples
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import TokenData
 from moekern.errors import InputError
-from moekern.measurement.gradients import add_gradients
+from moekern.measurement.gradients import measure_gradients
+from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
-from moekern.measurement.replay import Replay, sample
-from moekern.measurement.tiers import wanted_tiers
-from moekern.measurement.watch import observed
+from moekern.measurement.replay import Replay
+from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
+from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
 from moekern.version import versions
 
-OPS = ("router_stats", "sort_by_expert", "combine_and_measure")
-TIER_OPS = {"vocabulary": ("vocabulary",), "replay": ("similarity",)}
-WEIGHT_OPS = ("weight_stats", "similarity", "dequantize")  # on the CPU
 REPLAY_TOKENS = 512
 
 
@@ -41,168 +38,157 @@ def calibrate(
     data: TokenData,
     compute: Compute = Compute(),
     *,
-    tiers: Collection[str] = ("dimensions",),
+    tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
+    out: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
-    Weights are in the checkpoint's dtype unless `compute` has one; at most the skeleton and two decoder layers are
-    resident. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
-    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`,
-    with layers' inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all
-    passes. Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that
-    cannot be measured there.
+    Weights are in the checkpoint's dtype unless `compute` names another; at most the skeleton, two decoder layers and
+    one layer's sums are resident. With `out`, each layer's sums go to that file when the layer is done; without, they
+    are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
+    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`, with layers'
+    inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all passes.
+
+    Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
+    change no bit, and neither does the number of threads, but for the gradient tier's.
+    Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot
+    be measured there.
     """
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     if replay_tokens < 1:
         raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    backend = compute.backend
-    backends = backends_of(compute, wanted)
-    recorder = Recorder(tiers=[tier for tier in wanted if tier not in ("weights", "gradient")], backend=backend)
-    with open_layerwise(checkpoint, layout, compute) as layerwise:
-        recorder.words = -(-layerwise.vocab_size // 64)
-        passes = [recorder]
-        if "outliers" in wanted:
-            passes.append(OutlierRecorder(tiers=(), backend=backend, first=recorder.sums))
-        weighed = len(layout.layers) if "weights" in wanted else 0
+    header = _header(checkpoint, layout, data, compute, wanted)
+    experts = {key: layer.num_experts for key, layer in layout.layers.items()}
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, spill, progress)
+    if out is None:
+        held = HeldStore()
+        job.run(held)
+        return statistics_of(header, held, list(layout.layers))
+    with file_store(out, header, experts, wanted) as store:
+        job.run(store)
+    return Statistics.load(out)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One calibration: what is measured, of what, and how."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    data: TokenData
+    compute: Compute
+    tiers: tuple[str, ...]
+    replay_tokens: int
+    spill: Path | None
+    progress: Callable[[int, int], None]
+
+    def run(self, store: Store) -> None:
+        """Measure every tier into `store`."""
+        with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+            step = self._steps(layerwise)
+            weights = self._weights(step) if "weights" in self.tiers else {}
+            _FirstPass(self, layerwise, store, step).run()
+            if "outliers" in self.tiers:
+                _SecondPass(self, layerwise, store, step).run()
+            if "gradient" in self.tiers:
+                measure_gradients(layerwise, self.data, store.add, spill=self.spill, step=step)
+        for key, found in weights.items():
+            for domain in self.data.tokens:
+                store.add(key, domain, found)
+
+    def recorder(self, layerwise: LayerwiseModel) -> Recorder:
+        """For the first pass."""
+        tiers = [tier for tier in self.tiers if TABLE[tier].by not in ("backward", "weights")]
+        words = -(-layerwise.vocab_size // 64)
+        return Recorder(self.layout.family.score, tiers, self.compute.backend, words)
+
+    def _steps(self, layerwise: LayerwiseModel) -> Step:
+        """Counts decoder layers over all passes."""
         upto, layers = max(layerwise.moe_keys) + 1, len(layerwise.layers)
-        back = 2 * layers - min(layerwise.moe_keys) if "gradient" in wanted else 0
-        step = _steps(progress, upto * len(passes) + weighed + back)
-        weights = _weigh(checkpoint, layout, backend, step) if "weights" in wanted else {}
-        replay = _replay(layerwise, recorder) if "replay" in wanted else None
-        _measure(layerwise, data, recorder, replay, replay_tokens, step)
-        for again in passes[1:]:
-            _measure(layerwise, data, again, None, 0, step)
-        if "gradient" in wanted:
-            recorder.sums.update(add_gradients(layerwise, data, recorder.sums, spill=spill, step=step))
-    for key, found in weights.items():
-        recorder.sums[key] = {domain: replace(sums, **found) for domain, sums in recorder.sums[key].items()}
-    return _statistics(checkpoint, layout, data, recorder, backends, compute)
+        total = upto * (2 if "outliers" in self.tiers else 1)
+        total += len(self.layout.layers) if "weights" in self.tiers else 0
+        total += 2 * layers - min(layerwise.moe_keys) if "gradient" in self.tiers else 0
+        done = itertools.count(1)
+        return lambda: self.progress(next(done), total)
+
+    def _weights(self, step: Step) -> dict[str, dict[str, Tensor]]:
+        """Layer key -> the fields of its weights tier."""
+        found = {}
+        for key, layer in self.layout.layers.items():
+            weighed = weigh_layer(self.checkpoint, layer, backend=self.compute.backend)
+            found[key] = {f.name: getattr(weighed, f.name) for f in fields(weighed) if f.metadata["tier"] == "weights"}
+            step()
+        return found
 
 
-def _steps(progress: Callable[[int, int], None], total: int) -> Callable[[], None]:
-    done = itertools.count(1)
-    return lambda: progress(next(done), total)
+class _FirstPass(MeasuringPass):
+    """Everything that one forward pass measures, and the replay of a sample when a layer is done."""
+
+    def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Step) -> None:
+        super().__init__(layerwise, job.data, job.recorder(layerwise), step)
+        self.store, self.replay = store, None
+        if "replay" in job.tiers:
+            layers = {key: layerwise.layers[i] for i, key in self.keys.items()}
+            self.replay = Replay(layerwise.loader, job.layout, layers, self.flight, job.compute.backend)
+            self.replay.check()
+            self.samples = samples(self.data, job.replay_tokens)
+
+    def watched(self, probes: Mapping[str, Probe]) -> None:
+        if self.replay is not None:
+            self.open.enter_context(self.replay.watching(probes))
+
+    def done(self, layer: int) -> None:
+        if self.replay is not None and layer in self.keys:
+            for domain, sums in self.recorder.sums[self.keys[layer]].items():
+                self.replay.finish(self.keys[layer], domain, sums)
+        super().done(layer)
+
+    def finished(self, key: str, sums: Sums) -> None:
+        self.store.put(key, sums)
 
 
-def _weigh(
-    checkpoint: Checkpoint, layout: Layout, backend: str | None, step: Callable[[], None]
-) -> dict[str, dict[str, Tensor]]:
-    """Layer key -> the fields of its weights tier."""
-    found = {}
-    for key, layer in layout.layers.items():
-        weighed = weigh_layer(checkpoint, layer, backend=backend)
-        found[key] = {f.name: getattr(weighed, f.name) for f in fields(weighed) if f.metadata["tier"] == "weights"}
-        step()
-    return found
+class _SecondPass(MeasuringPass):
+    """Entries of the outputs far from the mean that the first pass found."""
+
+    recorder: OutlierRecorder
+
+    def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Step) -> None:
+        again = OutlierRecorder(job.layout.family.score, backend=job.compute.backend)
+        super().__init__(layerwise, job.data, again, step)
+        self.store = store
+
+    def loaded(self, layer: int) -> None:
+        if layer in self.keys:
+            key, device = self.keys[layer], self.layerwise.device
+            self.recorder.first[key] = {domain: s.to(device) for domain, s in self.store.layer(key).items()}
+        super().loaded(layer)
+
+    def finished(self, key: str, sums: Sums) -> None:
+        for domain, s in sums.items():
+            self.store.add(key, domain, {"outlier_sum": s.outlier_sum.cpu()})
 
 
-def _replay(layerwise: LayerwiseModel, recorder: Recorder) -> Replay:
-    layout = layerwise.layout
-    if any(t.trailing for layer in layout.layers.values() for t in layer.tensors):
-        raise InputError(f"--tier replay: {layout.family.name} also routes to what is no expert, which is not replayed")
-    layers = {key: layerwise.layers[i] for i, key in layerwise.moe_keys.items()}
-    return Replay(layerwise.loader, layout, layers, backend=recorder.backend)
+def recipe_of(data: TokenData, tiers: Collection[str]) -> dict[str, Any]:
+    """All that decides the bits of statistics: the recipe of the data, and what else does where it is not alone."""
+    recipe = dict(data.recipe)
+    if "gradient" in tiers:  # whose sums over tokens are matrix products
+        recipe["threads"] = torch.get_num_threads()
+    return recipe
 
 
-def _measure(
-    layerwise: LayerwiseModel,
-    data: TokenData,
-    recorder: Recorder,
-    replay: Replay | None,
-    replay_tokens: int,
-    step: Callable[[], None],
-) -> None:
-    """One pass over weights and data."""
-    model: Any = layerwise.model
-    layout = layerwise.layout
-    modules = {key: layerwise.layers[i] for i, key in layerwise.moe_keys.items()}
-    empty = any(t.trailing for layer in layout.layers.values() for t in layer.tensors)
-    last = {batch.domain: number for number, batch in enumerate(data.batches)}
-    sampled = _samples(data, replay_tokens)
-
-    def forward(task: tuple[int, Batch]) -> None:
-        model(input_ids=task[1].input_ids.to(layerwise.device), use_cache=False)
-
-    @contextmanager
-    def entering(task: tuple[int, Batch], layer: int) -> Iterator[None]:
-        number, batch = task
-        key = layerwise.moe_keys.get(layer)
-        recorder.domain = batch.domain
-        recorder.token_ids = batch.input_ids.reshape(-1).to(layerwise.device)
-        if replay is not None:
-            B, S = batch.input_ids.shape
-            replay.domain, replay.rows, replay.shape = batch.domain, sampled[number], (B, S)
-        yield
-        if replay is not None and key is not None and number == last[batch.domain]:
-            replay.finish(key, batch.domain, recorder.sums[key][batch.domain])
-
-    def done(i: int) -> None:
-        if i in layerwise.moe_keys:
-            recorder.check(layerwise.moe_keys[i], layout.router.top_k)
-            recorder.finish(layerwise.moe_keys[i])
-            _check_finite(recorder, layerwise.moe_keys[i], layout.router.top_k)
-        step()
-
-    with ExitStack() as stack:
-        probes = stack.enter_context(observed(model, modules, recorder, score=layout.family.score, empty_slots=empty))
-        if replay is not None:
-            stack.enter_context(replay.watching(probes))
-        tasks = list(enumerate(data.batches))
-        layerwise.run(tasks, forward, entering=entering, stop_after=max(layerwise.moe_keys), progress=done)
-
-
-def _samples(data: TokenData, size: int) -> dict[int, Tensor]:
-    """Batch number -> its tokens that are replayed, `size` for each domain."""
-    found: dict[int, Tensor] = {}
-    for domain in data.tokens:
-        numbers = [number for number, batch in enumerate(data.batches) if batch.domain == domain]
-        rows = sample([data.batches[number].input_ids.numel() for number in numbers], size)
-        found |= dict(zip(numbers, rows, strict=True))
-    return found
-
-
-def _check_finite(recorder: Recorder, layer: str, top_k: int) -> None:
-    """Raise InputError when a finished layer's sums overflowed."""
-    for domain, sums in recorder.sums.get(layer, {}).items():
-        problem = sums.problem(top_k)
-        if problem:
-            raise InputError(
-                f"layer {layer}, domain {domain}: {problem}: the model's numbers leave the range of its dtype; "
-                "try another one (--dtype)"
-            )
-
-
-def backends_of(compute: Compute, tiers: Collection[str] = ()) -> dict[str, str]:
-    """Which backend serves each op, for the statistics' header. Raises InputError for one that is not there."""
-    kind = torch.device(compute.device).type
-    ops = dict.fromkeys(WEIGHT_OPS, "cpu") if "weights" in tiers else {}
-    ops |= dict.fromkeys((*OPS, *(op for tier in tiers for op in TIER_OPS.get(tier, ()))), kind)
-    try:
-        return {op: kernels.backend_for(op, where, compute.backend) for op, where in ops.items()}
-    except NotImplementedError as error:
-        raise InputError(f"--backend {compute.backend}: {error}") from error
-
-
-def _statistics(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    data: TokenData,
-    recorder: Recorder,
-    backends: dict[str, str],
-    compute: Compute,
-) -> Statistics:
-    header = make_header(
+def _header(
+    checkpoint: Checkpoint, layout: Layout, data: TokenData, compute: Compute, tiers: tuple[str, ...]
+) -> dict[str, Any]:
+    return make_header(
         Source.of(checkpoint, layout),
         tokens=data.tokens,
-        data=data.recipe,
-        backend=backends,
+        data=recipe_of(data, tiers),
+        backend=backends_of(compute.device, compute.backend, tiers),
         versions=versions(),
         dtype=compute.dtype_name,
     )
-    layers = {key: {domain: sums.to("cpu") for domain, sums in recorder.sums[key].items()} for key in layout.layers}
-    return Statistics(header, layers)

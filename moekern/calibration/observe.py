@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from moekern.architectures.detect import find_router, score, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.errors import InputError
-from moekern.measurement.recorder import RECORDED, Recorder
-from moekern.measurement.tiers import wanted_tiers
-from moekern.measurement.watch import experts_of, observed
+from moekern.measurement.batch import BatchContext, InFlight
+from moekern.measurement.recorder import Recorder
+from moekern.measurement.tiers import BY_BATCH, wanted_tiers
+from moekern.measurement.watch import experts_of, watching
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
+from moekern.statistics.layer import LayerStatistics
 from moekern.version import versions
 
 
@@ -32,7 +34,7 @@ def observe(
     *,
     domain: str = DEFAULT_DOMAIN,
     checkpoint: str | Path | None = None,
-    tiers: Collection[str] = ("dimensions",),
+    tiers: Collection[str] = (),
     backend: str | None = None,
 ) -> Iterator[Statistics]:
     """Measure every forward pass of a transformers model while the context is open; its outputs stay the model's own.
@@ -42,7 +44,7 @@ def observe(
         plan = moekern.make_plan(statistics, "reap", keep=0.5)
 
     Padding does not count: an `attention_mask` [B, S] given to the model's forward says what it is; one given here
-    holds for all passes and goes first. `tiers` are of RECORDED: what one pass can measure. `checkpoint` is the folder
+    holds for all passes and goes first. `tiers` are of BY_BATCH: what one pass can measure. `checkpoint` is the folder
     the model came from; it ties plans to it. Inference only: no gradient flows through measured experts. Raises
     InputError for a model whose family is unknown or whose experts cannot be seen.
     """
@@ -53,22 +55,21 @@ def observe(
     _, decoder = loader_of(model).decoder_layers()
     layers = {str(i): layer for i, layer in enumerate(decoder) if experts_of(layer) is not None}
     words = -(-model.get_input_embeddings().num_embeddings // 64)
-    recorder = Recorder(wanted_tiers(tiers, RECORDED, "observe"), backend=backend, domain=domain, words=words)
-    handle = model.register_forward_pre_hook(_before(recorder, attention_mask), with_kwargs=True)
+    recorder = Recorder(score(family, config), wanted_tiers(tiers, BY_BATCH, "observe"), backend, words)
+    flight = InFlight(BatchContext(domain, (0, 0)))
+    handle = model.register_forward_pre_hook(_announce(flight, domain, attention_mask), with_kwargs=True)
     header: dict[str, Any] = {}
+    measured: dict[str, Mapping[str, LayerStatistics]] = {}
     try:
-        empty = trailing_rows(family, config) > 0
-        with observed(model, layers, recorder, score=score(family, config), empty_slots=empty):
-            yield Statistics(header, recorder.sums)
+        with watching(model, layers, recorder, flight, empty_slots=trailing_rows(family, config) > 0):
+            yield Statistics(header, measured)
     finally:
         handle.remove()
     if not recorder.sums:
         raise InputError("observe: the model was not run while it was observed")
     some = next(iter(recorder.sums.values()))[domain]
     router = find_router(family, config, type(model).__name__, some.num_experts)
-    for key in recorder.sums:
-        recorder.check(key, router.top_k)
-        recorder.finish(key)
+    measured |= {key: recorder.take(key, router.top_k) for key in list(recorder.sums)}
     fingerprint = open_checkpoint(checkpoint).fingerprint if checkpoint else ""
     header |= make_header(
         Source(fingerprint, family.name, score(family, config), router),
@@ -79,14 +80,30 @@ def observe(
     )
 
 
-def _before(recorder: Recorder, fixed: Tensor | None) -> Any:
+def _announce(flight: InFlight, domain: str, fixed: Tensor | None) -> Any:
+    """A hook before the model's forward pass that says which tokens come."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = fixed if fixed is not None else kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-            recorder.mask = mask.reshape(-1).bool()
-        else:
-            recorder.mask = None
-        token_ids = kwargs.get("input_ids", args[0] if args else None)
-        recorder.token_ids = token_ids.reshape(-1) if isinstance(token_ids, Tensor) else None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+        B, S = given.shape[:2] if isinstance(given, Tensor) and given.ndim > 1 else (0, 0)
+        flight.context = BatchContext(
+            domain,
+            (B, S),
+            mask=_counted(fixed if fixed is not None else kwargs.get("attention_mask"), S, grown=fixed is None),
+            token_ids=ids.reshape(-1) if isinstance(ids, Tensor) else None,
+        )
 
     return hook
+
+
+def _counted(mask: Any, tokens: int, *, grown: bool) -> Tensor | None:
+    """[T] bool: the tokens that are no padding; None where all count.
+
+    While a model generates, its mask covers what the cache holds too (`grown`): the last columns are of the new tokens.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if grown and 0 < tokens < mask.shape[1]:
+        mask = mask[:, -tokens:]
+    return None if bool(mask.all()) else mask.reshape(-1).bool()

@@ -11,7 +11,7 @@ import typer
 from moekern.cli.console import say, show
 from moekern.cli.options import (
     BackendOption,
-    BatchSize,
+    Chunk,
     Data,
     Device,
     DtypeOption,
@@ -21,8 +21,10 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    UnusedBatchSize,
     compute_of,
     result,
+    say_unused,
     text_of,
 )
 
@@ -36,16 +38,20 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The statistics file to write.")],
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
-    batch_size: BatchSize = 1,
+    chunk: Chunk = None,
+    batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
     tier: Annotated[
         list[str] | None,
         typer.Option(
-            help="Measure this too; repeatable: dimensions (the default), vocabulary, coalitions, outliers, reap, "
-            "replay, gradient, weights; routed alone for none. `moekern criteria` says which one a criterion needs."
+            help="Measure this too; repeatable: dimensions, vocabulary, coalitions, outliers, reap, replay, gradient, "
+            "weights. `moekern criteria` says which one a criterion needs."
         ),
+    ] = None,
+    criterion: Annotated[
+        list[str] | None, typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.")
     ] = None,
     spill: Annotated[
         Path | None,
@@ -61,12 +67,17 @@ def calibrate(
     """Stream text through the model one layer at a time and measure its experts."""
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
+    from moekern.criteria import criterion_named
 
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    say_unused(batch_size)
+    text = text_of(
+        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, seed=seed
+    )
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     statistics = pipeline.calibrate_to(
         model_folder(model), text, compute, out,
-        tiers=("dimensions",) if tier is None else tuple(tier), replay_tokens=replay_tokens, spill=spill,
+        tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
+        replay_tokens=replay_tokens, spill=spill,
     )  # fmt: skip
     result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
 
@@ -75,7 +86,7 @@ def show_statistics(measured: Statistics, out: Path) -> None:
     """Tokens per domain and how evenly they reach the experts."""
     rows = []
     for key in measured.layers:
-        s = measured.layer(key)
+        s = measured.layer(key, tiers=())
         counts = s.count.double()
         idle = int((counts == 0).sum())
         mean_norm = float(s.norm_sum.sum() / counts.sum().clamp(min=1))

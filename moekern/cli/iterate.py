@@ -9,7 +9,7 @@ import typer
 
 from moekern.cli.options import (
     BackendOption,
-    BatchSize,
+    Chunk,
     CriterionOption,
     Device,
     Domains,
@@ -21,8 +21,10 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    UnusedBatchSize,
     compute_of,
     result,
+    say_unused,
     text_of,
 )
 from moekern.cli.plan import show_plans
@@ -46,7 +48,8 @@ def iterate(
     domain: Domains = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
-    batch_size: BatchSize = 1,
+    chunk: Chunk = None,
+    batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -65,7 +68,10 @@ def iterate(
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    say_unused(batch_size)
+    text = text_of(
+        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, seed=seed
+    )
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

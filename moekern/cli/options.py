@@ -47,6 +47,14 @@ Data = Annotated[
 Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
+Chunk = Annotated[
+    int | None,
+    typer.Option(help="Sequences computed, and added up, at a time: decides the bits. Default: 2048 tokens of them."),
+]
+UnusedBatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Of earlier versions; changes nothing: statistics are taken by --chunk."),
+]
 Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
@@ -75,14 +83,31 @@ Json = Annotated[
 
 
 def text_of(
-    *, data: Sequence[str] | None, tokens: int | None, sequence_length: int, batch_size: int, seed: int
+    *,
+    data: Sequence[str] | None,
+    tokens: int | None,
+    sequence_length: int,
+    batch_size: int | None,
+    seed: int,
+    chunk: int | None = None,
 ) -> Text:
     """Which text the options name; none of it is read yet."""
     from moekern.data.text import Text
 
     return Text(
-        data=tuple(data or ()), tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed
+        data=tuple(data or ()),
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=1 if batch_size is None else batch_size,
+        chunk=chunk,
+        seed=seed,
     )
+
+
+def say_unused(batch_size: int | None) -> None:
+    """What --batch-size is worth where statistics are measured."""
+    if batch_size is not None:
+        console.say(f"--batch-size {batch_size}: changes nothing here; statistics are computed by --chunk sequences")
 
 
 def compute_of(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
-from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate
+from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.cli.prune import prune_to
@@ -21,7 +21,7 @@ from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
-from moekern.files import check_new, check_work, work_path
+from moekern.files import check_new, check_work, made_folder, work_path
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.weights import weigh
@@ -81,7 +81,7 @@ def calibrate_to(
     compute: Compute,
     out: Path,
     *,
-    tiers: Collection[str] = ("dimensions",),
+    tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
 ) -> Statistics:
@@ -94,9 +94,7 @@ def calibrate_to(
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    statistics = measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill)
-    statistics.save(out)
-    return Statistics.load(out)
+    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out)
 
 
 def measured(
@@ -107,12 +105,13 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
+    out: Path | None = None,
 ) -> Statistics:
     """Calibrate, and say how it goes."""
     console.hint(dtype_hint(checkpoint, compute))
     with console.progress("calibrating") as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, progress=step
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
@@ -192,10 +191,8 @@ def run_stages(
     statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
     statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
     if statistics is None:
-        statistics = measured(checkpoint, data, compute, tiers=criterion.tiers)
-        work.mkdir(exist_ok=True)  # not before there is something to keep
-        statistics.save(statistics_path)
-        statistics = Statistics.load(statistics_path)
+        with made_folder(work):
+            statistics = measured(checkpoint, data, compute, tiers=criterion.tiers, out=statistics_path)
     plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
     plan.save(plan_path)
     report = prune_to(checkpoint, plan, out, mtp=mtp)
@@ -216,8 +213,8 @@ def earlier_statistics(
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
         and runs[0].get("dtype") == compute.dtype_name
-        and runs[0].get("data") == json.loads(json.dumps(data.recipe))
-        and all(set(tiers) <= {"routed", *s.tiers} for parts in found.layers.values() for s in parts.values())
+        and runs[0].get("data") == json.loads(json.dumps(recipe_of(data, tiers)))
+        and set(tiers) <= {"routed", *found.tiers}
     )
     if same:
         console.say(f"using the statistics of an earlier run: {path}")
@@ -244,7 +241,8 @@ def scores_of(
 ) -> dict[str, list[float]]:
     """Layer key -> the scores of its experts."""
     chosen = criterion_named(criterion)
-    return {key: score_layer(chosen, statistics.layer(key, domains), key, seed).tolist() for key in statistics.layers}
+    layers = ((key, statistics.layer(key, domains, chosen.tiers)) for key in statistics.layers)
+    return {key: score_layer(chosen, sums, key, seed).tolist() for key, sums in layers}
 
 
 def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:

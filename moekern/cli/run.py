@@ -9,7 +9,7 @@ import typer
 
 from moekern.cli.console import say
 from moekern.cli.options import (
-    BatchSize,
+    Chunk,
     CriterionOption,
     Data,
     Device,
@@ -23,8 +23,10 @@ from moekern.cli.options import (
     SequenceLength,
     Tokens,
     TrustRemoteCode,
+    UnusedBatchSize,
     compute_of,
     result,
+    say_unused,
     text_of,
 )
 from moekern.cli.prune import show_pruned
@@ -42,7 +44,8 @@ def run(
     criterion: CriterionOption = "reap",
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
-    batch_size: BatchSize = 1,
+    chunk: Chunk = None,
+    batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -61,7 +64,10 @@ def run(
     from moekern.router import parse_keep
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    say_unused(batch_size)
+    text = text_of(
+        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, seed=seed
+    )
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
         model_folder(model), text, compute, out,

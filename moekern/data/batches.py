@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 DEFAULT_DOMAIN = "text"
+CHUNK_TOKENS = 2048  # of the sequences that are computed together, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Batches and the recipe they were made by (any JSON: sources with their sha256, sequence length, seed)."""
+    """Batches and the recipe they were made by (any JSON: sources with their sha256, sequence length, chunk, seed).
+
+    Statistics are computed, and added, `chunk` sequences at a time, in their order: this decides their bits, and
+    batches do not.
+    """
 
     batches: tuple[Batch, ...]
     recipe: dict[str, Any]
+    chunk: int = 1
+
+    def by_chunk(self) -> TokenData:
+        """The same sequences in the same order, `chunk` of a domain and a length together, whatever the batches are."""
+        chunks: list[Batch] = []
+        for domain in self.tokens:
+            rows = [row.numpy() for batch in self.batches if batch.domain == domain for row in batch.input_ids]
+            chunks += [Batch(domain, torch.from_numpy(group)) for group in batched(rows, self.chunk)]
+        return replace(self, batches=tuple(chunks))
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moekern.data.batches import Batch, TokenData, batched, sequences_of
+from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, batched, sequences_of
 from moekern.data.sources import digest_of, domain_ids, sources_of
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError
@@ -22,6 +22,7 @@ def read_data(
     tokens: int | None = None,
     sequence_length: int = 2048,
     batch_size: int = 8,
+    chunk: int | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> TokenData:
@@ -29,11 +30,15 @@ def read_data(
 
     A source is a text file, JSONL ("text", "messages" or "input_ids" per line), a .npy of token ids, or a folder of
     them. Documents follow one another with the tokenizer's end-of-text token between; sequences are drawn in a seeded
-    order. `tokens` bounds the total and is shared evenly by the domains; what a small domain lacks is not made up for.
+    order. Statistics are taken `chunk` sequences at a time (None: as many as hold 2048 tokens), losses `batch_size`.
+    `tokens` bounds the total and is shared evenly by the domains; what a small domain lacks is not made up for.
     Raises InputError for a source that is missing, empty or not text, and for token ids outside the vocabulary.
     """
     if sequence_length < 2 or batch_size < 1:
         raise InputError(f"--sequence-length {sequence_length}, --batch-size {batch_size}: expected at least 2 and 1")
+    chunk = max(1, CHUNK_TOKENS // sequence_length) if chunk is None else chunk
+    if chunk < 1:
+        raise InputError(f"--chunk {chunk}: expected at least 1")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected 0 or more")
     sources = sources_of(specs)
@@ -52,10 +57,11 @@ def read_data(
     recipe = {
         "sources": {domain: {"path": path.name, "sha256": digest_of(path)} for domain, path in sources.items()},
         "sequence_length": sequence_length,
+        "chunk": chunk,
         "tokens": tokens,
         "seed": seed,
     }
-    return TokenData(tuple(batches), recipe)
+    return TokenData(tuple(batches), recipe, chunk)
 
 
 def _shares(tokens: int | None, domains: int) -> list[int | None]:

@@ -16,7 +16,8 @@ class Text:
     data: tuple[str, ...]
     tokens: int | None = None  # in all; None: everything
     sequence_length: int = 2048
-    batch_size: int = 1
+    batch_size: int = 1  # sequences that losses are computed of at a time
+    chunk: int | None = None  # sequences that statistics are computed of, and added, at a time; None: 2048 tokens
     seed: int = 0
 
     def read(self, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> TokenData:
@@ -34,6 +35,7 @@ class Text:
             tokens=self.tokens,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
+            chunk=self.chunk,
             seed=self.seed,
             trust_remote_code=trust_remote_code,
         )

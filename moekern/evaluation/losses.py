@@ -18,6 +18,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
+from moekern.model.suspended import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 
@@ -71,19 +72,8 @@ def evaluate(
         for batch in data.batches
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
-    sums: dict[tuple[str, str], Tensor] = {}
-    original: list[Tensor] = []
-
-    def add(task: Task, logits: Tensor) -> None:
-        predicted = logits[:, :-1].float().log_softmax(-1)
-        if task.name == ORIGINAL:
-            original[:] = [predicted]
-        found = _compared(predicted, original[0], task.batch.input_ids[:, 1:].to(logits.device))
-        key = task.name, task.batch.domain
-        sums[key] = sums[key] + found if key in sums else found
-
     with open_layerwise(checkpoint, layout, compute) as layerwise:
-        _run(layerwise, tasks, add, progress)
+        sums = _Compare(layerwise, tasks, progress).run()
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
@@ -91,56 +81,51 @@ def evaluate(
     return table
 
 
-def _run(
-    layerwise: LayerwiseModel,
-    tasks: list[Task],
-    done: Callable[[Task, Tensor], None],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Run tasks through the model, each with its plan applied, and hand logits [B, S, V] to `done`, batch by batch."""
-    model: Any = layerwise.model
+class _Compare(Pass[Task]):
+    """Every task with its plan applied, one plan after another in each layer; logits are held against the original's.
 
-    def forward(task: Task) -> None:
-        done(task, model(input_ids=task.batch.input_ids.to(layerwise.device), use_cache=False).logits)
+    A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
+    """
 
-    with ExitStack() as stack:
-        applied = _Applied(layerwise, len(tasks), LivePruner(layerwise.loader, layerwise.layout), stack)
-        layerwise.run(
-            tasks,
-            forward,
-            entering=applied.entering,
-            group=lambda task: task.number,
-            progress=lambda i: progress(i + 1, len(layerwise.layers)),
-        )
+    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[int, int], None]) -> None:
+        self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
+        self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
+        self.now: tuple[int, int] | None = None  # layer, plan number
+        self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
+        self.sums: dict[tuple[str, str], Tensor] = {}  # plan, domain -> as _compared gives them
 
+    def run(self) -> dict[tuple[str, str], Tensor]:
+        """The whole pass; (plan, domain) -> sums over tokens."""
+        with self.applied:
+            self.layerwise.run(self.tasks, self)
+        return self.sums
 
-@dataclass
-class _Applied:
-    """Keeps one plan at a time applied to the layer that runs, for as many tasks in a row as are of that plan."""
-
-    layerwise: LayerwiseModel
-    tasks: int
-    pruner: LivePruner
-    stack: ExitStack
-    now: tuple[int, int] | None = None  # layer, plan number
-    passed: int = 0  # tasks that went through the layer
+    def forward(self, task: Task) -> None:
+        logits = self.layerwise.compute(task.batch).logits
+        predicted = logits[:, :-1].float().log_softmax(-1)
+        if task.name == ORIGINAL:
+            self.original = predicted
+        assert self.original is not None
+        found = _compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
+        key = task.name, task.batch.domain
+        self.sums[key] = self.sums[key] + found if key in self.sums else found
 
     @contextmanager
     def entering(self, task: Task, layer: int) -> Iterator[None]:
         key = self.layerwise.moe_keys.get(layer)
-        if key is None:
-            yield
-            return
-        if self.now != (layer, task.number):
-            self.stack.close()
+        if key is not None and self.now != (layer, task.number):
+            self.applied.close()
             self.now = layer, task.number
             if task.plan is not None:
-                self.stack.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
+                self.applied.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
         yield
-        self.passed += 1
-        if self.passed == self.tasks:  # before the layer's weights go
-            self.stack.close()
-            self.now, self.passed = None, 0
+
+    def group(self, task: Task) -> int:
+        return task.number
+
+    def done(self, layer: int) -> None:
+        self.applied.close()  # before the layer's weights go
+        self.progress(layer + 1, len(self.layerwise.layers))
 
 
 def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:

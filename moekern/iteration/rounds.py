@@ -10,8 +10,8 @@ round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.calibrate import backends_of
+from moekern.calibration.passes import MeasuringPass, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import TokenData
 from moekern.errors import InputError
-from moekern.measurement.recorder import RECORDED, Recorder
-from moekern.measurement.watch import observed
+from moekern.measurement.recorder import Recorder
+from moekern.measurement.tiers import BY_BATCH, backends_of
 from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
@@ -37,12 +37,10 @@ from moekern.plan.provenance import Provenance
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
-from moekern.statistics.layer import LayerStatistics
 from moekern.version import versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
-Measured = Mapping[str, LayerStatistics]  # domain -> one layer's sums
-Choose = Callable[[str, Measured, tuple[int, ...]], LayerPlan]
+Choose = Callable[[str, Sums, tuple[int, ...]], LayerPlan]
 Progress = Callable[[int, int], None]
 
 
@@ -69,6 +67,7 @@ class Iteration:
     counts: Mapping[str, tuple[int, ...]]  # layer key -> experts left after each round
     provenance: Provenance
     measuring: Mapping[str, Any]  # for the provenance: how the text, if any, was run
+    backend: str | None  # of kernels
     progress: Progress
 
 
@@ -109,10 +108,10 @@ def needs_text(criterion: str) -> bool:
     if chosen.family == "weight":
         return False
     for tier in chosen.tiers:
-        if tier not in RECORDED:
+        if tier not in BY_BATCH:
             raise InputError(
                 f"--criterion {criterion}: needs the {tier} tier, which is not measured on the way; choose one of the "
-                f"tiers {', '.join(('routed', *RECORDED))}, or calibrate with --tier {tier} and plan"
+                f"tiers {', '.join(('routed', *BY_BATCH))}, or calibrate with --tier {tier} and plan"
             )
     return True
 
@@ -167,7 +166,7 @@ def _job(
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }
-    return Iteration(checkpoint, layout, method, chosen, counts, provenance, measuring, progress)
+    return Iteration(checkpoint, layout, method, chosen, counts, provenance, measuring, compute.backend, progress)
 
 
 def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
@@ -204,9 +203,10 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
 
 
 def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps]) -> Plan:
-    model, backends = Source.of(job.checkpoint, job.layout), backends_of(compute)
+    model = Source.of(job.checkpoint, job.layout)
+    backends = backends_of(compute.device, compute.backend)
 
-    def choose(key: str, sums: Measured, held: tuple[int, ...]) -> LayerPlan:
+    def choose(key: str, sums: Sums, held: tuple[int, ...]) -> LayerPlan:
         left = replace(model, router=model.router.of(len(held)))
         header = make_header(left, tokens=data.tokens, data=data.recipe, backend=backends, versions=versions())
         method, count = job.method, job.counts[key][len(keeps)]
@@ -218,107 +218,46 @@ def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Se
 
     with open_layerwise(job.checkpoint, job.layout, compute) as layerwise:
         total = max(layerwise.moe_keys) + 1
-        layers = _measured_pass(
-            layerwise,
-            data,
-            choose,
-            keeps[-1] if keeps else {},
-            recorder=lambda counted: _recorder(job, compute, counted),
-            reestimate=job.method.reestimate,
-            progress=lambda i: job.progress(len(keeps) * total + i + 1, job.method.rounds * total),
-        )
-    return _plan(job, layers, keeps)
+        done = itertools.count(len(keeps) * total + 1)
+        step = lambda: job.progress(next(done), job.method.rounds * total)  # noqa: E731
+        measured = _Round(job, layerwise, data, choose, keeps[-1] if keeps else {}, step)
+        measured.run()
+    return _plan(job, measured.plans, keeps)
 
 
-def _measured_pass(
-    layerwise: LayerwiseModel,
-    data: TokenData,
-    choose: Choose,
-    keeps: Keeps,
-    *,
-    recorder: Callable[[bool], Recorder],
-    reestimate: bool,
-    progress: Callable[[int], None],
-) -> dict[str, LayerPlan]:
+class _Round(MeasuringPass):
     """Measure every MoE layer, pruned to `keeps` where that names it, and choose what stays as soon as it is measured.
 
     With `reestimate` the layer then drops the others in memory and computes all batches again for the next one.
     """
-    model: Any = layerwise.model
-    layout, keys, last = layerwise.layout, layerwise.moe_keys, max(layerwise.moe_keys)
-    empty = any(t.trailing for layer in layout.layers.values() for t in layer.tensors)
-    pruner = LivePruner(layerwise.loader, layout)
-    plans: dict[str, LayerPlan] = {}
-    seeing, watch = recorder(True), ExitStack()
 
-    def see(i: int, counted: bool) -> None:
-        """Let layer i's experts be watched, into sums that are used or, the second time, thrown away."""
-        nonlocal seeing
-        seeing = recorder(counted)
-        seeing.words = -(-layerwise.vocab_size // 64)
-        watch.close()
-        layer = {keys[i]: layerwise.layers[i]}
-        watch.enter_context(observed(model, layer, seeing, score=layout.family.score, empty_slots=empty))
+    def __init__(self, job: Iteration, layerwise: LayerwiseModel, data: TokenData, choose: Choose, keeps: Keeps,
+                 step: Callable[[], None]) -> None:  # fmt: skip
+        self.job, self.choose, self.keeps = job, choose, keeps
+        super().__init__(layerwise, data, self._recorder(layerwise, job.criterion.tiers), step)
+        self.twice = [i for i in self.keys if i != self.stop_after] if job.method.reestimate else ()
+        self.pruner = LivePruner(layerwise.loader, layerwise.layout)
+        self.plans: dict[str, LayerPlan] = {}
 
-    def loaded(i: int) -> None:
-        if i in keys:
-            if keys[i] in keeps:
-                pruner.prune(keys[i], keeps[keys[i]])
-            see(i, counted=True)
+    def loaded(self, layer: int) -> None:
+        key = self.keys.get(layer)
+        if key is not None and key in self.keeps:
+            self.pruner.prune(key, self.keeps[key])
+        super().loaded(layer)
 
-    def measured(i: int) -> None:
-        key = keys[i]
-        seeing.check(key, layout.router.top_k)
-        seeing.finish(key)
-        sums = {domain: s.to("cpu") for domain, s in seeing.sums[key].items()}
-        _check_finite(key, sums, layout.router.top_k)
-        held = keeps.get(key, tuple(range(layout.layers[key].num_experts)))
-        plans[key] = choose(key, sums, held)
+    def between(self, layer: int) -> None:
+        key = self.keys[layer]
+        self.finished(key, self.recorder.take(key, self.layerwise.layout.router.top_k))
+        self.open.close()
+        self.pruner.prune(key, self.plans[key].keep)
+        # Watched the second time too, so that the experts are computed alike; what they add up is thrown away.
+        self.watch(layer, self._recorder(self.layerwise, ()))
 
-    def between(i: int) -> None:
-        measured(i)
-        watch.close()
-        pruner.prune(keys[i], plans[keys[i]].keep)
-        see(i, counted=False)
+    def finished(self, key: str, sums: Sums) -> None:
+        if key not in self.plans:
+            held = self.keeps.get(key, tuple(range(self.layerwise.layout.layers[key].num_experts)))
+            self.plans[key] = self.choose(key, sums, held)
 
-    def done(i: int) -> None:
-        if i in keys and keys[i] not in plans:
-            measured(i)
-        watch.close()
-        progress(i)
-
-    def forward(batch: Batch) -> None:
-        model(input_ids=batch.input_ids.to(layerwise.device), use_cache=False)
-
-    @contextmanager
-    def entering(batch: Batch, layer: int) -> Iterator[None]:
-        seeing.domain = batch.domain
-        seeing.token_ids = batch.input_ids.reshape(-1).to(layerwise.device)
-        yield
-
-    with watch:
-        layerwise.run(
-            data.batches,
-            forward,
-            entering=entering,
-            loaded=loaded,
-            twice=[i for i in keys if i != last] if reestimate else (),
-            between=between,
-            stop_after=last,
-            progress=done,
-        )
-    return plans
-
-
-def _check_finite(key: str, sums: Measured, top_k: int) -> None:
-    for domain, s in sums.items():
-        problem = s.problem(top_k)
-        if problem:
-            raise InputError(
-                f"layer {key}, domain {domain}: {problem}: the model's numbers leave the range of its dtype; try "
-                "another one (--dtype)"
-            )
-
-
-def _recorder(job: Iteration, compute: Compute, counted: bool) -> Recorder:
-    return Recorder(tiers=job.criterion.tiers if counted else (), backend=compute.backend)
+    def _recorder(self, layerwise: LayerwiseModel, tiers: Sequence[str]) -> Recorder:
+        words = -(-layerwise.vocab_size // 64)
+        return Recorder(layerwise.layout.family.score, tiers, self.job.backend, words)

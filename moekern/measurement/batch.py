@@ -1,15 +1,45 @@
-"""The routed rows of one batch in one layer: how they are grouped, and all that was seen of them."""
+"""One batch in one layer: what the pass knows of it, how its rows are grouped by expert, and what was seen of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moekern import kernels
 
 Outputs = Callable[[Tensor, Tensor], Tensor]
+ROWS = 32  # the fewest rows of an expert that are multiplied at a time on a CPU; see `steady`
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """What the pass knows of the batch that goes through the model: B sequences of S tokens, T = B x S."""
+
+    domain: str
+    shape: tuple[int, int]  # B, S
+    mask: Tensor | None = None  # [T] bool: the tokens that count; None: all
+    token_ids: Tensor | None = None  # [T]
+    sample: Tensor | None = None  # flat positions of the tokens that are replayed
+
+
+@dataclass
+class InFlight:
+    """Which batch goes through the model. The pass says it, around every stretch of the batch's computation."""
+
+    context: BatchContext | None = None
+
+    @contextmanager
+    def batch(self, context: BatchContext) -> Iterator[None]:
+        """What is seen while the context is open belongs to this batch."""
+        before, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = before
 
 
 @dataclass(frozen=True)
@@ -38,8 +68,34 @@ class Seen:
     residual: Tensor | None = None  # [T, H]
     gates_applied: bool = False
 
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.routed.offsets) - 1
+
 
 def route(topk_idx: Tensor, num_experts: int, *, empty_slots: bool, backend: str | None = None) -> Routed:
     """Group the slots of topk_idx [T, K] by expert, stably. Where slots may be empty, these get no row."""
     order, offsets = kernels.sort_by_expert(topk_idx, num_experts, backend=backend)
     return Routed(order[: int(offsets[-1])] if empty_slots else order, offsets)
+
+
+def steady(outputs: Outputs) -> Outputs:
+    """The same outputs, with the same bits whatever the number of threads.
+
+    A CPU's matrix product of a few rows takes other roads with other numbers of threads, which may round differently.
+    So an expert with fewer than ROWS rows is given its last one again and again, and what comes of these is left out.
+    """
+
+    def padded(tokens: Tensor, offsets: Tensor) -> Tensor:
+        counts = offsets.diff()
+        if tokens.device.type != "cpu" or not ((counts > 0) & (counts < ROWS)).any():
+            return outputs(tokens, offsets)
+        wanted = torch.where(counts > 0, counts.clamp(min=ROWS), 0)
+        begin = torch.cat([offsets[:1], wanted.cumsum(0)])
+        expert = torch.arange(len(counts)).repeat_interleave(wanted)
+        within = torch.arange(len(expert)) - begin[expert]
+        source = offsets[expert] + torch.minimum(within, counts[expert] - 1)
+        return outputs(tokens[source], begin)[within < counts[expert]]
+
+    return padded

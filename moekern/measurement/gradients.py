@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,23 @@ from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward, Store
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
-from moekern.statistics.layer import LayerStatistics
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
 COLUMNS = 1 << 22  # numbers of all experts' G that are looked at together
 
 
-def add_gradients(
+def measure_gradients(
     layerwise: LayerwiseModel,
     data: TokenData,
-    sums: Mapping[str, dict[str, LayerStatistics]],
+    add: Callable[[str, str, Mapping[str, Tensor]], None],
     *,
     spill: Path | None = None,
     in_memory: int = IN_MEMORY,
     step: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, LayerStatistics]]:
-    """Layer key -> domain -> `sums` with the gradient tier. `step()` after every layer, forward and back.
+) -> None:
+    """`add(layer key, domain, fields)` the gradient tier of every layer. `step()` after every layer, forward and back.
+
+    A chunk of sequences is computed at a time, whatever the batches.
 
     Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H
     numbers of the model's dtype, in memory or in files under `spill`. Resident: one layer, its experts' gradients of
@@ -47,16 +48,15 @@ def add_gradients(
     """
     model: Any = layerwise.model
     model.requires_grad_(False)
+    data = data.by_chunk()
 
     def loss(batch: Batch) -> Tensor:
-        ids = batch.input_ids.to(layerwise.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+        ids, logits = batch.input_ids.to(layerwise.device), layerwise.compute(batch).logits
         if logits.shape[-1] < layerwise.vocab_size:
             name = layerwise.layout.family.name
             raise InputError(f"--tier gradient: {name} does not predict the next token: {logits.shape[-1]} outputs")
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
-    found: dict[str, dict[str, LayerStatistics]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-", dir=spill)))
         decorated = [m for m in model.modules() if is_experts_module(m)]
@@ -69,18 +69,18 @@ def add_gradients(
                 for number in range(len(data.batches)):
                     back.through(i, number, lambda: ())
             else:
-                found[key] = dict(_layer(back, i, data, sums[key], folder, in_memory))
+                E = layerwise.layout.layers[key].num_experts
+                for domain, found in _layer(back, i, data, E, folder, in_memory):
+                    add(key, domain, found)
             step()
-    return found
 
 
 def _layer(
-    back: Backward, i: int, data: TokenData, sums: Mapping[str, LayerStatistics], folder: Path, in_memory: int
-) -> Iterator[tuple[str, LayerStatistics]]:
-    """Domain -> its sums with the gradient tier, for one layer whose weights are in memory."""
+    back: Backward, i: int, data: TokenData, E: int, folder: Path, in_memory: int
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Domain -> the fields of its gradient tier, for one layer whose weights are in memory."""
     layer = back.layerwise.layers[i]
     H = int(back.layerwise.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
-    E = next(iter(sums.values())).num_experts
     parts = matrices(layer, E, H)
     size = 4 * sum(part.weight.numel() for part in parts)
     for domain in data.tokens:
@@ -98,7 +98,7 @@ def _layer(
                             _add(total, gradient)
                     if got[-1] is not None:
                         gate_sum += gates.per_expert(got[-1])
-            yield domain, replace(sums[domain], **functionals(parts, totals, gate_sum))
+            yield domain, functionals(parts, totals, gate_sum)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekern.measurement.batch import Outputs, Seen, route
+from moekern.measurement.batch import InFlight, Outputs, Seen, route, steady
 from moekern.measurement.recorder import Recorder
 
 
@@ -26,9 +26,9 @@ class Probe:
     """What is known about one layer's experts module while it is watched."""
 
     layer: str
-    score: str
     empty_slots: bool  # the model may hand out ids that are no expert
     recorder: Recorder
+    flight: InFlight
     logits: Tensor | None = None  # of the batch in flight, from the router's hook
     norm: tuple[Tensor, Tensor] | None = None  # input and output of the norm that ran last
     ids: Tensor | None = None  # [T, K] of the batch that ran last
@@ -47,14 +47,17 @@ class Probe:
         """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in batch.Seen."""
         logits, self.logits = self.logits, None
         norm, self.norm = self.norm, None
+        outputs = steady(outputs)
         if self.choosing:
             raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs)
         self.ids = ids
-        routed = route(ids, num_experts, empty_slots=self.empty_slots, backend=self.recorder.backend)
+        context, backend = self.flight.context, self.recorder.backend
+        if context is None:
+            raise RuntimeError(f"layer {self.layer}: experts ran in no batch that was announced")
+        routed = route(ids, num_experts, empty_slots=self.empty_slots, backend=backend)
         y = outputs(routed.order // ids.shape[1], routed.offsets)
-        residual = stream(norm, hidden, y)
-        seen = Seen(logits, ids, gates, routed, y, outputs, residual, gates_applied)
-        return self.recorder.measure(self.layer, self.score, seen)
+        seen = Seen(logits, ids, gates, routed, y, outputs, stream(norm, hidden, y), gates_applied)
+        return self.recorder.measure(self.layer, seen, context)
 
 
 def stream(norm: tuple[Tensor, Tensor] | None, hidden: Tensor, y: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Where the measured sums of one run are kept: per layer and domain."""
+"""Where the measured sums of a pass are kept while their layer runs."""
 
 from __future__ import annotations
 
@@ -10,46 +10,43 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.errors import InputError
-from moekern.measurement.batch import Seen
-from moekern.measurement.tiers import add_outliers, add_reap, chosen_sets
+from moekern.measurement.batch import BatchContext, Seen
+from moekern.measurement.tiers import TABLE, add_outliers, chosen_sets
 from moekern.statistics.layer import LayerStatistics, merge_rows
-
-RECORDED = ("dimensions", "vocabulary", "coalitions", "reap")  # tiers of one forward pass
 
 
 @dataclass
 class Recorder:
-    """Adds what the probes see to the sums of the current domain.
+    """Adds what the probes see of a batch to the sums of its layer and domain."""
 
-    `mask` [T] bool says which tokens of the batch in flight count; None counts all. `token_ids` [T] are the batch's.
-    """
-
-    tiers: Collection[str] = ("dimensions",)  # beside the routed one: of RECORDED
+    score: str  # what a router's logit becomes
+    tiers: Collection[str] = ()  # beside the routed one
     backend: str | None = None
-    domain: str = "default"
-    mask: Tensor | None = None
-    token_ids: Tensor | None = None
     words: int = 0  # 64-bit words of a vocabulary
     sums: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)
     empty_slots: dict[tuple[str, str], int] = field(default_factory=dict)
     coalitions: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)  # of batches, not yet united
 
-    def measure(self, layer: str, score: str, seen: Seen) -> Tensor:
-        """Combine the experts' outputs into [T, H] and add the batch to the sums of `layer`."""
-        ids, gates, routed = seen.ids, seen.gates, seen.routed
-        E = len(routed.offsets) - 1
-        mask = self._mask(len(ids))
-        sums = self._sums(layer, E, seen.y)
+    def measure(self, layer: str, seen: Seen, context: BatchContext) -> Tensor:
+        """Combine the experts' outputs into [T, H] and add them to the sums of `layer`."""
+        ids, gates, routed, E = seen.ids, seen.gates, seen.routed, seen.num_experts
+        mask = _mask(context, len(ids))
+        sums = self._sums(layer, context.domain, E, seen.y)
         if routed.order.numel() < ids.numel():
             counted = ids if mask is None else ids[mask]
-            key = (layer, self.domain)
+            key = (layer, context.domain)
             empty = int(((counted < 0) | (counted >= E)).sum())
             self.empty_slots[key] = self.empty_slots.get(key, 0) + empty
         logits = None if seen.logits is None else seen.logits[:, :E].contiguous()
         kernels.router_stats(
-            logits, ids, gates, mask, sums.views(kernels.RouterSums), score=score, backend=self.backend
+            logits, ids, gates, mask, sums.views(kernels.RouterSums), score=self.score, backend=self.backend
         )
-        self._tiers(layer, replace(seen, logits=logits), mask, sums)
+        if "coalitions" in self.tiers:
+            self.coalitions.setdefault((layer, context.domain), []).append(chosen_sets(ids, mask, E))
+        for tier in self.tiers:
+            add = TABLE[tier].add
+            if add is not None:
+                add(replace(seen, logits=logits), context, sums, self.backend)
         return kernels.combine_and_measure(
             seen.y,
             torch.ones_like(gates) if seen.gates_applied else gates,
@@ -62,46 +59,43 @@ class Recorder:
             backend=self.backend,
         )
 
-    def _tiers(self, layer: str, seen: Seen, mask: Tensor | None, sums: LayerStatistics) -> None:
-        if "vocabulary" in self.tiers:
-            if self.token_ids is None or len(self.token_ids) != len(seen.ids):
-                raise InputError("--tier vocabulary: the model was not given input_ids, one for each token")
-            kernels.vocabulary(self.token_ids, seen.ids, mask, sums.vocabulary, backend=self.backend)
-        if "coalitions" in self.tiers:
-            found = chosen_sets(seen.ids, mask, sums.num_experts)
-            self.coalitions.setdefault((layer, self.domain), []).append(found)
-        if "reap" in self.tiers:
-            add_reap(seen, mask, sums)
-
-    def finish(self, layer: str) -> None:
-        """Unite what was kept apart while batches came in."""
-        for domain, sums in self.sums.get(layer, {}).items():
+    def unite(self, layer: str) -> dict[str, LayerStatistics]:
+        """Domain -> the sums so far, with the coalitions that were kept apart while batches came in."""
+        domains = self.sums.get(layer, {})
+        for domain, sums in domains.items():
             parts = self.coalitions.pop((layer, domain), [])
             if parts:
-                united = merge_rows(sums.coalitions, torch.cat(parts))
-                self.sums[layer][domain] = replace(sums, coalitions=united)
+                domains[domain] = replace(sums, coalitions=merge_rows(sums.coalitions, torch.cat(parts)))
+        return domains
 
-    def check(self, layer: str, top_k: int) -> None:
-        """Assert that every counted token of a finished layer was seen with exactly K slots."""
-        for domain, s in self.sums.get(layer, {}).items():
-            slots = int(s.count.sum()) + self.empty_slots.get((layer, domain), 0)
-            tokens = int(s.tokens)
-            if slots != tokens * top_k:
+    def take(self, layer: str, top_k: int) -> dict[str, LayerStatistics]:
+        """Domain -> the finished layer's sums, on the CPU; they are held here no longer.
+
+        Raises RuntimeError when a counted token was not seen with exactly K slots, InputError when sums overflowed.
+        """
+        self.unite(layer)
+        taken = {}
+        for domain, sums in self.sums.pop(layer, {}).items():
+            s = taken[domain] = sums.to("cpu")
+            slots = int(s.count.sum()) + self.empty_slots.pop((layer, domain), 0)
+            if slots != int(s.tokens) * top_k:
                 raise RuntimeError(
-                    f"layer {layer}, domain {domain}: {slots} routed slots for {tokens} tokens x top-{top_k}; "
+                    f"layer {layer}, domain {domain}: {slots} routed slots for {int(s.tokens)} tokens x top-{top_k}; "
                     "the statistics would be wrong"
                 )
+            problem = s.problem(top_k)
+            if problem:
+                raise InputError(
+                    f"layer {layer}, domain {domain}: {problem}: the model's numbers leave the range of its dtype; "
+                    "try another one (--dtype)"
+                )
+        return taken
 
-    def _mask(self, tokens: int) -> Tensor | None:
-        if self.mask is not None and len(self.mask) != tokens:
-            raise ValueError(f"attention_mask: expected {tokens} tokens as the router sees, got {len(self.mask)}")
-        return self.mask
-
-    def _sums(self, layer: str, num_experts: int, y: Tensor) -> LayerStatistics:
+    def _sums(self, layer: str, domain: str, num_experts: int, y: Tensor) -> LayerStatistics:
         domains = self.sums.setdefault(layer, {})
-        if self.domain not in domains:
+        if domain not in domains:
             H = y.shape[1]
-            domains[self.domain] = LayerStatistics.zeros(
+            domains[domain] = LayerStatistics.zeros(
                 num_experts,
                 H if "dimensions" in self.tiers else 0,
                 y.device,
@@ -109,22 +103,30 @@ class Recorder:
                 hidden=H,
                 words=self.words,
             )
-        return domains[self.domain]
+        return domains[domain]
 
 
 @dataclass
 class OutlierRecorder(Recorder):
     """A second pass over the same data: counts outliers by the sums of the `first`. Its own sums are not kept."""
 
-    first: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)
+    first: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)  # of the layer that runs
 
-    def measure(self, layer: str, score: str, seen: Seen) -> Tensor:
-        first = self.first[layer][self.domain]
-        add_outliers(seen, self._mask(len(seen.ids)), first, first.outlier_sum)
-        return super().measure(layer, score, seen)
+    def measure(self, layer: str, seen: Seen, context: BatchContext) -> Tensor:
+        first = self.first[layer][context.domain]
+        add_outliers(seen, _mask(context, len(seen.ids)), first, first.outlier_sum)
+        return super().measure(layer, seen, context)
 
-    def finish(self, layer: str) -> None:
-        """Raises RuntimeError when the model did not route as in the first pass."""
-        for domain, sums in self.sums.pop(layer, {}).items():
-            if not torch.equal(sums.count, self.first[layer][domain].count):
+    def take(self, layer: str, top_k: int) -> dict[str, LayerStatistics]:
+        """The first pass's sums with the outliers. Raises RuntimeError when the model did not route as it did then."""
+        again, first = super().take(layer, top_k), self.first.pop(layer)
+        for domain, sums in again.items():
+            if not torch.equal(sums.count, first[domain].count.cpu()):
                 raise RuntimeError(f"layer {layer}, domain {domain}: the second pass did not route like the first")
+        return first
+
+
+def _mask(context: BatchContext, tokens: int) -> Tensor | None:
+    if context.mask is not None and len(context.mask) != tokens:
+        raise ValueError(f"attention_mask: expected {tokens} tokens as the router sees, got {len(context.mask)}")
+    return context.mask

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moekern import kernels
 from moekern.architectures import Layout
 from moekern.errors import InputError
+from moekern.measurement.batch import InFlight
 from moekern.measurement.probe import Chosen, Probe
 from moekern.measurement.watch import experts_of
 from moekern.model.masking import masked_layer
@@ -40,24 +41,31 @@ def sample(tokens: Sequence[int], size: int) -> list[Tensor]:
 
 @dataclass
 class Replay:
-    """Samples of the layers in flight. `domain`, `rows` and `shape` are of the batch in flight."""
+    """Samples of the layers that run: of each batch the tokens that its context names."""
 
     loader: Loader
     layout: Layout
     layers: Mapping[str, nn.Module]  # plan key -> decoder layer
+    flight: InFlight
     backend: str | None = None
-    domain: str = ""
-    rows: Tensor | None = None  # flat positions
-    shape: tuple[int, int] = (0, 0)  # B, S
     probes: Mapping[str, Probe] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[tuple[Any, Tensor]]] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise InputError, before anything is run, for a family that cannot be replayed."""
+        if any(tensor.trailing for layer in self.layout.layers.values() for tensor in layer.tensors):
+            name = self.layout.family.name
+            raise InputError(f"--tier replay: {name} also routes to what is no expert, which is not replayed")
+        for key, layer in self.layers.items():
+            block_of(key, layer, self.loader.model)
+
     @contextmanager
     def watching(self, probes: Mapping[str, Probe]) -> Iterator[None]:
-        """Keep samples while the context is open. Raises InputError for a layer whose router cannot be asked again."""
+        """Keep samples of these layers while the context is open."""
         self.probes = probes
         with ExitStack() as stack:
-            for key, layer in self.layers.items():
+            for key in probes:
+                layer = self.layers[key]
                 handle = block_of(key, layer, self.loader.model).register_forward_hook(
                     self._keep(key), with_kwargs=True
                 )
@@ -66,11 +74,11 @@ class Replay:
 
     def _keep(self, key: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            ids = self.probes[key].ids
-            if self.rows is not None and len(self.rows) and ids is not None:
-                rows = self.rows.to(ids.device)
-                call = _sliced((args, kwargs), self.shape, rows)
-                self.samples.setdefault((key, self.domain), []).append((call, ids[rows]))
+            ids, context = self.probes[key].ids, self.flight.context
+            if context is not None and context.sample is not None and len(context.sample) and ids is not None:
+                rows = context.sample.to(ids.device)
+                call = _sliced((args, kwargs), context.shape, rows)
+                self.samples.setdefault((key, context.domain), []).append((call, ids[rows]))
 
         return hook
 

@@ -1,21 +1,43 @@
-"""Tiers that need no kernel of their own: what one batch adds to a layer's sums."""
+"""The tiers: what each takes, and what a batch adds to the sums of those that are measured as batches pass."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moekern import kernels
 from moekern.errors import InputError
-from moekern.measurement.batch import Seen
+from moekern.measurement.batch import BatchContext, Seen
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time
+ROUTED_OPS = ("router_stats", "sort_by_expert", "combine_and_measure")  # kernels of the tier that is always measured
+
+Add = Callable[[Seen, BatchContext, LayerStatistics, "str | None"], None]  # the last: kernels' backend
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What it takes to measure a tier beside the routed one.
+
+    `by`: "batch", as batches pass; "second pass" over the same data; "replay" of a sample when a layer's batches have
+    passed; a pass "backward"; "weights" alone. `ops` are its kernels beside those of the routed tier, which for weights
+    run on the CPU; `implies` the tiers it is made from; `add` what a batch adds, where that is not done by the kernels
+    of the routed tier or kept apart (coalitions).
+    """
+
+    by: Literal["batch", "second pass", "replay", "backward", "weights"]
+    ops: tuple[str, ...] = ()
+    implies: tuple[str, ...] = ()
+    add: Add | None = None
 
 
 def wanted_tiers(names: Collection[str], measurable: Sequence[str], where: str) -> tuple[str, ...]:
-    """The tiers that are to be measured, in their usual order; "routed" is always there, outliers need dimensions.
+    """The tiers that are to be measured, in their usual order, with those they imply; "routed" is always there.
 
     Raises InputError for a name that `where` cannot measure.
     """
@@ -23,8 +45,26 @@ def wanted_tiers(names: Collection[str], measurable: Sequence[str], where: str) 
         if name != "routed" and name not in measurable:
             reason = f"{where} does not measure it" if name in TIERS else "unknown"
             raise InputError(f"--tier {name}: {reason}; expected one of {', '.join(('routed', *measurable))}")
-    implied = ("dimensions",) if "outliers" in names else ()
+    implied = {other for name in names if name != "routed" for other in TABLE[name].implies}
     return tuple(tier for tier in TIERS if tier in names or tier in implied)
+
+
+def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -> dict[str, str]:
+    """Op -> the backend that serves it, for the statistics' header. Raises InputError for one that is not there."""
+    ops = {op: "cpu" for tier in tiers if TABLE[tier].by == "weights" for op in TABLE[tier].ops}
+    kind = torch.device(device).type
+    ops |= dict.fromkeys((*ROUTED_OPS, *(op for t in tiers if TABLE[t].by != "weights" for op in TABLE[t].ops)), kind)
+    try:
+        return {op: kernels.backend_for(op, where, backend) for op, where in ops.items()}
+    except NotImplementedError as error:
+        raise InputError(f"--backend {backend}: {error}" if backend else str(error)) from error
+
+
+def add_vocabulary(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Mark the token ids that each expert saw."""
+    if context.token_ids is None or len(context.token_ids) != len(seen.ids):
+        raise InputError("--tier vocabulary: the model was not given input_ids, one for each token")
+    kernels.vocabulary(context.token_ids, seen.ids, context.mask, sums.vocabulary, backend=backend)
 
 
 def chosen_sets(ids: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
@@ -38,7 +78,7 @@ def chosen_sets(ids: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
     return torch.cat([sets, counts[:, None]], 1)
 
 
-def add_reap(seen: Seen, mask: Tensor | None, sums: LayerStatistics) -> None:
+def add_reap(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None = None) -> None:
     """Add a batch to the reap tier. seen.logits are [T, E], or None: then compat sums stay as they are.
 
     Where the K largest logits are not the model's choice, those experts are run too; their outputs go nowhere else.
@@ -46,7 +86,7 @@ def add_reap(seen: Seen, mask: Tensor | None, sums: LayerStatistics) -> None:
     E, (T, K) = sums.num_experts, seen.ids.shape
     slot, experts = seen.routed.order, seen.ids.long().reshape(-1)[seen.routed.order]
     norm = norms(seen.y)
-    counted = torch.ones(T, dtype=torch.bool, device=norm.device) if mask is None else mask
+    counted = torch.ones(T, dtype=torch.bool, device=norm.device) if context.mask is None else context.mask
     gates = torch.where((seen.ids >= 0) & (seen.ids < E), seen.gates, 0).double()
     total = gates.sum(1)
     share = torch.ones_like(gates) if seen.gates_applied else gates
@@ -90,3 +130,16 @@ def add_outliers(seen: Seen, mask: Tensor | None, first: LayerStatistics, total:
 def norms(y: Tensor) -> Tensor:
     """‖y‖₂ of each row, [N] float64."""
     return torch.cat([rows.double().norm(dim=1) for rows in y.split(ROWS)])
+
+
+TABLE: Mapping[str, Tier] = {
+    "dimensions": Tier("batch"),
+    "vocabulary": Tier("batch", ops=("vocabulary",), add=add_vocabulary),
+    "coalitions": Tier("batch"),
+    "outliers": Tier("second pass", implies=("dimensions",)),
+    "reap": Tier("batch", add=add_reap),
+    "replay": Tier("replay", ops=("similarity",)),
+    "gradient": Tier("backward"),
+    "weights": Tier("weights", ops=("weight_stats", "similarity", "dequantize")),
+}
+BY_BATCH = tuple(name for name in TIERS if TABLE[name].by == "batch")  # what one forward pass can measure

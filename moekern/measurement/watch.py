@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moekern.errors import InputError
+from moekern.measurement.batch import InFlight
 from moekern.measurement.experts import ADAPTERS, NAME
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import Recorder
@@ -17,19 +18,24 @@ from moekern.model.transformers_api import experts_implementation, is_experts_mo
 
 
 @contextmanager
-def observed(
-    model: nn.Module, layers: Mapping[str, nn.Module], recorder: Recorder, *, score: str, empty_slots: bool = False
+def watching(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    recorder: Recorder,
+    flight: InFlight,
+    *,
+    empty_slots: bool = False,
 ) -> Iterator[dict[str, Probe]]:
     """Measure the experts of these decoder layers (plan key -> module) into `recorder` while the context is open.
 
-    Gives each layer's probe.
-    Raises InputError for a layer whose experts moekern has no way to see.
+    `flight` says which batch goes through them. Gives each layer's probe. Raises InputError for a layer whose experts
+    moekern has no way to see.
     """
     with ExitStack() as stack:
         interfaced: list[nn.Module] = []
         probes: dict[str, Probe] = {}
         for key, layer in layers.items():
-            probe = probes[key] = Probe(key, score, empty_slots, recorder)
+            probe = probes[key] = Probe(key, empty_slots, recorder, flight)
             block = experts_of(layer)
             if block is None:
                 raise InputError(f"layer {key}: {type(layer).__name__} has no experts that moekern can observe")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moekern.errors import InputError
 from moekern.model.layerwise import LayerwiseModel
+from moekern.model.suspended import Pass
 
 Task = TypeVar("Task")
 HIDDEN = "hidden_states"
@@ -57,50 +58,9 @@ class Backward:
 
     def forward(self, tasks: Sequence[Task], loss: Callable[[Task], Tensor], progress: Callable[[int], None]) -> None:
         """Keep the layers' inputs, and the gradient of `loss(task)`, a forward pass, by the last layer's output."""
-        layers, running = self.layerwise.layers, 0
-        leaves: dict[int, Tensor] = {}
-        seen: dict[int, Given] = {}
-
-        def keep(i: int) -> Callable[..., None]:
-            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden, args, kwargs = _taken(args, kwargs)
-                if seen.setdefault(running, Given(hidden, args, kwargs)).more_than_hidden(args, kwargs):
-                    raise self.refusal(i)
-                self.calls[i, running] = args, kwargs
-                self.store.put(f"input-{i}-{running}", hidden)
-
-            return hook
-
-        def returned(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            seen[running].returned += floats(output[1:]) if isinstance(output, tuple) else []
-
-        def lead(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-            torch.set_grad_enabled(True)
-            leaf = hidden_of(output).detach().requires_grad_()
-            leaves[running] = leaf
-            return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
-
-        @contextmanager
-        def entering(task: tuple[int, Task], layer: int) -> Iterator[None]:
-            nonlocal running
-            running = task[0]
-            yield
-
-        def forward(task: tuple[int, Task]) -> None:
-            try:
-                total = loss(task[1])
-                leaf = leaves.pop(task[0])
-                (gradient,) = torch.autograd.grad(total, leaf)
-            finally:
-                torch.set_grad_enabled(False)
-            self.store.put(f"gradient-{task[0]}", gradient)
-
-        with ExitStack() as stack:
-            for i in range(self.first, len(layers)):
-                stack.callback(layers[i].register_forward_pre_hook(keep(i), with_kwargs=True).remove)
-                stack.callback(layers[i].register_forward_hook(returned).remove)
-            stack.callback(layers[-1].register_forward_hook(lead).remove)
-            self.layerwise.run(list(enumerate(tasks)), forward, entering=entering, progress=progress)
+        run = _Forward(self, loss, progress)
+        with run.hooked():
+            self.layerwise.run(list(enumerate(tasks)), run)
 
     def layers(self) -> Iterator[int]:
         """Decoder layers from the last one to the first that is wanted, each with its weights in memory."""
@@ -137,6 +97,63 @@ class Backward:
             f"--tier gradient: {name}: decoder layer {i} ({layer}) is given more of the layers before it than hidden "
             "states, so gradients cannot be handed back layer by layer"
         )
+
+
+class _Forward(Pass[tuple[int, Task]]):
+    """The way forward: what every layer from the first that is wanted on is given, and the loss' first gradient."""
+
+    def __init__(self, back: Backward, loss: Callable[[Task], Tensor], progress: Callable[[int], None]) -> None:
+        self.back, self.loss, self.progress = back, loss, progress
+        self.running = 0
+        self.leaves: dict[int, Tensor] = {}
+        self.seen: dict[int, Given] = {}
+
+    def forward(self, task: tuple[int, Task]) -> None:
+        number, batch = task
+        try:
+            total = self.loss(batch)
+            (gradient,) = torch.autograd.grad(total, self.leaves.pop(number))
+        finally:
+            torch.set_grad_enabled(False)
+        self.back.store.put(f"gradient-{number}", gradient)
+
+    @contextmanager
+    def entering(self, task: tuple[int, Task], layer: int) -> Iterator[None]:
+        self.running = task[0]
+        yield
+
+    def done(self, layer: int) -> None:
+        self.progress(layer)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hooks on the layers that are wanted, and behind the last one."""
+        layers = self.back.layerwise.layers
+        with ExitStack() as stack:
+            for i in range(self.back.first, len(layers)):
+                stack.callback(layers[i].register_forward_pre_hook(self._keep(i), with_kwargs=True).remove)
+                stack.callback(layers[i].register_forward_hook(self._returned).remove)
+            stack.callback(layers[-1].register_forward_hook(self._lead).remove)
+            yield
+
+    def _keep(self, i: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, args, kwargs = _taken(args, kwargs)
+            if self.seen.setdefault(self.running, Given(hidden, args, kwargs)).more_than_hidden(args, kwargs):
+                raise self.back.refusal(i)
+            self.back.calls[i, self.running] = args, kwargs
+            self.back.store.put(f"input-{i}-{self.running}", hidden)
+
+        return hook
+
+    def _returned(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.seen[self.running].returned += floats(output[1:]) if isinstance(output, tuple) else []
+
+    def _lead(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        torch.set_grad_enabled(True)
+        leaf = hidden_of(output).detach().requires_grad_()
+        self.leaves[self.running] = leaf
+        return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
 
 def _alike(got: Tensor, kept: Tensor) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
+
+FEW = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,20 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: not usable here ({reason})") from error
+
+
+@contextmanager
+def few_tokens(tokens: int, device: torch.device) -> Iterator[None]:
+    """Compute with one thread while the context is open, where a CPU is given fewer tokens than FEW.
+
+    With several threads a matrix product of so few rows is divided otherwise, and may round otherwise.
+    """
+    threads = torch.get_num_threads()
+    if tokens >= FEW or device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,11 +12,12 @@ from torch import nn
 
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
+from moekern.data.batches import Batch
 from moekern.errors import InputError
 from moekern.model.compute import Compute
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
-from moekern.model.suspended import run_suspended
+from moekern.model.suspended import Pass, run_suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader
 
 Task = TypeVar("Task")
@@ -47,43 +48,22 @@ class LayerwiseModel:
     def vocab_size(self) -> int:
         return int(self.loader.model.get_input_embeddings().num_embeddings)
 
-    def run(
-        self,
-        tasks: Sequence[Task],
-        forward: Callable[[Task], None],
-        *,
-        entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
-        loaded: Callable[[int], None] = lambda layer: None,
-        twice: Collection[int] = (),
-        between: Callable[[int], None] = lambda layer: None,
-        group: Callable[[Task], int] = lambda task: 0,
-        stop_after: int | None = None,
-        progress: Callable[[int], None] = lambda layer: None,
-    ) -> None:
-        """Run all tasks through the model in one pass over its weights; see `run_suspended`.
+    def compute(self, batch: Batch) -> Any:
+        """The model's own forward pass of one batch: what transformers returns."""
+        model: Any = self.model
+        return model(input_ids=batch.input_ids.to(self.device), use_cache=False)
 
-        `loaded(i)` may change layer i when its weights are in memory and no task has entered it.
-        """
-        last = len(self.layers) if stop_after is None else stop_after + 1
+    def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
+        """Take all tasks through the model in one pass over its weights; see `run_suspended`."""
+        last = len(self.layers) if run.stop_after is None else run.stop_after + 1
         self.reader.start(0)
-
-        def load(i: int) -> None:
-            self._load(i, i + 1 if i + 1 < last else None)
-            loaded(i)
-
         try:
             run_suspended(
                 list(self.layers),
                 tasks,
-                forward,
-                load=load,
+                run,
+                load=lambda i: self._load(i, i + 1 if i + 1 < last else None),
                 unload=self._unload,
-                entering=entering,
-                twice=twice,
-                between=between,
-                group=group,
-                stop_after=stop_after,
-                progress=progress,
                 device=self.device,
             )
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -25,51 +25,68 @@ class _Stopped(Exception):
     """Leaves a forward pass after the last layer that is wanted."""
 
 
+class Pass(Generic[Task]):
+    """What one pass over the layers does with its tasks. A pass overrides what it needs; the rest does nothing."""
+
+    twice: Collection[int] = ()  # layers that run once, then again from the same inputs; the second run goes on
+    stop_after: int | None = None  # the last layer that is wanted: nothing behind it is run
+
+    def forward(self, task: Task) -> None:
+        """One task's whole forward pass."""
+        raise NotImplementedError
+
+    def entering(self, task: Task, layer: int) -> AbstractContextManager[Any]:
+        """Around every stretch of a task's computation: from a layer's door to the next one (-1: up to the first)."""
+        return nullcontext()
+
+    def loaded(self, layer: int) -> None:
+        """A layer's weights are in memory, and no task has entered it: it may be changed."""
+
+    def between(self, layer: int) -> None:
+        """All tasks have run through a layer of `twice` for the first time: it may be changed."""
+
+    def done(self, layer: int) -> None:
+        """All tasks have left a layer, whose weights are still there."""
+
+    def group(self, task: Task) -> int:
+        """Before the last layer, tasks run in this order; through it and what follows, as they were given."""
+        return 0
+
+
 def run_suspended(
     layers: Sequence[nn.Module],
     tasks: Sequence[Task],
-    forward: Callable[[Task], None],
+    run: Pass[Task],
     *,
     load: Callable[[int], None],
     unload: Callable[[int], None],
-    entering: Callable[[Task, int], AbstractContextManager[Any]] = lambda task, layer: nullcontext(),
-    twice: Collection[int] = (),
-    between: Callable[[int], None] = lambda layer: None,
-    group: Callable[[Task], int] = lambda task: 0,
-    stop_after: int | None = None,
-    progress: Callable[[int], None] = lambda layer: None,
     device: torch.device | None = None,
 ) -> None:
-    """Call `forward(task)` for every task, all of them in step, layer by layer.
+    """Take every task through `run.forward`, all of them in step, layer by layer.
 
-    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left.
-    `entering(task, i)` wraps every stretch of a task's computation: from layer i's door to the next one (i = -1: up to
-    the first). Layers in `twice` run once for all tasks, then `between(i)` may change the layer, and they run again
-    from the same inputs; what goes on is what the second run made. Before the last layer, tasks run in the order of
-    `group(task)`; through the last one and what follows it, as they are given. With `stop_after`, each forward pass
-    ends when that layer is done (the head is not run, and what follows it in `forward` is skipped). Tasks' hidden
+    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left. Tasks' hidden
     states wait on the CPU when `device` is another one.
     """
-    parked = _Doors(layers, twice, stop_after, device)
+    last = len(layers) - 1 if run.stop_after is None else run.stop_after
     waiting: list[tuple[Task, greenlet]] = []
     try:
-        with parked, torch.no_grad():
+        with _Doors(layers, run.twice, run.stop_after, device), torch.no_grad():
             for task in tasks:
-                lane = greenlet(_body(forward))
+                lane = greenlet(_body(run.forward))
                 waiting.append((task, lane))
-                _check_step(_resume(lane, entering(task, BEFORE), task), 0, task)
-            grouped = sorted(waiting, key=lambda each: group(each[0]))
-            for i in range(len(layers) if stop_after is None else stop_after + 1):
+                _check_step(_resume(lane, run.entering(task, BEFORE), task), 0, task)
+            grouped = sorted(waiting, key=lambda each: run.group(each[0]))
+            for i in range(last + 1):
                 load(i)
-                last = i + 1 == len(layers) or i == stop_after
-                if i in twice:
+                run.loaded(i)
+                if i in run.twice:
                     for task, lane in waiting:
-                        _check_step(_resume(lane, entering(task, i)), HALFWAY, task)
-                    between(i)
-                for task, lane in waiting if last else grouped:
-                    _check_step(_resume(lane, entering(task, i)), DONE if last else i + 1, task)
+                        _check_step(_resume(lane, run.entering(task, i)), HALFWAY, task)
+                    run.between(i)
+                for task, lane in waiting if i == last else grouped:
+                    _check_step(_resume(lane, run.entering(task, i)), DONE if i == last else i + 1, task)
+                run.done(i)
                 unload(i)
-                progress(i)
     finally:
         for _, lane in waiting:
             if not lane.dead:

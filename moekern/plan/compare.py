@@ -9,7 +9,6 @@ from torch import Tensor
 from moekern.errors import InputError
 from moekern.plan.document import Plan
 from moekern.statistics.file import Statistics
-from moekern.statistics.layer import LayerStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +72,17 @@ def dropped(name: str, plan: Plan, statistics: Statistics) -> Dropped:
     for key in statistics.layers:
         if key not in plan.layers:
             raise InputError(f"{name}: layer {key} of the statistics is missing")
-        experts = statistics.layer(key).num_experts
+        experts = statistics.num_experts(key)
         if max(plan.layers[key].keep) >= experts:
             raise InputError(f"{name}: layer {key}: expert {max(plan.layers[key].keep)}, but it has 0 to {experts - 1}")
-    whole = {key: statistics.layer(key) for key in statistics.layers}
-    outputs = {key: _share(sums.gated_norm_sum, plan.layers[key].keep) for key, sums in whole.items()}
+    outputs, gates = {}, []
+    for key in statistics.layers:
+        sums, keep = statistics.layer(key, tiers=()), plan.layers[key].keep
+        outputs[key] = _share(sums.gated_norm_sum, keep)
+        gates.append(_share(sums.gate_sum, keep))
     worst = max(outputs, key=lambda key: outputs[key])
     return Dropped(
-        gates=_mean([_share(sums.gate_sum, plan.layers[key].keep) for key, sums in whole.items()]),
+        gates=_mean(gates),
         outputs=_mean(list(outputs.values())),
         worst=(worst, outputs[worst]),
         domains={domain: _mean(_domain_shares(plan, statistics, domain)) for domain in statistics.domains},
@@ -96,8 +98,9 @@ def _agreement(first: str, a: Plan, second: str, b: Plan) -> Agreement:
 
 
 def _domain_shares(plan: Plan, statistics: Statistics, domain: str) -> list[float]:
-    parts: list[tuple[str, LayerStatistics]] = [(key, statistics.layer(key, [domain])) for key in statistics.layers]
-    return [_share(sums.gated_norm_sum, plan.layers[key].keep) for key, sums in parts]
+    return [
+        _share(statistics.layer(key, [domain], ()).gated_norm_sum, plan.layers[key].keep) for key in statistics.layers
+    ]
 
 
 def _share(values: Tensor, keep: Sequence[int]) -> float:

@@ -98,7 +98,7 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
         return {key: list(numbers) for key, numbers in experts.items() if numbers}
 
     if guards.protect_super:
-        largest = {key: statistics.layer(key, domains).max_abs.tolist() for key in _ordered(statistics)}
+        largest = {key: statistics.layer(key, domains, ()).max_abs.tolist() for key in _ordered(statistics)}
         provenance["protect_super"] = mark("protect_super", kept, super_experts(largest))
     for name, into, given in (("keep_always", kept, guards.keep_always), ("drop_first", drop_first, guards.drop_first)):
         if given:
@@ -139,7 +139,7 @@ def contrast(statistics: Statistics, domains: Sequence[str], flag: str = "--guar
         raise InputError(f"{flag} {','.join(domains)}: no domain is left to compare with; calibrate with several")
     found = {}
     for key in _ordered(statistics):
-        mine, theirs = statistics.layer(key, domains), statistics.layer(key, rest)
+        mine, theirs = statistics.layer(key, domains, ()), statistics.layer(key, rest, ())
         for sums, names in ((mine, domains), (theirs, rest)):
             if not int(sums.tokens):
                 raise InputError(f"{flag} {','.join(domains)}: layer {key} has no tokens of {', '.join(names)}")
@@ -178,7 +178,7 @@ def domain_masses(
         floor = floors.get(name, floors.get(""))
         if floor is None:
             continue
-        mass = statistics.layer(key, [name]).gated_norm_sum.clamp(min=0)
+        mass = statistics.layer(key, [name], ()).gated_norm_sum.clamp(min=0)
         total = float(mass.sum())
         if total > 0:
             check_keep(floor, "--domain-floor")
@@ -234,7 +234,7 @@ def _in_group(experts: Collection[int], expert: int, size: int) -> int:
 def _check_place(flag: str, statistics: Statistics, key: str, experts: Sequence[int]) -> None:
     if key not in statistics.layers:
         raise InputError(f"{flag} {key}: no such layer; the statistics hold {', '.join(statistics.layers)}")
-    size = next(iter(statistics.layers[key].values())).num_experts
+    size = statistics.num_experts(key)
     for e in experts:
         if e >= size:
             raise InputError(f"{flag} {key}:{e}: the layer has experts 0 to {size - 1}")

@@ -1,7 +1,7 @@
 """From statistics and a criterion to a plan."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from moekern.statistics.file import Statistics
 from moekern.statistics.header import router_of
 from moekern.statistics.layer import LayerStatistics
 
-Layers = Mapping[str, LayerStatistics]
+Layers = Mapping[str, "Scored"]
 
 
 def make_plan(
@@ -64,18 +64,17 @@ def make_plan(
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     router, asked = router or router_of(statistics.header), budget or Budget()
     guard = guards or Guards()
-    layers = {key: statistics.layer(key, domains) for key in sorted(statistics.layers, key=natural)}
+    read = _Reading(statistics, domains, chosen.tiers)
     marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
-    scores = {key: _scores(chosen, sums, key, seed) for key, sums in layers.items()}
-    counts = _counts(asked, keep, router, layers, scores, marked)
+    layers = {key: _scored(chosen, read.layer(key), key, seed) for key in sorted(statistics.layers, key=natural)}
+    counts = _counts(asked, keep, router, layers, marked)
     _check_uniform(counts, asked, keep)
     served = Served(statistics.header["family"], statistics.header["score"], router)
     check_counts(f"--keep {keep}", counts, served, targets)
     plans = {}
-    for key, sums in layers.items():
+    for key, layer in layers.items():
         floors = domain_masses(statistics, key, guard.domain_floor)
-        parts = {name: part for name, part in statistics.layers[key].items() if domains is None or name in domains}
-        plans[key] = _plan_layer(chosen, sums, parts, scores[key], key, counts[key], router.n_group, marked, floors)
+        plans[key] = _plan_layer(chosen, read, layer, key, counts[key], router.n_group, marked, floors)
     provenance = Provenance(
         fingerprint=statistics.header["fingerprint"],
         statistics=statistics.sha256,
@@ -92,26 +91,58 @@ def make_plan(
     return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
 
 
-def _scores(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int) -> Tensor:
+@dataclass(frozen=True)
+class _Reading:
+    """How the layers are read: one at a time, and no more of it than the criterion needs."""
+
+    statistics: Statistics
+    domains: Sequence[str] | None
+    tiers: Sequence[str]
+
+    def layer(self, key: str) -> LayerStatistics:
+        return self.statistics.layer(key, self.domains, self.tiers)
+
+    def parts(self, key: str) -> dict[str, LayerStatistics]:
+        """The same by domain."""
+        names = [n for n in self.statistics.layers[key] if self.domains is None or n in self.domains]
+        return {name: self.statistics.part(key, name, self.tiers) for name in names}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What all layers together are asked for: a few numbers an expert."""
+
+    scores: Tensor  # [E]
+    count: Tensor  # [E]
+    entropy: float | None  # of the router, a token's mean; None where its logits were not seen
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.count)
+
+
+def _scored(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int) -> Scored:
     if criterion.kind != "seeded" and criterion.family != "weight" and not statistics.count.any():
         raise InputError(f"layer {key}: no token was routed to any expert, so there is nothing to plan from")
-    return score_layer(criterion, statistics, key, seed)
+    seen = int(statistics.logit_tokens)
+    entropy = float(statistics.entropy_sum / statistics.logit_tokens) if seen else None
+    return Scored(score_layer(criterion, statistics, key, seed), statistics.count, entropy)
 
 
-def _counts(
-    budget: Budget, keep: float | int, router: Router, layers: Layers, scores: Mapping[str, Tensor], marked: Marks
-) -> dict[str, int]:
+def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, marked: Marks) -> dict[str, int]:
     """Layer key -> experts it keeps."""
     if budget.kind == "uniform":
         return dict.fromkeys(layers, _common_count(keep, router, layers, budget.multiple_of))
-    bounds = {key: _bounds(budget, router.of(sums.num_experts), key, marked.kept[key]) for key, sums in layers.items()}
-    total = total_of(keep, {key: sums.num_experts for key, sums in layers.items()})
+    bounds = {
+        key: _bounds(budget, router.of(layer.num_experts), key, marked.kept[key]) for key, layer in layers.items()
+    }
+    total = total_of(keep, {key: layer.num_experts for key, layer in layers.items()})
     if budget.kind == "adaptive" and budget.by == "entropy":
-        return adaptive_entropy({key: _entropy(sums, key) for key, sums in layers.items()}, bounds, total)
+        return adaptive_entropy({key: _entropy(layer, key) for key, layer in layers.items()}, bounds, total)
     if budget.kind == "adaptive":
-        usage = {key: _without(marked.drop_first[key], sums.count.double()) for key, sums in layers.items()}
+        usage = {key: _without(marked.drop_first[key], layer.count.double()) for key, layer in layers.items()}
         return adaptive_usage(usage, bounds, total, groups=router.n_group, protected=marked.kept)
-    values = {key: _without(marked.drop_first[key], _idle_at_zero(layers[key], scores[key])) for key in layers}
+    values = {key: _without(marked.drop_first[key], _idle_at_zero(layers[key])) for key in layers}
     if budget.kind == "waterfill":
         return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept)
     return global_counts(
@@ -128,10 +159,10 @@ def _bounds(budget: Budget, router: Router, key: str, protected: Collection[int]
     return bounds_of(router, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
 
 
-def _idle_at_zero(statistics: LayerStatistics, scores: Tensor) -> Tensor:
+def _idle_at_zero(layer: Scored) -> Tensor:
     """Scores whose idle experts stand at 0, or at the lowest of the others below it, not at the mark far below that
     ranks them last inside their layer: across layers that mark would say too much."""
-    used = statistics.count > 0
+    used, scores = layer.count > 0, layer.scores
     lowest = scores[used].min().clamp(max=0) if used.any() else scores.min()
     return scores.where(used | (scores > lowest), lowest)
 
@@ -143,10 +174,10 @@ def _without(drop_first: Collection[int], values: Tensor) -> list[float]:
     return [least if e in drop_first else value for e, value in enumerate(row)]
 
 
-def _entropy(statistics: LayerStatistics, key: str) -> float:
-    if not int(statistics.logit_tokens):
+def _entropy(layer: Scored, key: str) -> float:
+    if layer.entropy is None:
         raise InputError(f"--adaptive-by entropy: layer {key}: the statistics hold no router logits; use usage")
-    return float(statistics.entropy_sum / statistics.logit_tokens)
+    return layer.entropy
 
 
 def _check_uniform(counts: Mapping[str, int], budget: Budget, keep: float | int) -> None:
@@ -159,7 +190,7 @@ def _check_uniform(counts: Mapping[str, int], budget: Budget, keep: float | int)
 
 
 def _common_count(keep: float | int, router: Router, layers: Layers, multiple_of: int) -> int:
-    sizes = {sums.num_experts: key for key, sums in layers.items()}
+    sizes = {layer.num_experts: key for key, layer in layers.items()}
     if isinstance(keep, float) and len(sizes) > 1:
         raise InputError(
             f"--keep {keep}: layers have different numbers of experts ({', '.join(map(str, sorted(sizes)))}), and a "
@@ -175,9 +206,8 @@ def _common_count(keep: float | int, router: Router, layers: Layers, multiple_of
 
 def _plan_layer(
     criterion: Criterion,
-    statistics: LayerStatistics,
-    domains: Mapping[str, LayerStatistics],
-    scores: Tensor,
+    read: _Reading,
+    layer: Scored,
     key: str,
     kept: int,
     groups: int,
@@ -186,21 +216,23 @@ def _plan_layer(
 ) -> LayerPlan:
     protected, drop_first = marked.kept[key], marked.drop_first[key]
     where = f"layer {key}"
-    check_protected(statistics.num_experts, kept, groups, protected, f"{_sources(marked)}: {where}")
+    check_protected(layer.num_experts, kept, groups, protected, f"{_sources(marked)}: {where}")
+
+    given: Any = None  # what a selector looks at
+    if criterion.kind == "selector":
+        given = _as_idle(read.layer(key), drop_first)
+    elif criterion.kind == "domains":
+        given = {name: _as_idle(part, drop_first) for name, part in read.parts(key).items()}
 
     def choose(held: Collection[int]) -> LayerPlan:
-        if criterion.kind == "selector":
-            selection = criterion.function(_as_idle(statistics, drop_first), kept, groups, held)
+        if given is not None:
+            selection = criterion.function(given, kept, groups, held)
             return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
-        if criterion.kind == "domains":
-            each = {name: _as_idle(part, drop_first) for name, part in domains.items()}
-            selection = criterion.function(each, kept, groups, held)
-            return LayerPlan(selection.keep, tuple(selection.scores.tolist()))
-        row = tuple(scores.tolist())
+        row = tuple(layer.scores.tolist())
         return LayerPlan(choose_top(row, kept, groups=groups, protected=held, drop_first=drop_first, where=where), row)
 
     if floors:
-        size = statistics.num_experts // groups
+        size = layer.num_experts // groups
         protected = with_floors(
             lambda held: choose(held).keep, floors, protected, drop_first, kept // groups, size, where
         )

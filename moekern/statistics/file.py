@@ -11,7 +11,7 @@ from typing import Any
 from moekern import files
 from moekern.errors import InputError
 from moekern.statistics.header import IDENTITY, header_problem, merged_header
-from moekern.statistics.layer import LayerStatistics
+from moekern.statistics.layer import TIERS, LayerStatistics
 from moekern.statistics.stored import (
     Layers,
     StatisticsWriter,
@@ -42,6 +42,16 @@ class Statistics:
         """Domain names in the order of their numbers in the file."""
         return tuple(self.header["domains"])
 
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers that were measured in every layer and domain, beside the routed one."""
+        measured = [set(sums.tiers) for parts in sizes_of(self.layers).values() for sums in parts.values()]
+        return tuple(tier for tier in TIERS if all(tier in found for found in measured))
+
+    def num_experts(self, key: str) -> int:
+        """E of a layer, whose numbers are not read."""
+        return next(iter(sizes_of(self.layers)[key].values())).num_experts
+
     def layer(
         self, key: str, domains: Sequence[str] | None = None, tiers: Sequence[str] | None = None
     ) -> LayerStatistics:
@@ -70,7 +80,7 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, a layer and domain at a time; the same statistics give the same bytes. The file
         appears whole or not at all."""
-        sizes = _sizes(self.layers)
+        sizes = sizes_of(self.layers)
         problem = header_problem(self.header) or ("" if sizes else "no layers")
         problems = [problem] if problem else (layer_problem(self.header, key, sizes[key]) for key in sizes)
         for wrong in problems:
@@ -98,7 +108,7 @@ class Statistics:
         return Statistics(*open_layers(Path(path)))
 
 
-def _sizes(layers: Layers) -> Layers:
+def sizes_of(layers: Layers) -> Layers:
     """The shapes of all sums: of a file's, without reading them."""
     if isinstance(layers, StoredLayers):
         return {key: layer.sizes for key, layer in layers.items()}
@@ -175,7 +185,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         if set(part.layers) != set(first.layers):
             odd = sorted(set(part.layers) ^ set(first.layers))
             raise InputError(f"merge: part {number} and part 1 measured different layers: {', '.join(odd)}")
-        for key, sizes in _sizes(part.layers).items():
+        for key, sizes in sizes_of(part.layers).items():
             _unite(total[key], sizes, f"merge: part {number}, layer {key}")
     header = merged_header([part.header for part in parts])
     ordered = {key: {name: total[key][name] for name in header["domains"] if name in total[key]} for key in total}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moekern.data.batches import Batch
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
+from moekern.model.suspended import Pass
 from moekern.plan.document import Plan
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
@@ -100,6 +101,9 @@ class MaskedTask:
     batch: Batch
 
 
+Taken = Callable[[MaskedTask, Tensor], None]  # what becomes of a task's logits
+
+
 def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, ...]]:
     """Layer key -> the experts a plan drops; no plan drops none."""
     if plan is None:
@@ -110,26 +114,30 @@ def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, .
     }
 
 
+class _Masked(Pass[MaskedTask]):
+    """Every task with its own experts masked."""
+
+    def __init__(self, layerwise: LayerwiseModel, taken: Taken, progress: Callable[[int, int], None]) -> None:
+        self.layerwise, self.taken, self.progress = layerwise, taken, progress
+
+    def forward(self, task: MaskedTask) -> None:
+        self.taken(task, self.layerwise.compute(task.batch).logits)
+
+    def entering(self, task: MaskedTask, layer: int) -> AbstractContextManager[Any]:
+        model, key = self.layerwise, self.layerwise.moe_keys.get(layer)
+        if key is None:
+            return nullcontext()
+        return masked_layer(model.loader, model.layout.layers[key], model.layers[layer], task.dropped.get(key, ()))
+
+    def done(self, layer: int) -> None:
+        self.progress(layer + 1, len(self.layerwise.layers))
+
+
 def run_masked(
     layerwise: LayerwiseModel,
     tasks: list[MaskedTask],
-    done: Callable[[MaskedTask, Tensor], None],
+    taken: Taken,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> None:
-    """Run tasks through the model, each with its own experts masked, and hand logits [B, S, V] to `done`."""
-    model: Any = layerwise.model
-
-    def forward(task: MaskedTask) -> None:
-        done(task, model(input_ids=task.batch.input_ids.to(layerwise.device), use_cache=False).logits)
-
-    @contextmanager
-    def entering(task: MaskedTask, layer: int) -> Iterator[None]:
-        key = layerwise.moe_keys.get(layer)
-        if key is None:
-            yield
-            return
-        dropped = task.dropped.get(key, ())
-        with masked_layer(layerwise.loader, layerwise.layout.layers[key], layerwise.layers[layer], dropped):
-            yield
-
-    layerwise.run(tasks, forward, entering=entering, progress=lambda i: progress(i + 1, len(layerwise.layers)))
+    """Run tasks through the model, each with its own experts masked, and hand logits [B, S, V] to `taken`."""
+    layerwise.run(tasks, _Masked(layerwise, taken, progress))

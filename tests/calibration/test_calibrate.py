@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +14,26 @@ from torch import Tensor
 import moekern
 from moekern.calibration.calibrate import calibrate
 from moekern.calibration.observe import observe
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
+from moekern.data.text import Text
+from moekern.demo import MODEL, TEXT
 from moekern.errors import InputError
 from moekern.measurement.batch import route
 from moekern.measurement.recorder import Recorder
 from moekern.model.compute import Compute
 from moekern.statistics.file import Statistics, merge
-from moekern.statistics.layer import LayerStatistics
+from moekern.statistics.layer import TIERS, LayerStatistics
 from tests.helpers import families
+from tests.helpers.threads import using_threads
 
 MakeCheckpoint = Callable[[str], Path]
 
 
 def _data(name: str, *seeds: int, domain: str = "text") -> TokenData:
-    return TokenData(tuple(Batch(domain, families.input_ids(name, 2, 12, seed)) for seed in seeds), {"seeds": [*seeds]})
+    return TokenData(
+        tuple(Batch(domain, families.input_ids(name, 2, 12, seed)) for seed in seeds), {"seeds": [*seeds]}, 2
+    )
 
 
 def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
@@ -38,9 +45,9 @@ def test_streamed_statistics_are_the_whole_models_bit_for_bit(name: str, family_
     folder, data = family_checkpoint(name), _data(name, 1, 2, 3)
     whole = families.load(folder)
     plain = [families.forward(whole, batch.input_ids) for batch in data.batches]
-    with observe(whole, checkpoint=folder) as seen:
+    with observe(whole, checkpoint=folder, tiers=["dimensions"]) as seen:
         measured = [families.forward(whole, batch.input_ids) for batch in data.batches]
-    streamed = calibrate(folder, data, Compute(dtype=torch.float32))
+    streamed = calibrate(folder, data, Compute(dtype=torch.float32), tiers=["dimensions"])
     assert list(streamed.layers) == list(seen.layers)
     for key in streamed.layers:
         assert _differences(streamed.layer(key), seen.layer(key)) == []
@@ -156,12 +163,100 @@ def test_statistics_survive_the_file(family_checkpoint: MakeCheckpoint, tmp_path
 
 
 def test_slots_that_do_not_add_up_stop_the_run() -> None:
-    recorder = Recorder()
+    recorder = Recorder("softmax")
     sums = LayerStatistics.zeros(4)
     sums.tokens[0], sums.count[1] = 3, 5
     recorder.sums["0"] = {"text": sums}
     with pytest.raises(RuntimeError, match="5 routed slots for 3 tokens x top-2"):
-        recorder.check("0", 2)
+        recorder.take("0", 2)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_next", "deepseek_v4", "jetmoe"])
+def test_the_size_of_batches_changes_no_bit(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    """Experts have a few rows each here, whose products take other roads in other batches."""
+    ids, tail = families.input_ids(name, 7, 12, 1), families.input_ids(name, 1, 5, 2)
+    tiers = ["dimensions", "coalitions", "reap"]
+    found = []
+    for size in (1, 2, 4, 7):
+        batches = (*(Batch("text", part) for part in ids.split(size)), Batch("text", tail))
+        data = TokenData(batches, {}, chunk=3)
+        found.append(calibrate(family_checkpoint(name), data, Compute(dtype=torch.float32), tiers=tiers))
+    for other in found[1:]:
+        for key in other.layers:
+            assert _differences(found[0].layer(key), other.layer(key)) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_and_threads_change_no_byte(dtype: str, tmp_path: Path) -> None:
+    """The whole file, on the model that ships, of every tier but the one whose bits hold for one number of threads."""
+    tiers = [tier for tier in TIERS if tier != "gradient"]
+    text = Text((f"c={TEXT / 'c' / 'calibration.txt'}", f"de={TEXT / 'german' / 'calibration.txt'}"), 1300, 64)
+    checkpoint, files = open_checkpoint(MODEL), []
+    for size, threads in ((1, 1), (2, 2), (4, 1), (7, 4)):
+        data = replace(text, batch_size=size).read(checkpoint)
+        with using_threads(threads):
+            out = tmp_path / f"{size}-{threads}"
+            calibrate(checkpoint, data, Compute(dtype=dtype), tiers=tiers, replay_tokens=40, out=out)
+        files.append(out.read_bytes())
+    assert all(file == files[0] for file in files)
+
+
+def test_gradients_are_taken_by_sequence_whatever_the_batches(tmp_path: Path) -> None:
+    text = Text((f"c={TEXT / 'c' / 'calibration.txt'}",), 260, 64)
+    checkpoint, files = open_checkpoint(MODEL), []
+    with using_threads(1):
+        for size in (1, 3):
+            data, out = replace(text, batch_size=size).read(checkpoint), tmp_path / str(size)
+            calibrate(checkpoint, data, Compute(dtype="float32"), tiers=["gradient"], out=out)
+            files.append(out.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_file_and_memory_hold_the_same(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder, data, tiers = family_checkpoint("qwen3_moe"), _data("qwen3_moe", 1, 2), list(TIERS)
+    with using_threads(1):
+        held = calibrate(folder, data, Compute(dtype="float32"), tiers=tiers)
+        filed = calibrate(folder, data, Compute(dtype="float32"), tiers=tiers, out=tmp_path / "filed")
+    held.save(tmp_path / "held")
+    assert (tmp_path / "held").read_bytes() == (tmp_path / "filed").read_bytes()
+    assert filed.tiers == TIERS
+
+
+def test_a_layers_sums_leave_when_it_is_done(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorder holds one layer at most, and what is taken of it is in the file before the next is read."""
+    held: list[tuple[str, int]] = []
+    take = Recorder.take
+
+    def taken(self: Recorder, layer: str, top_k: int) -> Any:
+        held.append((layer, len(self.sums)))
+        return take(self, layer, top_k)
+
+    monkeypatch.setattr(Recorder, "take", taken)
+    calibrate(family_checkpoint("qwen3_moe"), _data("qwen3_moe", 1))
+    assert held == [(str(i), 1) for i in range(4)]
+
+
+def test_no_file_is_left_of_a_calibration_that_failed(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(family_checkpoint("mixtral"), _data("mixtral", 1), out=tmp_path / "s", progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_padded_model_that_generates_is_observed(family_checkpoint: MakeCheckpoint) -> None:
+    model = families.load(family_checkpoint("qwen3_moe"))
+    ids, mask = families.input_ids("qwen3_moe", 2, 6, 3), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    with observe(model, tiers=["vocabulary"]) as statistics:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for key in statistics.layers:
+        assert int(statistics.layer(key).tokens) == 10 + 2 * 3  # the last of four new tokens is not read again
+        assert int(statistics.layer(key).vocabulary.count_nonzero())
 
 
 def test_routing_groups_slots_stably_and_leaves_out_empty_ones() -> None:

@@ -11,11 +11,13 @@ from torch import nn
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.data.batches import Batch
 from moekern.errors import InputError
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.suspended import run_suspended
 from tests.helpers import families
+from tests.helpers.passes import Given
 
 MakeCheckpoint = Callable[[str], Path]
 
@@ -36,7 +38,7 @@ def test_streamed_logits_and_hidden_states_are_the_whole_models(name: str, famil
             logits[task] = layerwise.model(input_ids=batches[task], use_cache=False).logits
 
         handles = [layer.register_forward_hook(_keep(streamed_states, i, running)) for i, layer in enumerate(layers)]
-        layerwise.run(range(3), forward, entering=lambda task, layer: _Now(running, task))
+        layerwise.run(range(3), Given(forward, lambda task, layer: _Now(running, task)))
         for handle in handles:
             handle.remove()
         path = layerwise.layers_name
@@ -91,7 +93,7 @@ def test_resident_weights_stay_within_skeleton_layer_and_buffer(family_checkpoin
 
         layerwise.reader.release = measured  # type: ignore[method-assign]
         ids = families.input_ids("qwen3_moe")
-        layerwise.run([0], lambda task: layerwise.model(input_ids=ids, use_cache=False))
+        layerwise.run([0], Given(lambda task: layerwise.compute(Batch("text", ids))))
         assert skeleton < peak <= skeleton + largest
         assert _resident(layerwise) == skeleton
 
@@ -116,7 +118,7 @@ def test_a_tensor_the_model_needs_but_the_checkpoint_lacks_is_named(
     with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
         ids = families.input_ids("olmoe")
         with pytest.raises(InputError, match=r"no tensor for the model's model\.layers\.2\.self_attn\.q_norm\.weight"):
-            layerwise.run([0], lambda task: layerwise.model(input_ids=ids, use_cache=False))
+            layerwise.run([0], Given(lambda task: layerwise.compute(Batch("text", ids))))
 
 
 class _Stack(nn.Module):
@@ -138,7 +140,7 @@ def test_all_tasks_pass_a_layer_between_its_load_and_its_unload() -> None:
     run_suspended(
         stack.layers,
         "ab",
-        lambda task: events.append(f"end {task}") if stack(torch.zeros(1)) is not None else None,
+        Given(lambda task: events.append(f"end {task}") if stack(torch.zeros(1)) is not None else None),
         load=lambda i: events.append(f"load {i}"),
         unload=lambda i: events.append(f"unload {i}"),
     )
@@ -170,10 +172,9 @@ def test_stopping_early_skips_the_rest_of_the_model() -> None:
     run_suspended(
         stack.layers,
         [0],
-        lambda task: ended.append(task) if stack(torch.zeros(1)) is not None else None,
+        Given(lambda task: ended.append(task) if stack(torch.zeros(1)) is not None else None, stop_after=1),
         load=lambda i: None,
         unload=lambda i: None,
-        stop_after=1,
     )
     assert seen == [0, 1]
     assert ended == []
@@ -182,8 +183,9 @@ def test_stopping_early_skips_the_rest_of_the_model() -> None:
 @pytest.mark.parametrize("order", [[0, 2, 1], [0, 1], [0, 0, 1, 2]])
 def test_layers_out_of_order_are_an_error(order: list[int]) -> None:
     stack = _Stack(order)
+    run = Given(lambda task: stack(torch.zeros(1)))
     with pytest.raises(RuntimeError, match="decoder layer"):
-        run_suspended(stack.layers, [0], lambda task: stack(torch.zeros(1)), load=lambda i: None, unload=lambda i: None)
+        run_suspended(stack.layers, [0], run, load=lambda i: None, unload=lambda i: None)
 
 
 def test_an_error_in_one_task_ends_the_run_and_leaves_no_hooks() -> None:
@@ -194,5 +196,5 @@ def test_an_error_in_one_task_ends_the_run_and_leaves_no_hooks() -> None:
         raise ValueError("after the last layer")
 
     with pytest.raises(ValueError, match="after the last layer"):
-        run_suspended(stack.layers, [0, 1], forward, load=lambda i: None, unload=lambda i: None)
+        run_suspended(stack.layers, [0, 1], Given(forward), load=lambda i: None, unload=lambda i: None)
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in stack.layers)

@@ -1,0 +1,91 @@
+"""A pass that measures: batches go through the model while the experts of the layer that is loaded are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from moekern.data.batches import Batch, TokenData
+from moekern.measurement.batch import BatchContext, InFlight
+from moekern.measurement.probe import Probe
+from moekern.measurement.recorder import Recorder
+from moekern.measurement.replay import sample
+from moekern.measurement.watch import watching
+from moekern.model.compute import few_tokens
+from moekern.model.layerwise import LayerwiseModel
+from moekern.model.suspended import Pass
+from moekern.statistics.layer import LayerStatistics
+
+Task = tuple[int, Batch]  # a batch and its number
+Step = Callable[[], None]
+Sums = Mapping[str, LayerStatistics]  # domain -> one layer's sums
+
+
+class MeasuringPass(Pass[Task]):
+    """Takes all text to the last layer with experts, a chunk at a time; a subclass says what becomes of a layer's sums.
+
+    A layer's sums leave the recorder, and the device, when the layer is done.
+    """
+
+    def __init__(self, layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, step: Step) -> None:
+        self.layerwise, self.data, self.recorder, self.step = layerwise, data.by_chunk(), recorder, step
+        self.keys = layerwise.moe_keys
+        self.stop_after = max(self.keys)
+        self.flight, self.open = InFlight(), ExitStack()
+        self.samples: Mapping[int, Tensor] = {}  # batch number -> flat positions that are replayed
+
+    def run(self) -> None:
+        """The whole pass."""
+        with self.open:
+            self.layerwise.run(list(enumerate(self.data.batches)), self)
+
+    def finished(self, key: str, sums: Sums) -> None:
+        """All batches have gone through a layer, whose weights are still there: `sums`, on the CPU, are its own."""
+        raise NotImplementedError
+
+    def forward(self, task: Task) -> None:
+        self.layerwise.compute(task[1])
+
+    @contextmanager
+    def entering(self, task: Task, layer: int) -> Iterator[None]:
+        number, batch = task
+        B, S = batch.input_ids.shape
+        ids = batch.input_ids.reshape(-1).to(self.layerwise.device)
+        context = BatchContext(batch.domain, (B, S), token_ids=ids, sample=self.samples.get(number))
+        with self.flight.batch(context), few_tokens(B * S, self.layerwise.device):
+            yield
+
+    def loaded(self, layer: int) -> None:
+        if layer in self.keys:
+            self.watch(layer, self.recorder)
+
+    def watch(self, layer: int, recorder: Recorder) -> None:
+        """Let this layer's experts, and no other's, add to the recorder."""
+        self.open.close()
+        layout = self.layerwise.layout
+        empty = any(tensor.trailing for each in layout.layers.values() for tensor in each.tensors)
+        module = {self.keys[layer]: self.layerwise.layers[layer]}
+        probes = watching(self.layerwise.model, module, recorder, self.flight, empty_slots=empty)
+        self.watched(self.open.enter_context(probes))
+
+    def watched(self, probes: Mapping[str, Probe]) -> None:
+        """A layer's probes are in place."""
+
+    def done(self, layer: int) -> None:
+        self.open.close()
+        if layer in self.keys:
+            key = self.keys[layer]
+            self.finished(key, self.recorder.take(key, self.layerwise.layout.router.top_k))
+        self.step()
+
+
+def samples(data: TokenData, size: int) -> dict[int, Tensor]:
+    """Batch number -> flat positions of its tokens that are replayed, `size` for each domain."""
+    found: dict[int, Tensor] = {}
+    for domain in data.tokens:
+        numbers = [number for number, batch in enumerate(data.batches) if batch.domain == domain]
+        rows = sample([data.batches[number].input_ids.numel() for number in numbers], size)
+        found |= dict(zip(numbers, rows, strict=True))
+    return found

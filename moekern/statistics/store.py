@@ -1,0 +1,106 @@
+"""Where calibration puts the sums of the layers that are done: in memory, or straight into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+from moekern import files
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import LayerStatistics
+from moekern.statistics.stored import Layers, StatisticsWriter
+
+
+class Store(Protocol):
+    """Takes layers in any order, each with all of its domains, and fields of a later pass after that."""
+
+    def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
+        """A layer that is done; `sums` must lie on the CPU."""
+
+    def add(self, key: str, domain: str, values: Mapping[str, Tensor]) -> None:
+        """Fields of a layer that was put before."""
+
+    def layer(self, key: str) -> dict[str, LayerStatistics]:
+        """Domain -> what was put."""
+
+
+@dataclass(frozen=True)
+class HeldStore:
+    """Holds all layers."""
+
+    layers: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)
+
+    def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
+        self.layers[key] = dict(sums)
+
+    def add(self, key: str, domain: str, values: Mapping[str, Tensor]) -> None:
+        self.layers[key][domain] = replace(self.layers[key][domain], **values)
+
+    def layer(self, key: str) -> dict[str, LayerStatistics]:
+        return dict(self.layers[key])
+
+
+@dataclass
+class FileStore:
+    """Holds no layer: each goes into the file at once.
+
+    `experts` says how many each layer has, `tiers` what is measured beside the routed one: with the first layer's H
+    and vocabulary this tells the sizes of all.
+    """
+
+    file: BinaryIO
+    header: Mapping[str, Any]
+    experts: Mapping[str, int]  # layer key -> E
+    tiers: Collection[str]
+    writer: StatisticsWriter | None = None
+
+    def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
+        if self.writer is None:
+            self.writer = StatisticsWriter(self.file, self.header, self._sizes(next(iter(sums.values()))))
+        for domain, s in sums.items():
+            self.writer.write(key, domain, s.tensors())
+
+    def add(self, key: str, domain: str, values: Mapping[str, Tensor]) -> None:
+        assert self.writer is not None
+        self.writer.write(key, domain, values)
+
+    def layer(self, key: str) -> dict[str, LayerStatistics]:
+        assert self.writer is not None
+        return {domain: self.writer.read(key, domain) for domain in self.header["domains"]}
+
+    def _sizes(self, first: LayerStatistics) -> Layers:
+        H = first.dimensions or first.output_sum.shape[-1]
+        K = self.header["top_k"]
+        sizes = {}
+        for key, E in self.experts.items():
+            tiers, dimensions = self.tiers, H if "dimensions" in self.tiers else 0
+            words = first.vocabulary.shape[-1]
+            some = LayerStatistics.zeros(E, dimensions, "meta", tiers=tiers, hidden=H, words=words)
+            if "coalitions" in tiers:
+                some = replace(some, coalitions=torch.empty(1, K + 1, dtype=torch.int64, device="meta"))
+            sizes[key] = dict.fromkeys(self.header["domains"], some)
+        return sizes
+
+
+@contextmanager
+def file_store(
+    path: str | Path, header: Mapping[str, Any], experts: Mapping[str, int], tiers: Collection[str]
+) -> Iterator[FileStore]:
+    """A store whose file appears at `path` when the context ends well, whole or not at all."""
+    with files.replacing(path) as temporary, temporary.open("r+b") as file:
+        store = FileStore(file, header, experts, tiers)
+        yield store
+        if store.writer is None:
+            raise RuntimeError("statistics: no layer was measured")
+        store.writer.finish()
+
+
+def statistics_of(header: Mapping[str, Any], store: HeldStore, keys: Collection[str]) -> Statistics:
+    """What a store in memory holds, its layers in the order of `keys`."""
+    return Statistics(header, {key: store.layers[key] for key in keys})
