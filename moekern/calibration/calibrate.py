@@ -173,12 +173,15 @@ class _SecondPass(MeasuringPass):
             self.store.add(key, domain, {"outlier_sum": s.outlier_sum.cpu()})
 
 
-def recipe_of(data: TokenData, tiers: Collection[str]) -> dict[str, Any]:
-    """All that decides the bits of statistics: the recipe of the data, and what else does where it is not alone."""
-    recipe = dict(data.recipe)
-    if "gradient" in tiers:  # whose sums over tokens are matrix products
-        recipe["threads"] = torch.get_num_threads()
-    return recipe
+def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
+    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters.
+
+    On a CPU, torch's 1, 2, 4, 8, ... threads share the work so that all of them round alike; see `steady`. That is not
+    so for other numbers, nor for gradients, whose sums over tokens are matrix products.
+    """
+    threads = torch.get_num_threads()
+    alike = torch.device(compute.device).type != "cpu" or threads & (threads - 1) == 0
+    return dict(data.recipe) | ({} if alike and "gradient" not in tiers else {"threads": threads})
 
 
 def _header(
@@ -187,7 +190,7 @@ def _header(
     return make_header(
         Source.of(checkpoint, layout),
         tokens=data.tokens,
-        data=recipe_of(data, tiers),
+        data=recipe_of(data, compute, tiers),
         backend=backends_of(compute.device, compute.backend, tiers),
         versions=versions(),
         dtype=compute.dtype_name,

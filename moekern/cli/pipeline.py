@@ -213,7 +213,7 @@ def earlier_statistics(
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
         and runs[0].get("dtype") == compute.dtype_name
-        and runs[0].get("data") == json.loads(json.dumps(recipe_of(data, tiers)))
+        and runs[0].get("data") == json.loads(json.dumps(recipe_of(data, compute, tiers)))
         and set(tiers) <= {"routed", *found.tiers}
     )
     if same:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moekern import kernels
 
 Outputs = Callable[[Tensor, Tensor], Tensor]
-ROWS = 32  # the fewest rows of an expert that are multiplied at a time on a CPU; see `steady`
+ROWS = 32  # an expert's rows are filled up to a multiple of it on a CPU; see `steady`
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,16 @@ def route(topk_idx: Tensor, num_experts: int, *, empty_slots: bool, backend: str
 def steady(outputs: Outputs) -> Outputs:
     """The same outputs, with the same bits whatever the number of threads.
 
-    A CPU's matrix product of a few rows takes other roads with other numbers of threads, which may round differently.
-    So an expert with fewer than ROWS rows is given its last one again and again, and what comes of these is left out.
+    On a CPU, torch's threads share the rows of a product and the numbers of an activation; where a share ends in the
+    middle of a vector its last numbers are rounded by other instructions. So each expert's rows are filled up to a
+    multiple of ROWS with its last one, which 2, 4, 8 ... threads share evenly, and what comes of these is left out.
     """
 
     def padded(tokens: Tensor, offsets: Tensor) -> Tensor:
         counts = offsets.diff()
-        if tokens.device.type != "cpu" or not ((counts > 0) & (counts < ROWS)).any():
+        wanted = (counts + ROWS - 1) // ROWS * ROWS
+        if tokens.device.type != "cpu" or torch.equal(wanted, counts):
             return outputs(tokens, offsets)
-        wanted = torch.where(counts > 0, counts.clamp(min=ROWS), 0)
         begin = torch.cat([offsets[:1], wanted.cumsum(0)])
         expert = torch.arange(len(counts)).repeat_interleave(wanted)
         within = torch.arange(len(expert)) - begin[expert]

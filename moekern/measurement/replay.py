@@ -20,6 +20,7 @@ from moekern.errors import InputError
 from moekern.measurement.batch import InFlight
 from moekern.measurement.probe import Chosen, Probe
 from moekern.measurement.watch import experts_of
+from moekern.model.compute import few_tokens
 from moekern.model.masking import masked_layer
 from moekern.model.transformers_api import Loader, router_modules
 from moekern.statistics.layer import LayerStatistics
@@ -96,8 +97,9 @@ class Replay:
             raise InputError(f"--tier replay: layer {key}: {self._name(key)} does not choose alike when asked again")
         E = sums.num_experts
         gates = _dense(chosen, E)
-        lost = self._deletions(key, call, chosen, gates)
-        subsets = self._subsets(key, call, chosen, gates) if sums.subset_loss.numel() else None
+        with few_tokens(0, gates.device):  # some experts have a token or two, on which the router is asked again
+            lost = self._deletions(key, call, chosen, gates)
+            subsets = self._subsets(key, call, chosen, gates) if sums.subset_loss.numel() else None
         n, H = len(gates), sums.output_sum.shape[1]
         step = max(1, TILE // (E * H))
         for start in range(0, n, step):
@@ -106,9 +108,10 @@ class Replay:
             y = chosen.outputs(tokens.repeat(E), offsets).view(E, len(tokens), H)
             part = slice(start, start + step)
             _add_outputs(y, sums, self.backend)
-            _add_deletions(y, chosen.ids[part].long(), lost[part], sums)
-            if subsets is not None:
-                _add_subsets(y, subsets[part], sums)
+            with few_tokens(0, gates.device):  # a token at a time
+                _add_deletions(y, chosen.ids[part].long(), lost[part], sums)
+                if subsets is not None:
+                    _add_subsets(y, subsets[part], sums)
 
     def _name(self, key: str) -> str:
         return type(block_of(key, self.layers[key], self.loader.model)).__name__

@@ -64,7 +64,7 @@ def check_device(device: str) -> None:
 def few_tokens(tokens: int, device: torch.device) -> Iterator[None]:
     """Compute with one thread while the context is open, where a CPU is given fewer tokens than FEW.
 
-    With several threads a matrix product of so few rows is divided otherwise, and may round otherwise.
+    With several threads a matrix product of so few rows is divided otherwise, and rounds otherwise.
     """
     threads = torch.get_num_threads()
     if tokens >= FEW or device.type != "cpu" or threads == 1:
