@@ -27,7 +27,8 @@ from moekern.statistics.file import Statistics
 SHARES = (0.75, 0.5, 0.25)
 CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out
 BASELINE = "random"
-SHOWN = tuple(name for name, row in CRITERIA.items() if set(row.tiers) <= {"dimensions"})  # one calibration serves them
+TIERS = ("dimensions",)
+SHOWN = tuple(name for name, row in CRITERIA.items() if set(row.tiers) <= set(TIERS))  # one calibration serves them
 LENGTH, BATCH = 128, 16
 # On a CPU without bfloat16 units float32 is several times faster than the checkpoint's bfloat16.
 COMPUTE = Compute(dtype="float32")
@@ -62,7 +63,7 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
 def _tour(work: Path, seeds: int) -> dict[str, Any]:
     console.say(f"the model: {MODEL}")
     text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
-    statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors")
+    statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors", tiers=TIERS)
     console.say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
     plans = make_plans(statistics, seeds)
     losses = _evaluate(plans)

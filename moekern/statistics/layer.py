@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from moekern.kernels.sums import ExpertSums, RouterSums, declared
 
 Views = TypeVar("Views")
 
@@ -31,6 +34,15 @@ def _signed(shape: str, tier: str = "routed", *, merge: str = "add") -> Any:
     return _sum(shape, tier, negative=True, merge=merge)
 
 
+def _added_by(kind: type[Any], name: str, *, tier: str = "routed", negative: bool = False, merge: str = "add") -> Any:
+    """A sum that an op adds to: `kind` of kernels.sums declares its type and shape."""
+    sum = declared(kind)[name]
+    return _sum(sum.shape, tier, dtype=sum.dtype, negative=negative, merge=merge)
+
+
+_router, _experts = partial(_added_by, RouterSums), partial(_added_by, ExpertSums)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """Sums over the counted tokens of one MoE layer: E experts, H output dimensions, int64 and float64.
@@ -39,29 +51,30 @@ class LayerStatistics:
     for. A domain's gradient G of an expert is the sum over that domain's tokens in one run: gradient sums count these.
     """
 
-    tokens: Tensor = _integers("1")  # counted tokens
-    logit_tokens: Tensor = _integers("1")  # of these, tokens whose router logits were seen
-    count: Tensor = _integers("E")  # slots routed to e
-    top1_count: Tensor = _integers("E")  # tokens whose largest gate (lowest slot on ties) is e's
-    gate_sum: Tensor = _signed("E")  # Σ gate
-    gate_square_sum: Tensor = _sum("E")  # Σ gate²
-    score_sum: Tensor = _signed("E")  # Σ over all logit_tokens of the full score of e
-    entropy_sum: Tensor = _signed("1")  # Σ entropy of score / Σ score, nats
-    margin_sum: Tensor = _signed("1")  # Σ (k-th minus (k+1)-th largest score)
-    coactivation: Tensor = _integers("E E")  # tokens that chose both; the diagonal is count
-    logit_gram: Tensor = _signed("E? E?")  # Σ over logit_tokens of lᵢ lⱼ, l the router's logits
-    norm_sum: Tensor = _sum("E")  # Σ ‖y‖₂
-    norm_square_sum: Tensor = _sum("E")  # Σ ‖y‖₂²
-    gated_norm_sum: Tensor = _signed("E")  # Σ a
-    gated_norm_square_sum: Tensor = _sum("E")  # Σ a²
-    max_abs: Tensor = _sum("E", merge="max")  # max |y|
-    pair_sum: Tensor = _signed("E E")  # Σ aᵢ aⱼ; the diagonal is gated_norm_square_sum
-    residual_sum: Tensor = _signed("E")  # Σ a max(0, 1 - cos(h, h + block's routed output)), h the residual stream
-    residual_tokens: Tensor = _integers("1")  # counted tokens whose residual stream was seen
+    # What router_stats and combine_and_measure add to: kernels.sums says what each is, and how it lies in memory.
+    tokens: Tensor = _router("tokens")
+    logit_tokens: Tensor = _router("logit_tokens")
+    count: Tensor = _router("count")
+    top1_count: Tensor = _router("top1_count")
+    gate_sum: Tensor = _router("gate_sum", negative=True)
+    gate_square_sum: Tensor = _router("gate_square_sum")
+    score_sum: Tensor = _router("score_sum", negative=True)
+    entropy_sum: Tensor = _router("entropy_sum", negative=True)
+    margin_sum: Tensor = _router("margin_sum", negative=True)
+    coactivation: Tensor = _router("coactivation")
+    logit_gram: Tensor = _router("logit_gram", negative=True)
+    norm_sum: Tensor = _experts("norm_sum")
+    norm_square_sum: Tensor = _experts("norm_square_sum")
+    gated_norm_sum: Tensor = _experts("gated_norm_sum", negative=True)
+    gated_norm_square_sum: Tensor = _experts("gated_norm_square_sum")
+    max_abs: Tensor = _experts("max_abs", merge="max")
+    pair_sum: Tensor = _experts("pair_sum", negative=True)
+    residual_sum: Tensor = _experts("residual_sum", negative=True)
+    residual_tokens: Tensor = _experts("residual_tokens")
 
-    square_sum: Tensor = _sum("E H?", "dimensions")  # Σ y² per output dimension
-    value_sum: Tensor = _signed("E H?", "dimensions")  # Σ y per output dimension
-    unit_sum: Tensor = _signed("E H?", "dimensions")  # Σ y / ‖y‖₂
+    square_sum: Tensor = _experts("square_sum", tier="dimensions")
+    value_sum: Tensor = _experts("value_sum", negative=True, tier="dimensions")
+    unit_sum: Tensor = _experts("unit_sum", negative=True, tier="dimensions")
 
     vocabulary: Tensor = _integers("E W?", "vocabulary", merge="or", negative=True)  # token ids seen, one bit each
     coalitions: Tensor = _integers("C? M?", "coalitions", merge="rows")  # distinct top-k sets: rising ids, then count

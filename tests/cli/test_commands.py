@@ -98,7 +98,7 @@ def test_calibrate_says_which_kernels_it_uses(
 ) -> None:
     data = ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 40, "--tokens", 80)
     done = moekern("calibrate", work / "model", *data, "--out", tmp_path / "s.safetensors", "--json", *options)
-    ops = ("router_stats", "sort_by_expert", "combine_and_measure")
+    ops = ("combine_and_measure", "router_stats", "sort_by_expert")
     notes = [json.loads(line).get("note") for line in done.stderr.splitlines()]
     assert f"kernels: {backend} ({', '.join(ops)})" in notes
     assert json.loads(done.stdout)["runs"][0]["backend"] == dict.fromkeys(ops, backend)

@@ -25,11 +25,13 @@ calibrate
   --out required
   --tokens = None
   --sequence-length = 2048
-  --batch-size = 1
+  --chunk = None
+  --batch-size = None
   --seed = 0
   --device = cpu
   --dtype = None
   --tier* = None
+  --criterion* = None
   --spill = None
   --replay-tokens = 512
   --backend = None
@@ -86,7 +88,8 @@ iterate
   --domain* = None
   --tokens = None
   --sequence-length = 2048
-  --batch-size = 1
+  --chunk = None
+  --batch-size = None
   --seed = 0
   --device = cpu
   --dtype = None
@@ -147,7 +150,8 @@ run
   --criterion = reap
   --tokens = None
   --sequence-length = 2048
-  --batch-size = 1
+  --chunk = None
+  --batch-size = None
   --seed = 0
   --device = cpu
   --dtype = None

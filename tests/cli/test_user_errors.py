@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moekern.calibration.calibrate import _check_finite
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline
 from moekern.cli import tour as show
@@ -109,13 +108,14 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sums_that_are_not_finite_stop_the_run() -> None:
-    recorder = Recorder()
-    recorder.sums = {"3": {"a": layer_statistics(0)}}
-    top_k = int(recorder.sums["3"]["a"].count.sum()) // 40
-    _check_finite(recorder, "3", top_k)
-    recorder.sums["3"]["a"].norm_sum[1] = float("inf")
+    recorder, sums = Recorder("softmax"), layer_statistics(0)
+    top_k = int(sums.count.sum()) // 40
+    recorder.sums = {"3": {"a": sums}}
+    assert list(recorder.take("3", top_k)) == ["a"]
+    sums.norm_sum[1] = float("inf")
+    recorder.sums = {"3": {"a": sums}}
     with pytest.raises(InputError, match="layer 3, domain a: norm_sum: not finite.*--dtype"):
-        _check_finite(recorder, "3", top_k)
+        recorder.take("3", top_k)
 
 
 def _plan() -> Plan:
@@ -154,7 +154,7 @@ main()
 
 
 def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(show, "calibrate_to", fail)

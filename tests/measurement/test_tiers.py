@@ -277,7 +277,9 @@ def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint)
     model, tiers = families.load(folder), ("dimensions", "vocabulary", "coalitions", "reap")
     with moekern.observe(model, tiers=tiers) as seen:
         families.forward(model, token_ids)
-    streamed = calibrate(folder, TokenData((Batch("text", token_ids),), {}), Compute(dtype=torch.float32), tiers=tiers)
+    streamed = calibrate(
+        folder, TokenData((Batch("text", token_ids),), {}, 2), Compute(dtype=torch.float32), tiers=tiers
+    )
     for key in streamed.layers:
         assert _differences(seen.layer(key), streamed.layer(key)) == []
     with (
@@ -339,15 +341,16 @@ def test_tiers_by_flag(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> Non
     out = tmp_path / "s.safetensors"
     calibrate_ = ("calibrate", family_checkpoint("qwen3_moe"), "--data", tmp_path / "ids.jsonl", "--out", out)
     for flags, expected in (
-        ((), ("dimensions",)),
+        ((), ()),
         (("--tier", "routed"), ()),
+        (("--criterion", "ean_dim", "--criterion", "reap", "--criterion", "naee"), ("dimensions", "replay")),
         (("--tier", "vocabulary", "--tier", "replay", "--replay-tokens", 7), ("vocabulary", "replay")),
     ):
         done = command(*calibrate_, *flags)
         assert done.returncode == 0, done.stderr
         sums = Statistics.load(out).layer("0")
         assert sums.tiers == expected
-        assert int(sums.replay_tokens) == (7 if "replay" in expected else 0)
+        assert int(sums.replay_tokens) == (7 if "--replay-tokens" in flags else 90 if "replay" in expected else 0)
         out.unlink()
 
 

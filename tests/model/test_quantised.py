@@ -24,6 +24,7 @@ from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import families
+from tests.helpers.passes import Given
 
 MakeCheckpoint = Callable[[str], Path]
 BLOCK = 16
@@ -109,7 +110,7 @@ def test_streamed_logits_are_those_of_the_dequantised_model(quantised: Path) -> 
     ids = families.input_ids(quantised.name)
     checkpoint, seen = open_checkpoint(quantised), []
     with open_layerwise(checkpoint, find_layout(checkpoint)) as streamed:
-        streamed.run([0], lambda task: seen.append(streamed.model(input_ids=ids, use_cache=False).logits))
+        streamed.run([0], Given(lambda task: seen.append(streamed.compute(Batch("text", ids)).logits)))
     assert torch.equal(seen[0], families.forward(_whole(quantised), ids))
 
 
