@@ -118,9 +118,9 @@ from pathlib import Path
 from moekern.plan.make import make_plan
 from moekern.statistics.file import Statistics, merge
 from tests.statistics.test_stored import synthetic
-layers, folder = int(sys.argv[1]), Path(sys.argv[2])
+layers, domains, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name in ("one", "two"):
-    synthetic(folder / name, layers, 384, 7168, name)
+    synthetic(folder / name, layers, domains, name)
 one, two = (Statistics.load(folder / name) for name in ("one", "two"))
 assert len(make_plan(one, "ean_dim", 0.5).layers) == layers
 merge([one, two]).save(folder / "both")
@@ -130,9 +130,9 @@ print(int(peak.split()[1]) // 1024)
 """
 
 
-def synthetic(path: Path, layers: int, E: int, H: int, data: str) -> None:
-    """A file of six domains with the dimensions tier in which every expert has one token; the rest are holes."""
-    domains = [f"d{i}" for i in range(6)]
+def synthetic(path: Path, layers: int, count: int, data: str) -> None:
+    """A file of `count` domains with the dimensions tier in which every expert has one token; the rest are holes."""
+    E, H, domains = 384, 7168, [f"d{i}" for i in range(count)]
     head = {**header(domains), "num_experts": E, "top_k": 1, "n_group": 1, "topk_group": 1}
     head["runs"] = [{"data": data}]
     sizes = LayerStatistics.zeros(E, H, "meta")
@@ -150,10 +150,10 @@ def synthetic(path: Path, layers: int, E: int, H: int, data: str) -> None:
         writer.finish()
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(61, marks=pytest.mark.whole)])
-def test_memory_is_one_layers_whatever_the_number_of_layers(tmp_path: Path, layers: int) -> None:
+@pytest.mark.parametrize(("layers", "domains"), [(3, 2), pytest.param(61, 6, marks=pytest.mark.whole)])
+def test_memory_is_one_layers_whatever_the_number_of_layers(tmp_path: Path, layers: int, domains: int) -> None:
     """Sizes of Kimi-K2: a layer's sums of one domain take 70 MB, of six domains 420 MB, of all layers 25 GB."""
-    command = [sys.executable, "-c", MEMORY, str(layers), str(tmp_path)]
+    command = [sys.executable, "-c", MEMORY, str(layers), str(domains), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 600
