@@ -32,7 +32,7 @@ bench-criteria: $(VENV)/.ready
 
 # Times against the last saved run of this machine, in .benchmarks/, and saves this one.
 bench-regression: $(VENV)/.ready
-	$(BIN)/python -m pytest -q tests/test_benchmark.py -k speed --benchmark-enable --benchmark-autosave --benchmark-compare
+	$(BIN)/python -m pytest -q tests/benchmark/test_run.py -k speed --benchmark-enable --benchmark-autosave --benchmark-compare
 
 # Writes up to 10 GB beside the temporary files and removes them: prune and layer reads against other roads, and at 1T scale.
 bench-streaming: $(VENV)/.ready

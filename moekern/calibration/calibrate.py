@@ -91,15 +91,11 @@ class Job:
         """Measure every tier into `store`."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
             step = self._steps(layerwise)
-            weights = self._weights(step) if "weights" in self.tiers else {}
             _FirstPass(self, layerwise, store, step).run()
             if "outliers" in self.tiers:
                 _SecondPass(self, layerwise, store, step).run()
             if "gradient" in self.tiers:
                 measure_gradients(layerwise, self.data, store.add, spill=self.spill, step=step)
-        for key, found in weights.items():
-            for domain in self.data.tokens:
-                store.add(key, domain, found)
 
     def recorder(self, layerwise: LayerwiseModel) -> Recorder:
         """For the first pass."""
@@ -116,22 +112,18 @@ class Job:
         done = itertools.count(1)
         return lambda: self.progress(next(done), total)
 
-    def _weights(self, step: Step) -> dict[str, dict[str, Tensor]]:
-        """Layer key -> the fields of its weights tier."""
-        found = {}
-        for key, layer in self.layout.layers.items():
-            weighed = weigh_layer(self.checkpoint, layer, backend=self.compute.backend)
-            found[key] = {f.name: getattr(weighed, f.name) for f in fields(weighed) if f.metadata["tier"] == "weights"}
-            step()
-        return found
+    def weights(self, key: str) -> dict[str, Tensor]:
+        """The fields of a layer's weights tier."""
+        weighed = weigh_layer(self.checkpoint, self.layout.layers[key], backend=self.compute.backend)
+        return {f.name: getattr(weighed, f.name) for f in fields(weighed) if f.metadata["tier"] == "weights"}
 
 
 class _FirstPass(MeasuringPass):
-    """Everything that one forward pass measures, and the replay of a sample when a layer is done."""
+    """Everything that one forward pass measures; and when a layer is done, the replay of a sample and its weights."""
 
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Step) -> None:
         super().__init__(layerwise, job.data, job.recorder(layerwise), step)
-        self.store, self.replay = store, None
+        self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
             layers = {key: layerwise.layers[i] for i, key in self.keys.items()}
             self.replay = Replay(layerwise.loader, job.layout, layers, self.flight, job.compute.backend)
@@ -150,6 +142,11 @@ class _FirstPass(MeasuringPass):
 
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
+        if "weights" in self.job.tiers:
+            found = self.job.weights(key)
+            for domain in sums:
+                self.store.add(key, domain, found)
+            self.step()
 
 
 class _SecondPass(MeasuringPass):

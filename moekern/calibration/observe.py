@@ -18,7 +18,7 @@ from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.errors import InputError
 from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.recorder import Recorder
-from moekern.measurement.tiers import BY_BATCH, wanted_tiers
+from moekern.measurement.tiers import BY_BATCH, backends_of, wanted_tiers
 from moekern.measurement.watch import experts_of, watching
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import Statistics
@@ -55,7 +55,9 @@ def observe(
     _, decoder = loader_of(model).decoder_layers()
     layers = {str(i): layer for i, layer in enumerate(decoder) if experts_of(layer) is not None}
     words = -(-model.get_input_embeddings().num_embeddings // 64)
-    recorder = Recorder(score(family, config), wanted_tiers(tiers, BY_BATCH, "observe"), backend, words)
+    wanted = wanted_tiers(tiers, BY_BATCH, "observe")
+    served = backends_of(next(decoder.parameters()).device.type, backend, wanted)
+    recorder = Recorder(score(family, config), wanted, backend, words)
     flight = InFlight(BatchContext(domain, (0, 0)))
     handle = model.register_forward_pre_hook(_announce(flight, domain, attention_mask), with_kwargs=True)
     header: dict[str, Any] = {}
@@ -75,7 +77,7 @@ def observe(
         Source(fingerprint, family.name, score(family, config), router),
         tokens={domain: int(some.tokens)},
         data="observed in memory",
-        backend=backend,
+        backend=served,
         versions=versions(),
     )
 

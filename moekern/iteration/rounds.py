@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
@@ -161,7 +162,7 @@ def _job(
         seed=method.seed,
     )
     measuring = {
-        "data": None if data is None else data.recipe,
+        "data": None if data is None else recipe_of(data, compute, ()),
         "dtype": compute.dtype_name,
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,

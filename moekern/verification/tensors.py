@@ -1,7 +1,7 @@
 """Read the pruned checkpoint by another road than the one that wrote it, and compare it with its source.
 
 Tensors come through the safetensors library and are compared as torch bytes; what is expected follows from layout and
-plan alone. Nothing of ranges, rewrite_config or the extension is used here.
+plan alone. Nothing of pruning or the extension is used here.
 """
 
 import json
