@@ -116,7 +116,7 @@ def test_padding_does_not_count(name: str, family_checkpoint: MakeCheckpoint) ->
 def test_domains_are_kept_apart_and_add_up(family_checkpoint: MakeCheckpoint) -> None:
     folder = family_checkpoint("olmoe")
     a, b = _data("olmoe", 1, domain="a"), _data("olmoe", 2, domain="b")
-    both = calibrate(folder, TokenData(a.batches + b.batches, {}))
+    both = calibrate(folder, TokenData(a.batches + b.batches, {}, 2))
     apart = [calibrate(folder, part) for part in (a, b)]
     merged = merge(apart)
     assert both.domains == merged.domains == ("a", "b")
