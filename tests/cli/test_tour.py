@@ -17,7 +17,9 @@ SHARES = (0.75, 0.5, 0.25)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seeds"), [(3072, 2), pytest.param(EVALUATION_TOKENS, 3, marks=pytest.mark.whole)], ids=["short", "as is"]
+    ("tokens", "seeds"),
+    [(3072, 2), pytest.param(EVALUATION_TOKENS, 3, marks=pytest.mark.whole)],
+    ids=["short", "as is"],
 )
 def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default with a quarter of the text that criteria are compared on, which moves their mean losses by 0.05."""
