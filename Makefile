@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/moekern demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --benchmark-disable $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup --benchmark-disable $(PYTEST_FLAGS)
 
 # As test, with every combination of parameters on Triton's interpreter and the CUDA simulator.
 test-all: PYTEST_FLAGS = --whole

@@ -1,10 +1,15 @@
-"""Shared by all tests: NaN-filled memory, quiet transformers, and one tiny checkpoint a family for the whole run."""
+"""Shared by all tests: NaN-filled memory, quiet transformers, and each family's checkpoint and model, made once.
+
+A family's tests run one after another, and in one process under pytest-xdist's --dist loadgroup. What they share in
+memory is that family's alone.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.helpers")  # a failed assert says what it compared, as in a test
 
-from tests.helpers import families  # noqa: E402
+from tests.helpers import families, in_flight  # noqa: E402
 
 settings.register_profile("moekern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moekern")
@@ -30,11 +35,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="also what the default run leaves out of dear matrices")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(families.FAMILIES)}
+    for item in items:
+        if (name := _family(item)) in places:
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: places.get(_family(item), len(places)))
     if not config.getoption("--whole"):
         spare = [item for item in items if item.get_closest_marker("whole")]
         config.hook.pytest_deselected(items=spare)
         items[:] = [item for item in items if not item.get_closest_marker("whole")]
+
+
+def _family(item: pytest.Item) -> str:
+    """The family whose checkpoint a test is about, by its parameter `name`; or no family's name."""
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    return name if isinstance(name, str) and "family_checkpoint" in item.fixturenames else ""  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +75,28 @@ def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         return target
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def _shared(
+    family_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[in_flight.Shared]:
+    shared = in_flight.Shared(family_checkpoint, tmp_path_factory.mktemp("halves"))
+    yield shared
+    shared.clear()
+
+
+@pytest.fixture
+def whole_model(_shared: in_flight.Shared) -> Iterator[Callable[[str], Any]]:
+    """whole_model(name) -> the model of family_checkpoint(name), the same one for all tests of the family.
+
+    They leave it as it was, which is checked; those that change it take a copy (copy.deepcopy).
+    """
+    yield _shared.model
+    _shared.check()
+
+
+@pytest.fixture
+def half(_shared: in_flight.Shared) -> Callable[[str], in_flight.Half]:
+    """half(name) -> the family's checkpoint with half of the experts, pruned once."""
+    return _shared.half

@@ -41,9 +41,10 @@ def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
-def test_streamed_statistics_are_the_whole_models_bit_for_bit(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    folder, data = family_checkpoint(name), _data(name, 1, 2, 3)
-    whole = families.load(folder)
+def test_streamed_statistics_are_the_whole_models_bit_for_bit(
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
+) -> None:
+    folder, data, whole = family_checkpoint(name), _data(name, 1, 2, 3), whole_model(name)
     plain = [families.forward(whole, batch.input_ids) for batch in data.batches]
     with observe(whole, checkpoint=folder, tiers=["dimensions"]) as seen:
         measured = [families.forward(whole, batch.input_ids) for batch in data.batches]
@@ -94,8 +95,8 @@ def test_the_sums_mean_what_they_say(family_checkpoint: MakeCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "deepseek_v3"])
-def test_padding_does_not_count(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    model = families.load(family_checkpoint(name))
+def test_padding_does_not_count(name: str, whole_model: Callable[[str], Any]) -> None:
+    model = whole_model(name)
     ids = families.input_ids(name, 1, 9, 3)
     padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)

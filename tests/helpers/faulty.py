@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer.main
 
 from tests.helpers import ROOT, synthetic
 
@@ -181,6 +183,19 @@ def benches(folder: Path, **sizes: Any) -> Iterator[Bench]:
     assert (snapshot(source), times(source)) == before
 
 
+@contextmanager
+def benches_in_memory(tmp_path_factory: pytest.TempPathFactory, **sizes: Any) -> Iterator[Bench]:
+    """In memory where there is such a folder: what a kill or a fault leaves is the same there, and a flush costs
+    nothing."""
+    memory = Path("/dev/shm")
+    root = memory if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("bench")
+    with (
+        tempfile.TemporaryDirectory(prefix="moekern-bench-", dir=root) as folder,
+        benches(Path(folder), **sizes) as made,
+    ):
+        yield made
+
+
 def nothing_or_all(out: Path, want: Snapshot) -> bool:
     """Whether the target is there; then it is complete, and else nothing but the work folder is beside it."""
     if os.path.lexists(out):
@@ -295,6 +310,7 @@ def read_log(log: Path) -> list[tuple[str, str]]:
 
 def serve() -> None:
     """A request a line: to fork a command, or to wait for one. Imports and tables are made before the first fork."""
+    typer.main.get_command = functools.cache(typer.main.get_command)  # else a child makes the table of commands first
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         source, plan = checkpoint(Path(folder) / "model"), write_plan(Path(folder) / "plan.json")
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

@@ -1,7 +1,9 @@
 """Statistics of given or random tokens, computed in the plainest way, for tests."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import combinations
 
 import torch
@@ -58,6 +60,11 @@ def add_token(s, ids, gate, y, score=None):
 
 def layer_statistics(seed, experts=E, dimensions=H, tokens=40, idle=(), top_k=K):
     """Sums of `tokens` random tokens; experts in `idle` get none, and later experts speak louder."""
+    return deepcopy(_drawn(seed, experts, dimensions, tokens, tuple(idle), top_k))
+
+
+@cache  # one token after another takes ten times as long as a copy
+def _drawn(seed, experts, dimensions, tokens, idle, top_k):
     draw = torch.Generator().manual_seed(seed)
     s = LayerStatistics.zeros(experts, dimensions)
     busy = torch.tensor([e for e in range(experts) if e not in idle])

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers import families
+from tests.helpers import families, in_flight
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_reloads_to_the_same_logits(name: str, tmp_path: Path) -> None:
-    folder = families.save(name, tmp_path, seed=1)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    model, info = families.load(folder, loading_info=True)
-    assert not any(info.values()), info
+def test_reloads_to_the_same_logits(
+    name: str, family_checkpoint: Callable[[str], Path], whole_model: Callable[[str], Any]
+) -> None:
+    """The model that the family's tests share has all its weights from the files; a second one is built alike."""
+    assert len(list(family_checkpoint(name).glob("*.safetensors"))) > 1
     ids = families.input_ids(name)
-    logits = families.forward(model, ids)
+    logits = families.forward(whole_model(name), ids)
     assert torch.isfinite(logits).all()
-    assert torch.equal(logits, families.forward(families.build(name, seed=1), ids))
+    assert torch.equal(logits, families.forward(families.build(name), ids))
+
+
+def test_a_shared_model_that_a_test_changes_is_found_out() -> None:
+    model = families.build("mixtral")
+    before = in_flight.state(model)
+    families.forward(model, families.input_ids("mixtral"))
+    assert in_flight.differences(before, in_flight.state(model)) == []
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda *args: None)
+    layer.mlp.gate.weight.data[0] = 0
+    layer.mlp.number = 8
+    model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
+    assert in_flight.differences(before, in_flight.state(model)) == [
+        "gradient lm_head.weight", "module model.layers.1", "module model.layers.1.mlp",
+        "tensor model.layers.1.mlp.gate.weight",
+    ]  # fmt: skip
 
 
 def test_seed_decides_the_weights() -> None:

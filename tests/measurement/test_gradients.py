@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
@@ -41,12 +42,12 @@ def data_of(name: str) -> TokenData:
     return TokenData(tuple(batches), {})
 
 
-def whole(folder: Path, batches: list[Tensor]) -> dict[str, dict[str, Tensor]]:
+def whole(model: Any, layout: Layout, batches: list[Tensor]) -> dict[str, dict[str, Tensor]]:
     """Layer key -> fields of the tier, by backward through the model in memory, entry by entry in Python."""
-    model: Any = families.load(folder)
     model = getattr(model, "thinker", model)
     model.set_experts_implementation("eager")
-    loader, layout = loader_of(model), find_layout(open_checkpoint(folder))
+    model.zero_grad()
+    loader = loader_of(model)
     layers = loader.decoder_layers()[1]
     places = loader.moe_places(layout)
     gate_sums = {key: torch.zeros(E, dtype=torch.float64) for key in places}
@@ -109,12 +110,15 @@ def close(name: str, got: Tensor, want: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKED if name not in REFUSED])
-def test_gradients_are_those_of_a_whole_backward_pass(name: str, family_checkpoint: MakeCheckpoint) -> None:
+def test_gradients_are_those_of_a_whole_backward_pass(
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
+) -> None:
     folder, data = family_checkpoint(name), data_of(name)
+    model, layout = copy.deepcopy(whole_model(name)), find_layout(open_checkpoint(folder))
     statistics = calibrate(folder, data, Compute(dtype=torch.float32), tiers=("gradient",))
     for domain in "ab":
         batches = [batch.input_ids for batch in data.batches if batch.domain == domain]
-        for key, want in whole(folder, batches).items():
+        for key, want in whole(model, layout, batches).items():
             got = statistics.layers[key][domain]
             assert got.tiers == ("gradient",)
             for field in FIELDS:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,17 @@ def whole(model: Any, layer: torch.nn.Module, token_ids: Tensor) -> Whole:
 class Case:
     """A family's last layer, streamed and in memory, over the same batches."""
 
-    def __init__(self, name: str, folder: Path, tiers: tuple[str, ...], seeds: tuple[int, ...] = (1, 2)) -> None:
+    def __init__(self, name: str, folder: Path, model: Any, tiers: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+        self.name, self.seeds = name, seeds
         self.token_ids = [families.input_ids(name, 2, 12, seed) for seed in seeds]
         self.data = TokenData(tuple(Batch("text", ids) for ids in self.token_ids), {})
         self.statistics = calibrate(folder, self.data, Compute(dtype=torch.float32), tiers=tiers)
         self.key = list(self.statistics.layers)[-1]
         self.sums = self.statistics.layer(self.key)
-        self.model = families.load(folder)
+        self.model = model
         self.layout = find_layout(open_checkpoint(folder))
         self.loader = loader_of(self.model)
         self.layer = self.loader.decoder_layers()[1][self.loader.moe_places(self.layout)[self.key]]
-
-    def runs(self) -> list[Whole]:
-        return [whole(self.model, self.layer, ids) for ids in self.token_ids]
 
     def gates_without(self, token_ids: Tensor, dropped: list[int]) -> Tensor:
         """[T, E] of the masked model: what comes before the layer is not changed by it."""
@@ -105,6 +104,33 @@ class Case:
         return found
 
 
+MakeCase, Runs = Callable[..., Case], Callable[[Case], list[Whole]]
+
+
+@pytest.fixture
+def case(family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]) -> MakeCase:
+    """case(name, *tiers, seeds) -> the family's last layer."""
+
+    def make(name: str, *tiers: str, seeds: tuple[int, ...] = (1, 2)) -> Case:
+        return Case(name, family_checkpoint(name), whole_model(name), tiers, seeds)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    """runs(case) -> that layer of the model in memory, a batch each, run once for the tests of a family."""
+    held: dict[tuple[str, int], Whole] = {}
+
+    def make(case: Case) -> list[Whole]:
+        for seed, ids in zip(case.seeds, case.token_ids, strict=True):
+            if (case.name, seed) not in held:
+                held[case.name, seed] = whole(case.model, case.layer, ids)
+        return [held[case.name, seed] for seed in case.seeds]
+
+    return make
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     """Both sides compute in float32, through products of other shapes; differences of gates lose some digits more."""
     scale = float(expected.abs().max())
@@ -113,57 +139,56 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vocabulary_coalitions_and_logits(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    case = Case(name, family_checkpoint(name), ("vocabulary", "coalitions"))
-    seen = torch.zeros(E, 64 * case.sums.vocabulary.shape[1], dtype=torch.bool)
+def test_vocabulary_coalitions_and_logits(name: str, case: MakeCase, runs: Runs) -> None:
+    it = case(name, "vocabulary", "coalitions")
+    seen = torch.zeros(E, 64 * it.sums.vocabulary.shape[1], dtype=torch.bool)
     sets: Counter[tuple[int, ...]] = Counter()
     gram = torch.zeros(E, E, dtype=torch.float64)
-    for token_ids, run in zip(case.token_ids, case.runs(), strict=True):
+    for token_ids, run in zip(it.token_ids, runs(it), strict=True):
         for token, ids in zip(token_ids.reshape(-1).tolist(), run.ids.tolist(), strict=True):
             seen[ids, token] = True
             sets[tuple(sorted(ids))] += 1
         gram += run.logits.T @ run.logits
-    bits = case.sums.vocabulary[:, :, None] >> torch.arange(64) & 1
+    bits = it.sums.vocabulary[:, :, None] >> torch.arange(64) & 1
     assert torch.equal(bits.reshape(E, -1).bool(), seen)
-    assert case.sums.vocabulary.shape == (E, -(-families.VOCAB // 64))
-    assert case.sums.coalitions.tolist() == [[*ids, n] for ids, n in sorted(sets.items())]
-    close(case.sums.logit_gram, gram)
-    assert case.sums.tiers == ("vocabulary", "coalitions")
+    assert it.sums.vocabulary.shape == (E, -(-families.VOCAB // 64))
+    assert it.sums.coalitions.tolist() == [[*ids, n] for ids, n in sorted(sets.items())]
+    close(it.sums.logit_gram, gram)
+    assert it.sums.tiers == ("vocabulary", "coalitions")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reap(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    case = Case(name, family_checkpoint(name), ("reap",))
+def test_reap(name: str, case: MakeCase, runs: Runs) -> None:
+    it = case(name, "reap")
     renormalised, count, compat = (torch.zeros(E, dtype=torch.float64) for _ in range(3))
-    for run in case.runs():
+    for run in runs(it):
         norm, gates = run.y.norm(dim=2), run.dense()
         renormalised += (gates / gates.sum(1, keepdim=True) * norm).sum(0)
         for t, logits in enumerate(run.logits):
             for e in logits.topk(K).indices.tolist():
                 count[e] += 1
                 compat[e] += logits.softmax(0)[e] * norm[t, e]
-    close(case.sums.renormalised_norm_sum, renormalised)
-    assert torch.equal(case.sums.compat_count.double(), count)
-    close(case.sums.compat_gated_norm_sum, compat)
-    assert torch.equal(case.sums.compat_count, case.sums.count) != (name in ("deepseek_v3", "minimax_m2"))
+    close(it.sums.renormalised_norm_sum, renormalised)
+    assert torch.equal(it.sums.compat_count.double(), count)
+    close(it.sums.compat_gated_norm_sum, compat)
+    assert torch.equal(it.sums.compat_count, it.sums.count) != (name in ("deepseek_v3", "minimax_m2"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outliers(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    case = Case(name, family_checkpoint(name), ("outliers",))
-    runs = case.runs()
+def test_outliers(name: str, case: MakeCase, runs: Runs) -> None:
+    it = case(name, "outliers")
     for e in range(E):
-        rows = torch.cat([run.y[(run.ids == e).any(1), e] for run in runs])
+        rows = torch.cat([run.y[(run.ids == e).any(1), e] for run in runs(it)])
         far = ((rows - rows.mean()).abs() > 3 * rows.std(correction=0)).sum() if len(rows) else 0
-        assert int(case.sums.outlier_sum[e]) == int(far)
-    assert int(case.sums.outlier_sum.sum()) > 0
-    assert case.sums.tiers == ("dimensions", "outliers")
+        assert int(it.sums.outlier_sum[e]) == int(far)
+    assert int(it.sums.outlier_sum.sum()) > 0
+    assert it.sums.tiers == ("dimensions", "outliers")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_replay(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    case = Case(name, family_checkpoint(name), ("replay",), seeds=(1,))
-    s, run, token_ids = case.sums, case.runs()[0], case.token_ids[0]
+def test_replay(name: str, case: MakeCase, runs: Runs) -> None:
+    it = case(name, "replay", seeds=(1,))
+    s, run, token_ids = it.sums, runs(it)[0], it.token_ids[0]
     T, H = len(run.y), run.y.shape[2]
     assert int(s.replay_tokens) == T
     close(s.output_sum, run.y.sum(0))
@@ -173,7 +198,7 @@ def test_replay(name: str, family_checkpoint: MakeCheckpoint) -> None:
     gates = run.dense()
     lost = torch.zeros(T, E, H, dtype=torch.float64)
     for e in range(E):
-        change = gates - case.gates_without(token_ids, [e])
+        change = gates - it.gates_without(token_ids, [e])
         mine = (run.ids == e).any(1)
         lost[mine, e] = torch.einsum("te,teh->th", change[mine], run.y[mine])
     close(s.deletion_norm_sum, lost.norm(dim=2).sum(0))
@@ -183,27 +208,27 @@ def test_replay(name: str, family_checkpoint: MakeCheckpoint) -> None:
     kept_sets = [0, 1, 1 << 5, 3, 0b10010100, 0b11100111, 0b01111111, (1 << E) - 1]
     for kept in kept_sets:
         dropped = [e for e in range(E) if not kept >> e & 1]
-        change = gates - (case.gates_without(token_ids, dropped) if E - len(dropped) >= K else 0)
+        change = gates - (it.gates_without(token_ids, dropped) if E - len(dropped) >= K else 0)
         expected[kept] = torch.einsum("te,teh->th", change, run.y).square().sum()
     close(s.subset_loss[kept_sets], expected[kept_sets])
     assert float(s.subset_loss[-1]) == 0
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gpt_oss"])
-def test_the_residual_stream(name: str, family_checkpoint: MakeCheckpoint) -> None:
+def test_the_residual_stream(name: str, case: MakeCase) -> None:
     """h is what the block's input was before its norm; the sum weighs a token by how far the experts turn it."""
-    case = Case(name, family_checkpoint(name), ())
-    norm = next(child for n, child in case.layer.named_children() if n in ("post_attention_layernorm", "norm"))
+    it = case(name)
+    norm = next(child for n, child in it.layer.named_children() if n in ("post_attention_layernorm", "norm"))
     expected, seen = torch.zeros(E, dtype=torch.float64), list[Tensor]()
     handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2).double()))
-    for token_ids in case.token_ids:
-        run = whole(case.model, case.layer, token_ids)
+    for token_ids in it.token_ids:
+        run = whole(it.model, it.layer, token_ids)
         h, gates = seen.pop(), run.dense()
         turn = 1 - torch.cosine_similarity(h, h + torch.einsum("te,teh->th", gates, run.y), dim=1)
         expected += (gates * run.y.norm(dim=2) * turn.clamp(min=0)[:, None]).sum(0)
     handle.remove()
-    assert int(case.sums.residual_tokens) == int(case.sums.tokens)
-    close(case.sums.residual_sum, expected)
+    assert int(it.sums.residual_tokens) == int(it.sums.tokens)
+    close(it.sums.residual_sum, expected)
 
 
 def test_weights(family_checkpoint: MakeCheckpoint) -> None:
@@ -229,14 +254,32 @@ def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
     return [f.name for f in fields(a) if not torch.equal(getattr(a, f.name), getattr(b, f.name))]
 
 
+Steps = list[tuple[int, int]]  # done, total
+
+
+@pytest.fixture(scope="module")
+def every_tier(family_checkpoint: MakeCheckpoint) -> Callable[[str], tuple[Statistics, Steps]]:
+    """every_tier(name) -> a family's statistics of two domains, and the steps it took, measured once."""
+
+    @cache
+    def make(name: str) -> tuple[Statistics, Steps]:
+        steps: Steps = []
+        statistics = calibrate(
+            family_checkpoint(name), _two_domains(name), tiers=TIERS, replay_tokens=10,
+            progress=lambda done, total: steps.append((done, total)),
+        )  # fmt: skip
+        return statistics, steps
+
+    return make
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text", "jetmoe", "deepseek_v4"])
-def test_every_tier_with_domains_apart(name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_every_tier_with_domains_apart(
+    name: str, family_checkpoint: MakeCheckpoint, every_tier: Callable[[str], tuple[Statistics, Steps]], tmp_path: Path
+) -> None:
     """A domain's sums do not depend on what else is calibrated, and all survive the file; two runs are the same."""
     folder, data = family_checkpoint(name), _two_domains(name)
-    steps: list[tuple[int, int]] = []
-    both = calibrate(
-        folder, data, tiers=TIERS, replay_tokens=10, progress=lambda done, total: steps.append((done, total))
-    )
+    both, steps = every_tier(name)
     apart = [calibrate(folder, TokenData((batch,), {}), tiers=TIERS, replay_tokens=10) for batch in data.batches]
     both.save(tmp_path / "s.safetensors")
     loaded, merged = Statistics.load(tmp_path / "s.safetensors"), merge(apart)
@@ -251,8 +294,11 @@ def test_every_tier_with_domains_apart(name: str, family_checkpoint: MakeCheckpo
     assert {total for _, total in steps} == {len(steps)}
 
 
-def test_every_criterion_ranks_what_was_calibrated(family_checkpoint: MakeCheckpoint) -> None:
-    statistics = calibrate(family_checkpoint("deepseek_v3"), _two_domains("deepseek_v3"), tiers=TIERS)
+@pytest.mark.parametrize("name", ["deepseek_v3"])
+def test_every_criterion_ranks_what_was_calibrated(
+    name: str, every_tier: Callable[[str], tuple[Statistics, Steps]]
+) -> None:
+    statistics, _ = every_tier(name)
     for criterion in moekern.criteria.CRITERIA.values():
         plan = moekern.make_plan(statistics, criterion.name, keep=4)
         assert all(len(layer.keep) == 4 for layer in plan.layers.values())

@@ -13,17 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from moekern.architectures import find_layout
-from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli.app import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.measurement.weights import weigh
-from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.document import Plan
 from moekern.pruning.prune import prune
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
+from tests.helpers.in_flight import Half
 from tests.model.test_quantised import _rewrite, fp8, mxfp4
 from tests.pruning.test_quantised import LAYOUTS, indexed, write_spread
 
@@ -33,31 +32,31 @@ KEEP = (1, 2, 4, 7)
 PARTS = ("gate", "up", "down")
 
 
-def kept(sums: LayerStatistics, name: str) -> Tensor:
+def kept(sums: LayerStatistics, name: str, keep: tuple[int, ...] = KEEP) -> Tensor:
     value = getattr(sums, name)
     for axis, size in enumerate(value.shape):
         if size:
-            value = value.index_select(axis, torch.tensor(KEEP))
+            value = value.index_select(axis, torch.tensor(keep))
     return value
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "ernie4_5_vl_moe"])  # cannot be pruned
 def test_the_pruned_checkpoint_weighs_what_its_experts_weighed(
-    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+    name: str, family_checkpoint: MakeCheckpoint, half: Callable[[str], Half]
 ) -> None:
     """For every family: so each number belongs to its expert, and nothing else is in it."""
-    source = family_checkpoint(name)
-    layout = find_layout(open_checkpoint(source))
-    prune(source, Plan({key: LayerPlan(KEEP) for key in layout.layers}), tmp_path / "pruned")
-    before, after = weigh(source), weigh(tmp_path / "pruned")
-    for key in layout.layers:
+    plan = half(name).plan
+    before, after = weigh(family_checkpoint(name)), weigh(half(name).folder)
+    for key, layer in plan.layers.items():
         a, b = before.layer(key), after.layer(key)
         assert a.weight_count.min() > 0
         assert a.weight_count.min() == a.weight_count.max()
         assert a.router_gram.diagonal().min() > 0
         for field in WEIGHTS:
             # Gram and router products of another number of rows may be rounded otherwise, in float32 in the Gram.
-            torch.testing.assert_close(getattr(b, field), kept(a, field), rtol=1e-5, atol=1e-4, msg=f"{key} {field}")
+            torch.testing.assert_close(
+                getattr(b, field), kept(a, field, layer.keep), rtol=1e-5, atol=1e-4, msg=f"{key} {field}"
+            )
 
 
 def everything(folder: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ MakeCheckpoint = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
-def test_streamed_logits_and_hidden_states_are_the_whole_models(name: str, family_checkpoint: MakeCheckpoint) -> None:
-    folder = family_checkpoint(name)
-    whole = families.load(folder)
+def test_streamed_logits_and_hidden_states_are_the_whole_models(
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
+) -> None:
+    folder, whole = family_checkpoint(name), whole_model(name)
     batches = [families.input_ids(name, 2, 12, seed) for seed in (1, 2, 3)]
     checkpoint = open_checkpoint(folder)
     with open_layerwise(checkpoint, find_layout(checkpoint), Compute(dtype=torch.float32)) as layerwise:
@@ -43,11 +45,13 @@ def test_streamed_logits_and_hidden_states_are_the_whole_models(name: str, famil
             handle.remove()
         path = layerwise.layers_name
     whole_states: dict[tuple[int, int], torch.Tensor] = {}
-    for i, layer in enumerate(whole.get_submodule(path)):
-        layer.register_forward_hook(_keep(whole_states, i, running))
+    layers = whole.get_submodule(path)
+    handles = [layer.register_forward_hook(_keep(whole_states, i, running)) for i, layer in enumerate(layers)]
     for task, ids in enumerate(batches):
         with torch.no_grad(), _Now(running, task):
             assert torch.equal(logits[task], families.forward(whole, ids))
+    for handle in handles:
+        handle.remove()
     assert streamed_states.keys() == whole_states.keys()
     for key, state in whole_states.items():
         assert torch.equal(streamed_states[key], state), f"batch, layer {key}"

@@ -1,37 +1,29 @@
 """A layer pruned in memory computes what the pruned checkpoint's layer computes, bit for bit, in every family."""
 
+import copy
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moekern.architectures import find_layout
-from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.transformers_api import loader_of
-from moekern.pruning.prune import prune
 from tests.helpers import families
-from tests.pruning.test_masked_original import REFUSED, random_plan
-
-MakeCheckpoint = Callable[[str], Path]
+from tests.helpers.in_flight import REFUSED, Half
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in REFUSED])
 def test_logits_are_those_of_the_pruned_checkpoint(
-    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+    name: str, whole_model: Callable[[str], Any], half: Callable[[str], Half]
 ) -> None:
-    folder = family_checkpoint(name)
-    layout = find_layout(open_checkpoint(folder))
-    plan = random_plan(layout, seed=len(name))
-    prune(folder, plan, tmp_path / "out")
-    ids = families.input_ids(name)
-    model, written = families.load(folder), families.load(tmp_path / "out")
+    ids, written = families.input_ids(name), half(name)
+    model = copy.deepcopy(whole_model(name))
     whole = families.forward(model, ids)
-    live = LivePruner(loader_of(model), layout)
-    for key, layer in plan.layers.items():
+    live = LivePruner(loader_of(model), written.layout)
+    for key, layer in written.plan.layers.items():
         live.prune(key, layer.keep)
     got = families.forward(model, ids)
     assert not torch.equal(got, whole)
-    assert torch.equal(got, families.forward(written, ids))
+    assert torch.equal(got, written.logits)

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_keys_are_renamed_as_from_pretrained_does(family_checkpoint: Callable[[s
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
-def test_routers_and_decoder_layers_are_found(name: str) -> None:
-    model = families.build(name)
+def test_routers_and_decoder_layers_are_found(name: str, whole_model: Callable[[str], Any]) -> None:
+    model = whole_model(name)
     loader = api.loader_of(model)
     path, layers = loader.decoder_layers()
     assert len(layers) >= 2

@@ -15,8 +15,8 @@ from moekern.plan.compare import compare
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.plan.interchange import TOOLS, exported, imported, read_plan
 from tests.helpers import synthetic
+from tests.helpers.in_flight import random_plan
 from tests.helpers.measured import model_statistics
-from tests.pruning.test_masked_original import random_plan
 
 MakeCheckpoint = Callable[[str], Path]
 NAMED = {

@@ -35,10 +35,16 @@ def counts_of(plan):
     return {key: len(layer.keep) for key, layer in plan.layers.items()}
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """For tests that only plan: drawing these sums takes far longer than a plan."""
+    return model_statistics()
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_budget_makes_a_plan_that_can_be_executed(criterion, budget):
-    s = model_statistics()
+def test_every_budget_makes_a_plan_that_can_be_executed(measured, criterion, budget):
+    s = measured
     made = make_plan(s, criterion, 4, budget=BUDGETS[budget])
     counts = counts_of(made)
     assert sum(counts.values()) == 12

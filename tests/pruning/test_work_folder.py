@@ -13,14 +13,14 @@ import pytest
 
 from moekern.errors import InputError
 from moekern.pruning.preflight import check_space
-from tests.helpers.faulty import Bench, benches, finished, refused, resumed, work_of, write_plan
+from tests.helpers.faulty import Bench, benches_in_memory, finished, refused, resumed, work_of, write_plan
 
 FIFTH = "model-00005-of-00008.safetensors"
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with benches(tmp_path_factory.mktemp("evidence")) as made:
+    with benches_in_memory(tmp_path_factory) as made:
         yield made
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli.app import app
 from moekern.data.batches import Batch
@@ -20,7 +21,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward, dropped_experts
 from tests.helpers import families
-from tests.pruning.test_masked_original import random_plan
+from tests.helpers.in_flight import random_plan
 
 MakeCheckpoint = Callable[[str], Path]
 TOLERANCE = 5e-5  # float32 logits of size 1: rounding of sums taken in another order
@@ -31,10 +32,8 @@ RUN = (
 )  # fmt: skip
 
 
-def difference_from_masked(source: Path, plan: Plan, pruned: Path, name: str) -> tuple[float, float]:
+def difference_from_masked(original: Any, layout: Layout, plan: Plan, pruned: Path, name: str) -> tuple[float, float]:
     """Largest logit difference of the pruned model to the masked original, and of the plain original to it."""
-    layout = find_layout(open_checkpoint(source))
-    original = families.load(source)
     result, info = families.load(pruned, loading_info=True)
     assert not any(info.values()), info
     ids = families.input_ids(name, 4, 16, 7)
@@ -49,7 +48,7 @@ def difference_from_masked(source: Path, plan: Plan, pruned: Path, name: str) ->
 @torch.no_grad()
 @pytest.mark.parametrize("name", RUN)
 def test_one_command_from_checkpoint_to_verified_checkpoint(
-    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any], tmp_path: Path
 ) -> None:
     source, out = family_checkpoint(name), tmp_path / "pruned"
     rows = families.input_ids(name, 8, 40, 11).tolist()
@@ -63,7 +62,9 @@ def test_one_command_from_checkpoint_to_verified_checkpoint(
     assert document["verify"]["forward"]["equal"] is True
     assert document["pruned"]["experts_after"] == 4
     plan = Plan.load(document["plan"])
-    difference, effect = difference_from_masked(source, plan, out, name)
+    difference, effect = difference_from_masked(
+        whole_model(name), find_layout(open_checkpoint(source)), plan, out, name
+    )
     assert difference < TOLERANCE
     assert effect > 100 * TOLERANCE
 

@@ -143,11 +143,12 @@ class Extension:
 
 @cache
 def extension(folder: Path) -> Extension:
-    """Compiled by the first process that asks for it in this folder."""
+    """Compiled by the first process that asks for it in this folder; where that fails, it has failed for all."""
     library = folder / "cuda_on_cpu" / "_C.so"
     with (folder / "cuda_on_cpu.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            library.parent.mkdir(exist_ok=True)
+        if not library.parent.exists():
+            library.parent.mkdir()
             build(library.parent)
+        assert library.exists(), "the first test that needed the CUDA side could not build it and says why"
     return Extension(loaded(library))

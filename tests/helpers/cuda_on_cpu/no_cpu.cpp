@@ -1,7 +1,9 @@
 // Linked in place of csrc/cpu and csrc/io: bindings.cpp is here for its CUDA side alone.
 #include "../../../csrc/kernels.h"
 
-#include "../../../csrc/kernels.h"
+namespace pybind11 {
+class module_;  // its header takes seconds
+}
 
 namespace moekern::cpu {
 namespace {
