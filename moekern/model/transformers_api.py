@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -33,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from moekern.architectures import Layout
 from moekern.errors import InputError, first_line
 
+_ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
 grouped_linear = _grouped_linear
 EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
 
@@ -219,14 +221,26 @@ def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:
 
 def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
     """Names within `part` of the routers of `model`, each with the index of the router logits in its output."""
-    found: dict[str, int] = {}
+    if model not in _ROUTERS:
+        _ROUTERS[model] = _router_classes(model)
+    return {
+        name: index
+        for target, index in _ROUTERS[model]
+        for name, module in part.named_modules()
+        if isinstance(module, target)
+    }
+
+
+def _router_classes(model: nn.Module) -> list[tuple[type, int]]:
+    """The classes that record router logits, each with the index of these in its output; a walk over the whole model."""
+    found: list[tuple[type, int]] = []
     for owner in model.modules():
         recorder = getattr(owner, "_can_record_outputs", None) or {}
         recorder = recorder.get("router_logits") if isinstance(recorder, dict) else None
         for entry in recorder if isinstance(recorder, list) else [recorder] if recorder is not None else []:
             target, index = getattr(entry, "target_class", entry), getattr(entry, "index", 0)
-            if target is not None:
-                found |= {name: index for name, module in part.named_modules() if isinstance(module, target)}
+            if target is not None and (target, index) not in found:
+                found.append((target, index))
     return found
 
 

@@ -10,9 +10,7 @@ from typing import Any
 
 from moekern import files
 from moekern.errors import InputError
-from moekern.statistics.header import IDENTITY, header_problem, merged_header
-from moekern.statistics.layer import TIERS, LayerStatistics
-from moekern.statistics.stored import (
+from moekern.statistics.disk import (
     Layers,
     StatisticsWriter,
     StoredLayer,
@@ -20,6 +18,8 @@ from moekern.statistics.stored import (
     layer_problem,
     open_layers,
 )
+from moekern.statistics.header import IDENTITY, header_problem, merged_header
+from moekern.statistics.layer import TIERS, LayerStatistics
 
 
 @dataclass(frozen=True, eq=False)

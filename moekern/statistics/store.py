@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moekern import files
+from moekern.statistics.disk import Layers, StatisticsWriter
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
-from moekern.statistics.stored import Layers, StatisticsWriter
 
 
 class Store(Protocol):

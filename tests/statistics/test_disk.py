@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from moekern import files
 from moekern.errors import InputError
+from moekern.statistics.disk import StatisticsWriter
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.layer import LayerStatistics
-from moekern.statistics.stored import StatisticsWriter
 from tests.helpers import ROOT
 from tests.helpers.measured import E, H, header, layer_statistics, model_statistics
 
@@ -117,7 +117,7 @@ import sys, torch
 from pathlib import Path
 from moekern.plan.make import make_plan
 from moekern.statistics.file import Statistics, merge
-from tests.statistics.test_stored import synthetic
+from tests.statistics.test_disk import synthetic
 layers, domains, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name in ("one", "two"):
     synthetic(folder / name, layers, domains, name)
