@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moekern.cli import tour
+from moekern.cli import console, tour
 from moekern.cli.app import app
 from moekern.cli.tour import EVALUATION_TOKENS, SHOWN
 from moekern.demo import MODEL, TEXT
@@ -24,7 +24,8 @@ SHARES = (0.75, 0.5, 0.25)
 def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default with a quarter of the text that criteria are compared on, which moves their mean losses by 0.05."""
     monkeypatch.setattr(tour, "EVALUATION_TOKENS", tokens)
-    result = CliRunner().invoke(app, ["demo", "--json", "--seeds", str(seeds), "--out", str(tmp_path / "demo")])
+    with console.output(False):
+        result = CliRunner().invoke(app, ["demo", "--json", "--seeds", str(seeds), "--out", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["verified"]["good"]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli import console
 from moekern.cli.app import app, main
 from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import Batch, TokenData
@@ -233,7 +234,8 @@ def test_the_command_writes_a_plan_that_prunes(family_checkpoint: MakeCheckpoint
     source, out = family_checkpoint("qwen3_moe"), tmp_path / "plan.json"
     command = ["iterate", str(source), "--data", text, "--keep", "0.5", "--rounds", "2", "--sequence-length", "20"]
     side = tmp_path / "plan.json.moekern"
-    result = CliRunner().invoke(app, [*command, "--out", str(out), "--json"], catch_exceptions=False)
+    with console.output(False):
+        result = CliRunner().invoke(app, [*command, "--out", str(out), "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     plan = Plan.load(out)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from moekern.cli import console
 from moekern.cli.app import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
@@ -173,7 +174,8 @@ def test_a_checkpoint_is_scored_and_planned_without_statistics(
     family_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     folder, runner = family_checkpoint("mixtral"), CliRunner()
-    scored = runner.invoke(app, ["score", str(folder), "--criterion", "aimer", "--json"], catch_exceptions=False)
+    with console.output(False):
+        scored = runner.invoke(app, ["score", str(folder), "--criterion", "aimer", "--json"], catch_exceptions=False)
     want = score_layer(CRITERIA["aimer"], weigh(folder, costly=False).layer("0"), "0").tolist()
     assert json.loads(scored.stdout)["layers"]["0"] == want
     made = runner.invoke(

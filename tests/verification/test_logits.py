@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli import console
 from moekern.cli.app import app
 from moekern.data.batches import Batch
 from moekern.model.masking import masked
@@ -55,7 +56,8 @@ def test_one_command_from_checkpoint_to_verified_checkpoint(
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     arguments = ["run", str(source), "--data", f"d={tmp_path / 'ids.jsonl'}", "--sequence-length", "40"]
     arguments += ["--keep", "0.5", "--criterion", "reap", "--out", str(out), "--json"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    with console.output(False):
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["verify"]["good"] is True
