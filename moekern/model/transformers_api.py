@@ -232,7 +232,7 @@ def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
 
 
 def _router_classes(model: nn.Module) -> list[tuple[type, int]]:
-    """The classes that record router logits, each with the index of these in its output; a walk over the whole model."""
+    """The classes that record router logits, and the index of these in their output, by a walk over the whole model."""
     found: list[tuple[type, int]] = []
     for owner in model.modules():
         recorder = getattr(owner, "_can_record_outputs", None) or {}
