@@ -7,46 +7,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from moekern.cli.app import main
 from moekern.criteria import CRITERIA
 from moekern.statistics.file import Statistics
 from tests.helpers import families
+from tests.helpers.commands import contents, document, moekern
 
 MakeCheckpoint = Callable[[str], Path]
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def moekern(*arguments: object) -> Done:
-    """Run the command line in this process."""
-    out, err, code = StringIO(), StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["moekern", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-def document(*arguments: object) -> dict[str, object]:
-    done = moekern(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +30,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert moekern(*calibrate, "--out", folder / "s.safetensors").returncode == 0
     assert moekern("plan", folder / "s.safetensors", "--keep", 4, "--out", folder / "plan.json").returncode == 0
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_the_stages_one_by_one(work: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from moekern import kernels
 from moekern.cli.app import app
 from moekern.cli.options import BACKENDS
 from moekern.version import __version__
-from tests.cli.test_commands import moekern
+from tests.helpers.commands import moekern
 
 FLAGS = """
 moekern

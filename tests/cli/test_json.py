@@ -19,8 +19,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.demo import MODEL
 from moekern.errors import InputError
-from tests.cli.test_commands import Done, moekern
 from tests.helpers import families
+from tests.helpers.commands import Done, moekern
 
 
 @pytest.fixture(scope="module")

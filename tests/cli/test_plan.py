@@ -12,8 +12,8 @@ import pytest
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan.document import Plan
 from moekern.statistics.file import Statistics
-from tests.cli.test_commands import contents, document, moekern
 from tests.helpers import families
+from tests.helpers.commands import contents, document, moekern
 
 
 @pytest.fixture(scope="module")

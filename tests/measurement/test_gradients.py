@@ -25,8 +25,8 @@ from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.layer import LayerStatistics
-from tests.cli.test_commands import moekern as command
 from tests.helpers import families
+from tests.helpers.commands import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS

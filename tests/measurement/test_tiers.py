@@ -21,7 +21,6 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.replay import sample
-from moekern.measurement.tiers import wanted_tiers
 from moekern.measurement.watch import experts_of
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
@@ -29,7 +28,6 @@ from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.layer import TIERS, LayerStatistics
-from tests.cli.test_commands import moekern as command
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
@@ -353,59 +351,3 @@ def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name))
         for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum"):
             close(getattr(b, name), getattr(a, name))
-
-
-def test_names_of_tiers() -> None:
-    assert wanted_tiers(("reap", "outliers", "routed"), TIERS, "x") == ("dimensions", "outliers", "reap")
-    assert wanted_tiers(("routed",), TIERS, "x") == ()
-    with pytest.raises(InputError, match="--tier magic: unknown; expected one of routed, dimensions"):
-        wanted_tiers(("magic",), TIERS, "calibrate")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (("--tier", "magic"), "--tier magic: unknown; expected one of routed, dimensions, vocabulary"),
-        (("--tier", "replay", "--replay-tokens", 0), "--replay-tokens 0: expected 1 or more"),
-    ],
-)
-def test_flags_that_cannot_be(
-    arguments: tuple[object, ...], error: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    (tmp_path / "ids.jsonl").write_text('{"input_ids": [20, 21, 22, 23]}')
-    model = family_checkpoint("qwen3_moe")
-    calibrate_ = ("calibrate", model, "--data", tmp_path / "ids.jsonl", "--out", tmp_path / "s.safetensors")
-    done = command(*calibrate_, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert error in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "s.safetensors").exists()
-
-
-def test_tiers_by_flag(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    (tmp_path / "ids.jsonl").write_text('{"input_ids": [' + ", ".join(str(20 + i % 70) for i in range(90)) + "]}")
-    out = tmp_path / "s.safetensors"
-    calibrate_ = ("calibrate", family_checkpoint("qwen3_moe"), "--data", tmp_path / "ids.jsonl", "--out", out)
-    for flags, expected in (
-        ((), ()),
-        (("--tier", "routed"), ()),
-        (("--criterion", "ean_dim", "--criterion", "reap", "--criterion", "naee"), ("dimensions", "replay")),
-        (("--tier", "vocabulary", "--tier", "replay", "--replay-tokens", 7), ("vocabulary", "replay")),
-    ):
-        done = command(*calibrate_, *flags)
-        assert done.returncode == 0, done.stderr
-        sums = Statistics.load(out).layer("0")
-        assert sums.tiers == expected
-        assert int(sums.replay_tokens) == (7 if "--replay-tokens" in flags else 90 if "replay" in expected else 0)
-        out.unlink()
-
-
-def test_run_measures_what_the_criterion_needs(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    (tmp_path / "ids.jsonl").write_text('{"input_ids": [' + ", ".join(str(20 + i % 70) for i in range(90)) + "]}")
-    out = tmp_path / "out"
-    done = command(
-        "run", family_checkpoint("qwen3_moe"), "--data", tmp_path / "ids.jsonl", "--keep", 4,
-        "--criterion", "leave_one_out", "--out", out, "--no-forward",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert Statistics.load(tmp_path / "out.moekern" / "statistics.safetensors").layer("0").tiers == ("replay",)

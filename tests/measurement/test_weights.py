@@ -24,8 +24,8 @@ from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
 from tests.helpers.in_flight import Half
-from tests.model.test_quantised import _rewrite, fp8, mxfp4
-from tests.pruning.test_quantised import LAYOUTS, indexed, write_spread
+from tests.helpers.quantised import fp8, mxfp4, rewrite
+from tests.helpers.quantised_layouts import LAYOUTS, indexed, write_spread
 
 MakeCheckpoint = Callable[[str], Path]
 WEIGHTS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "weights"]
@@ -165,7 +165,7 @@ def test_weights_that_are_no_numbers_are_refused(family_checkpoint: MakeCheckpoi
             tensor[3, 5] = torch.nan
         return {name: tensor}
 
-    folder = _rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
+    folder = rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
     with pytest.raises(InputError, match="layer 1: expert 2: its weights are not finite"):
         weigh(folder)
 
