@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import fcntl
+import glob
 import hashlib
 import os
 import secrets
@@ -22,15 +24,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
     check_place(target, "")
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file")
+    _remove_stale(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         fsync(temporary)
         temporary.replace(target)
         fsync(target.parent)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what processes that were killed have left of this file: temporaries that nobody has locked."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

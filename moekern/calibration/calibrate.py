@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekern import files
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Step, Sums, samples
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -69,6 +70,7 @@ def calibrate(
         held = HeldStore()
         job.run(held)
         return statistics_of(header, held, list(layout.layers))
+    files.check_new(Path(out))
     with file_store(out, header, experts, wanted) as store:
         job.run(store)
     return Statistics.load(out)

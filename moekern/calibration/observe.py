@@ -37,7 +37,9 @@ def observe(
     tiers: Collection[str] = (),
     backend: str | None = None,
 ) -> Iterator[Statistics]:
-    """Measure every forward pass of a transformers model while the context is open; its outputs stay the model's own.
+    """Measure every forward pass of a transformers model while the context is open.
+
+    Its outputs stay its own but for rounding: experts add up in another order than transformers has them.
 
         with moekern.observe(model) as statistics:
             model(**inputs)

@@ -70,9 +70,7 @@ def calibrate(
     from moekern.criteria import criterion_named
 
     say_unused(batch_size)
-    text = text_of(
-        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, seed=seed
-    )
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     statistics = pipeline.calibrate_to(
         model_folder(model), text, compute, out,

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -40,40 +39,42 @@ JSON_EVERY = 1.0
 Step = Callable[[int, int], None]  # (done, total)
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+_as_json = False  # of the process: greenlets and threads say things too
 
 
 def as_json() -> bool:
     """Whether a program reads, not a person."""
-    return _as_json.get()
+    return _as_json
 
 
 def set_json(value: bool) -> bool:
     """Set the mode for the rest of the command; the callback of --json."""
-    _as_json.set(value)
+    global _as_json
+    _as_json = value
     return value
 
 
 @contextmanager
 def output(as_json: bool) -> Iterator[None]:
     """A command's mode until its flags are parsed, when `set_json` has the word; afterwards the mode is what it was."""
-    token = _as_json.set(as_json)
+    before = _as_json
+    set_json(as_json)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warning(warnings.showwarning)
             yield
     finally:
-        _as_json.reset(token)
+        set_json(before)
 
 
 def _warning(as_text: Callable[..., None]) -> Callable[..., None]:
     """Warnings of libraries must not come between JSON lines."""
-    return lambda message, *where, **more: say(str(message)) if _as_json.get() else as_text(message, *where, **more)
+    return lambda message, *where, **more: say(str(message)) if _as_json else as_text(message, *where, **more)
 
 
 def say(text: str) -> None:
     """A line for a person, on standard error so that standard output stays data."""
-    if _as_json.get():
+    if _as_json:
         _line({"note": text})
     else:
         _err.print(text, markup=False)
@@ -81,7 +82,7 @@ def say(text: str) -> None:
 
 def fail(text: str, kind: str, **more: str) -> None:
     """The error that ends the command."""
-    if _as_json.get():
+    if _as_json:
         _line({"error": text, "kind": kind, **more})
     else:
         print(f"moekern: {text}", file=sys.stderr)

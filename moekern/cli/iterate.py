@@ -69,9 +69,7 @@ def iterate(
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
     say_unused(batch_size)
-    text = text_of(
-        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, seed=seed
-    )
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

@@ -24,4 +24,4 @@ def merge(
     check_new(out)
     total = merged([Statistics.load(part) for part in parts])
     total.save(out)
-    result({"out": str(out), **total.header}, lambda: show_statistics(total, out))
+    result({"out": str(out), **total.header}, lambda: show_statistics(Statistics.load(out), out))

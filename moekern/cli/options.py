@@ -87,8 +87,8 @@ def text_of(
     data: Sequence[str] | None,
     tokens: int | None,
     sequence_length: int,
-    batch_size: int | None,
     seed: int,
+    batch_size: int = 1,
     chunk: int | None = None,
 ) -> Text:
     """Which text the options name; none of it is read yet."""
@@ -98,7 +98,7 @@ def text_of(
         data=tuple(data or ()),
         tokens=tokens,
         sequence_length=sequence_length,
-        batch_size=1 if batch_size is None else batch_size,
+        batch_size=batch_size,
         chunk=chunk,
         seed=seed,
     )

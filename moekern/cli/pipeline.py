@@ -23,7 +23,7 @@ from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
 from moekern.files import check_new, check_work, made_folder, work_path
 from moekern.iteration.rounds import Method, iterate, needs_text
-from moekern.measurement.tiers import wanted_tiers
+from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute, check_device, dtype_hint
 from moekern.plan.document import Plan
@@ -192,6 +192,7 @@ def run_stages(
     statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
     if statistics is None:
         with made_folder(work):
+            statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
             statistics = measured(checkpoint, data, compute, tiers=criterion.tiers, out=statistics_path)
     plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
     plan.save(plan_path)
@@ -209,12 +210,14 @@ def earlier_statistics(
         return None
     found = Statistics.load(path)
     runs = found.header["runs"]
+    backends = backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
     same = (
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
         and runs[0].get("dtype") == compute.dtype_name
         and runs[0].get("data") == json.loads(json.dumps(recipe_of(data, compute, tiers)))
         and set(tiers) <= {"routed", *found.tiers}
+        and backends.items() <= dict(runs[0].get("backend") or {}).items()
     )
     if same:
         console.say(f"using the statistics of an earlier run: {path}")

@@ -65,9 +65,7 @@ def run(
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
     say_unused(batch_size)
-    text = text_of(
-        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, chunk=chunk, seed=seed
-    )
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
         model_folder(model), text, compute, out,

@@ -34,8 +34,10 @@ def read_data(
     `tokens` bounds the total and is shared evenly by the domains; what a small domain lacks is not made up for.
     Raises InputError for a source that is missing, empty or not text, and for token ids outside the vocabulary.
     """
-    if sequence_length < 2 or batch_size < 1:
-        raise InputError(f"--sequence-length {sequence_length}, --batch-size {batch_size}: expected at least 2 and 1")
+    if sequence_length < 2:
+        raise InputError(f"--sequence-length {sequence_length}: expected at least 2")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: expected at least 1")
     chunk = max(1, CHUNK_TOKENS // sequence_length) if chunk is None else chunk
     if chunk < 1:
         raise InputError(f"--chunk {chunk}: expected at least 1")

@@ -164,6 +164,7 @@ def _job(
     measuring = {
         "data": None if data is None else recipe_of(data, compute, ()),
         "dtype": compute.dtype_name,
+        "backend": None if data is None else backends_of(compute.device, compute.backend),
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }

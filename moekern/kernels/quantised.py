@@ -16,7 +16,6 @@ from torch import Tensor
 from moekern.kernels.checks import FLOATS, check_tensors
 
 # What a code means. int4 counts from -8: a symmetric zero point of 8 is then no zero point at all.
-CODINGS = ("e4m3", "e5m2", "int8", "e2m1", "int4", "int4_awq", "int4_rows")
 BYTES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 E8M0 = torch.float8_e8m0fnu
 NIBBLES = 0x11111111  # one in each of a word's eight codes

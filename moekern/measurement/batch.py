@@ -12,7 +12,7 @@ from torch import Tensor
 from moekern import kernels
 
 Outputs = Callable[[Tensor, Tensor], Tensor]
-ROWS = 32  # an expert's rows are filled up to a multiple of it on a CPU; see `steady`
+FEW, EVEN = 16, 8  # rows of an expert on a CPU: at least so many, and a multiple of these; see `steady`
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ def steady(outputs: Outputs) -> Outputs:
     """The same outputs, with the same bits whatever the number of threads.
 
     On a CPU, torch's threads share the rows of a product and the numbers of an activation; where a share ends in the
-    middle of a vector its last numbers are rounded by other instructions. So each expert's rows are filled up to a
-    multiple of ROWS with its last one, which 2, 4, 8 ... threads share evenly, and what comes of these is left out.
+    middle of a vector its last numbers are rounded by other instructions, and a product of few rows takes other roads.
+    So each expert's rows are filled up with its last one, to a multiple of EVEN and to FEW at least, which 2, 4, 8 ...
+    threads share evenly, and what comes of the filling is left out.
     """
 
     def padded(tokens: Tensor, offsets: Tensor) -> Tensor:
         counts = offsets.diff()
-        wanted = (counts + ROWS - 1) // ROWS * ROWS
+        wanted = torch.where(counts > 0, (counts.clamp(min=FEW) + EVEN - 1) // EVEN * EVEN, 0)
         if tokens.device.type != "cpu" or torch.equal(wanted, counts):
             return outputs(tokens, offsets)
         begin = torch.cat([offsets[:1], wanted.cumsum(0)])

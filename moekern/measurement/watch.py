@@ -35,10 +35,12 @@ def watching(
         interfaced: list[nn.Module] = []
         probes: dict[str, Probe] = {}
         for key, layer in layers.items():
-            probe = probes[key] = Probe(key, empty_slots, recorder, flight)
             block = experts_of(layer)
             if block is None:
                 raise InputError(f"layer {key}: {type(layer).__name__} has no experts that moekern can observe")
+            if hasattr(block, "_moekern_probe"):
+                raise InputError(f"layer {key}: its experts are observed already; leave that context first")
+            probe = probes[key] = Probe(key, empty_slots, recorder, flight)
             block._moekern_probe = probe  # type: ignore[assignment]
             stack.callback(delattr, block, "_moekern_probe")
             if type(block).__name__ in ADAPTERS:

@@ -14,7 +14,7 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import InputError
-from moekern.model.compute import Compute
+from moekern.model.compute import Compute, check_device
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.suspended import Pass, run_suspended
@@ -106,6 +106,7 @@ class LayerwiseModel:
 @contextmanager
 def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
+    check_device(compute.device)
     if layout.family.stacks:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
     loader = open_loader(checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout)

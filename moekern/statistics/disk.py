@@ -75,7 +75,17 @@ class StoredLayers(Mapping[str, StoredLayer]):
     """The layers of a file, in natural order; nothing but its header is held."""
 
     path: Path
+    made: tuple[int, ...]
     layers: Mapping[str, StoredLayer]
+
+    def check(self) -> None:
+        """Raise InputError when the file is not the one that was opened."""
+        try:
+            same = made(self.path.stat()) == self.made
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror or error}") from error
+        if not same:
+            raise InputError(f"{self.path}: the file was changed after it was opened")
 
     def __getitem__(self, key: str) -> StoredLayer:
         return self.layers[key]
@@ -115,7 +125,8 @@ def open_layers(path: Path) -> tuple[dict[str, Any], StoredLayers]:
         status = made(path.stat())
         shard = read_shard(path)
     except (InputError, OSError) as error:
-        raise InputError(f"{path}: not a readable statistics file ({error}); calibrate again") from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a readable statistics file ({reason}); calibrate again") from error
     header = read_header(path, shard.metadata)
     domains: list[str] = header["domains"]
     found: dict[tuple[str, int], dict[str, TensorEntry]] = {}
@@ -127,7 +138,10 @@ def open_layers(path: Path) -> tuple[dict[str, Any], StoredLayers]:
         layers.setdefault(key, {})[number] = found[key, number]
     if not layers:
         raise InputError(f"{path}: no layers")
-    return header, StoredLayers(path, {key: _layer(path, status, header, key, parts) for key, parts in layers.items()})
+    place = path.absolute()  # whatever folder the process is in when it reads
+    known: dict[Any, LayerStatistics] = {}
+    stored = {key: _layer(place, status, header, key, parts, known) for key, parts in layers.items()}
+    return header, StoredLayers(place, status, stored)
 
 
 def _parsed(path: Path, name: str, domains: int) -> tuple[str, int, str]:
@@ -148,29 +162,38 @@ def _layer(
     header: Mapping[str, Any],
     key: str,
     parts: Mapping[int, dict[str, TensorEntry]],
+    known: dict[Any, LayerStatistics],
 ) -> StoredLayer:
     domains = header["domains"]
     sizes: dict[str, LayerStatistics] = {}
     for number, entries in parts.items():
-        shapes: dict[str, Tensor] = {}
-        for name, entry in entries.items():
-            dtype = next((d for d, word in DTYPES.items() if word == entry.dtype), None)
-            if dtype is None:
-                wanted = DTYPES[FIELDS[name].metadata["dtype"]]
-                raise InputError(f"{path}: tensor {entry.name}: expected dtype {wanted}, got {entry.dtype}")
-            shapes[name] = torch.empty(entry.shape, dtype=dtype, device="meta")
-        if "count" in shapes and shapes["count"].ndim == 1:
-            shapes = {**unmeasured(shapes), **shapes}
-        missing = [name for name in FIELDS if name not in shapes]
-        if missing:
-            raise InputError(f"{path}: tensor '{key}/{number}/{missing[0]}' is missing")
-        sizes[domains[number]] = LayerStatistics(**shapes)
+        shapes = tuple((name, entry.dtype, entry.shape) for name, entry in sorted(entries.items()))
+        if shapes not in known:  # of most layers they are the same
+            known[shapes] = _sizes(path, key, number, entries)
+        sizes[domains[number]] = known[shapes]
     problem = layer_problem(header, key, sizes)
     if problem:
         raise InputError(f"{path}: {problem}")
     numbers = {domains[number]: number for number in parts}
     named = {domains[number]: entries for number, entries in parts.items()}
     return StoredLayer(path, status, key, header["top_k"], numbers, named, sizes)
+
+
+def _sizes(path: Path, key: str, number: int, entries: Mapping[str, TensorEntry]) -> LayerStatistics:
+    """The fields of one layer and domain on the meta device. Raises InputError for a wrong type and a missing field."""
+    shapes: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        dtype = next((d for d, word in DTYPES.items() if word == entry.dtype), None)
+        if dtype is None:
+            wanted = DTYPES[FIELDS[name].metadata["dtype"]]
+            raise InputError(f"{path}: tensor {entry.name}: expected dtype {wanted}, got {entry.dtype}")
+        shapes[name] = torch.empty(entry.shape, dtype=dtype, device="meta")
+    if "count" in shapes and shapes["count"].ndim == 1:
+        shapes = {**unmeasured(shapes), **shapes}
+    missing = [name for name in FIELDS if name not in shapes]
+    if missing:
+        raise InputError(f"{path}: tensor '{key}/{number}/{missing[0]}' is missing")
+    return LayerStatistics(**shapes)
 
 
 def layer_problem(header: Mapping[str, Any], key: str, parts: Mapping[str, LayerStatistics]) -> str | None:

@@ -1,7 +1,8 @@
-"""What calibration measures: sums per layer, domain and expert. Batches, domains and machines merge by adding."""
+"""`Statistics`: a header and layers, held, read from a file or added up; saved, loaded and merged."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,8 +35,11 @@ class Statistics:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Digest of the file that the layers are read from; None for others."""
-        return files.sha256(self.layers.path) if isinstance(self.layers, StoredLayers) else None
+        """Digest of the file that the layers are read from; None for others. Raises InputError when it was replaced."""
+        if not isinstance(self.layers, StoredLayers):
+            return None
+        self.layers.check()
+        return files.sha256(self.layers.path)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -67,8 +71,13 @@ class Statistics:
         for name in names:
             if name in self.layers[key]:
                 part = self.part(key, name, tiers)
-                total = (part.like() if total is None else total) + part
+                total = self.own(part) if total is None else total.absorb(part)
         return self.part(key, next(iter(self.layers[key])), tiers).like() if total is None else total
+
+    def own(self, part: LayerStatistics) -> LayerStatistics:
+        """The sums of a part, to be added to: what was read for this is nobody else's, what is held is copied."""
+        read = isinstance(self.layers, (StoredLayers, MergedLayers))
+        return part if read else part.like().absorb(part)
 
     def part(self, key: str, domain: str, tiers: Sequence[str] | None = None) -> LayerStatistics:
         """The sums of one layer and domain, for `tiers` as in `layer`."""
@@ -79,7 +88,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, a layer and domain at a time; the same statistics give the same bytes. The file
-        appears whole or not at all."""
+        appears whole or not at all. Over the file that they were loaded from, load them again afterwards."""
         sizes = sizes_of(self.layers)
         problem = header_problem(self.header) or ("" if sizes else "no layers")
         problems = [problem] if problem else (layer_problem(self.header, key, sizes[key]) for key in sizes)
@@ -133,7 +142,7 @@ class MergedLayer(Mapping[str, LayerStatistics]):
                 problem = None if total is None else total.other_weights(sums)
                 if problem:
                     raise InputError(f"merge: part {number}, layer {self.key}: {problem}; compared with part 1")
-                total = sums if total is None else total + sums
+                total = part.own(sums) if total is None else total.absorb(sums)
         if total is None:
             raise KeyError(domain)
         return total
@@ -171,9 +180,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     if not parts:
         raise InputError("merge: expected at least one statistics file")
     first = parts[0]
-    known = [part.sha256 for part in parts if part.sha256 is not None]
-    if len(set(known)) < len(known):
-        raise InputError("merge: the same file is given twice; its tokens would count double")
+    _check_apart(parts)
     total: dict[str, dict[str, LayerStatistics]] = {key: {} for key in first.layers}
     for number, part in enumerate(parts, start=1):
         for name in IDENTITY:
@@ -190,6 +197,22 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     header = merged_header([part.header for part in parts])
     ordered = {key: {name: total[key][name] for name in header["domains"] if name in total[key]} for key in total}
     return Statistics(header, MergedLayers(parts, ordered))
+
+
+def _check_apart(parts: Sequence[Statistics]) -> None:
+    """Raise InputError where tokens would count double: a part is given twice, or two have measured the same text."""
+    known = [part.sha256 or id(part) for part in parts]
+    if len(set(known)) < len(known):
+        raise InputError("merge: the same file is given twice; its tokens would count double")
+    measured: dict[str, int] = {}
+    for number, part in enumerate(parts, start=1):
+        texts = [run.get("data") for run in part.header["runs"]]
+        for text in {json.dumps(t, sort_keys=True) for t in texts if isinstance(t, dict) and "sources" in t}:
+            if measured.setdefault(text, number) != number:
+                raise InputError(
+                    f"merge: parts {measured[text]} and {number} measured the same text by the same recipe; its tokens "
+                    "would count double"
+                )
 
 
 def _unite(total: dict[str, LayerStatistics], added: Mapping[str, LayerStatistics], where: str) -> None:

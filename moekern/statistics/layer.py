@@ -203,6 +203,18 @@ class LayerStatistics:
             **{f.name: MERGES[f.metadata["merge"]](getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         )
 
+    def absorb(self, other: LayerStatistics) -> LayerStatistics:
+        """The same as `+`, in this object's memory where that is possible: it must not be used any longer."""
+        problem = self.differs(other) or self.other_weights(other)
+        if problem:
+            raise ValueError(f"[LayerStatistics] add: {problem}")
+        united = {}
+        for f in fields(self):
+            mine, theirs, merge = getattr(self, f.name), getattr(other, f.name), f.metadata["merge"]
+            into = {"out": mine} if merge in IN_PLACE else {}
+            united[f.name] = MERGES[merge](mine, theirs, **into)
+        return LayerStatistics(**united)
+
     def differs(self, other: LayerStatistics) -> str | None:
         """Why the two cannot be added, by their shapes (the sums may lie on the meta device); None when they can."""
         for f in fields(self):
@@ -243,9 +255,12 @@ class LayerStatistics:
             return wrong
         for f in fields(self):
             value = getattr(self, f.name)
-            if not value.isfinite().all():
+            if not value.numel():
+                continue
+            low, high = value.aminmax()  # NaN where there is one; no copy of the values
+            if value.is_floating_point() and not (low.isfinite() and high.isfinite()):
                 return f"{f.name}: not finite"
-            if not f.metadata["negative"] and (value < 0).any():
+            if not f.metadata["negative"] and low < 0:
                 return f"{f.name}: negative"
         ids = self.coalitions[:, :-1]
         if ids.numel() and (ids >= self.num_experts).any():
@@ -298,7 +313,8 @@ def merge_rows(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([keys, counts[:, None]], 1)
 
 
-MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+IN_PLACE = ("add", "max", "or")
+MERGES: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "max": torch.maximum,
     "or": torch.bitwise_or,

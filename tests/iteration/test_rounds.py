@@ -175,6 +175,7 @@ def test_every_round_says_where_it_comes_from_as_other_plans_do(
         assert len(found.pop("earlier_rounds")) == done
         assert (found.pop("rounds"), found.pop("reestimate")) == (3, data is not None)
         assert (found.pop("data"), found.pop("dtype")) == (data and data.recipe, None)
+        assert (found.pop("backend") is None) == (data is None)
         assert found == {**other.provenance, "kept": (6, 4, 2)[done]}
 
 
