@@ -93,3 +93,15 @@ def test_digests(tmp_path, size):
     content = bytes(size)
     (tmp_path / "f").write_bytes(content)
     assert files.sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(tmp_path):
+    stale = tmp_path / ".s.999999.00112233.tmp"
+    stale.write_bytes(b"half")
+    with files.replacing(tmp_path / "s") as mine:
+        assert not stale.exists()
+        with files.replacing(tmp_path / "s") as other:  # as another process would
+            assert mine.exists()
+            other.write_bytes(b"b")
+        mine.write_bytes(b"a")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"a")]

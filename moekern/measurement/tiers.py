@@ -12,6 +12,7 @@ from torch import Tensor
 from moekern import kernels
 from moekern.errors import InputError
 from moekern.measurement.batch import BatchContext, Seen
+from moekern.model.compute import check_device
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time
@@ -50,7 +51,8 @@ def wanted_tiers(names: Collection[str], measurable: Sequence[str], where: str) 
 
 
 def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -> dict[str, str]:
-    """Op -> the backend that serves it, for the statistics' header. Raises InputError for one that is not there."""
+    """Op -> the backend that serves it, for the statistics' header. Raises InputError where it or the device is not."""
+    check_device(device)
     ops = {op: "cpu" for tier in tiers if TABLE[tier].by == "weights" for op in TABLE[tier].ops}
     kind = torch.device(device).type
     ops |= dict.fromkeys((*ROUTED_OPS, *(op for t in tiers if TABLE[t].by != "weights" for op in TABLE[t].ops)), kind)

@@ -250,6 +250,24 @@ def test_no_file_is_left_of_a_calibration_that_failed(family_checkpoint: MakeChe
     assert not list(tmp_path.iterdir())
 
 
+def test_an_observed_model_is_not_observed_again(family_checkpoint: MakeCheckpoint) -> None:
+    model, ids = families.load(family_checkpoint("qwen3_moe")), families.input_ids("qwen3_moe")
+    with observe(model) as statistics:
+        with pytest.raises(InputError, match="observed already"), observe(model):
+            pass
+        families.forward(model, ids)
+    assert int(statistics.layer("0").tokens) == ids.numel()
+
+
+def test_a_file_that_is_there_is_not_written_over(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists already"):
+        calibrate(family_checkpoint("mixtral"), _data("mixtral", 1), out=tmp_path / "s")
+    with pytest.raises(InputError, match="--device nowhere: not usable here"):
+        calibrate(family_checkpoint("mixtral"), _data("mixtral", 1), Compute(device="nowhere"))
+    assert (tmp_path / "s").read_bytes() == b"mine"
+
+
 def test_a_padded_model_that_generates_is_observed(family_checkpoint: MakeCheckpoint) -> None:
     model = families.load(family_checkpoint("qwen3_moe"))
     ids, mask = families.input_ids("qwen3_moe", 2, 6, 3), torch.ones(2, 6, dtype=torch.long)

@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from greenlet import greenlet
 
 from moekern.architectures import find_layout
 from moekern.benchmark import run as benchmark
@@ -251,3 +253,13 @@ def test_warnings_of_libraries_are_notes(work: Path, monkeypatch: pytest.MonkeyP
 def test_a_kind_can_be_given() -> None:
     assert InputError("x: broken", kind="plan").kind == "plan"
     assert InputError("x: broken").kind == "input"
+
+
+def test_what_a_greenlet_or_a_thread_says_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.output(True):
+        greenlet(lambda: console.say("from a greenlet")).switch()
+        thread = threading.Thread(target=console.say, args=("from a thread",))
+        thread.start()
+        thread.join()
+    notes = [json.loads(line)["note"] for line in capsys.readouterr().err.splitlines()]
+    assert notes == ["from a greenlet", "from a thread"]

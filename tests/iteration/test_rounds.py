@@ -34,7 +34,7 @@ Keeps = dict[str, tuple[int, ...]]
 # Stacked and indexed experts, selection biases with groups, rows of the router that stay, state between layers.
 FAMILIES = ("qwen3_moe", "deepseek_v3", "longcat_flash")
 # What plans of rounds say beside what every plan says.
-OWN = ("data", "dtype", "rounds", "reestimate", "earlier_rounds")
+OWN = ("data", "dtype", "backend", "rounds", "reestimate", "earlier_rounds")
 CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
 
 

@@ -112,6 +112,31 @@ def test_weights_that_differ_are_refused_when_they_are_added(tmp_path: Path) -> 
     assert not (tmp_path / "s").exists()
 
 
+def test_text_that_two_parts_have_measured_is_not_added(tmp_path: Path) -> None:
+    recipe = {"sources": {"prose": {"path": "a.txt", "sha256": "0"}}, "seed": 1}
+    one, two, other = (
+        Statistics(header(DOMAINS, data={**recipe, "seed": seed}), {"0": {"prose": layer_statistics(seed)}})
+        for seed in (1, 1, 2)
+    )
+    merged = merge([one, other])
+    with pytest.raises(InputError, match="parts 1 and 2 measured the same text by the same recipe"):
+        merge([one, two])
+    merged.save(tmp_path / "merged")
+    with pytest.raises(InputError, match="parts 1 and 2 measured the same text"):
+        merge([Statistics.load(tmp_path / "merged"), one])
+    with pytest.raises(InputError, match="the same file is given twice"):
+        merge([one, one])
+
+
+def test_a_relative_path_holds_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_statistics().save(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
+    opened = Statistics.load("s")
+    monkeypatch.chdir("/")
+    assert int(opened.layer("0").tokens)
+    assert opened.sha256 == files.sha256(tmp_path / "s")
+
+
 MEMORY = """
 import sys, torch
 from pathlib import Path
