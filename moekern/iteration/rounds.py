@@ -162,9 +162,9 @@ def _job(
         seed=method.seed,
     )
     measuring = {
+        "backend": None if data is None else backends_of(compute.device, compute.backend),
         "data": None if data is None else recipe_of(data, compute, ()),
         "dtype": compute.dtype_name,
-        "backend": None if data is None else backends_of(compute.device, compute.backend),
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }
