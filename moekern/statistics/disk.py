@@ -299,8 +299,9 @@ class StatisticsWriter:
         if missing:
             raise RuntimeError(f"statistics: {missing[0]} was announced and never measured")
         text = self._text(list(self.entries.values()))
+        assert len(text) == self.start, "the header would run into the numbers"
         self.file.seek(0)
-        self.file.write(text.ljust(self.start))
+        self.file.write(text)
         self.file.flush()
 
     def _text(self, entries: list[TensorEntry]) -> bytes:
