@@ -10,13 +10,18 @@ import typer
 from moekern.cli.console import show
 from moekern.cli.options import (
     BatchSize,
+    Column,
     Data,
     Device,
     DtypeOption,
     Json,
     Model,
+    Preset,
     Seed,
     SequenceLength,
+    Strict,
+    Thinking,
+    ThinkingOption,
     Tokens,
     TrustRemoteCode,
     compute_of,
@@ -31,11 +36,15 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Model,
-    data: Data,
     plans: Annotated[list[Path] | None, typer.Argument(help="Plans to apply on the fly.")] = None,
-    tokens: Tokens = None,
+    data: Data = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     batch_size: BatchSize = 1,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -47,7 +56,10 @@ def evaluate(
     from moekern.cli import pipeline
     from moekern.evaluation.losses import losses_document
 
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = named_plans("evaluate", plans or [])
     losses = pipeline.evaluate_plans(model_folder(model), text, compute, named)

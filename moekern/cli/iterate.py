@@ -10,6 +10,7 @@ import typer
 from moekern.cli.options import (
     BackendOption,
     Chunk,
+    Column,
     CriterionOption,
     Device,
     Domains,
@@ -17,8 +18,12 @@ from moekern.cli.options import (
     Json,
     Keep,
     Model,
+    Preset,
     Seed,
     SequenceLength,
+    Strict,
+    Thinking,
+    ThinkingOption,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
@@ -46,10 +51,14 @@ def iterate(
         bool, typer.Option(help="Measure each layer behind the pruned layers before it, not behind whole ones.")
     ] = True,
     domain: Domains = None,
-    tokens: Tokens = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -69,7 +78,10 @@ def iterate(
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, chunk=chunk, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

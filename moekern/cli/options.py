@@ -30,6 +30,18 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Mix(str, Enum):
+    code = "code"
+    general = "general"
+    reasoning = "reasoning"
+
+
+class Thinking(str, Enum):
+    on = "on"
+    off = "off"
+    row = "row"
+
+
 Model = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
 ]
@@ -41,10 +53,25 @@ Domains = Annotated[
 ]
 ProtectSuper = Annotated[bool, typer.Option("--protect-super", help="Keep experts with extreme outputs in any case.")]
 Data = Annotated[
-    list[str],
-    typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="NAME=SOURCE, or NAME=SOURCE:AMOUNT: a file of text or rows, a folder of them, or a hub data set such as "
+        "org/name[subset](split). AMOUNT: 200k or 2M tokens, 4096 sequences, 0.5 or 50% of --tokens. Repeatable.",
+    ),
 ]
-Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
+Preset = Annotated[Mix | None, typer.Option("--preset", help="A mix of hub data sets: code, general or reasoning.")]
+Tokens = Annotated[
+    str, typer.Option(help="Tokens of the domains that name no amount, evenly shared: 500000, 500k, 2M or all.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="The column that holds the text of rows, or NAME=COLUMN; repeatable."),
+]
+ThinkingOption = Annotated[
+    Thinking, typer.Option("--thinking", help="enable_thinking of the chat template: on, off, or as each row says.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row or file that cannot be read.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Chunk = Annotated[
@@ -85,22 +112,31 @@ Json = Annotated[
 def text_of(
     *,
     data: Sequence[str] | None,
-    tokens: int | None,
+    preset: Mix | None,
+    tokens: str,
     sequence_length: int,
+    column: Sequence[str] | None,
+    thinking: Thinking,
+    strict: bool,
     seed: int,
     batch_size: int = 1,
     chunk: int | None = None,
 ) -> Text:
-    """Which text the options name; none of it is read yet."""
+    """Which text the options name; none of it is read yet. What is to be said of it goes to the console."""
+    from moekern.data.mixes import PRESETS, parse_tokens
     from moekern.data.text import Text
 
     return Text(
-        data=tuple(data or ()),
-        tokens=tokens,
+        data=(*(data or ()), *((PRESETS[preset.value],) if preset else ())),
+        tokens=parse_tokens(tokens),
         sequence_length=sequence_length,
         batch_size=batch_size,
         chunk=chunk,
         seed=seed,
+        columns=tuple(column or ()),
+        thinking=thinking.value,
+        strict=strict,
+        tell=console.say,
     )
 
 

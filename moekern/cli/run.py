@@ -10,6 +10,7 @@ import typer
 from moekern.cli.console import say
 from moekern.cli.options import (
     Chunk,
+    Column,
     CriterionOption,
     Data,
     Device,
@@ -18,9 +19,13 @@ from moekern.cli.options import (
     Keep,
     Model,
     MtpOption,
+    Preset,
     ProtectSuper,
     Seed,
     SequenceLength,
+    Strict,
+    Thinking,
+    ThinkingOption,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
@@ -38,14 +43,18 @@ if TYPE_CHECKING:
 
 def run(
     model: Model,
-    data: Data,
     keep: Keep,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
     criterion: CriterionOption = "reap",
-    tokens: Tokens = None,
+    data: Data = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -65,7 +74,10 @@ def run(
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, chunk=chunk, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
         model_folder(model), text, compute, out,

@@ -27,7 +27,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Batches and the recipe they were made by (any JSON: sources with their sha256, sequence length, chunk, seed).
+    """Batches and the recipe they were made by (any JSON: sources with the sha256 of their token ids, sequence length,
+    chunk, seed); notes: what was said of the text, and of what of it was left out.
 
     Statistics are computed, and added, `chunk` sequences at a time, in their order: this decides their bits, and
     batches do not.
@@ -36,6 +37,7 @@ class TokenData:
     batches: tuple[Batch, ...]
     recipe: dict[str, Any]
     chunk: int = 1
+    notes: tuple[str, ...] = ()
 
     def by_chunk(self) -> TokenData:
         """The same sequences in the same order, `chunk` of a domain and a length together, whatever the batches are."""
