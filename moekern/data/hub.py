@@ -17,7 +17,7 @@ def hub_rows(domain: Domain, seed: int | None) -> Iterator[Item]:
 
     Raises InputError where it is not to be had.
     """
-    datasets: Any = needed("datasets", f"{domain.shown} (no file or folder of that name is here)")
+    datasets: Any = needed("datasets", f"{domain.shown}: no such file or folder, and a data set of the hub")
     try:
         rows = datasets.load_dataset(domain.path, domain.subset, split=domain.split or "train", streaming=True)
         rows = rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)

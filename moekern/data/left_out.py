@@ -59,8 +59,8 @@ class LeftOut:
             raise InputError(f"{file}: {reason} (--strict)", kind="data") from reason
         self.bad_files.setdefault(file, str(reason))
 
-    def lines(self) -> list[str]:
-        """One line for each kind of thing that was left out."""
+    def reasons(self) -> list[str]:
+        """A line for each kind of thing that was left out."""
         lines = []
         if self.bad_files:
             name, reason = next(iter(self.bad_files.items()))
@@ -71,7 +71,7 @@ class LeftOut:
             lines.append(f"{self.bad_rows.total():,} of {self.rows.total():,} rows of {where}: first: {self.first_row}")
         if self.parts:
             lines.append(f"{self.parts.total():,} parts of messages that are no text ({counted(self.parts)})")
-        return [f"{self.domain}: left out: {line}" for line in lines]
+        return [f"left out: {line}" for line in lines]
 
     def document(self) -> dict[str, int]:
         """The counts, for the recipe; empty where nothing was left out."""

@@ -53,7 +53,8 @@ class Domain:
         """The source without the folders it lies in."""
         if not self.on_hub:
             return Path(self.path).name
-        return self.path + (f"[{self.subset}]" if self.subset else "") + (f"({self.split})" if self.split else "")
+        path = self.path if _HUB_ID.fullmatch(self.path) else Path(self.path).name
+        return path + (f"[{self.subset}]" if self.subset else "") + (f"({self.split})" if self.split else "")
 
 
 def parse_tokens(text: str) -> int | None:

@@ -55,11 +55,6 @@ def read_data(
     domains = domains_of(specs)
     named = _columns(columns, domains)
     notes = Notes(tell)
-    if max_positions is not None and sequence_length > max_positions:
-        notes.warn(
-            f"--sequence-length {sequence_length}: the model was made for {max_positions} positions "
-            "(max_position_embeddings); what it does beyond them is not what it does in use"
-        )
     tokenizer = Tokenizer(Path(model), trust_remote_code, thinking=thinking, notes=notes)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
@@ -70,6 +65,12 @@ def read_data(
         _check_vocabulary(sequences, vocab_size, domain)
         sources[domain.name] = _source(reading, sequences, left)
         batches += [Batch(domain.name, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    if max_positions is not None and longest > max_positions:
+        notes.warn(
+            f"--sequence-length {sequence_length}: sequences of {longest} tokens go beyond the {max_positions} positions "
+            "that the model was made for (max_position_embeddings)"
+        )
     recipe = {
         "sources": sources,
         "sequence_length": sequence_length,
@@ -113,12 +114,12 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
         total += len(ids)
         if wanted is not None and total >= wanted:
             break
-    lines = left.lines()
+    reasons = left.reasons()
     if total < 2:
         where = f"--data {reading.domain.name}={reading.domain.path}"
-        raise InputError(f"{where}: holds no text" + (f": {lines[0]}" if lines else ""))
-    for line in lines:
-        notes.warn(line)
+        raise InputError(f"{where}: holds no text" + (f": {reasons[0]}" if reasons else ""))
+    for reason in reasons:
+        notes.warn(f"{reading.domain.name}: {reason}")
     ids = np.concatenate(parts)
     generator = np.random.default_rng(reading.seed)
     sequences = sequences_of(ids, reading.sequence_length, reading.budget, generator)

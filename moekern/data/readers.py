@@ -123,16 +123,16 @@ def opened(file: File) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed. Raises Unreadable for what cannot be opened or is damaged."""
     try:
         with file.path.open("rb") as raw:
-            yield _unpacked(raw, file.packed)
+            yield _unpacked(raw, file.packed, file.name)
     except DAMAGED as error:
         raise Unreadable(f"cannot be read: {first_line(error)}") from error
 
 
-def _unpacked(raw: BinaryIO, packed: str) -> Any:
+def _unpacked(raw: BinaryIO, packed: str, name: str) -> Any:
     if packed == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if packed == ".zst":
-        zstandard = needed("zstandard", "a .zst file")
+        zstandard = needed("zstandard", f"{name}: a .zst file")
         reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         return io.BufferedReader(_Raw(reader, zstandard.ZstdError))
     return raw
@@ -162,16 +162,19 @@ def needed(library: str, what: str) -> Any:
         return import_module(library)
     except ImportError as error:
         raise InputError(
-            f"--data: {what} needs the library {library}: pip install 'moekern[data]'", kind="data"
+            f"--data {what} needs the library {library.partition('.')[0]}: pip install 'moekern[data]'"
         ) from error
 
 
-def read_all(file: File, column: str | None = None) -> Iterator[Item]:
-    """Everything in a file, in its order. Raises Unreadable for a file that is damaged or of another format."""
+def read_all(file: File, column: str | None = None, group: int | None = None) -> Iterator[Item]:
+    """Everything in a file, or in one of its row groups, in its order.
+
+    Raises Unreadable for a file that is damaged or of another format.
+    """
     if file.format == "ids":
         yield from _all_ids(file)
     elif file.format == "parquet":
-        yield from _parquet(file)
+        yield from _parquet(file, group)
     else:
         with opened(file) as stream:
             if file.format == "text":
@@ -253,10 +256,10 @@ def _pieces(stream: BinaryIO) -> Iterator[str]:
         _check_text(text)
         if not chunk:
             break
-        cut = line_end(held, len(held))
-        if cut or len(held) > 2 * PIECE:
-            yield held[: cut or len(held)]
-            held = held[cut or len(held) :]
+        if len(held) > 2 * PIECE:
+            cut = line_end(held, len(held)) or len(held)
+            yield held[:cut]
+            held = held[cut:]
     if held.strip():
         yield held
 
@@ -324,15 +327,32 @@ def _csv(text: io.TextIOWrapper, suffix: str) -> Iterator[tuple[Any, int]]:
         csv.field_size_limit(before)
 
 
-def _parquet(file: File) -> Iterator[Item]:
-    parquet = needed("pyarrow.parquet", "a .parquet file")
+def groups_of(file: File) -> list[int | None]:
+    """The row groups of a parquet file, each of which can be read alone; [None] for other files."""
+    if file.format != "parquet":
+        return [None]
+    with _parquet_file(file) as parquet:
+        return list(range(parquet.num_row_groups))
+
+
+def _parquet(file: File, group: int | None) -> Iterator[Item]:
+    where = "row" if group is None else f"row group {group}, row"
     number = 0
+    with _parquet_file(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=64, row_groups=None if group is None else [group]):
+            for row in batch.to_pylist():
+                number += 1
+                yield Item(f"{where} {number}", row, batch.nbytes // batch.num_rows)
+
+
+@contextmanager
+def _parquet_file(file: File) -> Iterator[Any]:
+    parquet = needed("pyarrow.parquet", f"{file.name}: a .parquet file")
     try:
         with parquet.ParquetFile(file.path) as opened_file:
-            for batch in opened_file.iter_batches(batch_size=64):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Item(f"row {number}", row, batch.nbytes // batch.num_rows)
+            yield opened_file
+    except Unreadable:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's errors are of these
         raise Unreadable(f"not a readable .parquet file ({first_line(error)})") from error
 

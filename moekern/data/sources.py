@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from moekern.data.hub import SHUFFLED, hub_rows
 from moekern.data.left_out import LeftOut, Notes, Unreadable, counted
 from moekern.data.mixes import Domain
-from moekern.data.readers import FORMATS, File, Item, file_of, plain_suffix, read_all, read_block
+from moekern.data.readers import FORMATS, File, Item, file_of, groups_of, plain_suffix, read_all, read_block
 from moekern.data.rows import Document, Passage, document_of
 from moekern.errors import InputError
 
@@ -23,6 +23,7 @@ from moekern.errors import InputError
 WHOLE = 1 << 20
 WHOLE_PER_TOKEN = 8
 BLOCK = (1 << 12, 1 << 18)  # bytes of the parts that are drawn, at least and at most
+MOST_BLOCKS = 1 << 20
 TOKEN_BYTES = 8  # of a token, where more blocks cost less than fewer
 
 
@@ -81,7 +82,7 @@ def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
         name = each.name if each == path else str(each.relative_to(path))
         try:
             file = file_of(each, name)
-            _ = file.size
+            _ = file.size, groups_of(file)  # what cannot be opened is known before anything is read
             files.append(file)
         except (Unreadable, OSError) as error:
             left.file(name, error if isinstance(error, Unreadable) else Unreadable(error.strerror or str(error)))
@@ -134,9 +135,9 @@ def _is_small(files: list[File], reading: Reading) -> bool:
     return most >= 0
 
 
-def _start(file: File, column: str | None, most: int, left: LeftOut) -> Iterator[Item]:
-    """The items of a file up to the one that goes beyond `most` bytes."""
-    for _, item in _guarded(file, read_all(file, column), left):
+def _start(file: File, column: str | None, most: int, left: LeftOut, group: int | None = None) -> Iterator[Item]:
+    """The items of a file, or of a row group, up to the one that goes beyond `most` bytes."""
+    for _, item in _guarded(file, read_all(file, column, group), left):
         yield item
         most -= item.size
         if most < 0:
@@ -147,9 +148,10 @@ def _drawn(files: list[File], reading: Reading, left: LeftOut, notes: Notes) -> 
     generator = reading.generator()
     rows = list(_from_starts([f for f in files if not f.seekable], reading, generator, left, notes))
     blocked = [file for file in files if file.seekable]
-    ends = list(accumulate(-(-file.size // reading.block) for file in blocked))
+    size = max(reading.block, sum(file.size for file in blocked) // MOST_BLOCKS)
+    ends = list(accumulate(-(-file.size // size) for file in blocked))
     bad: set[str] = set()
-    for number in generator.permutation(len(rows) + (ends[-1] if ends else 0)).tolist():
+    for number in map(int, generator.permutation(len(rows) + (ends[-1] if ends else 0))):
         if number < len(rows):
             yield rows[number]
             continue
@@ -157,8 +159,8 @@ def _drawn(files: list[File], reading: Reading, left: LeftOut, notes: Notes) -> 
         file, block = blocked[place], number - len(rows) - (ends[place - 1] if place else 0)
         if file.name in bad:
             continue
-        start = block * reading.block
-        for name, item in _guarded(file, read_block(file, start, min(start + reading.block, file.size)), left):
+        start = block * size
+        for name, item in _guarded(file, read_block(file, start, min(start + size, file.size)), left):
             if isinstance(item.value, Unreadable) and not item.where:
                 bad.add(name)
             yield name, item
@@ -169,26 +171,24 @@ def _from_starts(
 ) -> Iterator[tuple[str, Item]]:
     """Rows of files that cannot be read from the middle."""
     most = reading.most or 0
-    share = max(most // max(len(files), 1), reading.block)
+    starts = [(file, group) for file in files for group in groups_of(file)]
+    share = max(most // max(len(starts), 1), reading.block)
     seen = cut = 0
-    for n in generator.permutation(len(files)).tolist():
+    for n in map(int, generator.permutation(len(starts))):
         if most < 0:
             break
+        file, group = starts[n]
         got = 0
-        for item in _start(files[n], reading.column, min(share, most), left):
+        for item in _start(file, reading.column, min(share, most), left, group):
             got += item.size
-            value = item.value
-            yield (
-                files[n].name,
-                item._replace(value=replace(value, begins=True, ends=True)) if isinstance(value, Passage) else item,
-            )
+            yield file.name, item._replace(value=Passage(item.value.text)) if isinstance(item.value, Passage) else item
         most -= got
         seen += 1
         cut += got > share
-    if cut or seen < len(files):
+    if cut or seen < len(starts):
         notes.say(
-            f"{reading.domain.name}: compressed files, JSON, CSV and parquet are drawn from their starts: "
-            f"{share:,} bytes of {seen:,} of {len(files):,} files"
+            f"{reading.domain.name}: compressed files, JSON, CSV and row groups of parquet are drawn from their starts: "
+            f"up to {share / 1e6:,.2f} MB each of {seen:,} of {len(starts):,}"
         )
 
 
