@@ -17,6 +17,7 @@ from moekern.cli.options import (
     Json,
     Keep,
     Model,
+    Pack,
     Seed,
     SequenceLength,
     Tokens,
@@ -48,6 +49,7 @@ def iterate(
     domain: Domains = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
@@ -69,7 +71,7 @@ def iterate(
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

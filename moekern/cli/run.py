@@ -18,6 +18,7 @@ from moekern.cli.options import (
     Keep,
     Model,
     MtpOption,
+    Pack,
     ProtectSuper,
     Seed,
     SequenceLength,
@@ -44,6 +45,7 @@ def run(
     criterion: CriterionOption = "reap",
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
@@ -65,7 +67,7 @@ def run(
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
         model_folder(model), text, compute, out,

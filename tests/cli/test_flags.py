@@ -25,6 +25,7 @@ calibrate
   --out required
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
   --seed = 0
@@ -88,6 +89,7 @@ iterate
   --domain* = None
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
   --seed = 0
@@ -136,6 +138,7 @@ evaluate
   PLANS* = None
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --batch-size = 1
   --seed = 0
   --device = cpu
@@ -150,6 +153,7 @@ run
   --criterion = reap
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
   --seed = 0
