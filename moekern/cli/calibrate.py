@@ -18,6 +18,7 @@ from moekern.cli.options import (
     DtypeOption,
     Json,
     Model,
+    Pack,
     Preset,
     Seed,
     SequenceLength,
@@ -44,6 +45,7 @@ def calibrate(
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     column: Column = None,
@@ -81,7 +83,7 @@ def calibrate(
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, chunk=chunk, seed=seed,
+        strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     statistics = pipeline.calibrate_to(

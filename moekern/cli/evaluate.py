@@ -16,6 +16,7 @@ from moekern.cli.options import (
     DtypeOption,
     Json,
     Model,
+    Pack,
     Preset,
     Seed,
     SequenceLength,
@@ -41,6 +42,7 @@ def evaluate(
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     batch_size: BatchSize = 1,
     column: Column = None,
     thinking: ThinkingOption = Thinking.row,
@@ -58,7 +60,7 @@ def evaluate(
 
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, batch_size=batch_size, seed=seed,
+        strict=strict, pack=pack, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = named_plans("evaluate", plans or [])

@@ -72,7 +72,11 @@ ThinkingOption = Annotated[
     Thinking, typer.Option("--thinking", help="enable_thinking of the chat template: on, off, or as each row says.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row or file that cannot be read.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence; with --no-pack the most of a row.")]
+Pack = Annotated[
+    bool,
+    typer.Option(help="Pack text into sequences of one length, or make each file, row of data or of an array one."),
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Chunk = Annotated[
     int | None,
@@ -118,6 +122,7 @@ def text_of(
     column: Sequence[str] | None,
     thinking: Thinking,
     strict: bool,
+    pack: bool,
     seed: int,
     batch_size: int = 1,
     chunk: int | None = None,
@@ -136,6 +141,7 @@ def text_of(
         columns=tuple(column or ()),
         thinking=thinking.value,
         strict=strict,
+        pack=pack,
         tell=console.say,
     )
 

@@ -19,6 +19,7 @@ from moekern.cli.options import (
     Keep,
     Model,
     MtpOption,
+    Pack,
     Preset,
     ProtectSuper,
     Seed,
@@ -45,11 +46,12 @@ def run(
     model: Model,
     keep: Keep,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    criterion: CriterionOption = "reap",
     data: Data = None,
+    criterion: CriterionOption = "reap",
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     column: Column = None,
@@ -76,7 +78,7 @@ def run(
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, chunk=chunk, seed=seed,
+        strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(

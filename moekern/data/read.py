@@ -1,4 +1,4 @@
-"""Calibration and evaluation text as token batches: named domains, packed to one length, seeded."""
+"""Calibration and evaluation text as token batches: named domains, packed to one length or a row each, seeded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, batched, sequences_of
+from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, batched, rows_of, sequences_of
 from moekern.data.left_out import LeftOut, Notes, Unreadable
 from moekern.data.mixes import Domain, budgets, domains_of
 from moekern.data.rows import Chat, Passage
@@ -31,6 +31,7 @@ def read_data(
     sequence_length: int = 2048,
     batch_size: int = 8,
     chunk: int | None = None,
+    pack: bool = True,
     seed: int = 0,
     columns: Sequence[str] = (),
     thinking: str = "row",
@@ -42,10 +43,12 @@ def read_data(
 
     A source is a file of text or rows, a folder of them, or a data set of the hub, with an amount behind a colon: see
     `data.mixes` and `data.rows`. Documents follow one another with the tokenizer's end-of-text token between; sequences
-    are drawn in a seeded order. Statistics are taken `chunk` sequences at a time (None: as many as hold 2048 tokens),
-    losses `batch_size`. `tokens` bounds what domains that name no amount have together; what a small one lacks is not
-    made up for. No more is read than a budget needs. `columns` ("column" or "name=column") say where the text of rows
-    is. What is left out is counted and told in a line, by `tell` or as a warning; `strict` makes it an error.
+    are drawn in a seeded order. Without `pack` each document (a file of text, a row) is a sequence of its own, cut at
+    `sequence_length`; those of one length are computed together, and none is padded. Statistics are taken `chunk`
+    sequences at a time (None: as many as hold 2048 tokens), losses `batch_size`. `tokens` bounds what domains that name
+    no amount have together; what a small one lacks is not made up for. No more is read than a budget needs. `columns`
+    ("column" or "name=column") say where the text of rows is. What is left out is counted and told in a line, by `tell`
+    or as a warning; `strict` makes it an error.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
     _check(sequence_length, batch_size, seed, thinking)
@@ -55,11 +58,11 @@ def read_data(
     domains = domains_of(specs)
     named = _columns(columns, domains)
     notes = Notes(tell)
-    tokenizer = Tokenizer(Path(model), trust_remote_code, thinking=thinking, notes=notes)
+    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking, notes=notes)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
     for number, (domain, budget) in enumerate(zip(domains, budgets(domains, tokens, sequence_length), strict=True)):
-        reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number))
+        reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
         left = LeftOut(domain.name, strict)
         sequences = _sequences(reading, tokenizer, left, notes)
         _check_vocabulary(sequences, vocab_size, domain)
@@ -68,8 +71,8 @@ def read_data(
     longest = max(batch.input_ids.shape[1] for batch in batches)
     if max_positions is not None and longest > max_positions:
         notes.warn(
-            f"--sequence-length {sequence_length}: sequences of {longest} tokens go beyond the {max_positions} positions "
-            "that the model was made for (max_position_embeddings)"
+            f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
+            "positions that the model was made for (max_position_embeddings)"
         )
     recipe = {
         "sources": sources,
@@ -78,7 +81,7 @@ def read_data(
         "tokens": tokens,
         "seed": seed,
         "thinking": thinking,
-    }
+    } | ({} if pack else {"pack": False})
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
 
 
@@ -105,26 +108,31 @@ def _columns(columns: Sequence[str], domains: Sequence[Domain]) -> dict[str, str
 
 
 def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Notes) -> list[np.ndarray]:
-    """The packed sequences of a domain. Says what was left out, and what was drawn from more than there is to say."""
+    """The sequences of a domain. Says what was left out, and of how much text they are."""
+    length, budget = reading.sequence_length, reading.budget
     documents = documents_of(reading, left, notes)
-    wanted = reading.budget if documents.drawn else None
-    parts, total = [], 0
+    parts, total, enough = [], 0, False
     for ids in token_documents(documents, reading, tokenizer, left):
+        ids = ids if reading.pack else ids[:length]
         parts.append(ids)
         total += len(ids)
-        if wanted is not None and total >= wanted:
+        enough = documents.drawn and budget is not None and total >= budget
+        if enough:
             break
+    generator = np.random.default_rng(reading.seed)
+    if reading.pack:
+        ids = np.concatenate([np.empty(0, np.int64), *parts])
+        sequences = sequences_of(ids, length, budget, generator)
+    else:
+        sequences = rows_of(parts, length, budget, generator, reading.domain.amount.sequences)
     reasons = left.reasons()
-    if total < 2:
+    if not sequences:
         where = f"--data {reading.domain.name}={reading.domain.path}"
         raise InputError(f"{where}: holds no text" + (f": {reasons[0]}" if reasons else ""))
     for reason in reasons:
         notes.warn(f"{reading.domain.name}: {reason}")
-    ids = np.concatenate(parts)
-    generator = np.random.default_rng(reading.seed)
-    sequences = sequences_of(ids, reading.sequence_length, reading.budget, generator)
     used = sum(map(len, sequences))
-    if wanted is not None and total >= wanted:
+    if enough:
         where = f"parts of {documents.size / 1e6:,.1f} MB" if documents.size else "rows of the data set"
         notes.say(f"{reading.domain.name}: {used:,} tokens, drawn from {where} (--tokens)")
     elif used + 1 < total:

@@ -358,13 +358,16 @@ def _parquet_file(file: File) -> Iterator[Any]:
 
 
 def _all_ids(file: File) -> Iterator[Item]:
-    ids = _ids(file)
-    for start in range(0, len(ids), PIECE):
-        yield Item("", np.array(ids[start : start + PIECE], dtype=np.int64), PIECE * ID_BYTES)
+    for row in np.atleast_2d(_array(file)):
+        yield Item("", np.array(row, dtype=np.int64), len(row) * ID_BYTES)
 
 
 def _ids(file: File) -> np.ndarray:
-    """Token ids [N] of a .npy file, which stay on the disk."""
+    return _array(file).reshape(-1)
+
+
+def _array(file: File) -> np.ndarray:
+    """Token ids [N] or [rows, N] of a .npy file, which stay on the disk."""
     if file.packed:
         raise Unreadable("a compressed .npy file; decompress it")
     try:
@@ -375,4 +378,4 @@ def _ids(file: File) -> np.ndarray:
         raise Unreadable("not a readable .npy file of token ids")
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise Unreadable(f"expected integer token ids of shape [N] or [rows, N], got {ids.dtype} {ids.shape}")
-    return ids.reshape(-1)
+    return ids

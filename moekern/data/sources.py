@@ -36,6 +36,7 @@ class Reading:
     sequence_length: int
     column: str | None
     seed: tuple[int, ...]
+    pack: bool = True
 
     @property
     def most(self) -> int | None:
@@ -187,8 +188,8 @@ def _from_starts(
         cut += got > share
     if cut or seen < len(starts):
         notes.say(
-            f"{reading.domain.name}: compressed files, JSON, CSV and row groups of parquet are drawn from their starts: "
-            f"up to {share / 1e6:,.2f} MB each of {seen:,} of {len(starts):,}"
+            f"{reading.domain.name}: compressed files, JSON, CSV and row groups of parquet are drawn from their "
+            f"starts: up to {share / 1e6:,.2f} MB each of {seen:,} of {len(starts):,}"
         )
 
 

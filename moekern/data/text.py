@@ -20,6 +20,7 @@ class Text:
     batch_size: int = 1  # sequences that losses are computed of at a time
     chunk: int | None = None  # sequences that statistics are computed of, and added, at a time; None: 2048 tokens
     seed: int = 0
+    pack: bool = True  # documents one after another, cut to sequences; else a row each
     columns: tuple[str, ...] = ()  # where the text of rows is: "column", or "name=column"
     thinking: str = "row"  # on, off, or as the rows say
     strict: bool = False  # stop at what cannot be read, instead of counting it
@@ -39,6 +40,7 @@ class Text:
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             chunk=self.chunk,
+            pack=self.pack,
             seed=self.seed,
             columns=self.columns,
             thinking=self.thinking,

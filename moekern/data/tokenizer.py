@@ -17,12 +17,22 @@ THINKING = ("enable_thinking", "thinking")  # what templates call it
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer, opened when the first text needs it. thinking: "on", "off", or "row" as rows say."""
+    """The checkpoint's tokenizer, opened when the first text needs it.
+
+    With `ended`, a text ends with the end-of-text token that keeps it apart from the next. thinking: "on", "off", or
+    "row" as rows say.
+    """
 
     def __init__(
-        self, folder: Path, trust_remote_code: bool, *, thinking: str = "row", notes: Notes | None = None
+        self,
+        folder: Path,
+        trust_remote_code: bool,
+        *,
+        ended: bool = True,
+        thinking: str = "row",
+        notes: Notes | None = None,
     ) -> None:
-        self.folder, self.trust_remote_code = folder, trust_remote_code
+        self.folder, self.trust_remote_code, self.ended = folder, trust_remote_code, ended
         self.thinking, self.notes = thinking, notes or Notes()
         self.loaded: Any = None
         self.around: tuple[list[int], list[int]] = ([], [])  # ids that the tokenizer puts before and behind a text
@@ -64,7 +74,7 @@ class Tokenizer:
             return ids
         if behind and ids[-len(behind) :] != behind:
             ids = [*ids, *behind]
-        end = tokenizer.eos_token_id
+        end = tokenizer.eos_token_id if self.ended else None
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
     def _plain(self, text: str) -> list[int]:
@@ -87,7 +97,7 @@ class Tokenizer:
             return self.encode(Passage(chat.plain))
         text = self._rendered(chat)
         check_characters(text)
-        ids, end = self._plain(text), tokenizer.eos_token_id
+        ids, end = self._plain(text), tokenizer.eos_token_id if self.ended else None
         closing = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         return ids if end is None or text.rstrip().endswith(closing) else [*ids, end]
 

@@ -249,11 +249,14 @@ class _Round(MeasuringPass):
 
     def between(self, layer: int) -> None:
         key = self.keys[layer]
-        self.finished(key, self.recorder.take(key, self.layerwise.layout.router.top_k))
+        self.finished(key, self.taken(layer))
         self.open.close()
         self.pruner.prune(key, self.plans[key].keep)
         # Watched the second time too, so that the experts are computed alike; what they add up is thrown away.
         self.watch(layer, self._recorder(self.layerwise, ()))
+
+    def held(self, layer: int) -> Sequence[int] | None:
+        return self.pruner.held.get(self.keys.get(layer, ""))
 
     def finished(self, key: str, sums: Sums) -> None:
         if key not in self.plans:

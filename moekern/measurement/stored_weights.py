@@ -126,11 +126,42 @@ def _unsigned(scale: Tensor) -> Tensor:
 
 
 def _block(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block size of scales in a grid; None for scales of a row or of the whole."""
-    if scale.ndim < 2 or scale.shape[-1] == 1:
+    """The block size of scales in a grid; None for scales of a row or of the whole.
+
+    The shape decides: a grid that is the one of the config's blocks is that, [R, 1] otherwise rows. Where both are
+    true they mean the same. A grid that config.json has no size for is one of powers of two, or of equal parts; raises
+    ValueError where it can be neither.
+    """
+    if scale.ndim < 2:
         return None
-    size = config.get("weight_block_size")
-    if isinstance(size, list) and len(size) == 2:
-        return int(size[0]), int(size[1])
     (R, C), (S, Q) = weight.shape, scale.shape
-    return -(-R // S), -(-C // Q)
+    sizes = _block_sizes(config)
+    for size in sizes:
+        if (-(-R // size[0]), -(-C // size[1])) == (S, Q):
+            return size
+    if Q == 1 and S in (1, R):
+        return None
+    return sizes[0] if sizes else (_side(R, S), _side(C, Q))
+
+
+def _block_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The sizes of blocks that config.json names, as DeepSeek's FP8 checkpoints do and as compressed-tensors does."""
+    groups = config.get("config_groups")
+    found = [config.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    pairs = (pair for pair in found if isinstance(pair, list) and len(pair) == 2)
+    return [(a, b) for a, b in pairs if type(a) is int and type(b) is int and min(a, b) > 0]
+
+
+def _side(numbers: int, blocks: int) -> int:
+    """How long blocks are: the power of two that gives so many of them, of which there is one at most, or a part."""
+    if blocks < 2:
+        return max(numbers, 1)
+    near = 1 << max(0, -(-numbers // blocks) - 1).bit_length()  # the least that gives no more blocks
+    if -(-numbers // near) == blocks:
+        return near
+    if numbers % blocks:
+        raise ValueError(f"scale: {blocks} blocks of {numbers} numbers: config.json does not say how large they are")
+    return max(numbers // blocks, 1)

@@ -21,12 +21,17 @@ inspect
   --json = False
 calibrate
   MODEL required
-  --data* required
   --out required
-  --tokens = None
+  --data* = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = cpu
   --dtype = None
@@ -86,10 +91,15 @@ iterate
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
-  --tokens = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = cpu
   --dtype = None
@@ -132,11 +142,16 @@ verify
   --json = False
 evaluate
   MODEL required
-  --data* required
   PLANS* = None
-  --tokens = None
+  --data* = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
+  --pack/--no-pack = True
   --batch-size = 1
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = cpu
   --dtype = None
@@ -144,14 +159,19 @@ evaluate
   --json = False
 run
   MODEL required
-  --data* required
   --keep required
   --out required
+  --data* = None
   --criterion = reap
-  --tokens = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = cpu
   --dtype = None

@@ -33,10 +33,10 @@ from tests.helpers.measured import layer_statistics
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"input_ids": [1, 100000000000000000000]}', "d.jsonl:1: expected text"),
-        ('{"text": "a \\ud800 b"}', "d.jsonl:1: text holds half a surrogate pair"),
-        ('{"messages": [1, 2]}', "d.jsonl:1: messages: the chat template"),
-        ("[" * 100_000, "d.jsonl:1: not JSON"),
+        ('{"input_ids": [1, 100000000000000000000]}', "d.jsonl: first: line 1: expected text"),
+        ('{"text": "a \\ud800 b"}', "d.jsonl: first: line 1: text holds half a surrogate pair"),
+        ('{"messages": [1, 2]}', "d.jsonl: first: line 1: messages: expected objects"),
+        ("[" * 100_000, "d.jsonl: first: line 1: not JSON"),
     ],
 )
 def test_odd_rows_are_named(row: str, message: str, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_sums_that_are_not_finite_stop_the_run() -> None:
     assert list(recorder.take("3", top_k)) == ["a"]
     sums.norm_sum[1] = float("inf")
     recorder.sums = {"3": {"a": sums}}
-    with pytest.raises(InputError, match="layer 3, domain a: norm_sum: not finite.*--dtype"):
+    with pytest.raises(InputError, match="layer 3, domain a: norm_sum: not finite for expert 1: .*--dtype"):
         recorder.take("3", top_k)
 
 
