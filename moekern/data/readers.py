@@ -257,7 +257,7 @@ def _pieces(stream: BinaryIO) -> Iterator[str]:
         if not chunk:
             break
         if len(held) > 2 * PIECE:
-            cut = line_end(held, len(held)) or len(held)
+            cut = cut_of(held)
             yield held[:cut]
             held = held[cut:]
     if held.strip():
@@ -269,15 +269,19 @@ def _check_text(text: str) -> None:
         raise Unreadable("holds NUL bytes: not text")
 
 
-def line_end(text: str, stop: int) -> int:
-    """The last place before `stop` behind which a line begins with no space; 0 where there is none.
+def cut_of(text: str) -> int:
+    """The last place where a cut leaves the tokens of a text as they are: behind an end of line, else before a space.
 
-    Tokenizers take spaces and ends of lines together, so a text cut there has the tokens of the whole.
+    Tokenizers take spaces and ends of lines together, so an end of line that stands alone is looked for first.
     """
-    while (stop := text.rfind("\n", 0, stop)) > 0:
-        if stop + 1 < len(text) and not text[stop + 1].isspace():
-            return stop + 1
-    return 0
+    for alone in (True, False):
+        stop = len(text)
+        while (stop := text.rfind("\n", 0, stop)) > 0:
+            inside = stop + 1 < len(text) and not text[stop + 1].isspace()
+            if inside and not (alone and text[stop - 1].isspace()):
+                return stop + 1
+    places = (text.rfind(space, 1) for space in "\n ")
+    return next((place for place in places if place > 0), len(text))
 
 
 def _text_block(stream: BinaryIO, start: int, stop: int) -> Iterator[Item]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moekern.data.left_out import Notes, Unreadable
-from moekern.data.readers import PIECE, line_end
+from moekern.data.readers import PIECE, cut_of
 from moekern.data.rows import Chat, Document, Passage, check_characters
 from moekern.errors import InputError, first_line
 
@@ -137,8 +137,7 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > 2 * PIECE:
-        stop = start + line_end(text[start : start + 2 * PIECE], 2 * PIECE)
-        stop = stop if stop > start else start + 2 * PIECE
+        stop = start + cut_of(text[start : start + 2 * PIECE])
         yield text[start:stop]
         start = stop
     yield text[start:]
