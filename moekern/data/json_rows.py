@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TextIO
 
 from moekern.data.left_out import Unreadable
 from moekern.data.rows import ROW_KEYS
+from moekern.errors import first_line
 
 STEP = 1 << 16  # characters read at a time
 BESIDE = frozenset({"tools", "images"})  # lists of a row that are no rows
+DELIMITERS = " \t\r\n,]}"  # behind a number
 _SPACE = " \t\r\n\ufeff"
+
+
+def not_json(error: Exception) -> str:
+    """What is wrong with JSON, without the place, which is one in a part of the document."""
+    known = error.msg.removesuffix(" at").removesuffix(" starting") if isinstance(error, json.JSONDecodeError) else ""
+    return f"not JSON ({known or first_line(error)})"
 
 
 class Cursor:
@@ -56,20 +64,19 @@ class Cursor:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.held, self.at)
-            except RecursionError as error:
-                raise Unreadable("not JSON (nested too deep)") from error
-            except ValueError as error:
-                if not self._fill():
-                    raise Unreadable(f"not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, RecursionError) or not self._fill():
+                    raise Unreadable(not_json(error)) from error
                 continue
-            if end == len(self.held) and self._fill():  # a number may go on
+            number = isinstance(value, (int, float))
+            if number and self.held[end : end + 1] not in tuple(DELIMITERS) and self._fill():  # it may go on
                 continue
             size, self.at = end - self.at, end
             return value, size
 
 
 def json_rows(file: TextIO, most: int, column: str | None = None) -> Iterator[tuple[Any, int]]:
-    """(row, characters); no row may have more than `most`. An object with `column` is a row.
+    """(row, characters); no row may have more than `most`. An object with `column` is a row, and others may follow it.
 
     Raises Unreadable where the document is not JSON, or holds no rows or several lists.
     """
@@ -78,7 +85,8 @@ def json_rows(file: TextIO, most: int, column: str | None = None) -> Iterator[tu
     if start == "[":
         yield from _items(cursor)
     elif start == "{":
-        yield from _in_object(cursor, ROW_KEYS | {column})
+        while cursor.peek() == "{" and (yield from _in_object(cursor, ROW_KEYS | {column})):
+            pass
     else:
         raise Unreadable("expected a JSON list of rows, or an object that holds one")
     if cursor.peek():
@@ -96,8 +104,8 @@ def _items(cursor: Cursor) -> Iterator[tuple[Any, int]]:
             return
 
 
-def _in_object(cursor: Cursor, row_keys: frozenset[str | None]) -> Iterator[tuple[Any, int]]:
-    """The rows of the one list of an object; or the object itself, where it has a key of a row."""
+def _in_object(cursor: Cursor, row_keys: frozenset[str | None]) -> Generator[tuple[Any, int], None, bool]:
+    """The rows of the one list of an object; or the object itself, where it has a key of a row, and then True."""
     row: dict[str, Any] = {}
     size, lists = 0, 0
     cursor.skip("{")
@@ -121,5 +129,7 @@ def _in_object(cursor: Cursor, row_keys: frozenset[str | None]) -> Iterator[tupl
     cursor.skip("}")
     if row_keys & row.keys():
         yield row, size
-    elif not lists:
+        return True
+    if not lists:
         raise Unreadable("an object that holds neither a list of rows nor text of its own")
+    return False

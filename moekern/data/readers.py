@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from moekern.data.json_rows import json_rows
+from moekern.data.json_rows import json_rows, not_json
 from moekern.data.left_out import Unreadable
 from moekern.data.rows import Passage
 from moekern.errors import InputError, first_line
@@ -100,8 +100,6 @@ def _sniffed(stream: BinaryIO, known: str | None) -> str:
     if start[:1] not in (b"{", b"["):
         return known or "text"
     line, _, rest = start.partition(b"\n")
-    while not rest.strip() and len(line) < ROW_LIMIT and (more := stream.read(PIECE)):
-        line, _, rest = (start := start + more).partition(b"\n")
     if _is_json(line) and rest.lstrip()[:1] in (b"{", b"["):
         return "lines"
     if known == "json":
@@ -219,11 +217,11 @@ def _lines(stream: BinaryIO, stop: int | None = None) -> Iterator[Item]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.removeprefix(codecs.BOM_UTF8))
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).strip())
     except UnicodeDecodeError:
         return Unreadable("not UTF-8")
     except (ValueError, RecursionError) as error:
-        return Unreadable(f"not JSON ({error})")
+        return Unreadable(not_json(error))
 
 
 def _passages(stream: BinaryIO) -> Iterator[Item]:

@@ -22,9 +22,9 @@ from moekern.errors import InputError
 # A domain is read whole up to so many bytes of text, and more for each token of its budget; parts of larger ones.
 WHOLE = 1 << 20
 WHOLE_PER_TOKEN = 8
-BLOCK = (1 << 12, 1 << 18)  # bytes of the parts that are drawn, at least and at most
+BLOCK = (1 << 11, 1 << 18)  # bytes of the parts that are drawn, at least and at most
 MOST_BLOCKS = 1 << 20
-TOKEN_BYTES = 8  # of a token, where more blocks cost less than fewer
+TOKEN_BYTES = 4  # of text, about
 
 
 @dataclass(frozen=True)
