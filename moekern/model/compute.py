@@ -42,9 +42,9 @@ class Compute:
 def dtype_hint(checkpoint: Checkpoint, compute: Compute) -> str | None:
     """bfloat16 products are emulated on CPUs without AVX-512: what is faster there, in a sentence."""
     config = checkpoint.config
-    names = {
+    names = [
         section.get(key) for section in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")
-    }
+    ]
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     if compute.dtype is None and compute.device == "cpu" and slow and "bfloat16" in names:
         return "this CPU computes bfloat16 slowly: --dtype float32 is several times faster for twice the memory"

@@ -201,7 +201,7 @@ BAD_DOCUMENTS = {
     "layers list": ('{"format": "moekern.plan/1", "layers": [[1]]}', "layers: expected"),
     "typo": ('{"format": "moekern.plan/1", "layer": {}, "layers": {"0": {"keep": [1]}}}', "unknown key 'layer'"),
     "provenance": (HEAD + '"0": {"keep": [1]}}, "provenance": 3}', "provenance: expected"),
-    "same layer twice": (HEAD + '"0": {"keep": [1]}, "0": {"keep": [2]}}}', "the key '0' appears twice"),
+    "same layer twice": (HEAD + '"0": {"keep": [1]}, "0": {"keep": [2]}}}', "duplicate key '0'"),
     "nan": (HEAD + '"0": {"keep": [1], "scores": [NaN]}}}', "'NaN' is not a finite number"),
     "infinite": (HEAD + '}, "provenance": {"x": 1e999}}', "'1e999' is not a finite number"),
     "deep": ("[" * 100_000, "not a plan"),
