@@ -219,4 +219,4 @@ def test_what_the_models_own_code_raises_is_the_configs_fault(
         open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise,
         pytest.raises(InputError, match="config.json: its model cannot compute: RuntimeError: The size of tensor a"),
     ):
-        layerwise.compute(Batch("a", families.input_ids("kimi_k25")))
+        layerwise.run([Batch("a", families.input_ids("kimi_k25"))], Given(layerwise.compute))
