@@ -25,7 +25,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, kind: str | None = None) -> None:
-        super().__init__("".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
         self._kind = kind
 
     @property
@@ -37,6 +37,11 @@ class InputError(ValueError):
         if flag:
             return FLAG_KINDS.get(flag[1], "option")
         return PART_KINDS.get(_part_that_raised(self), "input")
+
+
+def printable(text: str) -> str:
+    """One line without control codes, which names of a hostile file would send to the terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 def _part_that_raised(error: BaseException) -> str:

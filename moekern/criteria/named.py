@@ -31,6 +31,7 @@ COMBINATORS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "round_robin": ("domains", combine.round_robin),
 }
 SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # of a plug-in
+WEIGHT_CAP, DEPTH_CAP = 1e9, 64  # of combinations
 CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 FORMS = "hts(b,alpha,beta), " + ", ".join(f"{name}(...)" for name in COMBINATORS) + ", file.py:function"
 
@@ -46,6 +47,8 @@ def criterion_named(text: str) -> Criterion:
     name = ALIASES.get(name, name)
     if name in CRITERIA:
         return CRITERIA[name]
+    if name.count("(") > DEPTH_CAP:
+        raise InputError(f"--criterion {text:.80}: more than {DEPTH_CAP} combinations")
     call = CALL.fullmatch(name)
     if call and call[1] == "hts":
         return _hts(name, call[2])
@@ -72,6 +75,8 @@ def _hts(text: str, inside: str) -> Criterion:
         b, alpha, beta = (float(number) for number in inside.split(","))
     except ValueError:
         raise InputError(f"--criterion {text}: expected three numbers, as in hts(1,1,1)") from None
+    if not math.isfinite(b):
+        raise InputError(f"--criterion {text}: b must be finite")
     if (alpha, beta) not in scores.MOMENTS:
         scores.hts(LayerStatistics.zeros(1), b, alpha, beta)  # says which are known
     function = partial(scores.hts, b=b, alpha=alpha, beta=beta)
@@ -107,8 +112,8 @@ def _part(text: str, argument: str) -> Part:
         factor = float(weight) if star else 1.0
     except ValueError:
         raise InputError(f"--criterion {text}: {weight.strip()!r} is no weight, as in reap*0.5") from None
-    if not 0 < factor < math.inf:
-        raise InputError(f"--criterion {text}: weights must be positive")
+    if not 0 < factor <= WEIGHT_CAP:
+        raise InputError(f"--criterion {text}: weights must be positive, and at most {WEIGHT_CAP:g}")
     part = Part(criterion_named(name if star else argument), factor)
     if part.criterion.kind in ("seeded", "domains"):
         raise InputError(f"--criterion {text}: {part.criterion.name} cannot be part of a combination")

@@ -75,7 +75,7 @@ def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.
 def _npy(file: Path) -> np.ndarray:
     try:
         ids = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:  # its header may say any size
         raise InputError(f"{file}: not a readable .npy file of token ids") from error
     if not isinstance(ids, np.ndarray):
         raise InputError(f"{file}: not a readable .npy file of token ids")

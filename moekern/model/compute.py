@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.errors import InputError
+from moekern.errors import InputError, first_line
 
 FEW = 32  # tokens
 
@@ -55,9 +55,10 @@ def check_device(device: str) -> None:
     """Raise InputError for a device torch does not know or does not have."""
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: not usable here ({reason})") from error
+    except Exception as error:  # each of torch's devices raises its own
+        raise InputError(f"--device {device}: not usable here ({first_line(error)})") from error
+    if torch.device(device).type == "meta":
+        raise InputError(f"--device {device}: holds no numbers")
 
 
 @contextmanager
