@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,14 @@ def read_data(
     named = _columns(columns, domains)
     notes = Notes(tell)
     tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking, notes=notes)
+    shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
-    for number, (domain, budget) in enumerate(zip(domains, budgets(domains, tokens, sequence_length), strict=True)):
+    for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
         reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
         left = LeftOut(domain.name, strict)
-        sequences = _sequences(reading, tokenizer, left, notes)
+        with closing(tokenizer):
+            sequences = _sequences(reading, tokenizer, left, notes)
         _check_vocabulary(sequences, vocab_size, domain)
         sources[domain.name] = _source(reading, sequences, left)
         batches += [Batch(domain.name, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]

@@ -8,12 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from moekern.checkpoint.strict_json import regular_size
+from moekern.data.chat import Templates
 from moekern.data.left_out import Notes, Unreadable
 from moekern.data.readers import PIECE, cut_of
 from moekern.data.rows import Chat, Document, Passage, check_characters
 from moekern.errors import InputError, first_line
 
 THINKING = ("enable_thinking", "thinking")  # what templates call it
+SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab", ".py")  # of files that it may read
+SETTINGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+SETTINGS_CAP, FILE_CAP = 4 << 20, 256 << 20  # bytes, where real ones have up to 1 and 40 MB
 
 
 class Tokenizer:
@@ -35,12 +46,14 @@ class Tokenizer:
         self.folder, self.trust_remote_code, self.ended = folder, trust_remote_code, ended
         self.thinking, self.notes = thinking, notes or Notes()
         self.loaded: Any = None
+        self.templates: Templates | None = None
         self.around: tuple[list[int], list[int]] = ([], [])  # ids that the tokenizer puts before and behind a text
 
     def get(self) -> Any:
         if self.loaded is None:
             from transformers import AutoTokenizer
 
+            self._check_files()
             try:
                 loaded = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
             except Exception as error:  # a tokenizer's files are anybody's, and so is what they make transformers raise
@@ -55,6 +68,20 @@ class Tokenizer:
     def _unusable(self, reason: str) -> InputError:
         instead = "give token ids instead (.npy, or JSONL with input_ids)"
         return InputError(f"{self.folder}: no usable tokenizer; {instead}: {reason}")
+
+    def close(self) -> None:
+        """End what conversations have begun."""
+        if self.templates is not None:
+            self.templates.close()
+            self.templates = None
+
+    def _check_files(self) -> None:
+        """Raise InputError for a file that transformers would read for ever, or for minutes."""
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in SUFFIXES and not path.is_dir():
+                cap = SETTINGS_CAP if path.name in SETTINGS else FILE_CAP
+                if (size := regular_size(path)) > cap:
+                    raise self._unusable(f"{path.name}: {size} bytes, more than the limit of {cap}")
 
     def ids(self, document: Document) -> np.ndarray:
         """Token ids [N] int64. Raises Unreadable for what the chat template cannot render."""
@@ -87,6 +114,7 @@ class Tokenizer:
     def chat(self, chat: Chat) -> list[int]:
         """A conversation as the template writes it, which has all its special tokens.
 
+        Raises Unreadable with what the template raised, and InputError where it takes too much.
         An end-of-text token follows only where the template ends with no token of the kind.
         """
         tokenizer = self.get()
@@ -104,24 +132,25 @@ class Tokenizer:
     def _rendered(self, chat: Chat) -> str:
         try:
             return self._render(chat.messages, chat)
-        except Exception as error:  # a chat template is a program of the checkpoint's author
-            reason = f"the chat template cannot render it: {first_line(error)}"
+        except Unreadable:
             if chat.as_given is None:
-                raise Unreadable(reason) from error
-        try:
-            text = self._render(chat.as_given, chat)
-        except Exception as error:
-            raise Unreadable(reason) from error
+                raise
+        text = self._render(chat.as_given, chat)
         self.notes.say("the chat template takes no objects as arguments of tool calls: they are given as JSON strings")
         return text
 
     def _render(self, messages: Sequence[dict[str, Any]], chat: Chat) -> str:
-        options = dict(chat.options)
+        tokenizer, options = self.get(), dict(chat.options)
         if self.thinking != "row":
             options |= dict.fromkeys(THINKING, self.thinking == "on")
-            if not any(name in str(self.get().chat_template) for name in THINKING):
+            if not any(name in str(tokenizer.chat_template) for name in THINKING):
                 self.notes.warn(f"--thinking {self.thinking}: the chat template does not ask for it; nothing changes")
-        return self.get().apply_chat_template(list(messages), tools=chat.tools, tokenize=False, **options)
+        if self.templates is None:
+            self.templates = Templates(tokenizer)
+        try:
+            return self.templates.render(list(messages), chat.tools, options)
+        except InputError as error:
+            raise InputError(f"{self.folder}: the chat template {error}") from error
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
