@@ -12,6 +12,8 @@ import torch
 from moekern.cli.criteria import markdown
 from moekern.criteria import criterion_named, score_layer
 from moekern.criteria.table import described
+from moekern.data.mixes import PRESETS
+from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 
@@ -43,6 +45,13 @@ torch.testing.assert_close(reap, torch.stack(means).double(), rtol=1e-4, atol=1e
 def test_the_table_of_criteria_is_the_codes() -> None:
     page = (DOCS / "criteria.md").read_text()
     assert markdown(described()) in page, "run: moekern criteria --markdown"
+
+
+def test_the_presets_of_the_page_are_the_codes() -> None:
+    page = (DOCS / "data.md").read_text()
+    rows = {name: mix.replace(",", ", ") for name, mix in PRESETS.items()}
+    assert all(f"| `{name}` | `{mix}` |" in page for name, mix in rows.items())
+    assert all(suffix in page for suffix in (*COMPRESSED, *FORMATS) if suffix not in TEXT_SUFFIXES)
 
 
 def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:

@@ -50,9 +50,7 @@ class Templates:
         except (EOFError, OSError):
             self.process.join()
             late = self.process.exitcode == -signal.SIGXCPU
-            reason = (
-                f"takes more than {SECONDS} s" if late else f"ends its process with {self.process.exitcode}"
-            )
+            reason = f"takes more than {SECONDS} s" if late else f"ends its process with {self.process.exitcode}"
             raise InputError(reason) from None
         if problem is not None:
             raise problem

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, batched, rows_of, sequences_of
+from moekern.data.hub import SHUFFLED
 from moekern.data.left_out import LeftOut, Notes, Unreadable
 from moekern.data.mixes import Domain, budgets, domains_of
 from moekern.data.rows import Chat, Passage
@@ -136,7 +137,11 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
         notes.warn(f"{reading.domain.name}: {reason}")
     used = sum(map(len, sequences))
     if enough:
-        where = f"parts of {documents.size / 1e6:,.1f} MB" if documents.size else "rows of the data set"
+        where = (
+            f"parts of {documents.size / 1e6:,.1f} MB"
+            if documents.size
+            else f"the stream of its rows, out of {SHUFFLED:,} at a time"
+        )
         notes.say(f"{reading.domain.name}: {used:,} tokens, drawn from {where} (--tokens)")
     elif used + 1 < total:
         notes.say(f"{reading.domain.name}: {used:,} tokens of {total:,} (--tokens)")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moekern.data.hub import SHUFFLED, hub_rows
+from moekern.data.hub import hub_rows
 from moekern.data.left_out import LeftOut, Notes, Unreadable, counted
 from moekern.data.mixes import Domain
 from moekern.data.readers import FORMATS, File, Item, file_of, groups_of, plain_suffix, read_all, read_block
@@ -101,8 +101,6 @@ def documents_of(reading: Reading, left: LeftOut, notes: Notes) -> Documents:
         left.files = 1
         seed = None if reading.budget is None else int(reading.generator().integers(1 << 31))
         rows = hub_rows(reading.domain, seed)
-        if seed is not None:
-            notes.say(f"{reading.domain.name}: rows are drawn as the hub streams them, out of {SHUFFLED:,} at a time")
         return Documents(((reading.domain.shown, item) for item in rows), seed is not None)
     files = files_of(reading.domain, left, notes)
     if reading.most is None or _is_small(files, reading):
