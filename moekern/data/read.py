@@ -113,39 +113,46 @@ def _columns(columns: Sequence[str], domains: Sequence[Domain]) -> dict[str, str
 
 def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Notes) -> list[np.ndarray]:
     """The sequences of a domain. Says what was left out, and of how much text they are."""
-    length, budget = reading.sequence_length, reading.budget
+    domain, length, budget = reading.domain, reading.sequence_length, reading.budget
     documents = documents_of(reading, left, notes)
-    parts, total, enough = [], 0, False
+    parts: list[np.ndarray] = []
+    total = 0
     for ids in token_documents(documents, reading, tokenizer, left):
-        ids = ids if reading.pack else ids[:length]
-        parts.append(ids)
-        total += len(ids)
-        enough = documents.drawn and budget is not None and total >= budget
-        if enough:
+        parts.append(ids if reading.pack else ids[:length])
+        total += len(parts[-1])
+        if documents.drawn and budget is not None and total >= budget:
             break
     generator = np.random.default_rng(reading.seed)
     if reading.pack:
-        ids = np.concatenate([np.empty(0, np.int64), *parts])
-        sequences = sequences_of(ids, length, budget, generator)
+        whole = np.concatenate([np.empty(0, np.int64), *parts])
+        sequences = sequences_of(whole, length, budget, generator)
     else:
-        sequences = rows_of(parts, length, budget, generator, reading.domain.amount.sequences)
+        sequences = rows_of(parts, length, budget, generator, domain.amount.sequences)
     reasons = left.reasons()
     if not sequences:
-        where = f"--data {reading.domain.name}={reading.domain.path}"
-        raise InputError(f"{where}: holds no text" + (f": {reasons[0]}" if reasons else ""))
+        where = f"--data {domain.name}={domain.path}: holds no text"
+        raise InputError(f"{where}: {reasons[0]}" if reasons else where)
     for reason in reasons:
-        notes.warn(f"{reading.domain.name}: {reason}")
-    used = sum(map(len, sequences))
-    if enough:
-        where = (
-            f"parts of {documents.size / 1e6:,.1f} MB"
-            if documents.size
-            else f"the stream of its rows, out of {SHUFFLED:,} at a time"
-        )
-        notes.say(f"{reading.domain.name}: {used:,} tokens, drawn from {where} (--tokens)")
-    elif used + 1 < total:
-        notes.say(f"{reading.domain.name}: {used:,} tokens of {total:,} (--tokens)")
+        notes.warn(f"{domain.name}: {reason}")
+    told = _how_much(reading, documents, sum(map(len, sequences)), total)
+    if told:
+        notes.say(f"{domain.name}: {told}")
     return sequences
+
+
+def _how_much(reading: Reading, documents: Documents, used: int, total: int) -> str:
+    """Tokens that are used, where there are more, or fewer than were asked for; else nothing."""
+    own = reading.domain.amount.tokens or reading.domain.amount.sequences
+    asked = "its own amount" if own else "--tokens"
+    if documents.drawn and reading.budget is not None and total >= reading.budget:
+        size = f"parts of {documents.size / 1e6:,.1f} MB"
+        stream = f"the stream of its rows, out of {SHUFFLED:,} at a time"
+        return f"{used:,} tokens, drawn from {size if documents.size else stream} ({asked})"
+    if used + 1 < total:
+        return f"{used:,} tokens of {total:,} ({asked})"
+    if own and reading.pack and used + 1 < (reading.budget or 0):
+        return f"{used:,} tokens, fewer than the {reading.budget:,} that it was asked for"
+    return ""
 
 
 def token_documents(

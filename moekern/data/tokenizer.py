@@ -15,6 +15,7 @@ from moekern.data.readers import PIECE, cut_of
 from moekern.data.rows import Chat, Document, Passage, check_characters
 from moekern.errors import InputError, first_line
 
+CARRIED = ("tools", "tool_calls", "reasoning_content")  # of a conversation, beside its contents
 THINKING = ("enable_thinking", "thinking")  # what templates call it
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab", ".py")  # of files that it may read
 SETTINGS = (
@@ -123,11 +124,20 @@ class Tokenizer:
                 raise Unreadable("the tokenizer has no chat template")
             self.notes.say("the tokenizer has no chat template: questions and answers are joined by a blank line")
             return self.encode(Passage(chat.plain))
+        self._check_carried(chat)
         text = self._rendered(chat)
         check_characters(text)
         ids, end = self._plain(text), tokenizer.eos_token_id if self.ended else None
         closing = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         return ids if end is None or text.rstrip().endswith(closing) else [*ids, end]
+
+    def _check_carried(self, chat: Chat) -> None:
+        """Say what a template passes over in silence."""
+        template = str(self.get().chat_template)
+        for key in CARRIED:
+            given = chat.tools if key == "tools" else any(message.get(key) for message in chat.messages)
+            if given and key not in template:
+                self.notes.warn(f"the chat template does not look at {key}: those of the rows are not in the text")
 
     def _rendered(self, chat: Chat) -> str:
         try:

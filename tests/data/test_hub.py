@@ -58,7 +58,9 @@ def test_rows_are_streamed_as_far_as_a_budget_needs(tmp_path: Path, asked: list[
     assert (path, name, split, streaming) == ("org/set", "sub", "part", True)
     assert rows.read < 30
     assert "<user>0000?" not in text
-    assert said == ["set-sub-part: 2,000 tokens, drawn from the stream of its rows, out of 1,000 at a time (--tokens)"]
+    assert said == [
+        "set-sub-part: 2,000 tokens, drawn from the stream of its rows, out of 1,000 at a time (its own amount)"
+    ]
     assert read(folder, "org/set[sub](part):2k", sequence_length=64)[0] == text
     assert read(folder, "org/set[sub](part):2k", sequence_length=64, seed=1)[0] != text
 

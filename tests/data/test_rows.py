@@ -89,6 +89,15 @@ def test_a_template_that_takes_arguments_as_strings_gets_them_and_it_is_said_onc
     assert len(said) == 1
 
 
+def test_what_a_template_passes_over_is_told_once(tmp_path: Path) -> None:
+    calls = {"role": "assistant", "content": "Look.", "tool_calls": [{"function": CALL}], "reasoning_content": "Hm."}
+    path = lines(tmp_path / "a.jsonl", [{"messages": [*ASKED, calls], "tools": TOOL}] * 2)
+    assert read(folder_of(tmp_path / "model"), path)[1] == [
+        f"the chat template does not look at {key}: those of the rows are not in the text"
+        for key in ("tools", "tool_calls", "reasoning_content")
+    ]
+
+
 @pytest.mark.parametrize("begins", [True, False])
 def test_special_tokens_are_never_doubled(begins: bool, tmp_path: Path) -> None:
     """By the template and by the tokenizer, in conversations and in text that a template has written before."""
