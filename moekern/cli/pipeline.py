@@ -87,8 +87,7 @@ def calibrate_to(
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
-    check_device(compute.device)
-    wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
     if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
         raise InputError(f"--spill {spill}: no folder that can be written to")
     checkpoint = open_checkpoint(folder)
@@ -252,7 +251,7 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
     check_new(out)
     check_work(out)
-    check_device(compute.device)
+    backends_of(compute.device, compute.backend)
     measured = needs_text(method.criterion)
     if measured and not text.data:
         raise InputError(f"--criterion {method.criterion}: it is measured on text: give --data")

@@ -287,20 +287,26 @@ def _text_block(stream: BinaryIO, start: int, stop: int) -> Iterator[Item]:
     before = max(start - 1, 0)
     stream.seek(before)
     inside = stop - before  # bytes up to the end of the block, of which the first may be the one before it
-    # No further than into the next block: where that one has no end of a line, it is read as it lies.
+    # No further than into the next block: where no line begins in that one, it is read as it lies.
     data = stream.read(inside + stop - start)
     begin = 0 if not start else data.find(b"\n", 0, inside - 1) + 1
-    end = data.find(b"\n", inside - 1) + 1
-    piece = data[begin or min(start, 1) : end or inside]
-    if start and not begin:
-        piece = piece.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character that began before
+    end = data.find(b"\n", inside - 1, max(inside, len(data) - 1)) + 1
+    begin, end = begin or min(start, 1), end or inside
+    # A character is of the block that its first byte is in.
+    begin += _rest_of_character(data[begin:]) if start else 0
+    end += _rest_of_character(data[end:])
+    piece = data[begin:end]
     try:
         text = codecs.getincrementaldecoder("utf-8-sig" if not start else "utf-8")("strict").decode(piece)
     except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 text (byte {stop - len(piece) + error.start})") from error
+        raise Unreadable(f"not UTF-8 text (byte {before + begin + error.start})") from error
     _check_text(text)
     if text.strip():
         yield Item("", Passage(text.replace("\r\n", "\n").replace("\r", "\n")), len(piece))
+
+
+def _rest_of_character(data: bytes) -> int:
+    return len(data[:3]) - len(data[:3].lstrip(bytes(range(0x80, 0xC0))))
 
 
 def _of_text(file: File, stream: BinaryIO, column: str | None) -> Iterator[Item]:
