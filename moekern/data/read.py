@@ -33,16 +33,15 @@ def read_data(
     them. Documents follow one another with the tokenizer's end-of-text token between; sequences are drawn in a seeded
     order. Without `pack` each document (a file, a line, a row of an array) is a sequence of its own, cut at
     `sequence_length`; those of one length are computed together, and none is padded. Statistics are taken `chunk`
-    sequences at a time (None: as many as hold 2048 tokens), losses `batch_size`. `tokens` bounds the total and is
-    shared evenly by the domains; what a small domain lacks is not made up for.
+    sequences at a time (None: as many of the longest as hold 2048 tokens), losses `batch_size`. `tokens` bounds the
+    total and is shared evenly by the domains; what a small domain lacks is not made up for.
     Raises InputError for a source that is missing, empty or not text, and for token ids outside the vocabulary.
     """
     if sequence_length < 2:
         raise InputError(f"--sequence-length {sequence_length}: expected at least 2")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: expected at least 1")
-    chunk = max(1, CHUNK_TOKENS // sequence_length) if chunk is None else chunk
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise InputError(f"--chunk {chunk}: expected at least 1")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected 0 or more")
@@ -64,6 +63,8 @@ def read_data(
             raise InputError(f"--data {domain}={path}: holds no text")
         _check_vocabulary(ids, vocab_size, path)
         batches += [Batch(domain, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
+    longest = sequence_length if pack else max(batch.input_ids.shape[1] for batch in batches)
+    chunk = max(1, CHUNK_TOKENS // longest) if chunk is None else chunk
     recipe = {
         "sources": {domain: {"path": path.name, "sha256": digest_of(path)} for domain, path in sources.items()},
         "sequence_length": sequence_length,
