@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moekern.cli.console import say
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -76,6 +77,7 @@ def iterate(
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
+    from moekern.plan.provenance import remarks
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
@@ -86,5 +88,7 @@ def iterate(
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
+    for line in remarks(made):
+        say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
     result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

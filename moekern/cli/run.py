@@ -72,6 +72,8 @@ def run(
     from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
+    from moekern.plan.document import Plan
+    from moekern.plan.provenance import remarks
     from moekern.router import parse_keep
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
@@ -86,6 +88,8 @@ def run(
         criterion=chosen, keep=share, protect_super=protect_super,
         mtp=mtp.value if mtp else "prune", forward=forward,
     )  # fmt: skip
+    for line in remarks(Plan.load(done.plan)):
+        say(line)
     result(done.document(), lambda: show_run(done))
     if not done.verdict.good:
         raise typer.Exit(1)

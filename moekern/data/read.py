@@ -47,15 +47,14 @@ def read_data(
     `data.mixes` and `data.rows`. Documents follow one another with the tokenizer's end-of-text token between; sequences
     are drawn in a seeded order. Without `pack` each document (a file of text, a row) is a sequence of its own, cut at
     `sequence_length`; those of one length are computed together, and none is padded. Statistics are taken `chunk`
-    sequences at a time (None: as many as hold 2048 tokens), losses `batch_size`. `tokens` bounds what domains that name
-    no amount have together; what a small one lacks is not made up for. No more is read than a budget needs. `columns`
-    ("column" or "name=column") say where the text of rows is. What is left out is counted and told in a line, by `tell`
-    or as a warning; `strict` makes it an error.
+    sequences at a time (None: as many of the longest as hold 2048 tokens), losses `batch_size`. `tokens` bounds what
+    domains that name no amount have together; what a small one lacks is not made up for. No more is read than a budget
+    needs. `columns` ("column" or "name=column") say where the text of rows is. What is left out is counted and told in
+    a line, by `tell` or as a warning; `strict` makes it an error.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
     _check(sequence_length, batch_size, seed, thinking)
-    chunk = max(1, CHUNK_TOKENS // sequence_length) if chunk is None else chunk
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise InputError(f"--chunk {chunk}: expected at least 1")
     domains = domains_of(specs)
     named = _columns(columns, domains)
@@ -78,6 +77,7 @@ def read_data(
             f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
             "positions that the model was made for (max_position_embeddings)"
         )
+    chunk = max(1, CHUNK_TOKENS // (sequence_length if pack else longest)) if chunk is None else chunk
     recipe = {
         "sources": sources,
         "sequence_length": sequence_length,

@@ -13,7 +13,7 @@ from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised
-from moekern.kernels.quantised import awq, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from moekern.kernels.quantised import awq, block_of, block_sizes, gptq, mxfp4, nvfp4, pack_quantized, scaled
 from moekern.model.reader import read_experts
 
 Matrix = Tensor | Quantised
@@ -96,7 +96,7 @@ def _matrix(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Matrix | 
     if weight.dtype == torch.uint8 and scale is not None and "weight_scale_2" in parts:
         return nvfp4(weight, scale, parts["weight_scale_2"])
     if weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8) and scale is not None:
-        return scaled(weight, _unsigned(scale), _block(weight, scale, config))
+        return scaled(weight, _unsigned(scale), block_of(weight, scale, block_sizes(config)))
     return None
 
 
@@ -123,45 +123,3 @@ def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor]) -> Matri
 
 def _unsigned(scale: Tensor) -> Tensor:
     return scale if scale.ndim else scale.reshape(1)
-
-
-def _block(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block size of scales in a grid; None for scales of a row or of the whole.
-
-    The shape decides: a grid that is the one of the config's blocks is that, [R, 1] otherwise rows. Where both are
-    true they mean the same. A grid that config.json has no size for is one of powers of two, or of equal parts; raises
-    ValueError where it can be neither.
-    """
-    if scale.ndim < 2:
-        return None
-    (R, C), (S, Q) = weight.shape, scale.shape
-    sizes = _block_sizes(config)
-    for size in sizes:
-        if (-(-R // size[0]), -(-C // size[1])) == (S, Q):
-            return size
-    if Q == 1 and S in (1, R):
-        return None
-    return sizes[0] if sizes else (_side(R, S), _side(C, Q))
-
-
-def _block_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The sizes of blocks that config.json names, as DeepSeek's FP8 checkpoints do and as compressed-tensors does."""
-    groups = config.get("config_groups")
-    found = [config.get("weight_block_size")]
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
-    pairs = (pair for pair in found if isinstance(pair, list) and len(pair) == 2)
-    return [(a, b) for a, b in pairs if type(a) is int and type(b) is int and min(a, b) > 0]
-
-
-def _side(numbers: int, blocks: int) -> int:
-    """How long blocks are: the power of two that gives so many of them, of which there is one at most, or a part."""
-    if blocks < 2:
-        return max(numbers, 1)
-    near = 1 << max(0, -(-numbers // blocks) - 1).bit_length()  # the least that gives no more blocks
-    if -(-numbers // near) == blocks:
-        return near
-    if numbers % blocks:
-        raise ValueError(f"scale: {blocks} blocks of {numbers} numbers: config.json does not say how large they are")
-    return max(numbers // blocks, 1)

@@ -40,12 +40,8 @@ def blamed_weight(layer: nn.Module, routers: Collection[str], held: Sequence[int
             continue
         rows = _expert_rows(name, value, routers, len(held))
         experts = [held[e] for e, row in enumerate(rows) if _wrong(row)]
-        if not experts:
-            return f"{name} is not finite{_hint(value)}"
-        their = "its" if len(experts) == 1 else "their"
-        what = f"rows of {name}" if _of_router(name, routers) else "weights"
-        of = "" if _of_router(name, routers) else f" ({name})"
-        return f"{expert_list(experts)}: {their} {what} are not finite{of}{_hint(value)}"
+        where = f" for {expert_list(experts)}" if experts else ""
+        return f"{name} is not finite{where}{_hint(value)}"
     return None
 
 

@@ -86,6 +86,7 @@ def test_without_packing_each_document_is_a_row(tmp_path: Path) -> None:
     assert sorted(_rows(data)) == sorted(want)
     assert [tuple(b.input_ids.shape) for b in data.batches] == [(1, 8), (2, 7), (2, 4), (1, 4), (2, 3)]
     assert data.recipe["pack"] is False
+    assert data.chunk == data.recipe["chunk"] == 2048 // 8
     assert "pack" not in read_data([f"d={tmp_path}"], tmp_path, sequence_length=8).recipe
     some = [read_data([f"d={tmp_path}"], tmp_path, tokens=13, sequence_length=8, pack=False, seed=s) for s in (0, 0, 1)]
     assert _rows(some[0]) == _rows(some[1]) != _rows(some[2])

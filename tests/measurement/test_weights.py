@@ -17,7 +17,7 @@ from moekern.cli import console
 from moekern.cli.app import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
-from moekern.measurement import stored_weights
+from moekern.kernels.quantised import block_of, block_sizes
 from moekern.measurement.weights import weigh
 from moekern.plan.document import Plan
 from moekern.pruning.prune import prune
@@ -198,10 +198,10 @@ def test_a_column_of_scales_is_of_blocks_or_of_rows_by_its_length(
 @pytest.mark.parametrize(("numbers", "blocks", "long"), [(192, 2, 128), (768, 6, 128), (96, 3, 32), (300, 100, 3)])
 def test_blocks_that_nothing_names_are_powers_of_two_or_equal_parts(numbers: int, blocks: int, long: int) -> None:
     weight, scale = torch.empty(numbers, 64), torch.empty(blocks, 2)
-    assert stored_weights._block(weight, scale, {}) == (long, 32)
-    assert stored_weights._block(weight.T, scale.T, {"weight_block_size": [0, "x"]}) == (32, long)
+    assert block_of(weight, scale) == (long, 32)
+    assert block_of(weight.T, scale.T, block_sizes({"weight_block_size": [0, "x"]})) == (32, long)
     with pytest.raises(ValueError, match="does not say how large"):
-        stored_weights._block(torch.empty(100, 64), torch.empty(60, 2), {})
+        block_of(torch.empty(100, 64), torch.empty(60, 2))
 
 
 def test_a_router_that_is_no_numbers_is_refused(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
