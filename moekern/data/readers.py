@@ -380,7 +380,7 @@ def _array(file: File) -> np.ndarray:
         raise Unreadable("a compressed .npy file; decompress it")
     try:
         ids = np.load(file.path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:  # its header may say any size
         raise Unreadable("not a readable .npy file of token ids") from error
     if not isinstance(ids, np.ndarray):
         raise Unreadable("not a readable .npy file of token ids")
