@@ -359,9 +359,7 @@ def _parquet_file(file: File) -> Iterator[Any]:
     try:
         with parquet.ParquetFile(file.path) as opened_file:
             yield opened_file
-    except Unreadable:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+    except Exception as error:  # pyarrow's are of many kinds
         raise Unreadable(f"not a readable .parquet file ({first_line(error)})") from error
 
 
