@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moekern.cli.console import show, size
+from moekern.cli.console import say, show, size
 from moekern.cli.options import Json, Model, result
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def inspect(model: Model, as_json: Json = False) -> None:
 
 def show_overview(found: Overview) -> None:
     """The checkpoint's experts and what pruning would leave."""
+    from moekern.checkpoint.contents import lines_left_out
+
     layers = found.moe_layers
     groups = f"{found.n_group} (top {found.topk_group})" if found.n_group > 1 else "none"
     show(
@@ -43,6 +45,10 @@ def show_overview(found: Overview) -> None:
             *((("note", found.note),) if found.note else ()),
         ),
     )
+    for note in found.notes:
+        say(note)
+    if found.left_out:
+        say(f"not copied when it is pruned: {lines_left_out(found.left_out)}")
     shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]
     show(
         "kept experts a layer (any legal count works; eighths shown)",
