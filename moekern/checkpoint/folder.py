@@ -198,7 +198,8 @@ def find_single(folder: Path) -> str:
         return SINGLE
     names = sorted(path.name for path in folder.iterdir())
     for name in [name for name in names if name.endswith(".safetensors")]:
-        raise InputError(f"{folder}: {shown(name)} is there, but neither {SINGLE} nor {INDEX}")
+        way_out = f"name an only file {SINGLE}, or write the index of several"
+        raise InputError(f"{folder}: {shown(name)} is there, but neither {SINGLE} nor {INDEX}; {way_out}")
     for name in [name for name in names if name.removesuffix(".index.json").endswith(PICKLES)]:
         raise InputError(f"{folder}: {shown(name)} is a pickle, which is never read; convert it to safetensors first")
     raise InputError(f"{folder}: no safetensors file")
