@@ -124,11 +124,12 @@ def _transformers(entry: Mapping[str, Any], names: frozenset[str]) -> Listed | N
 
 
 def _own_or_generic(engine: str, entry: Mapping[str, Any], names: frozenset[str], where: str) -> Listed:
-    """Both engines take a model that they have no code for through transformers', if its attention can be replaced."""
+    """Both engines take a class of transformers that they have no code for, if its attention can be replaced."""
     removed = [f"; removed after {entry['removed'][name]}" for name in sorted(names & set(entry.get("removed", ())))]
     missing = _shown(names, types=False)
-    able = _model_types(names) & set(registries()["transformers"]["replaceable"])
-    if names & set(entry.get("generic", ())) or able:
+    transformers = registries()["transformers"]
+    able = {name for kind in transformers["replaceable"] for name in transformers["types"][kind]}
+    if names & (able | set(entry.get("generic", ()))):
         return Listed(False, f"has no {missing} of its own ({where}); falls back on transformers' code, slower")
     return Listed(True, f"has no {missing} ({where}{removed[0] if removed else ''})")
 

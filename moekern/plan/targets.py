@@ -86,6 +86,15 @@ VLLM_SOFTPLUS = frozenset({1 << n for n in range(7)} | {128, 192, 256, 320, 384,
 # vllm/models/deepseek_v4: tp in the code for AMD, Intel and CPU, ep there for Intel and in the mega-MoE kernels;
 # vllm/models/kimi_k3: ep in the mega-MoE kernels. Elsewhere experts may be spread unevenly.
 VLLM_DIVIDES = {"deepseek_v4": ("tp", "ep"), "kimi_k3": ("ep",)}
+# conversion/base.py, dequant_model, and the families that have their own.
+CONVERTER_TAKES = ("", "bitnet", "fp8", "fp8/32x32", "gptq", "modelopt") + tuple(
+    f"compressed-tensors/{packed}"
+    for packed in (
+        "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
+        "mixed-precision",
+    )
+)  # fmt: skip
+CONVERTER_TAKES_TOO = {"gpt_oss": ("mxfp4",), "kimi_k3": ("compressed-tensors/mxfp4-pack-quantized",)}
 # mlx_lm/utils.py, load_model: what it dequantises or takes packed. FP8 with scales of 128 x 128 blocks only where the
 # model's own code does it (`fp8` of its list); an unknown method is ignored, and its scales are then unknown weights.
 MLX_TAKES = ("", "bitnet", "mxfp4", "mxfp8", "fp8/32x32", "awq", "gptq", "modelopt") + tuple(
@@ -179,6 +188,14 @@ RULES: tuple[Rule, ...] = (
         lambda n, model, target: _when(
             model.grouped and (n <= model.router.n_group or model.router.topk_group >= model.router.n_group),
             f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
+        ),
+    ),
+    Rule(  # see CONVERTER_TAKES
+        ("llama.cpp", "ik_llama.cpp"), True,
+        lambda n, model, target: _when(
+            model.quantization not in (*CONVERTER_TAKES, *CONVERTER_TAKES_TOO.get(model.family, ()))
+            and model.family != "deepseek_v4",
+            f"llama.cpp's converter does not read {model.quantization} weights of this model; dequantise it first",
         ),
     ),
     Rule(  # see MLX_TAKES

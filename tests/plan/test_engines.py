@@ -67,6 +67,17 @@ def test_the_name_in_config_json_decides() -> None:
     assert said == Listed(True, "its converter does not know PhimoeForCausalLM (0c1e57098 of 2026-10-01)")
 
 
+def test_a_class_of_remote_code_does_not_fall_back() -> None:
+    """Engines look the name in config.json up in transformers."""
+    ours = listed("vllm", frozenset({"MiniMaxForCausalLM", "minimax"}))
+    theirs = listed("vllm", frozenset({"MiniMaxText01ForCausalLM", "minimax"}))
+    assert ours is not None
+    assert ours.stops is False
+    assert theirs is not None
+    assert theirs.stops is True
+    assert "removed after 0.23.0" in theirs.text
+
+
 def test_the_data_are_well_formed() -> None:
     assert set(registries()) == set(ENGINES)
     for engine, entry in registries().items():

@@ -44,6 +44,7 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "1024": ("llama.cpp", WIDE, 1025, True, "at most 1024"),
     "512": ("ik_llama.cpp", WIDE, 513, True, "at most 512"),
     "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
+    "awq": ("llama.cpp", replace(QWEN, quantization="awq"), 64, True, "does not read awq weights"),
     "mlx fp8": ("mlx-lm", FP8, 64, True, "does not read fp8 weights of this model"),
     "mlx gptq": ("mlx-lm", replace(QWEN, quantization="gptq"), 64, False, "GPTQ weights that have a g_idx"),
 }
@@ -80,6 +81,14 @@ def test_a_plain_half_runs_everywhere(engine):
 def test_what_a_family_reads_of_fp8() -> None:
     assert findings(Target("mlx-lm"), {"0": 128}, replace(V3, quantization="fp8")) == []
     assert findings(Target("mlx-lm"), {"0": 64}, replace(FP8, quantization="fp8/32x32")) == []
+
+
+def test_mxfp4_is_for_gpt_oss() -> None:
+    quantised = {family: Served(family, "softmax", Router(128, 4), quantization="mxfp4") for family in ("gpt_oss", "x")}
+    told = {
+        name: [f.stops for f in findings(Target("llama.cpp"), {"0": 64}, model)] for name, model in quantised.items()
+    }
+    assert told == {"gpt_oss": [], "x": [True, None]}
 
 
 def test_numbers_that_older_code_refused() -> None:
