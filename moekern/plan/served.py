@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from moekern.architectures.config_keys import model_types
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan.mtp import Mtp
 from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
+
+NAME = re.compile(r"[\w.-]{1,100}")  # of a class, a model type or a method; anything else in a config is no name
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,10 @@ def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
     """What engines go by: the names and the quantisation of config.json beside the router's numbers."""
     classes = config.get("architectures")
-    names = {name for name in classes if isinstance(name, str)} if isinstance(classes, list) else set()
-    kinds = model_types(config)[:1] if names else []
+    names = {text for text in map(_name, classes if isinstance(classes, list) else ()) if text}
+    kinds = {text for text in map(_name, model_types(config)[:1]) if text} if names else set()
     return Served(
-        layout.family.name, layout.family.score, layout.router, frozenset({*names, *kinds}), quantization(config)
+        layout.family.name, layout.family.score, layout.router, frozenset(names | kinds), quantization(config)
     )
 
 
@@ -84,10 +87,15 @@ def quantization(config: Mapping[str, Any]) -> str:
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, dict) else {}):
         given = holder.get("quantization_config")
-        if isinstance(given, dict) and isinstance(given.get("quant_method"), str):
-            method = given["quant_method"]
+        if isinstance(given, dict) and "quant_method" in given:
+            method = _name(given["quant_method"]) or "unknown"
             if method == "compressed-tensors":
-                return f"{method}/{given.get('format')}"
+                return f"{method}/{_name(given.get('format')) or 'unknown'}"
             small = method == "fp8" and given.get("weight_block_size") == [32, 32]
             return f"{method}/32x32" if small else method
     return ""
+
+
+def _name(value: object) -> str:
+    """A name in a config, which may hold anything; "" for what is none."""
+    return value if isinstance(value, str) and NAME.fullmatch(value) else ""

@@ -87,6 +87,8 @@ def test_the_weights_format_counts(tmp_path: Path) -> None:
     assert quantization({"text_config": fp8}) == "fp8"
     packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     assert quantization({"quantization_config": packed}) == "compressed-tensors/pack-quantized"
+    assert quantization({"quantization_config": {"quant_method": ["fp8"]}}) == "unknown"
+    assert quantization({"quantization_config": {**packed, "format": "a\nb"}}) == "compressed-tensors/unknown"
     small = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     assert quantization({"quantization_config": small}) == "fp8/32x32"
 
@@ -94,7 +96,7 @@ def test_the_weights_format_counts(tmp_path: Path) -> None:
 def test_a_config_that_names_nothing(tmp_path: Path) -> None:
     """Without class names, or with odd ones, those of the family count."""
     config, tensors = synthetic.qwen3()
-    for i, odd in enumerate((None, [], [3], "Qwen3MoeForCausalLM")):
+    for i, odd in enumerate((None, [], [3], "Qwen3MoeForCausalLM", ["A\nB"], ["x" * 9999])):
         given = {**config, "architectures": odd}
         folder = synthetic.write(tmp_path / f"in{i}", given, tensors)
         assert all(verdict(row) for row in check_folder(folder).found.values()), odd
