@@ -32,14 +32,16 @@ def check(
 
 def show_report(found: Report) -> None:
     """Targets, and the rules that are broken."""
+    from moekern.plan.served import verdict
+
     low, high = min(found.counts.values()), max(found.counts.values())
     experts = f"{low}" if low == high else f"{low} to {high}"
     rows = []
     for name, findings in found.found.items():
-        stops = [finding.text for finding in findings if finding.stops]
-        verdict = "no" if stops else "yes, but" if findings else "yes"
-        texts = stops or [finding.text for finding in findings]
-        rows.append((name, verdict, "; ".join(texts) + found.nearest.get(name, "")))
+        runs = verdict(findings)
+        word = {False: "no", None: "not known", True: "yes, but" if findings else "yes"}[runs]
+        texts = [finding.text for finding in findings if finding.stops or runs is not False]
+        rows.append((name, word, "; ".join(texts) + found.nearest.get(name, "")))
     show(f"{found.folder}: {found.family}, {experts} experts a layer", ("target", "runs", "because"), rows)
     if low != high:
         say("layers hold different numbers of experts: no engine loads this; moekern verifies and evaluates it")

@@ -31,9 +31,16 @@ def convert(
     """Turn a plan into other tools' words, or theirs into a plan."""
     from moekern import files
     from moekern.plan.interchange import convert as converted
+    from moekern.pruning.cuts import kept_experts, planned_mtp
 
     files.check_new(out)
-    text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
+    text = converted(
+        source,
+        to.value,
+        folder_of(model),
+        lambda checkpoint, layout, plan: kept_experts(checkpoint, layout, plan, planned_mtp(plan)),
+        allow_nonuniform=allow_nonuniform,
+    )
     files.write_bytes(out, text.encode())
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(document, lambda: console.say(f"{out}: {source} for {to.value}"))

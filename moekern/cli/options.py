@@ -72,7 +72,7 @@ StatisticsFile = Annotated[
 ]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
+    typer.Option("--target", help="An engine (`check` lists them), as vllm:tp=2,ep=4; repeatable."),
 ]
 Words = list[str] | None
 # Not looked at by the commands: the callback sets the console's mode before anything else is done.

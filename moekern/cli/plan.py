@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moekern.plan.budgets import Budget
     from moekern.plan.document import Plan
     from moekern.plan.guards import Guards
+    from moekern.plan.several import Planning
 
 
 def plan(
@@ -107,6 +108,8 @@ def plan(
         fit=_fit(fit, bits, context, sequences),
     )
     check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
+    if statistics.is_dir():
+        check_options(statistics, options)
     plans = make_plans(statistics_of(statistics, criterion), options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
@@ -146,6 +149,30 @@ def _fit(limit: str | None, bits: float | None, context: int, sequences: int) ->
             raise InputError("--bits, --context, --sequences: go with --fit")
         return None
     return Fit(console.parsed_size("--fit", limit), bits, context, sequences)
+
+
+def check_options(model: Path, options: Planning) -> None:
+    """Raise InputError for what headers alone tell to be wrong, before all weights of a checkpoint are read."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
+    from moekern.criteria.named import criterion_named
+    from moekern.plan.served import served_as
+    from moekern.plan.targets import check_counts
+    from moekern.router import kept_count
+
+    if (options.fit is None) == (not options.keeps):
+        raise InputError("--keep, --fit: give one of the two")
+    if options.fit is not None and options.model is None:
+        raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
+    for criterion in options.criteria:
+        criterion_named(criterion)
+    checkpoint = open_checkpoint(model)
+    layout = find_layout(checkpoint)
+    served = served_as(layout, checkpoint.config)
+    plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
+    for keep in options.keeps if plain else ():
+        count = kept_count(keep, layout.router)
+        check_counts(f"--keep {keep}", dict.fromkeys(layout.layers, count), served, options.targets)
 
 
 def check_destination(out: Path, plans: int) -> None:
