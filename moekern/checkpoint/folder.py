@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,27 @@ PLAN_FILE = "moekern_plan.json"  # in a pruned folder: the plan it was made by
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 SIDE_FOLDERS = ("additional_chat_templates",)
+HUB_FOLDER = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/(?:snapshots/)?([0-9a-f]{40})$")
+FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 4096
+
+ReadData = Callable[[Path, TensorEntry, int, int], bytes]  # (file, tensor, first byte, bytes)
+
+
+def read_data(path: Path, entry: TensorEntry, start: int, size: int) -> bytes:
+    """Bytes of a tensor's file, read with pread. Raises InputError if it has shrunk."""
+    parts: list[bytes] = []
+    with path.open("rb", buffering=0) as file:
+        while size > 0:
+            try:
+                part = os.pread(file.fileno(), min(size, 1 << 30), start)
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror or error}") from error
+            if not part:
+                raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
+            parts.append(part)
+            start += len(part)
+            size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,13 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorEntry]
     index: dict[str, Any] | None
+    read_data: ReadData = field(default=read_data, repr=False)  # another where only headers are in the folder
+
+    @property
+    def name(self) -> str:
+        """The folder; ID@COMMIT where it holds what was downloaded, or read, of a repository of the hub."""
+        found = HUB_FOLDER.search(self.folder.as_posix())
+        return f"{found[1]}/{found[2]}@{found[3]}" if found else str(self.folder)
 
     @cached_property
     def side_files(self) -> tuple[str, ...]:
@@ -59,10 +88,8 @@ class Checkpoint:
             text = encode([(entry.name, entry.dtype, entry.shape) for entry in entries])
             digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
         digest.update(b"]")
-        for i in sorted({i * len(names) // 64 for i in range(64)}):
-            entry = self.tensors[names[i]]
-            middle = entry.start + max(0, entry.nbytes - 4096) // 2
-            digest.update(self._pread(entry, middle, min(4096, entry.nbytes)))
+        for entry, start, size in sampled(self.tensors):
+            digest.update(self._read(entry, start, size))
         return digest.hexdigest()
 
     @property
@@ -73,7 +100,7 @@ class Checkpoint:
     def read(self, name: str) -> bytes:
         """The bytes of one tensor, read with pread. Raises InputError if the shard has shrunk meanwhile."""
         entry = self.tensors[name]
-        return self._pread(entry, entry.start, entry.nbytes)
+        return self._read(entry, entry.start, entry.nbytes)
 
     def array(self, name: str) -> np.ndarray:
         """One small tensor in its shape; BF16 and 8-bit floats are widened to float32, other dtypes stay.
@@ -87,21 +114,16 @@ class Checkpoint:
             raise InputError(f"{self.folder / entry.shard}: {name}: packed dtype {entry.dtype} has no numpy form")
         return decode(self.read(name), entry.dtype).reshape(entry.shape)
 
-    def _pread(self, entry: TensorEntry, start: int, size: int) -> bytes:
-        path = self.folder / entry.shard
-        parts: list[bytes] = []
-        with path.open("rb", buffering=0) as file:
-            while size > 0:
-                try:
-                    part = os.pread(file.fileno(), min(size, 1 << 30), start)
-                except OSError as error:
-                    raise InputError(f"{path}: {error.strerror or error}") from error
-                if not part:
-                    raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
-                parts.append(part)
-                start += len(part)
-                size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def _read(self, entry: TensorEntry, start: int, size: int) -> bytes:
+        return self.read_data(self.folder / entry.shard, entry, start, size)
+
+
+def sampled(tensors: Mapping[str, TensorEntry]) -> list[tuple[TensorEntry, int, int]]:
+    """The tensors that a fingerprint looks into, with the first byte and the number of bytes that it reads of each."""
+    names, of = sorted(tensors), FINGERPRINT_TENSORS
+    entries = [tensors[names[i]] for i in sorted({i * len(names) // of for i in range(of)})]
+    sizes = [min(FINGERPRINT_BYTES, entry.nbytes) for entry in entries]
+    return [(entry, entry.start + (entry.nbytes - n) // 2, n) for entry, n in zip(entries, sizes, strict=True)]
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -114,24 +136,39 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    config = read_json(folder / CONFIG)
-    index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
-    weight_map = check_weight_map(folder, index) if index is not None else None
-    names = sorted(set(weight_map.values())) if weight_map is not None else [find_single(folder)]
+    return join_shards(folder, lambda paths: map(read_shard, paths))
+
+
+def shard_names(folder: Path, index: dict[str, Any] | None) -> list[str]:
+    """The names of the shards, sorted: those that the index names, or the only one. Raises InputError if one is not
+    there."""
+    names = sorted(set(check_weight_map(folder, index).values())) if index is not None else [find_single(folder)]
     missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
         what = "a link to nothing" if os.path.islink(folder / missing[0]) else "not there"
         count = f"{len(missing)} of {len(names)} are missing"
         raise InputError(f"{folder}: missing shard {missing[0]:.80}: {what} ({count})")
+    return names
 
-    shards = tuple(read_shard(folder / name) for name in names)
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a folder that has one."""
+    return read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
+
+
+def join_shards(folder: Path, read: Callable[[Sequence[Path]], Iterable[Shard]]) -> Checkpoint:
+    """The checkpoint of a folder whose shards, in name order, `read` reads the headers of. Raises InputError."""
+    config = read_json(folder / CONFIG)
+    index = read_index(folder)
+    shards = tuple(read([folder / name for name in shard_names(folder, index)]))
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         for entry in shard.tensors:
             other = tensors.setdefault(entry.name, entry)
             if other is not entry:
                 raise InputError(f"{shard.path}: tensor {entry.name!r} is also in {other.shard}")
-    if index is not None and weight_map is not None:
+    if index is not None:
+        weight_map = index["weight_map"]
         compare_with_index(folder / INDEX, weight_map, tensors)
         # The same map of the headers' own strings: 140,000 names are held once.
         index["weight_map"] = {tensors[key].name: tensors[key].shard for key in weight_map}

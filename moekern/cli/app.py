@@ -116,6 +116,7 @@ def main() -> None:
     asked = "--json" in sys.argv[1:]  # before the flags are parsed, for what is wrong with them
     if asked:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor are its warnings
     try:
         with console.output(asked):
             _run()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli import console
-from moekern.cli.options import Json, folder_of, result
+from moekern.cli.options import Json, Revision, optional_headers, result
 
 
 class Tool(str, Enum):
@@ -26,6 +26,7 @@ def convert(
     allow_nonuniform: Annotated[
         bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
     ] = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Turn a plan into other tools' words, or theirs into a plan."""
@@ -33,7 +34,7 @@ def convert(
     from moekern.plan.interchange import convert as converted
 
     files.check_new(out)
-    text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
+    text = converted(source, to.value, optional_headers(model, revision), allow_nonuniform=allow_nonuniform)
     files.write_bytes(out, text.encode())
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(document, lambda: console.say(f"{out}: {source} for {to.value}"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, MoeLayer, find_layout
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids
@@ -128,9 +128,9 @@ def _number(name: str) -> str | None:
     return found[1] if found and "mtp" not in name else None
 
 
-def convert(path: Path, tool: str, model: Path | None, *, allow_nonuniform: bool = False) -> str:
+def convert(path: Path, tool: str, model: Path | Checkpoint | None, *, allow_nonuniform: bool = False) -> str:
     """The text of a plan file in another tool's words, or in moekern's. Raises InputError."""
-    checkpoint = None if model is None else open_checkpoint(model)
+    checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = None if checkpoint is None else find_layout(checkpoint)
     try:
         text = path.read_bytes().decode()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
 
 
@@ -17,6 +17,7 @@ class Report:
     """Where a checkpoint runs: target -> the rules it breaks."""
 
     folder: str
+    model: str  # the folder, or a hub id and its commit
     family: str
     counts: Mapping[str, int]  # layer key -> experts
     mtp: Mapping[str, int]
@@ -37,14 +38,15 @@ class Report:
         }
         uniform = len(set(self.counts.values())) == 1
         return {
-            "folder": self.folder, "family": self.family, "uniform": uniform, "experts": dict(self.counts),
-            "mtp": dict(self.mtp), "targets": targets,
+            "folder": self.folder, "model": self.model, "family": self.family, "uniform": uniform,
+            "experts": dict(self.counts), "mtp": dict(self.mtp), "targets": targets,
         }  # fmt: skip
 
 
-def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
+def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> Report:
     """Which targets (none: every engine) run a checkpoint, by its headers and config. Raises InputError."""
-    layout = find_layout(open_checkpoint(folder))
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
     served = Served(layout.family.name, layout.family.score, layout.router, layout.family.transformers)
     counts = {key: layer.num_experts for key, layer in layout.layers.items()}
     mtp = {key: layer.num_experts for key, layer in layout.mtp.items()}
@@ -55,4 +57,4 @@ def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
         for target in asked
         if not runs(layout.num_experts, served, [target])
     }
-    return Report(str(folder), layout.family.name, counts, mtp, found, near)
+    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near)
