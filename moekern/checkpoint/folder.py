@@ -59,10 +59,15 @@ class Checkpoint:
     read_data: ReadData = field(default=read_data, repr=False)  # another where only headers are in the folder
 
     @property
-    def name(self) -> str:
-        """The folder; ID@COMMIT where it holds what was downloaded, or read, of a repository of the hub."""
+    def repository(self) -> str | None:
+        """ID@COMMIT where the folder holds what was downloaded, or read, of a repository of the hub."""
         found = HUB_FOLDER.search(self.folder.as_posix())
-        return f"{found[1]}/{found[2]}@{found[3]}" if found else str(self.folder)
+        return f"{found[1]}/{found[2]}@{found[3]}" if found else None
+
+    @property
+    def name(self) -> str:
+        """The repository and its commit, or the folder."""
+        return self.repository or str(self.folder)
 
     @cached_property
     def side_files(self) -> tuple[str, ...]:

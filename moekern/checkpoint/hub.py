@@ -75,8 +75,7 @@ def find_model(name: str, revision: str | None, tell: Tell) -> Path | Repository
             tell(f"{name}: the hub was not asked ({first_line(error)}); commit {commit[:12]} is in the cache")
             return found
         _keep(repository, revision)
-    snapshot = _snapshot(name, repository.commit)
-    return snapshot if snapshot is not None and _whole(snapshot, repository) else repository
+    return snapshot_of(repository, repository.sizes) or repository
 
 
 def _asked(name: str, revision: str | None) -> Repository:
@@ -205,7 +204,13 @@ def _left(name: str, revision: str | None) -> Path | Repository | None:
         snapshot = _snapshot(name, revision)
     except HFValidationError:
         return None
-    return snapshot if snapshot is not None and (kept is None or _whole(snapshot, None)) else kept
+    return snapshot if snapshot is not None and (kept is None or _whole(snapshot, ())) else kept
+
+
+def snapshot_of(repository: Repository, names: Iterable[str] = ()) -> Path | None:
+    """The folder in the hub's cache that holds all shards of the commit and, of these names, what is wanted."""
+    snapshot = _snapshot(repository.id, repository.commit)
+    return snapshot if snapshot is not None and _whole(snapshot, names) else None
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
@@ -216,13 +221,12 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _whole(snapshot: Path, repository: Repository | None) -> bool:
-    """Whether a download lacks nothing: no shard and, where the list of files is known, no side file."""
+def _whole(snapshot: Path, names: Iterable[str]) -> bool:
     try:
         shards = shard_names(snapshot, read_index(snapshot))
     except InputError:
         return False
-    return repository is None or all((snapshot / name).exists() for name in wanted(repository.sizes, shards))
+    return all((snapshot / name).exists() for name in wanted(names, shards))
 
 
 def wanted(names: Iterable[str], shards: Collection[str]) -> list[str]:

@@ -22,11 +22,12 @@ from moekern.checkpoint.folder import (
     Checkpoint,
     check_weight_map,
     join_shards,
+    open_checkpoint,
     read_index,
     sampled,
 )
 from moekern.checkpoint.header import Shard, TensorEntry, header_length, parse_header
-from moekern.checkpoint.hub import Progress, Repository, Step, Tell, asking, broken_off, wanted
+from moekern.checkpoint.hub import Progress, Repository, Step, Tell, asking, broken_off, snapshot_of, wanted
 from moekern.checkpoint.strict_json import HEADER_CAP, read_start
 from moekern.errors import InputError
 
@@ -43,9 +44,15 @@ def headers_of(repository: Repository, progress: Progress) -> Checkpoint:
     """A checkpoint of which config, index, headers and the fingerprint's samples alone are read, by range requests.
 
     They are kept by commit in HF_HOME/moekern, where a shard's file ends with its header, so that the next command
-    asks for none of them; there they are checked as any file is. Reading other bytes raises InputError.
+    asks for none of them; there they are checked as any file is. Reading other bytes raises InputError. A download that
+    has all shards is read instead.
     """
+    snapshot = snapshot_of(repository)
+    if snapshot is not None:
+        return open_checkpoint(snapshot)
     folder, sizes = repository.folder, repository.sizes
+    if CONFIG not in sizes:
+        raise InputError(f"{repository}: holds no {CONFIG}: not a checkpoint that moekern reads")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, INDEX, PLAN_FILE):
         if name in sizes and not (folder / name).exists():
@@ -144,7 +151,8 @@ def read_range(repository: Repository, name: str, start: int, size: int) -> byte
         else:
             if len(data) == size:
                 return data
-        time.sleep(0.2 * 2 ** (TRIES - left))
+        if left:
+            time.sleep(0.2 * 2 ** (TRIES - left))
     raise InputError(f"{repository}: {name}: the hub sent {len(data)} of {size} bytes from byte {start} on")
 
 

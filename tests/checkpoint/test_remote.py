@@ -129,10 +129,37 @@ def test_a_repository_without_safetensors(hub: Hub, tmp_path: Path) -> None:
         headers()
 
 
+def test_a_repository_without_a_config(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.gguf").touch()
+    hub.add(ID, tmp_path / "other", "bad4" * 10)
+    with pytest.raises(InputError, match="holds no config.json"):
+        headers()
+
+
+def test_shards_that_are_there_are_read_in_their_place(hub: Hub) -> None:
+    folder = downloaded()
+    (folder / "tokenizer.json").resolve().unlink()
+    (folder / "tokenizer.json").unlink()
+    hub.forget()
+    assert headers().folder == folder
+    assert hub.sent() == 0
+    assert downloaded() == folder
+    assert hub.sent() == hub.sent("tokenizer.json") > 0
+
+
 def test_a_gated_repository_says_what_to_do(hub: Hub) -> None:
     hub.gated.add(ID)
     with pytest.raises(InputError, match=f"{ID}: is gated: accept its terms .*hf auth login"):
         headers()
+
+
+def test_a_token_goes_to_the_hub_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.gated.add(ID)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert headers().fingerprint
+    assert downloaded()
+    assert hub.tokens_elsewhere == 0
 
 
 def test_a_download_is_the_model_alone(hub: Hub, source: Path) -> None:
