@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,7 @@ class Checkpoint:
             digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
         digest.update(b"]")
         for entry, start, size in sampled(self.tensors):
-            digest.update(self._read(entry, start, size))
+            digest.update(self.read_data(self.folder / entry.shard, entry, start, size))
         return digest.hexdigest()
 
     @property
@@ -105,7 +105,7 @@ class Checkpoint:
     def read(self, name: str) -> bytes:
         """The bytes of one tensor, read with pread. Raises InputError if the shard has shrunk meanwhile."""
         entry = self.tensors[name]
-        return self._read(entry, entry.start, entry.nbytes)
+        return self.read_data(self.folder / entry.shard, entry, entry.start, entry.nbytes)
 
     def array(self, name: str) -> np.ndarray:
         """One small tensor in its shape; BF16 and 8-bit floats are widened to float32, other dtypes stay.
@@ -119,9 +119,6 @@ class Checkpoint:
             raise InputError(f"{self.folder / entry.shard}: {name}: packed dtype {entry.dtype} has no numpy form")
         return decode(self.read(name), entry.dtype).reshape(entry.shape)
 
-    def _read(self, entry: TensorEntry, start: int, size: int) -> bytes:
-        return self.read_data(self.folder / entry.shard, entry, start, size)
-
 
 def sampled(tensors: Mapping[str, TensorEntry]) -> list[tuple[TensorEntry, int, int]]:
     """The tensors that a fingerprint looks into, with the first byte and the number of bytes that it reads of each."""
@@ -131,8 +128,8 @@ def sampled(tensors: Mapping[str, TensorEntry]) -> list[tuple[TensorEntry, int, 
     return [(entry, entry.start + (entry.nbytes - n) // 2, n) for entry, n in zip(entries, sizes, strict=True)]
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read config, index and all headers of a checkpoint folder; no tensor is read.
+def open_checkpoint(folder: str | Path, read: Callable[[Path], Shard] = read_shard) -> Checkpoint:
+    """Read config, index and, with `read`, all headers of a checkpoint folder; no tensor is read.
 
     Memory: no size that a file declares is believed before it was compared with the file's own. JSON takes at most
     about 30 bytes for each byte of a file, whose length HEADER_CAP limits; headers of real models take 10. Raises
@@ -141,39 +138,24 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    return join_shards(folder, lambda paths: map(read_shard, paths))
-
-
-def shard_names(folder: Path, index: dict[str, Any] | None) -> list[str]:
-    """The names of the shards, sorted: those that the index names, or the only one. Raises InputError if one is not
-    there."""
-    names = sorted(set(check_weight_map(folder, index).values())) if index is not None else [find_single(folder)]
+    config = read_json(folder / CONFIG)
+    index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
+    weight_map = check_weight_map(folder, index) if index is not None else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else [find_single(folder)]
     missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
         what = "a link to nothing" if os.path.islink(folder / missing[0]) else "not there"
         count = f"{len(missing)} of {len(names)} are missing"
         raise InputError(f"{folder}: missing shard {missing[0]:.80}: {what} ({count})")
-    return names
 
-
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a folder that has one."""
-    return read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
-
-
-def join_shards(folder: Path, read: Callable[[Sequence[Path]], Iterable[Shard]]) -> Checkpoint:
-    """The checkpoint of a folder whose shards, in name order, `read` reads the headers of. Raises InputError."""
-    config = read_json(folder / CONFIG)
-    index = read_index(folder)
-    shards = tuple(read([folder / name for name in shard_names(folder, index)]))
+    shards = tuple(read(folder / name) for name in names)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         for entry in shard.tensors:
             other = tensors.setdefault(entry.name, entry)
             if other is not entry:
                 raise InputError(f"{shard.path}: tensor {entry.name!r} is also in {other.shard}")
-    if index is not None:
-        weight_map = index["weight_map"]
+    if index is not None and weight_map is not None:
         compare_with_index(folder / INDEX, weight_map, tensors)
         # The same map of the headers' own strings: 140,000 names are held once.
         index["weight_map"] = {tensors[key].name: tensors[key].shard for key in weight_map}

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from moekern import files
-from moekern.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_index, shard_names
+from moekern.checkpoint.folder import CONFIG, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
 
 HUB_ID, NAME = re.compile(r"[\w.-]+/[\w.-]+"), re.compile(r"[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# What may belong to a model beside config and weights: tokenizer, templates, its code, its papers.
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".bpe", ".vocab", ".yaml")
+LISTING = ".json"
 SIGN_IN = "`hf auth login` or set HF_TOKEN"
 
 Tell = Callable[[str], None]
@@ -43,9 +43,18 @@ class Repository:
         """Where what was read of it without a download is kept."""
         return _kept(self.id) / self.commit
 
+    def beside(self, suffix: str) -> Path:
+        """A file of our own about it."""
+        return self.folder.with_name(self.commit + suffix)
+
+    @cached_property
+    def snapshot(self) -> Path | None:
+        """The folder of what was downloaded of it."""
+        return _snapshot(self.id, self.commit)
+
 
 def find_model(name: str, revision: str | None, tell: Tell) -> Path | Repository:
-    """The folder of that name, or of a hub id's whole download; else the repository, of which no weight is there yet.
+    """The folder of that name; else the repository, of which nothing but the list of its files was asked for.
 
     Where the hub does not answer, what earlier commands have left is told and taken. Raises InputError, one line that
     says what to do, for a name that is neither, a revision that is not there, and a hub that says no.
@@ -75,7 +84,7 @@ def find_model(name: str, revision: str | None, tell: Tell) -> Path | Repository
             tell(f"{name}: the hub was not asked ({first_line(error)}); commit {commit[:12]} is in the cache")
             return found
         _keep(repository, revision)
-    return snapshot_of(repository, repository.sizes) or repository
+    return repository
 
 
 def _asked(name: str, revision: str | None) -> Repository:
@@ -171,12 +180,11 @@ def _kept(name: str) -> Path:
 
 def _keep(repository: Repository, revision: str | None) -> None:
     """Keep a repository's list of files, by its commit, and the commit of the revision, for a hub that is away."""
-    folder = repository.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "listing.json").exists():
-        files.write_bytes(folder / "listing.json", json.dumps({"sizes": dict(repository.sizes)}).encode())
-    (folder.parent / "refs").mkdir(exist_ok=True)
-    files.write_bytes(_ref(repository.id, revision), repository.commit.encode())
+    listing, ref = repository.beside(LISTING), _ref(repository.id, revision)
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    if not listing.exists():
+        files.write_bytes(listing, json.dumps({"sizes": dict(repository.sizes)}).encode())
+    files.write_bytes(ref, repository.commit.encode())
 
 
 def _ref(name: str, revision: str | None) -> Path:
@@ -185,7 +193,7 @@ def _ref(name: str, revision: str | None) -> Path:
 
 def _listing(name: str, commit: str) -> Repository | None:
     """The repository at a commit whose list of files an earlier command has kept."""
-    path = _kept(name) / commit / "listing.json"
+    path = _kept(name) / f"{commit}{LISTING}"
     if not COMMIT.fullmatch(commit) or not path.is_file():
         return None
     sizes = read_json(path).get("sizes")
@@ -204,13 +212,15 @@ def _left(name: str, revision: str | None) -> Path | Repository | None:
         snapshot = _snapshot(name, revision)
     except HFValidationError:
         return None
-    return snapshot if snapshot is not None and (kept is None or _whole(snapshot, ())) else kept
+    return snapshot if snapshot is not None and (kept is None or _whole(snapshot)) else kept
 
 
-def snapshot_of(repository: Repository, names: Iterable[str] = ()) -> Path | None:
-    """The folder in the hub's cache that holds all shards of the commit and, of these names, what is wanted."""
-    snapshot = _snapshot(repository.id, repository.commit)
-    return snapshot if snapshot is not None and _whole(snapshot, names) else None
+def _whole(snapshot: Path) -> bool:
+    try:
+        open_checkpoint(snapshot)
+    except InputError:
+        return False
+    return True
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
@@ -219,30 +229,3 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
 
     found = try_to_load_from_cache(name, CONFIG, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
-
-
-def _whole(snapshot: Path, names: Iterable[str]) -> bool:
-    try:
-        shards = shard_names(snapshot, read_index(snapshot))
-    except InputError:
-        return False
-    return all((snapshot / name).exists() for name in wanted(names, shards))
-
-
-def wanted(names: Iterable[str], shards: Collection[str]) -> list[str]:
-    """The files of a repository that are the model: its shards, config and index, and what lies beside them.
-
-    Not: other weights (another format, an adapter), and folders that hold weights, a second copy of the model or
-    another one, such as original/, metal/ and onnx/.
-    """
-    names = list(names)
-    other = {name.partition("/")[0] for name in names if "/" in name and name.endswith(WEIGHTS)}
-    indexes = tuple(f"{suffix}.index.json" for suffix in WEIGHTS)
-    side = [
-        name
-        for name in names
-        if (name.endswith(SIDE_SUFFIXES) or name.startswith(("LICENSE", "NOTICE")))
-        and name.partition("/")[0] not in other
-        and not name.endswith((*WEIGHTS, *indexes))
-    ]
-    return sorted({*shards, *side, *({INDEX} & {*names})})

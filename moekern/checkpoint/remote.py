@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,22 +18,18 @@ from moekern.checkpoint.folder import (
     CONFIG,
     INDEX,
     PLAN_FILE,
-    WEIGHTS,
     Checkpoint,
-    check_weight_map,
-    join_shards,
     open_checkpoint,
-    read_index,
     sampled,
 )
 from moekern.checkpoint.header import Shard, TensorEntry, header_length, parse_header
-from moekern.checkpoint.hub import Progress, Repository, Step, Tell, asking, broken_off, snapshot_of, wanted
-from moekern.checkpoint.strict_json import HEADER_CAP, read_start
+from moekern.checkpoint.hub import Progress, Repository, Step, Tell, asking, broken_off
+from moekern.checkpoint.strict_json import HEADER_CAP, read_start, shown
 from moekern.errors import InputError
 
 THREADS, TRIES = 16, 4
 QUERY: Any = {"timeout": 30, "follow_redirects": True, "retry_on_exceptions": ()}
-SAMPLES = "samples.bin"  # the bytes that the fingerprint looks at, one after another
+NO_SHARDS = ("consolidated", "adapter_model")  # a second copy by its authors' name for it; an adapter
 MARGIN = 1 << 30  # bytes of the disk that a download leaves free
 
 A = TypeVar("A")
@@ -43,59 +39,54 @@ B = TypeVar("B")
 def headers_of(repository: Repository, progress: Progress) -> Checkpoint:
     """A checkpoint of which config, index, headers and the fingerprint's samples alone are read, by range requests.
 
-    They are kept by commit in HF_HOME/moekern, where a shard's file ends with its header, so that the next command
-    asks for none of them; there they are checked as any file is. Reading other bytes raises InputError. A download that
-    has all shards is read instead.
+    They are kept by commit in HF_HOME/moekern, so that the next command asks for none of them: there each file of the
+    repository has a stand-in, of a shard as far as its header goes, else empty. Reading other bytes raises InputError.
     """
-    snapshot = snapshot_of(repository)
-    if snapshot is not None:
-        return open_checkpoint(snapshot)
     folder, sizes = repository.folder, repository.sizes
     if CONFIG not in sizes:
         raise InputError(f"{repository}: holds no {CONFIG}: not a checkpoint that moekern reads")
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in sizes:
+        _stand_in(folder, name)
     for name in (CONFIG, INDEX, PLAN_FILE):
-        if name in sizes and not (folder / name).exists():
-            _check_size(repository, name)
-            files.write_bytes(folder / name, read_range(repository, name, 0, sizes[name]))
-    index = read_index(folder)
-    shards = (
-        {name for name in sizes if "/" not in name and name.endswith((*WEIGHTS, ".index.json"))}
-        if index is None
-        else {*check_weight_map(folder, index).values()} & sizes.keys()
-    )
-    for name in shards:  # so that the folder's rules see what the repository has
-        (folder / name).touch()
+        if name in sizes and (folder / name).stat().st_size != sizes[name]:
+            if sizes[name] > HEADER_CAP:
+                raise InputError(f"{repository}: {name}: {sizes[name]} bytes, more than the limit of {HEADER_CAP}")
+            files.write_bytes(folder / name, _bytes_of(repository, name, 0, sizes[name]))
+    shards = [name for name in sizes if "/" not in name and name.endswith(".safetensors")]
+    shards = [name for name in shards if not name.startswith(NO_SHARDS)]
     with progress(f"reading headers of {repository.id}", "files") as step:
-        found = join_shards(folder, lambda paths: _shards(repository, paths, step))
+        for done, _ in enumerate(_in_parallel(lambda name: _keep_header(repository, name), shards), 1):
+            step(done, len(shards))
+    found = open_checkpoint(folder, lambda path: _shard(repository, path))
     return replace(found, read_data=_sample_reader(repository, found))
 
 
-def _check_size(repository: Repository, name: str) -> None:
-    if repository.sizes[name] > HEADER_CAP:
-        raise InputError(f"{repository}: {name}: {repository.sizes[name]} bytes, more than the limit of {HEADER_CAP}")
+def _stand_in(folder: Path, name: str) -> None:
+    """An empty file in the place of one of the repository, so that the rules of folders see what it has."""
+    if not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise InputError(f"{folder}: {shown(name)}: a name that leads elsewhere")
+    path = folder / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
-def _shards(repository: Repository, paths: Sequence[Path], step: Step) -> Iterator[Shard]:
-    """Every shard's header, fetched where it is not kept yet; several are fetched at a time, and one is parsed."""
-    for done, path in enumerate(_in_parallel(lambda path: _kept_header(repository, path), paths), 1):
-        size = repository.sizes[path.name]
-        try:
-            length = header_length(read_start(path, 8)[0], path, size)
-            yield parse_header(read_start(path, 8, length)[1], path, size)
-        except InputError:
-            os.truncate(path, 0)
-            raise
-        step(done, len(paths))
+def _keep_header(repository: Repository, name: str) -> None:
+    """The beginning of a shard's stand-in: its first 8 bytes and, if they are sound, its header."""
+    path, size = repository.folder / name, repository.sizes[name]
+    if path.stat().st_size == 0 < size:
+        start, length = _bytes_of(repository, name, 0, min(8, size)), 0
+        with suppress(InputError):  # which is raised again if it is a shard
+            length = header_length(start, path, size)
+        files.write_bytes(path, start + _bytes_of(repository, name, 8, length))
 
 
-def _kept_header(repository: Repository, path: Path) -> Path:
-    """The file that holds a shard's header and nothing else, by two requests if it does not yet."""
-    if path.stat().st_size == 0:
-        size = repository.sizes[path.name]
-        start = read_range(repository, path.name, 0, min(8, size))
-        files.write_bytes(path, start + read_range(repository, path.name, 8, header_length(start, path, size)))
-    return path
+def _shard(repository: Repository, path: Path) -> Shard:
+    """The header in a stand-in, as that of the whole file."""
+    size = repository.sizes[path.name]
+    _keep_header(repository, path.name)
+    length = header_length(read_start(path, min(8, size))[0], path, size)
+    return parse_header(read_start(path, 8, length)[1], path, size)
 
 
 def _in_parallel(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
@@ -125,10 +116,10 @@ def _sample_reader(repository: Repository, checkpoint: Checkpoint) -> Callable[[
 
 
 def _samples(repository: Repository, checkpoint: Checkpoint) -> Iterable[tuple[tuple[str, int, int], bytes]]:
-    places, path = sampled(checkpoint.tensors), repository.folder / SAMPLES
+    places, path = sampled(checkpoint.tensors), repository.beside(".samples")
     total = sum(size for _, _, size in places)
     if not path.is_file() or path.stat().st_size != total:
-        parts = _in_parallel(lambda place: read_range(repository, place[0].shard, *place[1:]), places)
+        parts = _in_parallel(lambda place: _bytes_of(repository, place[0].shard, *place[1:]), places)
         files.write_bytes(path, b"".join(parts))
     data = path.read_bytes()
     at = 0
@@ -137,10 +128,15 @@ def _samples(repository: Repository, checkpoint: Checkpoint) -> Iterable[tuple[t
         at += size
 
 
-def read_range(repository: Repository, name: str, start: int, size: int) -> bytes:
-    """Bytes of a file of the repository: no more are received, whatever the server sends. Raises InputError."""
+def _bytes_of(repository: Repository, name: str, start: int, size: int) -> bytes:
+    """Bytes of a file of the repository, of its download if it is there: else no more are received, whatever the
+    server sends. Raises InputError."""
     if size == 0:
         return b""
+    if repository.snapshot is not None and (repository.snapshot / name).is_file():
+        with (repository.snapshot / name).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
     for left in reversed(range(TRIES)):
         try:
             with asking(repository.id, repository.commit):
@@ -184,18 +180,19 @@ def download(
 ) -> Path:
     """The folder in the hub's cache that holds the model, downloaded as far as it is not there yet.
 
-    `checkpoint` has the repository's headers. Before a weight is asked for, the size is told, and refused where the
-    disk has no room for it. Files that an earlier download has finished are not asked for again.
+    `checkpoint` has the repository's headers, and names its shards and the files that belong to it: all that is taken.
+    Before a weight is asked for, the size is told, and refused where the disk has no room for it. Files that an earlier
+    download has finished are not asked for again.
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
     cache, commit = Path(constants.HF_HUB_CACHE), repository.commit
-    names = wanted(repository.sizes, [shard.name for shard in checkpoint.shards])
+    names = {CONFIG, INDEX, *(shard.name for shard in checkpoint.shards), *checkpoint.side_files} & {*repository.sizes}
     with asking(repository.id, revision), _no_bars():
         # By the revision's name, which the cache then knows when the hub is away.
         hf_hub_download(repository.id, CONFIG, revision=revision)
         snapshot = Path(hf_hub_download(repository.id, CONFIG, revision=commit)).parent
-        missing = [name for name in names if not (snapshot / name).exists()]
+        missing = [name for name in sorted(names) if not (snapshot / name).exists()]
         size = sum(repository.sizes[name] for name in missing)
         free = shutil.disk_usage(cache).free
         line = f"{repository}: {_gib(size)} to download in {len(missing)} files; {_gib(free)} free in {cache}"

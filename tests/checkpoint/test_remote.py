@@ -21,14 +21,19 @@ from tests.helpers.hub import COMMIT, Hub, client, serving
 
 ID = "someone/tiny-moe"
 SHARDS = 3
+OTHERS = {
+    "original/model.safetensors", "metal/model.bin", "consolidated.safetensors", "consolidated.safetensors.index.json",
+    "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "model.gguf", "onnx/model.onnx",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "source"
     faulty.checkpoint(folder, shards=SHARDS, layers=2, rows=600, embedding=60000)
-    (folder / "original").mkdir()
-    (folder / "original" / "model.safetensors").write_bytes(b"a second copy" * 100)
+    for name in OTHERS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"a second copy" * 100)
     return folder
 
 
@@ -108,6 +113,13 @@ def test_a_hostile_header_is_refused_as_in_a_folder(hub: Hub, tmp_path: Path) ->
         headers()
 
 
+def test_a_file_that_leads_elsewhere(hub: Hub) -> None:
+    good = repository()
+    for name in ("../../x.json", "/etc/x.json", "a//b", "x\n.json"):
+        with pytest.raises(InputError, match="a name that leads elsewhere"):
+            remote.headers_of(Repository(ID, COMMIT, {**good.sizes, name: 1}), quiet)
+
+
 @pytest.mark.parametrize("name", ["../../outside.safetensors", "sub/model.safetensors"])
 def test_an_index_names_files_of_the_repository_alone(hub: Hub, source: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "bad"
@@ -137,12 +149,13 @@ def test_a_repository_without_a_config(hub: Hub, tmp_path: Path) -> None:
         headers()
 
 
-def test_shards_that_are_there_are_read_in_their_place(hub: Hub) -> None:
+def test_what_was_downloaded_before_is_not_asked_for(hub: Hub, source: Path, tmp_path: Path) -> None:
     folder = downloaded()
     (folder / "tokenizer.json").resolve().unlink()
     (folder / "tokenizer.json").unlink()
+    shutil.rmtree(tmp_path / "home" / "moekern")  # as if another program had
     hub.forget()
-    assert headers().folder == folder
+    assert headers().fingerprint == open_checkpoint(source).fingerprint
     assert hub.sent() == 0
     assert downloaded() == folder
     assert hub.sent() == hub.sent("tokenizer.json") > 0
@@ -166,13 +179,10 @@ def test_a_download_is_the_model_alone(hub: Hub, source: Path) -> None:
     told: list[str] = []
     folder = downloaded(told.append)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert names == {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()} - {
-        "original/model.safetensors"
-    }
+    assert names == {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()} - OTHERS
+    assert "additional_chat_templates/tool.jinja" in names
     assert "to download in" in told[0]
     assert open_checkpoint(folder).fingerprint == open_checkpoint(source).fingerprint
-    assert find_model(ID, None, told.append) == folder
-    hub.forget()
     hub.down = 503
     assert find_model(ID, None, told.append) == folder  # its revision is known to the cache
 
