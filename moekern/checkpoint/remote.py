@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moekern import files
+from moekern.checkpoint.contents import ADAPTER_WEIGHTS
 from moekern.checkpoint.folder import (
     CONFIG,
     INDEX,
@@ -29,7 +30,7 @@ from moekern.errors import InputError
 
 THREADS, TRIES = 16, 4
 QUERY: Any = {"timeout": 30, "follow_redirects": True, "retry_on_exceptions": ()}
-NO_SHARDS = ("consolidated", "adapter_model")  # a second copy by its authors' name for it; an adapter
+NO_SHARDS = ("consolidated", ADAPTER_WEIGHTS)  # a second copy by its authors' name for it; an adapter
 MARGIN = 1 << 30  # bytes of the disk that a download leaves free
 
 A = TypeVar("A")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moekern.cli.console import show, size
+from moekern.cli.console import say, show, size
 from moekern.cli.options import Json, Model, Revision, headers_of, result
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> N
 
 def show_overview(found: Overview) -> None:
     """The checkpoint's experts and what pruning would leave."""
+    from moekern.checkpoint.contents import lines_left_out
+
     layers = found.moe_layers
     groups = f"{found.n_group} (top {found.topk_group})" if found.n_group > 1 else "none"
     show(
@@ -42,6 +44,10 @@ def show_overview(found: Overview) -> None:
             *((("note", found.note),) if found.note else ()),
         ),
     )
+    for note in found.notes:
+        say(note)
+    if found.left_out:
+        say(f"not copied when it is pruned: {lines_left_out(found.left_out)}")
     shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]
     show(
         "kept experts a layer (any legal count works; eighths shown)",

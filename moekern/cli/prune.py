@@ -105,7 +105,9 @@ def prune_to(
 
 
 def show_pruned(report: PruneReport) -> None:
-    """What was written."""
+    """What was written, what was not, and what has to be known about it."""
+    from moekern.checkpoint.contents import lines_left_out
+
     if not report.finished:
         say(f"this part is written; {report.waiting} shards are left to other parts, the last of which finishes")
         return
@@ -127,3 +129,7 @@ def show_pruned(report: PruneReport) -> None:
         + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
     )
     say(report.mtp)
+    for note in report.notes:
+        say(note)
+    if report.left_out:
+        say(f"not copied: {lines_left_out(report.left_out)}")

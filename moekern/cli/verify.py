@@ -42,11 +42,15 @@ def verify(
 
 
 def show_verdict(found: Verdict) -> None:
-    """Problems, or what was compared."""
+    """Problems, or what was compared; what of the original belongs to no pruned checkpoint."""
+    from moekern.checkpoint.contents import lines_left_out
+
     for problem in found.report.problems:
         say(f"wrong: {problem}")
     if not found.report.problems:
         say(f"bytes: {found.report.tensors_compared} tensors, {size(found.report.bytes_compared)} equal")
+    if found.report.left_out:
+        say(f"not in it, and not looked for: {lines_left_out(found.report.left_out)}")
     if found.forward is not None:
         f = found.forward
         say(

@@ -32,7 +32,7 @@ from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, pla
 from moekern.pruning.pieces import made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
-from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
+from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
 from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, open_work
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
@@ -67,6 +67,8 @@ class PruneReport:
     finished: bool
     waiting: int
     mtp: str  # one line: what happened to the MTP layers
+    left_out: Mapping[str, str]  # file, or folder with a "/" at its end, that was not copied -> why
+    notes: tuple[str, ...]  # a line each: what the source left open, and side files that are no plain copies
     seconds: float
 
 
@@ -184,6 +186,8 @@ def prune(
         finished=finished,
         waiting=waiting,
         mtp=mtp_line(layout, kept, plan, mtp),
+        left_out=checkpoint.contents.left_out,
+        notes=(*checkpoint.notes, *(file.note for file in side if file.note)),
         seconds=time.perf_counter() - start,
     )
 
@@ -279,11 +283,13 @@ def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tal
         )
         for r in records
     ]
-    for file in [SideFile(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
+    for file in [side_file(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
         path = work.checkpoint / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = file.content
-        _C.write_file(str(path), [content if isinstance(content, bytes) else (str(content), 0, file.size)])
+        _C.write_file(str(path), list(file.pieces))
+        if made_from(file.pieces) != file.origin:
+            folder = job.checkpoint.folder
+            raise InputError(f"{work.target}: not finished: {file.name} in {folder} changed while it was copied")
         tally.moved(file.size if file.name != MANIFEST else 0)
 
 

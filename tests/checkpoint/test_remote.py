@@ -24,15 +24,19 @@ SHARDS = 3
 OTHERS = {
     "original/model.safetensors", "metal/model.bin", "consolidated.safetensors", "consolidated.safetensors.index.json",
     "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "model.gguf", "onnx/model.onnx",
+    "original/dtypes.json", "fp8/model.safetensors", "fp8/model.safetensors.index.json", "a/b/x.gguf", "params.json",
+    "adapter_model.safetensors", "adapter_config.json", "lora/adapter_config.json", "onnx/config.json",
 }  # fmt: skip
+
+MORE = {"encoding/encode.py", "inference/configs/a.json", "tekken.json", "vocab.bpe", "modeling_x.py", "LICENSE"}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "source"
     faulty.checkpoint(folder, shards=SHARDS, layers=2, rows=600, embedding=60000)
-    for name in OTHERS:
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in (*OTHERS, *MORE):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"a second copy" * 100)
     return folder
 
@@ -180,7 +184,7 @@ def test_a_download_is_the_model_alone(hub: Hub, source: Path) -> None:
     folder = downloaded(told.append)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()} - OTHERS
-    assert "additional_chat_templates/tool.jinja" in names
+    assert {"additional_chat_templates/tool.jinja", *MORE} <= names
     assert "to download in" in told[0]
     assert open_checkpoint(folder).fingerprint == open_checkpoint(source).fingerprint
     hub.down = 503
