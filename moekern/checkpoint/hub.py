@@ -81,7 +81,7 @@ def find_model(name: str, revision: str | None, tell: Tell) -> Path | Repository
             if found is None:
                 raise _refusal(name, revision, error) from error
             commit = found.name if isinstance(found, Path) else found.commit
-            tell(f"{name}: the hub was not asked ({first_line(error)}); commit {commit[:12]} is in the cache")
+            tell(f"{name}: the hub does not answer ({first_line(error)}); commit {commit[:12]} is taken from the cache")
             return found
         _keep(repository, revision)
     return repository
@@ -92,11 +92,14 @@ def _asked(name: str, revision: str | None) -> Repository:
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30)
-    sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
-    commit = info.sha
-    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        raise ValueError(f"its commit is {commit!r}")
+    sizes, commit = {each.rfilename: each.size or 0 for each in info.siblings or ()}, str(info.sha)
+    if not COMMIT.fullmatch(commit) or not _are_sizes(sizes):
+        raise ValueError(f"commit {commit:.80}, {len(sizes)} files")
     return Repository(name, commit, sizes)
+
+
+def _are_sizes(sizes: Any) -> bool:
+    return isinstance(sizes, dict) and all(type(n) is int and n >= 0 for n in sizes.values())
 
 
 def _answers() -> tuple[type[Exception], ...]:
@@ -196,9 +199,9 @@ def _listing(name: str, commit: str) -> Repository | None:
     path = _kept(name) / f"{commit}{LISTING}"
     if not COMMIT.fullmatch(commit) or not path.is_file():
         return None
-    sizes = read_json(path).get("sizes")
-    if not isinstance(sizes, dict) or not all(isinstance(n, int) for n in sizes.values()):
-        raise InputError(f"{path}: not a list of files; remove it")
+    sizes: Any = read_json(path).get("sizes")
+    if not _are_sizes(sizes):
+        raise InputError(f"{path}: not a list of files with their sizes; remove it")
     return Repository(name, commit, sizes)
 
 

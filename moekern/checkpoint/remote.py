@@ -8,21 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moekern import files
 from moekern.checkpoint.contents import ADAPTER_WEIGHTS
-from moekern.checkpoint.folder import (
-    CONFIG,
-    INDEX,
-    PLAN_FILE,
-    Checkpoint,
-    open_checkpoint,
-    sampled,
-)
+from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint, open_checkpoint, sampled
 from moekern.checkpoint.header import Shard, TensorEntry, header_length, parse_header
 from moekern.checkpoint.hub import Progress, Repository, Step, Tell, asking, broken_off
 from moekern.checkpoint.strict_json import HEADER_CAP, read_start, shown
@@ -31,6 +24,7 @@ from moekern.errors import InputError
 THREADS, TRIES = 16, 4
 QUERY: Any = {"timeout": 30, "follow_redirects": True, "retry_on_exceptions": ()}
 NO_SHARDS = ("consolidated", ADAPTER_WEIGHTS)  # a second copy by its authors' name for it; an adapter
+LARGE, ONE_AT_A_TIME = 1 << 24, threading.Lock()  # bytes of a header: several of them would fill the memory
 MARGIN = 1 << 30  # bytes of the disk that a download leaves free
 
 A = TypeVar("A")
@@ -79,7 +73,8 @@ def _keep_header(repository: Repository, name: str) -> None:
         start, length = _bytes_of(repository, name, 0, min(8, size)), 0
         with suppress(InputError):  # which is raised again if it is a shard
             length = header_length(start, path, size)
-        files.write_bytes(path, start + _bytes_of(repository, name, 8, length))
+        with ONE_AT_A_TIME if length > LARGE else nullcontext():
+            files.write_bytes(path, start + _bytes_of(repository, name, 8, length))
 
 
 def _shard(repository: Repository, path: Path) -> Shard:

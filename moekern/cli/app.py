@@ -87,7 +87,7 @@ def options(
 
 # In the order of the work: the function, and an example of its use.
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
-    (inspect, "moekern inspect Qwen3-30B-A3B"),
+    (inspect, "moekern inspect Qwen/Qwen3-30B-A3B"),
     (calibrate, "moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors"),
     (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),
     (criteria, "moekern criteria"),

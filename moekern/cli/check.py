@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.options import Json, Revision, Targets, headers_of, result
+from moekern.cli.options import HeadersOf, Json, Revision, Targets, headers_of, result
 
 if TYPE_CHECKING:
     from moekern.plan.served import Report
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id, pruned or not.")],
+    model: HeadersOf,
     target: Targets = None,
     revision: Revision = None,
     as_json: Json = False,

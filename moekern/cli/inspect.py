@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moekern.cli.console import say, show, size
-from moekern.cli.options import Json, Model, Revision, headers_of, result
+from moekern.cli.options import HeadersOf, Json, Revision, headers_of, result
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
 
 
-def inspect(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+def inspect(model: HeadersOf, revision: Revision = None, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
     from moekern.estimation.overview import overview
 

@@ -34,6 +34,9 @@ class Dtype(str, Enum):
 Model = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
 ]
+HeadersOf = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, of which headers are read.")
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit. Default: the main branch.")
 ]

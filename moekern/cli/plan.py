@@ -46,7 +46,7 @@ def plan(
     fit: Annotated[
         str | None, typer.Option(help="Instead of --keep: the most experts whose weights and KV cache fit, as 24GiB.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The checkpoint; --fit reads sizes from its headers.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or hub id; --fit reads sizes from its headers.")] = None,
     bits: Annotated[float | None, typer.Option(help="With --fit: bits a weight, as 4.5. Default: as stored.")] = None,
     context: Annotated[int, typer.Option(help="With --fit: tokens of a sequence in the KV cache.")] = 0,
     sequences: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
