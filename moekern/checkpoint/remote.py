@@ -47,8 +47,14 @@ def headers_of(repository: Repository, progress: Progress) -> Checkpoint:
             if sizes[name] > HEADER_CAP:
                 raise InputError(f"{repository}: {name}: {sizes[name]} bytes, more than the limit of {HEADER_CAP}")
             files.write_bytes(folder / name, _bytes_of(repository, name, 0, sizes[name]))
-    shards = [name for name in sizes if "/" not in name and name.endswith(".safetensors")]
-    shards = [name for name in shards if not name.startswith(NO_SHARDS)]
+    shards = [
+        name
+        for name in sizes
+        if "/" not in name
+        and name.endswith(".safetensors")
+        and not name.startswith(NO_SHARDS)
+        and not _has_header(repository, name)
+    ]
     with progress(f"reading headers of {repository.id}", "files") as step:
         for done, _ in enumerate(_in_parallel(lambda name: _keep_header(repository, name), shards), 1):
             step(done, len(shards))
@@ -66,10 +72,14 @@ def _stand_in(folder: Path, name: str) -> None:
         path.touch()
 
 
+def _has_header(repository: Repository, name: str) -> bool:
+    return (repository.folder / name).stat().st_size > 0 or repository.sizes[name] == 0
+
+
 def _keep_header(repository: Repository, name: str) -> None:
     """The beginning of a shard's stand-in: its first 8 bytes and, if they are sound, its header."""
     path, size = repository.folder / name, repository.sizes[name]
-    if path.stat().st_size == 0 < size:
+    if not _has_header(repository, name):
         start, length = _bytes_of(repository, name, 0, min(8, size)), 0
         with suppress(InputError):  # which is raised again if it is a shard
             length = header_length(start, path, size)

@@ -230,6 +230,9 @@ def test_progress_counts_the_bytes(hub: Hub) -> None:
 
     checkpoint = remote.headers_of(repository(), progress)
     assert seen == [("files", n, SHARDS) for n in range(1, SHARDS + 1)]
+    seen.clear()
+    remote.headers_of(repository(), progress)
+    assert seen == []  # all of them are kept
     folder = remote.download(repository(), checkpoint, None, lambda line: None, progress)
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
     assert seen[-1] == ("bytes", total, total)
