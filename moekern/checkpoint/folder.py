@@ -198,8 +198,8 @@ def join(
         for holder in holders:
             stale.setdefault((last, holder), []).append(name)
     notes = [
-        f"{new}: {len(names)} tensors supersede those of the same name in {old}, as the index says ({names[0]}"
-        f"{', ...' if len(names) > 1 else ''})"
+        f"{new}: supersedes what {old} holds of the same name, as the index says ({names[0]}"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
         for (new, old), names in stale.items()
     ]
     old = {name for _, name in stale}

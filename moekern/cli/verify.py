@@ -50,7 +50,7 @@ def show_verdict(found: Verdict) -> None:
     if not found.report.problems:
         say(f"bytes: {found.report.tensors_compared} tensors, {size(found.report.bytes_compared)} equal")
     if found.report.left_out:
-        say(f"not in it, and not looked for: {lines_left_out(found.report.left_out)}")
+        say(f"not taken from the original: {lines_left_out(found.report.left_out)}")
     if found.forward is not None:
         f = found.forward
         say(

@@ -55,8 +55,9 @@ class Renamer:
         """What was done to patterns in the file `name`; empty where nothing was."""
         if not self.rewritten:
             return ""
-        first = next(iter(self.rewritten))
-        return f"{name}: {len(self.rewritten)} patterns that name experts by number were written anew ({first})"
+        first, *others = self.rewritten
+        more = f" and {len(others)} more" if others else ""
+        return f"{name}: what names experts by number was written anew: {shown(first)}{more}"
 
     def _renumbered(self, name: str) -> tuple[str, ...]:
         for number in NUMBER.finditer(name):

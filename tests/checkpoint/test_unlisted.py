@@ -93,7 +93,7 @@ def test_an_overlay_that_index_and_order_agree_on_supersedes(tmp_path: Path) -> 
     assert found.nbytes == sum(entry.nbytes for entry in found.tensors.values()) == 16 + 3 * 8
     assert sorted(t.name for shard in found.shards for t in shard.tensors) == sorted(LISTED)
     (note,) = found.notes
-    assert note.startswith("model-overlay.safetensors: 1 tensors supersede those of the same name in model-00001-of-")
+    assert note.startswith("model-overlay.safetensors: supersedes what model-00001-of-00002.safetensors holds")
 
 
 def test_an_overlay_that_loaders_disagree_on_is_refused(tmp_path: Path) -> None:
