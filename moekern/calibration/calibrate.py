@@ -194,4 +194,5 @@ def _header(
         backend=backends,
         versions=versions(),
         dtype=compute.dtype_name,
+        model=checkpoint.repository,
     )

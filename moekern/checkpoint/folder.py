@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,27 @@ from moekern.errors import InputError
 __all__ = ["CONFIG", "INDEX", "PLAN_FILE", "SINGLE", "Checkpoint", "open_checkpoint"]
 
 PLAN_FILE = "moekern_plan.json"  # in a pruned folder: the plan it was made by
+HUB_FOLDER = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/(?:snapshots/)?([0-9a-f]{40})$")
+FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 4096
+
+ReadData = Callable[[Path, TensorEntry, int, int], bytes]  # (file, tensor, first byte, bytes)
+
+
+def read_data(path: Path, entry: TensorEntry, start: int, size: int) -> bytes:
+    """Bytes of a tensor's file, read with pread. Raises InputError if it has shrunk."""
+    parts: list[bytes] = []
+    with path.open("rb", buffering=0) as file:
+        while size > 0:
+            try:
+                part = os.pread(file.fileno(), min(size, 1 << 30), start)
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror or error}") from error
+            if not part:
+                raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
+            parts.append(part)
+            start += len(part)
+            size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,18 @@ class Checkpoint:
     index: dict[str, Any] | None
     strays: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    read_data: ReadData = field(default=read_data, repr=False)  # another where only headers are in the folder
+
+    @property
+    def repository(self) -> str | None:
+        """ID@COMMIT where the folder holds what was downloaded, or read, of a repository of the hub."""
+        found = HUB_FOLDER.search(self.folder.as_posix())
+        return f"{found[1]}/{found[2]}@{found[3]}" if found else None
+
+    @property
+    def name(self) -> str:
+        """The repository and its commit, or the folder."""
+        return self.repository or str(self.folder)
 
     @cached_property
     def contents(self) -> Contents:
@@ -66,10 +100,8 @@ class Checkpoint:
             text = encode([(entry.name, entry.dtype, entry.shape) for entry in entries])
             digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
         digest.update(b"]")
-        for i in sorted({i * len(names) // 64 for i in range(64)}):
-            entry = self.tensors[names[i]]
-            middle = entry.start + max(0, entry.nbytes - 4096) // 2
-            digest.update(self._pread(entry, middle, min(4096, entry.nbytes)))
+        for entry, start, size in sampled(self.tensors):
+            digest.update(self.read_data(self.folder / entry.shard, entry, start, size))
         return digest.hexdigest()
 
     @property
@@ -80,7 +112,7 @@ class Checkpoint:
     def read(self, name: str) -> bytes:
         """The bytes of one tensor, read with pread. Raises InputError if the shard has shrunk meanwhile."""
         entry = self.tensors[name]
-        return self._pread(entry, entry.start, entry.nbytes)
+        return self.read_data(self.folder / entry.shard, entry, entry.start, entry.nbytes)
 
     def array(self, name: str) -> np.ndarray:
         """One small tensor in its shape; BF16 and 8-bit floats are widened to float32, other dtypes stay.
@@ -94,25 +126,17 @@ class Checkpoint:
             raise InputError(f"{self.folder / entry.shard}: {name}: packed dtype {entry.dtype} has no numpy form")
         return decode(self.read(name), entry.dtype).reshape(entry.shape)
 
-    def _pread(self, entry: TensorEntry, start: int, size: int) -> bytes:
-        path = self.folder / entry.shard
-        parts: list[bytes] = []
-        with path.open("rb", buffering=0) as file:
-            while size > 0:
-                try:
-                    part = os.pread(file.fileno(), min(size, 1 << 30), start)
-                except OSError as error:
-                    raise InputError(f"{path}: {error.strerror or error}") from error
-                if not part:
-                    raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
-                parts.append(part)
-                start += len(part)
-                size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+def sampled(tensors: Mapping[str, TensorEntry]) -> list[tuple[TensorEntry, int, int]]:
+    """The tensors that a fingerprint looks into, with the first byte and the number of bytes that it reads of each."""
+    names, of = sorted(tensors), FINGERPRINT_TENSORS
+    entries = [tensors[names[i]] for i in sorted({i * len(names) // of for i in range(of)})]
+    sizes = [min(FINGERPRINT_BYTES, entry.nbytes) for entry in entries]
+    return [(entry, entry.start + (entry.nbytes - n) // 2, n) for entry, n in zip(entries, sizes, strict=True)]
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read config, index and all headers of a checkpoint folder; no tensor is read.
+def open_checkpoint(folder: str | Path, read: Callable[[Path], Shard] = read_shard) -> Checkpoint:
+    """Read config, index and, with `read`, all headers of a checkpoint folder; no tensor is read.
 
     Memory: no size that a file declares is believed before it was compared with the file's own. JSON takes at most
     about 30 bytes for each byte of a file, whose length HEADER_CAP limits; headers of real models take 10. Raises
@@ -132,10 +156,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise InputError(f"{folder}: missing shard {missing[0]:.80}: {what} ({count})")
 
     listed = weight_map or {}
-    shards, tensors, superseded = join([read_shard(folder / name) for name in names], listed)
+    shards, tensors, superseded = join([read(folder / name) for name in names], listed)
     if index is not None and weight_map is not None:
         compare_with_index(folder / INDEX, weight_map, tensors)
-    more, strays = unlisted_shards(folder, config, set(names), tensors)
+    more, strays = unlisted_shards(folder, config, set(names), tensors, read)
     for shard in more:
         tensors.update((entry.name, entry) for entry in shard.tensors)
     if index is not None:

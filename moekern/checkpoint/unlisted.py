@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.contents import ADAPTER_WEIGHTS, AN_ADAPTER
-from moekern.checkpoint.header import Shard, read_shard
+from moekern.checkpoint.header import Shard
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
@@ -22,13 +22,17 @@ NOT_READABLE = "not named by the index, and not readable"
 
 
 def unlisted_shards(
-    folder: Path, config: Mapping[str, Any], names: Collection[str], listed: Mapping[str, Any]
+    folder: Path,
+    config: Mapping[str, Any],
+    names: Collection[str],
+    listed: Mapping[str, Any],
+    read: Callable[[Path], Shard],
 ) -> tuple[list[Shard], dict[str, str]]:
     """The files that belong to the model all the same, and the others with the reason why not.
 
     Loaders read the files that the index names. One more is taken where config.json counts MTP layers, the index lists
-    none, and the file holds nothing but tensors of such layers. names: of the shards; listed: the tensors they hold.
-    Raises InputError for a file that holds MTP layers among other tensors.
+    none, and the file holds nothing but tensors of such layers. names: of the shards; listed: the tensors they hold;
+    read: reads the header of a file. Raises InputError for a file that holds MTP layers among other tensors.
     """
     shards: list[Shard] = []
     strays: dict[str, str] = {}
@@ -38,7 +42,7 @@ def unlisted_shards(
             strays[path.name] = reason
             continue
         try:
-            shard = read_shard(path)
+            shard = read(path)
         except InputError:
             strays[path.name] = NOT_READABLE
             continue

@@ -87,7 +87,7 @@ def options(
 
 # In the order of the work: the function, and an example of its use.
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
-    (inspect, "moekern inspect Qwen3-30B-A3B"),
+    (inspect, "moekern inspect Qwen/Qwen3-30B-A3B"),
     (calibrate, "moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors"),
     (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),
     (criteria, "moekern criteria"),
@@ -116,6 +116,7 @@ def main() -> None:
     asked = "--json" in sys.argv[1:]  # before the flags are parsed, for what is wrong with them
     if asked:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor are its warnings
     try:
         with console.output(asked):
             _run()

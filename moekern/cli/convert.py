@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli import console
-from moekern.cli.options import Json, folder_of, result
+from moekern.cli.options import Json, Revision, optional_headers, result
 
 
 class Tool(str, Enum):
@@ -26,6 +26,7 @@ def convert(
     allow_nonuniform: Annotated[
         bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
     ] = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Turn a plan into other tools' words, or theirs into a plan."""
@@ -37,7 +38,7 @@ def convert(
     text = converted(
         source,
         to.value,
-        folder_of(model),
+        optional_headers(model, revision),
         lambda checkpoint, layout, plan: kept_experts(checkpoint, layout, plan, planned_mtp(plan)),
         allow_nonuniform=allow_nonuniform,
     )

@@ -6,18 +6,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moekern.cli.console import say, show, size
-from moekern.cli.options import Json, Model, result
+from moekern.cli.options import HeadersOf, Json, Revision, headers_of, result
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
 
 
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: HeadersOf, revision: Revision = None, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.estimation.overview import overview
 
-    found = overview(model_folder(model))
+    found = overview(headers_of(model, revision))
     result(asdict(found), lambda: show_overview(found))
 
 
@@ -28,7 +27,7 @@ def show_overview(found: Overview) -> None:
     layers = found.moe_layers
     groups = f"{found.n_group} (top {found.topk_group})" if found.n_group > 1 else "none"
     show(
-        f"{found.folder}",
+        found.model,
         ("what", "value"),
         (
             ("family", found.family),

@@ -17,17 +17,20 @@ from moekern.cli.options import (
     Json,
     Keep,
     Model,
+    Revision,
     Seed,
     SequenceLength,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
+    folder_of,
     result,
     say_unused,
     text_of,
 )
 from moekern.cli.plan import show_plans
+from moekern.files import check_new
 
 
 def iterate(
@@ -55,6 +58,7 @@ def iterate(
     dtype: DtypeOption = None,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate and plan at once: layers are pruned in memory as they stream by, so that later ones are measured behind
@@ -62,15 +66,15 @@ def iterate(
 
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
-    from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
+    check_new(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
-    made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
+    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
     result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

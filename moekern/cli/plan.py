@@ -16,11 +16,12 @@ from moekern.cli.options import (
     Json,
     MtpMode,
     ProtectSuper,
+    Revision,
     Seed,
     StatisticsFile,
     Targets,
     Words,
-    folder_of,
+    optional_headers,
     result,
 )
 from moekern.errors import InputError
@@ -46,7 +47,7 @@ def plan(
     fit: Annotated[
         str | None, typer.Option(help="Instead of --keep: the most experts whose weights and KV cache fit, as 24GiB.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The checkpoint; --fit reads sizes from its headers.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or hub id; --fit reads sizes from its headers.")] = None,
     bits: Annotated[float | None, typer.Option(help="With --fit: bits a weight, as 4.5. Default: as stored.")] = None,
     context: Annotated[int, typer.Option(help="With --fit: tokens of a sequence in the KV cache.")] = 0,
     sequences: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
@@ -87,6 +88,7 @@ def plan(
         Words, typer.Option(help="[DOMAIN=]SHARE of its gate x norm that each domain keeps in every layer; repeatable.")
     ] = None,
     seed: Seed = 0,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
@@ -95,6 +97,7 @@ def plan(
     from moekern.plan.targets import parse_target
     from moekern.router import parse_keep
 
+    check_destination(out, len(criterion) * max(1, len(keep or ())))
     options = Planning(
         criteria=tuple(criterion),
         keeps=tuple(parse_keep(text) for text in keep or ()),
@@ -104,10 +107,9 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=folder_of(model),
+        model=optional_headers(model, revision),
         fit=_fit(fit, bits, context, sequences),
     )
-    check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
     if statistics.is_dir():
         check_options(statistics, options)
     plans = make_plans(statistics_of(statistics, criterion), options)

@@ -11,7 +11,7 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show, size
-from moekern.cli.options import Json, Model, MtpOption, result
+from moekern.cli.options import Json, Model, MtpOption, Revision, folder_of, result
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
@@ -61,20 +61,22 @@ def prune(
         str | None,
         typer.Option(help="I/N: write this process's share of the shards; whoever is last finishes. Set by torchrun."),
     ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted.
 
     What is interrupted goes on where it was when the same command is run again.
     """
-    from moekern.checkpoint.hub import model_folder
     from moekern.plan.document import Plan
-    from moekern.pruning.work_folder import Part
+    from moekern.pruning.work_folder import Part, check_target
 
     limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()
+    chosen = Plan.load(plan)
+    check_target(out)  # before anything is downloaded
     report = prune_to(
-        model_folder(model), Plan.load(plan), out, mtp=mtp.value if mtp else None, copy=copy.value,
+        folder_of(model, revision), chosen, out, mtp=mtp.value if mtp else None, copy=copy.value,
         checksum=checksum.value, reread=reread, max_shard_size=limit, part=share,
     )  # fmt: skip
     result({**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))

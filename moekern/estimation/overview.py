@@ -17,6 +17,7 @@ class Overview:
     """A checkpoint's experts, in numbers; bytes are those of the safetensors data."""
 
     folder: str
+    model: str  # the folder, or a hub id and its commit
     family: str
     fingerprint: str
     moe_layers: tuple[str, ...]
@@ -60,6 +61,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
     counts = range(1, layout.num_experts + 1)
     return Overview(
         folder=str(checkpoint.folder),
+        model=checkpoint.name,
         family=layout.family.name,
         fingerprint=checkpoint.fingerprint,
         moe_layers=tuple(layout.layers),

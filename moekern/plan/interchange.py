@@ -130,9 +130,11 @@ def _number(name: str) -> str | None:
     return found[1] if found and "mtp" not in name else None
 
 
-def convert(path: Path, tool: str, model: Path | None, kept: Kept, *, allow_nonuniform: bool = False) -> str:
+def convert(
+    path: Path, tool: str, model: Path | Checkpoint | None, kept: Kept, *, allow_nonuniform: bool = False
+) -> str:
     """The text of a plan file in another tool's words, or in moekern's; `kept` is pruning's. Raises InputError."""
-    checkpoint = None if model is None else open_checkpoint(model)
+    checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = None if checkpoint is None else find_layout(checkpoint)
     try:
         text = path.read_bytes().decode()

@@ -10,7 +10,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.config_keys import model_types
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.plan.mtp import Mtp
 from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
 
@@ -22,6 +22,7 @@ class Report:
     """Where a checkpoint runs: target -> the rules it breaks."""
 
     folder: str
+    model: str  # the folder, or a hub id and its commit
     family: str
     counts: Mapping[str, int]  # layer key -> experts
     mtp: Mapping[str, int]
@@ -43,8 +44,8 @@ class Report:
         }
         uniform = len(set(self.counts.values())) == 1
         return {
-            "folder": self.folder, "family": self.family, "uniform": uniform, "experts": dict(self.counts),
-            "mtp": dict(self.mtp), "targets": targets,
+            "folder": self.folder, "model": self.model, "family": self.family, "uniform": uniform,
+            "experts": dict(self.counts), "mtp": dict(self.mtp), "targets": targets,
         }  # fmt: skip
 
 
@@ -54,9 +55,9 @@ def verdict(row: Iterable[Finding]) -> bool | None:
     return False if True in stops else None if None in stops else True
 
 
-def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
+def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> Report:
     """Which targets (none: every engine) run a checkpoint, by its headers and config. Raises InputError."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     served = served_as(layout, checkpoint.config)
     counts = {key: layer.num_experts for key, layer in layout.layers.items()}
@@ -69,7 +70,7 @@ def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
         for target in asked
         if not runs(layout.num_experts, served, [target])
     }
-    return Report(str(folder), layout.family.name, counts, mtp, found, near)
+    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near)
 
 
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:

@@ -18,6 +18,7 @@ moekern
   --version = False
 inspect
   MODEL required
+  --revision = None
   --json = False
 calibrate
   MODEL required
@@ -36,6 +37,7 @@ calibrate
   --replay-tokens = 512
   --backend = None
   --trust-remote-code = False
+  --revision = None
   --json = False
 merge
   PARTS* required
@@ -76,6 +78,7 @@ plan
   --suppress* = None
   --domain-floor* = None
   --seed = 0
+  --revision = None
   --json = False
 iterate
   MODEL required
@@ -95,6 +98,7 @@ iterate
   --dtype = None
   --backend = None
   --trust-remote-code = False
+  --revision = None
   --json = False
 compare
   PLANS* required
@@ -103,6 +107,7 @@ compare
 check
   MODEL required
   --target* = None
+  --revision = None
   --json = False
 convert
   SOURCE required
@@ -110,6 +115,7 @@ convert
   --out required
   --model = None
   --allow-nonuniform = False
+  --revision = None
   --json = False
 prune
   MODEL required
@@ -121,6 +127,7 @@ prune
   --reread = False
   --max-shard-size = None
   --part = None
+  --revision = None
   --json = False
 verify
   MODEL required
@@ -129,6 +136,7 @@ verify
   --forward = False
   --device = cpu
   --trust-remote-code = False
+  --revision = None
   --json = False
 evaluate
   MODEL required
@@ -141,6 +149,7 @@ evaluate
   --device = cpu
   --dtype = None
   --trust-remote-code = False
+  --revision = None
   --json = False
 run
   MODEL required
@@ -159,6 +168,7 @@ run
   --mtp = None
   --forward/--no-forward = True
   --trust-remote-code = False
+  --revision = None
   --json = False
 bench
   --case* = None
