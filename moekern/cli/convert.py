@@ -34,6 +34,6 @@ def convert(
 
     files.check_new(out)
     text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
-    files.write_bytes(out, text.encode())
+    files.write_bytes(out, text.encode(), new=True)
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(document, lambda: console.say(f"{out}: {source} for {to.value}"))
