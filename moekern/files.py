@@ -106,13 +106,18 @@ def check_new(path: str | Path, flag: str = "--out", *, folder: bool = False, so
     """Raise InputError unless a new file, or folder, can be made at `path`, which `flag` gave. A link to nothing is
     something too. With `source`: unless `path` lies outside it. To be called before anything is measured or written."""
     target, what = Path(path), "folder" if folder else "file"
-    if target.name in ("", ".."):
-        raise InputError(f"{flag} {target}: names no new {what}")
+    check_name(target, flag, what)
     if os.path.lexists(target):
         raise InputError(f"{flag} {target}: exists already; name a new {what} or remove it")
     if source is not None and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{flag} {target}: lies inside the source {source}; name a {what} elsewhere")
     check_place(target, flag)
+
+
+def check_name(target: Path, flag: str = "--out", what: str = "file or folder") -> None:
+    """Raise InputError when a path ends in no name."""
+    if target.name in ("", ".."):
+        raise InputError(f"{flag} {target}: names no new {what}")
 
 
 def check_place(path: str | Path, flag: str = "--out") -> None:
@@ -149,6 +154,7 @@ def work_path(target: Path) -> Path:
 
 def check_work(target: Path) -> None:
     """Raise InputError when something else stands at the work folder's name: it is not followed, and not removed."""
+    check_name(target)
     work = work_path(target)
     if os.path.lexists(work) and not is_folder(work):
         raise InputError(f"{work}: is no folder, and what is not done yet of {target} is kept there; move it away")
@@ -314,7 +320,7 @@ def reserve(file: int, size: int) -> None:
             os.posix_fallocate(file, 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"{error.strerror}; {size / 1e9:.3f} GB are needed") from error
+            raise OSError(error.errno, f"{error.strerror}; {size} bytes are needed") from error
 
 
 def sha256(path: str | Path) -> str:

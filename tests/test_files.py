@@ -244,5 +244,5 @@ def test_room_is_taken_at_once(tmp_path):
     with mounted("tmpfs", 1 << 20) as small, (small / "f").open("wb") as file:
         files.reserve(file.fileno(), 1 << 19)
         assert (small / "f").stat().st_size == 1 << 19
-        with pytest.raises(OSError, match="No space left on device; 0.002 GB are needed"):
+        with pytest.raises(OSError, match="No space left on device; 2097152 bytes are needed"):
             files.reserve(file.fileno(), 1 << 21)

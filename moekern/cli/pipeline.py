@@ -40,6 +40,8 @@ from moekern.statistics.layer import TIERS
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
 
+PLANNED = 40  # bytes of a plan for each expert, at the most: its number and its score
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -300,6 +302,8 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code) if measured else None
     if measured:
         console.hint(dtype_hint(checkpoint, compute))
+    experts = sum(layer.num_experts for layer in layout.layers.values())
+    check_space(out, PLANNED * experts * method.rounds, method.rounds + 2)
     with working(out) as side, console.progress("measuring and planning") as step:
         plan = iterate(
             checkpoint,
