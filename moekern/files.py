@@ -167,6 +167,8 @@ def working(target: Path) -> Iterator[Path]:
     check_work(target)
     with told(work):
         work.mkdir(exist_ok=True)
+        if is_plain(work / LOCK) and (work / LOCK).lstat().st_size:
+            raise InputError(f"{work / LOCK}: is no lock of moekern's, which are empty; move it away")
         handle = claimed(work / LOCK, target)
     try:
         yield work

@@ -228,6 +228,10 @@ def test_a_folder_for_one_process(tmp_path):
     with files.working(tmp_path / "x"):
         pass
     assert os.listdir(work) == ["kept"]
+    (work / files.LOCK).write_text("mine")
+    with pytest.raises(InputError, match="is no lock of moekern's"), files.working(tmp_path / "x"):
+        pass
+    assert (work / files.LOCK).read_text() == "mine"
 
 
 def test_scratch_folders_of_killed_processes_are_removed(tmp_path):

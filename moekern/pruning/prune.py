@@ -257,6 +257,7 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
         tally.reused += shard.size
         tally.moved(job.passes * shard.size)
         return
+    work.check()
     path = work.checkpoint / shard.name
     partial = path.with_name(f"{shard.name}.{work.part or 'whole'}.partial")
     partial.unlink(missing_ok=True)

@@ -144,8 +144,14 @@ class WorkFolder:
             fcntl.flock(self.handle, fcntl.LOCK_UN)
         return locked(self.handle, fcntl.LOCK_EX)
 
+    def check(self) -> None:
+        """Raise InputError when folder or checkpoint are no longer those that were opened, but a link, say."""
+        if not is_still(self.handle, self.folder) or not is_folder(self.checkpoint):
+            raise InputError(f"{self.target}: not finished: {self.checkpoint} was removed or replaced meanwhile")
+
     def commit(self) -> None:
         """Give the finished checkpoint its name. Raises InputError when something has taken the name meanwhile."""
+        self.check()
         for folder in sorted(path for path in self.checkpoint.rglob("*") if path.is_dir()):
             fsync(folder)
         fsync(self.checkpoint)

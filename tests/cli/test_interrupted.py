@@ -307,8 +307,9 @@ def test_rounds_and_temporaries_of_killed_runs_are_removed(work: Path, tmp_path:
     out = tmp_path / "out"
     side = files.work_path(out)
     side.mkdir()
-    for name in ("round-2.json", "round-7.json", ".round-3.json.moekern.tmp", files.LOCK):
+    for name in ("round-2.json", "round-7.json", ".round-3.json.moekern.tmp"):
         shutil.copy(work / "plan.json", side / name)
+    (side / files.LOCK).touch()
     (side / "round-9.json").write_text("mine")
     assert moekern(*iterate(work, rounds=2)(out)).returncode == 0
     assert [path.name for path in side.iterdir()] == ["round-9.json"]

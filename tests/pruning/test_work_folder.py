@@ -172,6 +172,25 @@ def test_a_shard_that_is_elsewhere_is_written_again(bench: Bench, what: str) -> 
     assert elsewhere.read_bytes() == before
 
 
+@pytest.mark.parametrize("what", ["checkpoint", "work folder", "nothing"])
+@pytest.mark.parametrize("when", [f"fsync@{FIFTH}", "open@config.json", "open@model-00002"])
+def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_not_followed(bench: Bench, what: str, when: str) -> None:
+    """Nothing becomes the target then, and nothing more than the file that is being written goes elsewhere."""
+    out = bench.fresh()
+    running = bench.start(out, rules=f"{when}:1:STOP")
+    assert running.wait().stopped
+    path = work_of(out) if what == "work folder" else work_of(out) / "checkpoint"
+    moved = path.rename(bench.fresh())
+    if what != "nothing":
+        path.symlink_to(moved)
+    running.send(signal.SIGCONT)
+    line = refused(running.wait(), out)
+    assert "was removed or replaced meanwhile" in line or "No such file or directory" in line
+    assert moved.is_dir()
+    if what != "nothing":
+        assert path.is_symlink()
+
+
 def test_a_finished_target_leaves_a_stranger_s_folder_alone(bench: Bench) -> None:
     out = bench.fresh()
     assert bench.prune(out).code == 0
