@@ -178,14 +178,8 @@ def prune(
     if not again:
         check_space(target, needed + sum(file.size for file in side), len(mine) + len(side) + 8)
     tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
-    try:
-        finished, waiting = (True, 0) if again else _write(job, target, part, mine, tally)
-    except InputError:  # unless other parts have finished meanwhile
-        again = part is not None and job.is_made(target)
-        if not again:
-            raise
-        finished, waiting = True, 0
-    if again:
+    finished, waiting, already = (True, 0, True) if again else _written(job, target, part, mine, tally)
+    if already:
         tally.reused = sum(shard.size for shard in shards)
     return PruneReport(
         out=target,
@@ -205,7 +199,7 @@ def prune(
         reused=tally.reused,
         finished=finished,
         waiting=waiting,
-        already=again,
+        already=already,
         mtp=mtp_line(layout, kept, plan, mtp),
         seconds=time.perf_counter() - start,
     )
@@ -231,6 +225,18 @@ def _share(shards: Sequence[OutputShard], part: Part | None) -> list[OutputShard
         owner[shard.name] = load.index(min(load))
         load[owner[shard.name]] += shard.size
     return [shard for shard in shards if owner[shard.name] == part.number - 1]
+
+
+def _written(
+    job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally
+) -> tuple[bool, int, bool]:
+    """What _write tells; and whether other parts have finished while this one waited for them."""
+    try:
+        return *_write(job, target, part, mine, tally), False
+    except InputError:
+        if part is None or not job.is_made(target):
+            raise
+        return True, 0, True
 
 
 def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally) -> tuple[bool, int]:
