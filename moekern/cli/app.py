@@ -31,6 +31,7 @@ from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
 from moekern.errors import InputError, first_line, notes
+from moekern.files import reason
 from moekern.version import __version__
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer may bring its own copy of
@@ -128,7 +129,8 @@ def _run() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        console.fail(" ".join(str(error).split()), error.kind if isinstance(error, InputError) else "system")
+        text, kind = (str(error), error.kind) if isinstance(error, InputError) else (reason(error), "system")
+        console.fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED:

@@ -42,6 +42,6 @@ def convert(
         lambda checkpoint, layout, plan: kept_experts(checkpoint, layout, plan, planned_mtp(plan)),
         allow_nonuniform=allow_nonuniform,
     )
-    files.write_bytes(out, text.encode())
+    files.write_bytes(out, text.encode(), new=True)
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(document, lambda: console.say(f"{out}: {source} for {to.value}"))

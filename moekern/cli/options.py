@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from moekern.cli import console
 from moekern.errors import InputError
+from moekern.files import told
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
@@ -170,7 +172,9 @@ def named_plans(command: str, paths: Sequence[Path]) -> dict[str, Plan]:
 
 def result(document: Any, table: Callable[[], None]) -> None:
     """Show a result as JSON or as a table."""
-    if console.as_json():
-        console.emit(document)
-    else:
-        table()
+    with told("standard output"):
+        if console.as_json():
+            console.emit(document)
+        else:
+            table()
+        sys.stdout.flush()

@@ -25,7 +25,7 @@ from moekern.cli.options import (
     result,
 )
 from moekern.errors import InputError
-from moekern.files import check_new, check_place
+from moekern.files import check_new, check_place, told
 
 if TYPE_CHECKING:
     from moekern.estimation.footprint import Fit
@@ -208,8 +208,9 @@ def save_plans(plans: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     for name, plan in plans.items():
         folder = paths[name].parent
         if len(plans) > 1 and folder.parent.is_dir():
-            folder.mkdir(exist_ok=True)
-        plan.save(paths[name])
+            with told(folder):
+                folder.mkdir(exist_ok=True)
+        plan.save(paths[name], new=True)
 
 
 def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:

@@ -93,6 +93,7 @@ def prune_to(
     reread: bool = False,
     max_shard_size: int | None = None,
     part: Part | None = None,
+    again: bool = False,
 ) -> PruneReport:
     """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch."""
     from moekern.pruning.prune import prune as run
@@ -100,7 +101,7 @@ def prune_to(
     with console.progress("pruning", "bytes") as step:
         return run(
             source, plan, out, mtp=mtp, copy=copy, checksum=checksum, reread=reread, max_shard_size=max_shard_size,
-            part=part, progress=step,
+            part=part, again=again, progress=step,
         )  # fmt: skip
 
 
@@ -110,6 +111,9 @@ def show_pruned(report: PruneReport) -> None:
 
     if not report.finished:
         say(f"this part is written; {report.waiting} shards are left to other parts, the last of which finishes")
+        return
+    if report.already:
+        say(f"{report.out}: was finished before, from the same model by the same plan; nothing was left to write")
         return
     show(
         f"{report.out}",

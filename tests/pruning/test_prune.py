@@ -303,8 +303,8 @@ class TestRefusals:
         self.refused(source, "there: exists already", out=tmp_path / "there")
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
         self.refused(source, "link: exists already", out=tmp_path / "link")
-        self.refused(source, "--out /: exists already", out=Path("/"))
-        self.refused(source, "--out .: exists already", out=Path())
+        self.refused(source, "--out /: names no new folder", out=Path("/"))
+        self.refused(source, "--out .: names no new folder", out=Path())
 
     def test_output_inside_the_source(self, source):
         self.refused(source, "lies inside the source", out=source / "pruned")
