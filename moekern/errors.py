@@ -25,7 +25,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, kind: str | None = None) -> None:
-        super().__init__("".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
         self._kind = kind
 
     @property
@@ -39,13 +39,29 @@ class InputError(ValueError):
         return PART_KINDS.get(_part_that_raised(self), "input")
 
 
+def printable(text: str) -> str:
+    """One line without control codes, which names of a hostile file would send to the terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+
+
 def _part_that_raised(error: BaseException) -> str:
     """The part of moekern an error comes from; empty for one that was not raised."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    module = "" if last is None else str(last.tb_frame.f_globals.get("__name__", ""))
-    return module.partition(".")[2].partition(".")[0]
+    return (["", *_modules_passed(error)][-1]).partition(".")[2].partition(".")[0]
+
+
+def _modules_passed(error: BaseException) -> list[str]:
+    """The modules between the handler of an error, which comes first, and the place where it was raised."""
+    step, modules = error.__traceback__, list[str]()
+    while step is not None:
+        modules.append(str(step.tb_frame.f_globals.get("__name__", "")))
+        step = step.tb_next
+    return modules
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether moekern's own code is anywhere between the handler and the place where the error was raised: it may be
+    at fault then."""
+    return any(name.partition(".")[0] == "moekern" for name in _modules_passed(error)[1:])
 
 
 def first_line(error: BaseException) -> str:

@@ -73,6 +73,9 @@ def finish(checkpoint: Checkpoint, family: Family, layer: Layer, trailing: int) 
 
     num_experts = checkpoint.tensors[routers[0]].shape[:1]
     rows = (num_experts[0] if num_experts else 0) - trailing
+    if rows < 1 and trailing:
+        what = f"its router has {rows + trailing} rows, and by config.json {trailing} of them are of no expert"
+        raise InputError(f"{checkpoint.folder}: {layer.prefix}: {what}")
     tensors: list[ExpertTensor] = []
     for keys in blocks.values():
         scheme = find_scheme(checkpoint, family, layer.prefix, keys)

@@ -1,9 +1,12 @@
 """Where config.json keeps the numbers that go with experts."""
 
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from moekern.architectures.patterns import SIDE
+from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_num_primary_experts")
@@ -14,6 +17,12 @@ TOP_K_KEYS = (
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 GROUP_KEYS = ("n_group", "num_expert_group")
+SIZE_CAP = 1 << 24  # Llama 4 has positions up to 10 * 2^20
+REPEAT_CAP = 10_000
+REPEATED = re.compile(r"layers$|depth$|labels$|modules$|blocks$|iters?$|steps$|(chunk|block)_size$")
+FREE = re.compile(r"theta|base|scal|factor|seed|hash|params|parameters|limit|min$|max$|mask")  # numbers, but no sizes
+SECTIONS = ("text_config", "quantization_config", "compression_config")
+TOPK_GROUP = "topk_group"
 OPAQUE = ("quantization_config", "compression_config", "generation_config")
 
 Path = tuple[str, ...]
@@ -46,6 +55,45 @@ def values(config: Mapping[str, Any], keys: tuple[str, ...], holder: str = "") -
 
 def first(config: Mapping[str, Any], keys: tuple[str, ...], holder: str) -> int | None:
     return next((value for _, value in values(config, keys, holder)), None)
+
+
+def check_numbers(config: Mapping[str, Any], source: str, keys: Collection[str]) -> None:
+    """Raise InputError, naming the key, where one of `keys` is there but holds neither counts nor null: what `values`
+    would pass over as if nobody had said anything."""
+    for path, section in sections(config):
+        for key in keys & section.keys():
+            value = section[key]
+            for item in value if isinstance(value, list) else [value]:
+                if item is not None and (type(item) is not int or item < 0):
+                    raise InputError(f"{source}: {'.'.join((*path, key))} is {shown(value)}, expected a whole number")
+
+
+def check_sections(config: Mapping[str, Any], source: str) -> None:
+    """Raise InputError, naming the key, where a section is none, or says of blocks of scales what cannot be."""
+    for path, section in sections(config):
+        for key in SECTIONS:
+            held = section.get(key)
+            if not isinstance(held, (dict, type(None))):
+                raise InputError(f"{source}: {'.'.join((*path, key))} is {shown(held)}, expected an object")
+            block = (held or {}).get("weight_block_size")
+            sizes = block if isinstance(block, list) and len(block) == 2 else [0]
+            if block is not None and any(type(n) is not int or n < 1 for n in sizes):
+                where = ".".join((*path, key, "weight_block_size"))
+                raise InputError(f"{source}: {where} is {shown(block)}, expected two numbers above 0")
+
+
+def check_sizes(config: Mapping[str, Any], source: str) -> None:
+    """Raise InputError for a size that no model has, before transformers makes room for it or counts up to it: anything
+    beyond SIZE_CAP, and beyond REPEAT_CAP for what is built or done so many times, or takes memory by its square."""
+    queue: list[tuple[Path, Any]] = [((), config)]
+    for path, value in queue:
+        if isinstance(value, (dict, list)):
+            items = value.items() if isinstance(value, dict) else ((path[-1], item) for item in value)
+            queue += (((*path, key) if isinstance(value, dict) else path, item) for key, item in items)
+        elif isinstance(value, (int, float)) and not FREE.search(path[-1]):
+            cap = REPEAT_CAP if REPEATED.search(path[-1]) else SIZE_CAP
+            if cap < abs(value) < math.inf:
+                raise InputError(f"{source}: {'.'.join(path)} is {shown(value)}, and no model has more than {cap}")
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:

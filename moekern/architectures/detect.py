@@ -11,9 +11,11 @@ from moekern.architectures.layout import Layout, MoeLayer
 from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
 from moekern.architectures.table import FAMILIES, Family
 from moekern.checkpoint.folder import CONFIG, PLAN_FILE, Checkpoint
-from moekern.checkpoint.strict_json import read_json
+from moekern.checkpoint.strict_json import read_json, shown
 from moekern.errors import InputError
 from moekern.router import Router
+
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 def find_layout(checkpoint: Checkpoint) -> Layout:
@@ -31,11 +33,14 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
     if len(stacks) > 1 and not family.stacks:
         raise InputError(f"{checkpoint.folder}: experts in several stacks: {', '.join(sorted(stacks))}")
 
+    check_config(family, config, source)
     num_layers = keys.first(config, keys.LAYER_KEYS, family.holder)
     found = collect_layers(checkpoint, fitted, num_layers, trailing_rows(family, config))
     layers = by_key(checkpoint, [layer for layer in found if not layer.mtp])
     num_experts = largest_count(checkpoint, layers)
     count_paths = keys.check_counts(config, source, num_experts, {layer.num_experts for layer in layers.values()})
+    if num_layers is not None and not family.stacks:
+        check_depth(places, stacks, num_layers, declared_mtp(config), source)
     return Layout(
         family=replace(family, score=score(family, config)),
         layers=layers,
@@ -77,6 +82,44 @@ def choose(checkpoint: Checkpoint, places: Sequence[Place]) -> Fit:
     raise InputError(
         f"{checkpoint.folder}: no known family has these keys: {what} ({len(unknown)} keys not understood)"
     )
+
+
+def check_config(family: Family, config: dict[str, Any], source: str) -> None:
+    """Raise InputError, naming the key, for numbers, sections and words that cannot be what they stand for."""
+    own = {name for text in (family.count, family.top_k, family.groups) for name in text.split("|")}
+    fixed = (*keys.COUNT_KEYS, *keys.TOP_K_KEYS, *keys.LAYER_KEYS, *keys.MTP_KEYS, *keys.GROUP_KEYS, keys.TOPK_GROUP)
+    keys.check_sections(config, source)
+    keys.check_numbers(config, source, {*own, *fixed})
+    for path, section in keys.sections(config, family.holder):
+        value = section.get(family.score_key) if family.score_key else None
+        if value is not None and value not in (*SCORES, True, False):
+            where = ".".join((*path, family.score_key))
+            raise InputError(f"{source}: {where} is {shown(value)}, expected one of {', '.join(SCORES)}")
+
+
+def declared_mtp(config: dict[str, Any]) -> int:
+    """How many layers beyond the last one the config says that there are."""
+    return max((value for _, value in keys.values(config, keys.MTP_KEYS)), default=0)
+
+
+def check_depth(places: Iterable[Place], stacks: Iterable[str], num_layers: int, mtp: int, source: str) -> None:
+    """Raise InputError unless the tensors hold the layers that the config counts, and no ordinary ones beyond them.
+
+    A layer beyond the last predicts further tokens: the config counts it, or it has a tensor that no other layer has.
+    """
+    shapes: dict[int, set[str]] = {}
+    for place in places:
+        if place.stack in stacks and not place.mtp:
+            for layer in place.layers:
+                shapes.setdefault(layer, set()).add(place.shape)
+    usual = {shape for layer, has in shapes.items() if layer < num_layers for shape in has}
+    ordinary = [layer for layer, has in sorted(shapes.items()) if layer >= num_layers + mtp and has <= usual]
+    if num_layers - 1 not in shapes or ordinary:
+        last = max(shapes)
+        raise InputError(
+            f"{source}: {keys.LAYER_KEYS[0]} is {num_layers}, but the tensors hold {last + 1} layers, the last of them "
+            f"{min(stacks)}.{last}"
+        )
 
 
 def by_key(checkpoint: Checkpoint, layers: Iterable[MoeLayer]) -> dict[str, MoeLayer]:
@@ -145,7 +188,7 @@ def groups(family: Family, config: dict[str, Any], source: str, num_experts: int
         if not any(section.get(key) == wanted for _, section in keys.sections(config, family.holder)):
             return 1, 1
     n_group = keys.first(config, (family.groups, *keys.GROUP_KEYS), family.holder) or 1
-    topk_group = keys.first(config, ("topk_group",), family.holder) or 1
+    topk_group = keys.first(config, (keys.TOPK_GROUP,), family.holder) or 1
     if n_group < 1 or num_experts % n_group or not 1 <= topk_group <= n_group:
         what = f"{num_experts} experts in {n_group} groups of which {topk_group} are chosen"
         raise InputError(f"{source}: {what} is not possible")
@@ -156,7 +199,7 @@ def score(family: Family, config: dict[str, Any]) -> str:
     """The family's score function, or the one that its config names."""
     for _, section in keys.sections(config, family.holder):
         value = section.get(family.score_key)
-        if value in ("softmax", "sigmoid", "sqrtsoftplus"):
+        if value in SCORES:
             return str(value)
         if isinstance(value, bool):
             return "softmax" if value else "sigmoid"

@@ -18,28 +18,24 @@ DEPTH_CAP = 64  # levels of a config, where real ones have six
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, such as config.json; duplicate keys and nesting beyond DEPTH_CAP are refused."""
-    if (size := regular_size(path)) > HEADER_CAP:
-        raise InputError(f"{path}: {size} bytes, more than the limit of {HEADER_CAP}")
-    value = parse_json(read_start(path, size)[0], str(path))
-    level: list[Any] = [value]
+    value = parse_json(read_file(path, HEADER_CAP), str(path))
+    check_depth(value, str(path))
+    return value
+
+
+def check_depth(value: Any, source: str) -> None:
+    """Raise InputError for JSON whose lists and objects are nested more than DEPTH_CAP deep."""
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEPTH_CAP):
         holders = (list(holder.values()) if isinstance(holder, dict) else holder for holder in level)
         level = [item for holder in holders for item in holder if isinstance(item, (dict, list))]
     if level:
-        raise InputError(f"{path}: not valid JSON: nested more than {DEPTH_CAP} deep")
-    return value
+        raise InputError(f"{source}: not valid JSON: nested more than {DEPTH_CAP} deep")
 
 
 def parse_json(data: bytes, source: str, strict: bool = False) -> dict[str, Any]:
     """A JSON object. Refused: duplicate keys, strings that are not Unicode, too deep nesting. strict: also NaN and
     Infinity, which Python writes into configs, and minus zero, which is no integer of JSON."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            count = Counter(key for key, _ in pairs)
-            raise ValueError(f"duplicate key {shown(next(key for key in count if count[key] > 1))}")
-        return found
 
     def number(text: str) -> int:
         if text in ("-0", "NaN", "Infinity", "-Infinity"):
@@ -57,6 +53,22 @@ def parse_json(data: bytes, source: str, strict: bool = False) -> dict[str, Any]
     if not isinstance(value, dict):
         raise InputError(f"{source}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON parser's pairs. Raises ValueError, naming it, for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        count = Counter(key for key, _ in pairs)
+        raise ValueError(f"duplicate key {shown(next(key for key in count if count[key] > 1))}")
+    return found
+
+
+def read_file(path: Path, cap: int) -> bytes:
+    """A whole regular file of at most `cap` bytes; devices and pipes, which may never end, are refused."""
+    if (size := regular_size(path)) > cap:
+        raise InputError(f"{path}: {size} bytes, more than the limit of {cap}")
+    return read_start(path, size)[0]
 
 
 def regular_size(path: Path) -> int:

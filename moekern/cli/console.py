@@ -31,7 +31,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from moekern.errors import InputError
+from moekern.errors import InputError, printable
 
 LOG_EVERY = 10.0  # seconds between plain progress lines
 JSON_EVERY = 1.0
@@ -77,7 +77,7 @@ def say(text: str) -> None:
     if _as_json:
         _line({"note": text})
     else:
-        _err.print(text, markup=False)
+        _err.print(printable(text), markup=False)
 
 
 def fail(text: str, kind: str, **more: str) -> None:
@@ -85,7 +85,7 @@ def fail(text: str, kind: str, **more: str) -> None:
     if _as_json:
         _line({"error": text, "kind": kind, **more})
     else:
-        print(f"moekern: {text}", file=sys.stderr)
+        print(f"moekern: {printable(text)}", file=sys.stderr)
 
 
 def _line(document: dict[str, Any]) -> None:
@@ -117,11 +117,12 @@ def _finite(value: Any) -> Any:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on standard output; the first column is text, the others are numbers."""
+    title = printable(title)
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     console = Console(highlight=False)
     # A line that a narrow terminal wraps can be read; a number cut short cannot.
     unbounded = console.options.update(width=1 << 16)
@@ -210,7 +211,10 @@ def parsed_size(flag: str, text: str) -> int:
     if not found or (found[3] and not found[2]):
         raise InputError(f"{flag} {text}: expected a size such as 5GB or 512MiB")
     power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    nbytes = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if nbytes >= 1 << 63:
+        raise InputError(f"{flag} {text:.80}: more bytes than there are")
+    return int(nbytes)
 
 
 def size(nbytes: float) -> str:

@@ -6,18 +6,21 @@ import importlib
 import importlib.util
 import math
 import re
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from moekern.checkpoint.strict_json import shown
 from moekern.criteria import combine, scores
 from moekern.criteria.combine import Part
 from moekern.criteria.table import ALIASES, CRITERIA, Criterion, Family, Kind
-from moekern.errors import InputError
-from moekern.statistics.layer import LayerStatistics
+from moekern.errors import InputError, first_line
+from moekern.statistics.layer import TIERS, LayerStatistics
 
 COMBINATORS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "rank": ("score", combine.rank),
@@ -27,6 +30,8 @@ COMBINATORS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "worst_domain": ("domains", combine.worst_domain),
     "round_robin": ("domains", combine.round_robin),
 }
+SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # of a plug-in
+WEIGHT_CAP, DEPTH_CAP = 1e9, 64  # of combinations
 CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 FORMS = "hts(b,alpha,beta), " + ", ".join(f"{name}(...)" for name in COMBINATORS) + ", file.py:function"
 
@@ -42,6 +47,8 @@ def criterion_named(text: str) -> Criterion:
     name = ALIASES.get(name, name)
     if name in CRITERIA:
         return CRITERIA[name]
+    if name.count("(") > DEPTH_CAP:
+        raise InputError(f"--criterion {text:.80}: more than {DEPTH_CAP} combinations")
     call = CALL.fullmatch(name)
     if call and call[1] == "hts":
         return _hts(name, call[2])
@@ -68,6 +75,8 @@ def _hts(text: str, inside: str) -> Criterion:
         b, alpha, beta = (float(number) for number in inside.split(","))
     except ValueError:
         raise InputError(f"--criterion {text}: expected three numbers, as in hts(1,1,1)") from None
+    if not math.isfinite(b):
+        raise InputError(f"--criterion {text}: b must be finite")
     if (alpha, beta) not in scores.MOMENTS:
         scores.hts(LayerStatistics.zeros(1), b, alpha, beta)  # says which are known
     function = partial(scores.hts, b=b, alpha=alpha, beta=beta)
@@ -103,8 +112,8 @@ def _part(text: str, argument: str) -> Part:
         factor = float(weight) if star else 1.0
     except ValueError:
         raise InputError(f"--criterion {text}: {weight.strip()!r} is no weight, as in reap*0.5") from None
-    if not 0 < factor < math.inf:
-        raise InputError(f"--criterion {text}: weights must be positive")
+    if not 0 < factor <= WEIGHT_CAP:
+        raise InputError(f"--criterion {text}: weights must be positive, and at most {WEIGHT_CAP:g}")
     part = Part(criterion_named(name if star else argument), factor)
     if part.criterion.kind in ("seeded", "domains"):
         raise InputError(f"--criterion {text}: {part.criterion.name} cannot be part of a combination")
@@ -123,17 +132,35 @@ def _plug_in(text: str) -> Criterion:
         else:
             module = importlib.import_module(where)
         function = getattr(module, name)
-    except (OSError, ImportError, AttributeError, SyntaxError) as error:
-        raise InputError(f"--criterion {text}: {error}") from error
+    except (Exception, SystemExit) as error:  # anybody's code
+        raise InputError(f"--criterion {text}: {type(error).__name__}: {first_line(error)}") from error
+    if not callable(function):
+        raise InputError(f"--criterion {text}: {name} is no function of a layer's statistics")
     meaning = (function.__doc__ or "").strip().partition("\n")[0]
-    tiers = tuple(getattr(function, "tiers", ()))
-    return Criterion(text, partial(_checked, text, function), "score", "plug-in", tiers, "min", meaning, "")
+    tiers = getattr(function, "tiers", ())
+    if not isinstance(tiers, (tuple, list)) or not all(tier in ("routed", *TIERS) for tier in tiers):
+        raise InputError(f"--criterion {text}: its tiers are {shown(tiers)}, expected some of {', '.join(TIERS)}")
+    return Criterion(text, partial(_checked, text, function), "score", "plug-in", tuple(tiers), "min", meaning, "")
 
 
 def _checked(text: str, function: Callable[[LayerStatistics], Tensor], statistics: LayerStatistics) -> Tensor:
-    scores = function(statistics)
+    """What a plug-in gives, as [E] float64 on the CPU. Raises InputError for anything else, and for what it raises."""
     E = statistics.num_experts
-    if not isinstance(scores, Tensor) or scores.shape != (E,) or not scores.isfinite().all():
+    try:
+        scores = function(statistics)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # anybody's code
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {where.name}, line {where.lineno}: {first_line(error)}"
+        raise InputError(f"--criterion {text}: {reason}") from error
+    if not isinstance(scores, Tensor) or scores.shape != (E,):
         got = f"{list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(f"--criterion {text}: expected a tensor of {E} finite scores, got {got}")
-    return scores.double()
+    if scores.is_meta or scores.layout != torch.strided or scores.dtype not in SCORE_DTYPES:
+        got = f"{scores.dtype} {scores.layout} on {scores.device}"
+        raise InputError(f"--criterion {text}: expected a dense tensor of numbers, got {got}")
+    scores = scores.detach().to("cpu", torch.float64)
+    if not scores.isfinite().all():
+        raise InputError(f"--criterion {text}: expected a tensor of {E} finite scores, got one that is not finite")
+    return scores

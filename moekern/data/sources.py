@@ -75,7 +75,7 @@ def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.
 def _npy(file: Path) -> np.ndarray:
     try:
         ids = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:  # its header may say any size
         raise InputError(f"{file}: not a readable .npy file of token ids") from error
     if not isinstance(ids, np.ndarray):
         raise InputError(f"{file}: not a readable .npy file of token ids")
@@ -92,14 +92,17 @@ def _text(file: Path) -> str:
 
 
 def _jsonl(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}:{number}: not JSON ({error})") from error
-        yield _row(row, tokenizer, f"{file}:{number}")
+    try:
+        for number, line in enumerate(_text(file).split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{file}:{number}: not JSON ({error})") from error
+            yield _row(row, tokenizer, f"{file}:{number}")
+    finally:
+        tokenizer.close()
 
 
 def _row(row: Any, tokenizer: Tokenizer, where: str) -> Sequence[int]:
@@ -118,6 +121,6 @@ def _row(row: Any, tokenizer: Tokenizer, where: str) -> Sequence[int]:
         tokenizer.get()
         try:
             return tokenizer.chat(row["messages"])
-        except Exception as error:  # a chat template is a program of the checkpoint's author
+        except InputError as error:
             raise InputError(f"{where}: messages: the chat template cannot render them: {first_line(error)}") from error
     raise InputError(f"{where}: expected text (a string), messages or input_ids (a list of integers)")

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.strict_json import regular_size
+from moekern.data.chat import Templates
 from moekern.errors import InputError, first_line
+
+SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab", ".py")  # of files that it may read
+SETTINGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+SETTINGS_CAP, FILE_CAP = 4 << 20, 256 << 20  # bytes, where real ones have up to 1 and 40 MB
 
 
 class Tokenizer:
@@ -14,11 +26,13 @@ class Tokenizer:
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         self.folder, self.trust_remote_code = folder, trust_remote_code
         self.loaded: Any = None
+        self.templates: Templates | None = None
 
     def get(self) -> Any:
         if self.loaded is None:
             from transformers import AutoTokenizer
 
+            self._check_files()
             try:
                 loaded = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
             except Exception as error:  # a tokenizer's files are anybody's, and so is what they make transformers raise
@@ -40,4 +54,21 @@ class Tokenizer:
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
     def chat(self, messages: Any) -> list[int]:
-        return self.encode(self.get().apply_chat_template(messages, tokenize=False))
+        """The ids of a conversation. Raises InputError with the reason why the template gives no text."""
+        if self.templates is None:
+            self.templates = Templates(self.get())
+        return self.encode(self.templates.render(messages))
+
+    def close(self) -> None:
+        """End what `chat` has begun."""
+        if self.templates is not None:
+            self.templates.close()
+            self.templates = None
+
+    def _check_files(self) -> None:
+        """Raise InputError for a file that transformers would read for ever, or for minutes."""
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in SUFFIXES and not path.is_dir():
+                cap = SETTINGS_CAP if path.name in SETTINGS else FILE_CAP
+                if (size := regular_size(path)) > cap:
+                    raise self._unusable(f"{path.name}: {size} bytes, more than the limit of {cap}")

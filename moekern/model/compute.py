@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.errors import InputError
+from moekern.errors import InputError, first_line
 
 FEW = 32  # tokens
 
@@ -42,9 +42,9 @@ class Compute:
 def dtype_hint(checkpoint: Checkpoint, compute: Compute) -> str | None:
     """bfloat16 products are emulated on CPUs without AVX-512: what is faster there, in a sentence."""
     config = checkpoint.config
-    names = {
+    names = [
         section.get(key) for section in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")
-    }
+    ]
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     if compute.dtype is None and compute.device == "cpu" and slow and "bfloat16" in names:
         return "this CPU computes bfloat16 slowly: --dtype float32 is several times faster for twice the memory"
@@ -55,9 +55,10 @@ def check_device(device: str) -> None:
     """Raise InputError for a device torch does not know or does not have."""
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: not usable here ({reason})") from error
+    except Exception as error:  # each of torch's devices raises its own
+        raise InputError(f"--device {device}: not usable here ({first_line(error)})") from error
+    if torch.device(device).type == "meta":
+        raise InputError(f"--device {device}: holds no numbers")
 
 
 @contextmanager

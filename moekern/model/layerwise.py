@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from moekern.architectures import Layout
-from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
-from moekern.errors import InputError
+from moekern.errors import InputError, first_line, raised_here
 from moekern.model.compute import Compute, check_device
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
@@ -54,9 +54,18 @@ class LayerwiseModel:
         return int(self.loader.model.get_input_embeddings().embedding_dim)
 
     def compute(self, batch: Batch) -> Any:
-        """The model's own forward pass of one batch: what transformers returns."""
+        """The model's own forward pass of one batch: what transformers returns.
+
+        Raises InputError for what the model's own code raises: numbers of config.json that contradict each other.
+        """
         model: Any = self.model
-        return model(input_ids=batch.input_ids.to(self.device), use_cache=False)
+        try:
+            return model(input_ids=batch.input_ids.to(self.device), use_cache=False)
+        except Exception as error:
+            if raised_here(error):
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{self.checkpoint.folder / CONFIG}: its model cannot compute: {reason}") from error
 
     def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
         """Take all tasks through the model in one pass over its weights; see `run_suspended`."""
@@ -114,7 +123,9 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
     check_device(compute.device)
     if layout.family.stacks:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
-    loader = open_loader(checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout)
+    loader = open_loader(
+        checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout, len(checkpoint.tensors)
+    )
     place = torch.device(compute.device)
     layers_name, layers = loader.decoder_layers()
     layer_keys: list[list[str]] = [[] for _ in layers]

@@ -6,6 +6,7 @@ Checked against transformers 5.17 to 5.23. `tests/model/test_transformers_api.py
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +33,12 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from moekern.architectures import Layout
+from moekern.architectures.config_keys import check_sizes
+from moekern.checkpoint.folder import CONFIG
+from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
 
+BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
 grouped_linear = _grouped_linear
 EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
@@ -114,37 +119,75 @@ def loader_of(model: PreTrainedModel) -> Loader:
 
 
 def open_loader(
-    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool = False, layout: Layout | None = None
+    folder: Path,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool = False,
+    layout: Layout | None = None,
+    tensors: int = 1 << 20,
 ) -> Loader:
     """The model of a checkpoint folder with meta parameters and real buffers, in the checkpoint's dtype unless given.
 
     With `layout`, layers that hold fewer experts than config.json says are built with their own number. Raises
-    InputError when transformers knows no such model.
+    InputError when transformers knows no such model, and for one that is larger than the checkpoint's `tensors` can be.
     """
+    source = str(folder / CONFIG)
+    check_sizes(read_json(folder / CONFIG), source)
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config, quantizer, cls = _read_config(folder, trust_remote_code)
+        wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    except InputError:
+        raise
     except Exception as error:  # a config is anybody's, and so is what it makes transformers raise
-        raise InputError(f"{folder}/config.json: transformers cannot read it: {first_line(error)}") from error
+        raise InputError(f"{source}: transformers cannot read it: {first_line(error)}") from error
+
+    def build(config: Any) -> Loader:
+        try:
+            _check_room(cls, copy.deepcopy(config), wanted, tensors)
+            model = _empty_model(cls, config, wanted, quantizer)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+        except Exception as error:
+            raise InputError(f"{source}: no model can be built from it: {first_line(error)}") from error
+        mapping = get_model_conversion_mapping(model, None, quantizer)
+        return Loader(model, mapping, model.state_dict(), wanted, quantizer)
+
+    loader = build(copy.deepcopy(config))
+    return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any | None, type[PreTrainedModel]]:
+    """The config as transformers reads it, the quantizer that makes plain weights of stored ones, the model class."""
+    with _quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     quantization = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(decoder=True), "quantization_config", None
     )
     quantizer = None
     if quantization is not None:
         quantizer, config, _ = get_hf_quantizer(config, _dequantized(folder, quantization), {"": "cpu"}, True, {})
-    cls = _model_class(config, trust_remote_code)
-    wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+    return config, quantizer, _model_class(config, trust_remote_code)
 
-    def build(config: Any) -> Loader:
-        try:
-            model = _empty_model(cls, config, wanted, quantizer)
-        except Exception as error:
-            raise InputError(f"{folder}/config.json: no model can be built from it: {first_line(error)}") from error
-        mapping = get_model_conversion_mapping(model, None, quantizer)
-        return Loader(model, mapping, model.state_dict(), wanted, quantizer)
 
-    loader = build(copy.deepcopy(config))
-    return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
+def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, tensors: int) -> None:
+    """Build the model once without memory. Raises InputError where it has more modules than so many tensors could fill,
+    or buffers larger than any model's: a config can ask for any number of either."""
+    cap, count = 1000 + 4 * tensors, 0  # a decoder layer has up to two modules for each of its tensors
+
+    def counted(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > cap:
+            raise InputError(f"its model has more than {cap} modules, too many for the checkpoint's {tensors} tensors")
+
+    handle = nn.modules.module.register_module_module_registration_hook(counted)
+    try:
+        with torch.device("meta"), _quiet():
+            model = cls._from_config(config, dtype=dtype)
+    finally:
+        handle.remove()
+    nbytes = sum(buffer.nbytes for buffer in model.buffers())
+    if nbytes > BUFFERS_CAP:
+        raise InputError(f"its model has buffers of {nbytes} bytes beside its weights, more than {BUFFERS_CAP}")
 
 
 def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, quantizer: Any | None) -> PreTrainedModel:
@@ -287,7 +330,7 @@ def _quiet() -> Iterator[None]:
     """No progress bar and no load report while one layer of many is filled."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what it would log as an error, it raises or we refuse
     try:
         yield
     finally:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moekern import files
+from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
 from moekern.errors import InputError
 from moekern.layer_keys import natural
 
 FORMAT = "moekern.plan/1"
+SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
 NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers of experts, although no engine loads it
 
 
@@ -59,21 +61,29 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan file. Raises InputError as from_json does."""
-        try:
-            text = Path(path).read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a readable plan ({error})") from error
-        return _parse(text, str(path))
+        return _parse(plan_text(path), str(path))
+
+
+def plan_text(path: str | Path) -> str:
+    """The text of a plan file. Raises InputError for a file that is none: a pipe, too long, not UTF-8."""
+    try:
+        return read_file(Path(path), SIZE_CAP).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a readable plan ({error})") from error
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a readable plan ({reason})") from error
 
 
 def check_ids(keep: Sequence[Any], where: str) -> None:
     """Raise InputError unless `keep` is a list of distinct expert numbers."""
+    seen: set[int] = set()
     for e in keep:
         if type(e) is not int or e < 0:
             raise InputError(f"{where}: expected expert numbers, got {short(e)}")
-    if len(set(keep)) < len(keep):
-        twice = next(e for e in keep if list(keep).count(e) > 1)
-        raise InputError(f"{where}: expert {short(twice)} is listed twice")
+        if e in seen:
+            raise InputError(f"{where}: expert {short(e)} is listed twice")
+        seen.add(e)
 
 
 def some_of(names: Collection[str]) -> str:
@@ -82,15 +92,16 @@ def some_of(names: Collection[str]) -> str:
 
 
 def short(value: Any) -> str:
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _parse(text: str, source: str) -> Plan:
     try:
-        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_number, parse_float=_number)
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not a plan: {error}") from None
+    check_depth(document, source)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else document
         raise InputError(f'{source}: expected an object with "format": "{FORMAT}", got {short(found)}')
@@ -125,14 +136,6 @@ def _known_keys(document: Mapping[str, Any], known: Sequence[str], where: str) -
     for key in document:
         if key not in known:
             raise InputError(f"{where}: unknown key {short(key)}; known are {', '.join(known)}")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {short(next(k for k in keys if keys.count(k) > 1))} appears twice in one object")
-    return document
 
 
 def _number(text: str) -> float:

@@ -20,7 +20,7 @@ from moekern.architectures import Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, plan_text
 from moekern.plan.fits_model import check_plan
 from moekern.version import __version__
 
@@ -136,11 +136,7 @@ def convert(
     """The text of a plan file in another tool's words, or in moekern's; `kept` is pruning's. Raises InputError."""
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = None if checkpoint is None else find_layout(checkpoint)
-    try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable plan ({error})") from error
-    plan = read_plan(text, str(path), layout, allow_nonuniform=allow_nonuniform)
+    plan = read_plan(plan_text(path), str(path), layout, allow_nonuniform=allow_nonuniform)
     if checkpoint is None or layout is None:
         if tool != "moekern":
             raise InputError(f"--to {tool}: its names are those of the model's modules: add --model MODEL")

@@ -10,6 +10,7 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import check_depth, shown
 from moekern.errors import InputError
 from moekern.router import Router
 
@@ -17,6 +18,7 @@ FORMAT = "moekern.statistics/2"
 READABLE = (FORMAT, "moekern.statistics/1")
 HEADER_KEY = "moekern"
 ROUTER = tuple(field.name for field in fields(Router))
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "identity")  # of the table of families
 IDENTITY = ("fingerprint", "family", "score", *ROUTER)  # a Source, as keys of the header
 
 
@@ -86,9 +88,10 @@ def read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]
         header = json.loads(metadata[HEADER_KEY])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the statistics header is not JSON ({error})") from error
+    check_depth(header, f"{path}: header")
     if not isinstance(header, dict) or header.get("format") not in READABLE:
         found = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise InputError(f"{path}: format {found!r} is not {FORMAT!r}; calibrate again with this version")
+        raise InputError(f"{path}: format {shown(found)} is not {FORMAT!r}; calibrate again with this version")
     problem = header_problem(header)
     if problem:
         raise InputError(f"{path}: header: {problem}")
@@ -98,17 +101,23 @@ def read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]
 def header_problem(header: Mapping[str, Any]) -> str | None:
     for name in ("fingerprint", "family", "score"):
         if not isinstance(header.get(name), str):
-            return f"{name}: expected a string, got {header.get(name)!r}"
+            return f"{name}: expected a string, got {shown(header.get(name))}"
+    if header["score"] not in SCORES:
+        return f"score: expected one of {', '.join(SCORES)}, got {shown(header['score'])}"
     for name in ROUTER:
         if type(header.get(name)) is not int or header[name] < 1:
-            return f"{name}: expected a count, got {header.get(name)!r}"
+            return f"{name}: expected a count, got {shown(header.get(name))}"
+    router = router_of(header)
+    if router.top_k > router.num_experts or router.topk_group > router.n_group or router.num_experts % router.n_group:
+        groups = f"n_group {router.n_group} and topk_group {router.topk_group}"
+        return f"top_k {router.top_k}, {groups} do not agree with num_experts {router.num_experts}"
     domains, tokens, runs = header.get("domains"), header.get("tokens"), header.get("runs")
     if not isinstance(domains, list) or not domains or not _distinct_strings(domains):
-        return f"domains: expected distinct names, got {domains!r}"
+        return f"domains: expected distinct names, got {shown(domains)}"
     if not isinstance(tokens, dict) or set(tokens) != set(domains):
         return "tokens: expected one count for each domain"
     if any(type(n) is not int or n < 0 for n in tokens.values()):
-        return f"tokens: expected counts, got {tokens!r}"
+        return f"tokens: expected counts, got {shown(tokens)}"
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         return "runs: expected a list of objects"
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.kernels.sums import ExpertSums, RouterSums, declared
+from moekern.statistics.contradictions import contradiction
 
 Views = TypeVar("Views")
 
@@ -265,11 +266,7 @@ class LayerStatistics:
         ids = self.coalitions[:, :-1]
         if ids.numel() and (ids >= self.num_experts).any():
             return f"coalitions: an id of {self.num_experts} or above"
-        # Python integers, because a damaged file's counts could overflow an int64 sum.
-        tokens, slots = int(self.tokens), sum(self.count.tolist())
-        if slots > tokens * top_k:
-            return f"count: {slots} routed slots exceed {tokens} tokens x top-{top_k}"
-        return None
+        return contradiction(self, top_k)
 
 
 def _optional(f: Field[Any]) -> bool:

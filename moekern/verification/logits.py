@@ -56,7 +56,7 @@ def compare_forward(
     """
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
-    quantised = "quantization_config" in str(before.config.keys() | before.config.get("text_config", {}).keys())
+    quantised = "quantization_config" in str(before.config.keys() | (before.config.get("text_config") or {}).keys())
     chosen = compute.torch_dtype or (torch.bfloat16 if quantised else torch.float32)
     logits: dict[str, list[Tensor]] = {}
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):

@@ -172,7 +172,7 @@ def test_layout_comes_from_the_keys(tmp_path: Path, model_type: str | None) -> N
 
 def test_keys_of_v3_under_a_new_name(tmp_path: Path) -> None:
     keys = moe_keys("model.layers.0.mlp.", GUD, bias=BIAS)
-    _, layout = layout_of(write_checkpoint(tmp_path, DEEPSEEK | {"model_type": "new"}, keys))
+    _, layout = layout_of(write_checkpoint(tmp_path, DEEPSEEK | {"model_type": "new", "num_hidden_layers": 1}, keys))
     assert layout.family.name == "deepseek_v3"
     assert layout.family.score == "sigmoid"
 
@@ -287,7 +287,41 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "no top-k": ({"num_experts": 8}, qwen_keys(), "config.json: no key gives the experts a token chooses"),
     "top-k too large": (QWEN | {"num_experts_per_tok": 9}, qwen_keys(), "chooses 9 experts, but the tensors hold 8"),
     "groups do not divide": (
-        DEEPSEEK | {"n_group": 3}, moe_keys(FIRST, GUD, bias=BIAS), "8 experts in 3 groups of which 2 are chosen",
+        DEEPSEEK | {"n_group": 3, "num_hidden_layers": 1}, moe_keys(FIRST, GUD, bias=BIAS),
+        "8 experts in 3 groups of which 2 are chosen",
+    ),
+    "more layers than the tensors": (
+        QWEN | {"num_hidden_layers": 10**9}, qwen_keys(), "num_hidden_layers is 1000000000, but the tensors hold 2"
+    ),
+    "fewer layers than the tensors": (
+        QWEN | {"num_hidden_layers": 3}, qwen_keys(6), "num_hidden_layers is 3, but the tensors hold 6 layers, "
+    ),
+    "no layers": (QWEN | {"num_hidden_layers": 0}, qwen_keys(), "only its multi-token-prediction layers have experts"),
+    "negative layers": (QWEN | {"num_hidden_layers": -1}, qwen_keys(), "num_hidden_layers is -1, expected a whole"),
+    "layers in quotes": (QWEN | {"num_hidden_layers": "2"}, qwen_keys(), "num_hidden_layers is '2', expected a whole"),
+    "layers true": (QWEN | {"num_hidden_layers": True}, qwen_keys(), "num_hidden_layers is True, expected a whole"),
+    "groups in quotes": (
+        DEEPSEEK | {"n_group": "4", "num_hidden_layers": 1}, moe_keys(FIRST, GUD, bias=BIAS), "n_group is '4', expected"
+    ),
+    "half a choice": (
+        QWEN | {"text_config": {"num_experts_per_tok": 2.5}}, qwen_keys(), "text_config.num_experts_per_tok is 2.5, exp"
+    ),
+    "unknown score function": (
+        {"model_type": "cohere2_moe", "expert_selection_fn": "argmax"} | QWEN | {"model_type": "cohere2_moe"},
+        qwen_keys(), "expert_selection_fn is 'argmax', expected one of softmax"
+    ),
+    "rows of no expert": (
+        {"model_type": "longcat_flash", "num_layers": 1, "n_routed_experts": 8, "moe_topk": 2, "zero_expert_num": 99},
+        moe_keys(FIRST, GUD, router="router.classifier.weight"), "its router has 8 rows, and by config.json 99"
+    ),
+    "text config of a list": (QWEN | {"text_config": [1]}, qwen_keys(), r"text_config is \[1\], expected an object"),
+    "quantised by a number": (QWEN | {"quantization_config": 7}, qwen_keys(), "quantization_config is 7, expected"),
+    "blocks of nothing": (
+        QWEN | {"quantization_config": {"weight_block_size": [0, 128]}}, qwen_keys(),
+        r"quantization_config.weight_block_size is \[0, 128\], expected two numbers above 0"
+    ),
+    "blocks in quotes": (
+        QWEN | {"quantization_config": {"weight_block_size": "128"}}, qwen_keys(), "block_size is '128', expected"
     ),
     "several stacks": (
         QWEN, qwen_keys() | moe_keys("other.layers.0.mlp.", GUD),

@@ -24,7 +24,7 @@ from moekern.data.text import Text
 from moekern.demo import MODEL, TEXT
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
-from moekern.model.compute import Compute
+from moekern.model.compute import Compute, check_device
 from moekern.plan.document import Plan
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
@@ -60,6 +60,57 @@ def test_an_archive_of_arrays_is_no_array(tmp_path: Path) -> None:
         np.savez(file, a=np.arange(5))
     with pytest.raises(InputError, match="not a readable .npy"):
         read_data([str(tmp_path / "d.npy")], MODEL)
+
+
+def test_an_array_of_terabytes_is_declared_and_not_there(tmp_path: Path) -> None:
+    with (tmp_path / "d.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**13,)})
+    with pytest.raises(InputError, match="d.npy: not a readable .npy"):
+        read_data([str(tmp_path / "d.npy")], MODEL)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "reason"),
+    [
+        ("tokenizer.json", (256 << 20) + 1, "tokenizer.json: [0-9]+ bytes, more than the limit"),
+        ("tokenizer_config.json", (4 << 20) + 1, "tokenizer_config.json: [0-9]+ bytes, more than the limit"),
+        ("added_tokens.json", None, "added_tokens.json: not a regular file"),
+        ("chat_template.jinja", None, "chat_template.jinja: not a regular file"),
+    ],
+)
+def test_files_of_a_tokenizer_are_files_of_their_size(name: str, size: int | None, reason: str, tmp_path: Path) -> None:
+    for path in (*MODEL.glob("*.json"),):
+        shutil.copy(path, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if size is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    with pytest.raises(InputError, match=reason):
+        read_data([f"a={TEXT / 'c'}"], tmp_path)
+
+
+@pytest.mark.parametrize("device", ["", "meta", "hpu", "cpu cpu", "cuda:9999", "\x1b[31m"])
+def test_a_device_that_is_none_is_named(device: str) -> None:
+    with pytest.raises(InputError, match="^--device") as caught:
+        check_device(device)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "9" * 30 + "GB", "nan", "-1", "", "1e5"])
+def test_a_size_that_is_none_is_named(text: str) -> None:
+    with pytest.raises(InputError, match="^--fit"):
+        console.parsed_size("--fit", text)
+
+
+def test_names_reach_the_terminal_without_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("a \x1b[31m b")
+    console.show("t \x1b[31m", ("plan",), [("p\x1b]0;x\x07 \udcff.json",)])
+    console.fail("e \x1b[31m", "plan")
+    out = capsys.readouterr()
+    assert all(c.isprintable() for c in (out.out + out.err).replace("\n", ""))
+    assert "p\\x1b]0;x\\x07 \\udcff.json" in out.out
 
 
 def test_pipes_empty_paths_names_and_seeds_are_refused(tmp_path: Path) -> None:

@@ -154,6 +154,9 @@ def test_a_plug_in_is_one_function_in_a_file(tmp_path: Path) -> None:
         ("rank()", "expected criteria between the parentheses"),
         ("rank(reap*x)", "'x' is no weight"),
         ("rank(reap*-1)", "weights must be positive"),
+        ("rank(reap*1e308, usage)", r"weights must be positive, and at most 1e\+09"),
+        ("hts(nan,1,1)", "b must be finite"),
+        ("rank(" * 400 + "reap" + ")" * 400, "more than 64 combinations"),
         ("rank(best)", "--criterion best: unknown"),
         ("rank(random)", "random cannot be part of a combination"),
         ("union(worst_domain(reap), usage)", "cannot be part of a combination"),
@@ -165,3 +168,51 @@ def test_a_plug_in_is_one_function_in_a_file(tmp_path: Path) -> None:
 def test_what_cannot_be_understood_is_refused(text: str, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         criterion_named(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("return s.count.double() * 1j", "expected a dense tensor of numbers, got torch.complex128"),
+        ("return s.count.to('meta')", "expected a dense tensor of numbers, got torch.int64 torch.strided on meta"),
+        ("return s.count.double().to_sparse()", "expected a dense tensor of numbers, got .* torch.sparse_coo"),
+        ("return s.count > 0", "expected a dense tensor of numbers, got torch.bool"),
+        ("return s.count[1:]", r"finite scores, got \[5\]"),
+        ("return s.count[None]", r"finite scores, got \[1, 6\]"),
+        ("return s.count.tolist()", "finite scores, got list"),
+        ("return s.gate_sum / 0", "got one that is not finite"),
+        ("return 1 / 0", "ZeroDivisionError in score, line 2: division by zero"),
+        ("return s.counts", "AttributeError in score, line 2: .*no attribute 'counts'"),
+        ("raise SystemExit(0)", "SystemExit in score, line 2: 0"),
+    ],
+)
+def test_what_a_plug_in_may_not_give(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"def score(s):\n    {code}\n")
+    own = criterion_named(f"{tmp_path / 'own.py'}:score")
+    with pytest.raises(InputError, match=f"--criterion .*own.py:score: .*{message}"):
+        own.function(layer_statistics(0))
+
+
+def test_what_a_plug_in_may_give(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def score(s):\n    return s.count.float().requires_grad_() * 2\n")
+    found = criterion_named(f"{tmp_path / 'own.py'}:score").function(layer_statistics(0))
+    assert found.dtype == torch.float64
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import no_such_module", "ModuleNotFoundError: No module named"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def score(s", "SyntaxError"),
+        ("score = 5", "score is no function"),
+        ("def score(s): ...\nscore.tiers = 5", "its tiers are 5, expected some of dimensions"),
+        ("def score(s): ...\nscore.tiers = ['no']", "its tiers are .'no'., expected some of dimensions"),
+    ],
+)
+def test_a_plug_in_that_is_none(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(InputError, match=f"--criterion .*own.py:score: .*{message}"):
+        criterion_named(f"{tmp_path / 'own.py'}:score")

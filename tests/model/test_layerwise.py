@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,3 +204,19 @@ def test_an_error_in_one_task_ends_the_run_and_leaves_no_hooks() -> None:
     with pytest.raises(ValueError, match="after the last layer"):
         run_suspended(stack.layers, [0, 1], Given(forward), load=lambda i: None, unload=lambda i: None)
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in stack.layers)
+
+
+def test_what_the_models_own_code_raises_is_the_configs_fault(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for path in family_checkpoint("kimi_k25").iterdir():
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["head_dim"] = 60000  # no tensor's shape shows it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    with (
+        open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise,
+        pytest.raises(InputError, match="config.json: its model cannot compute: RuntimeError: The size of tensor a"),
+    ):
+        layerwise.run([Batch("a", families.input_ids("kimi_k25"))], Given(layerwise.compute))

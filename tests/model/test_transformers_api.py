@@ -106,3 +106,38 @@ def test_a_config_transformers_cannot_use_ends_in_one_line(
     with pytest.raises(InputError, match=message) as caught:
         api.open_loader(tmp_path, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "value", "message"),
+    [
+        ("mixtral", "num_labels", 10**9, "num_labels is 1000000000, and no model has more than 10000"),
+        ("mixtral", "max_position_embeddings", 1e30, "max_position_embeddings is 1e.30, and no model has more"),
+        ("mixtral", "rope_theta", 10**9, None),
+        ("mixtral", "architectures", [5], "transformers cannot read it"),
+        ("mixtral", "architectures", 2.5, "transformers cannot read it"),
+        ("mixtral", "quantization_config", 7, "transformers cannot read it"),
+        ("minimax", "block_size", 9_999_999, "block_size is 9999999, and no model has more than 10000"),
+        (
+            "kimi_k25",
+            "vision_config.num_hidden_layers",
+            10_000,
+            "more than [0-9]+ modules, too many for the checkpoint's",
+        ),
+        ("kimi_k25", "vision_config.pos_emb_time", 1 << 24, "buffers of [0-9]+ bytes beside its weights"),
+    ],
+)
+def test_a_config_asks_for_no_more_than_a_model_takes(
+    family: str, path: str, value: Any, message: str | None, family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = json.loads((family_checkpoint(family) / "config.json").read_text())
+    *sections, key = path.split(".")
+    for holder in [config[name] for name in sections] or [config]:
+        holder[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if message is None:
+        assert api.open_loader(tmp_path, torch.float32, tensors=100).model.config.architectures
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        api.open_loader(tmp_path, torch.float32, tensors=100)
+    assert str(caught.value).startswith(str(tmp_path / "config.json"))

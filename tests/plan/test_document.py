@@ -1,6 +1,7 @@
 """Plans: budgets, ties, guards, the document, and what is refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekern.errors import InputError
+from moekern.plan import document
 from moekern.plan.choose import choose_top, super_experts
 from moekern.plan.document import FORMAT, LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.interchange import convert
 from moekern.router import Router, count_problem, kept_count, parse_keep
 from tests.helpers.measured import FINGERPRINT, Model
 
@@ -201,10 +204,22 @@ BAD_DOCUMENTS = {
     "layers list": ('{"format": "moekern.plan/1", "layers": [[1]]}', "layers: expected"),
     "typo": ('{"format": "moekern.plan/1", "layer": {}, "layers": {"0": {"keep": [1]}}}', "unknown key 'layer'"),
     "provenance": (HEAD + '"0": {"keep": [1]}}, "provenance": 3}', "provenance: expected"),
-    "same layer twice": (HEAD + '"0": {"keep": [1]}, "0": {"keep": [2]}}}', "the key '0' appears twice"),
+    "same layer twice": (HEAD + '"0": {"keep": [1]}, "0": {"keep": [2]}}}', "duplicate key '0'"),
     "nan": (HEAD + '"0": {"keep": [1], "scores": [NaN]}}}', "'NaN' is not a finite number"),
     "infinite": (HEAD + '}, "provenance": {"x": 1e999}}', "'1e999' is not a finite number"),
     "deep": ("[" * 100_000, "not a plan"),
+    "deep provenance": (
+        HEAD + '"0": {"keep": [1]}}, "provenance": ' + '{"a":' * 900 + "1" + "}" * 901,
+        "nested more than 64 deep",
+    ),
+    "an expert twice, late": (
+        HEAD + '"0": {"keep": ' + json.dumps([*range(200_000), 199_999]) + "}}}",
+        "expert 199999 is listed twice",
+    ),
+    "a key twice, late": (
+        HEAD + ",".join(f'"{i}": 1' for i in [*range(100_000), 99_999]) + "}}",
+        "duplicate key '99999'",
+    ),
     "digits": ('{"format": ' + "9" * 5000 + "}", "not a plan"),
 }
 
@@ -302,3 +317,22 @@ def test_a_plan_that_does_not_fit_is_refused(plan, model, message):
 )
 def test_a_plan_that_fits_passes(plan, model):
     check_plan(plan, model, FINGERPRINT)
+
+
+def test_what_is_no_file_of_a_plan(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(document.SIZE_CAP + 1)
+    for name, reason in (
+        ("pipe", "not a regular file"),
+        ("zero", "not a regular file"),
+        ("folder", "not a regular file"),
+        ("large", f"more than the limit of {document.SIZE_CAP}"),
+        ("none", "No such file"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: not a readable plan .*{reason}"):
+            Plan.load(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: not a readable plan .*{reason}"):
+            convert(tmp_path / name, "moekern", None)

@@ -166,6 +166,7 @@ def synthetic(path: Path, layers: int, count: int, data: str) -> None:
         ones = {
             "count": torch.ones(E, dtype=torch.int64),
             "tokens": torch.tensor([E]),
+            "coactivation": torch.eye(E, dtype=torch.int64),
             "norm_sum": torch.ones(E).double(),
         }
         for i in range(layers):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from moekern import files
 from moekern.errors import InputError
+from moekern.statistics.contradictions import ROUTED
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.header import FORMAT
 from moekern.statistics.layer import TIERS, LayerStatistics
@@ -246,11 +247,52 @@ def _put(value):
     return change
 
 
+def _clear(expert):
+    def change(tensor):
+        tensor[expert] = 0
+        if tensor.ndim == 2 and len(tensor) == tensor.shape[1]:
+            tensor[:, expert] = 0
+        return tensor
+
+    return change
+
+
+def _idle(where, but):
+    """Expert 1 is chosen by nobody, and one field knows nothing of it."""
+
+    def apply(tensors):
+        for name in ROUTED + ("count", "top1_count"):
+            if name != but:
+                tensors[where + name] = _clear(1)(tensors[where + name])
+
+    return apply
+
+
 DAMAGE = {
     "nan": (_change("2/1/norm_sum", _put(float("nan"))), "tensor 2/1/norm_sum: not finite"),
     "negative": (_change("0/0/count", _put(-1)), "tensor 0/0/count: negative"),
     "too many slots": (_change("0/0/count", _put(500)), "tensor 0/0/count: .* exceed 40 tokens x top-2"),
     "overflow": (_change("0/0/count", lambda t: torch.full_like(t, 2**62)), "tensor 0/0/count: .* exceed"),
+    "more logits than tokens": (_change("0/0/logit_tokens", lambda t: t + 50), "0/0/logit_tokens: .* exceed 40 tokens"),
+    "first choices": (
+        _change("0/0/top1_count", lambda t: t + 40),
+        "0/0/top1_count: 280 first choices exceed 40 tokens",
+    ),
+    "first without a choice": (_change("0/0/count", _clear(1)), "0/0/top1_count: expert 1 is the first choice of more"),
+    "diagonal": (
+        _change("2/0/coactivation", lambda t: t.fill_diagonal_(3)),
+        "2/0/coactivation: its diagonal is not co",
+    ),
+    "idle with norms": (
+        _idle("0/0/", "norm_sum"),
+        "tensor 0/0/norm_sum: not 0 for expert 1, which no token has chosen",
+    ),
+    "idle with pairs": (
+        _idle("0/0/", "pair_sum"),
+        "tensor 0/0/pair_sum: not 0 for expert 1, which no token has chosen",
+    ),
+    "pairs one way": (_change("10/1/pair_sum", _put(99.0)), "tensor 10/1/pair_sum: not symmetric"),
+    "infinite": (_change("10/1/max_abs", _put(float("inf"))), "tensor 10/1/max_abs: not finite"),
     "dtype": (_change("0/0/gate_sum", torch.Tensor.float), "tensor 0/0/gate_sum: expected dtype F64, got F32"),
     "shape": (_change("0/0/pair_sum", lambda t: t[:, :3].clone()), r"tensor 0/0/pair_sum: expected shape \[E, E\]"),
     "rank": (_change("0/0/count", lambda t: t[None]), "tensor 0/0/count: expected shape"),
@@ -293,6 +335,10 @@ def test_a_damaged_file_is_refused_by_tensor(tmp_path, damage):
         ({"tokens": {"prose": 40}}, "header: tokens"),
         ({"tokens": {"prose": 40, "code": -1}}, "header: tokens"),
         ({"runs": "once"}, "header: runs"),
+        ({"score": "argmax"}, "header: score: expected one of softmax, .*, got 'argmax'"),
+        ({"n_group": 4}, "header: top_k 2, n_group 4 and topk_group 1 do not agree with num_experts 6"),
+        ({"topk_group": 2}, "n_group 1 and topk_group 2 do not agree"),
+        ({"runs": [{"data": json.loads("[" * 900 + "]" * 900)}]}, "header: not valid JSON: nested more than 64 deep"),
     ],
 )
 def test_a_bad_header_is_refused(tmp_path, change, message):
