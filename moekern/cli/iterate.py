@@ -30,7 +30,6 @@ from moekern.cli.options import (
     text_of,
 )
 from moekern.cli.plan import show_plans
-from moekern.files import check_new
 
 
 def iterate(
@@ -71,7 +70,7 @@ def iterate(
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
-    check_new(out)  # before anything is downloaded
+    pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)

@@ -195,8 +195,7 @@ def run_stages(
     kept = kept_count(keep, find_layout(checkpoint).router)
     check_work(out)
     statistics_path, plan_path = (work_path(out) / name for name in ("statistics.safetensors", "plan.json"))
-    # What this command made before it was stopped is verified; `prune` tells it from what others made.
-    made = is_folder(out) and is_plain(statistics_path)
+    made = has_run(out)  # then it is verified; `prune` tells it from what others made
     if not made:
         check_target(out, checkpoint.folder)
         room = room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept))
@@ -218,6 +217,11 @@ def run_stages(
     # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
     verdict = verify_both(folder, plan, out, replace(compute, dtype=None), forward=forward, mtp=mtp)
     return Run(statistics_path, plan_path, report, verdict)
+
+
+def has_run(out: Path) -> bool:
+    """Whether `run` may have made this target before it was stopped: its statistics are still beside it."""
+    return is_folder(out) and is_plain(work_path(out) / "statistics.safetensors")
 
 
 def earlier_statistics(
@@ -285,12 +289,17 @@ def scores_of(
     return {key: score_layer(chosen, sums, key, seed).tolist() for key, sums in layers}
 
 
-def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
-    """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
+def check_iterated(out: Path) -> None:
+    """Raise InputError unless `iterate` can make the plan `out`."""
     check_work(out)
     if os.path.lexists(out):
         _remove_rounds(work_path(out))  # of a run that was killed when it had saved the plan
     check_new(out)
+
+
+def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
+    """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
+    check_iterated(out)
     check_device(compute.device)
     measured = needs_text(method.criterion)
     if measured and not text.data:

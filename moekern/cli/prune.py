@@ -68,13 +68,15 @@ def prune(
 
     What is interrupted goes on where it was when the same command is run again.
     """
+    from moekern.files import is_folder
     from moekern.plan.document import Plan
     from moekern.pruning.work_folder import Part, check_target
 
     limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()
     chosen = Plan.load(plan)
-    check_target(out)  # before anything is downloaded
+    if share is None or not is_folder(out):  # before anything is downloaded; a part may come late
+        check_target(out)
     report = prune_to(
         folder_of(model, revision), chosen, out, mtp=mtp.value if mtp else None, copy=copy.value,
         checksum=checksum.value, reread=reread, max_shard_size=limit, part=share,

@@ -67,7 +67,8 @@ def run(
     from moekern.router import parse_keep
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
-    check_target(out)
+    if not pipeline.has_run(out):
+        check_target(out)
     say_unused(batch_size)
     text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
