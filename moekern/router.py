@@ -65,6 +65,20 @@ def kept_count(keep: float | int, router: Router) -> int:
     return count
 
 
+def keep_note(keep: float | int, kept: int, experts: int) -> str | None:
+    """What is to be said of a --keep that came to another number than was asked for, or to all; None of others.
+
+    A share between two numbers is rounded to one of them without a word.
+    """
+    asked = keep if isinstance(keep, int) else round(keep * experts, 3)
+    if kept == experts and asked < experts:
+        return f"--keep {keep}: {asked:g} of {experts} experts is rounded to all of them: nothing is dropped"
+    if abs(kept - asked) >= 1:
+        why = "what the router's groups and --multiple-of allow"
+        return f"--keep {keep}: {asked:g} of {experts} experts are asked for, {kept} are kept: {why}"
+    return None
+
+
 def count_problem(count: int, router: Router) -> str | None:
     """Why a router cannot work with `count` experts a layer; None when it can."""
     size = count // router.n_group

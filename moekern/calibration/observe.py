@@ -20,7 +20,8 @@ from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of, wanted_tiers
 from moekern.measurement.watch import experts_of, watching
-from moekern.model.transformers_api import loader_of
+from moekern.model.finite import blamed_outside, blamed_weight, out_of_range
+from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import LayerStatistics
@@ -73,7 +74,8 @@ def observe(
         raise InputError("observe: the model was not run while it was observed")
     some = next(iter(recorder.sums.values()))[domain]
     router = find_router(family, config, type(model).__name__, some.num_experts)
-    measured |= {key: recorder.take(key, router.top_k) for key in list(recorder.sums)}
+    for key in list(recorder.sums):
+        measured[key] = recorder.take(key, router.top_k, lambda: _blamed(model, int(key)))  # noqa: B023
     fingerprint = open_checkpoint(checkpoint).fingerprint if checkpoint else ""
     header |= make_header(
         Source(fingerprint, family.name, score(family, config), router),
@@ -82,6 +84,18 @@ def observe(
         backend=served,
         versions=versions(),
     )
+
+
+def _blamed(model: PreTrainedModel, upto: int) -> str:
+    """The first weight, up to this decoder layer, that is not finite, or else the type."""
+    name, decoder = loader_of(model).decoder_layers()
+    for i, layer in enumerate(decoder[: upto + 1]):
+        experts = experts_of(layer)
+        E = 0 if experts is None else int(getattr(experts, "num_experts", 0))
+        cause = blamed_weight(layer, router_modules(layer, model), range(E))
+        if cause is not None:
+            return f"layer {i}: {cause}"
+    return blamed_outside(model, name, head=False) or out_of_range("activations are", model.dtype)
 
 
 def _announce(flight: InFlight, domain: str, fixed: Tensor | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
@@ -76,9 +76,23 @@ class MeasuringPass(Pass[Task]):
     def done(self, layer: int) -> None:
         self.open.close()
         if layer in self.keys:
-            key = self.keys[layer]
-            self.finished(key, self.recorder.take(key, self.layerwise.layout.router.top_k))
+            self.finished(self.keys[layer], self.taken(layer))
         self.step()
+
+    def taken(self, layer: int) -> Sums:
+        """The sums of a layer whose weights are there; see `Recorder.take`."""
+        top_k = self.layerwise.layout.router.top_k
+        blame = lambda: self.layerwise.blamed(layer, self.held(layer))  # noqa: E731
+        return self.recorder.take(self.keys[layer], top_k, blame)
+
+    def name(self, task: Task) -> str:
+        return f"domain {task[1].domain}"
+
+    def overflowing(self, layer: int) -> Sequence[int]:
+        key = self.keys.get(layer, "")
+        held = self.held(layer)
+        found = self.recorder.overflowing(key)
+        return found if held is None else [held[e] for e in found]
 
 
 def samples(data: TokenData, size: int) -> dict[int, Tensor]:

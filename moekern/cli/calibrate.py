@@ -17,6 +17,7 @@ from moekern.cli.options import (
     DtypeOption,
     Json,
     Model,
+    Pack,
     Revision,
     Seed,
     SequenceLength,
@@ -41,6 +42,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The statistics file to write.")],
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
@@ -74,7 +76,7 @@ def calibrate(
 
     check_new(out)  # before anything is downloaded
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,

@@ -15,6 +15,7 @@ from moekern.cli.options import (
     DtypeOption,
     Json,
     Model,
+    Pack,
     Revision,
     Seed,
     SequenceLength,
@@ -37,6 +38,7 @@ def evaluate(
     plans: Annotated[list[Path] | None, typer.Argument(help="Plans to apply on the fly.")] = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     batch_size: BatchSize = 1,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -49,7 +51,9 @@ def evaluate(
     from moekern.cli import pipeline
     from moekern.evaluation.losses import losses_document
 
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    text = text_of(
+        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed, pack=pack
+    )
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = named_plans("evaluate", plans or [])
     losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)

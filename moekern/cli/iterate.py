@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moekern.cli.console import say
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -17,6 +18,7 @@ from moekern.cli.options import (
     Json,
     Keep,
     Model,
+    Pack,
     Revision,
     Seed,
     SequenceLength,
@@ -50,6 +52,7 @@ def iterate(
     domain: Domains = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
@@ -67,13 +70,16 @@ def iterate(
     """
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
+    from moekern.plan.provenance import remarks
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
     pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
+    for line in remarks(made):
+        say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
     result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

@@ -54,7 +54,11 @@ Data = Annotated[
     typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
 ]
 Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence.")]
+SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence; with --no-pack the most of a row.")]
+Pack = Annotated[
+    bool,
+    typer.Option(help="Pack text into sequences of one length, or make each file, line or array row a row of its own."),
+]
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Chunk = Annotated[
     int | None,
@@ -99,6 +103,7 @@ def text_of(
     seed: int,
     batch_size: int = 1,
     chunk: int | None = None,
+    pack: bool = True,
 ) -> Text:
     """Which text the options name; none of it is read yet."""
     from moekern.data.sources import sources_of
@@ -113,6 +118,7 @@ def text_of(
         batch_size=batch_size,
         chunk=chunk,
         seed=seed,
+        pack=pack,
     )
 
 

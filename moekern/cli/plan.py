@@ -93,6 +93,7 @@ def plan(
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
     from moekern.cli.pipeline import statistics_of
+    from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
     from moekern.router import parse_keep
@@ -115,6 +116,9 @@ def plan(
     plans = make_plans(statistics_of(statistics, criterion), options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
+    for name, made in plans.items():
+        for line in remarks(made):
+            say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
     result(document, lambda: show_plans(plans, paths))

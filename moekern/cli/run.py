@@ -18,6 +18,7 @@ from moekern.cli.options import (
     Keep,
     Model,
     MtpOption,
+    Pack,
     ProtectSuper,
     Revision,
     Seed,
@@ -46,6 +47,7 @@ def run(
     criterion: CriterionOption = "reap",
     tokens: Tokens = None,
     sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
     seed: Seed = 0,
@@ -63,6 +65,8 @@ def run(
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
+    from moekern.plan.document import Plan
+    from moekern.plan.provenance import remarks
     from moekern.pruning.work_folder import check_target
     from moekern.router import parse_keep
 
@@ -70,13 +74,15 @@ def run(
     if not pipeline.has_run(out):
         check_target(out)
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed)
+    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
         folder_of(model, revision), text, compute, out,
         criterion=chosen, keep=share, protect_super=protect_super,
         mtp=mtp.value if mtp else "prune", forward=forward,
     )  # fmt: skip
+    for line in remarks(Plan.load(done.plan)):
+        say(line)
     result(done.document(), lambda: show_run(done))
     if not done.verdict.good:
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ CHUNK_TOKENS = 2048  # of the sequences that are computed together, where nobody
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one domain and one length, without padding."""
+    """Sequences of one domain and one length: nothing is ever padded."""
 
     domain: str
     input_ids: Tensor  # [B, S] int64
@@ -60,14 +60,31 @@ def sequences_of(ids: np.ndarray, length: int, budget: int | None, rng: np.rando
     pieces = [ids[i * length : (i + 1) * length] for i in rng.permutation(whole)]
     if len(ids) - whole * length >= 2:
         pieces.append(ids[whole * length :])
+    return _within(pieces, budget)
+
+
+def rows_of(
+    documents: Iterable[np.ndarray], length: int, budget: int | None, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """The first `length` tokens of each document, drawn in a random order up to `budget` tokens in all.
+
+    Rows of one length follow one another, so that they can be computed together without padding. A document of less
+    than 2 tokens is left out.
+    """
+    rows = [document[:length] for document in documents if len(document) > 1]
+    drawn = _within([rows[i] for i in rng.permutation(len(rows))], budget)
+    return sorted(drawn, key=len, reverse=True)
+
+
+def _within(pieces: Iterable[np.ndarray], budget: int | None) -> list[np.ndarray]:
+    """The first of the pieces, up to `budget` tokens in all; the last is cut, to 2 tokens at least."""
     out: list[np.ndarray] = []
-    left = len(ids) if budget is None else budget
     for piece in pieces:
-        piece = piece[:left]
+        piece = piece[:budget]
         if len(piece) < 2:
             break
         out.append(piece)
-        left -= len(piece)
+        budget = None if budget is None else budget - len(piece)
     return out
 
 

@@ -56,14 +56,14 @@ def digest_of(path: Path) -> str | dict[str, str]:
     return {str(p.relative_to(path)): files.sha256(p) for p in files_of(path)}
 
 
-def domain_ids(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    parts = [np.asarray(ids, dtype=np.int64) for file in files_of(path) for ids in _documents(file, tokenizer)]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+def documents_of(path: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The token ids of each document: a text file, a line of JSONL, a row of an array."""
+    return [np.asarray(ids, dtype=np.int64) for file in files_of(path) for ids in _documents(file, tokenizer)]
 
 
 def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
     if file.suffix == ".npy":
-        yield _npy(file)
+        yield from _npy(file)
     elif file.suffix == ".jsonl":
         yield from _jsonl(file, tokenizer)
     else:
@@ -81,7 +81,7 @@ def _npy(file: Path) -> np.ndarray:
         raise InputError(f"{file}: not a readable .npy file of token ids")
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise InputError(f"{file}: expected integer token ids of shape [N] or [rows, N], got {ids.dtype} {ids.shape}")
-    return ids.reshape(-1).astype(np.int64)
+    return np.atleast_2d(ids).astype(np.int64)
 
 
 def _text(file: Path) -> str:

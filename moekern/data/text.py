@@ -19,6 +19,7 @@ class Text:
     batch_size: int = 1  # sequences that losses are computed of at a time
     chunk: int | None = None  # sequences that statistics are computed of, and added, at a time; None: 2048 tokens
     seed: int = 0
+    pack: bool = True  # documents one after another, cut to sequences; else a row each
 
     def read(self, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> TokenData:
         """The token batches for a checkpoint, by its tokenizer and within its vocabulary.
@@ -36,6 +37,7 @@ class Text:
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             chunk=self.chunk,
+            pack=self.pack,
             seed=self.seed,
             trust_remote_code=trust_remote_code,
         )

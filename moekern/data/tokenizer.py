@@ -21,10 +21,13 @@ SETTINGS_CAP, FILE_CAP = 4 << 20, 256 << 20  # bytes, where real ones have up to
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer, opened when the first text needs it."""
+    """The checkpoint's tokenizer, opened when the first text needs it.
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
-        self.folder, self.trust_remote_code = folder, trust_remote_code
+    With `ended`, a text ends with the end-of-text token that keeps it apart from the next.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool, *, ended: bool = True) -> None:
+        self.folder, self.trust_remote_code, self.ended = folder, trust_remote_code, ended
         self.loaded: Any = None
         self.templates: Templates | None = None
 
@@ -50,7 +53,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         tokenizer = self.get()
         ids = list(tokenizer(text, verbose=False)["input_ids"])
-        end = tokenizer.eos_token_id
+        end = tokenizer.eos_token_id if self.ended else None
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
     def chat(self, messages: Any) -> list[int]:

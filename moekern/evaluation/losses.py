@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
+from moekern.errors import InputError
 from moekern.model.compute import Compute
+from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.suspended import Pass
@@ -107,6 +109,10 @@ class _Compare(Pass[Task]):
             self.original = predicted
         assert self.original is not None
         found = _compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
+        if not all_finite(found):
+            if not bool(predicted.isnan().any()):
+                raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
+            raise NotFinite(len(self.layerwise.layers))
         key = task.name, task.batch.domain
         self.sums[key] = self.sums[key] + found if key in self.sums else found
 
@@ -123,6 +129,13 @@ class _Compare(Pass[Task]):
     def group(self, task: Task) -> int:
         return task.number
 
+    def name(self, task: Task) -> str:
+        plan = "the original" if task.plan is None else f"plan {task.name}"
+        return f"{plan}, domain {task.batch.domain}"
+
+    def held(self, layer: int) -> Sequence[int] | None:
+        return self.pruner.held.get(self.layerwise.moe_keys.get(layer, ""))
+
     def done(self, layer: int) -> None:
         self.applied.close()  # before the layer's weights go
         self.progress(layer + 1, len(self.layerwise.layers))
@@ -136,7 +149,9 @@ def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
     total = torch.zeros(4, dtype=torch.float64)
     for mine, theirs, ids in zip(predicted, original, wanted, strict=True):
         total[0] -= float(mine.gather(1, ids[:, None]).double().sum())
-        total[1] += float(F.kl_div(mine, theirs, reduction="none", log_target=True).sum(1).double().sum())
+        divergence = F.kl_div(mine, theirs, reduction="none", log_target=True)
+        impossible = theirs == -torch.inf  # tokens that a head masks add nothing
+        total[1] += float(divergence.masked_fill_(impossible, 0).sum(1).double().sum())
         total[2] += int((mine.argmax(1) == theirs.argmax(1)).sum())
         total[3] += len(ids)
     return total

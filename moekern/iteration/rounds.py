@@ -33,7 +33,7 @@ from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.choose import choose_top
 from moekern.plan.document import LayerPlan, Plan
-from moekern.plan.make import make_plan
+from moekern.plan.make import SETS, make_plan, ties_of
 from moekern.plan.provenance import Provenance
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
@@ -176,7 +176,9 @@ def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps
     chosen = {key: layers[key] for key in job.layout.layers}
     provenance = job.provenance.document({key: len(layer.keep) for key, layer in chosen.items()})
     rounds = [{key: list(keep) for key, keep in each.items()} for each in keeps]
-    return Plan(chosen, {**provenance, **job.measuring, "earlier_rounds": rounds})
+    ties = {} if job.criterion.kind in SETS else ties_of(chosen, job.layout.n_group)
+    more = {"ties": ties} if ties else {}
+    return Plan(chosen, {**provenance, **job.measuring, **more, "earlier_rounds": rounds})
 
 
 def _taken_over(job: Iteration, earlier: Sequence[Plan]) -> list[Keeps]:
@@ -249,11 +251,14 @@ class _Round(MeasuringPass):
 
     def between(self, layer: int) -> None:
         key = self.keys[layer]
-        self.finished(key, self.recorder.take(key, self.layerwise.layout.router.top_k))
+        self.finished(key, self.taken(layer))
         self.open.close()
         self.pruner.prune(key, self.plans[key].keep)
         # Watched the second time too, so that the experts are computed alike; what they add up is thrown away.
         self.watch(layer, self._recorder(self.layerwise, ()))
+
+    def held(self, layer: int) -> Sequence[int] | None:
+        return self.pruner.held.get(self.keys.get(layer, ""))
 
     def finished(self, key: str, sums: Sums) -> None:
         if key not in self.plans:

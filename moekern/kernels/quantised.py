@@ -8,7 +8,9 @@ tensors of a stack have the same leading E. Each function raises ValueError for 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +77,48 @@ def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) 
         block = (1 if S == R else max(R, 1), max(C, 1))
     _expect_blocks(op, "scale", (S, Q), (R, C), block)
     return Quantised(_bytes(codes), BYTES[weight.dtype], _scales(scales), None, None, block, R, C, stacked)
+
+
+def block_of(weight: Tensor, scale: Tensor, sizes: Sequence[tuple[int, int]] = ()) -> tuple[int, int] | None:
+    """The block of scales in a grid, for `scaled`, where a checkpoint names blocks of these sizes; None for scales of a
+    row or of the whole.
+
+    The shape decides: a grid that is the one of a size is that, [R, 1] otherwise rows. Where both are true they mean
+    the same. A grid of no size that is named is one of powers of two, or of equal parts; raises ValueError where it can
+    be neither.
+    """
+    if scale.ndim < 2:
+        return None
+    (R, C), (S, Q) = weight.shape, scale.shape
+    for size in sizes:
+        if (-(-R // size[0]), -(-C // size[1])) == (S, Q):
+            return size
+    if Q == 1 and S in (1, R):
+        return None
+    return sizes[0] if sizes else (_side(R, S), _side(C, Q))
+
+
+def block_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The sizes of blocks that a quantisation config names, as DeepSeek's FP8 and compressed-tensors' do."""
+    groups = config.get("config_groups")
+    found = [config.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    pairs = (pair for pair in found if isinstance(pair, (list, tuple)) and len(pair) == 2)
+    return [(a, b) for a, b in pairs if type(a) is int and type(b) is int and min(a, b) > 0]
+
+
+def _side(numbers: int, blocks: int) -> int:
+    """How long blocks are: the power of two that gives so many of them, of which there is one at most, or a part."""
+    if blocks < 2:
+        return max(numbers, 1)
+    near = 1 << max(0, -(-numbers // blocks) - 1).bit_length()  # the least that gives no more blocks
+    if -(-numbers // near) == blocks:
+        return near
+    if numbers % blocks:
+        raise ValueError(f"scale: {blocks} blocks of {numbers} numbers: config.json does not say how large they are")
+    return max(numbers // blocks, 1)
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Quantised:

@@ -22,6 +22,7 @@ from moekern.errors import InputError
 from moekern.files import scratch
 from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward, Store
+from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
 
@@ -72,8 +73,18 @@ def measure_gradients(
             else:
                 E = layerwise.layout.layers[key].num_experts
                 for domain, found in _layer(back, i, data, E, folder, in_memory):
+                    _check_finite(layerwise, i, domain, found)
                     add(key, domain, found)
             step()
+
+
+def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping[str, Tensor]) -> None:
+    """Raise InputError where gradients, or weights that they are multiplied by, are not finite."""
+    for name, value in found.items():
+        if not all_finite(value):
+            cause = layerwise.blamed(i) or "the gradients overflow, though weights and outputs are finite"
+            where = f"layer {layerwise.moe_keys[i]}, domain {domain}"
+            raise InputError(f"--tier gradient: {where}: {name} for {expert_list(wrong_experts(value))}: {cause}")
 
 
 def _layer(

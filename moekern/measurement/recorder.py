@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,10 @@ from moekern import kernels
 from moekern.errors import InputError
 from moekern.measurement.batch import BatchContext, Seen
 from moekern.measurement.tiers import TABLE, add_outliers, chosen_sets
+from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.statistics.layer import LayerStatistics, merge_rows
+
+MASKED = -1e4  # a logit that can be multiplied and added, and whose score is 0 in every type
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Recorder:
             key = (layer, context.domain)
             empty = int(((counted < 0) | (counted >= E)).sum())
             self.empty_slots[key] = self.empty_slots.get(key, 0) + empty
-        logits = None if seen.logits is None else seen.logits[:, :E].contiguous()
+        logits = None if seen.logits is None else _added_up(seen.logits[:, :E].contiguous())
         kernels.router_stats(
             logits, ids, gates, mask, sums.views(kernels.RouterSums), score=self.score, backend=self.backend
         )
@@ -68,10 +71,21 @@ class Recorder:
                 domains[domain] = replace(sums, coalitions=merge_rows(sums.coalitions, torch.cat(parts)))
         return domains
 
-    def take(self, layer: str, top_k: int) -> dict[str, LayerStatistics]:
+    def overflowing(self, layer: str) -> list[int]:
+        """The experts of a layer whose outputs are not finite, where their inputs are."""
+        found: set[int] = set()
+        for sums in self.sums.get(layer, {}).values():
+            if all_finite(sums.gate_sum) and all_finite(sums.entropy_sum):
+                found |= set(wrong_experts(sums.norm_sum))
+        return sorted(found)
+
+    def take(
+        self, layer: str, top_k: int, blamed: Callable[[], str | None] = lambda: None
+    ) -> dict[str, LayerStatistics]:
         """Domain -> the finished layer's sums, on the CPU; they are held here no longer.
 
-        Raises RuntimeError when a counted token was not seen with exactly K slots, InputError when sums overflowed.
+        Raises RuntimeError when a counted token was not seen with exactly K slots, and InputError for sums that are not
+        finite: it says which weight is `blamed`.
         """
         self.unite(layer)
         taken = {}
@@ -85,10 +99,8 @@ class Recorder:
                 )
             problem = s.problem(top_k)
             if problem:
-                raise InputError(
-                    f"layer {layer}, domain {domain}: {problem}: the model's numbers leave the range of its dtype; "
-                    "try another one (--dtype)"
-                )
+                reason = blamed() or "its numbers are infinite or too large to be added; try another type (--dtype)"
+                raise InputError(f"layer {layer}, domain {domain}: {problem}{_experts_of(s, problem)}: {reason}")
         return taken
 
     def _sums(self, layer: str, domain: str, num_experts: int, y: Tensor) -> LayerStatistics:
@@ -117,13 +129,28 @@ class OutlierRecorder(Recorder):
         add_outliers(seen, _mask(context, len(seen.ids)), first, first.outlier_sum)
         return super().measure(layer, seen, context)
 
-    def take(self, layer: str, top_k: int) -> dict[str, LayerStatistics]:
+    def take(
+        self, layer: str, top_k: int, blamed: Callable[[], str | None] = lambda: None
+    ) -> dict[str, LayerStatistics]:
         """The first pass's sums with the outliers. Raises RuntimeError when the model did not route as it did then."""
-        again, first = super().take(layer, top_k), self.first.pop(layer)
+        again, first = super().take(layer, top_k, blamed), self.first.pop(layer)
         for domain, sums in again.items():
             if not torch.equal(sums.count, first[domain].count.cpu()):
                 raise RuntimeError(f"layer {layer}, domain {domain}: the second pass did not route like the first")
         return first
+
+
+def _experts_of(sums: LayerStatistics, problem: str) -> str:
+    """Of which experts the field at fault is not finite."""
+    value = getattr(sums, problem.partition(":")[0])
+    if all_finite(value) or len(value) != sums.num_experts:
+        return ""
+    return f" for {expert_list(wrong_experts(value))}"
+
+
+def _added_up(logits: Tensor) -> Tensor:
+    """Logits [T, E] in which -inf, by which a router masks an expert, is MASKED."""
+    return logits.masked_fill(logits == -torch.inf, MASKED)
 
 
 def _mask(context: BatchContext, tokens: int) -> Tensor | None:

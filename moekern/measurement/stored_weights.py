@@ -13,7 +13,7 @@ from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised
-from moekern.kernels.quantised import awq, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from moekern.kernels.quantised import awq, block_of, block_sizes, gptq, mxfp4, nvfp4, pack_quantized, scaled
 from moekern.model.reader import read_experts
 
 Matrix = Tensor | Quantised
@@ -96,7 +96,7 @@ def _matrix(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Matrix | 
     if weight.dtype == torch.uint8 and scale is not None and "weight_scale_2" in parts:
         return nvfp4(weight, scale, parts["weight_scale_2"])
     if weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8) and scale is not None:
-        return scaled(weight, _unsigned(scale), _block(weight, scale, config))
+        return scaled(weight, _unsigned(scale), block_of(weight, scale, block_sizes(config)))
     return None
 
 
@@ -123,14 +123,3 @@ def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor]) -> Matri
 
 def _unsigned(scale: Tensor) -> Tensor:
     return scale if scale.ndim else scale.reshape(1)
-
-
-def _block(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block size of scales in a grid; None for scales of a row or of the whole."""
-    if scale.ndim < 2 or scale.shape[-1] == 1:
-        return None
-    size = config.get("weight_block_size")
-    if isinstance(size, list) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    (R, C), (S, Q) = weight.shape, scale.shape
-    return -(-R // S), -(-C // Q)

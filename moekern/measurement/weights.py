@@ -16,6 +16,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised
 from moekern.measurement.stored_weights import Matrix, projections
+from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.reader import read_tensors
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
@@ -68,6 +69,9 @@ def weigh_layer(
     if not number:
         raise InputError(f"{checkpoint.folder}: layer {layer.key}: its experts have no weights that moekern can read")
     router = _router(checkpoint, layer)
+    if not all_finite(router):
+        which = expert_list(wrong_experts(router))
+        raise InputError(f"{checkpoint.folder}: layer {layer.key}: {which}: rows of the router are not finite")
     return replace(
         LayerStatistics.zeros(E),
         weight_count=sums.count,

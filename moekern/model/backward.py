@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from moekern.errors import InputError
+from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.suspended import Pass
+from moekern.model.suspended import HIDDEN, Pass, hidden_of
 
 Task = TypeVar("Task")
-HIDDEN = "hidden_states"
 
 
 @dataclass
@@ -112,6 +112,8 @@ class _Forward(Pass[tuple[int, Task]]):
         number, batch = task
         try:
             total = self.loss(batch)
+            if not all_finite(total):
+                raise NotFinite(len(self.back.layerwise.layers))
             (gradient,) = torch.autograd.grad(total, self.leaves.pop(number))
         finally:
             torch.set_grad_enabled(False)
@@ -124,6 +126,9 @@ class _Forward(Pass[tuple[int, Task]]):
 
     def done(self, layer: int) -> None:
         self.progress(layer)
+
+    def name(self, task: tuple[int, Task]) -> str:
+        return f"the loss of {task[1]}"
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -202,11 +207,6 @@ def floats(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [found for each in value for found in floats(each)] if isinstance(value, (tuple, list)) else []
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states among what a decoder layer returns."""
-    return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
 
 
 class _Place:

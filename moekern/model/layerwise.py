@@ -15,10 +15,11 @@ from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import InputError, first_line, raised_here
 from moekern.model.compute import Compute, check_device
+from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.suspended import Pass, run_suspended
-from moekern.model.transformers_api import Loader, layer_index, open_loader
+from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
 
 Task = TypeVar("Task")
 
@@ -68,7 +69,10 @@ class LayerwiseModel:
             raise InputError(f"{self.checkpoint.folder / CONFIG}: its model cannot compute: {reason}") from error
 
     def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
-        """Take all tasks through the model in one pass over its weights; see `run_suspended`."""
+        """Take all tasks through the model in one pass over its weights; see `run_suspended`.
+
+        Raises InputError for numbers that are not finite, naming the first layer where they are not and why.
+        """
         last = len(self.layers) if run.stop_after is None else run.stop_after + 1
         self.reader.start(0)
         try:
@@ -80,10 +84,32 @@ class LayerwiseModel:
                 unload=self._unload,
                 device=self.device,
             )
+        except NotFinite as found:
+            raise self._refusal(found, run) from None
         finally:
             self.reader.cancel()
             for layer in self.layers:
                 drop(layer)
+
+    def blamed(self, layer: int, held: Sequence[int] | None = None) -> str | None:
+        """Which weight of a decoder layer that is loaded is not finite, in words; None where all are finite.
+
+        `held` are the original numbers of the experts that it has now (None: all).
+        """
+        key, module = self.moe_keys.get(layer), self.layers[layer]
+        every = range(self.layout.layers[key].num_experts) if key is not None else ()
+        return blamed_weight(module, router_modules(module, self.model), every if held is None else held)
+
+    def _refusal(self, found: NotFinite, run: Pass[Any]) -> InputError:
+        """The error for numbers that are not finite, while the weights are there that may have made them so."""
+        layer, of, dtype = found.layer, run.name(found.task), self.loader.dtype
+        task = f"; seen in {of}" if of else ""
+        if not 0 <= layer < len(self.layers):
+            what = "the embeddings are" if layer < 0 else "the logits are"
+            cause = blamed_outside(self.model, self.layers_name, head=layer >= 0) or out_of_range(what, dtype)
+            return InputError(f"{self.checkpoint.folder}: {cause}{task}")
+        cause = self.blamed(layer, run.held(layer)) or out_of_range(f"{_outputs(run.overflowing(layer))} are", dtype)
+        return InputError(f"{self.checkpoint.folder}: layer {self.moe_keys.get(layer, layer)}: {cause}{task}")
 
     def visit(self, order: Sequence[int]) -> Iterator[int]:
         """Fill these decoder layers in this order, one at a time; each is dropped when the next one is asked for."""
@@ -115,6 +141,10 @@ class LayerwiseModel:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {prefix}{name}")
+
+
+def _outputs(experts: Sequence[int]) -> str:
+    return f"{expert_list(experts)}: outputs" if experts else "hidden states"
 
 
 @contextmanager

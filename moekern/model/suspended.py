@@ -15,10 +15,13 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from moekern.model.finite import NotFinite, all_finite
+
 Task = TypeVar("Task")
 BEFORE = -1  # the stretch up to the first layer's door
 DONE = -2
 HALFWAY = -3  # a layer that runs twice has run once
+HIDDEN = "hidden_states"
 
 
 class _Stopped(Exception):
@@ -52,6 +55,20 @@ class Pass(Generic[Task]):
         """Before the last layer, tasks run in this order; through it and what follows, as they were given."""
         return 0
 
+    # For the refusal of hidden states that are not finite: what is said of the layer behind which they are not.
+
+    def name(self, task: Task) -> str:
+        """What the task computes, in words."""
+        return ""
+
+    def held(self, layer: int) -> Sequence[int] | None:
+        """The original numbers of the experts that a layer has now; None where all are there."""
+        return None
+
+    def overflowing(self, layer: int) -> Sequence[int]:
+        """The experts (as `held` numbers them) whose outputs are not finite though their inputs are, where seen."""
+        return ()
+
 
 def run_suspended(
     layers: Sequence[nn.Module],
@@ -65,7 +82,8 @@ def run_suspended(
     """Take every task through `run.forward`, all of them in step, layer by layer.
 
     `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left. Tasks' hidden
-    states wait on the CPU when `device` is another one.
+    states wait on the CPU when `device` is another one. Raises NotFinite, with the weights of the layer still there,
+    for hidden states that hold NaN or infinities.
     """
     last = len(layers) - 1 if run.stop_after is None else run.stop_after
     waiting: list[tuple[Task, greenlet]] = []
@@ -74,17 +92,17 @@ def run_suspended(
             for task in tasks:
                 lane = greenlet(_body(run.forward))
                 waiting.append((task, lane))
-                _check_step(_resume(lane, run.entering(task, BEFORE), task), 0, task)
+                _check_step(_resume(lane, run, task, BEFORE, task), 0, task)
             grouped = sorted(waiting, key=lambda each: run.group(each[0]))
             for i in range(last + 1):
                 load(i)
                 run.loaded(i)
                 if i in run.twice:
                     for task, lane in waiting:
-                        _check_step(_resume(lane, run.entering(task, i)), HALFWAY, task)
+                        _check_step(_resume(lane, run, task, i), HALFWAY, task)
                     run.between(i)
                 for task, lane in waiting if i == last else grouped:
-                    _check_step(_resume(lane, run.entering(task, i)), DONE if i == last else i + 1, task)
+                    _check_step(_resume(lane, run, task, i), DONE if i == last else i + 1, task)
                 run.done(i)
                 unload(i)
     finally:
@@ -102,9 +120,13 @@ def _body(forward: Callable[[Task], None]) -> Callable[[Task], int]:
     return body
 
 
-def _resume(lane: greenlet, context: AbstractContextManager[Any], *args: Any) -> int:
-    with context:
-        return int(lane.switch(*args))
+def _resume(lane: greenlet, run: Pass[Task], task: Task, layer: int, *args: Any) -> int:
+    try:
+        with run.entering(task, layer):
+            return int(lane.switch(*args))
+    except NotFinite as found:
+        found.task = task
+        raise
 
 
 def _check_step(got: int, expected: int, task: object) -> None:
@@ -133,7 +155,7 @@ class _Doors:
             )
         ]
         for i in self.twice:
-            self.layers[i].forward = self._two_runs(self.layers[i].forward)
+            self.layers[i].forward = self._two_runs(i, self.layers[i].forward)
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
@@ -141,11 +163,11 @@ class _Doors:
         for i in self.twice:
             del self.layers[i].forward
 
-    def _two_runs(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _two_runs(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The first run gets copies, since layers may change what they are given; its output is dropped."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            forward(*_copied(args, self.device), **_copied(kwargs, self.device))
+            _check_finite(forward(*_copied(args, self.device), **_copied(kwargs, self.device)), i)
             self.main.switch(HALFWAY)
             if self.device is not None:
                 args, kwargs = _all_moved(args, kwargs, self.device)
@@ -155,6 +177,8 @@ class _Doors:
 
     def _before(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if i == 0:
+                _check_finite(kwargs.get(HIDDEN, args[0] if args else None), BEFORE)
             self.main.switch(i)
             if self.device is None or i in self.twice:
                 return None
@@ -164,6 +188,7 @@ class _Doors:
 
     def _after(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            _check_finite(output, i)
             if i == self.stop_after:
                 raise _Stopped
             if self.device is None or i + 1 == len(self.layers):
@@ -172,6 +197,16 @@ class _Doors:
             return tuple(_moved(o, cpu) for o in output) if isinstance(output, tuple) else _moved(output, cpu)
 
         return hook
+
+
+def _check_finite(output: Any, layer: int) -> None:
+    if not all_finite(hidden_of(output)):
+        raise NotFinite(layer)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a decoder layer returns."""
+    return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
 
 
 def _copied(value: Any, device: torch.device | None) -> Any:

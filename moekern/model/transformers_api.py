@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,9 +37,12 @@ from moekern.architectures.config_keys import check_sizes
 from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
+from moekern.kernels.dequantize import dequantize
+from moekern.kernels.quantised import E8M0, block_of, block_sizes, scaled
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 grouped_linear = _grouped_linear
 EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
 
@@ -53,6 +56,7 @@ class Loader:
     names: Mapping[str, Tensor]  # the model's own state dict: what a renamed key must be found in
     dtype: torch.dtype
     quantizer: Any | None
+    blocks: Sequence[tuple[int, int]] = ()  # of the scales of FP8 weights, as config.json names them
 
     def model_key(self, key: str) -> str | None:
         """The model's name for a checkpoint key (of the first target, where one key fills several); None if unknown."""
@@ -104,13 +108,34 @@ class Loader:
             weight_mapping=copy.deepcopy(self.mapping),
         )
         with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, self._without_cut_blocks(tensors), config)
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys, key=str)[0]
             raise InputError(f"{name}: the checkpoint holds shape {tuple(got)}, config.json implies {tuple(expected)}")
         if info.conversion_errors:
             name, reason = sorted(info.conversion_errors.items())[0]
             raise InputError(f"{name}: transformers could not convert it: {str(reason).splitlines()[0]}")
+
+    def _without_cut_blocks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same with FP8 weights dequantised whose last blocks are cut short, as those of 576 rows in blocks of 128.
+
+        transformers takes blocks for equal parts: where that is no whole number it refuses, else it misplaces them.
+        """
+        found = dict(tensors)
+        for name, scale in tensors.items():
+            key = name.removesuffix("_scale_inv")
+            weight = tensors.get(key)
+            if key == name or weight is None or weight.dtype not in FLOAT8 or weight.ndim != 2 or scale.ndim != 2:
+                continue
+            try:
+                block = block_of(weight, scale, self.blocks)
+                if block is not None and any(n > b and n % b for n, b in zip(weight.shape, block, strict=True)):
+                    exponents = scale.view(E8M0) if scale.dtype == torch.uint8 else scale
+                    found[key] = dequantize(scaled(weight, exponents, block), self.dtype)
+                    del found[name]
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from error
+        return found
 
 
 def loader_of(model: PreTrainedModel) -> Loader:
@@ -133,7 +158,7 @@ def open_loader(
     source = str(folder / CONFIG)
     check_sizes(read_json(folder / CONFIG), source)
     try:
-        config, quantizer, cls = _read_config(folder, trust_remote_code)
+        config, quantizer, blocks, cls = _read_config(folder, trust_remote_code)
         wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     except InputError:
         raise
@@ -149,23 +174,27 @@ def open_loader(
         except Exception as error:
             raise InputError(f"{source}: no model can be built from it: {first_line(error)}") from error
         mapping = get_model_conversion_mapping(model, None, quantizer)
-        return Loader(model, mapping, model.state_dict(), wanted, quantizer)
+        return Loader(model, mapping, model.state_dict(), wanted, quantizer, blocks)
 
     loader = build(copy.deepcopy(config))
     return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any | None, type[PreTrainedModel]]:
-    """The config as transformers reads it, the quantizer that makes plain weights of stored ones, the model class."""
+def _read_config(
+    folder: Path, trust_remote_code: bool
+) -> tuple[Any, Any | None, list[tuple[int, int]], type[PreTrainedModel]]:
+    """The config as transformers reads it, the quantizer that makes plain weights of stored ones, the blocks of their
+    scales, the model class."""
     with _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     quantization = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(decoder=True), "quantization_config", None
     )
-    quantizer = None
+    quantizer, blocks = None, list[tuple[int, int]]()
     if quantization is not None:
+        blocks = block_sizes(quantization if isinstance(quantization, dict) else vars(quantization))
         quantizer, config, _ = get_hf_quantizer(config, _dequantized(folder, quantization), {"": "cpu"}, True, {})
-    return config, quantizer, _model_class(config, trust_remote_code)
+    return config, quantizer, blocks, _model_class(config, trust_remote_code)
 
 
 def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, tensors: int) -> None:

@@ -34,6 +34,28 @@ def choose_top(
     return tuple(sorted(chosen))
 
 
+def tied(
+    scores: Sequence[float],
+    keep: Collection[int],
+    *,
+    groups: int = 1,
+    protected: Collection[int] = (),
+    drop_first: Collection[int] = (),
+) -> int:
+    """How many experts have the score at which `choose_top` ends, where it kept some of them and dropped others.
+
+    Their numbers, and not their scores, decided; 0 where no score is on both sides.
+    """
+    size, found = len(scores) // groups, 0
+    for start in range(0, len(scores), size):
+        group = range(start, start + size)
+        kept = [scores[e] for e in group if e in keep and e not in protected]
+        dropped = [scores[e] for e in group if e not in keep and e not in drop_first]
+        if kept and dropped and min(kept) in dropped:
+            found += kept.count(min(kept)) + dropped.count(min(kept))
+    return found
+
+
 def check_protected(experts: int, kept: int, groups: int, protected: Collection[int], where: str) -> None:
     """Raise InputError when a group has more protected experts than places."""
     quota, size = kept // groups, experts // groups

@@ -20,7 +20,7 @@ from moekern.plan.budgets import (
     uniform_count,
     waterfill,
 )
-from moekern.plan.choose import check_protected, choose_top
+from moekern.plan.choose import check_protected, choose_top, tied
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.plan.provenance import Provenance
@@ -29,6 +29,8 @@ from moekern.router import Router, count_problem
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import router_of
 from moekern.statistics.layer import LayerStatistics
+
+SETS = ("selector", "domains")  # kinds of criteria that choose sets: scores of single experts do not rank them
 
 Layers = Mapping[str, "Scored"]
 
@@ -87,8 +89,19 @@ def make_plan(
         marked=marked.provenance,
         targets=targets,
     ).document(counts)
-    given = {"mtp": mtp, "fit": None if fit is None else dict(fit)}
+    ties = {} if chosen.kind in SETS else ties_of(plans, router.n_group, marked)
+    given = {"mtp": mtp, "fit": None if fit is None else dict(fit), "ties": ties or None}
     return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
+
+
+def ties_of(plans: Mapping[str, LayerPlan], groups: int, marked: Marks | None = None) -> dict[str, int]:
+    """Layer key -> the experts that tie where its choice ends, for the layers where any do; see `tied`."""
+    found = {}
+    for key, layer in plans.items():
+        kept, dropped = (marked.kept[key], marked.drop_first[key]) if marked else ((), ())
+        if layer.scores is not None:
+            found[key] = tied(layer.scores, layer.keep, groups=groups, protected=kept, drop_first=dropped)
+    return {key: experts for key, experts in found.items() if experts}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,32 @@ from typing import Any
 
 from moekern.plan.budgets import Budget
 from moekern.plan.choose import TIE
-from moekern.plan.document import NONUNIFORM
+from moekern.plan.document import NONUNIFORM, Plan
 from moekern.plan.targets import Target
+from moekern.router import keep_note
 from moekern.version import __version__
+
+NAMED = 8  # layers that a remark names
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What a person should know of a plan that moekern made, a line each: another number than asked for, and ties."""
+    found, told = [], plan.provenance
+    if isinstance(told["kept"], int):
+        found.append(keep_note(told["keep"], told["kept"], told["num_experts"]))
+    ties: Mapping[str, int] = told.get("ties", {})
+    alike = [key for key, experts in ties.items() if experts == len(plan.layers[key].scores or ())]
+    found.append(_tie_note("all scores are equal", alike, len(plan.layers)))
+    some = [key for key in ties if key not in alike]
+    found.append(_tie_note("experts tie where the choice ends", some, len(plan.layers)))
+    return [line for line in found if line is not None]
+
+
+def _tie_note(what: str, keys: Sequence[str], layers: int) -> str | None:
+    if not keys:
+        return None
+    shown = ", ".join(keys[:NAMED]) + (" and others" if len(keys) > NAMED else "")
+    return f"{what} in {len(keys)} of {layers} layers ({shown}): the lowest expert numbers stay"
 
 
 @dataclass(frozen=True)

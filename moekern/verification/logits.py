@@ -15,6 +15,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch
 from moekern.model.compute import Compute
+from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
 from moekern.model.suspended import Pass
@@ -81,12 +82,12 @@ def random_batches(vocab_size: int, *, sequences: int = 4, length: int = 64, see
 def _verdict(masked: list[Tensor], pruned: list[Tensor], dtype: torch.dtype) -> ForwardVerdict:
     differences, agreed, tokens = [], 0, 0
     for a, b in zip(masked, pruned, strict=True):
-        differences.append(float((a - b).abs().max()))
+        differences.append(float((a - b).masked_fill_(a == b, 0).abs().max()))  # where both are -inf too
         agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
         tokens += a[..., 0].numel()
     return ForwardVerdict(
         max_difference=max(differences),
-        logit_std=float(torch.cat([a.flatten() for a in masked]).std()),
+        logit_std=float(torch.cat([a[a.isfinite()] for a in masked]).std()),
         top1_agreement=agreed / tokens,
         tokens=tokens,
         dtype=str(dtype).removeprefix("torch."),
@@ -121,7 +122,13 @@ class _Masked(Pass[MaskedTask]):
         self.layerwise, self.taken, self.progress = layerwise, taken, progress
 
     def forward(self, task: MaskedTask) -> None:
-        self.taken(task, self.layerwise.compute(task.batch).logits)
+        logits = self.layerwise.compute(task.batch).logits
+        if not bool(logits.max() < torch.inf):  # NaN is not, either; a head may mask tokens by -inf
+            raise NotFinite(len(self.layerwise.layers))
+        self.taken(task, logits)
+
+    def name(self, task: MaskedTask) -> str:
+        return f"the {task.name} model"
 
     def entering(self, task: MaskedTask, layer: int) -> AbstractContextManager[Any]:
         model, key = self.layerwise, self.layerwise.moe_keys.get(layer)

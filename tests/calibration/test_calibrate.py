@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.helpers import families
 from tests.helpers.threads import using_threads
 
 MakeCheckpoint = Callable[[str], Path]
+FLOAT32 = Compute(dtype="float32")
 
 
 def _data(name: str, *seeds: int, domain: str = "text") -> TokenData:
@@ -193,14 +195,52 @@ def test_batches_and_threads_change_no_byte(dtype: str, tmp_path: Path) -> None:
     """The whole file, on the model that ships, of every tier but the one whose bits hold for one number of threads."""
     tiers = [tier for tier in TIERS if tier != "gradient"]
     text = Text((f"c={TEXT / 'c' / 'calibration.txt'}", f"de={TEXT / 'german' / 'calibration.txt'}"), 1300, 64)
-    checkpoint, files = open_checkpoint(MODEL), []
-    for size, threads in ((1, 1), (2, 2), (4, 1), (7, 4)):
-        data = replace(text, batch_size=size).read(checkpoint)
-        with using_threads(threads):
-            out = tmp_path / f"{size}-{threads}"
-            calibrate(checkpoint, data, Compute(dtype=dtype), tiers=tiers, replay_tokens=40, out=out)
-        files.append(out.read_bytes())
+    files = _files(text, tmp_path, ((1, 1), (2, 2), (4, 1), (7, 4)), tiers, dtype)
     assert all(file == files[0] for file in files)
+
+
+def test_nor_where_rows_have_lengths_of_their_own(tmp_path: Path) -> None:
+    whole = (TEXT / "c" / "calibration.txt").read_text()
+    lines = [whole[at : at + 60 + at // 9 % 190] for at in range(0, 3000, 250)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    text = Text((f"c={tmp_path / 'c.jsonl'}",), 600, 64, pack=False)
+    files = _files(text, tmp_path, ((1, 1), (7, 4)), ["dimensions", "reap"], "float32")
+    assert files[0] == files[1]
+
+
+def _files(text: Text, folder: Path, runs: Sequence[tuple[int, int]], tiers: Sequence[str], dtype: str) -> list[bytes]:
+    """Statistics of the model that ships, by batches of so many sequences and with so many threads."""
+    files = []
+    for size, threads in runs:
+        data, out = replace(text, batch_size=size).read(open_checkpoint(MODEL)), folder / f"{size}-{threads}"
+        with using_threads(threads):
+            calibrate(MODEL, data, Compute(dtype=dtype), tiers=tiers, replay_tokens=40, out=out)
+        files.append(out.read_bytes())
+    return files
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next", "bailing_hybrid"])
+def test_rows_of_their_own_are_measured_as_if_alone(
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """No row sees another, nor any padding: also where a layer hands a state from token to token."""
+    lengths = (40, 7, 33, 7, 12, 33, 60, 2)
+    lines = [families.input_ids(name, 1, length, seed)[0].tolist() for seed, length in enumerate(lengths)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
+    checkpoint = open_checkpoint(family_checkpoint(name))
+    text = Text((f"text={tmp_path / 't.jsonl'}",), sequence_length=33, chunk=4, pack=False)
+    with using_threads(1):
+        found = [calibrate(checkpoint, replace(text, batch_size=n).read(checkpoint), FLOAT32) for n in (1, 5)]
+    with using_threads(1), observe(whole_model(name)) as alone:
+        for line in lines:
+            families.forward(whole_model(name), torch.tensor([line[:33]]))
+    for key in alone.layers:
+        assert _differences(found[0].layer(key), found[1].layer(key)) == []
+        a, b = found[0].layer(key), alone.layer(key)
+        assert int(a.tokens) == sum(min(33, length) for length in lengths)
+        assert torch.equal(a.count, b.count)
+        for field in ("gate_sum", "norm_sum", "gated_norm_sum", "pair_sum", "max_abs"):
+            torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_are_taken_by_sequence_whatever_the_batches(tmp_path: Path) -> None:
@@ -231,9 +271,9 @@ def test_a_layers_sums_leave_when_it_is_done(
     held: list[tuple[str, int]] = []
     take = Recorder.take
 
-    def taken(self: Recorder, layer: str, top_k: int) -> Any:
+    def taken(self: Recorder, layer: str, *more: Any) -> Any:
         held.append((layer, len(self.sums)))
-        return take(self, layer, top_k)
+        return take(self, layer, *more)
 
     monkeypatch.setattr(Recorder, "take", taken)
     calibrate(family_checkpoint("qwen3_moe"), _data("qwen3_moe", 1))

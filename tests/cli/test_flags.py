@@ -26,6 +26,7 @@ calibrate
   --out required
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
   --seed = 0
@@ -91,6 +92,7 @@ iterate
   --domain* = None
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
   --seed = 0
@@ -144,6 +146,7 @@ evaluate
   PLANS* = None
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --batch-size = 1
   --seed = 0
   --device = cpu
@@ -159,6 +162,7 @@ run
   --criterion = reap
   --tokens = None
   --sequence-length = 2048
+  --pack/--no-pack = True
   --chunk = None
   --batch-size = None
   --seed = 0

@@ -241,3 +241,22 @@ def test_wrong_input_ends_in_one_line_and_writes_nothing(case: str, work: Path, 
     assert lines[0].startswith("moekern: ")
     assert message in lines[0]
     assert contents(tmp_path) == before
+
+
+def test_what_a_plan_could_not_do_is_said(work: Path, tmp_path: Path) -> None:
+    """By `plan`, `iterate` and `run`, as a line and, where programs read, as a note and a key of the plan."""
+    (tmp_path / "same.py").write_text("import torch\n\n\ndef same(s):\n    return torch.ones(s.num_experts).double()\n")
+    same, statistics = f"{tmp_path / 'same.py'}:same", work / "s.safetensors"
+    done = moekern("plan", statistics, "--keep", "0.5", "--criterion", same, "--out", tmp_path / "p.json")
+    assert "all scores are equal in 4 of 4 layers (0, 1, 2, 3)" in " ".join(done.stderr.split())
+    told = document("plan", statistics, "--keep", "0.5", "--criterion", same, "--out", tmp_path / "q.json")
+    assert told["ties"] == {str(i): 8 for i in range(4)}
+    data = ("--data", f"a={work / 'a.npy'}", "--sequence-length", 30)
+    for n, command in enumerate((
+        ("plan", statistics, "--out", tmp_path / "all.json"),
+        ("iterate", work / "model", *data, "--out", tmp_path / "iterated.json"),
+        ("run", work / "model", *data, "--no-forward", "--out", tmp_path / "out"),
+    )):  # fmt: skip
+        done = moekern(*command, "--keep", "0.95")
+        assert done.returncode == 0, (n, done.stderr)
+        assert "7.6 of 8 experts is rounded to all of them: nothing is dropped" in " ".join(done.stderr.split())

@@ -165,7 +165,7 @@ def test_sums_that_are_not_finite_stop_the_run() -> None:
     assert list(recorder.take("3", top_k)) == ["a"]
     sums.norm_sum[1] = float("inf")
     recorder.sums = {"3": {"a": sums}}
-    with pytest.raises(InputError, match="layer 3, domain a: norm_sum: not finite.*--dtype"):
+    with pytest.raises(InputError, match="layer 3, domain a: norm_sum: not finite for expert 1: .*--dtype"):
         recorder.take("3", top_k)
 
 

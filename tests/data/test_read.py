@@ -73,6 +73,36 @@ def test_budgets_are_met_and_no_token_is_used_twice(
     assert all(b.input_ids.shape[0] <= batch for b in data.batches)
 
 
+def test_without_packing_each_document_is_a_row(tmp_path: Path) -> None:
+    lines = [list(range(start, start + size)) for start, size in ((0, 7), (10, 3), (20, 40), (60, 1), (70, 3), (80, 7))]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
+    np.save(tmp_path / "ids.npy", np.arange(100, 112).reshape(3, 4))
+    data = read_data([f"d={tmp_path}"], tmp_path, sequence_length=8, batch_size=2, pack=False)
+    want = [line[:8] for line in lines if len(line) > 1] + [list(range(n, n + 4)) for n in (100, 104, 108)]
+    assert sorted(_rows(data)) == sorted(want)
+    assert [tuple(b.input_ids.shape) for b in data.batches] == [(1, 8), (2, 7), (2, 4), (1, 4), (2, 3)]
+    assert data.recipe["pack"] is False
+    assert data.chunk == data.recipe["chunk"] == 2048 // 8
+    assert "pack" not in read_data([f"d={tmp_path}"], tmp_path, sequence_length=8).recipe
+    some = [read_data([f"d={tmp_path}"], tmp_path, tokens=13, sequence_length=8, pack=False, seed=s) for s in (0, 0, 1)]
+    assert _rows(some[0]) == _rows(some[1]) != _rows(some[2])
+    for few in some:
+        assert 12 <= sum(few.tokens.values()) <= 13
+        assert all(any(row == line[: len(row)] for line in want) for row in _rows(few))
+
+
+def test_a_row_of_its_own_has_no_end_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Experts can go."}) + "\n" + json.dumps({"text": "Or stay."}))
+    packed, rows = (_rows(read_data([str(tmp_path / "a.jsonl")], MODEL, pack=pack)) for pack in (True, False))
+    assert sum(map(len, packed)) == sum(map(len, rows)) + 2
+    ends = set(packed[0]) - {i for row in rows for i in row}
+    assert len(ends) == 1
+    (tmp_path / "short.jsonl").write_text(json.dumps({"input_ids": [1]}) + "\n" + json.dumps({"input_ids": [2]}))
+    assert _rows(read_data([str(tmp_path / "short.jsonl")], MODEL)) == [[1, 2]]
+    with pytest.raises(InputError, match="holds no text"):
+        read_data([str(tmp_path / "short.jsonl")], MODEL, pack=False)
+
+
 def test_another_seed_draws_other_sequences(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(1000))
     first, second = (

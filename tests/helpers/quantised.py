@@ -31,27 +31,28 @@ def _bfloat16(tensor: Tensor) -> Tensor:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
-def _fp8_blocks(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Projections as float8_e4m3 with a scale for every block of 16 x 16, other tensors as bfloat16."""
+def _fp8_blocks(name: str, tensor: Tensor, block: int) -> dict[str, Tensor]:
+    """Projections as float8_e4m3 with a scale for every block, other tensors as bfloat16."""
     if not name.endswith("_proj.weight") and ".experts." not in name:
         return {name: _bfloat16(tensor)}
-    rows, columns = (-(-n // BLOCK) for n in tensor.shape)
-    padded = torch.zeros(rows * BLOCK, columns * BLOCK)
+    rows, columns = (-(-n // block) for n in tensor.shape)
+    padded = torch.zeros(rows * block, columns * block)
     padded[: tensor.shape[0], : tensor.shape[1]] = tensor
-    blocks = padded.view(rows, BLOCK, columns, BLOCK)
+    blocks = padded.view(rows, block, columns, block)
     scale = blocks.abs().amax((1, 3)) / 448
     values = (blocks / scale[:, None, :, None]).reshape(padded.shape)[: tensor.shape[0], : tensor.shape[1]]
     return {name: values.to(torch.float8_e4m3fn).contiguous(), f"{name}_scale_inv": scale}
 
 
-def fp8(source: Path, target: Path) -> Path:
+def fp8(source: Path, target: Path, block: int = BLOCK) -> Path:
     quantization = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
+        "weight_block_size": [block, block],
         "modules_to_not_convert": ["lm_head"],
     }
-    return rewrite(source, target, _fp8_blocks, quantization_config=quantization)
+    change = lambda name, tensor: _fp8_blocks(name, tensor, block)  # noqa: E731
+    return rewrite(source, target, change, quantization_config=quantization)
 
 
 def mxfp4(source: Path, target: Path) -> Path:

@@ -17,6 +17,7 @@ from moekern.cli import console
 from moekern.cli.app import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
+from moekern.kernels.quantised import block_of, block_sizes
 from moekern.measurement.weights import weigh
 from moekern.plan.document import Plan
 from moekern.pruning.prune import prune
@@ -157,6 +158,61 @@ def test_each_quantised_layout_is_read_or_refused_by_name(layout: str, tmp_path:
     assert sums.weight_count.tolist() == [3 * 48 * 64] * 8
     assert len(set(sums.weight_abs_sum.tolist())) == 1
     assert sums.weight_abs_sum.min() > 0
+
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "deepseek": {"quant_method": "fp8", "weight_block_size": [16, 32]},
+    "compressed": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            "a": {"weights": {"num_bits": 8, "strategy": "channel", "block_structure": None}},
+            "b": {"weights": {"num_bits": 8, "strategy": "block", "block_structure": [16, 32]}},
+        },
+    },
+    "no size": {"quant_method": "fp8"},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_column_of_scales_is_of_blocks_or_of_rows_by_its_length(
+    config: str, blocks: bool, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """32 and 24 columns are one block of 32: a scale for 16 rows is told from one for each row."""
+
+    def quantised(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if ".experts." not in name:
+            return {name: tensor}
+        rows = 16 if blocks else 1
+        scale = 1 + torch.arange(-(-len(tensor) // rows)).float()[:, None]
+        values = (tensor / scale.repeat_interleave(rows, 0)[: len(tensor)]).to(torch.float8_e4m3fn)
+        return {name: values, f"{name}_scale{'_inv' if config == 'deepseek' else ''}": scale}
+
+    folder = rewrite(family_checkpoint("qwen3_moe"), tmp_path / "q", quantised, quantization_config=CONFIGS[config])
+    got, want = weigh(folder, costly=False), weigh(family_checkpoint("qwen3_moe"), costly=False)
+    for key in want.layers:
+        # three bits of mantissa: what is rounded either way adds up to far less than a wrong scale
+        torch.testing.assert_close(got.layer(key).weight_abs_sum, want.layer(key).weight_abs_sum, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("numbers", "blocks", "long"), [(192, 2, 128), (768, 6, 128), (96, 3, 32), (300, 100, 3)])
+def test_blocks_that_nothing_names_are_powers_of_two_or_equal_parts(numbers: int, blocks: int, long: int) -> None:
+    weight, scale = torch.empty(numbers, 64), torch.empty(blocks, 2)
+    assert block_of(weight, scale) == (long, 32)
+    assert block_of(weight.T, scale.T, block_sizes({"weight_block_size": [0, "x"]})) == (32, long)
+    with pytest.raises(ValueError, match="does not say how large"):
+        block_of(torch.empty(100, 64), torch.empty(60, 2))
+
+
+def test_a_router_that_is_no_numbers_is_refused(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    def spoil(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name == "model.layers.1.mlp.gate.weight":
+            tensor[3, 5] = torch.nan
+        return {name: tensor}
+
+    folder = rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
+    with pytest.raises(InputError, match="layer 1: expert 3: rows of the router are not finite"):
+        weigh(folder, costly=False)
 
 
 def test_weights_that_are_no_numbers_are_refused(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
@@ -32,8 +33,8 @@ FP8 = ("qwen3_moe", "deepseek_v3", "minimax_m2")
 @pytest.fixture(params=[*FP8, "gpt_oss"])
 def quantised(request: pytest.FixtureRequest, family_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     name: str = request.param
-    make = mxfp4 if name == "gpt_oss" else fp8
-    return make(family_checkpoint(name), tmp_path / name)
+    folder, source = tmp_path / name, family_checkpoint(name)
+    return mxfp4(source, folder) if name == "gpt_oss" else fp8(source, folder, block=4)
 
 
 def _whole(folder: Path) -> Any:
@@ -51,6 +52,35 @@ def test_streamed_logits_are_those_of_the_dequantised_model(quantised: Path) -> 
     with open_layerwise(checkpoint, find_layout(checkpoint)) as streamed:
         streamed.run([0], Given(lambda task: seen.append(streamed.compute(Batch("text", ids)).logits)))
     assert torch.equal(seen[0], families.forward(_whole(quantised), ids))
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_blocks_that_are_cut_short_are_where_they_belong(
+    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """24 rows in blocks of 16, and as 576 in blocks of 128 a number of rows that scales do not divide."""
+    folder = fp8(family_checkpoint(name), tmp_path / "fp8", block=7)
+    scales = {k: t for p in folder.glob("*.safetensors") for k, t in load_file(p).items() if k.endswith("_scale_inv")}
+
+    def dense(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if key in scales:
+            return {}
+        if f"{key}_scale_inv" in scales:
+            grid = scales[f"{key}_scale_inv"].repeat_interleave(7, 0).repeat_interleave(7, 1)
+            tensor = (tensor.float() * grid[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
+        return {key: tensor}
+
+    plain = rewrite(folder, tmp_path / "dense", dense)
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    seen: list[torch.Tensor] = []
+    for each in (folder, plain):
+        checkpoint, ids = open_checkpoint(each), families.input_ids(name)
+        with open_layerwise(checkpoint, find_layout(checkpoint)) as streamed:
+            run = streamed.compute
+            streamed.run([0], Given(lambda task, run=run: seen.append(run(Batch("text", ids)).logits)))  # noqa: B023
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_calibrated_pruned_and_verified(quantised: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """From statistics to a plan: provenance, domains, seeds, super experts."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,9 +8,12 @@ import torch
 from moekern import files
 from moekern.criteria import CRITERIA, criterion_named
 from moekern.errors import InputError
+from moekern.plan.budgets import Budget
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
+from moekern.plan.provenance import remarks
 from moekern.router import Router
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import router_of
@@ -154,3 +157,56 @@ def test_weights_are_planned_from_without_any_text() -> None:
     assert len(make_plan(statistics, "rank(aimer, rwn)", 2).layers["0"].keep) == 2
     with pytest.raises(InputError, match="layer 0: no token was routed to any expert"):
         make_plan(statistics, "rank(aimer, reap)", 2)
+
+
+def scored(scores, groups=1):
+    """Statistics of as many layers as rows, by which `usage` ranks experts like `scores`."""
+    layers = {}
+    for n, row in enumerate(scores):
+        sums = LayerStatistics.zeros(len(row))
+        count = torch.tensor(row)
+        layers[str(n)] = {"text": replace(sums, tokens=count.sum()[None], count=count)}
+    top = header(domains=["text"], tokens={"text": sum(scores[0])}, num_experts=len(scores[0]), top_k=1)
+    return Statistics(top | {"n_group": groups, "topk_group": groups}, layers)
+
+
+def test_a_choice_by_expert_number_is_said():
+    s = scored([[5, 5, 5, 5], [4, 1, 1, 3], [9, 2, 2, 0], [1, 2, 3, 4]])
+    plan = make_plan(s, "usage", 3)
+    assert plan.provenance["ties"] == {"0": 4, "1": 2}
+    assert remarks(plan) == [
+        "all scores are equal in 1 of 4 layers (0): the lowest expert numbers stay",
+        "experts tie where the choice ends in 1 of 4 layers (1): the lowest expert numbers stay",
+    ]
+    assert "ties" not in make_plan(scored([[1, 2, 3, 4]] * 2), "usage", 3).provenance
+    assert remarks(make_plan(scored([[1, 2, 3, 4]] * 2), "usage", 2)) == []
+
+
+def test_ties_are_looked_for_where_scores_decide():
+    s = scored([[7, 1, 1, 7]])
+    assert make_plan(s, "usage", 2).provenance.get("ties") is None
+    assert make_plan(scored([[7, 1, 1, 7]], groups=2), "usage", 2).provenance.get("ties") is None
+    assert make_plan(scored([[7, 7, 1, 7]], groups=2), "usage", 2).provenance["ties"] == {"0": 2}
+    protected = Guards(keep_always={"0": (2,)})
+    assert make_plan(s, "usage", 3, guards=protected).provenance.get("ties") is None  # 1 is dropped by its score
+    dropped = Guards(drop_first={"0": (0,)})
+    assert make_plan(s, "usage", 1, guards=dropped).provenance.get("ties") is None
+    assert make_plan(model_statistics(), "hope", 4).provenance.get("ties") is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "experts", "groups", "multiple_of", "line"),
+    [
+        (0.95, 8, 1, 1, "--keep 0.95: 7.6 of 8 experts is rounded to all of them: nothing is dropped"),
+        (0.65, 8, 4, 1, "--keep 0.65: 5.2 of 8 experts are asked for"),
+        (0.9, 8, 4, 1, "nothing is dropped"),
+        (7, 8, 1, 4, "--keep 7: 7 of 8 experts are asked for, 4 are kept"),
+        (0.6, 8, 1, 1, None),
+        (1.0, 8, 1, 1, None),
+        (8, 8, 1, 1, None),
+    ],
+)
+def test_another_number_than_was_asked_for_is_said(keep, experts, groups, multiple_of, line):
+    s = scored([list(range(1, experts + 1))], groups)
+    found = remarks(make_plan(s, "usage", keep, budget=Budget(multiple_of=multiple_of)))
+    assert (len(found) == 1 and line in found[0]) if line else not found
