@@ -41,7 +41,8 @@ def contents(folder: Path, shards: Collection[str], strays: Mapping[str, str]) -
     try:
         return _contents(folder, shards, strays)
     except OSError as error:
-        raise InputError(f"{folder}: {shown(error.filename)}: {error.strerror or error}") from error
+        where = os.path.relpath(error.filename, folder) if error.filename else "."
+        raise InputError(f"{folder}: {shown(where)}: {error.strerror or error}") from error
 
 
 def _contents(folder: Path, shards: Collection[str], strays: Mapping[str, str]) -> Contents:

@@ -221,7 +221,7 @@ def run_stages(
 
 def has_run(out: Path) -> bool:
     """Whether `run` may have made this target before it was stopped: its statistics are still beside it."""
-    return is_folder(out) and is_plain(work_path(out) / "statistics.safetensors")
+    return bool(out.name) and is_folder(out) and is_plain(work_path(out) / "statistics.safetensors")
 
 
 def earlier_statistics(

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
+from moekern.pruning.expert_lists import ExpertLists
 from moekern.pruning.prune import prune
 from moekern.verification.tensors import verify
 from tests.helpers.synthetic import EXPERTS, deepseek_v3, write
@@ -71,10 +74,17 @@ def test_where_all_layers_keep_the_same(tmp_path: Path) -> None:
     [
         ({"expert_bits": EACH}, "config.json: expert_bits: an entry for each expert, of which layers keep different"),
         ({"a": {"expert_map": [EACH] * 5}}, r"a.expert_map: 5 rows of an entry for each expert, which are no layers"),
-        ({"num_hidden_layers": EXPERTS, "expert_bits": EACH}, "expert_bits: there are as many experts as layers"),
     ],
 )
 def test_what_is_ambiguous_is_refused(tmp_path: Path, more: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         pruned(tmp_path, more, Plan({"1": LayerPlan(ONE), "2": LayerPlan(TWO)}))
     assert not (tmp_path / "out").exists()
+
+
+def test_entries_that_may_as_well_be_layers(tmp_path: Path) -> None:
+    config, tensors = deepseek_v3(mtp=False)
+    layout = find_layout(open_checkpoint(write(tmp_path / "in", {**config, "num_nextn_predict_layers": 0}, tensors)))
+    lists = ExpertLists("config.json", layout, {"1": ONE, "2": TWO}, num_layers=EXPERTS)
+    with pytest.raises(InputError, match="expert_bits: there are as many experts as layers"):
+        lists.cut({"expert_bits": EACH})
