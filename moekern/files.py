@@ -1,10 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, by one process at a time; names and places that are refused beforehand."""
 
+import errno
 import fcntl
-import glob
 import hashlib
 import os
 import secrets
+import shutil
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,44 +15,90 @@ from pathlib import Path
 from moekern.errors import InputError
 
 CHUNK = 1 << 20
+LOCK = "work.lock"  # in a work folder: `run` or `iterate` is at work
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def told(path: str | Path) -> Iterator[None]:
+    """What the system refuses meanwhile is told in one line that names `path`, and the file where it is another."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: not finished: {reason(error)}", kind="system") from error
+
+
+def reason(error: OSError) -> str:
+    """What the system says, with the file where it names one."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+@contextmanager
+def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Iterator[Path]:
     """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
 
-    Raises InputError when nothing can be made in the folder or `path` is itself a folder.
+    It is locked: a second process that is to write `path` meanwhile is refused. With `new`, `path` must not exist at
+    the end either. With `keep`, a whole file that cannot get its name stays, for `recovered`. Raises InputError for
+    that, where nothing can be made in the folder, and where `path` is itself a folder.
     """
     target = Path(path)
     check_place(target, "")
-    if target.is_dir():
+    if target.is_dir() and not new:
         raise InputError(f"{target}: is a folder; name a file")
-    _remove_stale(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    temporary, kept = temporary_path(target), False
+    with told(target):
+        handle = claimed(temporary, target)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield temporary
-        fsync(temporary)
+        with told(target):
+            yield temporary
+        try:
+            _give_name(handle, temporary, target, new)
+        except InputError as error:
+            kept = keep and is_still(handle, temporary)
+            if not kept:
+                raise
+            again = f"it is whole in {temporary}: run the same command again to go on"
+            raise InputError(f"{error}; {again}", error.kind) from error
+    finally:
+        if not kept:
+            _remove_claimed(handle, temporary)
+        os.close(handle)
+
+
+def _give_name(handle: int, temporary: Path, target: Path, new: bool) -> None:
+    with told(target):
+        os.fsync(handle)
+        if not is_still(handle, temporary):
+            raise InputError(f"{target}: not finished: {temporary} was removed or replaced while it was written")
+        if new:
+            check_new(target)
         temporary.replace(target)
         fsync(target.parent)
+
+
+@contextmanager
+def recovered(path: Path) -> Iterator[Path | None]:
+    """What `replacing` with `keep` has left of a new file, locked, or None. It gets its name when the block ends well
+    and has not removed it. Its contents are the caller's to check."""
+    temporary = temporary_path(path)
+    handle = open_plain(temporary, os.O_RDWR) if is_plain(temporary) else None
+    try:
+        if handle is None or not locked(handle) or not is_still(handle, temporary):
+            yield None
+            return
+        yield temporary
+        if is_still(handle, temporary):
+            _give_name(handle, temporary, path, new=True)
     finally:
-        os.close(handle)
-        temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove what processes that were killed have left of this file: temporaries that nobody has locked."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` beside `path`, fsync, rename."""
-    with replacing(path) as temporary:
+def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> None:
+    """Write `data` beside `path`, fsync, rename; with `new` as `replacing` has it."""
+    with replacing(path, new=new) as temporary:
         temporary.write_bytes(data)
 
 
@@ -57,25 +106,43 @@ def check_new(path: str | Path, flag: str = "--out", *, folder: bool = False, so
     """Raise InputError unless a new file, or folder, can be made at `path`, which `flag` gave. A link to nothing is
     something too. With `source`: unless `path` lies outside it. To be called before anything is measured or written."""
     target, what = Path(path), "folder" if folder else "file"
+    check_name(target, flag, what)
     if os.path.lexists(target):
         raise InputError(f"{flag} {target}: exists already; name a new {what} or remove it")
-    if target.name in ("", ".."):
-        raise InputError(f"{flag} {target}: names no new {what}")
     if source is not None and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{flag} {target}: lies inside the source {source}; name a {what} elsewhere")
     check_place(target, flag)
 
 
+def check_name(target: Path, flag: str = "--out", what: str = "file or folder") -> None:
+    """Raise InputError when a path ends in no name."""
+    if target.name in ("", ".."):
+        raise InputError(f"{flag} {target}: names no new {what}")
+
+
 def check_place(path: str | Path, flag: str = "--out") -> None:
-    """Raise InputError unless the folder of `path` is there and can be written to."""
+    """Raise InputError unless the folder of `path` is there and can be written to, and the name can be written and is
+    short enough for the names beside it."""
     target = Path(path)
     parent, name = target.parent, f"{flag} {target}".strip()
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name}: the name is not UTF-8; name another") from None
     if not os.path.isdir(parent):
         raise InputError(f"{name}: the folder {parent} does not exist; make it first")
+    longest = os.pathconf(parent, "PC_NAME_MAX") - len(temporary_path(Path("x")).name) + 1
+    if len(os.fsencode(target.name)) > longest:
+        raise InputError(f"{name}: the name is longer than {longest} bytes, and names beside it are longer still")
     if os.statvfs(parent).f_flag & os.ST_RDONLY:  # first, since nobody has permission there
         raise InputError(f"{name}: {parent} is on a file system that is mounted read-only")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{name}: no permission to write in {parent}")
+
+
+def temporary_path(target: Path) -> Path:
+    """The file in which `target` is written before it has its name."""
+    return target.with_name(f".{target.name}.moekern.tmp")
 
 
 def work_path(target: Path) -> Path:
@@ -87,21 +154,152 @@ def work_path(target: Path) -> Path:
 
 def check_work(target: Path) -> None:
     """Raise InputError when something else stands at the work folder's name: it is not followed, and not removed."""
+    check_name(target)
     work = work_path(target)
-    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
+    if os.path.lexists(work) and not is_folder(work):
         raise InputError(f"{work}: is no folder, and what is not done yet of {target} is kept there; move it away")
 
 
 @contextmanager
-def made_folder(path: Path) -> Iterator[None]:
-    """A folder for what the context makes; where that fails, it does not stay behind empty."""
-    path.mkdir(exist_ok=True)
+def working(target: Path) -> Iterator[Path]:
+    """The work folder of a target, where no other `run` or `iterate` is; removed at the end when nothing is in it."""
+    work = work_path(target)
+    check_work(target)
+    with told(work):
+        work.mkdir(exist_ok=True)
+        if is_plain(work / LOCK) and (work / LOCK).lstat().st_size:
+            raise InputError(f"{work / LOCK}: is no lock of moekern's, which are empty; move it away")
+        handle = claimed(work / LOCK, target)
     try:
-        yield
-    except BaseException:
+        yield work
+    finally:
+        _remove_claimed(handle, work / LOCK)
+        os.close(handle)
         with suppress(OSError):
-            path.rmdir()
+            work.rmdir()
+
+
+@contextmanager
+def scratch(folder: str | Path, kind: str) -> Iterator[Path]:
+    """A new folder `moekern-KIND-...` in `folder`, removed at the end; those that killed processes left go first."""
+    for path in Path(folder).glob(f"moekern-{kind}-????????"):
+        with suppress(OSError), _folder(path) as handle:
+            if os.fstat(handle).st_uid == os.getuid():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not even tried where there are no locks
+                shutil.rmtree(path)
+    path = Path(folder) / f"moekern-{kind}-{secrets.token_hex(4)}"
+    with told(path):
+        path.mkdir(mode=0o700)
+    try:
+        with _folder(path) as handle:
+            locked(handle)
+            yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def claimed(path: Path, target: Path) -> int:
+    """A new file that is locked for this process, open for writing, for what becomes `target`; what a killed process
+    left at its name is removed. Raises InputError when another process holds it, or it is no file of this program."""
+    while True:
+        with suppress(FileExistsError):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            if locked(handle) and is_still(handle, path):
+                return handle
+            os.close(handle)  # another took it for one that was left
+            time.sleep(0.01)
+            continue
+        if is_plain(path) and not remove_left(path):
+            raise InputError(f"{target}: another process is writing it, in {path}; wait for it or stop it")
+
+
+def remove_left(path: Path) -> bool:
+    """Remove the file of a process that was killed; False when a process still holds it."""
+    with suppress(FileNotFoundError):
+        handle = open_plain(path, os.O_RDONLY)
+        try:
+            if not locked(handle):
+                return False
+            _remove_claimed(handle, path)
+        finally:
+            os.close(handle)
+    return True
+
+
+def _remove_claimed(handle: int, path: Path) -> None:
+    if is_still(handle, path):
+        with suppress(OSError):
+            path.unlink()
+
+
+def locked(handle: int, how: int = fcntl.LOCK_EX) -> bool:
+    """Take a lock if it is free. Where the file system has no locks, everybody gets one."""
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def is_still(handle: int, path: Path) -> bool:
+    """False when what was opened no longer has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """A folder itself, no link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is there. Raises InputError for what this program never writes: a link, a pipe, a folder, ..."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: a link, pipe or other thing that moekern did not write stands there; move it away")
+    return True
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Open a file of this program's: without following a link or waiting at a pipe; to write, only one that has no
+    second name elsewhere. Raises InputError for anything else."""
+    is_plain(path)
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise InputError(f"{path}: was replaced by a link, a pipe or a folder; move it away") from error
         raise
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or (flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1):
+        os.close(handle)
+        raise InputError(f"{path}: is a pipe, or has a second name elsewhere (a hard link); move it away")
+    return handle
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a file of this program's, opened as open_plain does."""
+    with open(open_plain(path, os.O_RDONLY), "rb") as file:
+        return file.read()
 
 
 def fsync(path: Path) -> None:
@@ -109,8 +307,22 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
+
+
+def reserve(file: int, size: int) -> None:
+    """Take the blocks of a file of `size` bytes at once, where the file system can. Raises OSError where there is no
+    room for them."""
+    os.truncate(file, size)
+    try:
+        if size:
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror}; {size} bytes are needed") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -18,6 +18,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub but that of tests/helpers/hub.py
+
 import transformers
 from hypothesis import HealthCheck, settings
 

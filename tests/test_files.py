@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+import stat
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from moekern import files
 from moekern.errors import InputError
+from tests.helpers.mounts import mounted
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -95,13 +98,155 @@ def test_digests(tmp_path, size):
     assert files.sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
 
 
-def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(tmp_path):
-    stale = tmp_path / ".s.999999.00112233.tmp"
+def test_what_a_killed_process_left_is_removed_and_a_second_process_is_refused(tmp_path):
+    stale = files.temporary_path(tmp_path / "s")
     stale.write_bytes(b"half")
     with files.replacing(tmp_path / "s") as mine:
-        assert not stale.exists()
-        with files.replacing(tmp_path / "s") as other:  # as another process would
-            assert mine.exists()
-            other.write_bytes(b"b")
+        assert mine.read_bytes() == b""
+        with pytest.raises(InputError, match=f"^{tmp_path}/s: another process is writing it, in {mine}; "):
+            files.write_bytes(tmp_path / "s", b"b")  # as another process would
         mine.write_bytes(b"a")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"a")]
+
+
+def test_what_another_has_written_meanwhile_stays(tmp_path):
+    def write():
+        with files.replacing(tmp_path / "s", new=True) as mine:
+            mine.write_bytes(b"mine")
+            (tmp_path / "s").write_bytes(b"other")
+
+    with pytest.raises(InputError, match="s: exists already"):
+        write()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"other")]
+
+
+def test_a_temporary_that_is_taken_away_does_not_become_the_target(tmp_path):
+    def write():
+        with files.replacing(tmp_path / "s") as mine:
+            mine.unlink()
+            mine.write_bytes(b"another's")
+
+    with pytest.raises(InputError, match="was removed or replaced while it was written"):
+        write()
+    assert list(tmp_path.iterdir()) == [files.temporary_path(tmp_path / "s")]  # which nobody here has written
+
+
+def plant(what, path, elsewhere):
+    elsewhere.write_bytes(b"elsewhere")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "device":
+        path.symlink_to("/dev/null") if os.geteuid() else os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    else:
+        path.symlink_to(elsewhere if what == "link" else elsewhere.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("what", ["link", "link to nothing", "pipe", "device", "folder"])
+def test_what_is_planted_at_the_name_of_a_temporary_or_lock_is_refused(tmp_path, what):
+    elsewhere, work = tmp_path / "elsewhere", tmp_path / "work"
+    work.mkdir()
+    plant(what, files.temporary_path(work / "s"), elsewhere)
+    with pytest.raises(InputError, match="a link, pipe or other thing that moekern did not write stands there"):
+        files.write_bytes(work / "s", b"x")
+    (work / "t.moekern").mkdir()
+    plant(what, work / "t.moekern" / files.LOCK, elsewhere)
+    with pytest.raises(InputError, match="stands there; move it away"), files.working(work / "t"):
+        pass
+    assert elsewhere.read_bytes() == b"elsewhere"
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "work"]
+    assert sorted(os.listdir(work)) == [".s.moekern.tmp", "t.moekern"]
+
+
+def test_files_are_opened_without_following_or_waiting(tmp_path):
+    for what in ("link", "link to nothing", "pipe", "device", "folder"):
+        plant(what, tmp_path / what, tmp_path / "elsewhere")
+        for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND):
+            with pytest.raises(InputError, match="move it away"):
+                files.open_plain(tmp_path / what, flags)
+    os.link(tmp_path / "elsewhere", tmp_path / "second name")
+    assert files.read_plain(tmp_path / "second name") == b"elsewhere"
+    with pytest.raises(InputError, match="a second name elsewhere"):
+        files.open_plain(tmp_path / "second name", os.O_WRONLY | os.O_APPEND)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "..", "x/.."])
+def test_what_names_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (False, True):
+        with pytest.raises(InputError, match="^--to .*: names no new (file|folder)$"):
+            files.check_new(name, "--to", folder=folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "é" * 125, "x" * 300, "a\udcffb", "\udcff/b"])
+def test_names_that_cannot_be_written(name, tmp_path):
+    if "/" in name:
+        os.mkdir(tmp_path / "\udcff")
+    with pytest.raises(
+        InputError, match="^--out .*: the name is (longer than 2[0-9]{2} bytes|not UTF-8; name another)"
+    ):
+        files.check_new(tmp_path / name)
+    files.write_bytes(tmp_path / ("x" * 241), b"")  # with what comes before and behind it that fits
+    (tmp_path / ("y" * 241)).with_name(files.work_path(Path("y" * 241)).name).mkdir()
+
+
+def test_a_whole_file_that_cannot_get_its_name_is_taken_up(tmp_path):
+    target, temporary = tmp_path / "s", files.temporary_path(tmp_path / "s")
+
+    def write():
+        with files.replacing(target, new=True, keep=True) as mine:
+            mine.write_bytes(b"measured")
+            target.mkdir()
+
+    with pytest.raises(InputError, match=f"s: exists already.*it is whole in {temporary}: run the same command again"):
+        write()
+    target.rmdir()
+    with files.recovered(target) as left:
+        assert left == temporary
+        with files.recovered(target) as second:  # as another process would
+            assert second is None
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"measured")]
+    with files.recovered(target) as left:
+        assert left is None
+    with pytest.raises(RuntimeError), files.replacing(tmp_path / "t", keep=True):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_folder_for_one_process(tmp_path):
+    with files.working(tmp_path / "x") as work:
+        message = "x: another process is writing it, in .*work.lock"
+        with pytest.raises(InputError, match=message), files.working(tmp_path / "x"):
+            pass
+        assert os.listdir(work) == [files.LOCK]
+    assert list(tmp_path.iterdir()) == []
+    with files.working(tmp_path / "x") as work:
+        (work / "kept").touch()
+    (work / files.LOCK).touch()  # a killed process
+    with files.working(tmp_path / "x"):
+        pass
+    assert os.listdir(work) == ["kept"]
+    (work / files.LOCK).write_text("mine")
+    with pytest.raises(InputError, match="is no lock of moekern's"), files.working(tmp_path / "x"):
+        pass
+    assert (work / files.LOCK).read_text() == "mine"
+
+
+def test_scratch_folders_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / "moekern-x-0011aabb/deep").mkdir(parents=True)
+    (tmp_path / "moekern-x-mine").mkdir()
+    (tmp_path / "moekern-x-11223344").symlink_to(tmp_path / "moekern-x-mine")
+    with files.scratch(tmp_path, "x") as mine, files.scratch(tmp_path, "x") as other:
+        assert mine.is_dir()
+        assert other.is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["moekern-x-11223344", "moekern-x-mine"]
+
+
+def test_room_is_taken_at_once(tmp_path):
+    with mounted("tmpfs", 1 << 20) as small, (small / "f").open("wb") as file:
+        files.reserve(file.fileno(), 1 << 19)
+        assert (small / "f").stat().st_size == 1 << 19
+        with pytest.raises(OSError, match="No space left on device; 2097152 bytes are needed"):
+            files.reserve(file.fileno(), 1 << 21)

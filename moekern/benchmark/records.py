@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
+from moekern.files import told
+
 Line = dict[str, object]
 
 
@@ -27,6 +29,7 @@ def machine() -> Line:
 def append(path: Path | None, lines: Iterable[Mapping[str, object]]) -> None:
     """Append one JSON line a record, to nowhere when path is None."""
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        with told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)

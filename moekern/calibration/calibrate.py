@@ -92,6 +92,7 @@ class Job:
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+            store.expect(layerwise.embedding_size, -(-layerwise.vocab_size // 64))
             step = self._steps(layerwise)
             _FirstPass(self, layerwise, store, step).run()
             if "outliers" in self.tiers:
@@ -194,4 +195,5 @@ def _header(
         backend=backends,
         versions=versions(),
         dtype=compute.dtype_name,
+        model=checkpoint.repository,
     )

@@ -5,45 +5,86 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moekern.checkpoint.contents import CONFIG, INDEX, PICKLES, SINGLE, Contents, contents
 from moekern.checkpoint.dtypes import decode
 from moekern.checkpoint.header import ARRAY_CAP, DTYPE_BITS, Shard, TensorEntry, read_shard
 from moekern.checkpoint.strict_json import read_json, shown
+from moekern.checkpoint.unlisted import unlisted_shards
 from moekern.errors import InputError
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+__all__ = ["CONFIG", "INDEX", "PLAN_FILE", "SINGLE", "Checkpoint", "open_checkpoint"]
+
 PLAN_FILE = "moekern_plan.json"  # in a pruned folder: the plan it was made by
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
-SIDE_FOLDERS = ("additional_chat_templates",)
+HUB_FOLDER = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/(?:snapshots/)?([0-9a-f]{40})$")
+FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 4096
+
+ReadData = Callable[[Path, TensorEntry, int, int], bytes]  # (file, tensor, first byte, bytes)
+
+
+def read_data(path: Path, entry: TensorEntry, start: int, size: int) -> bytes:
+    """Bytes of a tensor's file, read with pread. Raises InputError if it has shrunk."""
+    parts: list[bytes] = []
+    with path.open("rb", buffering=0) as file:
+        while size > 0:
+            try:
+                part = os.pread(file.fileno(), min(size, 1 << 30), start)
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror or error}") from error
+            if not part:
+                raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
+            parts.append(part)
+            start += len(part)
+            size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json and one or more shards, in name order. index is None for a single file."""
+    """A folder with config.json and one or more shards, in name order. index is None for a single file.
+
+    A shard's tensors are those that count: a tensor that another shard supersedes is not among them. strays are
+    safetensors files of the folder that are no shards, and why; notes say what the folder's files left open and how it
+    was understood, a line each.
+    """
 
     folder: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorEntry]
     index: dict[str, Any] | None
+    strays: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    read_data: ReadData = field(default=read_data, repr=False)  # another where only headers are in the folder
+
+    @property
+    def repository(self) -> str | None:
+        """ID@COMMIT where the folder holds what was downloaded, or read, of a repository of the hub."""
+        found = HUB_FOLDER.search(self.folder.as_posix())
+        return f"{found[1]}/{found[2]}@{found[3]}" if found else None
+
+    @property
+    def name(self) -> str:
+        """The repository and its commit, or the folder."""
+        return self.repository or str(self.folder)
 
     @cached_property
+    def contents(self) -> Contents:
+        """What the folder's other files are."""
+        return contents(self.folder, {shard.name for shard in self.shards}, self.strays)
+
+    @property
     def side_files(self) -> tuple[str, ...]:
         """Names, relative to the folder, of the files that belong to the model but hold neither weights nor config."""
-        skipped = (*WEIGHTS, *(f"{suffix}.index.json" for suffix in WEIGHTS))
-        found = [path for path in self.folder.iterdir() if path.is_file()]
-        for folder in SIDE_FOLDERS:
-            found += [path for path in self.folder.glob(f"{folder}/**/*") if path.is_file()]
-        names = (path.relative_to(self.folder).as_posix() for path in found if not path.name.endswith(skipped))
-        return tuple(sorted(name for name in names if name != CONFIG))
+        return self.contents.side
 
     @cached_property
     def fingerprint(self) -> str:
@@ -59,21 +100,19 @@ class Checkpoint:
             text = encode([(entry.name, entry.dtype, entry.shape) for entry in entries])
             digest.update(f"{',' if start else ''}{text[1:-1]}".encode())
         digest.update(b"]")
-        for i in sorted({i * len(names) // 64 for i in range(64)}):
-            entry = self.tensors[names[i]]
-            middle = entry.start + max(0, entry.nbytes - 4096) // 2
-            digest.update(self._pread(entry, middle, min(4096, entry.nbytes)))
+        for entry, start, size in sampled(self.tensors):
+            digest.update(self.read_data(self.folder / entry.shard, entry, start, size))
         return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(shard.size - shard.data_start for shard in self.shards)
+        return sum(entry.nbytes for entry in self.tensors.values())
 
     def read(self, name: str) -> bytes:
         """The bytes of one tensor, read with pread. Raises InputError if the shard has shrunk meanwhile."""
         entry = self.tensors[name]
-        return self._pread(entry, entry.start, entry.nbytes)
+        return self.read_data(self.folder / entry.shard, entry, entry.start, entry.nbytes)
 
     def array(self, name: str) -> np.ndarray:
         """One small tensor in its shape; BF16 and 8-bit floats are widened to float32, other dtypes stay.
@@ -87,25 +126,17 @@ class Checkpoint:
             raise InputError(f"{self.folder / entry.shard}: {name}: packed dtype {entry.dtype} has no numpy form")
         return decode(self.read(name), entry.dtype).reshape(entry.shape)
 
-    def _pread(self, entry: TensorEntry, start: int, size: int) -> bytes:
-        path = self.folder / entry.shard
-        parts: list[bytes] = []
-        with path.open("rb", buffering=0) as file:
-            while size > 0:
-                try:
-                    part = os.pread(file.fileno(), min(size, 1 << 30), start)
-                except OSError as error:
-                    raise InputError(f"{path}: {error.strerror or error}") from error
-                if not part:
-                    raise InputError(f"{path}: {entry.name}: the file has shrunk to {start} bytes")
-                parts.append(part)
-                start += len(part)
-                size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+def sampled(tensors: Mapping[str, TensorEntry]) -> list[tuple[TensorEntry, int, int]]:
+    """The tensors that a fingerprint looks into, with the first byte and the number of bytes that it reads of each."""
+    names, of = sorted(tensors), FINGERPRINT_TENSORS
+    entries = [tensors[names[i]] for i in sorted({i * len(names) // of for i in range(of)})]
+    sizes = [min(FINGERPRINT_BYTES, entry.nbytes) for entry in entries]
+    return [(entry, entry.start + (entry.nbytes - n) // 2, n) for entry, n in zip(entries, sizes, strict=True)]
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read config, index and all headers of a checkpoint folder; no tensor is read.
+def open_checkpoint(folder: str | Path, read: Callable[[Path], Shard] = read_shard) -> Checkpoint:
+    """Read config, index and, with `read`, all headers of a checkpoint folder; no tensor is read.
 
     Memory: no size that a file declares is believed before it was compared with the file's own. JSON takes at most
     about 30 bytes for each byte of a file, whose length HEADER_CAP limits; headers of real models take 10. Raises
@@ -124,18 +155,65 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         count = f"{len(missing)} of {len(names)} are missing"
         raise InputError(f"{folder}: missing shard {missing[0]:.80}: {what} ({count})")
 
-    shards = tuple(read_shard(folder / name) for name in names)
-    tensors: dict[str, TensorEntry] = {}
-    for shard in shards:
-        for entry in shard.tensors:
-            other = tensors.setdefault(entry.name, entry)
-            if other is not entry:
-                raise InputError(f"{shard.path}: tensor {entry.name!r} is also in {other.shard}")
+    listed = weight_map or {}
+    shards, tensors, superseded = join([read(folder / name) for name in names], listed)
     if index is not None and weight_map is not None:
         compare_with_index(folder / INDEX, weight_map, tensors)
+    more, strays = unlisted_shards(folder, config, set(names), tensors, read)
+    for shard in more:
+        tensors.update((entry.name, entry) for entry in shard.tensors)
+    if index is not None:
         # The same map of the headers' own strings: 140,000 names are held once.
-        index["weight_map"] = {tensors[key].name: tensors[key].shard for key in weight_map}
-    return Checkpoint(folder, config, shards, tensors, index)
+        index["weight_map"] = {entry.name: entry.shard for entry in tensors.values()}
+    notes = (*superseded, *(taken_line(shard) for shard in more))
+    shards = tuple(sorted((*shards, *more), key=lambda shard: shard.name))
+    return Checkpoint(folder, config, shards, tensors, index, strays, notes)
+
+
+def join(
+    shards: Sequence[Shard], listed: Mapping[str, str]
+) -> tuple[tuple[Shard, ...], dict[str, TensorEntry], list[str]]:
+    """Shards without the tensors that another supersedes, all tensors, and a note for each pair of files.
+
+    A loader that reads every file of the index in name order ends with the last file's tensor, one that looks each
+    tensor up with the file that the index names. Where both are the same file it supersedes the others; else the
+    checkpoint is ambiguous. Raises InputError.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    older: dict[str, list[str]] = {}  # tensor -> shards that hold a copy which is not the last
+    for shard in shards:
+        for entry in shard.tensors:
+            if entry.name in tensors:
+                older.setdefault(entry.name, []).append(tensors[entry.name].shard)
+            tensors[entry.name] = entry
+    stale: dict[tuple[str, str], list[str]] = {}
+    for name, holders in older.items():
+        last, wanted = tensors[name].shard, listed.get(name)
+        if wanted != last:
+            raise InputError(
+                f"{shards[0].path.parent / last}: tensor {shown(name)} is also in {holders[0]}; the index names "
+                f"{wanted or 'neither'}, loaders that read all files take the last one, {last}: take it out of one of "
+                "the two, or rename the file that the index names so that it comes last"
+            )
+        for holder in holders:
+            stale.setdefault((last, holder), []).append(name)
+    notes = [
+        f"{new}: supersedes what {old} holds of the same name, as the index says ({names[0]}"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+        for (new, old), names in stale.items()
+    ]
+    old = {name for _, name in stale}
+    counting = [
+        replace(shard, tensors=tuple(entry for entry in shard.tensors if tensors[entry.name] is entry))
+        if shard.name in old
+        else shard
+        for shard in shards
+    ]
+    return tuple(counting), tensors, notes
+
+
+def taken_line(shard: Shard) -> str:
+    return f"{shard.name}: no index names it; taken for the MTP layer that config.json counts"
 
 
 def find_single(folder: Path) -> str:
@@ -144,7 +222,8 @@ def find_single(folder: Path) -> str:
         return SINGLE
     names = sorted(path.name for path in folder.iterdir())
     for name in [name for name in names if name.endswith(".safetensors")]:
-        raise InputError(f"{folder}: {shown(name)} is there, but neither {SINGLE} nor {INDEX}")
+        way_out = f"name an only file {SINGLE}, or write the index of several"
+        raise InputError(f"{folder}: {shown(name)} is there, but neither {SINGLE} nor {INDEX}; {way_out}")
     for name in [name for name in names if name.removesuffix(".index.json").endswith(PICKLES)]:
         raise InputError(f"{folder}: {shown(name)} is a pickle, which is never read; convert it to safetensors first")
     raise InputError(f"{folder}: no safetensors file")
@@ -165,7 +244,10 @@ def check_weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
         if os.path.basename(name) != name or "\\" in name or not name.isprintable():
             raise InputError(f"{path}: {shown(key)} is in {shown(name)}, which is not a file of this folder")
     if os.path.lexists(folder / SINGLE) and SINGLE not in examples:
-        raise InputError(f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove one")
+        raise InputError(
+            f"{folder}: has both {SINGLE} and {INDEX}, which does not name it; remove one "
+            f"(of the two, transformers reads {SINGLE})"
+        )
     return weight_map
 
 
@@ -174,7 +256,11 @@ def compare_with_index(path: Path, weight_map: dict[str, str], tensors: Mapping[
         if key not in tensors:
             raise InputError(f"{path}: {shown(key)} should be in {name}, which does not hold it")
         if tensors[key].shard != name:
-            raise InputError(f"{path}: {key!r} should be in {name}, but is in {tensors[key].shard}")
+            raise InputError(
+                f"{path}: {shown(key)} should be in {name}, but is in {tensors[key].shard}; correct one of them"
+            )
     for key, entry in tensors.items():
         if key not in weight_map:
-            raise InputError(f"{path}: {key!r} of {entry.shard} is not listed")
+            raise InputError(
+                f"{path}: {shown(key)} of {entry.shard} is not listed; add it to weight_map, or take it out of the file"
+            )

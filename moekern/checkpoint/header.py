@@ -40,7 +40,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file. size and data_start are in bytes; tensors are in offset order and fill the data part."""
+    """One safetensors file. size and data_start are in bytes; tensors are in offset order and,
+    as read, fill the data part."""
 
     name: str
     path: Path

@@ -31,6 +31,7 @@ from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
 from moekern.errors import InputError, first_line, notes
+from moekern.files import reason
 from moekern.version import __version__
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer may bring its own copy of
@@ -87,7 +88,7 @@ def options(
 
 # In the order of the work: the function, and an example of its use.
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
-    (inspect, "moekern inspect Qwen3-30B-A3B"),
+    (inspect, "moekern inspect Qwen/Qwen3-30B-A3B"),
     (calibrate, "moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors"),
     (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),
     (criteria, "moekern criteria"),
@@ -116,6 +117,7 @@ def main() -> None:
     asked = "--json" in sys.argv[1:]  # before the flags are parsed, for what is wrong with them
     if asked:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor are its warnings
     try:
         with console.output(asked):
             _run()
@@ -127,7 +129,8 @@ def _run() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        console.fail(" ".join(str(error).split()), error.kind if isinstance(error, InputError) else "system")
+        text, kind = (str(error), error.kind) if isinstance(error, InputError) else (reason(error), "system")
+        console.fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:
         if end.code in STOPPED:

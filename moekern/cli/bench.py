@@ -43,6 +43,7 @@ def bench(
         if name not in MODELS:
             raise InputError(f"--case {name}: expected one of {', '.join(MODELS)}")
     cases = case or list(MODELS)
+    append(out, ())  # a record that cannot be written is noticed before the first time
     counted = itertools.count(1)
     # A person sees the times as they come; the count of layers is for programs.
     with console.progress("timing", "cases") if console.as_json() else nullcontext(lambda done, total: None) as step:

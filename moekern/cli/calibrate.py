@@ -20,6 +20,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Revision,
     Seed,
     SequenceLength,
     Strict,
@@ -29,10 +30,12 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
+    folder_of,
     result,
     say_unused,
     text_of,
 )
+from moekern.files import check_new
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -73,13 +76,14 @@ def calibrate(
     ] = 512,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
 
+    check_new(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -87,7 +91,7 @@ def calibrate(
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     statistics = pipeline.calibrate_to(
-        model_folder(model), text, compute, out,
+        folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
         replay_tokens=replay_tokens, spill=spill,
     )  # fmt: skip

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.options import Json, Targets, result
+from moekern.cli.options import HeadersOf, Json, Revision, Targets, headers_of, result
 
 if TYPE_CHECKING:
     from moekern.plan.served import Report
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id, pruned or not.")],
+    model: HeadersOf,
     target: Targets = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Which engines load and run a checkpoint with its expert counts; exit code 1 if one named by --target does not."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.plan.served import check_folder
     from moekern.plan.targets import parse_target
 
     targets = [parse_target(text) for text in target or ()]
-    report = check_folder(model_folder(model), targets)
+    report = check_folder(headers_of(model, revision), targets)
     result(report.document(), lambda: show_report(report))
     if targets and not report.good:
         raise typer.Exit(1)
@@ -32,14 +32,16 @@ def check(
 
 def show_report(found: Report) -> None:
     """Targets, and the rules that are broken."""
+    from moekern.plan.served import verdict
+
     low, high = min(found.counts.values()), max(found.counts.values())
     experts = f"{low}" if low == high else f"{low} to {high}"
     rows = []
     for name, findings in found.found.items():
-        stops = [finding.text for finding in findings if finding.stops]
-        verdict = "no" if stops else "yes, but" if findings else "yes"
-        texts = stops or [finding.text for finding in findings]
-        rows.append((name, verdict, "; ".join(texts) + found.nearest.get(name, "")))
-    show(f"{found.folder}: {found.family}, {experts} experts a layer", ("target", "runs", "because"), rows)
+        runs = verdict(findings)
+        word = {False: "no", None: "not known", True: "yes, but" if findings else "yes"}[runs]
+        texts = [finding.text for finding in findings if finding.stops or runs is not False]
+        rows.append((name, word, "; ".join(texts) + found.nearest.get(name, "")))
+    show(f"{found.model}: {found.family}, {experts} experts a layer", ("target", "runs", "because"), rows)
     if low != high:
         say("layers hold different numbers of experts: no engine loads this; moekern verifies and evaluates it")

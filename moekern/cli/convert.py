@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli import console
-from moekern.cli.options import Json, folder_of, result
+from moekern.cli.options import Json, Revision, optional_headers, result
 
 
 class Tool(str, Enum):
@@ -26,14 +26,22 @@ def convert(
     allow_nonuniform: Annotated[
         bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
     ] = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Turn a plan into other tools' words, or theirs into a plan."""
     from moekern import files
     from moekern.plan.interchange import convert as converted
+    from moekern.pruning.cuts import kept_experts, planned_mtp
 
     files.check_new(out)
-    text = converted(source, to.value, folder_of(model), allow_nonuniform=allow_nonuniform)
-    files.write_bytes(out, text.encode())
+    text = converted(
+        source,
+        to.value,
+        optional_headers(model, revision),
+        lambda checkpoint, layout, plan: kept_experts(checkpoint, layout, plan, planned_mtp(plan)),
+        allow_nonuniform=allow_nonuniform,
+    )
+    files.write_bytes(out, text.encode(), new=True)
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(document, lambda: console.say(f"{out}: {source} for {to.value}"))

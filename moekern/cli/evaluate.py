@@ -18,6 +18,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Revision,
     Seed,
     SequenceLength,
     Strict,
@@ -26,6 +27,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     compute_of,
+    folder_of,
     named_plans,
     result,
     text_of,
@@ -51,10 +53,10 @@ def evaluate(
     device: Device = "cpu",
     dtype: DtypeOption = None,
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.evaluation.losses import losses_document
 
@@ -64,7 +66,7 @@ def evaluate(
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = named_plans("evaluate", plans or [])
-    losses = pipeline.evaluate_plans(model_folder(model), text, compute, named)
+    losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)
     result(losses_document(losses), lambda: show_losses(losses))
 
 

@@ -5,28 +5,29 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moekern.cli.console import show, size
-from moekern.cli.options import Json, Model, result
+from moekern.cli.console import say, show, size
+from moekern.cli.options import HeadersOf, Json, Revision, headers_of, result
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
 
 
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: HeadersOf, revision: Revision = None, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.estimation.overview import overview
 
-    found = overview(model_folder(model))
+    found = overview(headers_of(model, revision))
     result(asdict(found), lambda: show_overview(found))
 
 
 def show_overview(found: Overview) -> None:
     """The checkpoint's experts and what pruning would leave."""
+    from moekern.checkpoint.contents import lines_left_out
+
     layers = found.moe_layers
     groups = f"{found.n_group} (top {found.topk_group})" if found.n_group > 1 else "none"
     show(
-        f"{found.folder}",
+        found.model,
         ("what", "value"),
         (
             ("family", found.family),
@@ -43,6 +44,10 @@ def show_overview(found: Overview) -> None:
             *((("note", found.note),) if found.note else ()),
         ),
     )
+    for note in found.notes:
+        say(note)
+    if found.left_out:
+        say(f"not copied when it is pruned: {lines_left_out(found.left_out)}")
     shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]
     show(
         "kept experts a layer (any legal count works; eighths shown)",

@@ -21,6 +21,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Revision,
     Seed,
     SequenceLength,
     Strict,
@@ -30,6 +31,7 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
+    folder_of,
     result,
     say_unused,
     text_of,
@@ -67,6 +69,7 @@ def iterate(
     dtype: DtypeOption = None,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate and plan at once: layers are pruned in memory as they stream by, so that later ones are measured behind
@@ -74,20 +77,20 @@ def iterate(
 
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
-    from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.plan.provenance import remarks
     from moekern.router import parse_keep
 
     method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
+    pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
-    made = pipeline.iterate_to(model_folder(model), text, compute, method, out)
+    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
     for line in remarks(made):
         say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

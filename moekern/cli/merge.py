@@ -23,5 +23,5 @@ def merge(
 
     check_new(out)
     total = merged([Statistics.load(part) for part in parts])
-    total.save(out)
+    total.save(out, new=True)
     result({"out": str(out), **total.header}, lambda: show_statistics(Statistics.load(out), out))

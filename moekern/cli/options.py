@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,8 +12,10 @@ import typer
 
 from moekern.cli import console
 from moekern.errors import InputError
+from moekern.files import told
 
 if TYPE_CHECKING:
+    from moekern.checkpoint.folder import Checkpoint
     from moekern.data.text import Text
     from moekern.model.compute import Compute
     from moekern.plan.document import Plan
@@ -44,6 +47,12 @@ class Thinking(str, Enum):
 
 Model = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
+]
+HeadersOf = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, of which headers are read.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit. Default: the main branch.")
 ]
 Seed = Annotated[int, typer.Option(help="Seeds the choice of sequences and the random criterion.")]
 CriterionOption = Annotated[str, typer.Option(help="How experts are ranked; `moekern criteria` lists them.")]
@@ -103,7 +112,7 @@ StatisticsFile = Annotated[
 ]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help="transformers, vllm, sglang or llama.cpp, as vllm:tp=2,ep=4; repeatable."),
+    typer.Option("--target", help="An engine (`check` lists them), as vllm:tp=2,ep=4; repeatable."),
 ]
 Words = list[str] | None
 # Not looked at by the commands: the callback sets the console's mode before anything else is done.
@@ -128,11 +137,14 @@ def text_of(
     chunk: int | None = None,
 ) -> Text:
     """Which text the options name; none of it is read yet. What is to be said of it goes to the console."""
-    from moekern.data.mixes import PRESETS, parse_tokens
+    from moekern.data.mixes import PRESETS, domains_of, parse_tokens
     from moekern.data.text import Text
 
+    specs = (*(data or ()), *((PRESETS[preset.value],) if preset else ()))
+    if specs:
+        domains_of(specs)  # what is not there is found before a model is downloaded
     return Text(
-        data=(*(data or ()), *((PRESETS[preset.value],) if preset else ())),
+        data=specs,
         tokens=parse_tokens(tokens),
         sequence_length=sequence_length,
         batch_size=batch_size,
@@ -156,16 +168,39 @@ def compute_of(
     *, device: str, dtype: Dtype | None = None, backend: str | None = None, trust_remote_code: bool
 ) -> Compute:
     """How the options say that layers are computed."""
-    from moekern.model.compute import Compute
+    from moekern.model.compute import Compute, check_device
 
+    check_device(device)
     return Compute(device=device, dtype=dtype and dtype.value, backend=backend, trust_remote_code=trust_remote_code)
 
 
-def folder_of(model: str | None) -> Path | None:
-    """The folder of a model that may be left out."""
-    from moekern.checkpoint.hub import model_folder
+def headers_of(model: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint of a folder or a hub id, for what headers tell: no weight is downloaded."""
+    from moekern.checkpoint import hub, remote
+    from moekern.checkpoint.folder import open_checkpoint
 
-    return None if model is None else model_folder(model)
+    found = hub.find_model(model, revision, console.say)
+    return open_checkpoint(found) if isinstance(found, Path) else remote.headers_of(found, console.progress)
+
+
+def folder_of(model: str, revision: str | None = None) -> Path:
+    """The folder of a model. A hub id is downloaded, once its headers have shown that its layout is known."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint import hub, remote
+
+    found = hub.find_model(model, revision, console.say)
+    if isinstance(found, Path):
+        return found
+    checkpoint = remote.headers_of(found, console.progress)
+    find_layout(checkpoint)
+    return remote.download(found, checkpoint, revision, console.say, console.progress)
+
+
+def optional_headers(model: str | None, revision: str | None) -> Checkpoint | None:
+    """Those of --model, which may be left out."""
+    if model is None and revision is not None:
+        raise InputError(f"--revision {revision}: goes with --model")
+    return None if model is None else headers_of(model, revision)
 
 
 def named_plans(command: str, paths: Sequence[Path]) -> dict[str, Plan]:
@@ -179,7 +214,9 @@ def named_plans(command: str, paths: Sequence[Path]) -> dict[str, Plan]:
 
 def result(document: Any, table: Callable[[], None]) -> None:
     """Show a result as JSON or as a table."""
-    if console.as_json():
-        console.emit(document)
-    else:
-        table()
+    with told("standard output"):
+        if console.as_json():
+            console.emit(document)
+        else:
+            table()
+        sys.stdout.flush()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
-from moekern.files import check_new, check_work, made_folder, work_path
+from moekern.files import check_new, check_work, is_folder, is_plain, recovered, remove_left, work_path, working
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
@@ -38,6 +39,8 @@ from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
+
+PLANNED = 40  # bytes of a plan for each expert, at the most: its number and its score
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,15 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
-    out: Path | None = None,
+    out: Path,
 ) -> Statistics:
-    """Calibrate, and say how it goes."""
+    """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name."""
+    with recovered(out) as left:
+        whole = left is not None and _left_whole(left, checkpoint, data, compute, tiers)
+        if left and not whole:
+            left.unlink()
+    if whole:
+        return Statistics.load(out)
     console.hint(dtype_hint(checkpoint, compute))
     with console.progress("calibrating") as step:
         statistics = calibrate(
@@ -178,39 +187,60 @@ def run_stages(
     mtp: Mtp,
     forward: bool,
 ) -> Run:
-    """Calibrate, plan, prune, verify. Statistics of an earlier run with the same model and data are used again."""
+    """Calibrate, plan, prune, verify. What an earlier run with the same model and data has left is used again."""
     check_device(compute.device)
     wanted_tiers(criterion.tiers, TIERS, "calibrate")
     checkpoint = open_checkpoint(folder)
     kept = kept_count(keep, find_layout(checkpoint).router)
-    check_target(out, checkpoint.folder)
-    check_space(out, room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept)), len(checkpoint.shards))
+    check_work(out)
+    statistics_path, plan_path = (work_path(out) / name for name in ("statistics.safetensors", "plan.json"))
+    made = has_run(out)  # then it is verified; `prune` tells it from what others made
+    if not made:
+        check_target(out, checkpoint.folder)
+        room = room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept))
+        check_space(out, room, len(checkpoint.shards))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    work = work_path(out)
-    statistics_path, plan_path = work / "statistics.safetensors", work / "plan.json"
-    statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
-    if statistics is None:
-        with made_folder(work):
+    with working(out):
+        if is_plain(plan_path):
+            Plan.load(plan_path)  # else it is not this program's to write over
+        statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
+        if statistics is None and made:
+            check_new(out, folder=True)
+        if statistics is None:
             statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
             statistics = measured(checkpoint, data, compute, tiers=criterion.tiers, out=statistics_path)
-    plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
-    plan.save(plan_path)
-    report = prune_to(checkpoint, plan, out, mtp=mtp)
+        plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
+        if not made:
+            plan.save(plan_path)
+        report = prune_to(checkpoint, plan, out, mtp=mtp, again=made)
     # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
     verdict = verify_both(folder, plan, out, replace(compute, dtype=None), forward=forward, mtp=mtp)
     return Run(statistics_path, plan_path, report, verdict)
+
+
+def has_run(out: Path) -> bool:
+    """Whether `run` may have made this target before it was stopped: its statistics are still beside it."""
+    return bool(out.name) and is_folder(out) and is_plain(work_path(out) / "statistics.safetensors")
 
 
 def earlier_statistics(
     path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]
 ) -> Statistics | None:
     """Statistics an earlier run left, if they measured the same tokens of the same model; else None."""
-    if not path.exists():
+    if not is_plain(path):
         return None
     found = Statistics.load(path)
+    if not _same(found, checkpoint, data, compute, tiers):
+        return None
+    console.say(f"using the statistics of an earlier run: {path}")
+    return found
+
+
+def _same(found: Statistics, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
+    """Whether statistics are what this calibration would measure, or more."""
     runs = found.header["runs"]
     backends = backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
-    same = (
+    return (
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
         and runs[0].get("dtype") == compute.dtype_name
@@ -218,9 +248,20 @@ def earlier_statistics(
         and set(tiers) <= {"routed", *found.tiers}
         and backends.items() <= dict(runs[0].get("backend") or {}).items()
     )
+
+
+def _left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
+    """Whether the unnamed file of a stopped calibration is whole, and of this one."""
+    try:
+        found = Statistics.load(left)
+    except InputError:  # its header is written last
+        return False
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    same = _same(found, checkpoint, data, compute, wanted) and set(found.tiers) == set(wanted) - {"routed"}
+    same = same and "replay" not in wanted  # nothing in the file says of how many tokens
     if same:
-        console.say(f"using the statistics of an earlier run: {path}")
-    return found if same else None
+        console.say(f"using what an earlier run has measured: {left}")
+    return same
 
 
 def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
@@ -247,10 +288,17 @@ def scores_of(
     return {key: score_layer(chosen, sums, key, seed).tolist() for key, sums in layers}
 
 
+def check_iterated(out: Path) -> None:
+    """Raise InputError unless `iterate` can make the plan `out`."""
+    check_work(out)
+    if os.path.lexists(out):
+        _remove_rounds(work_path(out))  # of a run that was killed when it had saved the plan
+    check_new(out)
+
+
 def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
-    check_new(out)
-    check_work(out)
+    check_iterated(out)
     backends_of(compute.device, compute.backend)
     measured = needs_text(method.criterion)
     if measured and not text.data:
@@ -262,39 +310,43 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code) if measured else None
     if measured:
         console.hint(dtype_hint(checkpoint, compute))
-    side = work_path(out)
-    earlier = _left(side)
-
-    def finished(plan: Plan) -> None:
-        side.mkdir(exist_ok=True)
-        plan.save(_round(side, len(plan.provenance["earlier_rounds"]) + 1))
-
-    with console.progress("measuring and planning") as step:
+    experts = sum(layer.num_experts for layer in layout.layers.values())
+    check_space(out, PLANNED * experts * method.rounds, method.rounds + 2)
+    with working(out) as side, console.progress("measuring and planning") as step:
         plan = iterate(
             checkpoint,
             data,
             method,
             compute,
-            earlier=earlier,
-            finished=finished,
+            earlier=_left(side),
+            finished=lambda done: done.save(_round(side, len(done.provenance["earlier_rounds"]) + 1)),
             progress=step,
         )
-    check_plan(plan, layout, checkpoint.fingerprint)
-    plan.save(out)
-    for number in range(1, method.rounds):
-        _round(side, number).unlink(missing_ok=True)
-    if side.is_dir() and not any(side.iterdir()):
-        side.rmdir()
+        check_plan(plan, layout, checkpoint.fingerprint)
+        plan.save(out, new=True)
+        _remove_rounds(side)
     return plan
 
 
 def _left(side: Path) -> list[Plan]:
     """The plans of rounds 1, 2, ... that a stopped run has left, as far as they are there."""
     plans: list[Plan] = []
-    while _round(side, len(plans) + 1).exists():
+    while is_plain(_round(side, len(plans) + 1)):
         plans.append(Plan.load(_round(side, len(plans) + 1)))
     return plans
 
 
 def _round(side: Path, number: int) -> Path:
     return side / f"round-{number}.json"
+
+
+def _remove_rounds(side: Path) -> None:
+    """Remove the rounds of this run and of others that were stopped, and the folder when nothing else is in it."""
+    with suppress(OSError):
+        for path in side.glob(".round-*.json.moekern.tmp"):
+            remove_left(path)
+        for path in side.glob("round-*.json"):
+            with suppress(InputError):  # what is no plan is not this program's
+                if is_plain(path) and Plan.load(path):
+                    path.unlink()
+        side.rmdir()

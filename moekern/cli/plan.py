@@ -16,21 +16,23 @@ from moekern.cli.options import (
     Json,
     MtpMode,
     ProtectSuper,
+    Revision,
     Seed,
     StatisticsFile,
     Targets,
     Words,
-    folder_of,
+    optional_headers,
     result,
 )
 from moekern.errors import InputError
-from moekern.files import check_new, check_place
+from moekern.files import check_new, check_place, told
 
 if TYPE_CHECKING:
     from moekern.estimation.footprint import Fit
     from moekern.plan.budgets import Budget
     from moekern.plan.document import Plan
     from moekern.plan.guards import Guards
+    from moekern.plan.several import Planning
 
 
 def plan(
@@ -45,7 +47,7 @@ def plan(
     fit: Annotated[
         str | None, typer.Option(help="Instead of --keep: the most experts whose weights and KV cache fit, as 24GiB.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The checkpoint; --fit reads sizes from its headers.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or hub id; --fit reads sizes from its headers.")] = None,
     bits: Annotated[float | None, typer.Option(help="With --fit: bits a weight, as 4.5. Default: as stored.")] = None,
     context: Annotated[int, typer.Option(help="With --fit: tokens of a sequence in the KV cache.")] = 0,
     sequences: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
@@ -86,6 +88,7 @@ def plan(
         Words, typer.Option(help="[DOMAIN=]SHARE of its gate x norm that each domain keeps in every layer; repeatable.")
     ] = None,
     seed: Seed = 0,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
@@ -95,6 +98,7 @@ def plan(
     from moekern.plan.targets import parse_target
     from moekern.router import parse_keep
 
+    check_destination(out, len(criterion) * max(1, len(keep or ())))
     options = Planning(
         criteria=tuple(criterion),
         keeps=tuple(parse_keep(text) for text in keep or ()),
@@ -104,10 +108,11 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=folder_of(model),
+        model=optional_headers(model, revision),
         fit=_fit(fit, bits, context, sequences),
     )
-    check_destination(out, len(options.criteria) * max(1, len(options.keeps)))
+    if statistics.is_dir():
+        check_options(statistics, options)
     plans = make_plans(statistics_of(statistics, criterion), options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
@@ -152,6 +157,30 @@ def _fit(limit: str | None, bits: float | None, context: int, sequences: int) ->
     return Fit(console.parsed_size("--fit", limit), bits, context, sequences)
 
 
+def check_options(model: Path, options: Planning) -> None:
+    """Raise InputError for what headers alone tell to be wrong, before all weights of a checkpoint are read."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
+    from moekern.criteria.named import criterion_named
+    from moekern.plan.served import served_as
+    from moekern.plan.targets import check_counts
+    from moekern.router import kept_count
+
+    if (options.fit is None) == (not options.keeps):
+        raise InputError("--keep, --fit: give one of the two")
+    if options.fit is not None and options.model is None:
+        raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
+    for criterion in options.criteria:
+        criterion_named(criterion)
+    checkpoint = open_checkpoint(model)
+    layout = find_layout(checkpoint)
+    served = served_as(layout, checkpoint.config)
+    plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
+    for keep in options.keeps if plain else ():
+        count = kept_count(keep, layout.router)
+        check_counts(f"--keep {keep}", dict.fromkeys(layout.layers, count), served, options.targets)
+
+
 def check_destination(out: Path, plans: int) -> None:
     """Raise InputError when `out` cannot take so many plans: known before anything is measured."""
     if "{}" not in out.name and plans > 1 and out.suffix == ".json":
@@ -183,8 +212,9 @@ def save_plans(plans: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     for name, plan in plans.items():
         folder = paths[name].parent
         if len(plans) > 1 and folder.parent.is_dir():
-            folder.mkdir(exist_ok=True)
-        plan.save(paths[name])
+            with told(folder):
+                folder.mkdir(exist_ok=True)
+        plan.save(paths[name], new=True)
 
 
 def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:

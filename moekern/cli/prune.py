@@ -11,7 +11,7 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show, size
-from moekern.cli.options import Json, Model, MtpOption, result
+from moekern.cli.options import Json, Model, MtpOption, Revision, folder_of, result
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
@@ -61,20 +61,24 @@ def prune(
         str | None,
         typer.Option(help="I/N: write this process's share of the shards; whoever is last finishes. Set by torchrun."),
     ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted.
 
     What is interrupted goes on where it was when the same command is run again.
     """
-    from moekern.checkpoint.hub import model_folder
+    from moekern.files import is_folder
     from moekern.plan.document import Plan
-    from moekern.pruning.work_folder import Part
+    from moekern.pruning.work_folder import Part, check_target
 
     limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()
+    chosen = Plan.load(plan)
+    if share is None or not is_folder(out):  # before anything is downloaded; a part may come late
+        check_target(out)
     report = prune_to(
-        model_folder(model), Plan.load(plan), out, mtp=mtp.value if mtp else None, copy=copy.value,
+        folder_of(model, revision), chosen, out, mtp=mtp.value if mtp else None, copy=copy.value,
         checksum=checksum.value, reread=reread, max_shard_size=limit, part=share,
     )  # fmt: skip
     result({**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
@@ -91,6 +95,7 @@ def prune_to(
     reread: bool = False,
     max_shard_size: int | None = None,
     part: Part | None = None,
+    again: bool = False,
 ) -> PruneReport:
     """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch."""
     from moekern.pruning.prune import prune as run
@@ -98,14 +103,19 @@ def prune_to(
     with console.progress("pruning", "bytes") as step:
         return run(
             source, plan, out, mtp=mtp, copy=copy, checksum=checksum, reread=reread, max_shard_size=max_shard_size,
-            part=part, progress=step,
+            part=part, again=again, progress=step,
         )  # fmt: skip
 
 
 def show_pruned(report: PruneReport) -> None:
-    """What was written."""
+    """What was written, what was not, and what has to be known about it."""
+    from moekern.checkpoint.contents import lines_left_out
+
     if not report.finished:
         say(f"this part is written; {report.waiting} shards are left to other parts, the last of which finishes")
+        return
+    if report.already:
+        say(f"{report.out}: was finished before, from the same model by the same plan; nothing was left to write")
         return
     show(
         f"{report.out}",
@@ -125,3 +135,7 @@ def show_pruned(report: PruneReport) -> None:
         + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
     )
     say(report.mtp)
+    for note in report.notes:
+        say(note)
+    if report.left_out:
+        say(f"not copied: {lines_left_out(report.left_out)}")

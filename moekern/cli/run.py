@@ -22,6 +22,7 @@ from moekern.cli.options import (
     Pack,
     Preset,
     ProtectSuper,
+    Revision,
     Seed,
     SequenceLength,
     Strict,
@@ -31,6 +32,7 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
+    folder_of,
     result,
     say_unused,
     text_of,
@@ -66,17 +68,20 @@ def run(
         bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
     ] = True,
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
+    from moekern.pruning.work_folder import check_target
     from moekern.router import parse_keep
 
     chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
+    if not pipeline.has_run(out):
+        check_target(out)
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -84,7 +89,7 @@ def run(
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = pipeline.run_stages(
-        model_folder(model), text, compute, out,
+        folder_of(model, revision), text, compute, out,
         criterion=chosen, keep=share, protect_super=protect_super,
         mtp=mtp.value if mtp else "prune", forward=forward,
     )  # fmt: skip

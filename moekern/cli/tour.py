@@ -18,7 +18,7 @@ from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, mean_loss
-from moekern.files import check_new
+from moekern.files import check_new, scratch
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
@@ -49,7 +49,7 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
         check_new(out, folder=True)
     with ExitStack() as stack:
         if out is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-demo-")))
+            work = stack.enter_context(scratch(tempfile.gettempdir(), "demo"))
         else:
             out.mkdir()
             work = out

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import say, size
-from moekern.cli.options import Device, Json, Model, TrustRemoteCode, compute_of, result
+from moekern.cli.options import Device, Json, Model, Revision, TrustRemoteCode, compute_of, folder_of, result
+from moekern.errors import InputError
 
 if TYPE_CHECKING:
     from moekern.cli.pipeline import Verdict
@@ -23,31 +24,33 @@ def verify(
     ] = False,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Compare the pruned checkpoint with the original, byte for byte; exit code 1 on any difference."""
-    from moekern.checkpoint.hub import model_folder
     from moekern.cli import pipeline
     from moekern.plan.document import Plan
 
-    verdict = pipeline.verify_both(
-        model_folder(model),
-        Plan.load(plan),
-        pruned,
-        compute_of(device=device, trust_remote_code=trust_remote_code),
-        forward=forward,
-    )
+    made_by = Plan.load(plan)
+    compute = compute_of(device=device, trust_remote_code=trust_remote_code)
+    if not pruned.is_dir():
+        raise InputError(f"{pruned}: no such folder")
+    verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward)
     result(verdict.document(), lambda: show_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
 
 
 def show_verdict(found: Verdict) -> None:
-    """Problems, or what was compared."""
+    """Problems, or what was compared; what of the original belongs to no pruned checkpoint."""
+    from moekern.checkpoint.contents import lines_left_out
+
     for problem in found.report.problems:
         say(f"wrong: {problem}")
     if not found.report.problems:
         say(f"bytes: {found.report.tensors_compared} tensors, {size(found.report.bytes_compared)} equal")
+    if found.report.left_out:
+        say(f"not taken from the original: {lines_left_out(found.report.left_out)}")
     if found.forward is not None:
         f = found.forward
         say(

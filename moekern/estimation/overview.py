@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class Overview:
     """A checkpoint's experts, in numbers; bytes are those of the safetensors data."""
 
     folder: str
+    model: str  # the folder, or a hub id and its commit
     family: str
     fingerprint: str
     moe_layers: tuple[str, ...]
@@ -33,6 +35,8 @@ class Overview:
     dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
     in_transformers: bool  # transformers has the model class, so it can be calibrated
     note: str  # what is special about the family
+    notes: tuple[str, ...]  # what the folder's files left open, and how it was understood
+    left_out: Mapping[str, str]  # files that a pruned checkpoint will not have -> why
     legal_counts: tuple[int, ...]  # kept experts a layer that the router can work with
 
     def bytes_at(self, kept: int) -> int:
@@ -57,6 +61,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
     counts = range(1, layout.num_experts + 1)
     return Overview(
         folder=str(checkpoint.folder),
+        model=checkpoint.name,
         family=layout.family.name,
         fingerprint=checkpoint.fingerprint,
         moe_layers=tuple(layout.layers),
@@ -74,5 +79,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         dtypes=dict(dtypes.most_common()),
         in_transformers=layout.family.transformers,
         note=layout.family.note,
+        notes=checkpoint.notes,
+        left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
     )

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.files import scratch
 from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward, Store
 from moekern.model.finite import all_finite, expert_list, wrong_experts
@@ -59,7 +60,7 @@ def measure_gradients(
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekern-", dir=spill)))
+        folder = stack.enter_context(scratch(spill or tempfile.gettempdir(), "spill"))
         decorated = [m for m in model.modules() if is_experts_module(m)]
         stack.enter_context(experts_implementation(decorated, "eager"))
         back = Backward(layerwise, min(layerwise.moe_keys), Store(folder if spill else None))

@@ -49,6 +49,11 @@ class LayerwiseModel:
     def vocab_size(self) -> int:
         return int(self.loader.model.get_input_embeddings().num_embeddings)
 
+    @property
+    def embedding_size(self) -> int:
+        """H, but of models that project their embeddings."""
+        return int(self.loader.model.get_input_embeddings().embedding_dim)
+
     def compute(self, batch: Batch) -> Any:
         """The model's own forward pass of one batch: what transformers returns.
 

@@ -6,17 +6,18 @@ no kept experts. Taken from descriptions of the tool's output; a block's name is
 
 compressed-tensors: `retained_experts` of MagnitudeExpertPruner (0.20), {router weight: [kept experts]}, with names such
 as "model.layers.0.mlp.gate.weight", read from its code. There it is an argument, not a file; the JSON is the mapping
-itself.
+itself. Its pruner looks up every router of the checkpoint in it, those of MTP layers too, and takes one count for all;
+llm-compressor works on the model that transformers builds, which has no MTP layers.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, MoeLayer, find_layout
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, plan_text
@@ -24,6 +25,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.version import __version__
 
 TOOLS = ("llm-compressor", "compressed-tensors")
+Kept = Callable[[Checkpoint, Layout, Plan], Mapping[str, tuple[int, ...]]]  # what a plan comes to, MTP layers and all
 LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h|decoder_layer)\.(0|[1-9][0-9]{0,5})(?:\.|$)")
 
 
@@ -128,9 +130,11 @@ def _number(name: str) -> str | None:
     return found[1] if found and "mtp" not in name else None
 
 
-def convert(path: Path, tool: str, model: Path | None, *, allow_nonuniform: bool = False) -> str:
-    """The text of a plan file in another tool's words, or in moekern's. Raises InputError."""
-    checkpoint = None if model is None else open_checkpoint(model)
+def convert(
+    path: Path, tool: str, model: Path | Checkpoint | None, kept: Kept, *, allow_nonuniform: bool = False
+) -> str:
+    """The text of a plan file in another tool's words, or in moekern's; `kept` is pruning's. Raises InputError."""
+    checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = None if checkpoint is None else find_layout(checkpoint)
     plan = read_plan(plan_text(path), str(path), layout, allow_nonuniform=allow_nonuniform)
     if checkpoint is None or layout is None:
@@ -138,6 +142,24 @@ def convert(path: Path, tool: str, model: Path | None, *, allow_nonuniform: bool
             raise InputError(f"--to {tool}: its names are those of the model's modules: add --model MODEL")
         return plan.to_json()
     check_plan(plan, layout, checkpoint.fingerprint, str(path))
+    if tool == TOOLS[1] and layout.mtp:
+        plan = _with_mtp(plan, layout, kept(checkpoint, layout, plan), str(path))
     if tool != "moekern":
         return exported(plan, layout, tool)
     return Plan(plan.layers, {"fingerprint": checkpoint.fingerprint, **plan.provenance}).to_json()
+
+
+def _with_mtp(plan: Plan, layout: Layout, kept: Mapping[str, tuple[int, ...]], source: str) -> Plan:
+    """The plan with the MTP layers that pruning cuts. Raises InputError for what compressed-tensors cannot do."""
+    counts = {len(kept[key]) for key in layout.layers}
+    for key, layer in layout.mtp.items():
+        stay = len(kept[key]) if key in kept else layer.num_experts
+        if {stay} != counts or (key not in kept and plan.provenance.get("mtp") == "drop"):
+            does = "drops" if plan.provenance.get("mtp") == "drop" else f"keeps {stay} experts of"
+            raise InputError(
+                f"{source}: {does} MTP layer {key}; compressed-tensors keeps that layer, with as many experts as the "
+                "others: convert a plan made with --mtp prune, or prune with moekern"
+            )
+    whole = {key: tuple(range(layer.num_experts)) for key, layer in layout.mtp.items()}
+    named = {key: plan.layers.get(key, LayerPlan(kept.get(key, whole[key]))) for key in layout.mtp}
+    return Plan({**plan.layers, **named}, plan.provenance)

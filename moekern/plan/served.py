@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.architectures import Layout, find_layout
+from moekern.architectures.config_keys import model_types
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.plan.mtp import Mtp
 from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
+
+NAME = re.compile(r"[\w.-]{1,100}")  # of a class, a model type or a method; anything else in a config is no name
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,7 @@ class Report:
     """Where a checkpoint runs: target -> the rules it breaks."""
 
     folder: str
+    model: str  # the folder, or a hub id and its commit
     family: str
     counts: Mapping[str, int]  # layer key -> experts
     mtp: Mapping[str, int]
@@ -25,34 +31,72 @@ class Report:
 
     @property
     def good(self) -> bool:
-        return not any(finding.stops for row in self.found.values() for finding in row)
+        """Whether no target refuses it; what is not known does not count."""
+        return all(verdict(row) is not False for row in self.found.values())
 
     def document(self) -> dict[str, Any]:
         targets = {
             name: {
-                "runs": not any(finding.stops for finding in row),
+                "runs": verdict(row),
                 "findings": [{"stops": finding.stops, "text": finding.text} for finding in row],
             }
             for name, row in self.found.items()
         }
         uniform = len(set(self.counts.values())) == 1
         return {
-            "folder": self.folder, "family": self.family, "uniform": uniform, "experts": dict(self.counts),
-            "mtp": dict(self.mtp), "targets": targets,
+            "folder": self.folder, "model": self.model, "family": self.family, "uniform": uniform,
+            "experts": dict(self.counts), "mtp": dict(self.mtp), "targets": targets,
         }  # fmt: skip
 
 
-def check_folder(folder: Path, targets: Sequence[Target] = ()) -> Report:
+def verdict(row: Iterable[Finding]) -> bool | None:
+    """Whether an engine runs a model with these findings; None when that is not known."""
+    stops = {finding.stops for finding in row}
+    return False if True in stops else None if None in stops else True
+
+
+def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> Report:
     """Which targets (none: every engine) run a checkpoint, by its headers and config. Raises InputError."""
-    layout = find_layout(open_checkpoint(folder))
-    served = Served(layout.family.name, layout.family.score, layout.router, layout.family.transformers)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    served = served_as(layout, checkpoint.config)
     counts = {key: layer.num_experts for key, layer in layout.layers.items()}
     mtp = {key: layer.num_experts for key, layer in layout.mtp.items()}
     asked = tuple(targets) or tuple(Target(engine) for engine in ENGINES)
-    found = {str(target): tuple(findings(target, counts, served, tuple(mtp.values()))) for target in asked}
+    stored = Mtp(tuple(mtp.values()), layout.mtp_prefixes)
+    found = {str(target): tuple(findings(target, counts, served, stored)) for target in asked}
     near = {
         str(target): nearest(layout.num_experts, served, [target])
         for target in asked
         if not runs(layout.num_experts, served, [target])
     }
-    return Report(str(folder), layout.family.name, counts, mtp, found, near)
+    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near)
+
+
+def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
+    """What engines go by: the names and the quantisation of config.json beside the router's numbers."""
+    classes = config.get("architectures")
+    names = {text for text in map(_name, classes if isinstance(classes, list) else ()) if text}
+    kinds = {text for text in map(_name, model_types(config)[:1]) if text} if names else set()
+    return Served(
+        layout.family.name, layout.family.score, layout.router, frozenset(names | kinds), quantization(config)
+    )
+
+
+def quantization(config: Mapping[str, Any]) -> str:
+    """The quant_method of config.json, with the format of compressed-tensors or small blocks of FP8; "" without one."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, dict) else {}):
+        given = holder.get("quantization_config")
+        if isinstance(given, dict) and "quant_method" in given:
+            method = _name(given["quant_method"]) or "unknown"
+            if method == "compressed-tensors":
+                return f"{method}/{_name(given.get('format')) or 'unknown'}"
+            small = method == "fp8" and given.get("weight_block_size") == [32, 32]
+            return f"{method}/32x32" if small else method
+    return ""
+
+
+def _name(value: object) -> str:
+    """A name in a config, which may hold anything; "" for what is none."""
+    return value if isinstance(value, str) and NAME.fullmatch(value) else ""

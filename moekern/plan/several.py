@@ -34,7 +34,7 @@ class Planning:
     guards: Guards = field(default_factory=Guards)
     targets: tuple[Target, ...] = ()
     mtp: str | None = None
-    model: Path | None = None
+    model: Path | Checkpoint | None = None
     fit: Fit | None = None
 
 
@@ -68,11 +68,11 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
     return plans
 
 
-def _opened(model: Path, statistics: Statistics) -> tuple[Checkpoint, Layout]:
-    checkpoint = open_checkpoint(model)
+def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoint, Layout]:
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if checkpoint.fingerprint != statistics.header["fingerprint"]:
         raise InputError(
-            f"--model {model}: the statistics were measured on another model (fingerprint "
+            f"--model {checkpoint.name}: the statistics were measured on another model (fingerprint "
             f"{statistics.header['fingerprint'][:12]}, this checkpoint has {checkpoint.fingerprint[:12]})"
         )
     return checkpoint, find_layout(checkpoint)

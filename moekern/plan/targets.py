@@ -1,8 +1,9 @@
 """What engines can load and run: one table of rules about expert counts, each with its source.
 
 A rule that `stops` names what does not load or gives wrong results; the others name what runs, but slowly or not in
-full. Sources are the engines' code of November 2026 (transformers 5.23, vLLM 0.33, SGLang 0.5.23, llama.cpp b10448 and
-later) and their issue trackers. Speeds were not measured here.
+full. Which models an engine knows at all is in `engines`, what it makes of MTP layers in `mtp`. Sources are the
+engines' code, of the versions in `engines.json` unless a rule names another, and their issue trackers. Speeds were not
+measured here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moekern.errors import InputError
+from moekern.plan.engines import Listed, listed, names_of, registries
+from moekern.plan.mtp import Mtp, mtp_finding
 from moekern.router import Router, count_problem
 
-ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "ik_llama.cpp", "mlx-lm", "mistral.rs")
 PARALLEL = ("vllm", "sglang")  # engines whose rules depend on tp and ep
+ORDER: Mapping[bool | None, int] = {True: 0, None: 1, False: 2}  # of findings
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +37,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model as far as engines' rules look at it. router.num_experts is the whole model's count."""
+    """A model as far as engines' rules look at it. router.num_experts is the whole model's count.
+
+    names: the class names and the model_type of its config.json; where these are not known, all that the family may
+    have. quantization: its quant_method, with "/" and the format where one method has several; "" if none is known.
+    """
 
     family: str
     score: str
     router: Router
-    in_transformers: bool = True
+    names: frozenset[str] = frozenset()
+    quantization: str = ""
+
+    @property
+    def known_as(self) -> frozenset[str]:
+        return self.names or names_of(self.family)
 
     @property
     def grouped(self) -> bool:
@@ -54,12 +67,7 @@ class Rule:
     broken: Callable[[int, Served, Target], str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One broken rule."""
-
-    stops: bool
-    text: str
+Finding = Listed  # one broken rule: whether it stops the engine, None where that is not known, and its text
 
 
 def _power_of_two(n: int) -> bool:
@@ -75,20 +83,29 @@ def _when(condition: bool, text: str) -> str | None:
 VLLM_TOPK = frozenset({1 << n for n in range(10)} | {192, 320, 384, 448, 576})
 # csrc/moe, fused_topk_softplus_sqrt (vllm-project/vllm#51521, #50982): no path for other sizes.
 VLLM_SOFTPLUS = frozenset({1 << n for n in range(7)} | {128, 192, 256, 320, 384, 448, 512, 576})
-VLLM_DIVIDES = ("deepseek_v4", "kimi_k3", "step3_text", "step3p7")
-VLLM_REMOVED = ("dots1", "minimax", "grok-1", "grok-2", "arctic")
+# vllm/models/deepseek_v4: tp in the code for AMD, Intel and CPU, ep there for Intel and in the mega-MoE kernels;
+# vllm/models/kimi_k3: ep in the mega-MoE kernels. Elsewhere experts may be spread unevenly.
+VLLM_DIVIDES = {"deepseek_v4": ("tp", "ep"), "kimi_k3": ("ep",)}
+# conversion/base.py, dequant_model, and the families that have their own.
+CONVERTER_TAKES = ("", "bitnet", "fp8", "fp8/32x32", "gptq", "modelopt") + tuple(
+    f"compressed-tensors/{packed}"
+    for packed in (
+        "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
+        "mixed-precision",
+    )
+)  # fmt: skip
+CONVERTER_TAKES_TOO = {"gpt_oss": ("mxfp4",), "kimi_k3": ("compressed-tensors/mxfp4-pack-quantized",)}
+# mlx_lm/utils.py, load_model: what it dequantises or takes packed. FP8 with scales of 128 x 128 blocks only where the
+# model's own code does it (`fp8` of its list); an unknown method is ignored, and its scales are then unknown weights.
+MLX_TAKES = ("", "bitnet", "mxfp4", "mxfp8", "fp8/32x32", "awq", "gptq", "modelopt") + tuple(
+    f"compressed-tensors/{packed}" for packed in ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+)
 
 RULES: tuple[Rule, ...] = (
     # torch.topk raises below top_k; the group rules are the model's own: transformers reshapes tokens and groups into
     # one another without an error, vLLM then routes as if there were no groups, SGLang's view and llama.cpp's assertion
     # fail.
     Rule(ENGINES, True, lambda n, model, target: count_problem(n, model.router)),
-    Rule(
-        ("transformers",), False,
-        lambda n, model, target: _when(
-            not model.in_transformers, f"it has no class for {model.family}; the checkpoint's own code is needed"
-        ),
-    ),
     # The sparse blocks of most models in vllm/model_executor/models, and those that SGLang took over: "Tensor parallel
     # size ... is greater than the number of experts".
     Rule(
@@ -107,20 +124,27 @@ RULES: tuple[Rule, ...] = (
             f"its sqrt-softplus router takes {_listed(VLLM_SOFTPLUS)} only",
         ),
     ),
-    # The models' own assertions (deepseek_v4, kimi_k3, step), such as n_routed_experts % tp_size == 0.
-    Rule(
-        ("vllm",), True,
+    Rule(  # see VLLM_DIVIDES
+        ("vllm",), False,
         lambda n, model, target: _when(
-            model.family in VLLM_DIVIDES and bool(n % target.tp or n % target.ep),
-            f"its {model.family} code needs a multiple of tp={target.tp} and of ep={target.ep}",
+            any(n % getattr(target, ranks) for ranks in VLLM_DIVIDES.get(model.family, ())),
+            f"on some back ends its {model.family} code needs a multiple of tp={target.tp} and of ep={target.ep}",
         ),
     ),
-    # csrc/moe/grouped_topk_kernels.cu: at most 32 groups and 32 experts a token.
+    # model_executor/layers/fused_moe/router/grouped_topk_router.py: the fused kernel for up to 32 groups and top-32,
+    # with a selection bias; else torch.
     Rule(
-        ("vllm",), True,
+        ("vllm",), False,
         lambda n, model, target: _when(
             model.grouped and (model.router.n_group > 32 or model.router.top_k > 32),
-            "its grouped router takes at most 32 groups and 32 experts a token",
+            "more than 32 groups or 32 experts a token: torch chooses",
+        ),
+    ),
+    # model_executor/layers/fused_moe/experts/trtllm_fp8_moe.py asserts global_num_experts % 4 == 0.
+    Rule(
+        ("vllm",), False,
+        lambda n, model, target: _when(
+            model.quantization.startswith("fp8") and bool(n % 4), "its TRT-LLM kernels for FP8 take multiples of 4"
         ),
     ),
     Rule(  # see VLLM_TOPK; grouped routers have a kernel of their own
@@ -135,18 +159,13 @@ RULES: tuple[Rule, ...] = (
         ("vllm",), False,
         lambda n, model, target: _when(bool(n % target.ep), f"balancing (EPLB) needs a multiple of ep={target.ep}"),
     ),
-    Rule(  # removed between 0.23 and 0.28
-        ("vllm",), False,
-        lambda n, model, target: _when(
-            model.family in VLLM_REMOVED, f"recent releases have no {model.family} code; use an older one"
-        ),
-    ),
     # sglang/srt/layers/moe/fused_moe_triton/layer.py asserts num_experts % moe_ep_size == 0.
     Rule(
         ("sglang",), True,
         lambda n, model, target: _when(bool(n % target.ep), f"experts must be a multiple of ep={target.ep}"),
     ),
-    # sgl-project/sglang#26771: moe_fused_gate takes powers of two and at most 32 experts a group.
+    # sglang/srt/layers/moe/topk.py: fused gates for powers of two with at most 32 experts a group; other grouped counts
+    # go to a Triton router where there is a selection bias, and to torch where there is none.
     Rule(
         ("sglang",), False,
         lambda n, model, target: _when(
@@ -154,15 +173,15 @@ RULES: tuple[Rule, ...] = (
             "its fused gate takes powers of two with at most 32 experts in a group; others take a slower path",
         ),
     ),
-    # sgl-project/sglang#26771: the Triton top-k ends at 512 experts and top-32, beyond it torch chooses.
+    # The same file: the Triton router for experts without groups ends at 1024, beyond it torch chooses.
     Rule(
         ("sglang",), False,
-        lambda n, model, target: _when(
-            not model.grouped and (n > 512 or model.router.top_k > 32), "more than 512 experts or top-32: torch chooses"
-        ),
+        lambda n, model, target: _when(not model.grouped and n > 1024, "more than 1024 experts: torch chooses"),
     ),
     # src/llama-hparams.h, LLAMA_MAX_EXPERTS (ggml-org/llama.cpp#26185); 512 in builds before October 2026.
     Rule(("llama.cpp",), True, lambda n, model, target: _when(n > 1024, "at most 1024 experts")),
+    # ik_llama.cpp's src/llama-hparams.cpp.
+    Rule(("ik_llama.cpp",), True, lambda n, model, target: _when(n > 512, "at most 512 experts")),
     # src/llama-model.cpp, load_hparams: n_expert_groups < n_expert, n_group_used < n_expert_groups.
     Rule(
         ("llama.cpp",), True,
@@ -171,14 +190,32 @@ RULES: tuple[Rule, ...] = (
             f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
         ),
     ),
+    Rule(  # see CONVERTER_TAKES
+        ("llama.cpp", "ik_llama.cpp"), True,
+        lambda n, model, target: _when(
+            model.quantization not in (*CONVERTER_TAKES, *CONVERTER_TAKES_TOO.get(model.family, ()))
+            and model.family != "deepseek_v4",
+            f"llama.cpp's converter does not read {model.quantization} weights of this model; dequantise it first",
+        ),
+    ),
+    Rule(  # see MLX_TAKES
+        ("mlx-lm",), True,
+        lambda n, model, target: _when(
+            model.quantization not in MLX_TAKES
+            and not (model.quantization == "fp8" and model.known_as & set(registries()["mlx-lm"]["fp8"])),
+            f"does not read {model.quantization} weights of this model; dequantise it first",
+        ),
+    ),
+    # mlx_lm/utils.py, _transform_awq_weights.
+    Rule(
+        ("mlx-lm",), False,
+        lambda n, model, target: _when(model.quantization == "gptq", "refuses GPTQ weights that have a g_idx"),
+    ),
 )  # fmt: skip
 
-# One scalar in config.json sizes every layer: in transformers' models, in vLLM's and SGLang's, and n_expert in GGUF.
+# One scalar in config.json sizes every layer: in transformers' models and those of vLLM, SGLang, mlx-lm (its sanitize
+# stacks that many experts a layer) and mistral.rs, and n_expert in GGUF.
 NONUNIFORM = "layers have {low} to {high} experts; the engine takes one count for all layers"
-# The same scalar sizes MTP layers. transformers does not load them; llama.cpp's converter waits for as many tensors as
-# the scalar says ("Unprocessed experts"); vLLM and SGLang load them for speculative decoding only.
-MTP_STOPS = "MTP layers have {mtp} experts, the others {count}; prune with --mtp prune or drop"
-MTP_PLAIN = "MTP layers have {mtp} experts, the others {count}; run it without speculative decoding"
 
 
 def parse_target(text: str) -> Target:
@@ -196,10 +233,10 @@ def parse_target(text: str) -> Target:
     return target
 
 
-def findings(target: Target, counts: Mapping[str, int], served: Served, mtp: Sequence[int] = ()) -> list[Finding]:
-    """Every rule that a model with these experts a layer breaks; those that stop it first.
+def findings(target: Target, counts: Mapping[str, int], served: Served, mtp: Mtp | None = None) -> list[Finding]:
+    """Every rule that a model with these experts a layer breaks: those that stop it first, then what is not known.
 
-    counts: layer key -> routed experts. mtp: experts of the MTP layers that are there.
+    counts: layer key -> routed experts. mtp: the MTP layers that are there; None: not known, and not looked at.
     """
     found: list[Finding] = []
     low, high = min(counts.values()), max(counts.values())
@@ -207,10 +244,9 @@ def findings(target: Target, counts: Mapping[str, int], served: Served, mtp: Seq
         found.append(Finding(True, NONUNIFORM.format(low=low, high=high)))
     for count in sorted(set(counts.values())):
         found += _broken(target, count, served)
-    if any(n != high for n in mtp) and target.engine != "transformers":
-        stops = target.engine == "llama.cpp"
-        found.append(Finding(stops, (MTP_STOPS if stops else MTP_PLAIN).format(mtp=max(mtp), count=high)))
-    return sorted(dict.fromkeys(found), key=lambda finding: not finding.stops)
+    known = not any(finding.stops for finding in found)
+    told = mtp_finding(target.engine, served.family, mtp, high) if mtp is not None and known else None
+    return sorted(dict.fromkeys([*found, told] if told else found), key=lambda finding: ORDER[finding.stops])
 
 
 def check_counts(what: str, counts: Mapping[str, int], served: Served, targets: Sequence[Target]) -> None:
@@ -236,7 +272,8 @@ def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
 
 def _broken(target: Target, count: int, served: Served) -> list[Finding]:
     texts = ((rule, rule.broken(count, served, target)) for rule in RULES if target.engine in rule.engines)
-    return [Finding(rule.stops, text) for rule, text in texts if text]
+    model = listed(target.engine, served.known_as)
+    return [*([model] if model else []), *(Finding(rule.stops, text) for rule, text in texts if text)]
 
 
 def _listed(numbers: frozenset[int]) -> str:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
-from moekern.files import work_path
+from moekern.files import is_folder, work_path
 
 
 def check_space(target: Path, nbytes: int, files: int) -> None:
@@ -24,7 +24,7 @@ def check_space(target: Path, nbytes: int, files: int) -> None:
 
 def _files_in(folder: Path) -> Iterator[os.stat_result]:
     """Of files that are there when they are looked at: another part may be at work, or finish."""
-    for root, _, names in os.walk(folder):
+    for root, _, names in os.walk(folder) if is_folder(folder) else ():
         for name in names:
             with suppress(FileNotFoundError):
-                yield os.stat(os.path.join(root, name))
+                yield os.lstat(os.path.join(root, name))

@@ -12,7 +12,7 @@ import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note
-from moekern.files import fsync, work_path
+from moekern.files import check_new, fsync, is_folder, reason, work_path
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
@@ -32,8 +32,8 @@ from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, pla
 from moekern.pruning.pieces import made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
-from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
-from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, open_work
+from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
+from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, clean_up, is_made, open_work
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
 
@@ -46,7 +46,7 @@ class PruneReport:
 
     copy names the ways taken. finished is False where other parts have to write the rest, `waiting` shards. cloned,
     holes and copied are the bytes that this process shared with the source, left as holes and wrote; reused those that
-    an earlier run had written.
+    an earlier run had written. already: the target was finished before, so that nothing was left to do.
     """
 
     out: Path
@@ -66,7 +66,10 @@ class PruneReport:
     reused: int
     finished: bool
     waiting: int
+    already: bool
     mtp: str  # one line: what happened to the MTP layers
+    left_out: Mapping[str, str]  # file, or folder with a "/" at its end, that was not copied -> why
+    notes: tuple[str, ...]  # a line each: what the source left open, and side files that are no plain copies
     seconds: float
 
 
@@ -82,6 +85,10 @@ class Job:
     known_ways: Mapping[str, Way]
     checksum: Checksum
     reread: bool  # read every file back: blake3 needs it too
+
+    def is_made(self, target: Path) -> bool:
+        """Whether a finished target is what this job would make."""
+        return is_made(target, {shard.name: shard.size for shard in self.shards}, self.side)
 
     def way(self, shard: OutputShard) -> Way:
         return way_of(shard, self.known_ways)
@@ -129,6 +136,7 @@ def prune(
     reread: bool = False,
     max_shard_size: int | None = None,
     part: Part | None = None,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
@@ -143,28 +151,34 @@ def prune(
     way is taken or refused, "auto" takes the best. checksum: of each tensor, in moekern_manifest.jsonl; "xxh3" covers
     what passes through memory, "blake3" and `reread` read every file back from the disk. max_shard_size: make shards
     anew with at most so many bytes of data, instead of one for each of the source's. part: write this part of the
-    shards; the part that finds all of them written finishes. Raises InputError.
+    shards; the part that finds all of them written finishes. again: a target that was made of the same source by the
+    same plan is no error, as it is none for a part. Raises InputError.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout, target = find_layout(checkpoint), Path(out)
-    check_target(target, checkpoint.folder)
+    again = (again or part is not None) and is_folder(target)
+    if again:
+        clean_up(target)
+    else:
+        check_target(target, checkpoint.folder)
     mtp = mtp or planned_mtp(plan)
     _check_options(mtp, copy, checksum, max_shard_size)
     check_plan(plan, layout, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
     shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
-    check_tables(checkpoint, (tensor for shard in shards for tensor in shard.tensors))
-    sources = {name for shard in shards for name in shard.sources}
-    origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}
-    known_ways = ways(checkpoint, sources, target.parent, copy)
-    job = Job(checkpoint, plan, shards, origins, side, known_ways, checksum, reread or checksum == "blake3")
+    job = _job(checkpoint, plan, shards, side, target.parent, copy, checksum, reread)
     mine = _share(shards, part)
     needed = sum(space_needed(checkpoint, shard, job.way(shard)) for shard in mine)
-    check_space(target, needed + sum(file.size for file in side), len(mine) + len(side) + 8)
+    if again and not job.is_made(target):
+        check_new(target, folder=True)
+    if not again:
+        check_space(target, needed + sum(file.size for file in side), len(mine) + len(side) + 8)
     tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
-    finished, waiting = _write(job, target, part, mine, tally)
+    finished, waiting, already = (True, 0, True) if again else _written(job, target, part, mine, tally)
+    if already:
+        tally.reused = sum(shard.size for shard in shards)
     return PruneReport(
         out=target,
         bytes_in=sum(shard.size for shard in checkpoint.shards),
@@ -183,9 +197,29 @@ def prune(
         reused=tally.reused,
         finished=finished,
         waiting=waiting,
+        already=already,
         mtp=mtp_line(layout, kept, plan, mtp),
+        left_out=checkpoint.contents.left_out,
+        notes=(*checkpoint.notes, *(file.note for file in side if file.note)),
         seconds=time.perf_counter() - start,
     )
+
+
+def _job(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    shards: Sequence[OutputShard],
+    side: Sequence[SideFile],
+    place: Path,
+    copy: Copy,
+    checksum: Checksum,
+    reread: bool,
+) -> Job:
+    """place: the folder that the output is made in, which decides how bytes can be copied."""
+    check_tables(checkpoint, (tensor for shard in shards for tensor in shard.tensors))
+    origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}
+    known_ways = ways(checkpoint, {name for shard in shards for name in shard.sources}, place, copy)
+    return Job(checkpoint, plan, shards, origins, side, known_ways, checksum, reread or checksum == "blake3")
 
 
 def _check_options(mtp: str, copy: str, checksum: str, max_shard_size: int | None) -> None:
@@ -208,6 +242,18 @@ def _share(shards: Sequence[OutputShard], part: Part | None) -> list[OutputShard
         owner[shard.name] = load.index(min(load))
         load[owner[shard.name]] += shard.size
     return [shard for shard in shards if owner[shard.name] == part.number - 1]
+
+
+def _written(
+    job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally
+) -> tuple[bool, int, bool]:
+    """What _write tells; and whether other parts have finished while this one waited for them."""
+    try:
+        return *_write(job, target, part, mine, tally), False
+    except InputError:
+        if part is None or not job.is_made(target):
+            raise
+        return True, 0, True
 
 
 def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally) -> tuple[bool, int]:
@@ -234,6 +280,7 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
         tally.reused += shard.size
         tally.moved(job.passes * shard.size)
         return
+    work.check()
     path = work.checkpoint / shard.name
     partial = path.with_name(f"{shard.name}.{work.part or 'whole'}.partial")
     partial.unlink(missing_ok=True)
@@ -279,11 +326,13 @@ def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tal
         )
         for r in records
     ]
-    for file in [SideFile(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
+    for file in [side_file(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
         path = work.checkpoint / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = file.content
-        _C.write_file(str(path), [content if isinstance(content, bytes) else (str(content), 0, file.size)])
+        _C.write_file(str(path), list(file.pieces))
+        if made_from(file.pieces) != file.origin:
+            folder = job.checkpoint.folder
+            raise InputError(f"{work.target}: not finished: {file.name} in {folder} changed while it was copied")
         tally.moved(file.size if file.name != MANIFEST else 0)
 
 
@@ -293,8 +342,7 @@ def _resumable(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise InputError(f"{target}: not finished: {reason}{_state(target)}") from error
+        raise InputError(f"{target}: not finished: {reason(error)}{_state(target)}") from error
     except InputError as error:
         raise InputError(f"{error}{_state(target)}") from error
     except (KeyboardInterrupt, SystemExit) as error:
@@ -305,8 +353,8 @@ def _resumable(target: Path) -> Iterator[None]:
 
 def _state(target: Path) -> str:
     work = work_path(target)
-    shards = list((work / "checkpoint").glob("*.safetensors")) if work.is_dir() else []
-    if not shards:
+    shards = list((work / "checkpoint").glob("*.safetensors")) if is_folder(work / "checkpoint") else []
+    if not shards or not any(work.glob("manifest*.jsonl")):
         return ""
     size = 0
     with suppress(OSError):

@@ -89,8 +89,8 @@ def output_shards(
     (bytes of data), as few as hold that much each, an expert's tensors together.
 
     `kept` maps layer keys to original ids; layers it does not name are copied whole. Names stay when no file falls
-    away, else they are numbered anew. Raises InputError for a tensor whose shape does not hold its layer's experts
-    and for a cut that would split a byte.
+    away and an index names them, else they are numbered anew. Raises InputError for a tensor whose shape does not hold
+    its layer's experts and for a cut that would split a byte.
     """
     cuts: dict[str, Cut] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
@@ -117,7 +117,7 @@ def output_shards(
         )
     filled = [(shard, _arranged(list(made(shard.tensors)))) for shard in checkpoint.shards]
     shards = [OutputShard(shard.name, shard.metadata, tensors) for shard, tensors in filled if tensors]
-    if len(shards) == len(checkpoint.shards):
+    if len(shards) == len(checkpoint.shards) and (indexed or len(shards) == 1):
         return tuple(shards)
     return _numbered(shards, indexed)
 

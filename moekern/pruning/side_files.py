@@ -8,27 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.config_keys import COUNT_KEYS
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
-from moekern.checkpoint.strict_json import read_json
+from moekern.checkpoint.strict_json import read_json, read_start, regular_size
+from moekern.errors import InputError
 from moekern.plan.document import Plan
-from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, expert_renamer, pruned_config, renamed_lists
+from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed_lists
 from moekern.pruning.cuts import Mtp
+from moekern.pruning.expert_lists import expert_lists
+from moekern.pruning.expert_names import Renamer
+from moekern.pruning.model_card import MODEL_CARD, notice, split_at
+from moekern.pruning.pieces import Range, made_from
 from moekern.pruning.shards import OutputShard
 
 MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
+SETTINGS_CAP = 1 << 20  # bytes of a JSON file that is looked into for expert counts; tokenizers are larger
 
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file of the output: its bytes, or the file that it is a copy of."""
+    """A file of the output: literal bytes and ranges of source files. origin is all that decided its bytes when it was
+    looked at (`made_from`); note is a line for the user where it is no plain copy, or no longer true."""
 
     name: str
-    content: bytes | Path
+    pieces: tuple[bytes | Range, ...]
+    origin: str
+    note: str = ""
 
     @property
     def size(self) -> int:
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+        return sum(len(piece) if isinstance(piece, bytes) else piece[2] for piece in self.pieces)
+
+
+def side_file(name: str, *pieces: bytes | Range, note: str = "") -> SideFile:
+    return SideFile(name, pieces, made_from(pieces), note)
 
 
 def side_files(
@@ -39,31 +53,70 @@ def side_files(
     shards: Sequence[OutputShard],
     mtp: Mtp,
 ) -> list[SideFile]:
-    """In the order of writing: what is copied, the plan, then index and config."""
+    """In the order of writing: what is copied, the plan, then index and config.
+
+    Raises InputError for a file that would bring another than the checkpoint's into the result, and for settings that
+    name experts in a form that cannot be renumbered.
+    """
+    for name, wrong in checkpoint.contents.refused.items():
+        raise InputError(f"{checkpoint.folder}: {name!r}: {wrong}")
     drop = mtp == "drop"
     files = []
     for name in checkpoint.side_files:
         path = checkpoint.folder / name
         if name in QUANTIZATION_FILES:
-            files.append(_text(name, _renamed_file(path, layout, kept, drop)))
+            renamer = Renamer(str(path), checkpoint.tensors, layout, kept, drop_mtp=drop)
+            lists = expert_lists(str(path), checkpoint.config, layout, kept)
+            settings = renamed_lists(lists.cut(read_json(path)), renamer)
+            files.append(_text(name, dumped_like(settings, path.read_text(encoding="utf-8")), renamer.note(name)))
+        elif name == MODEL_CARD:
+            files.append(_model_card(path, layout, plan, kept))
         elif name not in (PLAN_FILE, MANIFEST):
-            files.append(SideFile(name, path))
+            files.append(side_file(name, _whole(path), note=_stale_counts(path, name, layout.num_experts)))
     files.append(_text(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
     if checkpoint.index is not None or len(shards) > 1:
         files.append(_text(INDEX, _index(checkpoint, shards)))
     original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
-    config = pruned_config(checkpoint.config, layout, kept, drop_mtp=drop)
-    files.append(_text(CONFIG, dumped_like(config, original)))
+    renamer = Renamer(str(checkpoint.folder / CONFIG), checkpoint.tensors, layout, kept, drop_mtp=drop)
+    lists = expert_lists(str(checkpoint.folder / CONFIG), checkpoint.config, layout, kept)
+    config = pruned_config(lists.cut(checkpoint.config), layout, kept, renamer, drop_mtp=drop)
+    files.append(_text(CONFIG, dumped_like(config, original), renamer.note(CONFIG)))
     return files
 
 
-def _text(name: str, text: str) -> SideFile:
-    return SideFile(name, text.encode())
+def _text(name: str, text: str, note: str = "") -> SideFile:
+    return side_file(name, text.encode(), note=note)
 
 
-def _renamed_file(path: Path, layout: Layout, kept: Mapping[str, Sequence[int]], drop_mtp: bool) -> str:
-    content, text = read_json(path), path.read_text(encoding="utf-8")
-    return dumped_like(renamed_lists(content, expert_renamer(layout, kept, drop_mtp=drop_mtp)), text)
+def _whole(path: Path) -> Range:
+    return str(path), 0, regular_size(path)
+
+
+def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Sequence[int]]) -> SideFile:
+    """The original's card with a notice in front of its text: what it says about experts is the original's."""
+    size = regular_size(path)
+    at = split_at(read_start(path, min(size, SETTINGS_CAP))[0], size)
+    most = max(len(kept[key]) for key in layout.layers)
+    pieces = ((str(path), 0, at), notice(most, layout.num_experts, plan.digest), (str(path), at, size - at))
+    note = f"{MODEL_CARD}: the original's, behind a notice that names the plan; its numbers are the original's"
+    return side_file(MODEL_CARD, *pieces, note=note)
+
+
+def _stale_counts(path: Path, name: str, num_experts: int) -> str:
+    """What to say about a JSON file that counts the original's experts; it is copied as it is."""
+    if not name.endswith(".json") or regular_size(path) > SETTINGS_CAP:
+        return ""
+    try:
+        level: list[Any] = [read_json(path)]
+    except InputError:  # a list, or JSON of another tool's kind: copied, and nobody's settings
+        return ""
+    while level:
+        holder = level.pop()
+        items = list(holder.items()) if isinstance(holder, dict) else [("", item) for item in holder]
+        if any(key in COUNT_KEYS and value == num_experts for key, value in items):
+            return f"{name}: copied as it is, though it counts the original's {num_experts} experts"
+        level += [value for _, value in items if isinstance(value, (dict, list))]
+    return ""
 
 
 def _provenance(

@@ -2,7 +2,8 @@
 
 `NAME.moekern/` holds `checkpoint/`, which becomes `NAME` by one rename, and a manifest: JSON lines, one for each shard
 that is complete on the disk. A lock on the folder, which ends with the process however that ends, keeps others out.
-What other commands keep there is left alone.
+What other commands keep there is left alone, and so is what stands there and was not written by this program: links
+are not followed, pipes not waited for, and nothing is removed whose name or contents are not the pruner's.
 """
 
 import fcntl
@@ -10,18 +11,34 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moekern.errors import InputError
-from moekern.files import check_new, check_work, fsync, work_path
+from moekern.files import (
+    check_new,
+    check_work,
+    fsync,
+    is_folder,
+    is_plain,
+    is_still,
+    locked,
+    open_plain,
+    read_plain,
+    work_path,
+)
+from moekern.pruning.pieces import Range
+from moekern.pruning.side_files import SideFile
 
 MANIFESTS = ("manifest.jsonl", "manifest.*-of-*.jsonl")  # of a run without parts; of each part
-OWN = (*MANIFESTS, "part-*-of-*.lock")  # the pruner's files, beside `checkpoint`
+LOCKS = "part-*-of-*.lock"
+BEGINNING = b'{"shard": "'  # of every manifest that has a line
 PATIENCE = 10.0  # seconds that a part waits for a process that is about to finish the output
 
 
@@ -92,15 +109,16 @@ class WorkFolder:
         if record is None or record.checksum != checksum:
             return None
         try:
-            status = (self.checkpoint / shard).stat()
+            status = (self.checkpoint / shard).lstat()
         except FileNotFoundError:
             return None
-        return record if (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns) else None
+        same = (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
+        return record if same and stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else None
 
     def add(self, record: Record) -> None:
         """Append to the manifest, and flush it to the disk."""
         line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
-        with self.manifest.open("ab") as file:
+        with _opened(self.manifest, os.O_WRONLY | os.O_APPEND) as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -109,8 +127,8 @@ class WorkFolder:
     def reload(self) -> None:
         """Read the manifests of all parts again; a line that a killed process left unfinished is no record."""
         self.records = {}
-        for path in sorted(found for pattern in MANIFESTS for found in self.folder.glob(pattern)):
-            for line in path.read_bytes().split(b"\n")[:-1]:
+        for path in _named(self.folder)[0]:
+            for line in read_plain(path).split(b"\n")[:-1]:
                 record = _parsed(line)
                 if record is not None:
                     self.records[record.shard, record.made_from] = record
@@ -125,10 +143,16 @@ class WorkFolder:
             return True
         with suppress(OSError):
             fcntl.flock(self.handle, fcntl.LOCK_UN)
-        return _locked(self.handle, fcntl.LOCK_EX)
+        return locked(self.handle, fcntl.LOCK_EX)
+
+    def check(self) -> None:
+        """Raise InputError when folder or checkpoint are no longer those that were opened, but a link, say."""
+        if not is_still(self.handle, self.folder) or not is_folder(self.checkpoint):
+            raise InputError(f"{self.target}: not finished: {self.checkpoint} was removed or replaced meanwhile")
 
     def commit(self) -> None:
         """Give the finished checkpoint its name. Raises InputError when something has taken the name meanwhile."""
+        self.check()
         for folder in sorted(path for path in self.checkpoint.rglob("*") if path.is_dir()):
             fsync(folder)
         fsync(self.checkpoint)
@@ -141,10 +165,43 @@ class WorkFolder:
 def check_target(target: Path, source: Path | None = None) -> None:
     """Raise InputError when the target exists, lies inside the source or cannot be made. What a process killed just
     after its commit left beside it is removed."""
-    if target.name and os.path.lexists(target) and not (work_path(target) / "checkpoint").exists():
-        _remove_own(work_path(target))
+    clean_up(target)
     check_new(target, folder=True, source=source)
     check_work(target)
+
+
+def clean_up(target: Path) -> None:
+    """Remove what a process killed just after its commit left beside the target."""
+    if target.name and os.path.lexists(target) and not os.path.lexists(work_path(target) / "checkpoint"):
+        _remove_own(work_path(target))
+
+
+def is_made(target: Path, sizes: Mapping[str, int], side: Sequence[SideFile]) -> bool:
+    """Whether a finished target is what the same plan makes of the same source: all shards are there and have these
+    sizes, and the files beside them, which name plan and source, their bytes."""
+    try:
+        if not is_folder(target) or any((target / shard).lstat().st_size != size for shard, size in sizes.items()):
+            return False
+        for file in side:
+            path = target / file.name
+            if not is_plain(path) or path.lstat().st_size != file.size:
+                return False
+            if not _has_literals(path, file.pieces):
+                return False
+    except (OSError, InputError):
+        return False
+    return True
+
+
+def _has_literals(path: Path, pieces: Sequence[bytes | Range]) -> bool:
+    """Whether a file of the right size has the bytes of its pieces that are no copies where they belong."""
+    found, at = (read_plain(path) if any(isinstance(piece, bytes) for piece in pieces) else b""), 0
+    for piece in pieces:
+        length = len(piece) if isinstance(piece, bytes) else piece[-1]
+        if isinstance(piece, bytes) and found[at : at + length] != piece:
+            return False
+        at += length
+    return True
 
 
 @contextmanager
@@ -157,8 +214,9 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
         work = WorkFolder(target, part, handle)
         try:
             check_target(target)
+            _check_own(work.folder)
             work.checkpoint.mkdir(exist_ok=True)
-            work.manifest.touch()
+            os.close(open_plain(work.manifest, os.O_RDWR | os.O_CREAT))
             for folder in (work.folder, target.parent):  # so that a power cut leaves what the manifest proves
                 fsync(folder)
             _drop_torn_line(work.manifest)
@@ -169,13 +227,52 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
                 _remove_own(work.folder)
 
 
+def _check_own(work: Path) -> None:
+    """Raise InputError when something in a work folder that the pruner would write to or remove is not the pruner's."""
+    manifests, locks = _named(work)
+    for path in (*manifests, *locks):
+        if not _is_own(path):
+            raise InputError(f"{path}: has the name of a file of moekern's, which did not write it; move it away")
+    checkpoint = work / "checkpoint"
+    if os.path.lexists(checkpoint) and not is_folder(checkpoint):
+        raise InputError(f"{checkpoint}: is no folder, and the shards are written in one there; move it away")
+    if not manifests and is_folder(checkpoint) and os.listdir(checkpoint):
+        raise InputError(f"{checkpoint}: no manifest beside it says that moekern wrote what is in it; move it away")
+
+
+def _named(work: Path) -> tuple[list[Path], list[Path]]:
+    """What has the name of a manifest, and of a part's lock; links to nothing too, which glob may pass over."""
+    names = sorted(os.listdir(work)) if is_folder(work) else []
+    manifests = [work / name for name in names if any(fnmatchcase(name, pattern) for pattern in MANIFESTS)]
+    return manifests, [work / name for name in names if fnmatchcase(name, LOCKS)]
+
+
+def _is_own(path: Path) -> bool:
+    """Whether the pruner wrote a manifest or a lock: it begins as its lines do; locks are empty. What is gone is."""
+    try:
+        if not is_plain(path):
+            return True
+        with _opened(path, os.O_RDONLY) as file:
+            found = file.read(len(BEGINNING))
+            if os.fstat(file.fileno()).st_nlink > 1:  # it has a name elsewhere
+                return False
+    except FileNotFoundError:  # another part has removed it
+        return True
+    except (InputError, OSError):
+        return False
+    return BEGINNING.startswith(found) and (found == b"" or path.suffix != ".lock")
+
+
 def _remove_own(work: Path) -> None:
     """Remove what the pruner put into a work folder, and the folder when nothing else is in it."""
-    if work.is_symlink():
+    if not is_folder(work):
         return
-    shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    manifests, locks = ([path for path in found if _is_own(path)] for found in _named(work))
+    checkpoint = work / "checkpoint"
+    if manifests and is_folder(checkpoint):
+        shutil.rmtree(checkpoint, ignore_errors=True)
     with suppress(OSError):
-        for path in [found for pattern in OWN for found in work.glob(pattern)]:
+        for path in (*manifests, *locks):
             path.unlink(missing_ok=True)
         work.rmdir()
 
@@ -190,8 +287,8 @@ def _locked_folder(target: Path, part: Part | None) -> Iterator[int]:
         except FileNotFoundError:  # another part has just committed and removed it
             continue
         try:
-            if _locked(handle, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
-                if _is_still(handle, folder):
+            if locked(handle, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
+                if is_still(handle, folder):  # not finished or removed since it was opened
                     with _locked_part(target, part):
                         yield handle
                     return
@@ -209,40 +306,26 @@ def _locked_part(target: Path, part: Part | None) -> Iterator[None]:
         yield
         return
     folder = work_path(target)
-    for path in folder.glob("part-*.lock"):
-        if not path.name.endswith(f"-of-{part.of}.lock"):
-            with path.open("ab") as other:
-                if not _locked(other.fileno(), fcntl.LOCK_EX):
+    for path in _named(folder)[1]:
+        if not path.name.endswith(f"-of-{part.of}.lock") and is_plain(path):
+            with _opened(path, os.O_RDONLY) as other:
+                if not locked(other.fileno()):
                     raise InputError(f"--part {part.number}/{part.of}: {path.name[5:-5]} of {target} is being written")
-    with (folder / f"part-{part}.lock").open("ab") as file:
-        if not _locked(file.fileno(), fcntl.LOCK_EX):
+    with _opened(folder / f"part-{part}.lock", os.O_RDWR | os.O_CREAT) as file:
+        if not locked(file.fileno()):
             raise InputError(f"--part {part.number}/{part.of}: another process is writing this part of {target}")
         yield
 
 
-def _locked(handle: int, how: int) -> bool:
-    """Take a lock if it is free. Where the file system has no locks, everybody gets one."""
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _is_still(handle: int, folder: Path) -> bool:
-    """False when the folder was finished or removed between opening and locking it."""
-    try:
-        return os.path.samestat(os.fstat(handle), folder.stat())
-    except FileNotFoundError:
-        return False
+def _opened(path: Path, flags: int) -> IO[bytes]:
+    return os.fdopen(open_plain(path, flags), "wb" if flags & (os.O_WRONLY | os.O_RDWR) else "rb")
 
 
 def _drop_torn_line(manifest: Path) -> None:
-    data = manifest.read_bytes()
+    data = read_plain(manifest)
     if not data.endswith(b"\n"):
-        os.truncate(manifest, data.rfind(b"\n") + 1)
+        with _opened(manifest, os.O_RDWR) as file:
+            file.truncate(data.rfind(b"\n") + 1)
 
 
 def _parsed(line: bytes) -> Record | None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekern import files
 from moekern.checkpoint.header import TensorEntry, read_shard
 from moekern.errors import InputError
 from moekern.layer_keys import natural
@@ -224,7 +225,8 @@ class StatisticsWriter:
 
     `sizes` are the fields to come, by layer and domain, on any device: only their shapes count. Lists of coalitions,
     whose length nobody knows before (any shape announces one), follow after everything else, in the order in which they
-    are written. The bytes of the finished file depend on nothing but header, sizes, numbers and that order.
+    are written. The bytes of the finished file depend on nothing but header, sizes, numbers and that order. Room for
+    all but these lists is taken at once: raises OSError where there is none.
     """
 
     file: BinaryIO
@@ -246,7 +248,7 @@ class StatisticsWriter:
             self.entries[name], at = entry, entry.stop
         self.start = len(self._text([*self.entries.values(), *lists]))
         self.end = at
-        self.file.truncate(self.start + at)
+        files.reserve(self.file.fileno(), self.start + at)
 
     def _planned(self) -> Iterator[tuple[str, Tensor, str]]:
         for key in sorted(self.sizes, key=natural):
@@ -294,12 +296,15 @@ class StatisticsWriter:
         return LayerStatistics(**unmeasured(held), **held)
 
     def finish(self) -> None:
-        """Write the header. Raises RuntimeError when an announced field did not come."""
+        """Write the header, once the numbers are on the disk: a file that has one is whole. Raises RuntimeError when an
+        announced field did not come."""
         missing = [name for name in self.entries if name not in self.written]
         if missing:
             raise RuntimeError(f"statistics: {missing[0]} was announced and never measured")
         text = self._text(list(self.entries.values()))
         assert len(text) == self.start, "the header would run into the numbers"
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.seek(0)
         self.file.write(text)
         self.file.flush()

@@ -86,16 +86,17 @@ class Statistics:
             parts.read(domain, tuple(tiers)) if tiers is not None and isinstance(parts, StoredLayer) else parts[domain]
         )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, new: bool = False) -> None:
         """Write a safetensors file, a layer and domain at a time; the same statistics give the same bytes. The file
-        appears whole or not at all. Over the file that they were loaded from, load them again afterwards."""
+        appears whole or not at all; with `new`, where nothing is. Over the file that they were loaded from, load them
+        again afterwards."""
         sizes = sizes_of(self.layers)
         problem = header_problem(self.header) or ("" if sizes else "no layers")
         problems = [problem] if problem else (layer_problem(self.header, key, sizes[key]) for key in sizes)
         for wrong in problems:
             if wrong:
                 raise ValueError(f"[Statistics.save] {wrong}")
-        with files.replacing(path) as temporary, temporary.open("r+b") as file:
+        with files.replacing(path, new=new) as temporary, temporary.open("r+b") as file:
             writer = StatisticsWriter(file, self.header, sizes)
             for key, parts in self.layers.items():
                 for domain, sums in parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern import files
+from moekern.errors import InputError
 from moekern.statistics.disk import Layers, StatisticsWriter
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
@@ -19,6 +21,9 @@ from moekern.statistics.layer import LayerStatistics
 
 class Store(Protocol):
     """Takes layers in any order, each with all of its domains, and fields of a later pass after that."""
+
+    def expect(self, hidden: int, words: int) -> None:
+        """Before the first layer: the model's H and the 64-bit words of its vocabulary, as far as they are known."""
 
     def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
         """A layer that is done; `sums` must lie on the CPU."""
@@ -36,6 +41,9 @@ class HeldStore:
 
     layers: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)
 
+    def expect(self, hidden: int, words: int) -> None:
+        pass
+
     def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
         self.layers[key] = dict(sums)
 
@@ -50,37 +58,50 @@ class HeldStore:
 class FileStore:
     """Holds no layer: each goes into the file at once.
 
-    `experts` says how many each layer has, `tiers` what is measured beside the routed one: with the first layer's H
-    and vocabulary this tells the sizes of all.
+    `experts` says how many each layer has, `tiers` what is measured beside the routed one: with H and the vocabulary
+    this tells the sizes of all. Room for them is taken before the first layer is measured, and anew for the H that its
+    outputs turn out to have.
     """
 
+    path: Path
     file: BinaryIO
     header: Mapping[str, Any]
     experts: Mapping[str, int]  # layer key -> E
     tiers: Collection[str]
     writer: StatisticsWriter | None = None
 
+    def expect(self, hidden: int, words: int) -> None:
+        with files.told(self.path):
+            self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words))
+
     def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
-        if self.writer is None:
-            self.writer = StatisticsWriter(self.file, self.header, self._sizes(next(iter(sums.values()))))
+        if self.writer is None or not self.writer.written:
+            first = next(iter(sums.values()))
+            self.expect(first.dimensions or first.output_sum.shape[-1], first.vocabulary.shape[-1])
+        assert self.writer is not None
+        self._check_there()
         for domain, s in sums.items():
             self.writer.write(key, domain, s.tensors())
 
     def add(self, key: str, domain: str, values: Mapping[str, Tensor]) -> None:
         assert self.writer is not None
+        self._check_there()
         self.writer.write(key, domain, values)
 
     def layer(self, key: str) -> dict[str, LayerStatistics]:
         assert self.writer is not None
         return {domain: self.writer.read(key, domain) for domain in self.header["domains"]}
 
-    def _sizes(self, first: LayerStatistics) -> Layers:
-        H = first.dimensions or first.output_sum.shape[-1]
+    def _check_there(self) -> None:
+        """Raise InputError when nobody could find the numbers any more: better now than after the last layer."""
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise InputError(f"{self.path}: not finished: its file was removed while it was written")
+
+    def _sizes(self, H: int, words: int) -> Layers:
         K = self.header["top_k"]
         sizes = {}
         for key, E in self.experts.items():
             tiers, dimensions = self.tiers, H if "dimensions" in self.tiers else 0
-            words = first.vocabulary.shape[-1]
             some = LayerStatistics.zeros(E, dimensions, "meta", tiers=tiers, hidden=H, words=words)
             if "coalitions" in tiers:
                 some = replace(some, coalitions=torch.empty(1, K + 1, dtype=torch.int64, device="meta"))
@@ -92,9 +113,9 @@ class FileStore:
 def file_store(
     path: str | Path, header: Mapping[str, Any], experts: Mapping[str, int], tiers: Collection[str]
 ) -> Iterator[FileStore]:
-    """A store whose file appears at `path` when the context ends well, whole or not at all."""
-    with files.replacing(path) as temporary, temporary.open("r+b") as file:
-        store = FileStore(file, header, experts, tiers)
+    """A store whose file appears at `path`, where nothing is, when the context ends well, whole or not at all."""
+    with files.replacing(path, new=True, keep=True) as temporary, temporary.open("r+b") as file:
+        store = FileStore(Path(path), file, header, experts, tiers)
         yield store
         if store.writer is None:
             raise RuntimeError("statistics: no layer was measured")

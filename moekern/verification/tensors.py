@@ -6,9 +6,10 @@ plan alone. Nothing of pruning or the extension is used here.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.verification.config import config_problems, module_names, renamed_modules, renumbered
+from moekern.verification.config import config_problems
+from moekern.verification.expert_lists import lists_cut
+from moekern.verification.files import PLAN_FILE, file_problems
+from moekern.verification.settings import modules_of, renumbered
 
-PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
-QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 CHUNK = 64 << 20  # bytes of one tensor compared at a time
 MAX_PROBLEMS = 100
@@ -38,6 +40,7 @@ class VerifyReport:
     problems: tuple[str, ...]
     tensors_compared: int
     bytes_compared: int
+    left_out: Mapping[str, str] = field(default_factory=dict)  # files of the source that belong to no pruned one -> why
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def verify(
     mode = mtp or str((recorded or plan.provenance).get("mtp", "prune"))
     compared = 0
     with ExitStack() as stack:
-        old = _Folder(checkpoint.folder, stack)
+        old = _Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
         kept = kept_experts(old, layout, plan, mode)
         expected = expected_tensors(old.shards, layout, kept, mode)
         try:
@@ -96,20 +99,27 @@ def verify(
                 progress(compared, new.data_bytes)
         problems += _metadata_problems(expected, old, new)
         problems += _index_problems(checkpoint, new)
-    rename = module_names(layout, kept, drop_mtp=mode == "drop")
-    problems += _file_problems(checkpoint, folder, set(new.files), rename)
-    problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, rename, drop_mtp=mode == "drop")
-    return VerifyReport(tuple(problems[:MAX_PROBLEMS]), len(names), compared)
+    drop = mode == "drop"
+    cut = partial(lists_cut, config=checkpoint.config, layout=layout, kept=kept)
+    modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
+    problems += file_problems(checkpoint, folder, set(new.files), modules, cut, plan.digest)
+    problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop)
+    return VerifyReport(tuple(problems[:MAX_PROBLEMS]), len(names), compared, checkpoint.contents.left_out)
 
 
 class _Folder:
-    """Shards opened by the safetensors library. `shards` maps a tensor's name to its file."""
+    """Shards opened by the safetensors library. `shards` maps a tensor's name to its file.
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    files: of a source, whose last file in name order has the say about a tensor; without, those that the index names,
+    each with tensors of its own.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         index = folder / INDEX
         self.index: dict[str, Any] | None = json.loads(index.read_bytes()) if index.exists() else None
-        self.files = sorted(set(self.index["weight_map"].values())) if self.index else ["model.safetensors"]
+        listed = set(self.index["weight_map"].values()) if self.index else {"model.safetensors"}
+        self.files = sorted(listed if files is None else files)
         self.opened: dict[str, Any] = {}
         self.shards: dict[str, str] = {}
         for name in self.files:
@@ -118,7 +128,7 @@ class _Folder:
             file = stack.enter_context(safe_open(folder / name, framework="pt"))
             self.opened[name] = file
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-                if key in self.shards:
+                if key in self.shards and files is None:
                     raise ValueError(f"{key} is in {self.shards[key]} and in {name}")
                 self.shards[key] = name
         self.data_bytes = sum((folder / name).stat().st_size - _data_start(folder / name) for name in self.files)
@@ -303,34 +313,3 @@ def _recorded(folder: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{PLAN_FILE}: {error}")
         return None
     return content if isinstance(content, dict) else None
-
-
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        return error
-
-
-def _file_problems(
-    checkpoint: Checkpoint,
-    folder: Path,
-    shards: set[str],
-    rename: Mapping[str, str | None],
-) -> Iterator[str]:
-    """Side files must be there with the same bytes, and nothing else."""
-    for name in checkpoint.side_files:
-        if name in (PLAN_FILE, MANIFEST):
-            continue
-        if not (folder / name).is_file():
-            yield f"{name}: missing"
-            continue
-        want, got = (checkpoint.folder / name).read_bytes(), (folder / name).read_bytes()
-        if want == got:
-            continue
-        if name not in QUANTIZATION_FILES or _json(got) != renamed_modules(_json(want), rename):
-            yield f"{name}: differs from the source's"
-    known = {*checkpoint.side_files, *shards, PLAN_FILE, MANIFEST, INDEX, CONFIG}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
-            yield f"{path.relative_to(folder).as_posix()}: should not be there"

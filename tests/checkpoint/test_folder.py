@@ -115,16 +115,6 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert original != fingerprint("renamed", {**tensors, "more": torch.zeros(1)}, 1)
 
 
-def test_side_files(sharded: Path) -> None:
-    copied = ["tokenizer.json", "modeling_x.py", "chat_template.jinja", "additional_chat_templates/tool.jinja"]
-    left = ["pytorch_model.bin", "x.gguf", "consolidated.safetensors", "original/params.json", ".cache/x", "a.pth"]
-    left += ["pytorch_model.bin.index.json"]
-    for name in copied + left:
-        (sharded / name).parent.mkdir(exist_ok=True)
-        (sharded / name).write_text("x")
-    assert open_checkpoint(sharded).side_files == tuple(sorted(copied))
-
-
 def test_many_tensors_open_in_seconds(tmp_path: Path) -> None:
     tensors = {f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.w1.weight": ("BF16", [2, 2]) for i in range(50_000)}
     folder = write_checkpoint(tmp_path, {}, tensors, shards=8)

@@ -113,7 +113,7 @@ def test_a_damaged_result_is_found(work: Path, tmp_path: Path) -> None:
     assert "NOT verified" in done.stderr
 
 
-@pytest.mark.parametrize("what", ["a link to nothing", "a folder", "no parent"])
+@pytest.mark.parametrize("what", ["a link to nothing", "something", "no parent"])
 @pytest.mark.parametrize(
     "command", ["calibrate", "iterate", "plan", "plans", "merge", "convert", "demo", "run", "prune"]
 )

@@ -18,6 +18,7 @@ moekern
   --version = False
 inspect
   MODEL required
+  --revision = None
   --json = False
 calibrate
   MODEL required
@@ -41,6 +42,7 @@ calibrate
   --replay-tokens = 512
   --backend = None
   --trust-remote-code = False
+  --revision = None
   --json = False
 merge
   PARTS* required
@@ -81,6 +83,7 @@ plan
   --suppress* = None
   --domain-floor* = None
   --seed = 0
+  --revision = None
   --json = False
 iterate
   MODEL required
@@ -105,6 +108,7 @@ iterate
   --dtype = None
   --backend = None
   --trust-remote-code = False
+  --revision = None
   --json = False
 compare
   PLANS* required
@@ -113,6 +117,7 @@ compare
 check
   MODEL required
   --target* = None
+  --revision = None
   --json = False
 convert
   SOURCE required
@@ -120,6 +125,7 @@ convert
   --out required
   --model = None
   --allow-nonuniform = False
+  --revision = None
   --json = False
 prune
   MODEL required
@@ -131,6 +137,7 @@ prune
   --reread = False
   --max-shard-size = None
   --part = None
+  --revision = None
   --json = False
 verify
   MODEL required
@@ -139,6 +146,7 @@ verify
   --forward = False
   --device = cpu
   --trust-remote-code = False
+  --revision = None
   --json = False
 evaluate
   MODEL required
@@ -156,6 +164,7 @@ evaluate
   --device = cpu
   --dtype = None
   --trust-remote-code = False
+  --revision = None
   --json = False
 run
   MODEL required
@@ -179,6 +188,7 @@ run
   --mtp = None
   --forward/--no-forward = True
   --trust-remote-code = False
+  --revision = None
   --json = False
 bench
   --case* = None

@@ -185,7 +185,7 @@ def test_files_that_cannot_be_read_are_of_kind_system(work: Path, monkeypatch: p
 
     monkeypatch.setattr(overview, "overview", fail)
     done = moekern("inspect", work / "model", "--json")
-    assert (done.returncode, told(done)) == (2, [{"error": "[Errno 28] No space left on device", "kind": "system"}])
+    assert (done.returncode, told(done)) == (2, [{"error": "No space left on device", "kind": "system"}])
 
 
 def test_what_moekern_did_not_expect_is_told_too(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

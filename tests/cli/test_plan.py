@@ -97,12 +97,43 @@ def test_different_counts_from_statistics_to_verified_checkpoint(work: Path, tmp
 def test_check_says_where_a_checkpoint_runs(work: Path) -> None:
     checked = document("check", work / "model")
     assert {name: row["runs"] for name, row in checked["targets"].items()} == dict.fromkeys(  # type: ignore[attr-defined]
-        ("transformers", "vllm", "sglang", "llama.cpp"), True
+        ("transformers", "vllm", "sglang", "llama.cpp", "ik_llama.cpp", "mlx-lm", "mistral.rs"), True
     )
     done = moekern("check", work / "model", "--target", "sglang:ep=3", "--target", "vllm")
     assert done.returncode == 1
     assert "multiple of ep=3; nearest that runs: 6" in done.stdout
     assert moekern("check", work / "model", "--target", "sglang:ep=4").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", 99), "more than the 8 experts there are"),
+        (("--keep", 4, "--target", "sglang:ep=3"), "experts must be a multiple of ep=3"),
+        (("--fit", "1GiB"), "add --model MODEL"),
+        ((), "--keep, --fit: give one of the two"),
+    ],
+)
+def test_options_are_checked_before_weights_are_read(
+    words: tuple[object, ...], message: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moekern.cli.pipeline.weigh", lambda *a, **k: pytest.fail("weights were read"))
+    done = moekern("plan", work / "model", "--criterion", "ewn", *words, "--out", tmp_path / "plan.json")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_check_says_what_is_not_known(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "model", tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    other = {"architectures": ["FlexOlmoForCausalLM"], "model_type": "flex_olmo"}
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**config, **other}))
+    done = moekern("check", tmp_path / "in", "--target", "mistral.rs")
+    assert done.returncode == 0
+    assert "not known" in done.stdout
+    done = moekern("check", tmp_path / "in", "--target", "llama.cpp")
+    assert done.returncode == 1
+    assert "its converter does not know" in done.stdout
 
 
 def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:

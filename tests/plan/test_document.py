@@ -335,4 +335,4 @@ def test_what_is_no_file_of_a_plan(tmp_path):
         with pytest.raises(InputError, match=f"{name}: not a readable plan .*{reason}"):
             Plan.load(tmp_path / name)
         with pytest.raises(InputError, match=f"{name}: not a readable plan .*{reason}"):
-            convert(tmp_path / name, "moekern", None)
+            convert(tmp_path / name, "moekern", None, lambda *_: {})

@@ -13,7 +13,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.compare import compare
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
-from moekern.plan.interchange import TOOLS, exported, imported, read_plan
+from moekern.plan.interchange import TOOLS, convert, exported, imported, read_plan
+from moekern.pruning.cuts import kept_experts, planned_mtp
 from tests.helpers import synthetic
 from tests.helpers.in_flight import random_plan
 from tests.helpers.measured import model_statistics
@@ -49,6 +50,42 @@ def test_the_mtp_layer_has_a_name_too(tmp_path: Path) -> None:
     plan = Plan({key: LayerPlan((0, 1, 4, 5)) for key in (*layout.layers, *layout.mtp)})
     for tool in TOOLS:
         assert imported(exported(plan, layout, tool), "x", layout).layers == plan.layers
+
+
+def _converted(path: Path, tool: str, model: Path) -> dict[str, list[int]]:
+    text = convert(path, tool, model, lambda c, layout, plan: kept_experts(c, layout, plan, planned_mtp(plan)))
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mtp", ["prune", None])
+def test_a_plan_that_prunes_mtp_layers_names_their_routers(mtp: str | None, tmp_path: Path) -> None:
+    """compressed-tensors looks every router up; llm-compressor's model has no MTP layers."""
+    model = synthetic.write(tmp_path / "in", *synthetic.deepseek_v3())
+    checkpoint = open_checkpoint(model)
+    plan = Plan({key: LayerPlan((0, 1, 4, 5)) for key in ("1", "2")}, {"mtp": mtp} if mtp else {})
+    plan.save(tmp_path / "plan.json")
+    found = _converted(tmp_path / "plan.json", "compressed-tensors", model)
+    layout = find_layout(checkpoint)
+    assert set(found) == {f"model.layers.{i}.mlp.gate.weight" for i in (1, 2, 3)}
+    kept = kept_experts(checkpoint, layout, plan, "prune")
+    assert found["model.layers.3.mlp.gate.weight"] == list(kept[next(iter(layout.mtp))])
+    assert set(_converted(tmp_path / "plan.json", "llm-compressor", model)) == {f"model.layers.{i}.mlp" for i in (1, 2)}
+
+
+@pytest.mark.parametrize(("mtp", "words"), [("drop", "drops MTP layer"), ("keep", "keeps 8 experts of MTP layer")])
+def test_what_compressed_tensors_cannot_do_with_mtp_layers(mtp: str, words: str, tmp_path: Path) -> None:
+    model = synthetic.write(tmp_path / "in", *synthetic.deepseek_v3())
+    Plan({key: LayerPlan((0, 1, 4, 5)) for key in ("1", "2")}, {"mtp": mtp}).save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match=f"plan.json: {words} .*--mtp prune"):
+        _converted(tmp_path / "plan.json", "compressed-tensors", model)
+    assert len(_converted(tmp_path / "plan.json", "llm-compressor", model)) == 2
+
+
+def test_mtp_layers_that_stay_whole_are_named_whole(tmp_path: Path) -> None:
+    model = synthetic.write(tmp_path / "in", *synthetic.deepseek_v3())
+    Plan({key: LayerPlan(tuple(range(8))) for key in ("1", "2")}, {"mtp": "keep"}).save(tmp_path / "plan.json")
+    found = _converted(tmp_path / "plan.json", "compressed-tensors", model)
+    assert found["model.layers.3.mlp.gate.weight"] == list(range(8))
 
 
 def test_the_argument_may_be_wrapped() -> None:

@@ -1,9 +1,12 @@
 """What engines run: each rule broken once, and what is said about it."""
 
+from dataclasses import replace
+
 import pytest
 
 from moekern.errors import InputError
 from moekern.plan.make import make_plan
+from moekern.plan.mtp import Mtp
 from moekern.plan.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
 from moekern.router import Router, count_problem
 from tests.helpers.measured import model_statistics
@@ -12,7 +15,9 @@ QWEN = Served("qwen3_moe", "softmax", Router(128, 8))
 WIDE = Served("wide", "softmax", Router(2048, 40))
 V3 = Served("deepseek_v3", "sigmoid", Router(256, 8, 8, 4, 2))
 V4 = Served("deepseek_v4", "sqrtsoftplus", Router(256, 6))
-REMOTE = Served("arctic", "softmax", Router(128, 2), in_transformers=False)
+REMOTE = Served("arctic", "softmax", Router(128, 2))
+GROUPED = Served("x", "sigmoid", Router(330, 8, 33, 8, 2))
+FP8 = Served("qwen3_moe", "softmax", Router(128, 8), quantization="fp8")
 
 BROKEN = {  # target, model, count, whether it stops, words of the finding
     "top-k": ("transformers", QWEN, 6, True, "fewer than the 8 that each token chooses"),
@@ -21,11 +26,11 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "tp of sglang": ("sglang:tp=64", QWEN, 48, True, "tp=64 needs at least as many experts"),
     "992": ("vllm", WIDE, 993, True, "at most 992"),
     "softplus": ("vllm", V4, 144, True, "sqrt-softplus router takes 1, 2, 4, 8, 16, 32, 64, 128, 192"),
-    "v4 divides": ("vllm:tp=3", V4, 128, True, "deepseek_v4 code needs a multiple of tp=3"),
-    "33 groups": ("vllm", Served("x", "sigmoid", Router(330, 8, 33, 8, 2)), 66, True, "at most 32 groups"),
+    "v4 divides": ("vllm:tp=3", V4, 128, False, "deepseek_v4 code needs a multiple of tp=3"),
+    "33 groups": ("vllm", GROUPED, 66, False, "more than 32 groups"),
+    "fp8 of 4": ("vllm", FP8, 66, False, "FP8 take multiples of 4"),
     "slow top-k": ("vllm", QWEN, 96, False, "others take a slower path"),
     "eplb": ("vllm:ep=3", QWEN, 64, False, "EPLB"),
-    "removed": ("vllm", REMOTE, 64, False, "no arctic code"),
     "ep": ("sglang:ep=3", QWEN, 64, True, "multiple of ep=3"),
     "fused gate": ("sglang", V3, 192, False, "powers of two"),
     "fused gate, group": (
@@ -35,16 +40,24 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
         False,
         "at most 32 experts in",
     ),
-    "torch chooses": ("sglang", WIDE, 600, False, "torch chooses"),
+    "torch chooses": ("sglang", WIDE, 1025, False, "torch chooses"),
     "1024": ("llama.cpp", WIDE, 1025, True, "at most 1024"),
+    "512": ("ik_llama.cpp", WIDE, 513, True, "at most 512"),
     "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
+    "awq": ("llama.cpp", replace(QWEN, quantization="awq"), 64, True, "does not read awq weights"),
+    "mlx fp8": ("mlx-lm", FP8, 64, True, "does not read fp8 weights of this model"),
+    "mlx gptq": ("mlx-lm", replace(QWEN, quantization="gptq"), 64, False, "GPTQ weights that have a g_idx"),
+}
+LISTED = {  # the same for what an engine's list says
+    "removed": ("vllm", REMOTE, 64, True, "removed after 0.28.0"),
     "remote code": ("transformers", REMOTE, 64, False, "the checkpoint's own code"),
+    "not known": ("llama.cpp", WIDE, 64, None, "class name is not known"),
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("case", BROKEN | LISTED)
 def test_every_rule_is_told(case):
-    text, model, count, stops, words = BROKEN[case]
+    text, model, count, stops, words = (BROKEN | LISTED)[case]
     told = [f for f in findings(parse_target(text), {"0": count, "1": count}, model) if words in f.text]
     assert [f.stops for f in told] == [stops]
 
@@ -65,6 +78,27 @@ def test_a_plain_half_runs_everywhere(engine):
     assert runs(128, V3, [Target(engine)])
 
 
+def test_what_a_family_reads_of_fp8() -> None:
+    assert findings(Target("mlx-lm"), {"0": 128}, replace(V3, quantization="fp8")) == []
+    assert findings(Target("mlx-lm"), {"0": 64}, replace(FP8, quantization="fp8/32x32")) == []
+
+
+def test_mxfp4_is_for_gpt_oss() -> None:
+    quantised = {family: Served(family, "softmax", Router(128, 4), quantization="mxfp4") for family in ("gpt_oss", "x")}
+    told = {
+        name: [f.stops for f in findings(Target("llama.cpp"), {"0": 64}, model)] for name, model in quantised.items()
+    }
+    assert told == {"gpt_oss": [], "x": [True, None]}
+
+
+def test_numbers_that_older_code_refused() -> None:
+    """vLLM 0.33 and SGLang 0.5.23 choose elsewhere what their fused kernels do not take."""
+    assert runs(66, GROUPED, [Target("vllm")])
+    assert runs(600, WIDE, [Target("sglang")])
+    assert not [f for f in findings(Target("sglang"), {"0": 600}, WIDE) if f.stops is False]
+    assert runs(128, Served("step3p7", "sigmoid", Router(288, 8)), [parse_target("vllm:tp=3")])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_different_counts_run_nowhere(engine):
     told = findings(Target(engine), {"0": 64, "1": 32}, QWEN)
@@ -72,12 +106,13 @@ def test_different_counts_run_nowhere(engine):
     assert told[0].text == "layers have 32 to 64 experts; the engine takes one count for all layers"
 
 
-def test_mtp_layers_of_another_size():
-    counts = {"0": 64}
-    assert findings(Target("transformers"), counts, QWEN, [128]) == []
-    assert [f.stops for f in findings(Target("vllm"), counts, QWEN, [128])] == [False]
-    assert [f.stops for f in findings(Target("llama.cpp"), counts, QWEN, [128])] == [True]
-    assert findings(Target("llama.cpp"), counts, QWEN, [64]) == []
+def test_mtp_layers_are_looked_at_where_they_are_known():
+    mtp = Mtp((256,), ("model.layers.61.",))
+    without, told = findings(Target("vllm"), {"0": 64}, V3), findings(Target("vllm"), {"0": 64}, V3, mtp)
+    assert len(told) == len(without) + 1
+    assert findings(Target("llama.cpp"), {"0": 64}, V3, mtp) == []
+    stopped = findings(Target("llama.cpp"), {"0": 2000}, WIDE, mtp)
+    assert stopped == findings(Target("llama.cpp"), {"0": 2000}, WIDE)  # what stops it says enough
 
 
 def test_the_nearest_counts_that_run():
@@ -94,7 +129,10 @@ def test_the_nearest_counts_that_run():
             assert count_problem(count, QWEN.router) is None
 
 
-@pytest.mark.parametrize("text", ["vllm", "sglang:tp=2,ep=4", "llama.cpp", "transformers", "vllm:ep=8"])
+@pytest.mark.parametrize(
+    "text",
+    ["vllm", "sglang:tp=2,ep=4", "llama.cpp", "transformers", "vllm:ep=8", "mlx-lm", "mistral.rs", "ik_llama.cpp"],
+)
 def test_targets_read_as_they_are_written(text):
     assert str(parse_target(text)) == text
 

@@ -17,8 +17,8 @@ from moekern.architectures.table import FAMILIES
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.checkpoint.header import DTYPE_BITS
 from moekern.errors import InputError
-from moekern.pruning.config import expert_renamer
 from moekern.pruning.cuts import strongest
+from moekern.pruning.expert_names import Renamer
 from moekern.pruning.shards import output_shards
 from moekern.router import Router
 from tests.helpers.synthetic import EXPERTS, Tensors, data, read_shard, write
@@ -122,8 +122,8 @@ def test_numbers_past_the_routed_experts_stay_past_them(tmp_path):
     layout = layout_of([ExpertTensor(name, "drop", "expert", e, "e.{}.w") for e, name in enumerate(tensors)])
     found = cut_and_read(tmp_path, tensors, layout, (2, 5, 6))
     assert found == {f"e.{new}.w": tensors[f"e.{old}.w"] for new, old in enumerate((2, 5, 6, 8, 9))}
-    rename = expert_renamer(layout, {"0": (2, 5, 6)}, drop_mtp=False)
-    assert [rename(f"model.e.{e}.w") for e in (1, 2, 9)] == [None, "model.e.0.w", "model.e.4.w"]
+    rename = Renamer("config.json", tensors, layout, {"0": (2, 5, 6)}, drop_mtp=False)
+    assert [rename(f"model.e.{e}.w") for e in (1, 2, 9)] == [(), ("model.e.0.w",), ("model.e.4.w",)]
 
 
 def test_ranges_that_touch_are_joined(tmp_path):

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from moekern.errors import InputError
 from moekern.pruning.preflight import check_space
-from tests.helpers.faulty import Bench, benches_in_memory, finished, refused, resumed, work_of, write_plan
+from tests.helpers.faulty import Bench, benches_in_memory, finished, refused, resumed, snapshot, work_of, write_plan
 
 FIFTH = "model-00005-of-00008.safetensors"
 
@@ -76,7 +78,6 @@ def strange_files(manifest: Path) -> None:
 MANIFESTS: dict[str, Callable[[Path], None]] = {
     "torn": torn,
     "empty": lambda manifest: os.truncate(manifest, 0),
-    "gone": Path.unlink,
     "garbage": appended(b"\xff\xfe\x00{]\n"),
     "garbage without an end": appended(b"\xff\xfe\x00{]"),
     "other documents": appended(b'[]\n{"shard": 3}\nnull\n"x"\n\n{}\n' + b"[" * 50_000 + b"\n"),
@@ -97,6 +98,128 @@ def test_a_manifest_is_evidence_not_an_order(bench: Bench, what: str) -> None:
     out = bench.fresh()
     MANIFESTS[what](interrupted(bench, out))
     resumed(bench, out)
+
+
+def test_without_a_manifest_nothing_says_whose_it_is(bench: Bench) -> None:
+    out = bench.fresh()
+    interrupted(bench, out).unlink()
+    before = snapshot(work_of(out))
+    line = refused(bench.prune(out), out)
+    assert line.endswith("no manifest beside it says that moekern wrote what is in it; move it away")
+    assert snapshot(work_of(out)) == before
+
+
+def planted(what: str, path: Path, elsewhere: Path) -> None:
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    elif what == "second name":
+        os.link(elsewhere / "mine.jsonl", path)
+    elif what == "text":
+        path.write_text("mine\n")
+    elif what == "folder":
+        (path / "mine").mkdir(parents=True)
+    else:
+        path.symlink_to(elsewhere if what == "link" else elsewhere / "nowhere")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("name", ["checkpoint", "manifest.jsonl", "manifest.2-of-2.jsonl", "part-1-of-2.lock"])
+def test_what_is_planted_is_not_followed_waited_for_or_removed(bench: Bench, name: str, stopped: bool) -> None:
+    """Before the first run, or instead of what a stopped one left; with and without parts."""
+    with tempfile.TemporaryDirectory(dir=bench.folder) as at:
+        elsewhere = Path(at)
+        (elsewhere / "mine.jsonl").write_bytes(b'{"shard": "mine"')
+        (elsewhere / "mine.safetensors").write_bytes(b"mine")
+        before = snapshot(elsewhere)
+        for what in ("link", "link to nothing", "pipe", "device", "second name", "text", "folder"):
+            if what == "device" and os.geteuid():
+                continue
+            out = bench.fresh()
+            interrupted(bench, out) if stopped else work_of(out).mkdir(parents=True)
+            path = work_of(out) / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            planted(what, path, elsewhere)
+            options = ("--part", "1/2") if "-of-" in name else ()
+            if (what, name, stopped) == ("folder", "checkpoint", True):
+                continue  # strange files beside a manifest are the pruner's to remove
+            line = refused(bench.prune(out, *options), out)
+            assert "move it away" in line, (what, line)
+            assert str(path) in line
+            assert os.path.lexists(path)
+            assert snapshot(elsewhere) == before
+            if what == "folder":
+                assert (path / "mine").is_dir()
+            shutil.rmtree(out.parent)
+
+
+@pytest.mark.parametrize("what", ["link", "second name", "pipe"])
+def test_a_shard_that_is_elsewhere_is_written_again(bench: Bench, what: str) -> None:
+    """Though its size and time are the recorded ones."""
+    out, shard = bench.fresh(), "model-00003-of-00008.safetensors"
+    interrupted(bench, out)
+    path, elsewhere = work_of(out) / "checkpoint" / shard, bench.fresh()
+    path.rename(elsewhere)
+    before = elsewhere.read_bytes()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "link":
+        path.symlink_to(elsewhere)
+    else:
+        path.hardlink_to(elsewhere)
+    resumed(bench, out)
+    assert elsewhere.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "work folder", "nothing"])
+@pytest.mark.parametrize("when", [f"fsync@{FIFTH}", "open@config.json", "open@model-00002"])
+def test_a_folder_that_is_replaced_by_a_link_meanwhile_is_not_followed(bench: Bench, what: str, when: str) -> None:
+    """Nothing becomes the target then, and nothing more than the file that is being written goes elsewhere."""
+    out = bench.fresh()
+    running = bench.start(out, rules=f"{when}:1:STOP")
+    assert running.wait().stopped
+    path = work_of(out) if what == "work folder" else work_of(out) / "checkpoint"
+    moved = path.rename(bench.fresh())
+    if what != "nothing":
+        path.symlink_to(moved)
+    running.send(signal.SIGCONT)
+    line = refused(running.wait(), out)
+    assert "was removed or replaced meanwhile" in line or "No such file or directory" in line
+    assert moved.is_dir()
+    if what != "nothing":
+        assert path.is_symlink()
+
+
+def test_a_finished_target_leaves_a_stranger_s_folder_alone(bench: Bench) -> None:
+    out = bench.fresh()
+    assert bench.prune(out).code == 0
+    work_of(out).mkdir()
+    for name in ("manifest.jsonl", "part-1-of-2.lock", "manifest.1-of-2.jsonl"):
+        (work_of(out) / name).write_text("mine")
+    before = snapshot(work_of(out))
+    assert "exists already" in bench.prune(out).line
+    assert bench.prune(out, "--part", "1/2").code == 0
+    assert snapshot(work_of(out)) == before
+
+
+def test_a_part_that_comes_late_is_told_that_all_is_done(bench: Bench, tmp_path: Path) -> None:
+    out, other = bench.fresh(), write_plan(tmp_path / "other.json", keep=(1, 2, 3, 6))
+    waiting = bench.start(out, "--part", "1/2", rules="mkdir@out.moekern:1:STOP")  # it has found no target
+    assert waiting.wait().stopped
+    assert bench.prune(out).code == 0
+    waiting.send(signal.SIGCONT)
+    for ended in (waiting.wait(), bench.prune(out, "--part", "2/2")):
+        assert ended.code == 0, ended.said
+        assert f"{out}: was finished before, from the same model by the same plan" in ended.said
+    for late in (
+        Bench(bench.server, bench.source, other, bench.folder).prune(out, "--part", "1/2"),
+        bench.prune(out, "--part", "1/2", "--max-shard-size", "20000"),
+    ):
+        assert late.code == 2
+        assert "exists already" in late.line
+    (out / "model-00002-of-00008.safetensors").unlink()
+    assert "exists already" in bench.prune(out, "--part", "1/2").line
 
 
 def test_what_another_plan_left_is_not_used(bench: Bench, tmp_path: Path) -> None:
@@ -159,7 +282,8 @@ def test_what_others_keep_in_the_work_folder_stays(bench: Bench, options: tuple[
     assert bench.prune(out, *options, rules=f"open@{FIFTH}:1:KILL").code == -signal.SIGKILL
     assert bench.prune(out, *options).code == 0
     assert neighbours(out) == want
-    assert "exists already" in bench.prune(out, *options).line
+    again = bench.prune(out, *options)
+    assert "was finished before" in again.said if options else "exists already" in again.line
     assert neighbours(out) == want
     shutil.rmtree(work_of(out))
     assert finished(out) == bench.want()

@@ -50,6 +50,11 @@ def test_a_run_without_dtype_says_so() -> None:
     assert header["domains"] == ["a"]
 
 
+def test_a_run_on_a_model_of_the_hub_names_its_commit() -> None:
+    header = make_header(DEEPSEEK, tokens={"a": 0}, data=None, backend=None, versions={}, model="a/b@c0ffee")
+    assert header["runs"][0]["model"] == "a/b@c0ffee"
+
+
 @pytest.mark.parametrize("router", [DEEPSEEK.router, Router(6, 2), Router(8, 2, group_top=0)])
 def test_a_header_gives_its_router_back(router: Router) -> None:
     header = make_header(replace(DEEPSEEK, router=router), tokens={"a": 0}, data=None, backend=None, versions={})

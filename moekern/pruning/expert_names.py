@@ -1,0 +1,125 @@
+"""Names of modules inside numbered experts, before and after pruning, as settings of quantisers write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+from moekern.architectures import Layout, MoeLayer
+from moekern.checkpoint.strict_json import shown
+from moekern.errors import InputError
+from moekern.pruning.patterns import Ambiguous, ExpertModules, is_pattern, rewritten
+
+WRAPPERS = ("model", "language_model", "text_model")
+STACKED = re.compile(r".*(?:^|\.)experts\.")
+# Modules of experts that the checkpoint holds in one stack, as loaders name them that take the stack apart.
+UNSTACKED = ("", ".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3")
+NUMBER = re.compile(r"(?<![^._])\d+(?=\.|$)")
+
+
+class Renamer:
+    """From a name, or a pattern of names, to those that mean the same modules in the pruned model.
+
+    `source` is the file whose strings these are. Wrapper names ("model.", "language_model.") may differ from the tensor
+    keys', as those of loaded models do.
+    """
+
+    def __init__(
+        self, source: str, tensors: Iterable[str], layout: Layout, kept: Mapping[str, Sequence[int]], *, drop_mtp: bool
+    ) -> None:
+        self.source = source
+        self.tensors = tensors
+        self.modules = expert_modules(layout, kept, drop_mtp=drop_mtp)
+        self.by_suffix: dict[str, list[ExpertModules]] = {}
+        for modules in self.modules:
+            parts = modules.bare.split(".")
+            for start in range(len(parts) - 1):
+                self.by_suffix.setdefault(".".join(parts[start:]), []).append(modules)
+        self.rewritten: dict[str, tuple[str, ...]] = {}  # patterns that had to change
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        """The strings to stand in the place of `text`: itself, a new name, none, or several. Raises InputError."""
+        if not is_pattern(text):
+            return self._renumbered(text)
+        try:
+            new = rewritten(text, self.modules, self._others)
+        except Ambiguous as why:
+            what = f"{shown(text)} names experts by number, and {why}"
+            raise InputError(f"{self.source}: {what}; write the names of the modules in its place") from None
+        if new != (text,):
+            self.rewritten[text] = new
+        return new
+
+    def note(self, name: str) -> str:
+        """What was done to patterns in the file `name`; empty where nothing was."""
+        if not self.rewritten:
+            return ""
+        first, *others = self.rewritten
+        more = f" and {len(others)} more" if others else ""
+        return f"{name}: what names experts by number was written anew: {shown(first)}{more}"
+
+    def _renumbered(self, name: str) -> tuple[str, ...]:
+        for number in NUMBER.finditer(name):
+            expert, tail = int(number[0]), name[number.end() :]
+            modules = [m for m in self.by_suffix.get(_bare(name[: number.start()]), ()) if expert in m.numbers]
+            if not modules:
+                continue
+            new = {m.rank.get(expert) for m in modules}
+            if new == {None}:
+                return ()
+            if len(new) == 1:
+                return (f"{name[: number.start()]}{new.pop()}{tail}",)
+            return tuple(f"{m.stem}{m.rank[expert]}{tail}" for m in modules if expert in m.rank)
+        return (name,)
+
+    @cached_property
+    def _others(self) -> tuple[str, ...]:
+        """Names of all modules that lie in no numbered expert."""
+        stems = tuple(m.stem for m in self.modules)
+        holders = set()
+        for name in self.tensors:
+            inside = next((stem for stem in _stems_of(name) if stem in self._stem_set), None)
+            parts = (inside or name).rstrip(".").split(".")
+            stop = len(parts) + 1 if inside else len(parts)
+            holders |= {".".join(parts[:end]) for end in range(1, stop)}
+        return tuple(sorted(holders - {stem.rstrip(".") for stem in stems if not stem.endswith(".")}))
+
+    @cached_property
+    def _stem_set(self) -> frozenset[str]:
+        return frozenset(m.stem for m in self.modules)
+
+
+def expert_modules(layout: Layout, kept: Mapping[str, Sequence[int]], *, drop_mtp: bool) -> tuple[ExpertModules, ...]:
+    """Of every layer with numbered experts; where a layer is not cut, its experts keep their numbers."""
+    found = []
+    for key, layer in {**layout.layers, **layout.mtp}.items():
+        tails: dict[str, set[str]] = {}
+        numbers: dict[str, set[int]] = {}
+        for tensor in layer.tensors:
+            if tensor.action == "drop" and tensor.expert is not None:
+                stem, _, rest = tensor.template.partition("{}")
+                parts = rest.split(".")
+                tails.setdefault(stem, set()).update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+                numbers.setdefault(stem, set()).add(tensor.expert)
+            elif tensor.role == "expert" and (stacked := STACKED.match(tensor.name)):
+                tails.setdefault(stacked[0], set()).update(UNSTACKED)
+                numbers.setdefault(stacked[0], set()).update(range(layer.num_experts))
+        for stem, experts in numbers.items():
+            stays = [*sorted(kept[key]), *_past_the_routed(layer)] if key in kept else sorted(experts)
+            rank = {} if drop_mtp and key in layout.mtp else {old: new for new, old in enumerate(stays)}
+            found.append(ExpertModules(stem, _bare(stem), frozenset(experts), rank, tuple(sorted(tails[stem]))))
+    return tuple(found)
+
+
+def _past_the_routed(layer: MoeLayer) -> list[int]:
+    """Numbers of experts that are never routed by weight (LongCat's zero experts) and so never dropped."""
+    return sorted({t.expert for t in layer.tensors if t.expert is not None and t.expert >= layer.num_experts})
+
+
+def _stems_of(name: str) -> Iterable[str]:
+    return (name[: number.start()] for number in NUMBER.finditer(name))
+
+
+def _bare(stem: str) -> str:
+    return ".".join(part for part in stem.split(".") if part not in WRAPPERS)

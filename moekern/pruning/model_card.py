@@ -1,0 +1,26 @@
+"""README.md of a pruned checkpoint: the original's, with a notice in front of its text."""
+
+import re
+
+MODEL_CARD = "README.md"
+FRONT_MATTER = re.compile(rb"(?:\xef\xbb\xbf)?---[ \t]*\r?\n(?:.*?\n)??---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+def notice(kept: int, before: int, plan_sha256: str) -> bytes:
+    """Markdown; `kept` of `before` experts stay in the layer that keeps most."""
+    return (
+        f"> **Pruned by moekern**: {kept} of {before} experts are left in a layer (plan {plan_sha256}, in "
+        "`moekern_plan.json`). What follows is the original's card: its numbers of experts and parameters, its sizes "
+        "and its results are the original's.\n\n"
+    ).encode()
+
+
+def split_at(start: bytes, size: int) -> int:
+    """The byte of a card of `size` bytes at which its text begins, behind YAML front matter; `start` is its beginning.
+
+    The card's end, where front matter does not end within `start` or at all.
+    """
+    found = FRONT_MATTER.match(start)
+    if found:
+        return found.end()
+    return size if start.removeprefix(b"\xef\xbb\xbf").startswith((b"---\n", b"---\r\n")) else 0

@@ -1,0 +1,337 @@
+"""Commands that are stopped, meet a full disk or each other, or find strange things: one line, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moekern import files
+from moekern.calibration.calibrate import Job
+from moekern.cli import pipeline
+from moekern.cli.app import main
+from tests.helpers import families
+from tests.helpers.commands import contents, document, moekern
+from tests.helpers.mounts import mounted
+
+Command = Callable[[Path], tuple[object, ...]]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, token ids, two statistics and a plan."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    families.save("qwen3_moe", folder / "model")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 400))
+    for seed in (0, 1):
+        assert moekern(*calibrate(folder, seed)(folder / f"s{seed}.safetensors")).returncode == 0
+    assert moekern("plan", folder / "s0.safetensors", "--keep", 4, "--out", folder / "plan.json").returncode == 0
+    return folder
+
+
+def text(work: Path) -> tuple[object, ...]:
+    return ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 40, "--tokens", 200)
+
+
+def calibrate(work: Path, seed: int = 0) -> Command:
+    return lambda out: ("calibrate", work / "model", *text(work), "--seed", seed, "--out", out)
+
+
+def run(work: Path, keep: int = 4) -> Command:
+    return lambda out: ("run", work / "model", *text(work), "--keep", keep, "--no-forward", "--out", out)
+
+
+def iterate(work: Path, rounds: int = 3) -> Command:
+    return lambda out: ("iterate", work / "model", *text(work), "--keep", 2, "--rounds", rounds, "--out", out)
+
+
+def commands(work: Path) -> dict[str, Command]:
+    """Those that write: name -> target -> arguments."""
+    statistics, plan = work / "s0.safetensors", work / "plan.json"
+    return {
+        "calibrate": calibrate(work),
+        "merge": lambda out: ("merge", statistics, work / "s1.safetensors", "--out", out),
+        "plan": lambda out: ("plan", statistics, "--keep", 4, "--out", out),
+        "convert": lambda out: ("convert", plan, "--to", "moekern", "--out", out),
+        "iterate": iterate(work),
+        "run": run(work),
+        "prune": lambda out: ("prune", work / "model", plan, "--out", out),
+    }
+
+
+COMMANDS = ("calibrate", "merge", "plan", "convert", "iterate", "run", "prune")
+MEASURED = ("calibrate", "iterate", "run")
+
+
+def refused(*arguments: object) -> str:
+    """The one line about an error; other lines tell how it went before."""
+    done = moekern(*arguments)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moekern: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return lines[0]
+
+
+def unmeasured(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Job, "run", lambda *arguments: pytest.fail("it was measured"))
+    patch.setattr(pipeline, "iterate", lambda *arguments, **options: pytest.fail("it was measured"))
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[Path]:
+    """A file system with not a block left."""
+    with mounted("tmpfs", 1 << 16) as small:
+        with (small / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        yield small
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk(work: Path, full: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(full)
+    monkeypatch.setattr(pipeline, "iterate", lambda *arguments, **options: pytest.fail("it was measured"))
+    line = refused(*commands(work)[name](full / "out"))
+    assert line.startswith(f"moekern: {full / 'out'}")
+    assert "No space left on device" in line or "free" in line
+    assert contents(full) == before
+
+
+def test_room_for_statistics_is_taken_before_the_first_layer(
+    work: Path, full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = sys.modules["moekern.calibration.calibrate"]  # the package has a function of that name
+    monkeypatch.setattr(stage, "_FirstPass", lambda *arguments: pytest.fail("it was measured"))
+    assert "bytes are needed" in refused(*calibrate(work)(full / "out"))
+
+
+def test_a_full_standard_output() -> None:
+    told = StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stderr(told),
+        suppress(OSError),
+        open("/dev/full", "w") as full,
+    ):
+        patch.setattr("sys.argv", ["moekern", "criteria"])
+        with redirect_stdout(full), pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+    assert told.getvalue() == "moekern: standard output: not finished: No space left on device\n"
+
+
+@contextmanager
+def at_work(name: str, out: Path) -> Iterator[None]:
+    """Another process that makes the same target."""
+    if name == "prune":
+        from moekern.pruning.work_folder import open_work
+
+        with open_work(out, None):
+            yield
+    elif name in ("iterate", "run"):
+        with files.working(out):
+            yield
+    else:
+        with files.replacing(out):
+            yield
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_second_writer_is_refused(work: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with at_work(name, out):
+        before = contents(tmp_path)
+        unmeasured(monkeypatch)
+        line = refused(*commands(work)[name](out))
+        assert line.startswith(f"moekern: {out}: another process is writing it, in {tmp_path}")
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["calibrate", "merge", "plan", "convert", "iterate"])
+def test_what_appears_meanwhile_is_not_written_over(
+    work: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has made the same target between the check and the end."""
+    out, claimed = tmp_path / "out", files.claimed
+
+    def late(path: Path, target: Path) -> int:
+        if target == out:
+            out.write_bytes(b"other")
+        return claimed(path, target)
+
+    monkeypatch.setattr(files, "claimed", late)
+    assert f"--out {out}: exists already" in refused(*commands(work)[name](out))
+    assert out.read_bytes() == b"other"
+
+
+def denied(patch: pytest.MonkeyPatch, name: str) -> None:
+    """The system no longer lets a file have this name."""
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return replace(self, target)
+
+    patch.setattr(Path, "replace", refuse)
+
+
+@pytest.mark.parametrize("name", ["calibrate", "run"])
+def test_what_was_measured_is_kept_where_it_cannot_get_its_name(work: Path, tmp_path: Path, name: str) -> None:
+    out, command = tmp_path / "out", commands(work)[name]
+    statistics = out if name == "calibrate" else files.work_path(out) / "statistics.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        denied(patch, statistics.name)
+        line = refused(*command(out))
+    assert "Permission denied; it is whole in" in line
+    assert "run the same command again" in line
+    with pytest.MonkeyPatch.context() as patch:
+        unmeasured(patch)
+        done = moekern(*command(out))
+    assert done.returncode == 0, done.stderr
+    assert "using what an earlier run has measured" in done.stderr
+    assert statistics.read_bytes() == (work / "s0.safetensors").read_bytes()
+    assert not files.temporary_path(statistics).exists()
+
+
+@pytest.mark.parametrize("what", ["other text", "another tier", "half", "nothing"])
+def test_what_a_stopped_run_left_of_something_else_is_measured_anew(work: Path, tmp_path: Path, what: str) -> None:
+    out, command = tmp_path / "out", calibrate(work)
+    left = files.temporary_path(out)
+    if what == "another tier":
+        assert moekern(*command(left), "--tier", "weights").returncode == 0
+    else:
+        shutil.copy(work / f"s{int(what == 'other text')}.safetensors", left)
+    if what == "half":
+        left.write_bytes(bytes(8) + left.read_bytes()[8:])
+    elif what == "nothing":
+        os.truncate(left, 0)
+    done = moekern(*command(out))
+    assert done.returncode == 0, done.stderr
+    assert "earlier run" not in done.stderr
+    assert contents(tmp_path) == {"out": (work / "s0.safetensors").read_bytes()}
+
+
+def test_a_run_that_was_stopped_while_it_verified_goes_on_with_that(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_both", stop)
+        assert moekern(*run(work)(out)).returncode == 130
+    made = contents(tmp_path)
+    assert "out/config.json" in made
+    with pytest.MonkeyPatch.context() as patch:
+        unmeasured(patch)
+        done = moekern(*run(work)(out))
+        assert done.returncode == 0, done.stderr
+    assert "was finished before, from the same model by the same plan" in done.stderr
+    assert "verified" in done.stderr
+    assert contents(tmp_path) == made
+
+
+def test_a_target_that_is_another_s_is_refused_before_anything_is_measured(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert moekern(*run(work)(out)).returncode == 0
+    made = contents(tmp_path)
+    unmeasured(monkeypatch)
+    assert f"--out {out}: exists already" in refused(*run(work, keep=6)(out))
+    assert f"--out {out}: exists already" in refused(*run(work)(out), "--seed", 3)
+    (out / "config.json").write_text("{}")
+    assert f"--out {out}: exists already" in refused(*run(work)(out))
+    shutil.rmtree(files.work_path(out))
+    assert f"--out {out}: exists already" in refused(*run(work)(out))
+    assert contents(tmp_path) == {n: d for n, d in made.items() if n.startswith("out/")} | {"out/config.json": b"{}"}
+
+
+def planted(what: str, path: Path, elsewhere: Path) -> None:
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("run", "statistics.safetensors"),
+        ("run", ".statistics.safetensors.moekern.tmp"),
+        ("run", "plan.json"),
+        ("run", files.LOCK),
+        ("iterate", "round-1.json"),
+        ("iterate", files.LOCK),
+        ("calibrate", ".out.moekern.tmp"),
+    ],
+)
+def test_what_is_planted_is_not_followed_waited_for_or_removed(
+    work: Path, tmp_path: Path, command: str, name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "device" and os.geteuid():
+        pytest.skip("needs root")
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "here" / "out"
+    shutil.copy(work / ("s0.safetensors" if "statistics" in name or command == "calibrate" else "plan.json"), elsewhere)
+    before = elsewhere.read_bytes()
+    out.parent.mkdir()
+    path = (out.parent if command == "calibrate" else files.work_path(out)) / name
+    path.parent.mkdir(exist_ok=True)
+    planted(what, path, elsewhere)
+    unmeasured(monkeypatch)
+    assert f"{path}: a link, pipe or other thing that moekern did not write" in refused(*commands(work)[command](out))
+    assert elsewhere.read_bytes() == before
+    assert os.path.lexists(path)
+    assert [found for found in out.parent.rglob("*") if found not in (path, path.parent)] == []
+
+
+def test_rounds_and_temporaries_of_killed_runs_are_removed(work: Path, tmp_path: Path) -> None:
+    """Of a run with more rounds; of one that was killed when it had saved its plan."""
+    out = tmp_path / "out"
+    side = files.work_path(out)
+    side.mkdir()
+    for name in ("round-2.json", "round-7.json", ".round-3.json.moekern.tmp"):
+        shutil.copy(work / "plan.json", side / name)
+    (side / files.LOCK).touch()
+    (side / "round-9.json").write_text("mine")
+    assert moekern(*iterate(work, rounds=2)(out)).returncode == 0
+    assert [path.name for path in side.iterdir()] == ["round-9.json"]
+    (side / "round-9.json").unlink()
+    shutil.copy(work / "plan.json", side / "round-1.json")
+    assert f"--out {out}: exists already" in refused(*iterate(work, rounds=2)(out))
+    assert not side.exists()
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "demo"])
+def test_names_are_looked_at_first(work: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unmeasured(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    command = {**commands(work), "demo": lambda out: ("demo", "--out", out)}[name]
+    for out in ("", ".", "/", ".."):
+        if name != "plan":  # plans go into a folder that is there
+            assert ": names no new f" in refused(*command(out))  # type: ignore[arg-type]
+    assert "the name is longer than" in refused(*command(tmp_path / ("x" * 250)))
+    assert "the name is not UTF-8" in refused(*command(tmp_path / "a\udcff"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_is_refused_takes_nothing_from_the_next(work: Path, tmp_path: Path) -> None:
+    assert refused("merge", work / "s0.safetensors", work / "s0.safetensors", "--out", tmp_path / "out")
+    assert document(*commands(work)["merge"](tmp_path / "out"))["tokens"] == {"a": 400}

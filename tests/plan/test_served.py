@@ -1,0 +1,108 @@
+"""Where checkpoints run, by their headers and config."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.plan.served import check_folder, quantization, verdict
+from moekern.plan.targets import ENGINES, Finding, parse_target
+from moekern.pruning import prune
+from tests.helpers import synthetic
+from tests.helpers.in_flight import random_plan
+
+
+def qwen_like(folder: Path, model_type: str, architecture: str, mtp: int | None = None, **config: Any) -> Path:
+    """A checkpoint in the Qwen layout under another name; mtp: the experts of its MTP layer."""
+    given, tensors = synthetic.qwen3()
+    if mtp is not None:
+        _, more = synthetic.qwen3(layers=1, experts=mtp, seed=1)
+        tensors |= {name.replace("model.layers", "mtp.layers"): t for name, t in more.items() if ".layers." in name}
+    names = {"model_type": model_type, "architectures": [architecture]}
+    return synthetic.write(folder / "in", {**given, **names, **config}, tensors)
+
+
+def told(folder: Path, target: str) -> tuple[bool | None, str]:
+    row = check_folder(folder, [parse_target(target)]).found[target]
+    return verdict(row), "; ".join(finding.text for finding in row)
+
+
+def test_an_engine_that_does_not_know_the_model(tmp_path: Path) -> None:
+    folder = qwen_like(tmp_path, "flex_olmo", "FlexOlmoForCausalLM")
+    report = check_folder(folder)
+    assert {name: verdict(row) for name, row in report.found.items()} == {
+        "transformers": True, "vllm": True, "sglang": True, "llama.cpp": False, "ik_llama.cpp": False,
+        "mlx-lm": False, "mistral.rs": None,
+    }  # fmt: skip
+    assert "does not know FlexOlmoForCausalLM (0c1e57098" in report.found["llama.cpp"][0].text
+    assert report.nearest["llama.cpp"] == "; no count of this model runs there"
+    assert report.document()["targets"]["mistral.rs"]["runs"] is None
+    assert not report.good
+    assert check_folder(folder, [parse_target("mistral.rs")]).good  # not known is not refused
+
+
+def test_the_release_that_a_family_needs(tmp_path: Path) -> None:
+    folder = qwen_like(tmp_path, "flint", "FlintForCausalLM")
+    assert told(folder, "transformers") == (True, "needs transformers >= 5.21")
+
+
+MODES = {  # of Qwen3-Next with 8 experts, pruned to 4: mode -> llama.cpp's verdict, words
+    "drop": (True, "there are none; convert with --no-mtp"),
+    "keep": (True, "MTP layers have 8 experts, the others 4; convert with --no-mtp"),
+    "prune": (True, ""),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mtp_modes_of_qwen3_next(mode: Any, tmp_path: Path) -> None:
+    source = qwen_like(tmp_path, "qwen3_next", "Qwen3NextForCausalLM", mtp=8)
+    prune(source, random_plan(find_layout(open_checkpoint(source)), 0), tmp_path / "out", mtp=mode)
+    runs, text = told(tmp_path / "out", "llama.cpp")
+    assert runs is MODES[mode][0]
+    assert MODES[mode][1] in text
+    assert bool(text) is bool(MODES[mode][1])
+    assert told(tmp_path / "out", "mlx-lm")[0] is True
+
+
+@pytest.mark.parametrize("mode", ["prune", "drop", "keep"])
+def test_mtp_modes_of_deepseek_v3(mode: Any, tmp_path: Path) -> None:
+    """llama.cpp's converter leaves its MTP layers out, whatever is in them."""
+    config, tensors = synthetic.deepseek_v3()
+    source = synthetic.write(tmp_path / "in", {**config, "architectures": ["DeepseekV3ForCausalLM"]}, tensors)
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    prune(source, plan, tmp_path / "out", mtp=mode)
+    assert told(tmp_path / "out", "llama.cpp") == (True, "")
+    runs, text = told(tmp_path / "out", "mlx-lm")
+    assert runs is (mode == "drop"), text
+    assert ("speculative decoding" in told(tmp_path / "out", "vllm")[1]) is (mode == "keep")
+
+
+def test_the_weights_format_counts(tmp_path: Path) -> None:
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    assert told(qwen_like(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM", **fp8), "mlx-lm")[0] is False
+    assert quantization({}) == ""
+    assert quantization({"quantization_config": "broken", "text_config": ["broken"]}) == ""
+    assert quantization({"text_config": fp8}) == "fp8"
+    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    assert quantization({"quantization_config": packed}) == "compressed-tensors/pack-quantized"
+    assert quantization({"quantization_config": {"quant_method": ["fp8"]}}) == "unknown"
+    assert quantization({"quantization_config": {**packed, "format": "a\nb"}}) == "compressed-tensors/unknown"
+    small = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    assert quantization({"quantization_config": small}) == "fp8/32x32"
+
+
+def test_a_config_that_names_nothing(tmp_path: Path) -> None:
+    """Without class names, or with odd ones, those of the family count."""
+    config, tensors = synthetic.qwen3()
+    for i, odd in enumerate((None, [], [3], "Qwen3MoeForCausalLM", ["A\nB"], ["x" * 9999])):
+        given = {**config, "architectures": odd}
+        folder = synthetic.write(tmp_path / f"in{i}", given, tensors)
+        assert all(verdict(row) for row in check_folder(folder).found.values()), odd
+
+
+def test_verdicts() -> None:
+    yes, unknown, no = Finding(False, ""), Finding(None, ""), Finding(True, "")
+    assert [verdict(row) for row in ([], [yes], [yes, unknown], [unknown, no])] == [True, True, None, False]
+    assert len(ENGINES) == 7
