@@ -49,6 +49,8 @@ class LayerStatistics:
 
     y is an expert's output row before the gate, a = gate * ‖y‖₂. What a tier measures is empty where it was not asked
     for. A domain's gradient G of an expert is the sum over that domain's tokens in one run: gradient sums count these.
+    The joint G is the sum over all domains of a run. Each of its domains holds the same numbers of it, and sums of
+    domains of one run hold them still; no number of it is known of several runs together, so it is 0 there.
     """
 
     # What router_stats and combine_and_measure add to: kernels.sums says what each is, and how it lies in memory.
@@ -89,6 +91,7 @@ class LayerStatistics:
     # router chooses again without it; 0 for a token that did not choose e.
     replay_tokens: Tensor = _integers("1", "replay")
     output_sum: Tensor = _signed("E? H?", "replay")  # Σ y
+    scored_output_sum: Tensor = _signed("E? H?", "replay")  # Σ softmax of all logits x y
     output_gram: Tensor = _signed("E? E?", "replay")  # Σ <yᵢ, yⱼ>
     output_cosine: Tensor = _signed("E? E?", "replay")  # Σ cos(yᵢ, yⱼ)
     deletion_norm_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂
@@ -101,6 +104,11 @@ class LayerStatistics:
     gradient_cosine_sum: Tensor = _signed("E? E?", "gradient")  # Σ cos(Gᵢ, Gⱼ)
     gradient_log_std_sum: Tensor = _signed("E?", "gradient")  # Σ over G and hidden dimensions of log std
     gradient_outlier_sum: Tensor = _integers("E?", "gradient")  # entries of G beyond 3 sigma of its mean entry
+    joint_gradients: Tensor = _integers("1?", "gradient", merge="alike")  # how many G make up the joint one
+    joint_gradient_norm: Tensor = _sum("E?", "gradient", merge="alike")  # ‖joint G‖₂, and so on as above
+    joint_gradient_cosine: Tensor = _signed("E? E?", "gradient", merge="alike")
+    joint_gradient_log_std: Tensor = _signed("E?", "gradient", merge="alike")
+    joint_gradient_outlier: Tensor = _integers("E?", "gradient", merge="alike")
     taylor_sum: Tensor = _signed("E?", "gradient")  # Σ <W, G>
     gate_gradient_sum: Tensor = _signed("E?", "gradient")  # Σ over tokens of gate x ∂loss/∂gate
 
@@ -220,7 +228,7 @@ class LayerStatistics:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             merge = f.metadata["merge"]
-            if merge == "rows" or (merge == "same" and not (mine.numel() and theirs.numel())):
+            if merge == "rows" or (merge in ("same", "alike") and not (mine.numel() and theirs.numel())):
                 continue
             if mine.shape == theirs.shape:
                 continue
@@ -319,5 +327,6 @@ MERGES: dict[str, Callable[..., Tensor]] = {
     "max": torch.maximum,
     "or": torch.bitwise_or,
     "same": lambda a, b: a if a.numel() else b,
+    "alike": lambda a, b: a if torch.equal(a, b) else torch.zeros_like(a if a.numel() else b),
     "rows": merge_rows,
 }

@@ -104,6 +104,7 @@ def with_tiers(s, seed=0, tokens=40):
             value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
         filled[f.name] = value
     filled["compat_count"][s.count == 0] = 0
+    filled["joint_gradients"] = filled["gradients"].clone()
     return LayerStatistics(**filled)
 
 

@@ -122,6 +122,7 @@ def add_replay(s: LayerStatistics, raw: Tokens, t: int) -> None:
     unit = raw.y[t] / raw.y[t].norm(dim=1, keepdim=True)
     s.replay_tokens.add_(1)
     s.output_sum.add_(raw.y[t])
+    s.scored_output_sum.add_(raw.logits[t].softmax(0)[:, None] * raw.y[t])
     s.output_gram.add_(raw.y[t] @ raw.y[t].T)
     s.output_cosine.add_(unit @ unit.T)
     s.deletion_norm_sum.add_(lost.norm(dim=1))
