@@ -174,7 +174,7 @@ def test_scores_are_what_the_formula_says(layer: tuple[Tokens, LayerStatistics],
 
 
 def literal_order(count: list[int], together: Callable[[int, int], int], end: Callable[..., Any] = max) -> list[int]:
-    """Drop the less used expert of the pair with most (or least) in common, again and again; the survivor comes last."""
+    """Drop the less used of the pair with most (or least) in common, again and again; the survivor comes last."""
     left, order = list(EXPERTS), []
     while len(left) > 1:
         pair = end(combinations(left, 2), key=lambda p: together(*p))

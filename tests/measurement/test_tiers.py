@@ -18,6 +18,7 @@ import moekern
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.criteria import CRITERIA
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.replay import sample
@@ -248,8 +249,13 @@ def _two_domains(name: str) -> TokenData:
     return TokenData(tuple(Batch(domain, families.input_ids(name, 2, 12, i)) for i, domain in enumerate("ab")), {})
 
 
-def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
-    return [f.name for f in fields(a) if not torch.equal(getattr(a, f.name), getattr(b, f.name))]
+def _differences(a: LayerStatistics, b: LayerStatistics, besides: str = "") -> list[str]:
+    """Fields that differ, but those that merge in the way `besides`."""
+    return [
+        f.name
+        for f in fields(a)
+        if f.metadata["merge"] != besides and not torch.equal(getattr(a, f.name), getattr(b, f.name))
+    ]
 
 
 Steps = list[tuple[int, int]]  # done, total
@@ -275,7 +281,10 @@ def every_tier(family_checkpoint: MakeCheckpoint) -> Callable[[str], tuple[Stati
 def test_every_tier_with_domains_apart(
     name: str, family_checkpoint: MakeCheckpoint, every_tier: Callable[[str], tuple[Statistics, Steps]], tmp_path: Path
 ) -> None:
-    """A domain's sums do not depend on what else is calibrated, and all survive the file; two runs are the same."""
+    """A domain's sums do not depend on what else is calibrated, and all survive the file; two runs are the same.
+
+    The joint gradient of all domains is a run's own.
+    """
     folder, data = family_checkpoint(name), _two_domains(name)
     both, steps = every_tier(name)
     apart = [calibrate(folder, TokenData((batch,), {}), tiers=TIERS, replay_tokens=10) for batch in data.batches]
@@ -285,9 +294,10 @@ def test_every_tier_with_domains_apart(
         assert both.layer(key).tiers == TIERS
         assert int(both.layer(key).replay_tokens) == 20
         for domain, one in zip("ab", apart, strict=True):
-            assert _differences(both.layer(key, [domain]), one.layer(key)) == []
+            assert _differences(both.layer(key, [domain]), one.layer(key), besides="alike") == []
             assert _differences(both.layer(key, [domain]), loaded.layer(key, [domain])) == []
-        assert _differences(both.layer(key), merged.layer(key)) == []
+        assert _differences(both.layer(key), merged.layer(key), besides="alike") == []
+        assert not merged.layer(key).joint_gradient_norm.any()
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
     assert {total for _, total in steps} == {len(steps)}
 
@@ -297,7 +307,7 @@ def test_every_criterion_ranks_what_was_calibrated(
     name: str, every_tier: Callable[[str], tuple[Statistics, Steps]]
 ) -> None:
     statistics, _ = every_tier(name)
-    for criterion in moekern.criteria.CRITERIA.values():
+    for criterion in CRITERIA.values():
         plan = moekern.make_plan(statistics, criterion.name, keep=4)
         assert all(len(layer.keep) == 4 for layer in plan.layers.values())
 
