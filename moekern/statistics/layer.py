@@ -116,7 +116,7 @@ class LayerStatistics:
     weight_count: Tensor = _integers("E?", "weights", merge="same")
     weight_abs_sum: Tensor = _sum("E?", "weights", merge="same")  # Σ |w|
     weight_square_sum: Tensor = _sum("E?", "weights", merge="same")  # Σ w²
-    weight_stable_rank: Tensor = _sum("E?", "weights", merge="same")  # mean over the matrices of Σ σ² / σ₁²
+    weight_stable_rank: Tensor = _sum("E?", "weights", merge="same")  # mean over gate, up, down of Σ σ² / σ₁²
     weight_gram: Tensor = _signed("E? E?", "weights", merge="same")  # <Wᵢ, Wⱼ>
     router_gram: Tensor = _signed("E? E?", "weights", merge="same")  # <rᵢ, rⱼ>, r the rows of the router's matrix
 

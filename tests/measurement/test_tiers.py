@@ -191,6 +191,7 @@ def test_replay(name: str, case: MakeCase, runs: Runs) -> None:
     T, H = len(run.y), run.y.shape[2]
     assert int(s.replay_tokens) == T
     close(s.output_sum, run.y.sum(0))
+    close(s.scored_output_sum, (run.logits.softmax(1)[..., None] * run.y).sum(0))
     close(s.output_gram, torch.einsum("tih,tjh->ij", run.y, run.y))
     unit = run.y / run.y.norm(dim=2, keepdim=True)
     close(s.output_cosine, torch.einsum("tih,tjh->ij", unit, unit))
@@ -234,8 +235,9 @@ def test_weights(family_checkpoint: MakeCheckpoint) -> None:
     folder = family_checkpoint("qwen3_moe")
     statistics = calibrate(folder, _two_domains("qwen3_moe"), tiers=("weights",))
     checkpoint = open_checkpoint(folder)
-    for key, layer in find_layout(checkpoint).layers.items():
-        expected = weigh_layer(checkpoint, layer)
+    layout = find_layout(checkpoint)
+    for key, layer in layout.layers.items():
+        expected = weigh_layer(checkpoint, layout, layer)
         for sums in statistics.layers[key].values():
             assert sums.tiers == ("weights",)
             assert int(sums.tokens) == 24
