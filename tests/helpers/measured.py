@@ -152,4 +152,12 @@ def model_statistics(seed=0, layers=("0", "2", "10"), domains=("prose", "code"),
         key: {d: with_tiers(layer_statistics(n := 1000 * seed + 10 * i + j), n) for j, d in enumerate(domains)}
         for i, key in enumerate(layers)
     }
-    return Statistics(header(domains, **changes), sums)
+    return Statistics(header(domains, **changes), {key: _of_one_run(parts) for key, parts in sums.items()})
+
+
+def _of_one_run(parts):
+    """The same sums of a layer, with one joint gradient of all domains."""
+    first = next(iter(parts.values()))
+    joint = {f.name: getattr(first, f.name) for f in fields(first) if f.metadata["merge"] == "alike"}
+    joint["joint_gradients"] = torch.tensor([len(parts)])
+    return {d: replace(s, **joint, gradients=torch.ones(1, dtype=torch.int64)) for d, s in parts.items()}
