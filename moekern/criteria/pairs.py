@@ -26,7 +26,7 @@ def ecc_apart(statistics: LayerStatistics) -> Tensor:
 def ets(statistics: LayerStatistics) -> Tensor:
     """As `ecc`, for the pair with the most distinct token ids in common (ETS of MC-Suite, arXiv:2504.05586).
 
-    The paper counts common tokens; here each id counts once.
+    The paper counts common tokens; here each id counts once, in `ets_tokens` as often as both have seen it.
     """
     need(statistics, "ets", "vocabulary")
     return _rarer_of_a_pair(statistics, pair_popcount(statistics.vocabulary).double())
@@ -36,6 +36,22 @@ def ets_apart(statistics: LayerStatistics) -> Tensor:
     """The other end of `ets`: of the pair with the fewest distinct token ids in common, the less used goes."""
     need(statistics, "ets", "vocabulary")
     return _rarer_of_a_pair(statistics, pair_popcount(statistics.vocabulary).double(), closest=False)
+
+
+def ets_tokens(statistics: LayerStatistics) -> Tensor:
+    """As `ets` (arXiv:2504.05586), an id counting as often as it was routed to both: the lesser of its two counts."""
+    return _rarer_of_a_pair(statistics, _common_tokens(statistics, "ets_tokens"))
+
+
+def ets_tokens_apart(statistics: LayerStatistics) -> Tensor:
+    """The other end of `ets_tokens`."""
+    return _rarer_of_a_pair(statistics, _common_tokens(statistics, "ets_tokens"), closest=False)
+
+
+def _common_tokens(statistics: LayerStatistics, criterion: str) -> Tensor:
+    need(statistics, criterion, "token_count")
+    counts = statistics.token_count
+    return torch.stack([torch.minimum(row, counts).sum(1) for row in counts]).double()
 
 
 def _rarer_of_a_pair(statistics: LayerStatistics, together: Tensor, *, closest: bool = True) -> Tensor:

@@ -93,6 +93,7 @@ HTS_FAMILY = (
     ),
 )  # fmt: skip
 LATER = (
+    *_rows(pairs, "inference", "token_counts", ("ets_tokens", "max", "as ets, an id counting as often as seen", MC)),
     *_rows(
         scores, "activation", "reap",
         ("reap_renormalised", "min", "REAP with each token's gates made to sum to 1", REAP),
@@ -153,7 +154,9 @@ RANDOM = Criterion("random", scores.random, "seeded", "baseline", (), "none", "n
 
 CRITERIA: dict[str, Criterion] = {row.name: row for row in (*MC_SUITE, *HTS_FAMILY, *LATER, *REDUNDANCY, RANDOM)}
 # The other end of criteria whose negative is not that: they part one pair after the other.
-OTHER_ENDS: dict[str, Callable[..., Any]] = {"ecc": pairs.ecc_apart, "ets": pairs.ets_apart}
+OTHER_ENDS: dict[str, Callable[..., Any]] = {
+    "ecc": pairs.ecc_apart, "ets": pairs.ets_apart, "ets_tokens": pairs.ets_tokens_apart
+}  # fmt: skip
 # Of these MC-Suite prints the formula alone: the end that goes first is moekern's reading.
 INFERRED = ("ewn", "eao", "egs", "ego", "egn")
 # Other names that papers use.

@@ -15,7 +15,9 @@ from moekern.kernels.sums import ExpertSums, RouterSums, declared
 Views = TypeVar("Views")
 
 # What calibration may be asked to measure beside the routed tier, which is always there.
-TIERS = ("dimensions", "vocabulary", "coalitions", "outliers", "reap", "replay", "gradient", "weights")
+TIERS = (
+    "dimensions", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "replay", "gradient", "weights"
+)  # fmt: skip
 SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
 
 
@@ -79,6 +81,7 @@ class LayerStatistics:
     unit_sum: Tensor = _experts("unit_sum", negative=True, tier="dimensions")
 
     vocabulary: Tensor = _integers("E W?", "vocabulary", merge="or", negative=True)  # token ids seen, one bit each
+    token_count: Tensor = _integers("E V?", "token_counts")  # tokens of each id, V a multiple of 64
     coalitions: Tensor = _integers("C? M?", "coalitions", merge="rows")  # distinct top-k sets: rising ids, then count
     outlier_sum: Tensor = _integers("E?", "outliers")  # entries of y beyond 3 sigma of the expert's mean entry
 
@@ -149,10 +152,12 @@ class LayerStatistics:
     ) -> LayerStatistics:
         """Nothing seen yet. `dimensions` = H asks for that tier; the others are named in `tiers`.
 
-        `words` is the 64-bit words of a vocabulary, `hidden` the H of the replay tier where `dimensions` is 0.
+        `words` is the 64-bit words of a vocabulary of V = 64 x words ids, `hidden` the H of the replay tier where
+        `dimensions` is 0.
         """
         subsets = 1 << num_experts if num_experts <= SUBSETS else 0
-        size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "W": words, "S": subsets, "C": 0, "M": 0}
+        size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "S": subsets, "C": 0, "M": 0}
+        size |= {"W": words, "V": 64 * words}
         wanted = {"routed", *tiers, *(["dimensions"] if dimensions else [])}
 
         def zero(f: Field[Any]) -> Tensor:

@@ -80,7 +80,7 @@ class FileStore:
         sizes = {}
         for key, E in self.experts.items():
             tiers, dimensions = self.tiers, H if "dimensions" in self.tiers else 0
-            words = first.vocabulary.shape[-1]
+            words = first.vocabulary.shape[-1] or first.token_count.shape[-1] // 64
             some = LayerStatistics.zeros(E, dimensions, "meta", tiers=tiers, hidden=H, words=words)
             if "coalitions" in tiers:
                 some = replace(some, coalitions=torch.empty(1, K + 1, dtype=torch.int64, device="meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -149,7 +150,7 @@ FORMULAS: dict[str, Formula] = {
     "leave_one_out": lambda raw, e: lost(raw, e).square().sum(),
 }
 # These are tested below, by what they choose or by the order they make; gradients where they are measured.
-OTHERWISE = {"ecc", "ets", "naee", "stun", "leave_one_out_greedy", "diet", "random"} | {
+OTHERWISE = {"ecc", "ets", "ets_tokens", "naee", "stun", "leave_one_out_greedy", "diet", "random"} | {
     "hc_smoe_clusters", "hc_smoe_clusters_cosine"
 }  # fmt: skip
 
@@ -191,6 +192,10 @@ def test_pairs_are_parted_one_by_one(layer: tuple[Tokens, LayerStatistics]) -> N
     for form, end in (("{}", max), ("inverse({})", min)):
         got = score_layer(criterion_named(form.format("ets")), measured_sums, "0")
         want = literal_order(measured_sums.count.tolist(), lambda p, q: len(bits[p] & bits[q]), end)
+        assert got.argsort().tolist() == want
+        got = score_layer(criterion_named(form.format("ets_tokens")), measured_sums, "0")
+        seen = [Counter(int(raw.token_ids[t]) for t in raw.routed(e)) for e in EXPERTS]
+        want = literal_order(measured_sums.count.tolist(), lambda p, q: (seen[p] & seen[q]).total(), end)  # noqa: B023
         assert got.argsort().tolist() == want
         got = score_layer(criterion_named(form.format("ecc")), sums, "0")
         want = literal_order(sums.count.tolist(), lambda p, q: int(sums.coactivation[p, q]), end)

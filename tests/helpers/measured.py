@@ -92,6 +92,8 @@ def with_tiers(s, seed=0, tokens=40):
                 value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
         elif f.name == "vocabulary":
             value = distinct_vocabulary(s.num_experts)
+        elif f.name == "token_count":
+            value = distinct_tokens(s.num_experts)
         elif f.name == "coalitions":
             sets = (
                 torch.stack([torch.randperm(s.num_experts, generator=draw)[:K] for _ in range(tokens)]).sort(1).values
@@ -126,6 +128,15 @@ def distinct_vocabulary(experts):
         seen[[i, j], start:stop] = True
         start = stop
     return (seen.view(experts, words, 64).long() << torch.arange(64)).sum(-1)
+
+
+def distinct_tokens(experts):
+    """Counts [E, V] of ids of which any two experts share one, with distinct_pairs(experts)[i, j] tokens each."""
+    pairs, ids = distinct_pairs(experts), list(combinations(range(experts), 2))
+    counts = torch.zeros(experts, -(-max(len(ids), 1) // 64) * 64, dtype=torch.int64)
+    for number, (i, j) in enumerate(ids):
+        counts[[i, j], number] = pairs[i, j]
+    return counts
 
 
 def header(domains, **changes):

@@ -139,21 +139,24 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_vocabulary_coalitions_and_logits(name: str, case: MakeCase, runs: Runs) -> None:
-    it = case(name, "vocabulary", "coalitions")
+    it = case(name, "vocabulary", "token_counts", "coalitions")
+    counts = torch.zeros(E, 64 * it.sums.vocabulary.shape[1], dtype=torch.int64)
     seen = torch.zeros(E, 64 * it.sums.vocabulary.shape[1], dtype=torch.bool)
     sets: Counter[tuple[int, ...]] = Counter()
     gram = torch.zeros(E, E, dtype=torch.float64)
     for token_ids, run in zip(it.token_ids, runs(it), strict=True):
         for token, ids in zip(token_ids.reshape(-1).tolist(), run.ids.tolist(), strict=True):
             seen[ids, token] = True
+            counts[ids, token] += 1
             sets[tuple(sorted(ids))] += 1
         gram += run.logits.T @ run.logits
     bits = it.sums.vocabulary[:, :, None] >> torch.arange(64) & 1
     assert torch.equal(bits.reshape(E, -1).bool(), seen)
+    assert torch.equal(it.sums.token_count, counts)
     assert it.sums.vocabulary.shape == (E, -(-families.VOCAB // 64))
     assert it.sums.coalitions.tolist() == [[*ids, n] for ids, n in sorted(sets.items())]
     close(it.sums.logit_gram, gram)
-    assert it.sums.tiers == ("vocabulary", "coalitions")
+    assert it.sums.tiers == ("vocabulary", "token_counts", "coalitions")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,7 +333,7 @@ def test_a_router_that_cannot_be_asked_again_is_refused(name: str, family_checkp
 
 def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint) -> None:
     folder, token_ids = family_checkpoint("qwen3_moe"), families.input_ids("qwen3_moe", 2, 12, 1)
-    model, tiers = families.load(folder), ("dimensions", "vocabulary", "coalitions", "reap")
+    model, tiers = families.load(folder), ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")
     with moekern.observe(model, tiers=tiers) as seen:
         families.forward(model, token_ids)
     streamed = calibrate(
@@ -350,7 +353,8 @@ def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint)
 
 def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
     model = families.load(family_checkpoint("deepseek_v3"))
-    ids, tiers = families.input_ids("deepseek_v3", 1, 9, 3), ("dimensions", "vocabulary", "coalitions", "reap")
+    ids = families.input_ids("deepseek_v3", 1, 9, 3)
+    tiers = ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")
     padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)
     with moekern.observe(model, tiers=tiers) as plain, torch.no_grad():
@@ -359,7 +363,7 @@ def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
         model(input_ids=padded, attention_mask=mask, use_cache=False)
     for key in plain.layers:
         a, b = plain.layer(key), whole_.layer(key)
-        for name in ("vocabulary", "coalitions", "compat_count", "residual_tokens"):
+        for name in ("vocabulary", "token_count", "coalitions", "compat_count", "residual_tokens"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum"):
             close(getattr(b, name), getattr(a, name))
