@@ -111,8 +111,21 @@ def ream(statistics: LayerStatistics) -> Tensor:
     outputs = (1 + cosines(statistics.scored_output_sum @ statistics.scored_output_sum.T)) / 2
     apart = distances(cosines(statistics.logit_gram))
     routers = 1 - apart / apart.max().clamp(min=1e-300)
-    reap = statistics.gated_norm_sum / statistics.count.clamp(min=1)
-    return _covered(statistics, (outputs + routers) / 2, reap)
+    return _covered(statistics, (outputs + routers) / 2, _reap(statistics))
+
+
+def ream_tokens(statistics: LayerStatistics) -> Tensor:
+    """As `ream` (arXiv:2604.04356), by the mean over tokens of the outputs' cosine, and the router logits' cosine.
+
+    The cosine of two outputs of one token does not depend on their gates.
+    """
+    need(statistics, "ream_tokens", "output_cosine", "logit_gram")
+    outputs = statistics.output_cosine / statistics.replay_tokens.clamp(min=1)
+    return _covered(statistics, (outputs + cosines(statistics.logit_gram)) / 2, _reap(statistics))
+
+
+def _reap(statistics: LayerStatistics) -> Tensor:
+    return statistics.gated_norm_sum / statistics.count.clamp(min=1)
 
 
 def _covered(statistics: LayerStatistics, similarity: Tensor, salience: Tensor) -> Tensor:

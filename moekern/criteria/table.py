@@ -146,6 +146,7 @@ REDUNDANCY = (
         ("hc_smoe", "min", "distance of mean outputs from a more used expert's (HC-SMoE)", HC),
         ("hc_smoe_cosine", "max", "cosine of mean outputs with a more used expert's", HC),
         ("ream", "max", "likeness of outputs and logits to an expert of higher REAP (REAM)", "arXiv:2604.04356"),
+        ("ream_tokens", "max", "as ream, by the cosine of outputs token by token", "arXiv:2604.04356"),
         ("output_redundancy", "max", "mean cosine of outputs with the other experts'", ""),
         ("leave_one_out", "min", "what the output loses when the expert is dropped alone", ""),
     ),

@@ -144,6 +144,17 @@ FORMULAS: dict[str, Formula] = {
             lambda p, q: ((1 + cosine(scored(raw, p), scored(raw, q))) / 2 + routers_alike(raw)[p, q]) / 2,
         )
     ),
+    "ream_tokens": lambda raw, e: (
+        -likeness_to_better(
+            raw,
+            e,
+            [float(reap(raw, q)) for q in EXPERTS],
+            lambda p, q: (
+                (cosine_similarity(raw.y[:, p], raw.y[:, q], dim=1).mean() + cosine(raw.logits[:, p], raw.logits[:, q]))
+                / 2
+            ),
+        )
+    ),
     "output_redundancy": lambda raw, e: (
         -sum(cosine_similarity(raw.y[:, e], raw.y[:, q], dim=1).mean() for q in others(e))
     ),
