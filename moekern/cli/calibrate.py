@@ -60,8 +60,8 @@ def calibrate(
     tier: Annotated[
         list[str] | None,
         typer.Option(
-            help="Measure this too; repeatable: dimensions, vocabulary, coalitions, outliers, reap, replay, gradient, "
-            "weights. `moekern criteria` says which one a criterion needs."
+            help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
+            "replay, gradient, weights. `moekern criteria` says which one a criterion needs."
         ),
     ] = None,
     criterion: Annotated[

@@ -77,7 +77,7 @@ class Statistics:
     def own(self, part: LayerStatistics) -> LayerStatistics:
         """The sums of a part, to be added to: what was read for this is nobody else's, what is held is copied."""
         read = isinstance(self.layers, (StoredLayers, MergedLayers))
-        return part if read else part.like().absorb(part)
+        return part if read else LayerStatistics(**{name: value.clone() for name, value in part.tensors().items()})
 
     def part(self, key: str, domain: str, tiers: Sequence[str] | None = None) -> LayerStatistics:
         """The sums of one layer and domain, for `tiers` as in `layer`."""
