@@ -172,3 +172,14 @@ def _of_one_run(parts):
     joint = {f.name: getattr(first, f.name) for f in fields(first) if f.metadata["merge"] == "alike"}
     joint["joint_gradients"] = torch.tensor([len(parts)])
     return {d: replace(s, **joint, gradients=torch.ones(1, dtype=torch.int64)) for d, s in parts.items()}
+
+
+def assert_same(a: LayerStatistics, b: LayerStatistics, **tolerance: float) -> None:
+    """Every field is equal, dtype too, or within a tolerance."""
+    for f in fields(LayerStatistics):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if tolerance:
+            torch.testing.assert_close(x, y, **tolerance)
+        else:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), f.name
