@@ -31,8 +31,9 @@ ARCH_NAME = re.compile(r'\{\s*LLM_ARCH_\w+,\s*"([^"]+)"\s*\}')
 
 
 def read_transformers(sources: Sequence[Path]) -> Entry:
-    """The release's model types (`types`: model type -> class names) as far as the table of families has them, and
-    those whose attention can be replaced (`replaceable`), which is what other engines' transformers back ends need."""
+    """The release's model types (`types`: model type -> class names) as far as the table of families has them, those
+    whose attention can be replaced (`replaceable`), which is what other engines' transformers back ends need, and
+    `methods`, the quantisation methods of quantizers/auto.py."""
     known = _assigned(_files(sources, "auto_mappings.py", "configuration_auto.py"), re.compile("CONFIG_MAPPING_NAMES"))
     rows = {name for name, row in BY_NAME.items() if row.transformers}
     classes: dict[str, list[str]] = {name: [] for table in known for name, _ in _pairs(table) if name in rows}
@@ -45,12 +46,15 @@ def read_transformers(sources: Sequence[Path]) -> Entry:
     flag = re.compile(r"^\s+_supports_attention_backend = True$", re.MULTILINE)
     able = {p.parent.name for p in _files(sources, "modeling_*.py") if flag.search(p.read_text(encoding="utf-8"))}
     types = {name: sorted(set(found)) for name, found in sorted(classes.items())}
-    return {"types": types, "replaceable": sorted(able & set(types))}
+    quantizers = _assigned(_files(sources, "quantizers/auto.py"), re.compile("AUTO_QUANTIZATION_CONFIG_MAPPING"))
+    methods = {name for table in quantizers for name, _ in _pairs(table)}
+    return {"types": types, "replaceable": sorted(able & set(types)), "methods": sorted(methods)}
 
 
 def read_vllm(sources: Sequence[Path]) -> Entry:
     """`names`: classes with code of vLLM's own; `generic`: those that it lists for its transformers back end;
-    `removed`: class -> the last release that had it. From vllm/model_executor/models/registry.py."""
+    `removed`: class -> the last release that had it; `methods`: quantisation methods. From registry.py in
+    vllm/model_executor/models, and layers/quantization/__init__.py."""
     wanted = re.compile(r"_(?!SPECULATIVE|TRANSFORMERS_BACKEND|VLLM|OOT)\w*_MODELS$")
     entry: Entry = {"names": [], "generic": [], "removed": {}}
     for name, table in _named(_files(sources, "registry.py"), wanted):
@@ -59,14 +63,22 @@ def read_vllm(sources: Sequence[Path]) -> Entry:
             entry["removed"] = dict(sorted(ast.literal_eval(table).items()))
         else:
             entry["generic" if name == "_TRANSFORMERS_SUPPORTED_MODELS" else "names"] += keys
-    return {**entry, "names": sorted(set(entry["names"])), "generic": sorted(set(entry["generic"]))}
+    listed = _assigned(_files(sources, "layers/quantization/__init__.py"), re.compile("QuantizationMethods$"))
+    methods = {node.value for table in listed for node in ast.walk(table) if isinstance(node, ast.Constant)}
+    unique = {name: sorted(set(found)) for name, found in (*entry.items(), ("methods", methods)) if name != "removed"}
+    return {**entry, **unique}
 
 
 def read_sglang(sources: Sequence[Path]) -> Entry:
-    """`names`: the classes that modules of sglang/srt/models give as their EntryClass."""
+    """`names`: the classes that modules of sglang/srt/models give as their EntryClass; `methods`: quantisation methods,
+    whatever device they are for, in the tables of layers/quantization/__init__.py."""
     found = [_assigned([path], re.compile("EntryClass$")) for path in _files(sources, "srt/models/*.py")]
     nodes = [item for tables in found for table in tables for item in getattr(table, "elts", [table])]
-    return {"names": sorted({node.id for node in nodes if isinstance(node, ast.Name)})}
+    trees = [_tree(path) for path in _files(sources, "layers/quantization/__init__.py")]
+    tables = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    methods = {name for table in tables for name, value in _pairs(table) if isinstance(value, ast.Name)}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return {"names": sorted(names), "methods": sorted(methods)}
 
 
 def read_llama_cpp(sources: Sequence[Path]) -> Entry:
@@ -153,7 +165,7 @@ def refreshed(data: Entry, engine: str, sources: Sequence[Path], version: str, *
 
 def _merged(old: Entry | None, new: Entry, version: str) -> Entry:
     """One release added to those that were read: the first that has a model, and the newest's classes."""
-    old = old or {"version": version, "oldest": version, "since": {}, "types": {}, "replaceable": []}
+    old = old or {"version": version, "oldest": version, "since": {}, "types": {}, "replaceable": [], "methods": []}
     since = dict.fromkeys(new["types"], version)
     for name, first in old["since"].items():
         since[name] = min((first, since.get(name, first)), key=release)
@@ -162,8 +174,7 @@ def _merged(old: Entry | None, new: Entry, version: str) -> Entry:
         "newest": old["version"],
         "oldest": min((old["oldest"], version), key=release),
         "since": dict(sorted(since.items())),
-        "types": latest["types"],
-        "replaceable": latest["replaceable"],
+        **{name: latest[name] for name in ("types", "replaceable", "methods")},
     }
 
 

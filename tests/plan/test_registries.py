@@ -22,6 +22,10 @@ _TRANSFORMERS_BACKEND_MODELS = {"T": ("transformers", "T")}
 _VLLM_MODELS = {**_TEXT_GENERATION_MODELS}
 _PREVIOUSLY_SUPPORTED_MODELS = {"ArcticForCausalLM": "0.28.0"}
 """,
+        "vllm/model_executor/layers/quantization/__init__.py": """
+QuantizationMethods = Literal["fp8", "awq"]
+DEPRECATED_QUANTIZATION_METHODS = ["awq"]
+""",
         "vllm/other.py": "this is not Python, and is not read",
     },
     "sglang": {
@@ -29,6 +33,11 @@ _PREVIOUSLY_SUPPORTED_MODELS = {"ArcticForCausalLM": "0.28.0"}
         "sglang/srt/models/two.py": "EntryClass = [A, B]\n",
         "sglang/srt/models/none.py": "x = 1\n",
         "sglang/srt/other/three.py": "EntryClass = C\n",
+        "sglang/srt/layers/quantization/__init__.py": """
+BASE_QUANTIZATION_METHODS: Dict[str, Type[QuantizationConfig]] = {"fp8": Fp8Config}
+if is_cuda():
+    BASE_QUANTIZATION_METHODS.update({"mxfp4": Mxfp4Config})
+""",
     },
     "llama.cpp": {
         "conversion/__init__.py": 'TEXT_MODEL_MAP: dict[str, str] = {"MixtralForCausalLM": "llama", "B": "llama"}\n',
@@ -102,6 +111,7 @@ MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES = OrderedDict(
     [("mixtral", "MixtralForTokenClassification"), ("openai_privacy_filter", ("OForTokenClassification",))]
 )
 """,
+        "quantizers/auto.py": 'AUTO_QUANTIZATION_CONFIG_MAPPING = {"fp8": F, "awq": A}\n',
         "models/mixtral/modeling_mixtral.py": "class P:\n    _supports_attention_backend = True\n",
         "models/openai_privacy_filter/modeling_openai_privacy_filter.py": "class P:\n    pass\n",
     },
@@ -111,8 +121,9 @@ READ: dict[str, dict[str, Any]] = {
         "names": ["A", "MixtralForCausalLM", "V"],
         "generic": ["FlexOlmoForCausalLM"],
         "removed": {"ArcticForCausalLM": "0.28.0"},
+        "methods": ["awq", "fp8"],
     },
-    "sglang": {"names": ["A", "B", "MixtralForCausalLM"]},
+    "sglang": {"names": ["A", "B", "MixtralForCausalLM"], "methods": ["fp8", "mxfp4"]},
     "llama.cpp": {"names": {"B": "llama", "MixtralForCausalLM": "llama"}},
     "ik_llama.cpp": {"names": ["glm-dsa", "llama"]},
     "mlx-lm": {
@@ -123,6 +134,7 @@ READ: dict[str, dict[str, Any]] = {
     "transformers": {
         "types": {"mixtral": ["MixtralForCausalLM"], "openai_privacy_filter": ["OForTokenClassification"]},
         "replaceable": ["mixtral"],
+        "methods": ["awq", "fp8"],
     },
 }
 
@@ -142,7 +154,8 @@ def test_a_source_is_read(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "ik_llama.cpp", "mistral.rs"])
 def test_one_file_is_enough(engine: str, tmp_path: Path) -> None:
     first = next(iter(SOURCES[engine]))
-    assert READERS[engine]([written(tmp_path, engine) / first]) == READ[engine]
+    found = READERS[engine]([written(tmp_path, engine) / first])
+    assert found | {"methods": READ[engine].get("methods")} == READ[engine] | {"methods": READ[engine].get("methods")}
 
 
 def test_the_converter_of_one_file(tmp_path: Path) -> None:
