@@ -192,6 +192,14 @@ RULES: tuple[Rule, ...] = (
             f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
         ),
     ),
+    # mlx_lm/models/gpt_oss.py: `sanitize` gives plain weights names that no module has. names: config.json was seen.
+    Rule(
+        ("mlx-lm",), True,
+        lambda n, model, target: _when(
+            model.family == "gpt_oss" and bool(model.names) and not model.quantization,
+            "its gpt-oss code reads MXFP4 experts only",
+        ),
+    ),
 )  # fmt: skip
 
 # One scalar in config.json sizes every layer: in transformers' models and those of vLLM, SGLang, mlx-lm (its sanitize

@@ -17,6 +17,7 @@ V3 = Served("deepseek_v3", "sigmoid", Router(256, 8, 8, 4, 2))
 V4 = Served("deepseek_v4", "sqrtsoftplus", Router(256, 6))
 REMOTE = Served("arctic", "softmax", Router(128, 2))
 GROUPED = Served("x", "sigmoid", Router(330, 8, 33, 8, 2))
+GPT_OSS = Served("gpt_oss", "softmax", Router(32, 4), frozenset({"gpt_oss", "GptOssForCausalLM"}))
 FP8 = Served("qwen3_moe", "softmax", Router(128, 8), quantization="fp8")
 
 BROKEN = {  # target, model, count, whether it stops, words of the finding
@@ -45,6 +46,7 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "512": ("ik_llama.cpp", WIDE, 513, True, "at most 512"),
     "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
     "flint": ("vllm", Served("flint", "sigmoid", Router(256, 6)), 96, False, "Flint kernels take powers of two"),
+    "gpt-oss in BF16": ("mlx-lm", GPT_OSS, 16, True, "reads MXFP4 experts only"),
     "grok": ("sglang", Served("grok-2", "softmax", Router(8, 2)), 6, True, "Grok router takes powers of two"),
 }
 LISTED = {  # the same for what an engine's list says
@@ -76,6 +78,11 @@ def test_no_rule_is_forgotten_here():
 def test_a_plain_half_runs_everywhere(engine):
     assert findings(Target(engine), {"0": 64, "1": 64}, QWEN) == []
     assert runs(128, V3, [Target(engine)])
+
+
+def test_gpt_oss_as_published_and_before_its_config_was_seen() -> None:
+    for model in (replace(GPT_OSS, quantization="mxfp4"), replace(GPT_OSS, names=frozenset())):
+        assert findings(Target("mlx-lm"), {"0": 16}, model) == []
 
 
 def test_where_flint_runs_any_count() -> None:
