@@ -105,6 +105,13 @@ def listed(engine: str, names: frozenset[str]) -> Listed | None:
     return Listed(True, f"{tool}does not know {missing} ({where})")
 
 
+def missing_keys(names: frozenset[str], keys: frozenset[str]) -> list[str]:
+    """The keys that mlx-lm's code for the model type needs and config.json lacks; none where `keys` is not known."""
+    needs = registries()["mlx-lm"]["needs"]
+    wanted = {key for name in names for key in needs.get(name, ())}
+    return sorted(wanted - keys) if keys else []
+
+
 def _where(entry: Mapping[str, Any]) -> str:
     """ "0.33.0 of 2026-11-01": the list's version and date."""
     return f"{entry['version']} {'of' if 'dated' in entry else 'read'} {entry.get('dated', entry['read'])}"

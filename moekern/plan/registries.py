@@ -106,12 +106,15 @@ def read_ik_llama_cpp(sources: Sequence[Path]) -> Entry:
 
 def read_mlx_lm(sources: Sequence[Path]) -> Entry:
     """`names`: the model types that have a module in mlx_lm/models, or are renamed to one (MODEL_REMAPPING);
-    `fp8`: those that dequantise FP8 with scales of blocks while they load."""
+    `fp8`: those that dequantise FP8 with scales of blocks while they load; `needs`: of families' model types, the keys
+    of config.json without which loading ends in a TypeError."""
     modules: dict[str, str] = {}
+    needs: dict[str, list[str]] = {}
     for path in _files(sources, "mlx_lm/models/*.py"):
-        tree = _tree(path)
-        if any(isinstance(node, ast.ClassDef) and node.name == "Model" for node in tree.body):
+        classes = {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
+        if "Model" in classes:
             modules[path.stem] = path.read_text(encoding="utf-8")
+            needs[path.stem] = _fields_without_default(classes.get("ModelArgs"))
     renamed = {
         key: ast.literal_eval(value)
         for table in _assigned(_files(sources, "mlx_lm/utils.py"), re.compile("MODEL_REMAPPING$"))
@@ -121,7 +124,11 @@ def read_mlx_lm(sources: Sequence[Path]) -> Entry:
     fp8 = {name for name, text in modules.items() if "weight_scale_inv" in text}
     heir = re.compile(rf"^from \.({'|'.join(fp8 or 'x')}) import (.*\b)?Model\b", re.MULTILINE)
     fp8 |= {name for name, text in modules.items() if heir.search(text)}
-    return {"names": sorted(names), "fp8": sorted(name for name, module in names.items() if module in fp8)}
+    return {
+        "names": sorted(names),
+        "fp8": sorted(name for name, module in names.items() if module in fp8),
+        "needs": {name: needs[module] for name, module in sorted(names.items()) if name in BY_NAME and needs[module]},
+    }
 
 
 def read_mistral_rs(sources: Sequence[Path]) -> Entry:
@@ -220,6 +227,16 @@ def _entries(table: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
 def _pairs(table: ast.expr) -> list[tuple[str, ast.expr]]:
     """The same where keys are strings."""
     return [(str(key.value), value) for key, value in _entries(table) if isinstance(key, ast.Constant)]
+
+
+def _fields_without_default(node: ast.ClassDef | None) -> list[str]:
+    """Of a dataclass that is filled with the config's keys as they are, as mlx-lm's BaseModelArgs does it."""
+    if node is None or [ast.unparse(base) for base in node.bases] != ["BaseModelArgs"]:
+        return []
+    if any(isinstance(item, ast.FunctionDef) and item.name in ("from_dict", "__init__") for item in node.body):
+        return []
+    fields = (item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is None)
+    return sorted(field.target.id for field in fields if isinstance(field.target, ast.Name))
 
 
 def _registered(node: ast.ClassDef) -> list[str]:

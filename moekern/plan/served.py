@@ -78,4 +78,5 @@ def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
     kinds = {text for text in map(name_in, model_types(config)[:1]) if text} if names else set()
     experts = (tensor.name for layer in layout.layers.values() for tensor in layer.of_role("expert"))
     weights = weight_format(config, experts)
-    return Served(layout.family.name, layout.family.score, layout.router, frozenset(names | kinds), weights)
+    known_as, keys = frozenset(names | kinds), frozenset(config)
+    return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys)

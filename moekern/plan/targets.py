@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moekern.errors import InputError
-from moekern.plan.engines import Listed, listed, names_of
+from moekern.plan.engines import Listed, listed, missing_keys, names_of
 from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
 from moekern.router import Router, count_problem
@@ -42,6 +42,7 @@ class Served:
 
     names: the class names and the model_type of its config.json; where these are not known, all that the family may
     have. quantization: the format of its weights, as `formats.weight_format` names it; "" if none is known.
+    keys: those of config.json's root; empty where it was not seen.
     """
 
     family: str
@@ -49,6 +50,7 @@ class Served:
     router: Router
     names: frozenset[str] = frozenset()
     quantization: str = ""
+    keys: frozenset[str] = frozenset()
 
     @property
     def known_as(self) -> frozenset[str]:
@@ -190,6 +192,14 @@ RULES: tuple[Rule, ...] = (
         lambda n, model, target: _when(
             model.grouped and (n <= model.router.n_group or model.router.topk_group >= model.router.n_group),
             f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
+        ),
+    ),
+    # mlx_lm/models: ModelArgs. transformers 5 saves rope_theta in rope_parameters, and some keys under other names.
+    Rule(
+        ("mlx-lm",), True,
+        lambda n, model, target: _when(
+            bool(missing_keys(model.names, model.keys)),
+            f"its code needs {', '.join(missing_keys(model.names, model.keys))} in config.json",
         ),
     ),
     # mlx_lm/models/gpt_oss.py: `sanitize` gives plain weights names that no module has. names: config.json was seen.

@@ -77,7 +77,22 @@ static const std::map<llm_kv, const char *> LLM_KV_NAMES = { { LLM_KV_GENERAL_TY
         "mlx_lm/utils.py": 'MODEL_REMAPPING = {"kimi_k2": "deepseek_v3", "gone": "nowhere"}\n',
         "mlx_lm/models/deepseek_v3.py": 'class Model: pass\nname = "weight_scale_inv"\n',
         "mlx_lm/models/kimi_k25.py": "from .deepseek_v3 import Model as Base\nclass Model: pass\n",
-        "mlx_lm/models/mixtral.py": "from .deepseek_v3 import Other\nclass Model: pass\n",
+        "mlx_lm/models/mixtral.py": """
+from .deepseek_v3 import Other
+class Model: pass
+@dataclass
+class ModelArgs(BaseModelArgs):
+    num_experts: int
+    hidden_size: int
+    head_dim: Optional[int] = None
+""",
+        "mlx_lm/models/olmoe.py": """
+class Model: pass
+class ModelArgs(BaseModelArgs):
+    num_experts: int
+    @classmethod
+    def from_dict(cls, params): pass
+""",
         "mlx_lm/models/cache.py": "class Cache: pass\n",
     },
     "mistral.rs": {
@@ -127,8 +142,9 @@ READ: dict[str, dict[str, Any]] = {
     "llama.cpp": {"names": {"B": "llama", "MixtralForCausalLM": "llama"}},
     "ik_llama.cpp": {"names": ["glm-dsa", "llama"]},
     "mlx-lm": {
-        "names": ["deepseek_v3", "kimi_k2", "kimi_k25", "mixtral"],
+        "names": ["deepseek_v3", "kimi_k2", "kimi_k25", "mixtral", "olmoe"],
         "fp8": ["deepseek_v3", "kimi_k2", "kimi_k25"],
+        "needs": {"mixtral": ["hidden_size", "num_experts"]},
     },
     "mistral.rs": {"names": ["A", "B", "MixtralForCausalLM"]},
     "transformers": {

@@ -1,5 +1,6 @@
 """Where checkpoints run, by their headers and config."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.plan.engines import registries
 from moekern.plan.served import check_folder, served_as, verdict
 from moekern.plan.targets import ENGINES, Finding, parse_target
 from moekern.pruning import prune
@@ -20,8 +22,9 @@ def qwen_like(folder: Path, model_type: str, architecture: str, mtp: int | None 
     if mtp is not None:
         _, more = synthetic.qwen3(layers=1, experts=mtp, seed=1)
         tensors |= {name.replace("model.layers", "mtp.layers"): t for name, t in more.items() if ".layers." in name}
+    published = {key: 1 for key in registries()["mlx-lm"]["needs"].get(model_type, ())}
     names = {"model_type": model_type, "architectures": [architecture]}
-    return synthetic.write(folder / "in", {**given, **names, **config}, tensors)
+    return synthetic.write(folder / "in", {**published, **given, **names, **config}, tensors)
 
 
 def told(folder: Path, target: str) -> tuple[bool | None, str]:
@@ -77,6 +80,16 @@ def test_mtp_modes_of_deepseek_v3(mode: Any, tmp_path: Path) -> None:
     runs, text = told(tmp_path / "out", "mlx-lm")
     assert runs is (mode == "drop"), text
     assert ("speculative decoding" in told(tmp_path / "out", "vllm")[1]) is (mode == "keep")
+
+
+def test_a_config_as_transformers_5_saves_it(tmp_path: Path) -> None:
+    """Without the keys that mlx-lm's code has no default for."""
+    folder = qwen_like(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM")
+    assert told(folder, "mlx-lm") == (True, "")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert told(folder, "mlx-lm") == (False, "its code needs rope_theta in config.json")
 
 
 def test_the_weights_format_counts(tmp_path: Path) -> None:

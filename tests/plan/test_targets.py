@@ -46,9 +46,13 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "512": ("ik_llama.cpp", WIDE, 513, True, "at most 512"),
     "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
     "flint": ("vllm", Served("flint", "sigmoid", Router(256, 6)), 96, False, "Flint kernels take powers of two"),
+    "a config of transformers 5": (
+        "mlx-lm", replace(QWEN, names=frozenset({"qwen3_moe"}), keys=frozenset({"hidden_size", "rope_parameters"})),
+        64, True, "its code needs",
+    ),
     "gpt-oss in BF16": ("mlx-lm", GPT_OSS, 16, True, "reads MXFP4 experts only"),
     "grok": ("sglang", Served("grok-2", "softmax", Router(8, 2)), 6, True, "Grok router takes powers of two"),
-}
+}  # fmt: skip
 LISTED = {  # the same for what an engine's list says
     "removed": ("vllm", REMOTE, 64, True, "removed after 0.28.0"),
     "remote code": ("transformers", REMOTE, 64, False, "the checkpoint's own code"),
