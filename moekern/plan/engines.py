@@ -35,7 +35,6 @@ HUB_NAMES: Mapping[str, tuple[str, ...]] = {
     "minimax": ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM"),
     "kimi_k25": ("KimiK25ForConditionalGeneration",),
     "minimax_m3_vl": ("MiniMaxM3SparseForCausalLM", "MiniMaxM3VLForConditionalGeneration"),
-    "nemotron_h": ("NemotronHPuzzleForCausalLM",),
     "pangu_ultra_moe": ("PanguUltraMoEForCausalLM", "PanguProMoEV2ForCausalLM"),
     "phimoe": ("PhiMoEForCausalLM",),
     "smallthinker": ("SmallThinkerForCausalLM",),
