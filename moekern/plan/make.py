@@ -49,6 +49,7 @@ def make_plan(
     targets: Sequence[Target] = (),
     mtp: str | None = None,
     fit: Mapping[str, Any] | None = None,
+    served: Served | None = None,
 ) -> Plan:
     """Choose the kept experts of every measured layer.
 
@@ -56,8 +57,8 @@ def make_plan(
     each layer; `budget` says how the layers share what is kept (None: each the same). `router` is that of the model;
     None takes the one of the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
     with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
-    engines that must run the result. `mtp` is what prune does with MTP layers unless told otherwise; `fit` is what a
-    count was derived from, for the record.
+    engines that must run the result, and `served` is the model as they see it (None: as far as statistics tell). `mtp`
+    is what prune does with MTP layers unless told otherwise; `fit` is what a count was derived from, for the record.
 
     Raises InputError for a budget the router or a target cannot work with, for layers that would keep different counts
     without `budget.allow_nonuniform`, for an unknown criterion, domain, layer or expert, for domains without tokens,
@@ -71,8 +72,8 @@ def make_plan(
     layers = {key: _scored(chosen, read.layer(key), key, seed) for key in sorted(statistics.layers, key=natural)}
     counts = _counts(asked, keep, router, layers, marked)
     _check_uniform(counts, asked, keep)
-    served = Served(statistics.header["family"], statistics.header["score"], router)
-    check_counts(f"--keep {keep}", counts, served, targets)
+    seen = served or Served(statistics.header["family"], statistics.header["score"], router)
+    check_counts(f"--keep {keep}", counts, seen, targets)
     plans = {}
     for key, layer in layers.items():
         floors = domain_masses(statistics, key, guard.domain_floor)

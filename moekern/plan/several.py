@@ -17,9 +17,9 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
-from moekern.plan.targets import Served, Target, runs
+from moekern.plan.served import served_as
+from moekern.plan.targets import Served, Target, check_counts, runs
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import router_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
         raise InputError("--keep, --fit: give one of the two")
     for criterion in options.criteria:
         criterion_named(criterion)
-    layout = None
+    layout = served = None
     keeps, fit = options.keeps, None
     if options.model is not None:
         checkpoint, layout = _opened(options.model, statistics)
+        served = served_as(layout, checkpoint.config)
         if options.fit is not None:
-            fitted = _fitted(checkpoint, layout, statistics, options, options.fit)
+            fitted = _fitted(checkpoint, layout, served, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
     elif options.fit is not None:
         raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
@@ -61,7 +62,7 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
             raise InputError(f"--criterion {criterion} --keep {keep}: given twice")
         plans[name] = make_plan(
             statistics, criterion, keep, seed=options.seed, domains=options.domains, budget=options.budget,
-            guards=options.guards, targets=options.targets, mtp=options.mtp, fit=fit,
+            guards=options.guards, targets=options.targets, mtp=options.mtp, fit=fit, served=served,
         )  # fmt: skip
         if layout is not None:
             check_plan(plans[name], layout, statistics.header["fingerprint"])
@@ -78,8 +79,9 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
     return checkpoint, find_layout(checkpoint)
 
 
-def _fitted(checkpoint: Checkpoint, layout: Layout, statistics: Statistics, options: Planning, fit: Fit) -> Fitted:
+def _fitted(checkpoint: Checkpoint, layout: Layout, served: Served, options: Planning, fit: Fit) -> Fitted:
     bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
-    served = Served(statistics.header["family"], statistics.header["score"], router_of(statistics.header))
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
+    if not legal:
+        check_counts("--fit", {"": bounds.lowest}, served, options.targets)
     return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")
