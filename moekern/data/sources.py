@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moekern import files
+from moekern.checkpoint.pointers import check_no_pointer
 from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, first_line
@@ -62,6 +63,7 @@ def documents_of(path: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
 
 
 def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
+    check_no_pointer(file)
     if file.suffix == ".npy":
         yield from _npy(file)
     elif file.suffix == ".jsonl":
