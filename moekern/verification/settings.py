@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from moekern.checkpoint.expressions import Endless, compiled
 WRAPPERS = ("model", "language_model", "text_model")
 UNSTACKED = ("", ".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3")
 MARKS = ("re:", "+:", "-:")
+HOW = ("match", "search")  # loaders' ways with regular expressions
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Modules:
     """
 
     renamed: Mapping[str, str | None]
+    keys: frozenset[str]  # those names of `renamed` that begin as the tensors' keys do
     others: Sequence[str]
     stems: frozenset[str]  # what stands before an expert's number, without wrappers
 
@@ -45,17 +47,19 @@ def renumbered(tensor: ExpertTensor, keep: tuple[int, ...], num_experts: int) ->
 def modules_of(layout: Layout, names: Iterator[str], kept: Mapping[str, tuple[int, ...]], *, drop_mtp: bool) -> Modules:
     """names: of the source's tensors."""
     renamed: dict[str, str | None] = {}
+    keys: set[str] = set()
     stems: set[str] = set()
     inside: set[str] = set()
     for key, layer in [*layout.layers.items(), *layout.mtp.items()]:
         keep = kept.get(key, () if drop_mtp and key in layout.mtp else tuple(range(layer.num_experts)))
         for stem, old, tail, new in _numbered(layer, keep):
             stems.add(unwrapped(stem))
+            keys.add(f"{stem}{old}{tail}")
             for start in (stem, unwrapped(stem)):
                 renamed[f"{start}{old}{tail}"] = None if new is None else f"{start}{new}{tail}"
         inside |= {tensor.name for tensor in layer.tensors if tensor.action == "drop"}
     others = sorted({name.rpartition(".")[0] for name in names if name not in inside})
-    return Modules(renamed, others, frozenset(stems))
+    return Modules(renamed, frozenset(keys), others, frozenset(stems))
 
 
 def _numbered(layer: MoeLayer, keep: tuple[int, ...]) -> Iterator[tuple[str, int, str, int | None]]:
@@ -85,11 +89,14 @@ def renamed_settings(value: Any, modules: Modules) -> Any:
 
 
 def same_settings(before: Any, after: Any, modules: Modules) -> bool:
-    """Whether `after` is `before` with names replaced, in its lists and keys that hold patterns or parts of names too:
-    there each module must be chosen by what chose it before."""
+    """Whether `after` is `before` with names replaced, also where they are patterns or parts of names: there each
+    module must be chosen by what chose it before."""
+    if isinstance(before, str) and isinstance(after, str) and names_experts(before, modules):
+        return _same_choice([(before, None)], [(after, None)], modules)
     if isinstance(before, dict) and isinstance(after, dict):
         if any(_is_open(key, modules) for key in before):
-            return _same_choice(list(before.items()), list(after.items()), modules)
+            old = [(key, renamed_settings(value, modules)) for key, value in before.items()]
+            return _same_choice(old, list(after.items()), modules)
         names = {key: _renamed(key, modules) for key in before}
         stay = [key for key in before if names[key] is not None]
         return [names[key] for key in stay] == list(after) and all(
@@ -97,65 +104,83 @@ def same_settings(before: Any, after: Any, modules: Modules) -> bool:
         )
     if not isinstance(before, list) or not isinstance(after, list):
         return json.dumps(before) == json.dumps(after)
-    if any(isinstance(item, str) and _is_open(item, modules) for item in before):
-        old, new = ([(item, None) for item in items if isinstance(item, str)] for items in (before, after))
+    held = [[item for item in items if not isinstance(item, str)] for items in (before, after)]
+    if len(held[0]) != len(held[1]) or not all(same_settings(a, b, modules) for a, b in zip(*held, strict=True)):
+        return False
+    texts = [[item for item in items if isinstance(item, str)] for items in (before, after)]
+    if any(_is_open(text, modules) for text in texts[0]):
+        old, new = ([(text, None) for text in found] for found in texts)
         return _same_choice(old, new, modules)
-    if not any(isinstance(item, str) for item in before):
-        pairs = zip(before, after, strict=False)
-        return len(before) == len(after) and all(same_settings(old, new, modules) for old, new in pairs)
-    return json.dumps(renamed_settings(before, modules)) == json.dumps(after)
+    return renamed_settings(texts[0], modules) == texts[1]
+
+
+def names_experts(text: str, modules: Modules) -> bool:
+    """Whether it is the name of something in an expert, or may name several."""
+    return _is_open(text, modules) or _touches(text, modules) or _renamed(text, modules) != text
 
 
 Entries = Sequence[tuple[str, Any]]  # a name or a pattern, and the value that it gives to modules
 
 
 def _same_choice(before: Entries, after: Entries, modules: Modules) -> bool:
-    plain = [[e for e in entries if not _is_open(e[0], modules) and not _touches(e[0], modules)]
-             for entries in (before, after)]  # fmt: skip
-    if json.dumps(plain[0]) != json.dumps(plain[1]):
+    named = [(text, value, _is_open(text, modules) or _touches(text, modules)) for text, value in before]
+    moved = ((text if known else _renamed(text, modules), value) for text, value, known in named)
+    before = [(text, value) for text, value in moved if text is not None]
+    old, new = _Choice(before, modules), _Choice(after, modules)
+    pairs = [(name, other) for name, other in modules.renamed.items() if other is not None]
+    if old.elsewhere(modules.renamed) != new.elsewhere(modules.renamed):
         return False
-    for search in (False, True):
-        old, new = (_chooser(entries, modules, search) for entries in (before, after))
-        pairs = ((name, other) for name, other in modules.renamed.items() if other is not None)
-        if any(old(name) != new(other) for name, other in pairs):
-            return False
-        if any(old(name) != new(name) for name in modules.others):
-            return False
-    return True
+    return all(
+        (old.made(name, how) == new.made(other, how))
+        # A name that no key begins with may be meant by a plain one, or not: loaders differ.
+        or (name not in modules.keys and old.made(name, how, True) == new.made(other, how, True))
+        for how in HOW
+        for name, other in [*pairs, *((name, name) for name in modules.others)]
+    )
 
 
-def _chooser(entries: Entries, modules: Modules, search: bool) -> Callable[[str], list[str]]:
-    """A function from a module's name to the values that its entries give, in their order."""
-    named = {unwrapped(text): at for at, (text, _) in enumerate(entries) if _touches(text, modules)}
-    patterns = [(at, _predicate(text, search)) for at, (text, _) in enumerate(entries) if _is_open(text, modules)]
-    values = [json.dumps(value) for _, value in entries]
+class _Choice:
+    """What a list of names and patterns says about a module."""
 
-    def chosen(name: str) -> list[str]:
-        hits = [at for at, matches in patterns if matches(name)]
-        part = unwrapped(name)
+    def __init__(self, entries: Entries, modules: Modules) -> None:
+        self.texts = [text for text, _ in entries]
+        self.values = [json.dumps(value) for _, value in entries]
+        self.named = {text: at for at, text in enumerate(self.texts) if _touches(text, modules)}
+        self.bare = {unwrapped(text): at for text, at in self.named.items()}
+        self.open = {at: _predicates(text) for at, text in enumerate(self.texts) if _is_open(text, modules)}
+
+    def made(self, name: str, how: str, exact: bool = False) -> list[str]:
+        """The values that the entries give to a module, in their order. exact: wrappers' names count in plain names."""
+        hits = {at for at, matches in self.open.items() if matches[how](name)}
+        named, part = (self.named, name) if exact else (self.bare, unwrapped(name))
         while part:
             if part in named:
-                hits.append(named[part])
+                hits.add(named[part])
             part = part.rpartition(".")[0]
-        return list(dict.fromkeys(values[at] for at in sorted(hits)))
+        return list(dict.fromkeys(self.values[at] for at in sorted(hits)))
 
-    return chosen
+    def elsewhere(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """The entries that choose none of `names`, which must stay as they are."""
+        within = {*self.named.values()}
+        within |= {at for at, m in self.open.items() if any(m["search"](name) or m["match"](name) for name in names)}
+        return [(text, self.values[at]) for at, text in enumerate(self.texts) if at not in within]
 
 
-def _predicate(text: str, search: bool) -> Callable[[str], object]:
+def _predicates(text: str) -> dict[str, Callable[[str], object]]:
+    """Whether a name is chosen, where loaders match an expression from the name's beginning, and where they search."""
     mark = next((mark for mark in MARKS if text.startswith(mark)), "")
     body = text.removeprefix(mark)
     if not _is_pattern(text):
-        return lambda name: f".{body}." in f".{name}."
+        return dict.fromkeys(HOW, lambda name: f".{body}." in f".{name}.")
     if not mark and not re.search(r"[\\(|+^$){}]", body):
-        return re.compile(fnmatch.translate(body)).match
+        return dict.fromkeys(HOW, re.compile(fnmatch.translate(body)).match)
     try:
         expression = compiled(body)
     except Endless:
         expression = None
     if expression is None:
-        return lambda name: False
-    return expression.search if search else expression.match
+        return dict.fromkeys(HOW, lambda name: False)
+    return {"match": expression.match, "search": expression.search}
 
 
 def _is_pattern(text: str) -> bool:
@@ -178,13 +203,15 @@ def _touches(text: str, modules: Modules) -> bool:
 
 
 def _renamed(name: str, modules: Modules) -> str | None:
-    if name in modules.renamed:
-        return modules.renamed[name]
-    bare = unwrapped(name)
-    if bare not in modules.renamed:
-        return name
-    new = modules.renamed[bare]
-    return None if new is None else name.removesuffix(bare) + new
+    """The name in the pruned model of what lies in an expert, however deep; None where the expert is dropped."""
+    head = name
+    while head:
+        bare = unwrapped(head)
+        if bare in modules.renamed:
+            new = modules.renamed[bare]
+            return None if new is None else f"{name[: len(head) - len(bare)]}{new}{name[len(head) :]}"
+        head = head.rpartition(".")[0]
+    return name
 
 
 def unwrapped(name: str) -> str:
