@@ -35,7 +35,9 @@ class Overview:
     dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
     in_transformers: bool  # transformers has the model class, so it can be calibrated
     note: str  # what is special about the family
-    notes: tuple[str, ...]  # what the folder's files left open, and how it was understood
+    notes: tuple[
+        str, ...
+    ]  # what the folder's files left open and how it was understood, or config.json does not say right
     left_out: Mapping[str, str]  # files that a pruned checkpoint will not have -> why
     legal_counts: tuple[int, ...]  # kept experts a layer that the router can work with
 
@@ -79,7 +81,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         dtypes=dict(dtypes.most_common()),
         in_transformers=layout.family.transformers,
         note=layout.family.note,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *layout.notes),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
     )

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.config_keys import mtp_counts
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
@@ -87,11 +88,15 @@ class Settings:
     drop_mtp: bool
 
     def config(self) -> SideFile:
-        return self._made(
-            CONFIG,
-            self.checkpoint.config,
-            lambda settings, names: pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp),
-        )
+        def change(settings: Any, names: Renamer) -> Any:
+            return pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp)
+
+        made = self._made(CONFIG, self.checkpoint.config, change)
+        left = [path for path, _ in mtp_counts(self.checkpoint.config) if path not in self.layout.mtp_paths]
+        if not left or not self.drop_mtp:
+            return made
+        what = f"{CONFIG}: may count the MTP layers that are gone; left as it is: {', '.join(map('.'.join, left))}"
+        return replace(made, notes=(*made.notes, what))
 
     def quantiser(self, name: str) -> SideFile:
         return self._made(name, read_json(self.checkpoint.folder / name), partial(renamed, inside=True))
