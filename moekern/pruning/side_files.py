@@ -46,6 +46,16 @@ def side_file(name: str, *pieces: bytes | Range, notes: Iterable[str] = ()) -> S
     return SideFile(name, pieces, made_from(pieces), tuple(notes))
 
 
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a file that would bring another than the checkpoint's into the result, and for settings of a
+    quantiser that cannot be read: what can be known before there is a plan."""
+    for name, wrong in checkpoint.contents.refused.items():
+        raise InputError(f"{checkpoint.folder}: {name!r}: {wrong}")
+    for name in QUANTIZATION_FILES:
+        if name in checkpoint.side_files:
+            read_json(checkpoint.folder / name)
+
+
 def side_files(
     checkpoint: Checkpoint,
     layout: Layout,
@@ -56,11 +66,9 @@ def side_files(
 ) -> list[SideFile]:
     """In the order of writing: what is copied, the plan, then index and config.
 
-    Raises InputError for a file that would bring another than the checkpoint's into the result, and for settings that
-    name experts in a form that cannot be renumbered.
+    Raises InputError as check_side_files does, and for settings that name experts in a form that cannot be renumbered.
     """
-    for name, wrong in checkpoint.contents.refused.items():
-        raise InputError(f"{checkpoint.folder}: {name!r}: {wrong}")
+    check_side_files(checkpoint)
     settings = Settings(checkpoint, layout, kept, drop_mtp=mtp == "drop")
     files = []
     for name in checkpoint.side_files:

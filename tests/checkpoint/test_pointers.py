@@ -31,6 +31,17 @@ def test_a_pointer_in_a_checkpoint(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_run_knows_before_it_calibrates(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", *qwen3())
+    (source / "figure.png").write_bytes(POINTER)
+    done = moekern("inspect", source)
+    assert f"'figure.png': {A_POINTER}" in " ".join(done.stderr.split())
+    (tmp_path / "text.npy").write_bytes(b"")  # is not looked at
+    done = moekern("run", source, "--data", tmp_path / "text.npy", "--keep", "0.5", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"'figure.png': {A_POINTER}" in " ".join(done.stderr.split())
+
+
 def test_a_pointer_in_the_place_of_a_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(POINTER)
     with pytest.raises(InputError, match=A_POINTER[:20]):
