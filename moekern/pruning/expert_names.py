@@ -98,10 +98,13 @@ class Renamer:
         return NAME.fullmatch(name) is not None and any(True for _ in self._found(name))
 
     def _found(self, name: str) -> Iterator[tuple[re.Match[str], list[ExpertModules]]]:
-        """Numbers in a name that may be an expert's, and the layers that it may be of."""
+        """Numbers in a name that may be an expert's, and the layers that it may be of: all those that it fits, where it
+        is the end of a module's name."""
         for number in NUMBER.finditer(name):
-            near = self.by_suffix.get(_bare(name[: number.start()]), ())
-            if modules := [m for m in near if int(number[0]) in m.numbers]:
+            stem, tail = name[: number.start()], name[number.end() :]
+            bare = _bare(stem)
+            near = [m for m in self.by_suffix.get(bare, ()) if int(number[0]) in m.numbers]
+            if modules := [m for m in near if m.bare == bare or (stem == bare and tail in m.tails)]:
                 yield number, modules
 
     @cached_property

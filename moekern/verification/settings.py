@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,6 @@ class Modules:
     """
 
     renamed: Mapping[str, str | None]
-    keys: frozenset[str]  # those names of `renamed` that begin as the tensors' keys do
     others: Sequence[str]
     stems: frozenset[str]  # what stands before an expert's number, without wrappers
 
@@ -47,19 +46,17 @@ def renumbered(tensor: ExpertTensor, keep: tuple[int, ...], num_experts: int) ->
 def modules_of(layout: Layout, names: Iterator[str], kept: Mapping[str, tuple[int, ...]], *, drop_mtp: bool) -> Modules:
     """names: of the source's tensors."""
     renamed: dict[str, str | None] = {}
-    keys: set[str] = set()
     stems: set[str] = set()
     inside: set[str] = set()
     for key, layer in [*layout.layers.items(), *layout.mtp.items()]:
         keep = kept.get(key, () if drop_mtp and key in layout.mtp else tuple(range(layer.num_experts)))
         for stem, old, tail, new in _numbered(layer, keep):
             stems.add(unwrapped(stem))
-            keys.add(f"{stem}{old}{tail}")
             for start in (stem, unwrapped(stem)):
                 renamed[f"{start}{old}{tail}"] = None if new is None else f"{start}{new}{tail}"
         inside |= {tensor.name for tensor in layer.tensors if tensor.action == "drop"}
     others = sorted({name.rpartition(".")[0] for name in names if name not in inside})
-    return Modules(renamed, frozenset(keys), others, frozenset(stems))
+    return Modules(renamed, others, frozenset(stems))
 
 
 def _numbered(layer: MoeLayer, keep: tuple[int, ...]) -> Iterator[tuple[str, int, str, int | None]]:
@@ -116,24 +113,25 @@ def same_settings(before: Any, after: Any, modules: Modules) -> bool:
 
 def names_experts(text: str, modules: Modules) -> bool:
     """Whether it is the name of something in an expert, or may name several."""
-    return _is_open(text, modules) or _touches(text, modules) or _renamed(text, modules) != text
+    return _is_open(text, modules) or _lies_inside(text, modules)
 
 
 Entries = Sequence[tuple[str, Any]]  # a name or a pattern, and the value that it gives to modules
 
 
 def _same_choice(before: Entries, after: Entries, modules: Modules) -> bool:
-    named = [(text, value, _is_open(text, modules) or _touches(text, modules)) for text, value in before]
-    moved = ((text if known else _renamed(text, modules), value) for text, value, known in named)
-    before = [(text, value) for text, value in moved if text is not None]
-    old, new = _Choice(before, modules), _Choice(after, modules)
-    pairs = [(name, other) for name, other in modules.renamed.items() if other is not None]
-    if old.elsewhere(modules.renamed) != new.elsewhere(modules.renamed):
+    """Whether plain names are replaced, what is not about experts stays, and modules are given the values that they
+    were given before. Where patterns have become plain names, loaders may hold these against whole names only."""
+    moved = [(_renamed(text, modules), value) for text, value in before if _lies_inside(text, modules)]
+    if not all(entry in after for entry in moved if entry[0] is not None):
         return False
+    odd = {text for text, _ in after if _lies_inside(text, modules) and text not in modules.renamed}
+    old, new = _Choice(before, modules), _Choice(after, modules)
+    if not odd <= {text for text, _ in moved} or old.elsewhere() != new.elsewhere():
+        return False
+    pairs = [(name, other) for name, other in modules.renamed.items() if other is not None]
     return all(
-        (old.made(name, how) == new.made(other, how))
-        # A name that no key begins with may be meant by a plain one, or not: loaders differ.
-        or (name not in modules.keys and old.made(name, how, True) == new.made(other, how, True))
+        any(old.made(name, how, exact) == new.made(other, how, exact) for exact in (False, True))
         for how in HOW
         for name, other in [*pairs, *((name, name) for name in modules.others)]
     )
@@ -143,25 +141,30 @@ class _Choice:
     """What a list of names and patterns says about a module."""
 
     def __init__(self, entries: Entries, modules: Modules) -> None:
+        self.modules = modules
         self.texts = [text for text, _ in entries]
         self.values = [json.dumps(value) for _, value in entries]
         self.named = {text: at for at, text in enumerate(self.texts) if _touches(text, modules)}
         self.bare = {unwrapped(text): at for text, at in self.named.items()}
         self.open = {at: _predicates(text) for at, text in enumerate(self.texts) if _is_open(text, modules)}
 
-    def made(self, name: str, how: str, exact: bool = False) -> list[str]:
-        """The values that the entries give to a module, in their order. exact: wrappers' names count in plain names."""
+    def made(self, name: str, how: str, exact: bool) -> list[str]:
+        """The values that the entries give to a module, in their order. exact: a plain name is that of one module, and
+        not of what lies in it, or of one under other wrappers."""
         hits = {at for at, matches in self.open.items() if matches[how](name)}
-        named, part = (self.named, name) if exact else (self.bare, unwrapped(name))
+        if exact and name in self.named:
+            hits.add(self.named[name])
+        part = "" if exact else unwrapped(name)
         while part:
-            if part in named:
-                hits.add(named[part])
+            if part in self.bare:
+                hits.add(self.bare[part])
             part = part.rpartition(".")[0]
         return list(dict.fromkeys(self.values[at] for at in sorted(hits)))
 
-    def elsewhere(self, names: Collection[str]) -> list[tuple[str, str]]:
-        """The entries that choose none of `names`, which must stay as they are."""
-        within = {*self.named.values()}
+    def elsewhere(self) -> list[tuple[str, str]]:
+        """The entries that name or choose nothing in experts, which must stay as they are."""
+        names = self.modules.renamed
+        within = {at for at, text in enumerate(self.texts) if _lies_inside(text, self.modules)}
         within |= {at for at, m in self.open.items() if any(m["search"](name) or m["match"](name) for name in names)}
         return [(text, self.values[at]) for at, text in enumerate(self.texts) if at not in within]
 
@@ -204,13 +207,23 @@ def _touches(text: str, modules: Modules) -> bool:
 
 def _renamed(name: str, modules: Modules) -> str | None:
     """The name in the pruned model of what lies in an expert, however deep; None where the expert is dropped."""
-    head = name
-    while head:
-        bare = unwrapped(head)
-        if bare in modules.renamed:
-            new = modules.renamed[bare]
-            return None if new is None else f"{name[: len(head) - len(bare)]}{new}{name[len(head) :]}"
-        head = head.rpartition(".")[0]
+    head = _head(name, modules)
+    if not head:
+        return name
+    bare = unwrapped(head)
+    new = modules.renamed[bare]
+    return None if new is None else f"{name[: len(head) - len(bare)]}{new}{name[len(head) :]}"
+
+
+def _lies_inside(name: str, modules: Modules) -> bool:
+    """Whether it is the whole name of something in an expert."""
+    return not _is_pattern(name) and bool(_head(name, modules))
+
+
+def _head(name: str, modules: Modules) -> str:
+    """The longest beginning of a name that names a module in an expert."""
+    while name and unwrapped(name) not in modules.renamed:
+        name = name.rpartition(".")[0]
     return name
 
 

@@ -100,6 +100,17 @@ def test_wildcards_beside_names_of_one_layer_are_verified(tmp_path: Path) -> Non
         assert len(verify(tmp_path / "in", PLAN, tmp_path / "out").problems) == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers.*.experts.3.up_proj", "model.layers.1.mlp.experts.[4-6]", "model.layers.*.experts.7.up_proj",
+        "mlp.experts.5.act", "model.mlp.experts.5", "*.experts.7.down_proj*", "layers.1.mlp.experts.6.up_proj",
+    ],
+)  # fmt: skip
+def test_what_is_made_of_a_name_or_a_wildcard_is_verified(tmp_path: Path, text: str) -> None:
+    pruned(tmp_path, inside({"ignore": [text, "*norm"], "bits": {text: 4, "re:.*gate": 8}}))
+
+
 def test_patterns_that_are_not_about_experts_must_stay(tmp_path: Path) -> None:
     pruned(tmp_path, inside({"ignore": [r"re:.*experts\.5\..*", "re:.*visual.*", {"a": 1}]}))
     config = json.loads((tmp_path / "out/config.json").read_text())
