@@ -122,12 +122,11 @@ Entries = Sequence[tuple[str, Any]]  # a name or a pattern, and the value that i
 def _same_choice(before: Entries, after: Entries, modules: Modules) -> bool:
     """Whether plain names are replaced, what is not about experts stays, and modules are given the values that they
     were given before. Where patterns have become plain names, loaders may hold these against whole names only."""
-    moved = [(_renamed(text, modules), value) for text, value in before if _lies_inside(text, modules)]
-    if not all(entry in after for entry in moved if entry[0] is not None):
-        return False
-    odd = {text for text, _ in after if _lies_inside(text, modules) and text not in modules.renamed}
     old, new = _Choice(before, modules), _Choice(after, modules)
-    if not odd <= {text for text, _ in moved} or old.elsewhere() != new.elsewhere():
+    inside = ((text, value) for text, value in old.entries if _lies_inside(text, modules))
+    moved = {(name, value) for text, value in inside if (name := _renamed(text, modules)) is not None}
+    odd = {text for text, _ in after if _lies_inside(text, modules) and text not in modules.renamed}
+    if not moved <= {*new.entries} or not odd <= {text for text, _ in moved} or old.elsewhere() != new.elsewhere():
         return False
     pairs = [(name, other) for name, other in modules.renamed.items() if other is not None]
     return all(
@@ -142,8 +141,8 @@ class _Choice:
 
     def __init__(self, entries: Entries, modules: Modules) -> None:
         self.modules = modules
-        self.texts = [text for text, _ in entries]
-        self.values = [json.dumps(value) for _, value in entries]
+        self.entries = [(text, json.dumps(value)) for text, value in entries]
+        self.texts, self.values = [text for text, _ in self.entries], [value for _, value in self.entries]
         self.named = {text: at for at, text in enumerate(self.texts) if _touches(text, modules)}
         self.bare = {unwrapped(text): at for text, at in self.named.items()}
         self.open = {at: _predicates(text) for at, text in enumerate(self.texts) if _is_open(text, modules)}
@@ -166,7 +165,7 @@ class _Choice:
         names = self.modules.renamed
         within = {at for at, text in enumerate(self.texts) if _lies_inside(text, self.modules)}
         within |= {at for at, m in self.open.items() if any(m["search"](name) or m["match"](name) for name in names)}
-        return [(text, self.values[at]) for at, text in enumerate(self.texts) if at not in within]
+        return [entry for at, entry in enumerate(self.entries) if at not in within]
 
 
 def _predicates(text: str) -> dict[str, Callable[[str], object]]:
