@@ -11,6 +11,7 @@ from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.config_keys import COUNT_KEYS, LAYER_KEYS, TOP_K_KEYS, Path, first
 from moekern.architectures.patterns import SIDE
 from moekern.errors import InputError
+from moekern.plan.document import some_of
 
 ABOUT_EXPERTS = re.compile(r"expert|moe")
 PER_LAYER = (*COUNT_KEYS, *TOP_K_KEYS)  # lists under these are a number for each layer
@@ -34,10 +35,10 @@ class ExpertLists:
     def notes(self, name: str) -> Iterator[str]:
         """What was done in the file `name`, and what stays though it may be about the original's experts."""
         if self.lists:
-            yield f"{name}: cut to an entry for each expert that stays: {', '.join(self.lists)}"
+            yield f"{name}: cut to an entry for each expert that stays: {some_of(self.lists)}"
         if self.numbers:
             what = "may count or number the original's experts; left as it is"
-            yield f"{name}: {what}: {', '.join(self.numbers)}"
+            yield f"{name}: {what}: {some_of(self.numbers)}"
 
     def cut(self, value: Any, path: Path = ()) -> Any:
         """`value` with every such list cut: those under a key that speaks of experts, as long as there are experts.
@@ -75,7 +76,7 @@ class ExpertLists:
     def _note(self, old: Any, new: Any, path: Path) -> None:
         """Remember the key of what was cut, and of what may count experts or be their numbers."""
         name, experts = ".".join(path), self.layout.num_experts
-        if new != old and (isinstance(old, list) and not any(isinstance(item, dict) for item in old)):
+        if new != old and not any(isinstance(item, dict) for item in old):
             self.lists[name] = None
         if not any("expert" in part for part in path):
             return
