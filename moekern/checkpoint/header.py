@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.pointers import check_no_pointer
 from moekern.checkpoint.strict_json import HEADER_CAP, parse_json, read_start, regular_size, shown
 from moekern.errors import InputError
 
@@ -53,6 +54,7 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """A file's header, read and checked. Raises InputError."""
+    check_no_pointer(path)
     size = regular_size(path)
     length = header_length(read_start(path, min(8, size))[0], path, size)
     return parse_header(read_start(path, 8, length)[1], path, size)

@@ -33,6 +33,7 @@ from moekern.plan.make import make_plan
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Mtp, PruneReport
+from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
@@ -197,6 +198,7 @@ def run_stages(
     made = has_run(out)  # then it is verified; `prune` tells it from what others made
     if not made:
         check_target(out, checkpoint.folder)
+        check_side_files(checkpoint)
         room = room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept))
         check_space(out, room, len(checkpoint.shards))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)

@@ -200,7 +200,7 @@ def prune(
         already=already,
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
-        notes=(*checkpoint.notes, *(file.note for file in side if file.note)),
+        notes=(*checkpoint.notes, *layout.notes, *(note for file in side for note in file.notes)),
         seconds=time.perf_counter() - start,
     )
 
