@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,16 @@ class TokenData:
             rows = [row.numpy() for batch in self.batches if batch.domain == domain for row in batch.input_ids]
             chunks += [Batch(domain, torch.from_numpy(group)) for group in batched(rows, self.chunk)]
         return replace(self, batches=tuple(chunks))
+
+    @property
+    def sha256(self) -> str:
+        """Of all sequences and their domains, in their order, however they are batched."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for row in batch.input_ids:
+                digest.update(f"{batch.domain}\0{len(row)}\0".encode())
+                digest.update(row.numpy().astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,8 @@ def read_data(
         "tokens": tokens,
         "seed": seed,
     } | ({} if pack else {"pack": False})
-    return TokenData(tuple(batches), recipe, chunk)
+    data = TokenData(tuple(batches), recipe, chunk)
+    return replace(data, recipe=recipe | {"sha256": data.sha256})  # of what tokenizer and template made of the sources
 
 
 def _shares(tokens: int | None, domains: int) -> list[int | None]:

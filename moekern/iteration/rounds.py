@@ -79,7 +79,7 @@ def iterate(
     compute: Compute = Compute(),
     *,
     earlier: Sequence[Plan] = (),
-    finished: Callable[[Plan], None] = lambda plan: None,
+    finished: Callable[[Plan], object] = lambda plan: None,
     progress: Progress = lambda done, total: None,
 ) -> Plan:
     """The plan of the last round. Without re-estimation and with one round: that of `calibrate` and `make_plan`.
@@ -163,6 +163,7 @@ def _job(
     )
     measuring = {
         "backend": None if data is None else backends_of(compute.device, compute.backend),
+        "config": checkpoint.config_sha256,
         "data": None if data is None else recipe_of(data, compute, ()),
         "dtype": compute.dtype_name,
         "rounds": method.rounds,

@@ -180,7 +180,9 @@ def test_a_plan_cannot_take_the_place_of_the_original() -> None:
         pipeline.evaluate_plans(MODEL, text, Compute(), {"original": _plan()})
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
 def test_a_stopped_command_says_so_and_leaves_nothing(number: signal.Signals, name: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(_plan().to_json())
     script = """
