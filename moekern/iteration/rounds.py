@@ -23,6 +23,7 @@ from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
+from moekern.criteria.named import plug_ins
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
@@ -166,6 +167,7 @@ def _job(
         "config": checkpoint.config_sha256,
         "data": None if data is None else recipe_of(data, compute, ()),
         "dtype": compute.dtype_name,
+        **({"plug_ins": code} if (code := plug_ins(method.criterion)) else {}),
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }

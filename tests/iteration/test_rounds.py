@@ -220,6 +220,21 @@ def test_a_stopped_run_goes_on_after_its_last_round(family_checkpoint: MakeCheck
     assert len(made) == 4, "rounds of another config were taken over"
 
 
+def test_rounds_of_a_plug_in_that_was_changed_are_not_taken_over(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source, data, code = family_checkpoint("olmoe"), data_of("olmoe"), tmp_path / "mine.py"
+    for criterion in (f"{code}:score", f"rank(reap, {code}:score*2)"):
+        code.write_text("def score(s):\n    return s.gate_sum\n")
+        method, made = Method(criterion, 4, rounds=2), list[Plan]()
+        iterate(source, data, method, finished=made.append)
+        iterate(source, data, method, earlier=made[:1], finished=made.append)
+        assert len(made) == 1
+        code.write_text("def score(s):\n    return -s.gate_sum\n")
+        iterate(source, data, method, earlier=made[:1], finished=made.append)
+        assert len(made) == 2
+
+
 def test_rounds_drop_as_many_each_time() -> None:
     assert schedule(8, 4, 4) == (7, 6, 5, 4)
     assert schedule(64, 32, 3, groups=8) == (56, 48, 32)
