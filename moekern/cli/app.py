@@ -138,6 +138,8 @@ def _run() -> None:
         console.fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # which typer answers with 1
+            sys.exit(128 + signal.SIGPIPE)
         if end.code in STOPPED:
             console.fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
         raise

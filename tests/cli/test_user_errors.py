@@ -206,6 +206,22 @@ main()
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+@pytest.mark.parametrize(
+    ("stream", "command", "code"),
+    [("stdout", ["criteria"], 141), ("stderr", ["prune", "none", "none", "--out", "o"], 2)],
+)
+def test_a_closed_pipe_ends_a_command_by_its_signal_and_hides_no_error(
+    tmp_path: Path, stream: str, command: list[str], code: int
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    done = subprocess.run([sys.executable, "-m", "moekern", *command], cwd=tmp_path, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert done.returncode == code
+    assert [done.stdout or b"", done.stderr or b""] == [b"", b""]
+
+
 def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
