@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +25,7 @@ from moekern.cli.options import (
     result,
 )
 from moekern.errors import InputError
-from moekern.files import check_new, check_place, told
+from moekern.files import check_document, check_new, check_place, is_written, told
 
 if TYPE_CHECKING:
     from moekern.estimation.footprint import Fit
@@ -188,33 +188,38 @@ def check_destination(out: Path, plans: int) -> None:
     folder = out.parent if "{}" in out.name else out
     if folder.is_dir():
         check_place(folder / "plan.json")
-    else:  # one plan goes to `out` itself; several to a folder that is made for them
-        check_new(folder if plans > 1 else out, folder=plans > 1)
+    elif plans > 1:  # a folder is made for them
+        check_new(folder, folder=True)
+    else:
+        check_document(out)
 
 
 def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
     """Name -> the file to write. One plan goes to `out`; several, or one where `out` is a folder, to NAME.json in it,
-    or, where its name has {} in it, to the files with NAME in that place. Raises InputError for a file that exists."""
+    or, where its name has {} in it, to the files with NAME in that place."""
     if "{}" in out.name:
-        paths = {name: out.with_name(out.name.replace("{}", name)) for name in names}
-    elif len(names) > 1 or out.is_dir():
-        paths = {name: out / f"{name}.json" for name in names}
-    else:
-        paths = {names[0]: out}
-    for path in paths.values():
-        if os.path.lexists(path):
-            check_new(path)
-    return paths
+        return {name: out.with_name(out.name.replace("{}", name)) for name in names}
+    if len(names) > 1 or out.is_dir():
+        return {name: out / f"{name}.json" for name in names}
+    return {names[0]: out}
 
 
 def save_plans(plans: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
-    """Write every plan; a folder for several is made where its parent is there."""
+    """Write every plan, in a folder that is made where its parent is there. Files that hold the same plan already, of a
+    run that was stopped, stay; for others InputError is raised before any is written."""
+    folder = next(iter(paths.values())).parent
+    made = len(plans) > 1 and folder.parent.is_dir() and not folder.exists()
+    with told(folder), ExitStack() as undo:
+        if made:
+            folder.mkdir()
+            undo.callback(folder.rmdir)
+        for name, path in paths.items():
+            if not is_written(path, plans[name].to_json().encode()):
+                check_new(path)
+        undo.pop_all()
     for name, plan in plans.items():
-        folder = paths[name].parent
-        if len(plans) > 1 and folder.parent.is_dir():
-            with told(folder):
-                folder.mkdir(exist_ok=True)
-        plan.save(paths[name], new=True)
+        if not plan.save(paths[name], new=True):
+            say(f"{paths[name]}: held this plan already")
 
 
 def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
