@@ -41,12 +41,14 @@ def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Ite
 
     It is locked: a second process that is to write `path` meanwhile is refused. With `new`, `path` must not exist at
     the end either. With `keep`, a whole file that cannot get its name stays, for `recovered`. Raises InputError for
-    that, where nothing can be made in the folder, and where `path` is itself a folder.
+    that, where nothing can be made in the folder, and where `path` is there and no file.
     """
     target = Path(path)
     check_place(target, "")
     if target.is_dir() and not new:
         raise InputError(f"{target}: is a folder; name a file")
+    if target.exists() and not target.is_file() and not new:
+        raise InputError(f"{target}: is a pipe or a device, which a file would take the place of; name a file")
     temporary, kept = temporary_path(target), False
     with told(target):
         handle = claimed(temporary, target)
