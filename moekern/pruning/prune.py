@@ -13,7 +13,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note
 from moekern.files import check_new, fsync, is_folder, reason, work_path
-from moekern.plan.document import Plan
+from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
     COPIES,
@@ -28,14 +28,14 @@ from moekern.pruning.copying import (
     way_of,
     ways,
 )
-from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, planned_mtp
+from moekern.pruning.cuts import check_tables, kept_experts
 from moekern.pruning.pieces import made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
 from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, clean_up, is_made, open_work
 
-__all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
+__all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Part", "PruneReport", "prune"]
 
 Progress = Callable[[int, int], None]  # bytes written, bytes to write
 

@@ -1,16 +1,19 @@
 """Side files of a pruned checkpoint against its source's, and what must not be there."""
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint
+from moekern.checkpoint.strict_json import read_json, read_start, regular_size
+from moekern.errors import InputError
 from moekern.verification.settings import Modules, same_settings
 
 PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "quantization_config.json")
 MODEL_CARD, NOTICE = "README.md", b"> **Pruned by moekern**"
+START, CHUNK = 2 << 20, 4 << 20  # bytes of a card in which the notice stands; of a file compared at a time
 
 
 def file_problems(
@@ -26,34 +29,52 @@ def file_problems(
     for name in checkpoint.side_files:
         if name in (PLAN_FILE, MANIFEST):
             continue
-        if not (folder / name).is_file():
+        before, after = checkpoint.folder / name, folder / name
+        if not os.path.lexists(after):
             yield f"{name}: missing"
             continue
-        want, got = (checkpoint.folder / name).read_bytes(), (folder / name).read_bytes()
-        if name == MODEL_CARD:
-            got = _without_notice(got, plan_sha256)
-        renamed = name in QUANTIZATION_FILES
-        if not (same_settings(cut(_json(want)), _json(got), modules) if renamed else want == got):
+        try:
+            size = regular_size(after)
+            if name in QUANTIZATION_FILES:
+                same = same_settings(cut(read_json(before)), read_json(after), modules)
+            else:
+                card = read_start(after, min(size, START))[0] if name == MODEL_CARD else b""
+                same = _same_around(before, after, size, *_notice(card, plan_sha256))
+        except InputError as error:
+            if not (reason := without_folder(folder, error)):
+                raise
+            yield reason
+            continue
+        if not same:
             yield f"{name}: differs from the source's"
     known = {*checkpoint.side_files, *shards, PLAN_FILE, MANIFEST, INDEX, CONFIG}
     for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
+        if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in known:
             yield f"{path.relative_to(folder).as_posix()}: should not be there"
 
 
-def _without_notice(card: bytes, plan_sha256: str) -> bytes:
-    """The card without the first paragraph that is moekern's and names the plan; a card that another tool copied has
-    none."""
+def without_folder(folder: Path, error: Exception) -> str:
+    """What an error says of a file in `folder`, by its name in it."""
+    return str(error).removeprefix(f"{folder}/")
+
+
+def _notice(card: bytes, plan_sha256: str) -> tuple[int, int]:
+    """First and last byte of a card's first paragraph that is moekern's and names the plan; a card that another tool
+    copied has none."""
     start = card.find(NOTICE)
     stop = card.find(b"\n\n", start) + 2
-    if start < 0 or plan_sha256.encode() not in card[start:stop]:
-        return card
-    return card[:start] + card[stop:]
+    return (start, stop) if start >= 0 and plan_sha256.encode() in card[start:stop] else (0, 0)
 
 
-def _json(data: bytes) -> Any:
-    """What the file holds, or the bytes themselves, which equal nothing else."""
-    try:
-        return json.loads(data)
-    except ValueError:
-        return {"": [data.hex()]}
+def _same_around(before: Path, after: Path, size: int, start: int, stop: int) -> bool:
+    """Whether a file of `size` bytes without those from `start` to `stop` is the source's; chunks are held."""
+    if regular_size(before) != size - (stop - start):
+        return False
+    with before.open("rb") as old, after.open("rb") as new:
+        if old.read(start) != new.read(start):
+            return False
+        new.seek(stop)
+        while chunk := old.read(CHUNK):
+            if new.read(len(chunk)) != chunk:
+                return False
+        return not new.read(1)

@@ -4,12 +4,12 @@ Tensors come through the safetensors library and are compared as torch bytes; wh
 plan alone. Nothing of pruning or the extension is used here.
 """
 
-import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
-from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
-from moekern.plan.document import Plan
+from moekern.checkpoint.folder import CONFIG, INDEX, SINGLE, Checkpoint, check_weight_map, open_checkpoint
+from moekern.checkpoint.header import header_length
+from moekern.checkpoint.strict_json import parse_json, read_json, read_start, regular_size, shown
+from moekern.errors import InputError, printable
+from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
-from moekern.verification.files import PLAN_FILE, file_problems
+from moekern.verification.files import PLAN_FILE, file_problems, without_folder
 from moekern.verification.settings import modules_of, renumbered
 
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 CHUNK = 64 << 20  # bytes of one tensor compared at a time
-MAX_PROBLEMS = 100
+MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
 
 Progress = Callable[[int, int], None]  # bytes compared, bytes to compare
 
@@ -58,16 +61,19 @@ def verify(
     plan: Plan,
     pruned: str | Path,
     *,
-    mtp: str | None = None,
+    mtp: Mtp | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare every byte of `pruned` with `source` under `plan`. Files are mapped, nothing is held.
 
     Checked: each kept expert's tensors, router rows, biases and tables; untouched tensors; names, shapes and dtypes;
-    header metadata; index and its sizes; config.json; side files; that nothing else is there. mtp: as given to prune;
-    None takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Raises InputError when
-    `source` or `plan` is at fault, never for `pruned`.
+    header metadata; index and its sizes; config.json; side files; that nothing else is there. Files of `pruned` are
+    opened once their kind and size are known: a pipe or a device is a problem like others. mtp: as given to prune; None
+    takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Raises InputError when
+    `source` or `plan` is at fault, never for what is in `pruned`.
     """
+    if mtp not in (None, *MTP_MODES):
+        raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     check_plan(plan, layout, checkpoint.fingerprint)
@@ -75,10 +81,7 @@ def verify(
     if not folder.is_dir():
         return VerifyReport((f"{folder}: no such folder",), 0, 0)
     problems: list[str] = []
-    recorded = _recorded(folder, problems)
-    if recorded and recorded.get("plan_sha256") != plan.digest:
-        problems.append(f"{PLAN_FILE}: made from another plan")
-    mode = mtp or str((recorded or plan.provenance).get("mtp", "prune"))
+    mode = mtp or _recorded_mtp(folder, plan, problems) or planned_mtp(plan)
     compared = 0
     with ExitStack() as stack:
         old = _Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
@@ -86,8 +89,9 @@ def verify(
         expected = expected_tensors(old.shards, layout, kept, mode)
         try:
             new = _Folder(folder, stack)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            return VerifyReport((*problems, f"{folder}: not readable: {error}"), 0, 0)
+        except (OSError, ValueError) as error:
+            reason = without_folder(folder, error)
+            return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
         problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
         problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
         names = [name for name in new.shards if name in expected]
@@ -104,7 +108,12 @@ def verify(
     modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, plan.digest)
     problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop)
-    return VerifyReport(tuple(problems[:MAX_PROBLEMS]), len(names), compared, checkpoint.contents.left_out)
+    return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out)
+
+
+def _listed(problems: Sequence[str]) -> tuple[str, ...]:
+    """The first of them, each a line that can be printed: the folder's names and values are in them."""
+    return tuple(printable(problem[:PROBLEM_CAP]) for problem in problems[:MAX_PROBLEMS])
 
 
 class _Folder:
@@ -116,16 +125,18 @@ class _Folder:
 
     def __init__(self, folder: Path, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         self.folder = folder
-        index = folder / INDEX
-        self.index: dict[str, Any] | None = json.loads(index.read_bytes()) if index.exists() else None
-        listed = set(self.index["weight_map"].values()) if self.index else {"model.safetensors"}
+        self.index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
+        listed = {SINGLE} if self.index is None else set(check_weight_map(folder, self.index).values())
         self.files = sorted(listed if files is None else files)
         self.opened: dict[str, Any] = {}
+        self.header = cache(_header)  # of packed tensors' files
         self.shards: dict[str, str] = {}
         for name in self.files:
-            if Path(name).name != name:
-                raise ValueError(f"{INDEX} names {name}, which is not a file of this folder")
-            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            regular_size(folder / name)
+            try:
+                file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{name}: {error}") from error
             self.opened[name] = file
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
                 if key in self.shards and files is None:
@@ -153,10 +164,11 @@ class _Folder:
 
     def _packed(self, key: str, shape: list[int]) -> Tensor:
         """Elements of 4 or 6 bits, which the library does not cut: the bytes as stored, [all axes but the last, -1]."""
-        with (self.folder / self.shards[key]).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            start, stop = json.loads(file.read(length))[key]["data_offsets"]
-            file.seek(8 + length + start)
+        path = self.folder / self.shards[key]
+        header, data_start = self.header(path)
+        start, stop = header[key]["data_offsets"]
+        with path.open("rb") as file:
+            file.seek(data_start + start)
             data = bytearray(file.read(stop - start))
         return torch.frombuffer(data, dtype=torch.uint8).reshape(*shape[: max(1, len(shape) - 1)], -1)
 
@@ -292,24 +304,36 @@ def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
     for key in sorted(weight_map.keys() | new.shards.keys()):
         if weight_map.get(key) != new.shards.get(key):
             yield f"{INDEX}: {key} in {weight_map.get(key)}, but the files have it in {new.shards.get(key)}"
-    total = (new.index.get("metadata") or {}).get("total_size")
+    total = (new.index.get("metadata") or {}).get("total_size")  # an object, as check_weight_map has seen
     if total != new.data_bytes:
         yield f"{INDEX}: total_size {total}, but the files hold {new.data_bytes}"
 
 
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON of a shard's header, and the byte at which its data start."""
+    start = _data_start(path)
+    return parse_json(read_start(path, 8, start - 8)[1], str(path)), start
+
+
 def _data_start(path: Path) -> int:
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+    return 8 + header_length(read_start(path, 8)[0], path, regular_size(path))
 
 
-def _recorded(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """moekern_plan.json of the pruned folder; a checkpoint made by another tool has none."""
+def _recorded_mtp(folder: Path, plan: Plan, problems: list[str]) -> Mtp | None:
+    """What moekern_plan.json of the pruned folder says was done with MTP layers, once it is seen to be of this plan; a
+    checkpoint made by another tool has no such file."""
     path = folder / PLAN_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        problems.append(f"{PLAN_FILE}: {error}")
+        content = read_json(path)
+    except InputError as error:
+        problems.append(without_folder(folder, error))
         return None
-    return content if isinstance(content, dict) else None
+    if content.get("plan_sha256") != plan.digest:
+        problems.append(f"{PLAN_FILE}: made from another plan")
+    for mode in MTP_MODES:
+        if content.get("mtp") == mode:
+            return mode
+    problems.append(f"{PLAN_FILE}: mtp is {shown(content.get('mtp'))}, expected one of {', '.join(MTP_MODES)}")
+    return None
