@@ -143,7 +143,7 @@ def open_checkpoint(folder: str | Path, read: Callable[[Path], Shard] = read_sha
     InputError, naming the file and the tensor, for anything missing, truncated, contradictory or malformed.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     config = read_json(folder / CONFIG)
     index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None

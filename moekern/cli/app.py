@@ -113,6 +113,7 @@ STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line and exit code 2, a signal in 128 + its number."""
+    _open_standard_streams()
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files go
     asked = "--json" in sys.argv[1:]  # before the flags are parsed, for what is wrong with them
     if asked:
@@ -123,6 +124,15 @@ def main() -> None:
             _run()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _open_standard_streams() -> None:
+    """What was closed by whoever started the program leads nowhere: no file of ours must get its number."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(handle)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  open to the end of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _run() -> None:

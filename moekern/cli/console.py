@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -81,11 +81,12 @@ def say(text: str) -> None:
 
 
 def fail(text: str, kind: str, **more: str) -> None:
-    """The error that ends the command."""
-    if _as_json:
-        _line({"error": text, "kind": kind, **more})
-    else:
-        print(f"moekern: {printable(text)}", file=sys.stderr)
+    """The error that ends the command; its exit code says so even where nothing can be written."""
+    with suppress(OSError):
+        if _as_json:
+            _line({"error": text, "kind": kind, **more})
+        else:
+            print(f"moekern: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _line(document: dict[str, Any]) -> None:

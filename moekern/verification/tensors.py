@@ -78,10 +78,11 @@ def verify(
     layout = find_layout(checkpoint)
     check_plan(plan, layout, checkpoint.fingerprint)
     folder = Path(pruned)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return VerifyReport((f"{folder}: no such folder",), 0, 0)
     problems: list[str] = []
-    mode = mtp or _recorded_mtp(folder, plan, problems) or planned_mtp(plan)
+    recorded = _recorded_mtp(folder, plan, problems)
+    mode = mtp or recorded or planned_mtp(plan)
     compared = 0
     with ExitStack() as stack:
         old = _Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
