@@ -47,6 +47,8 @@ def file_problems(
             continue
         if not same:
             yield f"{name}: differs from the source's"
+    if os.path.lexists(folder / MANIFEST) and not (folder / MANIFEST).is_file():
+        yield f"{MANIFEST}: not a regular file"
     known = {*checkpoint.side_files, *shards, PLAN_FILE, MANIFEST, INDEX, CONFIG}
     for path in sorted(folder.rglob("*")):
         if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in known:

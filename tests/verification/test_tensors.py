@@ -233,6 +233,12 @@ def test_a_file_that_is_no_such_file_is_a_problem_and_not_read(source, pruned, n
     assert name in problem
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_a_manifest_that_is_no_file(source, pruned, kind):
+    replace(kind, pruned / "moekern_manifest.jsonl")
+    assert verify(source, PLAN, pruned).problems == ("moekern_manifest.jsonl: not a regular file",)
+
+
 def test_a_link_to_a_folder_should_not_be_there(source, pruned):
     (pruned / "more").symlink_to("/")
     assert verify(source, PLAN, pruned).problems == ("more: should not be there",)
