@@ -39,6 +39,13 @@ class InputError(ValueError):
         return PART_KINDS.get(_part_that_raised(self), "input")
 
 
+def check_type(name: str, value: object, *expected: type) -> None:
+    """Raise TypeError, which names an argument of a function of the library, unless it is of one of these types."""
+    if not isinstance(value, expected):
+        wanted = " or ".join(kind.__name__ for kind in expected)
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+
+
 def printable(text: str) -> str:
     """One line without control codes, which names of a hostile file would send to the terminal."""
     return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moekern.errors import InputError
+from moekern.errors import InputError, check_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ def parse_keep(text: str, flag: str = "--keep") -> float | int:
 
 
 def check_keep(keep: float | int, flag: str = "--keep") -> None:
-    """Raise InputError unless `keep` is a share in (0, 1] or a count from 1."""
+    """Raise InputError unless `keep` is a share in (0, 1] or a count from 1, and TypeError for what is no number."""
+    check_type("keep", keep, int, float)
     if isinstance(keep, bool) or not (0 < keep <= 1 if isinstance(keep, float) else keep >= 1):
         raise InputError(f"{flag} {keep}: expected a share above 0 and up to 1 (0.5, 50%), or a count from 1 (64)")
 

@@ -16,7 +16,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Step, Sums, samples
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
-from moekern.errors import InputError
+from moekern.errors import InputError, check_type
 from moekern.measurement.gradients import measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
@@ -61,6 +61,10 @@ def calibrate(
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     if replay_tokens < 1:
         raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
+    check_type("data", data, TokenData)
+    check_type("compute", compute, Compute)
+    if not data.batches:
+        raise InputError("calibrate: the data hold no batch", kind="data")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     header = _header(checkpoint, layout, data, compute, wanted)

@@ -15,7 +15,7 @@ from moekern.architectures.config_keys import model_types
 from moekern.architectures.detect import find_router, score, trailing_rows
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import DEFAULT_DOMAIN
-from moekern.errors import InputError
+from moekern.errors import InputError, check_type
 from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of, wanted_tiers
@@ -51,6 +51,7 @@ def observe(
     the model came from; it ties plans to it. Inference only: no gradient flows through measured experts. Raises
     InputError for a model whose family is unknown or whose experts cannot be seen.
     """
+    check_type("model", model, PreTrainedModel)
     config: dict[str, Any] = model.config.to_dict()
     family = next((row for name in model_types(config) if (row := family_named(name))), None)
     if family is None:

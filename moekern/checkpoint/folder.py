@@ -148,13 +148,14 @@ def open_checkpoint(folder: str | Path, read: Callable[[Path], Shard] = read_sha
     InputError, naming the file and the tensor, for anything missing, truncated, contradictory or malformed.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     config = read_json(folder / CONFIG)
     index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
     weight_map = check_weight_map(folder, index) if index is not None else None
     names = sorted(set(weight_map.values())) if weight_map is not None else [find_single(folder)]
-    missing = [name for name in names if not os.path.exists(folder / name)]
+    there = set(os.listdir(folder))  # once: a hostile index names a million files
+    missing = [name for name in names if name not in there or not os.path.exists(folder / name)]
     if missing:
         what = "a link to nothing" if os.path.islink(folder / missing[0]) else "not there"
         count = f"{len(missing)} of {len(names)} are missing"

@@ -19,7 +19,7 @@ DTYPE_BITS: dict[str, int] = {
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-NAME_CAP = 1024  # characters of a tensor's name
+NAME_CAP, RANK_CAP = 1024, 32  # characters of a tensor's name; axes, of which numpy takes no more
 SIZE_CAP, ARRAY_CAP = 1 << 62, 1 << 30  # bytes of a file; of a tensor that is read into memory
 
 
@@ -122,6 +122,8 @@ def read_entry(path: Path, name: str, info: Any, data_start: int) -> TensorEntry
         raise refuse(f"bad data_offsets {shown(offsets)}")
     if len(info) > 3:
         raise refuse(f"fields that the format does not know: {shown(list(info))}")
+    if len(shape) > RANK_CAP:
+        raise refuse(f"a shape of {len(shape)} axes, more than the limit of {RANK_CAP}")
     bits = DTYPE_BITS[dtype]
     for n in shape:
         bits *= n

@@ -114,6 +114,7 @@ ENDING = (signal.SIGHUP, signal.SIGTERM)  # that would end the process before te
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line and exit code 2, a signal in 128 + its number."""
+    _open_standard_streams()
     before = {number: signal.getsignal(number) for number in ENDING}
     for number in ENDING:
         if before[number] is not signal.SIG_IGN:  # as `nohup` has it
@@ -128,6 +129,15 @@ def main() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _open_standard_streams() -> None:
+    """What was closed by whoever started the program leads nowhere: no file of ours must get its number."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(handle)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  open to the end of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _run() -> None:

@@ -31,8 +31,9 @@ def convert(
 ) -> None:
     """Turn a plan into other tools' words, or theirs into a plan."""
     from moekern import files
+    from moekern.plan.document import planned_mtp
     from moekern.plan.interchange import convert as converted
-    from moekern.pruning.cuts import kept_experts, planned_mtp
+    from moekern.pruning.cuts import kept_experts
 
     files.check_document(out)
     text = converted(

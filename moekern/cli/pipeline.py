@@ -38,12 +38,12 @@ from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute, check_device, dtype_hint
-from moekern.plan.document import Plan
+from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.make import make_plan
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
-from moekern.pruning.prune import Mtp, PruneReport
+from moekern.pruning.prune import PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
 from moekern.router import kept_count
@@ -152,7 +152,7 @@ def verify_both(
     compute: Compute = Compute(),
     *,
     forward: bool,
-    mtp: str | None = None,
+    mtp: Mtp | None = None,
 ) -> Verdict:
     """Bytes first; logits only of a checkpoint whose bytes are right."""
     check_device(compute.device)

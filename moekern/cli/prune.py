@@ -15,8 +15,8 @@ from moekern.cli.options import Json, Model, MtpOption, Revision, folder_of, res
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
-    from moekern.plan.document import Plan
-    from moekern.pruning.prune import Checksum, Copy, Mtp, PruneReport
+    from moekern.plan.document import Mtp, Plan
+    from moekern.pruning.prune import Checksum, Copy, PruneReport
     from moekern.pruning.work_folder import Part
 
 

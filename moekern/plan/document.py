@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moekern import files
 from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
@@ -18,6 +18,9 @@ from moekern.layer_keys import natural
 
 FORMAT = "moekern.plan/1"
 SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
+LAYER_CAP, KEY_CAP = 10_000, 256  # layers of a plan, and characters of a layer's key
+Mtp = Literal["prune", "drop", "keep"]  # what becomes of MTP layers; provenance: "mtp"
+MTP_MODES: tuple[Mtp, ...] = ("prune", "drop", "keep")
 NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers of experts, although no engine loads it
 
 
@@ -57,12 +60,12 @@ class Plan:
     @staticmethod
     def from_json(text: str, source: str = "plan") -> Plan:
         """Read a plan, made by moekern or by hand. Raises InputError, naming `source` and layer, for anything odd."""
-        return _parse(text, source)
+        return plan_of(parsed(text, source), source)
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan file. Raises InputError as from_json does."""
-        return _parse(plan_text(path), str(path))
+        return Plan.from_json(plan_text(path), str(path))
 
 
 def plan_text(path: str | Path) -> str:
@@ -74,6 +77,15 @@ def plan_text(path: str | Path) -> str:
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: not a readable plan ({reason})") from error
+
+
+def planned_mtp(plan: Plan) -> Mtp:
+    """What a plan says about MTP layers; "prune" where it says nothing. Raises InputError for another word."""
+    said = plan.provenance.get("mtp", "prune")
+    for mode in MTP_MODES:
+        if said == mode:
+            return mode
+    raise InputError(f"plan: provenance.mtp is {short(said)}; expected one of {', '.join(MTP_MODES)}")
 
 
 def check_ids(keep: Sequence[Any], where: str) -> None:
@@ -97,12 +109,19 @@ def short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _parse(text: str, source: str) -> Plan:
+def parsed(text: str, source: str) -> Any:
+    """The JSON of a plan, of moekern's or of another tool's. Raises InputError for duplicate keys, deep nesting, and
+    numbers that are not finite."""
     try:
         document = json.loads(text, object_pairs_hook=unique, parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not a plan: {error}") from None
     check_depth(document, source)
+    return document
+
+
+def plan_of(document: Any, source: str) -> Plan:
+    """The plan that JSON holds. Raises InputError, naming `source` and layer, for anything odd."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else document
         raise InputError(f'{source}: expected an object with "format": "{FORMAT}", got {short(found)}')
@@ -112,8 +131,18 @@ def _parse(text: str, source: str) -> Plan:
         raise InputError(f"{source}: layers: expected an object of layers, got {short(layers)}")
     if not isinstance(provenance, dict):
         raise InputError(f"{source}: provenance: expected an object, got {short(provenance)}")
+    check_layers(layers, source)
     ordered = sorted(layers, key=natural)
     return Plan({key: _parse_layer(layers[key], f"{source}: layer {short(key)}") for key in ordered}, provenance)
+
+
+def check_layers(layers: Collection[str], source: str) -> None:
+    """Raise InputError for more layers, or longer names of them, than any model has."""
+    longest = max(layers, key=len)
+    if len(longest) > KEY_CAP:
+        raise InputError(f"{source}: layer {short(longest)}: a name of {len(longest)} characters; at most {KEY_CAP}")
+    if len(layers) > LAYER_CAP:
+        raise InputError(f"{source}: {len(layers)} layers, more than the limit of {LAYER_CAP}")
 
 
 def _parse_layer(layer: Any, where: str) -> LayerPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from moekern.errors import InputError
+from moekern.errors import InputError, check_type
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
 from moekern.router import Router, count_problem, nearest_counts
 
@@ -33,8 +33,9 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
 
     Refused: another model's plan; an unknown or missing layer; a number out of range or twice; scores that are not one
     an expert; a count the router cannot work with; groups that keep different numbers of experts, and layers that do
-    unless the plan's provenance allows it.
+    unless the plan's provenance allows it. Raises TypeError for anything but a plan.
     """
+    check_type("plan", plan, Plan)
     made_for = plan.provenance.get("fingerprint")
     if made_for is not None and made_for != fingerprint:
         raise InputError(

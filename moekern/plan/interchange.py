@@ -20,7 +20,7 @@ from moekern.architectures import Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, plan_text
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, check_layers, parsed, plan_of, plan_text
 from moekern.plan.fits_model import check_plan
 from moekern.version import __version__
 
@@ -37,12 +37,19 @@ def exported(plan: Plan, layout: Layout, tool: str) -> str:
     return json.dumps({names[key]: list(plan.layers[key].keep) for key in ordered}, indent=2) + "\n"
 
 
-def imported(text: str, source: str, layout: Layout | None = None, *, allow_nonuniform: bool = False) -> Plan:
-    """A plan from either tool's JSON; `layout` gives the names, without it layers are known by their number.
+def read_plan(text: str, source: str, layout: Layout | None = None, *, allow_nonuniform: bool = False) -> Plan:
+    """A plan of moekern's own ("format") or from either other tool's JSON; there `layout` gives the names, without it
+    layers are known by their number.
 
-    Raises InputError, naming `source`, for anything that is not a list of kept experts for each layer.
+    Raises InputError, naming `source`, as Plan.from_json does, and for what is no list of kept experts for each layer.
     """
-    document = _read(text, source)
+    document = parsed(text, source)
+    if isinstance(document, dict) and "format" in document:
+        return plan_of(document, source)
+    return _imported(_by_layer(document, source), source, layout, allow_nonuniform=allow_nonuniform)
+
+
+def _imported(document: Mapping[str, Any], source: str, layout: Layout | None, *, allow_nonuniform: bool) -> Plan:
     known = {} if layout is None else _names({**layout.layers, **layout.mtp})
     layers: dict[str, LayerPlan] = {}
     for name, keep in document.items():
@@ -64,26 +71,12 @@ def imported(text: str, source: str, layout: Layout | None = None, *, allow_nonu
     return Plan({key: layers[key] for key in sorted(layers, key=natural)}, provenance)
 
 
-def read_plan(text: str, source: str, layout: Layout | None = None, *, allow_nonuniform: bool = False) -> Plan:
-    """A plan of moekern's own ("format") or of either other tool. Raises InputError as from_json and imported do."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        document = None
-    if isinstance(document, dict) and "format" in document:
-        return Plan.from_json(text, source)
-    return imported(text, source, layout, allow_nonuniform=allow_nonuniform)
-
-
-def _read(text: str, source: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not JSON: {error}") from None
+def _by_layer(document: Any, source: str) -> dict[str, Any]:
     if isinstance(document, dict) and isinstance(document.get("retained_experts"), dict):
         document = document["retained_experts"]
     if not isinstance(document, dict) or not document:
         raise InputError(f"{source}: expected an object of MoE blocks or routers, each with the experts it keeps")
+    check_layers(document, source)
     if {"saliency", "count"} & document.keys():
         raise InputError(
             f"{source}: holds scores, not kept experts; prune with llm-compressor 0.14's report, or calibrate"

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
 from moekern.criteria import Criterion, criterion_named, score_layer
-from moekern.errors import InputError
+from moekern.errors import InputError, check_type
 from moekern.layer_keys import natural
 from moekern.plan.budgets import (
     Bounds,
@@ -64,6 +65,10 @@ def make_plan(
     without `budget.allow_nonuniform`, for an unknown criterion, domain, layer or expert, for domains without tokens,
     for more protected experts than places, and for a floor that cannot be met.
     """
+    check_type("statistics", statistics, Statistics)
+    check_type("criterion", criterion, str, Criterion)
+    check_type("budget", budget, Budget, NoneType)
+    check_type("guards", guards, Guards, NoneType)
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     router, asked = router or router_of(statistics.header), budget or Budget()
     guard = guards or Guards()

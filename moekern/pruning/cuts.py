@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -14,11 +13,9 @@ from moekern.architectures.id_tables import replace_experts
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
-from moekern.plan.document import Plan
+from moekern.plan.document import Mtp, Plan
 from moekern.pruning.pieces import Computed, computed, recipe
 
-Mtp = Literal["prune", "drop", "keep"]
-MTP_MODES: tuple[Mtp, ...] = ("prune", "drop", "keep")
 Range = tuple[int, int]  # first byte and the byte past the last, in the source file
 SMALL = 16 << 20  # a tensor up to this many bytes may be read whole and cut in memory
 
@@ -101,15 +98,6 @@ def check_tables(checkpoint: Checkpoint, tensors: Iterable[OutputTensor]) -> Non
     for tensor in tensors:
         if tensor.cut is not None and tensor.cut.tensor.action == "remap":
             _table(tensor.entry, tensor.cut, checkpoint)
-
-
-def planned_mtp(plan: Plan) -> Mtp:
-    """What a plan says about MTP layers; "prune" where it says nothing. Raises InputError for another word."""
-    said = plan.provenance.get("mtp", "prune")
-    for mode in MTP_MODES:
-        if said == mode:
-            return mode
-    raise InputError(f"plan: provenance.mtp is {said!r:.40}; expected one of {', '.join(MTP_MODES)}")
 
 
 def kept_experts(checkpoint: Checkpoint, layout: Layout, plan: Plan, mtp: Mtp) -> dict[str, tuple[int, ...]]:

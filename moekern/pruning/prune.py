@@ -11,9 +11,9 @@ from pathlib import Path
 import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
-from moekern.errors import InputError, add_note
+from moekern.errors import InputError, add_note, check_type
 from moekern.files import check_new, fsync, is_folder, reason, work_path
-from moekern.plan.document import Plan
+from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
     COPIES,
@@ -28,14 +28,14 @@ from moekern.pruning.copying import (
     way_of,
     ways,
 )
-from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, planned_mtp
+from moekern.pruning.cuts import check_tables, kept_experts
 from moekern.pruning.pieces import Piece, made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
 from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, clean_up, is_made, open_work
 
-__all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Mtp", "Part", "PruneReport", "prune"]
+__all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Part", "PruneReport", "prune"]
 
 Progress = Callable[[int, int], None]  # bytes written, bytes to write
 
@@ -162,9 +162,9 @@ def prune(
         clean_up(target)
     else:
         check_target(target, checkpoint.folder)
-    mtp = mtp or planned_mtp(plan)
-    _check_options(mtp, copy, checksum, max_shard_size)
     check_plan(plan, layout, checkpoint.fingerprint)
+    mtp = planned_mtp(plan) if mtp is None else mtp
+    _check_options(mtp, copy, checksum, max_shard_size)
     kept = kept_experts(checkpoint, layout, plan, mtp)
     shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
@@ -227,6 +227,8 @@ def _check_options(mtp: str, copy: str, checksum: str, max_shard_size: int | Non
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
     if copy not in COPIES:
         raise InputError(f"--copy {copy}: expected one of {', '.join(COPIES)}")
+    if max_shard_size is not None:
+        check_type("max_shard_size", max_shard_size, int)
     if max_shard_size is not None and max_shard_size < 1:
         raise InputError(f"--max-shard-size {max_shard_size}: expected at least one byte")
     check_checksum(checksum)
@@ -236,6 +238,7 @@ def _share(shards: Sequence[OutputShard], part: Part | None) -> list[OutputShard
     """The shards of a part: largest first, each to the part that has the fewest bytes; in the output's order."""
     if part is None:
         return list(shards)
+    check_type("part", part, Part)
     load = [0] * part.of
     owner: dict[str, int] = {}
     for shard in sorted(shards, key=lambda s: (-s.size, s.name)):

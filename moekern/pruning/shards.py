@@ -10,7 +10,8 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.checkpoint.strict_json import HEADER_CAP
-from moekern.pruning.cuts import Cut, Mtp, OutputTensor, output_tensor
+from moekern.plan.document import Mtp
+from moekern.pruning.cuts import Cut, OutputTensor, output_tensor
 from moekern.pruning.pieces import Piece
 
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size

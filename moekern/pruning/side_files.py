@@ -13,9 +13,8 @@ from moekern.architectures.config_keys import mtp_counts
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
-from moekern.plan.document import Plan
+from moekern.plan.document import Mtp, Plan
 from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed
-from moekern.pruning.cuts import Mtp
 from moekern.pruning.expert_lists import expert_lists
 from moekern.pruning.expert_names import Renamer
 from moekern.pruning.model_card import MODEL_CARD, notice, split_at

@@ -62,10 +62,16 @@ class Part:
 
     @classmethod
     def of_torchrun(cls) -> "Part | None":
-        """The part of a process that torchrun has started, if it has started several."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        """The part of a process that torchrun has started, if it has started several. Raises InputError for a rank that
+        cannot be."""
+        rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
+        if "TORCHELASTIC_RUN_ID" not in os.environ or size == "1":
             return None
-        return cls(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]))
+        if not re.fullmatch("[0-9]{1,6}/[0-9]{1,6}", f"{rank}/{size}") or int(rank) >= int(size):
+            raise InputError(
+                f"RANK={rank} and WORLD_SIZE={size} are no rank of torchrun's; name the part with --part I/N"
+            )
+        return cls(int(rank) + 1, int(size))
 
 
 @dataclass(frozen=True)

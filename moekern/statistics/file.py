@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern import files
-from moekern.errors import InputError
+from moekern.errors import InputError, check_type
 from moekern.statistics.disk import (
     Layers,
     StatisticsWriter,
@@ -113,9 +114,9 @@ class Statistics:
 
         Raises InputError, naming file and tensor, for one that cannot be right.
         """
-        if not Path(path).is_file():
+        if not os.path.isfile(path := Path(path)):
             raise InputError(f"{path}: no such statistics file")
-        return Statistics(*open_layers(Path(path)))
+        return Statistics(*open_layers(path))
 
 
 def sizes_of(layers: Layers) -> Layers:
@@ -183,6 +184,8 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     """
     if not parts:
         raise InputError("merge: expected at least one statistics file")
+    for part in parts:
+        check_type("merge", part, Statistics)
     first = parts[0]
     _check_apart(parts)
     total: dict[str, dict[str, LayerStatistics]] = {key: {} for key in first.layers}

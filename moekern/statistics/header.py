@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
-from moekern.checkpoint.strict_json import check_depth, shown
+from moekern.checkpoint.strict_json import check_depth, parse_json, shown
 from moekern.errors import InputError
 from moekern.router import Router
 
@@ -18,6 +17,7 @@ FORMAT = "moekern.statistics/2"
 READABLE = (FORMAT, "moekern.statistics/1")
 HEADER_KEY = "moekern"
 ROUTER = tuple(field.name for field in fields(Router))
+COUNT_CAP, DOMAIN_CAP = 1 << 16, 1 << 12  # experts; domains
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "identity")  # of the table of families
 IDENTITY = ("fingerprint", "family", "score", *ROUTER)  # a Source, as keys of the header
 
@@ -86,14 +86,11 @@ def merged_header(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if HEADER_KEY not in metadata:
         raise InputError(f"{path}: a safetensors file, but not moekern statistics (no {HEADER_KEY!r} metadata)")
-    try:
-        header = json.loads(metadata[HEADER_KEY])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the statistics header is not JSON ({error})") from error
+    header = parse_json(metadata[HEADER_KEY].encode(), f"{path}: header", strict=True)
     check_depth(header, f"{path}: header")
-    if not isinstance(header, dict) or header.get("format") not in READABLE:
-        found = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise InputError(f"{path}: format {shown(found)} is not {FORMAT!r}; calibrate again with this version")
+    if header.get("format") not in READABLE:
+        found = shown(header.get("format"))
+        raise InputError(f"{path}: format {found} is not {FORMAT!r}; calibrate again with this version")
     problem = header_problem(header)
     if problem:
         raise InputError(f"{path}: header: {problem}")
@@ -107,8 +104,8 @@ def header_problem(header: Mapping[str, Any]) -> str | None:
     if header["score"] not in SCORES:
         return f"score: expected one of {', '.join(SCORES)}, got {shown(header['score'])}"
     for name in ROUTER:
-        if type(header.get(name)) is not int or header[name] < 1:
-            return f"{name}: expected a count, got {shown(header.get(name))}"
+        if type(header.get(name)) is not int or not 1 <= header[name] <= COUNT_CAP:
+            return f"{name}: expected a count of at most {COUNT_CAP}, got {shown(header.get(name))}"
     router = router_of(header)
     if router.top_k > router.num_experts or router.topk_group > router.n_group or router.num_experts % router.n_group:
         groups = f"n_group {router.n_group} and topk_group {router.topk_group}"
@@ -116,6 +113,8 @@ def header_problem(header: Mapping[str, Any]) -> str | None:
     domains, tokens, runs = header.get("domains"), header.get("tokens"), header.get("runs")
     if not isinstance(domains, list) or not domains or not _distinct_strings(domains):
         return f"domains: expected distinct names, got {shown(domains)}"
+    if len(domains) > DOMAIN_CAP:
+        return f"domains: {len(domains)} of them, more than the limit of {DOMAIN_CAP}"
     if not isinstance(tokens, dict) or set(tokens) != set(domains):
         return "tokens: expected one count for each domain"
     if any(type(n) is not int or n < 0 for n in tokens.values()):

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.checkpoint.strict_json import read_json
+from moekern.errors import InputError
+from moekern.plan.document import some_of
 from moekern.verification.expert_lists import lists_cut
-from moekern.verification.record import parsed
+from moekern.verification.record import without_folder
 from moekern.verification.settings import Modules, names_experts, renamed_settings, same_settings
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -24,9 +27,9 @@ def config_problems(
 ) -> Iterator[str]:
     """One line for each value of the config at `path` that is not what the plan makes of `before`."""
     try:
-        after = parsed(path.read_bytes())
-    except (OSError, ValueError) as error:
-        yield f"{path.name}: {error}"
+        after = read_json(path)
+    except InputError as error:
+        yield without_folder(path.parent, error)
         return
     count = max(len(kept[key]) for key in layout.layers)
     counts, mtp = set(layout.count_paths), set(layout.mtp_paths) if drop_mtp else set()
@@ -34,7 +37,7 @@ def config_problems(
     got = dict(_leaves(after, modules))
     if list(want) != list(got):
         changed = sorted(".".join(key) for key in want.keys() ^ got.keys())
-        yield f"{path.name}: keys differ from the source's: {', '.join(changed) or 'their order'}"
+        yield f"{path.name}: keys differ from the source's: {some_of(changed) or 'their order'}"
     for key in want.keys() & got.keys():
         value = want[key]
         if key in counts:

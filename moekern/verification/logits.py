@@ -14,12 +14,14 @@ from torch import Tensor
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch
+from moekern.errors import check_type
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
 from moekern.model.suspended import Pass
 from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -55,6 +57,7 @@ def compare_forward(
 
     No dtype in `compute` means float32, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
     """
+    check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
     quantised = "quantization_config" in str(before.config.keys() | (before.config.get("text_config") or {}).keys())
@@ -62,6 +65,8 @@ def compare_forward(
     logits: dict[str, list[Tensor]] = {}
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
         layout = find_layout(checkpoint)
+        if applied is not None:
+            check_plan(applied, layout, checkpoint.fingerprint)
         with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
             tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]

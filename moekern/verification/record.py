@@ -1,40 +1,44 @@
 """What a pruned checkpoint says of itself: the plan that it was made by, and the manifest of its shards."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.plan.document import Plan
+from moekern.checkpoint.strict_json import parse_json, read_json, regular_size
+from moekern.errors import InputError
+from moekern.plan.document import MTP_MODES, Mtp, Plan
 
 PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 FORMAT = "moekern.pruned/1"
-MTP_MODES = ("prune", "drop", "keep")
+MANIFEST_CAP = 1 << 28  # bytes; that of 140,000 tensors has 20 MB
 
 
-def parsed(data: bytes) -> Any:
-    """JSON of a pruned checkpoint. Raises ValueError, for what is nested too deep as well."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+def without_folder(folder: Path, error: Exception) -> str:
+    """What an error says of a file in `folder`, by its name in it."""
+    return str(error).removeprefix(f"{folder}/")
 
 
-def recorded(folder: Path, problems: list[str]) -> dict[str, Any] | None:
+def recorded(folder: Path, plan: Plan, problems: list[str]) -> dict[str, Any] | None:
     """moekern_plan.json of the pruned folder; a checkpoint made by another tool has none."""
     path = folder / PLAN_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        content = parsed(path.read_bytes())
-    except (OSError, ValueError) as error:
-        problems.append(f"{PLAN_FILE}: {error}")
+        content = read_json(path)
+    except InputError as error:
+        problems.append(without_folder(folder, error))
         return None
-    if not isinstance(content, dict):
-        problems.append(f"{PLAN_FILE}: holds no object")
-        return None
+    if content.get("plan_sha256") != plan.digest:
+        problems.append(f"{PLAN_FILE}: made from another plan")
     return content
+
+
+def recorded_mtp(found: Mapping[str, Any] | None) -> Mtp | None:
+    """What was done with MTP layers, as the plan's file says it."""
+    return next((mode for mode in MTP_MODES if found is not None and found.get("mtp") == mode), None)
 
 
 def record_problems(
@@ -49,7 +53,7 @@ def record_problems(
     """A line for each thing that the files say and that is not so. found: what the plan's file holds; mtp_keep: what
     MTP layers keep; shards: name -> its tensors. A checkpoint of another tool's has neither file."""
     if found is None:
-        if (folder / MANIFEST).exists() and not (folder / PLAN_FILE).exists():
+        if os.path.lexists(folder / MANIFEST) and not os.path.lexists(folder / PLAN_FILE):
             yield f"{PLAN_FILE}: missing"
         return
     earlier = checkpoint.folder / PLAN_FILE
@@ -60,12 +64,10 @@ def record_problems(
         "mtp_keep": {key: list(keep) for key, keep in mtp_keep.items()},
         "plan": json.loads(plan.to_json()),
         "plan_sha256": plan.digest,
-        **({"source": json.loads(earlier.read_bytes())} if earlier.is_file() else {}),
+        **({"source": read_json(earlier)} if earlier.is_file() else {}),
     }
     if found.get("plan_sha256") != plan.digest:
         return  # told before
-    if mtp not in MTP_MODES:
-        yield f"{PLAN_FILE}: mtp is none of {', '.join(MTP_MODES)}"
     for key in sorted(want.keys() | found.keys()):
         if json.dumps(want.get(key), sort_keys=True) != json.dumps(found.get(key), sort_keys=True):
             yield f"{PLAN_FILE}: {key} is not that of this source and plan"
@@ -75,14 +77,20 @@ def record_problems(
 def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection[str]]) -> Iterator[str]:
     """Sizes, names and plan of the manifest's lines. Its checksums are of the files as they were written: nothing here
     reads them, since every byte is compared with the source."""
-    try:
-        lines = [parsed(line) for line in (folder / MANIFEST).read_bytes().splitlines()]
-        named = {line["shard"]: line for line in lines}
-        held = {name: {*line["tensors"], *line.get("computed", ())} for name, line in named.items()}
-    except FileNotFoundError:
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
         yield f"{MANIFEST}: missing"
         return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    try:
+        if (size := regular_size(path)) > MANIFEST_CAP:
+            raise InputError(f"{path}: {size} bytes, more than the limit of {MANIFEST_CAP}")
+        lines = [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
+        named = {line["shard"]: line for line in lines}
+        held = {name: {*line["tensors"], *line.get("computed", ())} for name, line in named.items()}
+    except InputError as error:
+        yield without_folder(folder, error)
+        return
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         yield f"{MANIFEST}: not readable: {error}"
         return
     if len(lines) != len(shards) or named.keys() != shards.keys():

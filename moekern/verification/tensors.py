@@ -6,10 +6,11 @@ plan alone. Nothing of pruning or the extension is used here.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
-from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
-from moekern.plan.document import Plan
+from moekern.checkpoint.folder import CONFIG, INDEX, SINGLE, Checkpoint, check_weight_map, open_checkpoint
+from moekern.checkpoint.header import header_length
+from moekern.checkpoint.strict_json import parse_json, read_json, read_start, regular_size
+from moekern.errors import InputError, printable
+from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
-from moekern.verification.record import PLAN_FILE, parsed, record_problems, recorded
+from moekern.verification.record import PLAN_FILE, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.settings import modules_of, renumbered
 
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 CHUNK = 64 << 20  # bytes of one tensor compared at a time
-MAX_PROBLEMS = 100
+MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
 
 Progress = Callable[[int, int], None]  # bytes compared, bytes to compare
 
@@ -59,29 +63,28 @@ def verify(
     plan: Plan,
     pruned: str | Path,
     *,
-    mtp: str | None = None,
+    mtp: Mtp | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare every byte of `pruned` with `source` under `plan`. Files are mapped, nothing is held.
 
     Checked: each kept expert's tensors, router rows, biases and tables; untouched tensors; names, shapes and dtypes;
-    header metadata; index and its sizes; config.json; side files; that nothing else is there. mtp: as given to prune;
-    None takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Raises InputError when
-    `source` or `plan` is at fault, never for `pruned`.
+    header metadata; index and its sizes; config.json; side files; that nothing else is there. Files of `pruned` are
+    opened once their kind and size are known: a pipe or a device is a problem like others. mtp: as given to prune; None
+    takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Raises InputError when
+    `source` or `plan` is at fault, never for what is in `pruned`.
     """
+    if mtp not in (None, *MTP_MODES):
+        raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     check_plan(plan, layout, checkpoint.fingerprint)
     folder = Path(pruned)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return VerifyReport((f"{folder}: no such folder",), 0, 0)
     problems: list[str] = []
-    if odd := next(_irregular(folder), None):
-        return VerifyReport((f"{odd}: not a regular file",), 0, 0)
-    record = recorded(folder, problems)
-    if record and record.get("plan_sha256") != plan.digest:
-        problems.append(f"{PLAN_FILE}: made from another plan")
-    mode = mtp or str((record or plan.provenance).get("mtp", "prune"))
+    record = recorded(folder, plan, problems)
+    mode = mtp or recorded_mtp(record) or planned_mtp(plan)
     compared = 0
     with ExitStack() as stack:
         old = _Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
@@ -89,8 +92,9 @@ def verify(
         expected = expected_tensors(old.shards, layout, kept, mode)
         try:
             new = _Folder(folder, stack)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            return VerifyReport((*problems, f"{folder}: not readable: {error}"), 0, 0)
+        except (OSError, ValueError) as error:
+            reason = without_folder(folder, error)
+            return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
         problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
         problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
         names = [name for name in new.shards if name in expected]
@@ -108,9 +112,15 @@ def verify(
     drop = mode == "drop"
     cut = partial(lists_cut, config=checkpoint.config, layout=layout, kept=kept)
     modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
-    problems += file_problems(checkpoint, folder, set(new.files), modules, cut, plan.digest if record else None)
+    told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
+    problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
     problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop)
-    return VerifyReport(tuple(problems[:MAX_PROBLEMS]), len(names), compared, checkpoint.contents.left_out)
+    return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out)
+
+
+def _listed(problems: Sequence[str]) -> tuple[str, ...]:
+    """The first of them, each a line that can be printed: the folder's names and values are in them."""
+    return tuple(printable(problem[:PROBLEM_CAP]) for problem in problems[:MAX_PROBLEMS])
 
 
 class _Folder:
@@ -122,21 +132,18 @@ class _Folder:
 
     def __init__(self, folder: Path, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         self.folder = folder
-        index = folder / INDEX
-        try:
-            self.index: dict[str, Any] | None = parsed(index.read_bytes()) if index.exists() else None
-        except ValueError as error:
-            raise ValueError(f"{INDEX}: {error}") from error
-        listed = set(self.index["weight_map"].values()) if self.index else {"model.safetensors"}
-        if not isinstance((self.index or {}).get("metadata") or {}, dict):
-            raise ValueError(f"{INDEX}: metadata is no object")
+        self.index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
+        listed = {SINGLE} if self.index is None else set(check_weight_map(folder, self.index).values())
         self.files = sorted(listed if files is None else files)
         self.opened: dict[str, Any] = {}
+        self.header = cache(_header)  # of packed tensors' files
         self.shards: dict[str, str] = {}
         for name in self.files:
-            if Path(name).name != name:
-                raise ValueError(f"{INDEX} names {name}, which is not a file of this folder")
-            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            regular_size(folder / name)
+            try:
+                file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{name}: {error}") from error
             self.opened[name] = file
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
                 if key in self.shards and files is None:
@@ -164,10 +171,11 @@ class _Folder:
 
     def _packed(self, key: str, shape: list[int]) -> Tensor:
         """Elements of 4 or 6 bits, which the library does not cut: the bytes as stored, [all axes but the last, -1]."""
-        with (self.folder / self.shards[key]).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            start, stop = json.loads(file.read(length))[key]["data_offsets"]
-            file.seek(8 + length + start)
+        path = self.folder / self.shards[key]
+        header, data_start = self.header(path)
+        start, stop = header[key]["data_offsets"]
+        with path.open("rb") as file:
+            file.seek(data_start + start)
             data = bytearray(file.read(stop - start))
         return torch.frombuffer(data, dtype=torch.uint8).reshape(*shape[: max(1, len(shape) - 1)], -1)
 
@@ -319,14 +327,11 @@ def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
             yield f"{INDEX}: {key} differs from what the source and the files give"
 
 
-def _irregular(folder: Path) -> Iterator[Path]:
-    """What is neither a file nor a folder, and might never end when it is read."""
-    for path in sorted(folder.rglob("*")):
-        with suppress(OSError):
-            if not path.is_file() and not path.is_dir() and path.exists():
-                yield path
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON of a shard's header, and the byte at which its data start."""
+    start = _data_start(path)
+    return parse_json(read_start(path, 8, start - 8)[1], str(path)), start
 
 
 def _data_start(path: Path) -> int:
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+    return 8 + header_length(read_start(path, 8)[0], path, regular_size(path))

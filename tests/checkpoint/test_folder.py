@@ -145,6 +145,19 @@ def test_missing_and_truncated_shard(sharded: Path) -> None:
         open_checkpoint(sharded)
 
 
+def test_files_that_only_the_index_knows_are_not_looked_for_one_by_one(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] |= {f"t{n}": f"{n}.safetensors" for n in range(1000)}
+    (sharded / INDEX).write_text(json.dumps(index))
+    looked: list[object] = []
+    monkeypatch.setattr(os.path, "exists", lambda path: looked.append(path) or True)
+    with pytest.raises(InputError, match=r"missing shard 0.safetensors: not there \(1000 of 1002"):
+        open_checkpoint(sharded)
+    assert len(looked) <= 2
+
+
 def test_a_shard_that_shrinks_after_opening(sharded: Path) -> None:
     found = open_checkpoint(sharded)
     os.truncate(sharded / found.tensors["d"].shard, found.tensors["d"].start)

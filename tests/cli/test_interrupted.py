@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -131,6 +132,13 @@ def test_a_full_standard_output() -> None:
             main()
         assert end.value.code == 2
     assert told.getvalue() == "moekern: standard output: not finished: No space left on device\n"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("criteria",), 0), (("criteria", "--json"), 0), (("score", "no"), 2)])
+@pytest.mark.parametrize("redirected", [">&- 2>&- <&-", "2>/dev/full >/dev/null"], ids=["closed", "full"])
+def test_nowhere_to_write(arguments: tuple[str, ...], code: int, redirected: str) -> None:
+    command = f"exec {sys.executable} -m moekern {' '.join(arguments)} {redirected}"
+    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == code
 
 
 @contextmanager

@@ -111,7 +111,14 @@ MADE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: single(f, raw({"x" * 100_000: entry(0, 0)})),
         "its name is not a printable one of at most 1024 characters",
     ),
-    "shape of 100 000": (lambda f: single(f, raw({"t": entry(0, 1, shape=[2] * 100_000)}, b"x")), "overflows"),
+    "shape of 100 000": (
+        lambda f: single(f, raw({"t": entry(0, 1, shape=[2] * 100_000)}, b"x")),
+        "a shape of 100000 axes",
+    ),
+    "shape of 33": (
+        lambda f: single(f, raw({"t": entry(0, 1, shape=[1] * 33)}, b"x")),
+        "a shape of 33 axes, more than",
+    ),
     "100 000 fields": (
         lambda f: single(f, raw({"t": entry(0, 0) | dict.fromkeys(map(str, range(100_000)), 0)})),
         "fields that the format does not know: ['dtype', ",

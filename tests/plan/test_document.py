@@ -220,6 +220,11 @@ BAD_DOCUMENTS = {
         HEAD + ",".join(f'"{i}": 1' for i in [*range(100_000), 99_999]) + "}}",
         "duplicate key '99999'",
     ),
+    "a long key": (HEAD + f'"{"9" * 100_000}": {{"keep": [1]}}}}}}', "a name of 100000 characters; at most 256"),
+    "many layers": (
+        HEAD + ",".join(f'"{i}": {{"keep": [1]}}' for i in range(10_001)) + "}}",
+        "10001 layers, more than the limit of 10000",
+    ),
     "digits": ('{"format": ' + "9" * 5000 + "}", "not a plan"),
 }
 

@@ -12,9 +12,9 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.compare import compare
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
-from moekern.plan.interchange import TOOLS, convert, exported, imported, read_plan
-from moekern.pruning.cuts import kept_experts, planned_mtp
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, planned_mtp
+from moekern.plan.interchange import TOOLS, convert, exported, read_plan
+from moekern.pruning.cuts import kept_experts
 from tests.helpers import synthetic
 from tests.helpers.in_flight import random_plan
 from tests.helpers.measured import model_statistics
@@ -38,10 +38,10 @@ def test_there_and_back(name: str, tool: str, family_checkpoint: MakeCheckpoint)
     names = [n.replace("model.layers.1.mlp", "model.layers.1.block_sparse_moe") for n in NAMED[name]]
     assert {NAMED[name][TOOLS.index(tool)], names[TOOLS.index(tool)]} & document.keys()
     assert list(document.values()) == [list(layer.keep) for layer in plan.layers.values()]
-    back = imported(text, "other.json", layout)
+    back = read_plan(text, "other.json", layout)
     assert back.layers == plan.layers
     assert back.provenance["converted_from"] == tool
-    assert imported(text, "other.json").layers == plan.layers  # by the layers' numbers alone
+    assert read_plan(text, "other.json").layers == plan.layers  # by the layers' numbers alone
     assert exported(back, layout, tool) == text
 
 
@@ -49,7 +49,7 @@ def test_the_mtp_layer_has_a_name_too(tmp_path: Path) -> None:
     layout = find_layout(open_checkpoint(synthetic.write(tmp_path / "in", *synthetic.deepseek_v3())))
     plan = Plan({key: LayerPlan((0, 1, 4, 5)) for key in (*layout.layers, *layout.mtp)})
     for tool in TOOLS:
-        assert imported(exported(plan, layout, tool), "x", layout).layers == plan.layers
+        assert read_plan(exported(plan, layout, tool), "x", layout).layers == plan.layers
 
 
 def _converted(path: Path, tool: str, model: Path) -> dict[str, list[int]]:
@@ -90,11 +90,11 @@ def test_mtp_layers_that_stay_whole_are_named_whole(tmp_path: Path) -> None:
 
 def test_the_argument_may_be_wrapped() -> None:
     text = json.dumps({"retained_experts": {"model.layers.10.mlp.gate.weight": [3, 1]}})
-    assert imported(text, "x").layers == {"10": LayerPlan((1, 3))}
+    assert read_plan(text, "x").layers == {"10": LayerPlan((1, 3))}
 
 
 BAD = {
-    "not json": ("{", "not JSON"),
+    "not json": ("{", "not a plan"),
     "a list": ("[1]", "expected an object of MoE blocks"),
     "empty": ("{}", "expected an object of MoE blocks"),
     "scores": ('{"saliency": [[0.1]], "count": [[1]]}', "holds scores, not kept experts"),
@@ -105,7 +105,13 @@ BAD = {
     "nothing kept": ('{"a.layers.1.mlp": []}', "expected a list of the experts"),
     "names": ('{"a.layers.1.mlp": ["3"]}', "expected expert numbers, got '3'"),
     "doubled": ('{"a.layers.1.mlp": [3, 3]}', "expert 3 is listed twice"),
-    "deep": ("[" * 100_000, "not JSON"),
+    "deep": ("[" * 100_000, "not a plan"),
+    "nested": ('{"retained_experts": ' + '{"a":' * 900 + "1" + "}" * 901, "nested more than 64 deep"),
+    "a block twice": ('{"a.layers.1.mlp": [1], "a.layers.1.mlp": [2]}', "duplicate key 'a.layers.1.mlp'"),
+    "two lists": ('{"retained_experts": {"a.layers.1.mlp": [1]}, "retained_experts": 5}', "duplicate key"),
+    "no number of an expert": ('{"a.layers.1.mlp": [NaN]}', "'NaN' is not a finite number"),
+    "a long name": (json.dumps({"layers.1." + "x" * 100_000: [1]}), "a name of 100009 characters; at most 256"),
+    "many blocks": (json.dumps({f"layers.{n}.mlp": [1] for n in range(10_001)}), "10001 layers, more than the limit"),
 }
 
 
@@ -121,7 +127,7 @@ def test_a_bad_report_is_refused(case: str) -> None:
 def test_a_block_the_model_lacks_is_refused(family_checkpoint: MakeCheckpoint) -> None:
     layout = find_layout(open_checkpoint(family_checkpoint("qwen3_moe")))
     with pytest.raises(InputError, match="model.layers.99.mlp: the model has no such MoE block"):
-        imported('{"model.layers.99.mlp": [1]}', "r.json", layout)
+        read_plan('{"model.layers.99.mlp": [1]}', "r.json", layout)
 
 
 @settings(deadline=None)
@@ -136,8 +142,8 @@ def test_any_text_is_a_plan_or_an_input_error(text: str) -> None:
 
 def test_different_counts_are_marked_only_where_they_are_accepted() -> None:
     text = '{"a.layers.1.mlp": [1], "a.layers.2.mlp": [1, 2]}'
-    assert NONUNIFORM not in imported(text, "x").provenance
-    assert imported(text, "x", allow_nonuniform=True).provenance[NONUNIFORM] is True
+    assert NONUNIFORM not in read_plan(text, "x").provenance
+    assert read_plan(text, "x", allow_nonuniform=True).provenance[NONUNIFORM] is True
 
 
 def test_agreement_is_intersection_over_union() -> None:

@@ -96,6 +96,14 @@ def test_a_part_that_makes_no_sense(text: str) -> None:
         Part.parse(text)
 
 
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("x", "2"), ("", "2"), ("0", "0"), ("0", "1.5")])
+def test_a_rank_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, rank: str, size: str) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", rank), ("WORLD_SIZE", size)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"RANK={rank} and WORLD_SIZE={size} are no rank"):
+        Part.of_torchrun()
+
+
 def test_a_stopped_run_goes_on(source: Path, tmp_path: Path) -> None:
     prune(source, PLAN, tmp_path / "whole")
     stopped(source, tmp_path / "out", 0.6)

@@ -227,6 +227,10 @@ def test_a_damaged_file_is_refused_by_tensor(tmp_path, damage):
         ({"score": "argmax"}, "header: score: expected one of softmax, .*, got 'argmax'"),
         ({"n_group": 4}, "header: top_k 2, n_group 4 and topk_group 1 do not agree with num_experts 6"),
         ({"topk_group": 2}, "n_group 1 and topk_group 2 do not agree"),
+        ({"num_experts": 1 << 62}, "header: num_experts: expected a count of at most 65536"),
+        ({"domains": list(map(str, range(5000)))}, "header: domains: 5000 of them, more than the limit of 4096"),
+        ({"runs": [{"data": float("nan")}]}, "header: not valid JSON: NaN"),
+        ({"runs": [{"data": "\ud800"}]}, "header: not valid JSON"),
         ({"runs": [{"data": json.loads("[" * 900 + "]" * 900)}]}, "header: not valid JSON: nested more than 64 deep"),
     ],
 )

@@ -1,6 +1,7 @@
 """Damage of every kind is found, and named."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 def source(tmp_path: Path) -> Path:
     folder = write(tmp_path / "in", *qwen3("fp8_block"))
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("# A model\n")
     return folder
 
 
@@ -210,6 +212,68 @@ def test_a_truncated_shard_and_a_missing_one(source, pruned):
     path.unlink()
     (problem,) = verify(source, PLAN, pruned).problems
     assert "model-00002-of-00002.safetensors" in problem
+
+
+def replace(kind: str, path: Path) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        path.write_bytes(b"[" * 100_000 + b"]" * 100_000)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop", "huge", "deep"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", INDEX, "moekern_plan.json", "tokenizer.json", "README.md", "model-00001-of-00002.safetensors"],
+)
+def test_a_file_that_is_no_such_file_is_a_problem_and_not_read(source, pruned, name, kind):
+    replace(kind, pruned / name)
+    (problem,) = verify(source, PLAN, pruned).problems
+    assert name in problem
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_a_manifest_that_is_no_file(source, pruned, kind):
+    replace(kind, pruned / "moekern_manifest.jsonl")
+    (problem,) = verify(source, PLAN, pruned).problems
+    assert problem.startswith("moekern_manifest.jsonl: ")
+
+
+def test_a_link_to_a_folder_should_not_be_there(source, pruned):
+    (pruned / "more").symlink_to("/")
+    assert verify(source, PLAN, pruned).problems == ("more: should not be there",)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"plan_sha256": PLAN.digest}, {"plan_sha256": PLAN.digest, "mtp": "all"}])
+def test_a_record_that_says_nothing_is_a_problem(source, pruned, content):
+    (pruned / "moekern_plan.json").write_text(json.dumps(content))
+    problems = verify(source, PLAN, pruned).problems
+    assert problems
+    assert all(problem.startswith("moekern_plan.json: ") for problem in problems)
+
+
+def test_names_of_the_result_are_printable_and_cut(source, pruned):
+    path = pruned / "config.json"
+    odd = {f"\x1b[31m{n}" + "x" * 10_000: n for n in range(20)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    (problem,) = verify(source, PLAN, pruned).problems
+    assert problem.isprintable()
+    assert len(problem) < 2000
+
+
+def test_an_option_that_there_is_not(source, pruned):
+    with pytest.raises(InputError, match="--mtp some: expected one of prune, drop, keep"):
+        verify(source, PLAN, pruned, mtp="some")  # type: ignore[arg-type]
 
 
 def test_no_folder(source, tmp_path):
