@@ -310,8 +310,9 @@ class TestRefusals:
         self.refused(source, "lies inside the source", out=source / "pruned")
         assert not (source / "pruned").exists()
 
-    def test_no_parent(self, source, tmp_path):
-        self.refused(source, "none does not exist; make it first", out=tmp_path / "none" / "pruned")
+    def test_a_file_where_a_folder_should_be(self, source, tmp_path):
+        (tmp_path / "none").touch()
+        self.refused(source, "none is no folder; name another place", out=tmp_path / "none" / "pruned")
 
     def test_unwritable_parent(self, source, tmp_path, monkeypatch):
         # root may write anywhere, so the answer of the system is replaced
