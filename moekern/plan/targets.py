@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moekern.errors import InputError
+from moekern.errors import InputError, nearest_name
 from moekern.plan.engines import Listed, listed, names_of, registries
 from moekern.plan.mtp import Mtp, mtp_finding
 from moekern.router import Router, count_problem
@@ -222,7 +222,8 @@ def parse_target(text: str) -> Target:
     """ "vllm", "sglang:tp=2,ep=4". Raises InputError."""
     engine, colon, options = text.partition(":")
     if engine not in ENGINES:
-        raise InputError(f"--target {text}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2")
+        near = nearest_name(engine, ENGINES)
+        raise InputError(f"--target {text}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2{near}")
     target = Target(engine)
     for option in options.split(",") if colon else ():
         found = re.fullmatch(r"(tp|ep)=([1-9][0-9]{0,4})", option)
