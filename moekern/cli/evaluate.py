@@ -41,7 +41,7 @@ def evaluate(
     pack: Pack = True,
     batch_size: BatchSize = 1,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moekern.cli.console import show
-from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, result
+from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, check_statistics, result
+from moekern.criteria.table import DEFAULT
 
 
 def score(
     statistics: StatisticsFile,
-    criterion: CriterionOption = "reap",
+    criterion: CriterionOption = DEFAULT,
     domain: Domains = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Show every expert's score; higher is kept."""
+    check_statistics(statistics)
+
     from moekern.cli import pipeline
 
     scores = pipeline.scores_of(pipeline.statistics_of(statistics, [criterion]), criterion, domain, seed)

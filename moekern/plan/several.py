@@ -19,7 +19,6 @@ from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.targets import Served, Target, runs
 from moekern.statistics.file import Statistics
-from moekern.statistics.header import router_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
     if options.model is not None:
         checkpoint, layout = _opened(options.model, statistics)
         if options.fit is not None:
-            fitted = _fitted(checkpoint, layout, statistics, options, options.fit)
+            fitted = fitted_count(checkpoint, layout, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
     elif options.fit is not None:
         raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
@@ -78,8 +77,9 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
     return checkpoint, find_layout(checkpoint)
 
 
-def _fitted(checkpoint: Checkpoint, layout: Layout, statistics: Statistics, options: Planning, fit: Fit) -> Fitted:
+def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:
+    """The most experts a layer that fit, and that router and targets work with. Raises InputError."""
     bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
-    served = Served(statistics.header["family"], statistics.header["score"], router_of(statistics.header))
+    served = Served(layout.family.name, layout.family.score, layout.router)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
     return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")

@@ -16,8 +16,43 @@ from tests.helpers.commands import moekern
 FLAGS = """
 moekern
   --version = False
+  --install-completion = None
+  --show-completion = None
 inspect
   MODEL required
+  --revision = None
+  --json = False
+run
+  MODEL required
+  --data* required
+  --out required
+  --keep* = None
+  --fit = None
+  --bits = None
+  --context = 0
+  --sequences = 1
+  --reserve = 10%
+  --criterion = gated_norm
+  --tokens = None
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --chunk = None
+  --batch-size = None
+  --seed = 0
+  --domain* = None
+  --tier* = None
+  --budget = uniform
+  --normalise = none
+  --allow-nonuniform = False
+  --target* = None
+  --device = auto
+  --dtype = None
+  --protect-super = False
+  --mtp = None
+  --copy = auto
+  --forward/--no-forward = True
+  --quality/--no-quality = True
+  --trust-remote-code = False
   --revision = None
   --json = False
 calibrate
@@ -30,7 +65,7 @@ calibrate
   --chunk = None
   --batch-size = None
   --seed = 0
-  --device = cpu
+  --device = auto
   --dtype = None
   --tier* = None
   --criterion* = None
@@ -45,11 +80,13 @@ merge
   --out required
   --json = False
 criteria
+  WORDS* = None
+  --tier* = None
   --markdown = False
   --json = False
 score
   STATISTICS required
-  --criterion = reap
+  --criterion = gated_norm
   --domain* = None
   --seed = 0
   --json = False
@@ -62,7 +99,8 @@ plan
   --bits = None
   --context = 0
   --sequences = 1
-  --criterion* = ['reap']
+  --reserve = 10%
+  --criterion* = ['gated_norm']
   --domain* = None
   --budget = uniform
   --floor = None
@@ -86,7 +124,7 @@ iterate
   --keep required
   --out required
   --data* = None
-  --criterion = reap
+  --criterion = gated_norm
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
@@ -96,7 +134,7 @@ iterate
   --chunk = None
   --batch-size = None
   --seed = 0
-  --device = cpu
+  --device = auto
   --dtype = None
   --backend = None
   --trust-remote-code = False
@@ -106,17 +144,23 @@ compare
   PLANS* required
   --statistics = None
   --json = False
+evaluate
+  MODEL required
+  --data* required
+  PLANS* = None
+  --tokens = None
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --batch-size = 1
+  --seed = 0
+  --device = auto
+  --dtype = None
+  --trust-remote-code = False
+  --revision = None
+  --json = False
 check
   MODEL required
   --target* = None
-  --revision = None
-  --json = False
-convert
-  SOURCE required
-  --to required
-  --out required
-  --model = None
-  --allow-nonuniform = False
   --revision = None
   --json = False
 prune
@@ -136,42 +180,16 @@ verify
   PLAN required
   PRUNED required
   --forward = False
-  --device = cpu
+  --device = auto
   --trust-remote-code = False
   --revision = None
   --json = False
-evaluate
-  MODEL required
-  --data* required
-  PLANS* = None
-  --tokens = None
-  --sequence-length = 2048
-  --pack/--no-pack = True
-  --batch-size = 1
-  --seed = 0
-  --device = cpu
-  --dtype = None
-  --trust-remote-code = False
-  --revision = None
-  --json = False
-run
-  MODEL required
-  --data* required
-  --keep required
+convert
+  SOURCE required
+  --to required
   --out required
-  --criterion = reap
-  --tokens = None
-  --sequence-length = 2048
-  --pack/--no-pack = True
-  --chunk = None
-  --batch-size = None
-  --seed = 0
-  --device = cpu
-  --dtype = None
-  --protect-super = False
-  --mtp = None
-  --forward/--no-forward = True
-  --trust-remote-code = False
+  --model = None
+  --allow-nonuniform = False
   --revision = None
   --json = False
 bench
@@ -188,6 +206,7 @@ demo
   --seeds = 5
   --json = False
 """
+SPOKEN = ("--quiet", "--verbose", "--log-file")  # of every command, behind its own
 
 
 def listed() -> str:
@@ -196,7 +215,10 @@ def listed() -> str:
     command: Any = typer.main.get_command(app)
     for name, each in {"moekern": command, **command.commands}.items():
         lines.append(name)
+        assert [p.opts[-1] for p in each.params if p.opts[-1] in SPOKEN] == list(SPOKEN if each is not command else ())
         for parameter in each.params:
+            if parameter.opts[-1] in SPOKEN:
+                continue
             many = "*" if parameter.multiple or parameter.nargs == -1 else ""
             if parameter.required:
                 default = "required"

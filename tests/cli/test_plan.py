@@ -138,7 +138,8 @@ def test_check_says_what_is_not_known(work: Path, tmp_path: Path) -> None:
 
 def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:
     whole = open_checkpoint(work / "model").nbytes
-    arguments = ("plan", work / "s.safetensors", "--model", work / "model")
+    reserving = ("plan", work / "s.safetensors", "--model", work / "model")
+    arguments = (*reserving, "--reserve", "0")
     made = document(*arguments, "--fit", f"{whole - 1}B", "--context", 0, "--out", tmp_path / "plan.json")
     assert made["kept"] == 7
     document("prune", work / "model", tmp_path / "plan.json", "--out", tmp_path / "out")
@@ -148,7 +149,26 @@ def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:
     assert cached["kept"] < 8  # type: ignore[operator]
     even = document(*arguments, "--fit", f"{whole - 1}B", "--target", "sglang:ep=4", "--out", tmp_path / "even.json")
     assert even["kept"] == 4
-    assert "KV cache" in moekern(*arguments, "--fit", "1GiB", "--out", tmp_path / "all.json").stderr
+    said = moekern(*reserving, "--fit", "1GiB", "--out", tmp_path / "all.json").stderr
+    assert "KV cache" in said
+    assert "limit 1.0 GiB, of which 102.4 MiB are left to activations" in said
+    least = open_checkpoint(tmp_path / "out").nbytes
+    for reserve, kept in ((whole - least, 7), (whole - least + 1, 6)):
+        name = tmp_path / f"{reserve}.json"
+        assert document(*reserving, "--fit", f"{whole}B", "--reserve", reserve, "--out", name)["kept"] == kept
+
+
+@pytest.mark.parametrize("reserve", ["100%", "ten", "2GiB"])
+def test_a_reserve_that_is_none(work: Path, tmp_path: Path, reserve: str) -> None:
+    arguments = ("plan", work / "s.safetensors", "--model", work / "model", "--fit", "1GiB", "--reserve", reserve)
+    done = moekern(*arguments, "--out", tmp_path / "plan.json")
+    assert (done.returncode, done.stderr.startswith("moekern: --reserve")) == (2, True)
+
+
+def test_counts_that_an_engine_runs_slower_are_told_with_the_nearest(work: Path, tmp_path: Path) -> None:
+    arguments = ("plan", work / "s.safetensors", "--keep", 7, "--target", "vllm:ep=2", "--out", tmp_path / "plan.json")
+    said = moekern(*arguments).stderr
+    assert "vllm:ep=2: balancing (EPLB) needs a multiple of ep=2; nearest count without this: 4 or 8" in said
 
 
 def test_guards_reach_the_plan(work: Path, tmp_path: Path) -> None:
