@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -198,6 +199,11 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     console.print(table)
 
 
+def columns() -> int:
+    """Of the terminal; 120 where results go elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+
+
 @contextmanager
 def progress(what: str, unit: str = "layers", tokens: int = 0) -> Iterator[Step]:
     """A bar on a terminal, a plain line every few seconds elsewhere, JSON lines on standard error with --json.
@@ -322,7 +328,7 @@ def parsed_size(flag: str, text: str) -> int:
 
 
 def parsed_reserve(text: str, limit: int) -> int:
-    """Bytes: a share of `limit` ("10%"), or a size. Raises InputError that names --reserve."""
+    """Bytes: a share of `limit` ("15%"), or a size. Raises InputError that names --reserve."""
     share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text.strip())
     if share and float(share[1]) < 100:
         return int(limit * float(share[1]) / 100)

@@ -130,7 +130,7 @@ Keeps = Annotated[
         "--keep", help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."
     ),
 ]
-RESERVE = "10%"  # what vLLM leaves unused by default; activations are small beside it
+RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
 FitOption = Annotated[
     str | None,
     typer.Option("--fit", help="Instead of --keep: the most experts whose weights and KV cache fit, as 24GiB."),
@@ -253,14 +253,16 @@ def say_unused(batch_size: int | None) -> None:
 
 
 def compute_of(
-    *, device: str, dtype: str | None = None, backend: str | None = None, trust_remote_code: bool
+    *, device: str, dtype: str | None = None, backend: str | None = None, trust_remote_code: bool, tell: bool = True
 ) -> Compute:
-    """How the options say that layers are computed; the first line of what the command says names the device."""
+    """How the options say that layers are computed; the first line of what the command says names the device
+    (with `tell`)."""
     from moekern.model.compute import Compute, check_device
 
     check_device(device)
     compute = Compute(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
-    console.open_with(compute.described)
+    if tell:
+        console.open_with(compute.described)
     return compute
 
 

@@ -241,7 +241,8 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     (name, plan), rows = next(iter(made.items())), []
     for key, layer in plan.layers.items():
         keep = " ".join(map(str, layer.keep))
-        rows.append((key, len(layer.keep), keep if len(keep) <= 100 else keep[:97] + "..."))
+        room = max(24, console.columns() - 20)
+        rows.append((key, len(layer.keep), keep if len(keep) <= room else keep[: room - 3] + "..."))
     provenance = plan.provenance
     title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
     show(title, ("layer", "kept", "experts"), rows)

@@ -62,6 +62,7 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
 
 
 def _tour(work: Path, seeds: int) -> dict[str, Any]:
+    console.open_with(COMPUTE.described)
     console.say(f"the model: {MODEL}")
     text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
     statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors", tiers=TIERS)

@@ -32,7 +32,7 @@ def verify(
     from moekern.plan.document import Plan
 
     made_by = Plan.load(plan)
-    compute = compute_of(device=device, trust_remote_code=trust_remote_code)
+    compute = compute_of(device=device, trust_remote_code=trust_remote_code, tell=forward)
     if not pruned.is_dir():
         raise InputError(f"{pruned}: no such folder")
     verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward)

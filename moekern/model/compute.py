@@ -75,7 +75,7 @@ def device_named(device: str) -> torch.device:
     try:
         return torch.device(device)
     except Exception as error:
-        raise InputError(f"--device {device}: expected auto, cpu, cuda, cuda:1, ... ({first_line(error)})") from error
+        raise InputError(f"--device {device}: not usable here ({first_line(error)})") from error
 
 
 def check_device(device: str) -> None:

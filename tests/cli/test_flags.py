@@ -31,7 +31,7 @@ run
   --bits = None
   --context = 0
   --sequences = 1
-  --reserve = 10%
+  --reserve = 15%
   --criterion = gated_norm
   --tokens = None
   --sequence-length = 2048
@@ -99,7 +99,7 @@ plan
   --bits = None
   --context = 0
   --sequences = 1
-  --reserve = 10%
+  --reserve = 15%
   --criterion* = ['gated_norm']
   --domain* = None
   --budget = uniform

@@ -151,7 +151,7 @@ def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:
     assert even["kept"] == 4
     said = moekern(*reserving, "--fit", "1GiB", "--out", tmp_path / "all.json").stderr
     assert "KV cache" in said
-    assert "limit 1.0 GiB, of which 102.4 MiB are left to activations" in said
+    assert "limit 1.0 GiB, of which 153.6 MiB are left to activations" in said
     least = open_checkpoint(tmp_path / "out").nbytes
     for reserve, kept in ((whole - least, 7), (whole - least + 1, 6)):
         name = tmp_path / f"{reserve}.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moekern.cli import console
 from moekern.criteria.table import CRITERIA, DEFAULT
 from moekern.model.compute import Compute
 from moekern.statistics.layer import TIERS
@@ -126,6 +129,33 @@ def test_criteria_fit_a_terminal_and_are_filtered(monkeypatch: pytest.MonkeyPatc
     assert moekern("criteria", "nothing-like-it").returncode == 2
 
 
-def test_completion_is_there() -> None:
-    done = moekern("--show-completion", "bash")
-    assert "unknown" not in done.stderr.lower() or done.returncode == 0
+def test_the_shell_completes_commands() -> None:
+    code = "import sys; sys.argv = ['moekern']; from moekern.cli.app import main; main()"
+    asked = {"_MOEKERN_COMPLETE": "complete_bash", "COMP_WORDS": "moekern pl", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["plan"]
+
+
+def test_the_time_that_is_left_is_known_inside_the_first_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was prepared before the first step is not counted."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.output(True), console.progress("calibrating", tokens=1000) as step:
+        for moment, done in ((100.0, 0), (101.5, 0.5), (103.0, 1)):
+            now[0] = moment
+            step(done, 10)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["done"], line["seconds_left"]) for line in lines[1:]] == [(0.5, 28.5), (1, 27.0)]
+
+
+def test_tokens_a_second_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.output(False), console.progress("calibrating", tokens=1000) as step:
+        for moment, done in ((0.0, 0), (20.0, 0.25)):
+            now[0] = moment
+            step(done, 2)
+    assert capsys.readouterr().err == "calibrating: 0.25/2 layers, 12 tokens/s a layer, 20 s, 140 s left\n"
