@@ -30,7 +30,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -230,13 +229,13 @@ def progress(what: str, unit: str = "layers", tokens: int = 0) -> Iterator[Step]
 
 
 def _bar(what: str, unit: str, tokens: int, stack: ExitStack) -> Step:
-    rate = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "bytes" else []
+    sizes = [DownloadColumn(binary_units=True)] if unit == "bytes" else []
     bar = stack.enter_context(
         Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None if _err.width > 100 else 20),
             TaskProgressColumn(),
-            *rate,
+            *sizes,
             TextColumn("{task.fields[told]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -248,8 +247,8 @@ def _bar(what: str, unit: str, tokens: int, stack: ExitStack) -> Step:
     counted = _Rate()
 
     def step(done: float, total: int) -> None:
-        spent = counted.rate(done, time.monotonic())
-        told = f"{spent * tokens:,.0f} tokens/s a layer" if tokens and spent else ""
+        rate = counted.rate(done, time.monotonic())
+        told = f"{rate * tokens:,.0f} tokens/s" if tokens and rate else f"{size(rate)}/s" if sizes and rate else ""
         bar.update(task, completed=done, total=total, told=told)
 
     return step

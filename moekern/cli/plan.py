@@ -246,14 +246,20 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     provenance = plan.provenance
     title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
     show(title, ("layer", "kept", "experts"), rows)
-    fit = provenance.get("fit")
-    if fit:
-        cache = f", KV cache {size(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
-        kept = fit.get("reserve", 0)
-        left = f", of which {size(kept)} are left to activations and to what an engine may not use (--reserve)"
-        say(f"weights {size(fit['weights'])}{cache}; limit {size(fit['limit'])}{left if kept else ''}")
+    console.hint(fit_line(plan))
     if isinstance(provenance["kept"], dict):
         say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+
+
+def fit_line(plan: Plan) -> str | None:
+    """What the memory of --fit goes to; None of a plan without it."""
+    fit = plan.provenance.get("fit")
+    if not fit:
+        return None
+    cache = f", KV cache {size(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
+    kept = fit.get("reserve", 0)
+    left = f", of which {size(kept)} are left to activations and to what an engine may not use (--reserve)"
+    return f"weights {size(fit['weights'])}{cache}; limit {size(fit['limit'])}{left if kept else ''}"
 
 
 def _kept(plan: Plan) -> str:

@@ -139,7 +139,7 @@ def run(
 
 def _say_remarks(done: Run, planning: Planning) -> None:
     """What has to be known of the text and the plans, for programs too."""
-    from moekern.cli.plan import slower_with
+    from moekern.cli.plan import fit_line, slower_with
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
     from moekern.statistics.coverage import too_thin
@@ -148,6 +148,7 @@ def _say_remarks(done: Run, planning: Planning) -> None:
     header = Statistics.load(done.statistics).header
     for made in done.results:
         plan = Plan.load(made.plan)
+        hint(fit_line(plan))
         for line in (*remarks(plan), *slower_with(plan, header, planning)):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))

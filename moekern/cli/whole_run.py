@@ -201,7 +201,7 @@ def _quality(
     if isinstance(earlier, dict) and earlier.get("made_from") == made_from:
         rows: Mapping[str, Mapping[str, Any]] = earlier["losses"]
         return {name: {d: Loss(**loss) for d, loss in row.items()} for name, row in rows.items()}
-    found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating on text that was held back")
+    found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")
     write_bytes(path, json.dumps({"made_from": made_from, "losses": losses_document(found)}, indent=1).encode())
     return found
 

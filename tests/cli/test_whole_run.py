@@ -76,7 +76,9 @@ def test_several_counts_come_of_one_calibration(work: Path, tmp_path: Path) -> N
 def test_what_plan_takes_run_takes(work: Path, tmp_path: Path) -> None:
     limit = open_checkpoint(work / "model").nbytes - 1
     more = ("--fit", f"{limit}B", "--reserve", 0, "--target", "sglang:ep=4", "--tier", "dimensions", "--domain", "a")
-    found = document(*run(work, *more, "--copy", "stream", "--no-quality", "--out", tmp_path / "out"))
+    command = run(work, *more, "--copy", "stream", "--no-quality", "--out", tmp_path / "out")
+    assert "limit " in moekern(*command).stderr
+    found = document(*command)  # goes on with what is there
     assert found["pruned"]["experts_after"] == 4  # type: ignore[index]
     assert found["pruned"]["copy"] == "stream"  # type: ignore[index]
     assert found["serve"].keys() == {"sglang:ep=4"}  # type: ignore[attr-defined]
