@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+import moekern as package
 from moekern import kernels
 from moekern.cli.app import app
 from moekern.cli.options import BACKENDS
@@ -234,6 +235,7 @@ def listed() -> str:
 def test_the_version() -> None:
     done = moekern("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"moekern {__version__}\n", "")
+    assert package.__version__ == __version__
 
 
 def test_the_help_of_backend_names_the_kernels_own() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.model.compute import Compute
 from tests.helpers import families
 from tests.helpers.commands import contents, document, moekern
 
@@ -31,7 +32,7 @@ def test_a_run_says_how_good_the_result_is_and_how_it_is_served(work: Path, tmp_
     out = tmp_path / "new" / "out"
     done = moekern(*run(work, "--keep", 4, "--out", out))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("computing on the CPU, ")
+    assert done.stderr.splitlines()[0] == Compute().described
     assert "how well the text covers the experts" in done.stdout
     assert "verified: the bytes are right" in done.stderr
     # Of ten sequences of 40 tokens, each predicts one token less than it has.
