@@ -8,8 +8,8 @@ Without --model, the small trained model that ships with moekern. A seed draws -
 scores of the random criterion), calibrates once with every tier, and all plans are evaluated on the same held-out
 tokens: loss and KL to the original in nats per token, and how often the likeliest token is the original's, per domain.
 Seeds that are in --out already are not measured again. The criteria of --iterated are run through `iterate` too and,
-as "DOMAIN alone", planned from the first domain's sums. Errors are standard errors over seeds; "gain" is one-shot's
-loss less the method's, seed by seed.
+as "DOMAIN alone", planned from the first domain's sums. NAME and inverse(NAME) among the criteria give the table of
+both ends. Errors are standard errors over seeds; "gain" is one-shot's loss less the method's, seed by seed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli.pipeline import losses_of
 from moekern.criteria import CRITERIA
+from moekern.criteria.table import described
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
@@ -188,16 +189,35 @@ def by_method(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     return ["criterion", "kept", "method", "one-shot", "loss", "gain"], cells
 
 
+def by_end(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """A row a criterion and share for which inverse(criterion) was run too: what dropping either end costs."""
+    groups = groups_of(lines)
+    drops = {row["name"]: row["drop first"] for row in described()}
+    cells = []
+    for (criterion, share, method), seeds in groups.items():
+        other = groups.get((f"inverse({criterion})", share, ONE_SHOT))
+        if method == ONE_SHOT and other is not None:
+            ends = [spread([line["mean"] for line in each.values()]) for each in (seeds, other)]
+            cells.append([criterion, drops.get(criterion, ""), f"{share:.0%}", *ends])
+    return ["criterion", "drop first", "kept", "loss", "loss, the other end first"], cells
+
+
+def tables(lines: Sequence[Line]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Title -> header and rows; those without rows are left out."""
+    made = {"one-shot": one_shot(lines), "other ways": by_method(lines), "both ends": by_end(lines)}
+    return {title: table for title, table in made.items() if table[1]}
+
+
 def markdown(lines: Sequence[Line]) -> str:
     text = []
-    for header, cells in (one_shot(lines), by_method(lines)):
+    for header, cells in tables(lines).values():
         table = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
         text.append("".join(f"| {' | '.join(row)} |\n" for row in table))
     return "\n".join(text)
 
 
 def show(lines: Sequence[Line]) -> None:
-    for title, (header, cells) in (("one-shot", one_shot(lines)), ("other ways", by_method(lines))):
+    for title, (header, cells) in tables(lines).items():
         table = Table(title=f"{title}: held-out loss and KL in nats per token")
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left", no_wrap=True)

@@ -17,6 +17,8 @@ import torch
 from moekern.cli.criteria import markdown
 from moekern.criteria import criterion_named, score_layer
 from moekern.criteria.table import described
+from moekern.data.mixes import PRESETS
+from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
 from moekern.demo import MODEL, TEXT
 from tests.helpers import ROOT
 from tests.helpers.commands import moekern
@@ -52,6 +54,13 @@ def test_the_table_of_criteria_is_the_codes() -> None:
     assert markdown(described()) in page, "run: moekern criteria --markdown"
 
 
+def test_the_presets_of_the_page_are_the_codes() -> None:
+    page = (DOCS / "data.md").read_text()
+    rows = {name: mix.replace(",", ", ") for name, mix in PRESETS.items()}
+    assert all(f"| `{name}` | `{mix}` |" in page for name, mix in rows.items())
+    assert all(suffix in page for suffix in (*COMPRESSED, *FORMATS) if suffix not in TEXT_SUFFIXES)
+
+
 def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text(code("criteria.md"))
     s = layer_statistics(0)
@@ -68,6 +77,7 @@ def commands(page: Path) -> list[list[str]]:
 
 PAGES = {page.name: commands(page) for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
+FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
 
 
 def test_the_pages_hold_commands() -> None:
@@ -88,11 +98,12 @@ def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch:
         Path(name).write_text(text)
     Path("held-out.txt").write_text(text[:3000])
     Path("held-out.jsonl").write_text(json.dumps({"text": text[:3000]}) + "\n")
+    Path("sharegpt.json").write_text(json.dumps([{"text": text[:3000]}]))  # the tokenizer has no template of chats
     for number in (1, 2):
         part = ["--data", "a=src/", "--seed", number, "--sequence-length", 64, "--tokens", 300]
         assert moekern("calibrate", MODEL, *part, "--out", f"s{number}.safetensors").returncode == 0
     for command in PAGES[page]:
-        if command[0] in TESTED_ELSEWHERE:
+        if command[0] in TESTED_ELSEWHERE or any(FROM_THE_HUB.search(word) for word in command):
             continue
         if "--out" in command:  # of an earlier block
             out = Path(command[command.index("--out") + 1])

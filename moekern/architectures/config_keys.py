@@ -105,12 +105,18 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
 def check_counts(
     config: Mapping[str, Any], source: str, num_experts: int, in_layers: Collection[int] = ()
 ) -> tuple[Path, ...]:
-    """Paths of every key that holds the expert count. Raises InputError if there is none or one disagrees.
+    """Paths of every key that holds the expert count. Raises InputError if there is none or one disagrees, and where a
+    list of blocks gives each block a count of its own, as Nemotron-H Puzzle's block_configs does.
 
     in_layers: the counts of all layers, any of which may stand in a list; a number must be num_experts, the largest.
     """
     paths = []
     for path, section in sections(config):
+        for key, value in section.items():
+            blocks = value if isinstance(value, list) and not SIDE.search(key) else ()
+            if any(isinstance(block, dict) and block.keys() & set(COUNT_KEYS) for block in blocks):
+                where = ".".join((*path, key))
+                raise InputError(f"{source}: {where} counts the experts of each block; such models cannot be pruned")
         for key in COUNT_KEYS:
             value = section.get(key)
             if value is None:

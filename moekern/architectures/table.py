@@ -37,6 +37,7 @@ class Family:
     stacks: tuple[str, ...] = ()  # stacks with experts, where there is more than one
     transformers: bool = True  # transformers 5 can build it
     refused: str = ""  # why it is recognised but not pruned
+    alternating: str = ""  # the projection, without "weight", whose rows of gate and up alternate; elsewhere up follows
     note: str = ""
 
     @property
@@ -151,7 +152,8 @@ FAMILIES: tuple[Family, ...] = (
         note="weights that transformers writes for the zero experts are dropped; it does not load without them",
     ),
     Family("nemotron_h", block="mixer", experts="up_down", mtp="named", **V3),
-    *rows("gpt_oss openai_privacy_filter", bias="router.bias", **ROUTED),
+    Family("gpt_oss", bias="router.bias", alternating="gate_up_proj", **ROUTED),
+    Family("openai_privacy_filter", bias="router.bias", **ROUTED),
     Family("llama4", also=("llama4_text",), block="feed_forward", score="sigmoid", **ROUTED, **TEXT),
     Family(
         "dbrx",
@@ -203,6 +205,7 @@ FAMILIES: tuple[Family, ...] = (
         "inkling",
         also=("inkling_mm_model", "inkling_text"),
         experts="w13",
+        alternating="w13",
         bias="gate.bias|gate.e_score_correction_bias",
         leave="gate.global_scale",
         trailing="n_shared_experts",
@@ -214,6 +217,7 @@ FAMILIES: tuple[Family, ...] = (
         "inkling2",
         also=("inkling2_text",),
         experts="w13",
+        alternating="w13",
         bias="gate.bias|gate.e_score_correction_bias",
         score="sigmoid",
         score_key="scoring_func",

@@ -116,7 +116,7 @@ class Job:
 
     def weights(self, key: str) -> dict[str, Tensor]:
         """The fields of a layer's weights tier."""
-        weighed = weigh_layer(self.checkpoint, self.layout.layers[key], backend=self.compute.backend)
+        weighed = weigh_layer(self.checkpoint, self.layout, self.layout.layers[key], backend=self.compute.backend)
         return {f.name: getattr(weighed, f.name) for f in fields(weighed) if f.metadata["tier"] == "weights"}
 
 

@@ -12,15 +12,20 @@ from moekern.cli.console import hint, say, show
 from moekern.cli.options import (
     BackendOption,
     Chunk,
+    Column,
     Data,
     Device,
     DtypeOption,
     Json,
     Model,
     Pack,
+    Preset,
     Revision,
     Seed,
     SequenceLength,
+    Strict,
+    Thinking,
+    ThinkingOption,
     Tiers,
     Tokens,
     TrustRemoteCode,
@@ -40,13 +45,17 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: Model,
-    data: Data,
     out: Annotated[Path, typer.Option(help="The statistics file to write.")],
-    tokens: Tokens = None,
+    data: Data = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
@@ -74,7 +83,10 @@ def calibrate(
     from moekern.criteria import criterion_named
 
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, pack=pack, chunk=chunk, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,

@@ -10,15 +10,20 @@ import typer
 from moekern.cli.console import show
 from moekern.cli.options import (
     BatchSize,
+    Column,
     Data,
     Device,
     DtypeOption,
     Json,
     Model,
     Pack,
+    Preset,
     Revision,
     Seed,
     SequenceLength,
+    Strict,
+    Thinking,
+    ThinkingOption,
     Tokens,
     TrustRemoteCode,
     compute_of,
@@ -34,12 +39,16 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Model,
-    data: Data,
     plans: Annotated[list[Path] | None, typer.Argument(help="Plans to apply on the fly.")] = None,
-    tokens: Tokens = None,
+    data: Data = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     pack: Pack = True,
     batch_size: BatchSize = 1,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
@@ -52,8 +61,9 @@ def evaluate(
     from moekern.evaluation.losses import losses_document
 
     text = text_of(
-        data=data, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed, pack=pack
-    )
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, pack=pack, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     named = named_plans("evaluate", plans or [])
     losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)

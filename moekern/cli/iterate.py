@@ -11,6 +11,7 @@ from moekern.cli.console import say
 from moekern.cli.options import (
     BackendOption,
     Chunk,
+    Column,
     CriterionOption,
     Device,
     Domains,
@@ -19,9 +20,13 @@ from moekern.cli.options import (
     Keep,
     Model,
     Pack,
+    Preset,
     Revision,
     Seed,
     SequenceLength,
+    Strict,
+    Thinking,
+    ThinkingOption,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
@@ -52,11 +57,15 @@ def iterate(
         bool, typer.Option(help="Measure each layer behind the pruned layers before it, not behind whole ones.")
     ] = True,
     domain: Domains = None,
-    tokens: Tokens = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = None,
@@ -79,7 +88,10 @@ def iterate(
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
     pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, pack=pack, chunk=chunk, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
     for line in remarks(made):

@@ -86,6 +86,18 @@ def check_targets(given: list[str] | None) -> list[str] | None:
     return given
 
 
+class Mix(str, Enum):
+    code = "code"
+    general = "general"
+    reasoning = "reasoning"
+
+
+class Thinking(str, Enum):
+    on = "on"
+    off = "off"
+    row = "row"
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -118,8 +130,8 @@ Tiers = Annotated[
     list[str] | None,
     typer.Option(
         "--tier",
-        help="Measure this too; repeatable: dimensions, vocabulary, coalitions, outliers, reap, replay, gradient, "
-        "weights. `moekern criteria` says which one a criterion needs.",
+        help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
+        "replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
         callback=check_tiers,
     ),
 ]
@@ -156,14 +168,29 @@ Domains = Annotated[
 ]
 ProtectSuper = Annotated[bool, typer.Option("--protect-super", help="Keep experts with extreme outputs in any case.")]
 Data = Annotated[
-    list[str],
-    typer.Option("--data", help="NAME=PATH: text, JSONL, .npy token ids or a folder of them; repeat it for domains."),
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="NAME=SOURCE, or NAME=SOURCE:AMOUNT: a file of text or rows, a folder of them, or a hub data set such as "
+        "org/name[subset](split). AMOUNT: 200k or 2M tokens, 4096 sequences, 0.5 or 50% of --tokens. Repeatable.",
+    ),
 ]
-Tokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly by the domains. Default: all.")]
+Preset = Annotated[Mix | None, typer.Option("--preset", help="A mix of hub data sets: code, general or reasoning.")]
+Tokens = Annotated[
+    str, typer.Option(help="Tokens of the domains that name no amount, evenly shared: 500000, 500k, 2M or all.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="The column that holds the text of rows, or NAME=COLUMN; repeatable."),
+]
+ThinkingOption = Annotated[
+    Thinking, typer.Option("--thinking", help="enable_thinking of the chat template: on, off, or as each row says.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row or file that cannot be read.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence; with --no-pack the most of a row.")]
 Pack = Annotated[
     bool,
-    typer.Option(help="Pack text into sequences of one length, or make each file, line or array row a row of its own."),
+    typer.Option(help="Pack text into sequences of one length, or make each file, row of data or of an array one."),
 ]
 BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
 Chunk = Annotated[
@@ -222,27 +249,36 @@ Json = Annotated[
 def text_of(
     *,
     data: Sequence[str] | None,
-    tokens: int | None,
+    preset: Mix | None,
+    tokens: str,
     sequence_length: int,
+    column: Sequence[str] | None,
+    thinking: Thinking,
+    strict: bool,
+    pack: bool,
     seed: int,
     batch_size: int = 1,
     chunk: int | None = None,
-    pack: bool = True,
 ) -> Text:
-    """Which text the options name; none of it is read yet."""
-    from moekern.data.sources import sources_of
+    """Which text the options name; none of it is read yet. What is to be said of it goes to the console."""
+    from moekern.data.mixes import PRESETS, domains_of, parse_tokens
     from moekern.data.text import Text
 
-    if data:
-        sources_of(data)  # what is not there is found before a model is downloaded
+    specs = (*(data or ()), *((PRESETS[preset.value],) if preset else ()))
+    if specs:
+        domains_of(specs)  # what is not there is found before a model is downloaded
     return Text(
-        data=tuple(data or ()),
-        tokens=tokens,
+        data=specs,
+        tokens=parse_tokens(tokens),
         sequence_length=sequence_length,
         batch_size=batch_size,
         chunk=chunk,
         seed=seed,
+        columns=tuple(column or ()),
+        thinking=thinking.value,
+        strict=strict,
         pack=pack,
+        tell=console.say,
     )
 
 

@@ -225,7 +225,7 @@ def check_iterated(out: Path) -> None:
 def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
     """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
     check_iterated(out)
-    check_device(compute.device)
+    backends_of(compute.device, compute.backend)
     measured = needs_text(method.criterion)
     if measured and not text.data:
         raise InputError(f"--criterion {method.criterion}: it is measured on text: give --data")

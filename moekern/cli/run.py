@@ -14,6 +14,7 @@ from moekern.cli.options import (
     Bits,
     BudgetOption,
     Chunk,
+    Column,
     Context,
     CopyMode,
     CopyOption,
@@ -29,13 +30,17 @@ from moekern.cli.options import (
     MtpOption,
     Normalise,
     Pack,
+    Preset,
     ProtectSuper,
     Reserve,
     Revision,
     Seed,
     SequenceLength,
     Sequences,
+    Strict,
     Targets,
+    Thinking,
+    ThinkingOption,
     Tiers,
     Tokens,
     TrustRemoteCode,
@@ -60,11 +65,11 @@ if TYPE_CHECKING:
 
 def run(
     model: Model,
-    data: Data,
     out: Annotated[
         Path,
         typer.Option(help="The folder to write; it must not exist. Several --keep write OUT-0.5, OUT-64, ..."),
     ],
+    data: Data = None,
     keep: Keeps = None,
     fit: FitOption = None,
     bits: Bits = None,
@@ -72,11 +77,15 @@ def run(
     sequences: Sequences = 1,
     reserve: Reserve = RESERVE,
     criterion: CriterionOption = DEFAULT,
-    tokens: Tokens = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
     seed: Seed = 0,
     domain: Domains = None,
     tier: Tiers = None,
@@ -128,7 +137,10 @@ def run(
         planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality
     )
     say_unused(batch_size)
-    text = text_of(data=data, tokens=tokens, sequence_length=sequence_length, chunk=chunk, seed=seed, pack=pack)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, pack=pack, chunk=chunk, seed=seed,
+    )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
     _say_remarks(done, asked.planning)

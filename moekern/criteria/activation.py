@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekern.criteria.needs import idle_lowest, mean, need, others
+from moekern.criteria.needs import idle_lowest, need, others
 from moekern.statistics.layer import LayerStatistics
 
 
@@ -52,6 +52,9 @@ def eao(statistics: LayerStatistics) -> Tensor:
 
 
 def mone(statistics: LayerStatistics) -> Tensor:
-    """sqrt(Σⱼ Var yⱼ) x mean gate, both over the expert's routed tokens (MoNE, arXiv:2507.00390)."""
+    """sqrt(Σⱼ Var yⱼ) x Σ gate, both over the expert's routed tokens (MoNE, arXiv:2507.00390).
+
+    The gates are summed, as in the official code, not averaged over the expert's own tokens.
+    """
     need(statistics, "mone", "value_sum", "square_sum")
-    return mean(statistics, variances(statistics).sum(1).sqrt() * statistics.gate_sum)
+    return idle_lowest(statistics, variances(statistics).sum(1).sqrt() * statistics.gate_sum)

@@ -1,16 +1,20 @@
-"""Criteria made of criteria: sums of ranks or z-scores, sets united or intersected, domains served in turn."""
+"""Criteria made of criteria: sums of ranks or z-scores, the other end, sets united or intersected, domains in turn.
+
+Experts are compared with those that tokens were routed to. Idle ones are put aside first and then stand lowest: the
+mark at which a criterion leaves them would say too much beside its scores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moekern.criteria.needs import lowest_but
 from moekern.criteria.selectors import Selection
-from moekern.criteria.table import Criterion
-from moekern.errors import InputError
+from moekern.criteria.table import OTHER_ENDS, Criterion
 from moekern.statistics.layer import LayerStatistics
 
 
@@ -38,19 +42,51 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def zscores(scores: Tensor) -> Tensor:
-    """(score - mean) / standard deviation over the experts; 0 where all are equal."""
+    """(score - mean) / standard deviation over the experts; 0 where all are equal.
+
+    One that stands far out takes spread from the others, as it does not from ranks.
+    """
     spread = scores.std(correction=0)
     return torch.where(spread > 0, (scores - scores.mean()) / spread, 0.0)
 
 
 def rank(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
-    """Σ weight x rank of each criterion."""
-    return torch.stack([p.weight * ranks(scored(p.criterion, statistics)) for p in parts]).sum(0)
+    """Σ weight x rank of each criterion, idle experts lowest."""
+    return _summed(parts, statistics, ranks)
 
 
 def zscore(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
-    """Σ weight x z-score of each criterion."""
-    return torch.stack([p.weight * zscores(scored(p.criterion, statistics)) for p in parts]).sum(0)
+    """Σ weight x z-score of each criterion, idle experts lowest."""
+    return _summed(parts, statistics, zscores)
+
+
+def inverse(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
+    """The other end of a criterion: what it keeps first goes first, after idle experts.
+
+    MC-Suite (arXiv:2504.05586) drops both the highest and the lowest of each of its 16 criteria. The negated score,
+    and where a criterion parts pairs, the same rule for the pair at the other end.
+    """
+    (part,) = parts
+    other = OTHER_ENDS.get(part.criterion.name)
+    scores = -scored(part.criterion, statistics) if other is None else other(statistics)
+    return lowest_but(_compared(parts, statistics), part.weight * scores)
+
+
+def _compared(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
+    """[E] bool: all experts but the idle ones, which are none to criteria that look at weights alone."""
+    if all(part.criterion.family == "weight" for part in parts):
+        return torch.ones_like(statistics.count, dtype=torch.bool)
+    return statistics.count > 0
+
+
+def _summed(parts: Sequence[Part], statistics: LayerStatistics, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    """Σ weight x `scale` of each criterion's scores of the experts that are compared; the others lowest."""
+    used = _compared(parts, statistics)
+    total = torch.zeros(statistics.num_experts, dtype=torch.float64, device=used.device)
+    if used.any():
+        for part in parts:
+            total[used] += part.weight * scale(scored(part.criterion, statistics)[used])
+    return lowest_but(used, total)
 
 
 def union(
@@ -58,9 +94,11 @@ def union(
 ) -> Selection:
     """Each criterion fills its share of the places (weight / Σ weights, rounded) with its best experts in turn.
 
-    Places that are left because criteria agree go to the experts with the highest sum of ranks.
+    Places that are left because criteria agree go to the experts with the highest sum of ranks. Idle experts get
+    places that no other can take.
     """
-    scores = [scored(p.criterion, statistics) for p in parts]
+    used = _compared(parts, statistics)
+    scores = [lowest_but(used, scored(p.criterion, statistics)) for p in parts]
     total = sum(p.weight for p in parts)
     quotas = [round(kept * p.weight / total) for p in parts]
     return _filled(scores, quotas, rank(parts, statistics), kept, groups, protected)
@@ -74,10 +112,11 @@ def intersection(
     The first n of that order are the intersection of the criteria's own best sets, these grown until n agree. A weight
     multiplies how far a criterion ranks an expert from its best.
     """
-    E = statistics.num_experts
-    behind = torch.stack([p.weight * (E - 1 - ranks(scored(p.criterion, statistics))) for p in parts])
+    E, used = statistics.num_experts, _compared(parts, statistics)
+    marked = [lowest_but(used, scored(p.criterion, statistics)) for p in parts]
+    behind = torch.stack([p.weight * (E - 1 - ranks(scores)) for p, scores in zip(parts, marked, strict=True)])
     scores = -(behind.max(0).values + behind.sum(0) / (E * len(parts) + 1))  # ties by the sum
-    return _filled([scores], [kept], scores, kept, groups, protected)
+    return _filled([], [], lowest_but(used, scores), kept, groups, protected)
 
 
 def worst_domain(
@@ -89,16 +128,17 @@ def worst_domain(
 ) -> Selection:
     """Places go one by one to the domain whose kept experts hold the least share of its scores: its best free expert.
 
-    Where a domain has negative scores, its scores are shifted up; each domain's are divided by their sum.
+    Where a domain has negative scores, its scores are shifted up until the lowest is 0, and never down; each domain's
+    are divided by their sum. Experts idle in a domain are its last choice, those idle in all the last of all.
     """
-    shares = _shares(parts, domains)
+    shares, order = _shares(parts, domains)
     places = _Places(kept, groups, shares.shape[1], protected)
     while places.left():
         held = shares[:, places.chosen].sum(1)
         for d in held.argsort(stable=True).tolist():
-            if places.take(shares[d]):
+            if places.take(order[d]):
                 break
-    return places.selection(shares.min(0).values)
+    return places.selection(lowest_but(_used_somewhere(parts, domains), shares.min(0).values))
 
 
 def round_robin(
@@ -108,28 +148,39 @@ def round_robin(
     groups: int = 1,
     protected: Collection[int] = (),
 ) -> Selection:
-    """Domains take turns, each taking its best expert that is still free (arXiv:2607.01710)."""
-    shares = _shares(parts, domains)
+    """Domains take turns, each taking its best expert that is still free (arXiv:2607.01710).
+
+    Experts idle in a domain are its last choice, those idle in all the last of all.
+    """
+    shares, order = _shares(parts, domains)
     places = _Places(kept, groups, shares.shape[1], protected)
     while places.left():
-        for scores in shares:
+        for scores in order:
             if places.left():
                 places.take(scores)
-    return places.selection(shares.max(0).values)
+    return places.selection(lowest_but(_used_somewhere(parts, domains), shares.max(0).values))
 
 
-def _shares(parts: Sequence[Part], domains: Mapping[str, LayerStatistics]) -> Tensor:
-    """[domains, E]: each domain's scores, negative ones shifted up to 0, divided by their sum; 0 for an idle expert."""
-    if len(parts) != 1:
-        raise InputError("worst_domain and round_robin take one criterion")
-    rows = []
+def _shares(parts: Sequence[Part], domains: Mapping[str, LayerStatistics]) -> tuple[Tensor, Tensor]:
+    """Twice [domains, E]: shares, and the order in which a domain takes experts (the highest first).
+
+    A share is a score divided by the sum of the domain's, after the lowest negative one was shifted up to 0; 0 for an
+    idle expert. In the order one idle in the domain stands at -1, one idle in all at -2.
+    """
+    rows, orders = [], []
+    everywhere = _used_somewhere(parts, domains)
     for sums in domains.values():
-        scores = scored(parts[0].criterion, sums)
-        used = sums.count > 0
-        low = torch.where(used, scores, 0.0).min()  # below zero only where a score is
+        scores, used = scored(parts[0].criterion, sums), _compared(parts, sums)
+        low = torch.where(used, scores, 0.0).min().clamp(max=0)
         above = torch.where(used, scores - low, 0.0)
         rows.append(above / above.sum().clamp(min=1e-300))
-    return torch.stack(rows)
+        orders.append(torch.where(used, rows[-1], torch.where(everywhere, -1.0, -2.0)))
+    return torch.stack(rows), torch.stack(orders)
+
+
+def _used_somewhere(parts: Sequence[Part], domains: Mapping[str, LayerStatistics]) -> Tensor:
+    """[E] bool: experts that are compared in some domain."""
+    return torch.stack([_compared(parts, sums) for sums in domains.values()]).any(0)
 
 
 class _Places:

@@ -29,9 +29,9 @@ CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 def criterion_named(text: str) -> Criterion:
     """The criterion that `text` asks for.
 
-    A name of the table; "hts(1,1,1)"; a combination such as "rank(reap*2, usage)", "union(reap, hope)" or
-    "worst_domain(reap)"; a plug-in "path/to/file.py:function" or "package.module:function", whose function takes
-    LayerStatistics and gives [E] scores, higher kept. Raises InputError, naming what is known.
+    A name of the table; "hts(1,1,1)"; a combination such as "rank(reap*2, usage)", "union(reap, hope)",
+    "worst_domain(reap)" or "inverse(wsr)"; a plug-in "path/to/file.py:function" or "package.module:function", whose
+    function takes LayerStatistics and gives [E] scores, higher kept. Raises InputError, naming what is known.
     """
     name = text.strip()
     name = ALIASES.get(name, name)
@@ -89,8 +89,11 @@ def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
     if not parts:
         raise InputError(f"--criterion {text}: expected criteria between the parentheses")
     kind, function = COMBINATORS[combinator], getattr(combine, combinator)
-    if kind == "domains" and len(parts) != 1:
+    if (kind == "domains" or combinator == "inverse") and len(parts) != 1:
         raise InputError(f"--criterion {text}: {combinator} takes one criterion")
+    chosen_whole = parts[0].criterion if combinator == "inverse" and parts[0].criterion.kind == "selector" else None
+    if chosen_whole is not None:
+        raise InputError(f"--criterion {text}: {chosen_whole.name} chooses a set as a whole, which has no other end")
     tiers = tuple(dict.fromkeys(tier for part in parts for tier in part.criterion.tiers))
     family: Family = "weight" if all(part.criterion.family == "weight" for part in parts) else "combined"
     return Criterion(text, partial(function, parts), kind, family, tiers, "set", "a combination", "")

@@ -22,7 +22,11 @@ def need(statistics: LayerStatistics, criterion: str, *names: str) -> None:
 
 def idle_lowest(statistics: LayerStatistics, scores: Tensor) -> Tensor:
     """`scores` [E] with every idle expert (count 0) at one finite value, at least 1 below zero and all the others."""
-    used = statistics.count > 0
+    return lowest_but(statistics.count > 0, scores)
+
+
+def lowest_but(used: Tensor, scores: Tensor) -> Tensor:
+    """As `idle_lowest`, where `used` [E] bool says which experts are not idle."""
     lowest = torch.where(used, scores, 0.0).min()
     return torch.where(used, scores, lowest - lowest.abs().clamp(min=1))
 
@@ -36,6 +40,12 @@ def cosines(gram: Tensor) -> Tensor:
     """gram [E, E] / its norms; 0 where a norm is 0."""
     norm = gram.diagonal().clamp(min=0).sqrt()
     return torch.where(norm[:, None] * norm > 0, gram / (norm[:, None] * norm), 0.0)
+
+
+def distances(gram: Tensor) -> Tensor:
+    """[E, E] Euclidean distances, from inner products."""
+    square = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+    return square.clamp(min=0).sqrt().fill_diagonal_(0)
 
 
 def others(pairs: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekern.criteria.needs import cosines, idle_lowest, need, others
+from moekern.criteria.needs import cosines, distances, idle_lowest, need, others
 from moekern.kernels import pair_popcount
 from moekern.statistics.layer import LayerStatistics
 
@@ -15,21 +15,50 @@ def ecc(statistics: LayerStatistics) -> Tensor:
 
     The rule is repeated over the survivors (MC-Suite, arXiv:2504.05586, Fig. 10), so scores are ranks 0 to E - 1.
     """
-    return _rarer_of_the_closest(statistics, statistics.coactivation.double())
+    return _rarer_of_a_pair(statistics, statistics.coactivation.double())
+
+
+def ecc_apart(statistics: LayerStatistics) -> Tensor:
+    """The other end of `ecc`: of the pair chosen together least often, the less used goes."""
+    return _rarer_of_a_pair(statistics, statistics.coactivation.double(), closest=False)
 
 
 def ets(statistics: LayerStatistics) -> Tensor:
     """As `ecc`, for the pair with the most distinct token ids in common (ETS of MC-Suite, arXiv:2504.05586).
 
-    The paper counts common tokens; here each id counts once.
+    The paper counts common tokens; here each id counts once, in `ets_tokens` as often as both have seen it.
     """
     need(statistics, "ets", "vocabulary")
-    return _rarer_of_the_closest(statistics, pair_popcount(statistics.vocabulary).double())
+    return _rarer_of_a_pair(statistics, pair_popcount(statistics.vocabulary).double())
 
 
-def _rarer_of_the_closest(statistics: LayerStatistics, together: Tensor) -> Tensor:
+def ets_apart(statistics: LayerStatistics) -> Tensor:
+    """The other end of `ets`: of the pair with the fewest distinct token ids in common, the less used goes."""
+    need(statistics, "ets", "vocabulary")
+    return _rarer_of_a_pair(statistics, pair_popcount(statistics.vocabulary).double(), closest=False)
+
+
+def ets_tokens(statistics: LayerStatistics) -> Tensor:
+    """As `ets` (arXiv:2504.05586), an id counting as often as it was routed to both: the lesser of its two counts."""
+    return _rarer_of_a_pair(statistics, _common_tokens(statistics, "ets_tokens"))
+
+
+def ets_tokens_apart(statistics: LayerStatistics) -> Tensor:
+    """The other end of `ets_tokens`."""
+    return _rarer_of_a_pair(statistics, _common_tokens(statistics, "ets_tokens"), closest=False)
+
+
+def _common_tokens(statistics: LayerStatistics, criterion: str) -> Tensor:
+    need(statistics, criterion, "token_count")
+    counts = statistics.token_count
+    return torch.stack([torch.minimum(row, counts).sum(1) for row in counts]).double()
+
+
+def _rarer_of_a_pair(statistics: LayerStatistics, together: Tensor, *, closest: bool = True) -> Tensor:
+    """The step at which each expert is dropped; `together` [E, E] counts from 0 on, and the pair with most goes first,
+    or with `closest` False the one with least."""
     count, E = statistics.count, statistics.num_experts
-    left = together.clone().fill_diagonal_(-1.0)
+    left = (together if closest else 1 + together.max() - together).clone().fill_diagonal_(-1.0)
     scores = torch.zeros(E, dtype=torch.float64, device=count.device)
     alive = torch.ones(E, dtype=torch.bool, device=count.device)
     for step in range(E - 1):
@@ -52,38 +81,69 @@ def m_smoe(statistics: LayerStatistics) -> Tensor:
 
 
 def hc_smoe(statistics: LayerStatistics) -> Tensor:
-    """-the largest cosine of mean outputs with a more used expert (similarity of HC-SMoE, arXiv:2410.08589).
+    """The least distance of mean outputs from a more used expert's (distance of HC-SMoE, arXiv:2410.08589).
 
-    Means are over the replayed tokens, on which every expert was run.
+    Euclidean, as in the official code. Means are over the replayed tokens, on which every expert was run.
     """
-    need(statistics, "hc_smoe", "output_sum")
-    return _covered(statistics, cosines(statistics.output_sum @ statistics.output_sum.T), statistics.count)
+    return _covered(statistics, -distances(mean_outputs(statistics, "hc_smoe")), statistics.count)
+
+
+def hc_smoe_cosine(statistics: LayerStatistics) -> Tensor:
+    """-the largest cosine of mean outputs with a more used expert: `hc_smoe` (arXiv:2410.08589) by angle alone."""
+    return _covered(statistics, cosines(mean_outputs(statistics, "hc_smoe_cosine")), statistics.count)
+
+
+def mean_outputs(statistics: LayerStatistics, criterion: str) -> Tensor:
+    """[E, E] inner products of the experts' mean outputs over the replayed tokens."""
+    need(statistics, criterion, "output_sum")
+    means = statistics.output_sum / statistics.replay_tokens.clamp(min=1)
+    return means @ means.T
 
 
 def ream(statistics: LayerStatistics) -> Tensor:
     """-the largest similarity with an expert of higher REAP (similarity of REAM, arXiv:2604.04356).
 
-    Similarity is the mean of the outputs' mean cosine and the router logits' cosine. REAM gates the outputs first;
-    the cosine of two rows does not depend on positive gates.
+    As in the official code, the mean of (1 + c) / 2, c the cosine of the mean outputs over all tokens, each output
+    times the softmax of its logit; and of 1 - d / the largest d, d the distance of the experts' router logits over all
+    tokens, each expert's divided by their norm. Outputs are those of the replayed tokens, logits those of all.
     """
-    need(statistics, "ream", "output_cosine", "logit_gram")
+    need(statistics, "ream", "scored_output_sum", "logit_gram")
+    outputs = (1 + cosines(statistics.scored_output_sum @ statistics.scored_output_sum.T)) / 2
+    apart = distances(cosines(statistics.logit_gram))
+    routers = 1 - apart / apart.max().clamp(min=1e-300)
+    return _covered(statistics, (outputs + routers) / 2, _reap(statistics))
+
+
+def ream_tokens(statistics: LayerStatistics) -> Tensor:
+    """As `ream` (arXiv:2604.04356), by the mean over tokens of the outputs' cosine, and the router logits' cosine.
+
+    The cosine of two outputs of one token does not depend on their gates.
+    """
+    need(statistics, "ream_tokens", "output_cosine", "logit_gram")
     outputs = statistics.output_cosine / statistics.replay_tokens.clamp(min=1)
-    reap = statistics.gated_norm_sum / statistics.count.clamp(min=1)
-    return _covered(statistics, (outputs + cosines(statistics.logit_gram)) / 2, reap)
+    return _covered(statistics, (outputs + cosines(statistics.logit_gram)) / 2, _reap(statistics))
+
+
+def _reap(statistics: LayerStatistics) -> Tensor:
+    return statistics.gated_norm_sum / statistics.count.clamp(min=1)
 
 
 def _covered(statistics: LayerStatistics, similarity: Tensor, salience: Tensor) -> Tensor:
     """-the largest similarity with a more salient expert; the most salient expert has none and scores highest.
 
-    Of equally salient experts the lower number counts as the more salient.
+    It stands above the others by the mean step between them, or 1 where all are equal. Of equally salient experts the
+    lower number counts as the more salient.
     """
     E = statistics.num_experts
     rank = torch.empty(E, dtype=torch.int64, device=salience.device)
     rank[salience.argsort(descending=True, stable=True)] = torch.arange(E, device=salience.device)
     above = rank[None, :] < rank[:, None]
-    largest = torch.where(above, similarity, -torch.inf).max(1).values
-    lowest = float(similarity.min()) - 1
-    return idle_lowest(statistics, -torch.where(above.any(1), largest, lowest))
+    scores = -torch.where(above, similarity, -torch.inf).max(1).values
+    compared = above.any(1)
+    some = scores[compared & (statistics.count > 0)]
+    step = (some.max() - some.min()) / (len(some) - 1) if len(some) > 1 else some.new_zeros(())
+    top = (some.max() if len(some) else 0.0) + torch.where(step > 0, step, 1.0)
+    return idle_lowest(statistics, torch.where(compared, scores, top))
 
 
 def router_redundancy(statistics: LayerStatistics) -> Tensor:
@@ -111,7 +171,7 @@ def shape(statistics: LayerStatistics) -> Tensor:
     """Shapley-like share of the coalitions' value: Σ over chosen sets A with e of (v(A) - α n(A without e)) (SHAPE).
 
     v(A) is how often exactly A was chosen, n(B) how many tokens chose all of B, α the least v(A) / n(A without e) over
-    the sets with e (arXiv:2606.09886; n is reconstructed from the description of its code).
+    the sets with e (arXiv:2606.09886; the official code's n is this one up to a constant).
     """
     need(statistics, "shape", "coalitions")
     sets, value = statistics.coalitions[:, :-1], statistics.coalitions[:, -1].double()

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from moekern.criteria.needs import idle_lowest, mean, need
+from moekern.criteria.needs import idle_lowest, lowest_but, mean, need
 from moekern.errors import InputError
 from moekern.kernels import popcount
 from moekern.statistics.layer import LayerStatistics
@@ -65,15 +65,15 @@ def reap_renormalised(statistics: LayerStatistics) -> Tensor:
 
 
 def reap_compat(statistics: LayerStatistics) -> Tensor:
-    """REAP's numbers as its reference code takes them, for comparison only.
+    """REAP's numbers as its reference code took them until March 2026, for comparison only.
 
     The K largest raw logits are taken as the choice and their softmax over all experts as gates, whatever the model's
     router does: biases, groups, sigmoid scores and scaling are left out (arXiv:2510.13999, observer of the repository).
+    Since then that code renormalises the gates where the model does; `reap`, with the model's own gates, always has.
     """
     need(statistics, "reap_compat", "compat_gated_norm_sum")
     count = statistics.compat_count
-    scores = statistics.compat_gated_norm_sum / count.clamp(min=1)
-    return torch.where(count > 0, scores, -1.0)
+    return lowest_but((count > 0) | (statistics.count > 0), statistics.compat_gated_norm_sum / count.clamp(min=1))
 
 
 def man(statistics: LayerStatistics) -> Tensor:

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from moekern.criteria.needs import cosines, idle_lowest, need
+from moekern.criteria.needs import cosines, distances, idle_lowest, need
+from moekern.criteria.pairs import mean_outputs
 from moekern.criteria.selectors import Selection, select
 from moekern.statistics.layer import LayerStatistics
 
 Matrix = NDArray[np.float64]
+
+FARTHEST = 2.0  # 1 - the least cosine
 
 
 def naee(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()) -> Selection:
@@ -23,7 +26,7 @@ def naee(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
 
     Up to 10 experts every set was replayed, so the least Σ ‖all - kept‖₂² over the replayed tokens is exact (the paper
     sums norms of whole batches). Beyond, single deletions are taken to add up: ‖Σ Δ‖² by their Gram matrix, minimised
-    as HOPE's objective is. Scores are those of `leave_one_out`.
+    as HOPE's objective is. Either way idle experts go first. Scores are those of `leave_one_out`.
     """
     need(statistics, "naee", "deletion_gram")
     single = idle_lowest(statistics, statistics.deletion_gram.diagonal().clamp(min=0))
@@ -32,7 +35,8 @@ def naee(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
         return select(gram.cpu().numpy(), statistics, kept, groups, protected)
     loss = statistics.subset_loss.tolist()
     sets = _sets(statistics.num_experts, kept, groups, protected)
-    keep = min(sets, key=lambda keep: (loss[sum(1 << e for e in keep)], keep))
+    idle = (statistics.count == 0).tolist()
+    keep = min(sets, key=lambda keep: (sum(idle[e] for e in keep), loss[sum(1 << e for e in keep)], keep))
     return Selection(keep, single)
 
 
@@ -65,8 +69,7 @@ def stun(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
     """
     need(statistics, "stun", "router_gram")
     gram = statistics.router_gram
-    square = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
-    far = square.clamp(min=0).sqrt()
+    far = distances(gram)
     both = statistics.coactivation.double().fill_diagonal_(0)
     far = far / far.max().clamp(min=1e-300) - both / both.max().clamp(min=1)
     distance = (far - far.min()).fill_diagonal_(0).cpu().numpy()
@@ -76,13 +79,25 @@ def stun(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
 def hc_smoe_clusters(
     statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()
 ) -> Selection:
-    """Average-linkage clusters of mean outputs, of each of which the most used expert stays (arXiv:2410.08589).
+    """Average-linkage clusters of mean outputs, each of which keeps its most central expert (arXiv:2410.08589).
 
-    HC-SMoE merges a cluster; here its members are dropped. Distance: 1 - cosine of the mean outputs over the replayed
-    tokens. Scores: usage.
+    HC-SMoE merges a cluster; here all its members but the one nearest the centre are dropped. Distance: Euclidean, of
+    the mean outputs over the replayed tokens, as in the official code. Scores: -squared distance from the centre.
     """
-    need(statistics, "hc_smoe_clusters", "output_sum")
-    distance = (1 - cosines(statistics.output_sum @ statistics.output_sum.T)).clamp(min=0).fill_diagonal_(0)
+    gram = mean_outputs(statistics, "hc_smoe_clusters")
+    distance, value = distances(gram).cpu().numpy(), _to_centre(gram.cpu().numpy())
+    return _one_of_each(distance, value, statistics, kept, groups, protected)
+
+
+def hc_smoe_clusters_cosine(
+    statistics: LayerStatistics, kept: int, groups: int = 1, protected: Collection[int] = ()
+) -> Selection:
+    """As `hc_smoe_clusters` (arXiv:2410.08589), by 1 - cosine of the mean outputs; the most used of a cluster stays.
+
+    Scores: usage.
+    """
+    gram = mean_outputs(statistics, "hc_smoe_clusters_cosine")
+    distance = (1 - cosines(gram)).clamp(min=0).fill_diagonal_(0)
     count = statistics.count.cpu().numpy()
     return _one_of_each(
         distance.cpu().numpy(),
@@ -98,35 +113,42 @@ def diet(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
     """The kept set that covers all deletion signatures: least Σ over experts of the distance to the nearest kept one.
 
     A signature is Σ Δ over the replayed tokens, distance 1 - cosine: k-median by adding greedily, then swapping while
-    that helps (the coverage of DIET, without its layer budgets and annealing). Scores: what dropping the expert alone
-    would add to the sum.
+    that helps (the coverage of DIET, without its layer budgets and annealing). An expert without a signature needs no
+    cover and gives none: such experts go first, idle ones before all. Scores: what dropping the expert alone would add
+    to the sum.
     """
     need(statistics, "diet", "deletion_sum")
     gram = statistics.deletion_sum @ statistics.deletion_sum.T
     distance = (1 - cosines(gram)).clamp(min=0).fill_diagonal_(0).cpu().numpy()
-    E = len(distance)
+    silent = (gram.diagonal() <= 0).cpu().numpy()
+    idle = (statistics.count == 0).cpu().numpy()
+    last = silent.astype(np.int64) + 2 * idle  # places go to experts at 0, then to those at 1, 2, 3
+    E, heard = len(distance), last == 0
     group = np.arange(E) // (E // groups)
     chosen = sorted(protected)
     while len(chosen) < kept:
         full = np.bincount(group[chosen], minlength=groups) >= kept // groups
         free = [e for e in range(E) if e not in chosen and not full[group[e]]]
-        chosen.append(min(free, key=lambda e: (_uncovered(distance, [*chosen, e]), e)))
-    keep = _swapped(distance, chosen, group, protected)
-    alone = np.where(np.eye(E, dtype=bool), np.inf, distance).min(1) if E > 1 else np.zeros(E)
-    return Selection(tuple(keep), idle_lowest(statistics, torch.from_numpy(alone)))
+        chosen.append(min(free, key=lambda e: (last[e], _uncovered(distance[heard], [*chosen, e]), e)))
+    keep = _swapped(distance[heard], chosen, group, np.flatnonzero(heard).tolist(), protected)
+    near = np.where(np.eye(E, dtype=bool) | ~heard, np.inf, distance).min(1, initial=FARTHEST)
+    return Selection(tuple(keep), idle_lowest(statistics, torch.from_numpy(np.where(heard, near, 0.0))))
 
 
 def _uncovered(distance: Matrix, kept: list[int]) -> float:
     return float(distance[:, kept].min(1).sum())
 
 
-def _swapped(distance: Matrix, kept: list[int], group: NDArray[np.int64], protected: Collection[int]) -> list[int]:
+def _swapped(
+    distance: Matrix, kept: list[int], group: NDArray[np.int64], heard: list[int], protected: Collection[int]
+) -> list[int]:
+    """Exchange a kept and a dropped expert of one group, both among the `heard`, while that covers more of them."""
     best, value = sorted(kept), _uncovered(distance, kept)
     improved = True
     while improved:
         improved = False
-        for out in [e for e in best if e not in protected]:
-            for new in [e for e in range(len(distance)) if e not in best and group[e] == group[out]]:
+        for out in [e for e in best if e not in protected and e in heard]:
+            for new in [e for e in heard if e not in best and group[e] == group[out]]:
                 trial = sorted([*(e for e in best if e != out), new])
                 found = _uncovered(distance, trial)
                 if found < value * (1 - 1e-12):

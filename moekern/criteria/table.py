@@ -23,6 +23,7 @@ MC = "arXiv:2504.05586"
 DEFAULT = "gated_norm"
 HTS = "arXiv:2606.15716"
 REAP = "arXiv:2510.13999"
+HC = "arXiv:2410.08589"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +132,11 @@ HTS_FAMILY = (
     ),
 )  # fmt: skip
 LATER = (
+    *_rows(pairs, "inference", "token_counts", ("ets_tokens", "max", "as ets, an id counting as often as seen", MC)),
     *_rows(
         scores, "activation", "reap",
         ("reap_renormalised", "min", "REAP with each token's gates made to sum to 1", REAP),
-        ("reap_compat", "min", "REAP's numbers as its code takes them, for comparison", REAP),
+        ("reap_compat", "min", "REAP as its code took it until March 2026, for comparison", REAP),
     ),
     *_rows(
         selectors, "activation", "routed",
@@ -147,7 +149,7 @@ LATER = (
     ),
     *_rows(
         activation, "activation", "dimensions",
-        ("mone", "min", "spread of the output x mean gate (MoNE)", "arXiv:2507.00390"),
+        ("mone", "min", "spread of the output x sum of gates (MoNE)", "arXiv:2507.00390"),
     ),
     *_rows(weights, "weight", "weights", ("aimer", "max", "mean |w| over RMS of weights (AIMER)", "arXiv:2603.18492")),
     *_rows(
@@ -173,14 +175,17 @@ REDUNDANCY = (
     *_rows(
         subsets, "redundancy", "replay",
         ("naee", "set", "kept set whose output is nearest to the whole layer's (NAEE)", "arXiv:2402.14800"),
-        ("hc_smoe_clusters", "set", "most used of each cluster of mean outputs (HC-SMoE)", "arXiv:2410.08589"),
+        ("hc_smoe_clusters", "set", "the central one of each cluster of mean outputs (HC-SMoE)", HC),
+        ("hc_smoe_clusters_cosine", "set", "the most used of each cluster of mean outputs, by cosine", HC),
         ("leave_one_out_greedy", "set", "dropped one by one, least added loss of output first", ""),
         ("diet", "set", "kept set that covers the deletion signatures (DIET)", "DIET, 2026"),
     ),
     *_rows(
         pairs, "redundancy", "replay",
-        ("hc_smoe", "max", "likeness of mean outputs to a more used expert's (HC-SMoE)", "arXiv:2410.08589"),
+        ("hc_smoe", "min", "distance of mean outputs from a more used expert's (HC-SMoE)", HC),
+        ("hc_smoe_cosine", "max", "cosine of mean outputs with a more used expert's", HC),
         ("ream", "max", "likeness of outputs and logits to an expert of higher REAP (REAM)", "arXiv:2604.04356"),
+        ("ream_tokens", "max", "as ream, by the cosine of outputs token by token", "arXiv:2604.04356"),
         ("output_redundancy", "max", "mean cosine of outputs with the other experts'", ""),
         ("leave_one_out", "min", "what the output loses when the expert is dropped alone", ""),
     ),
@@ -188,11 +193,18 @@ REDUNDANCY = (
 RANDOM = Criterion("random", scores.random, "seeded", "baseline", (), "none", "numbers from --seed: a baseline", "")
 
 CRITERIA: dict[str, Criterion] = {row.name: row for row in (*MC_SUITE, *HTS_FAMILY, *LATER, *REDUNDANCY, RANDOM)}
+# The other end of criteria whose negative is not that: they part one pair after the other.
+OTHER_ENDS: dict[str, Callable[..., Any]] = {
+    "ecc": pairs.ecc_apart, "ets": pairs.ets_apart, "ets_tokens": pairs.ets_tokens_apart
+}  # fmt: skip
+# Of these MC-Suite prints the formula alone: the end that goes first is moekern's reading.
+INFERRED = ("ewn", "eao", "egs", "ego", "egn")
 # Other names that papers use.
 ALIASES = {"euf": "usage", "frequency": "usage", "seer": "gate_mass", "ean_token": "ean"}
 COMBINATORS: dict[str, Kind] = {
     "rank": "score",
     "zscore": "score",
+    "inverse": "score",
     "union": "selector",
     "intersection": "selector",
     "worst_domain": "domains",
@@ -220,7 +232,7 @@ def described() -> list[dict[str, str]]:
             "name": c.name,
             "family": c.family,
             "tier": ", ".join(c.tiers) or "routed",
-            "drop first": c.drop,
+            "drop first": f"{c.drop} (inferred)" if c.name in INFERRED else c.drop,
             "meaning": c.meaning,
             "paper": c.paper,
         }

@@ -21,7 +21,7 @@ def rwn(statistics: LayerStatistics) -> Tensor:
 
 
 def wsr(statistics: LayerStatistics) -> Tensor:
-    """-Σ σ² / σ₁², the mean over the expert's matrices (WSR of MC-Suite, arXiv:2504.05586).
+    """-Σ σ² / σ₁², the mean over gate, up and down (WSR of MC-Suite, arXiv:2504.05586), stored in one tensor or apart.
 
     The paper found that dominant experts have a low stable rank, so high ones are dropped first.
     """

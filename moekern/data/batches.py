@@ -27,7 +27,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Batches and the recipe they were made by (any JSON: sources with their sha256, sequence length, chunk, seed).
+    """Batches and the recipe they were made by (any JSON: sources with the sha256 of their token ids, sequence length,
+    chunk, seed); notes: what was said of the text, and of what of it was left out.
 
     Statistics are computed, and added, `chunk` sequences at a time, in their order: this decides their bits, and
     batches do not.
@@ -36,6 +37,7 @@ class TokenData:
     batches: tuple[Batch, ...]
     recipe: dict[str, Any]
     chunk: int = 1
+    notes: tuple[str, ...] = ()
 
     def by_chunk(self) -> TokenData:
         """The same sequences in the same order, `chunk` of a domain and a length together, whatever the batches are."""
@@ -64,15 +66,19 @@ def sequences_of(ids: np.ndarray, length: int, budget: int | None, rng: np.rando
 
 
 def rows_of(
-    documents: Iterable[np.ndarray], length: int, budget: int | None, rng: np.random.Generator
+    documents: Iterable[np.ndarray],
+    length: int,
+    budget: int | None,
+    rng: np.random.Generator,
+    most: int | None = None,
 ) -> list[np.ndarray]:
-    """The first `length` tokens of each document, drawn in a random order up to `budget` tokens in all.
+    """The first `length` tokens of each document, drawn in a random order up to `budget` tokens and `most` rows.
 
     Rows of one length follow one another, so that they can be computed together without padding. A document of less
     than 2 tokens is left out.
     """
     rows = [document[:length] for document in documents if len(document) > 1]
-    drawn = _within([rows[i] for i in rng.permutation(len(rows))], budget)
+    drawn = _within([rows[i] for i in rng.permutation(len(rows))[:most]], budget)
     return sorted(drawn, key=len, reverse=True)
 
 

@@ -9,6 +9,7 @@ import warnings
 from multiprocessing.connection import Connection
 from typing import Any
 
+from moekern.data.left_out import Unreadable
 from moekern.errors import InputError, first_line
 
 SECONDS = 5  # of computing, for one conversation; up to one less, since the limit counts whole ones
@@ -37,18 +38,22 @@ class Templates:
         self.connection.close()
         self.process.join()
 
-    def render(self, messages: Any) -> str:
-        """The text of a conversation. Raises InputError with what the template raised, or what it took too much of."""
+    def render(self, messages: Any, tools: Any = None, options: Any = None) -> str:
+        """The text of a conversation, which names tools, with options of the template.
+
+        Raises Unreadable with what the template raised, and InputError where it takes too much: other conversations
+        would too.
+        """
         try:
-            self.connection.send(messages)
+            self.connection.send((messages, tools, options or {}))
             text, problem = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             late = self.process.exitcode == -signal.SIGXCPU
-            reason = f"it takes more than {SECONDS} s" if late else f"its process ended with {self.process.exitcode}"
+            reason = f"takes more than {SECONDS} s" if late else f"ends its process with {self.process.exitcode}"
             raise InputError(reason) from None
         if problem is not None:
-            raise InputError(problem)
+            raise problem
         return str(text)
 
 
@@ -63,23 +68,23 @@ def _serve(other: Connection, connection: Connection, tokenizer: Any) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
         try:
-            messages = connection.recv()
+            asked = connection.recv()
         except EOFError:
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
         spent = int(used.ru_utime + used.ru_stime)
         resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS, resource.RLIM_INFINITY))
-        connection.send(_rendered(tokenizer, messages))
+        connection.send(_rendered(tokenizer, *asked))
 
 
-def _rendered(tokenizer: Any, messages: Any) -> tuple[str, str | None]:
+def _rendered(tokenizer: Any, messages: Any, tools: Any, options: Any) -> tuple[str, Exception | None]:
     """Text, or why there is none."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
     except MemoryError:
-        return "", f"it takes more than {MEMORY} bytes"
+        return "", InputError(f"takes more than {MEMORY} bytes")
     except Exception as error:
-        return "", first_line(error)
+        return "", Unreadable(f"the chat template cannot render it: {first_line(error)}")
     if not isinstance(text, str) or len(text) > TEXT_CAP:
-        return "", f"it gives no text of at most {TEXT_CAP} characters"
+        return "", InputError(f"gives no text of at most {TEXT_CAP} characters")
     return text, None

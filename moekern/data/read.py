@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, batched, rows_of, sequences_of
-from moekern.data.sources import digest_of, documents_of, sources_of
+from moekern.data.hub import SHUFFLED
+from moekern.data.left_out import LeftOut, Notes, Unreadable
+from moekern.data.mixes import Domain, budgets, domains_of
+from moekern.data.rows import Chat, Passage
+from moekern.data.sources import Documents, Reading, documents_of, read_document
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError
+
+THINKING = ("on", "off", "row")
 
 
 def read_data(
@@ -19,69 +28,178 @@ def read_data(
     model: str | Path,
     *,
     vocab_size: int | None = None,
+    max_positions: int | None = None,
     tokens: int | None = None,
     sequence_length: int = 2048,
     batch_size: int = 8,
     chunk: int | None = None,
     pack: bool = True,
     seed: int = 0,
+    columns: Sequence[str] = (),
+    thinking: str = "row",
+    strict: bool = False,
     trust_remote_code: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> TokenData:
-    """Read "name=path" or "path" sources, tokenise with the model folder's tokenizer and pack to `sequence_length`.
+    """Read "name=source" or "source", tokenise with the model folder's tokenizer and pack to `sequence_length`.
 
-    A source is a text file, JSONL ("text", "messages" or "input_ids" per line), a .npy of token ids, or a folder of
-    them. Documents follow one another with the tokenizer's end-of-text token between; sequences are drawn in a seeded
-    order. Without `pack` each document (a file, a line, a row of an array) is a sequence of its own, cut at
+    A source is a file of text or rows, a folder of them, or a data set of the hub, with an amount behind a colon: see
+    `data.mixes` and `data.rows`. Documents follow one another with the tokenizer's end-of-text token between; sequences
+    are drawn in a seeded order. Without `pack` each document (a file of text, a row) is a sequence of its own, cut at
     `sequence_length`; those of one length are computed together, and none is padded. Statistics are taken `chunk`
-    sequences at a time (None: as many of the longest as hold 2048 tokens), losses `batch_size`. `tokens` bounds the
-    total and is shared evenly by the domains; what a small domain lacks is not made up for.
-    Raises InputError for a source that is missing, empty or not text, and for token ids outside the vocabulary.
+    sequences at a time (None: as many of the longest as hold 2048 tokens), losses `batch_size`. `tokens` bounds what
+    domains that name no amount have together; what a small one lacks is not made up for. No more is read than a budget
+    needs. `columns` ("column" or "name=column") say where the text of rows is. What is left out is counted and told in
+    a line, by `tell` or as a warning; `strict` makes it an error.
+    Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
-    if sequence_length < 2:
-        raise InputError(f"--sequence-length {sequence_length}: expected at least 2")
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    _check(sequence_length, batch_size, seed, thinking)
     if chunk is not None and chunk < 1:
         raise InputError(f"--chunk {chunk}: expected at least 1")
-    if seed < 0:
-        raise InputError(f"--seed {seed}: expected 0 or more")
-    sources = sources_of(specs)
-    if tokens is not None and tokens < 2 * len(sources):
-        raise InputError(f"--tokens {tokens}: expected at least 2 for each of {len(sources)} domains")
-    budgets = _shares(tokens, len(sources))
-    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack)
+    domains = domains_of(specs)
+    named = _columns(columns, domains)
+    notes = Notes(tell)
+    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking, notes=notes)
+    shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
-    for number, ((domain, path), budget) in enumerate(zip(sources.items(), budgets, strict=True)):
-        documents = documents_of(path, tokenizer)
-        ids = np.concatenate([np.empty(0, np.int64), *documents])
-        draw = np.random.default_rng([seed, number])
-        if pack:
-            sequences = sequences_of(ids, sequence_length, budget, draw)
-        else:
-            sequences = rows_of(documents, sequence_length, budget, draw)
-        if not sequences:
-            raise InputError(f"--data {domain}={path}: holds no text")
-        _check_vocabulary(ids, vocab_size, path)
-        batches += [Batch(domain, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
-    longest = sequence_length if pack else max(batch.input_ids.shape[1] for batch in batches)
-    chunk = max(1, CHUNK_TOKENS // longest) if chunk is None else chunk
+    sources: dict[str, Any] = {}
+    for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
+        reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
+        left = LeftOut(domain.name, strict)
+        with closing(tokenizer):
+            sequences = _sequences(reading, tokenizer, left, notes)
+        _check_vocabulary(sequences, vocab_size, domain)
+        sources[domain.name] = _source(reading, sequences, left)
+        batches += [Batch(domain.name, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    if max_positions is not None and longest > max_positions:
+        notes.warn(
+            f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
+            "positions that the model was made for (max_position_embeddings)"
+        )
+    chunk = max(1, CHUNK_TOKENS // (sequence_length if pack else longest)) if chunk is None else chunk
     recipe = {
-        "sources": {domain: {"path": path.name, "sha256": digest_of(path)} for domain, path in sources.items()},
+        "sources": sources,
         "sequence_length": sequence_length,
         "chunk": chunk,
         "tokens": tokens,
         "seed": seed,
+        "thinking": thinking,
     } | ({} if pack else {"pack": False})
-    return TokenData(tuple(batches), recipe, chunk)
+    return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
 
 
-def _shares(tokens: int | None, domains: int) -> list[int | None]:
-    if tokens is None:
-        return [None] * domains
-    return [tokens // domains + (i < tokens % domains) for i in range(domains)]
+def _check(sequence_length: int, batch_size: int, seed: int, thinking: str) -> None:
+    if sequence_length < 2:
+        raise InputError(f"--sequence-length {sequence_length}: expected at least 2")
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: expected 0 or more")
+    if thinking not in THINKING:
+        raise InputError(f"--thinking {thinking}: expected one of {', '.join(THINKING)}")
 
 
-def _check_vocabulary(ids: np.ndarray, vocab_size: int | None, path: Path) -> None:
-    low, high = int(ids.min()), int(ids.max())
+def _columns(columns: Sequence[str], domains: Sequence[Domain]) -> dict[str, str]:
+    """Domain -> column. One that is named for all is for those that have none of their own."""
+    named = {domain.name: column for column in columns if "=" not in column for domain in domains}
+    for column in columns:
+        name, equals, own = column.partition("=")
+        if equals and name not in {domain.name for domain in domains}:
+            raise InputError(f"--column {column}: no domain is named {name!r}")
+        named |= {name: own} if equals else {}
+    return named
+
+
+def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Notes) -> list[np.ndarray]:
+    """The sequences of a domain. Says what was left out, and of how much text they are."""
+    domain, length, budget = reading.domain, reading.sequence_length, reading.budget
+    documents = documents_of(reading, left, notes)
+    parts: list[np.ndarray] = []
+    total = 0
+    for ids in token_documents(documents, reading, tokenizer, left):
+        parts.append(ids if reading.pack else ids[:length])
+        total += len(parts[-1])
+        if documents.drawn and budget is not None and total >= budget:
+            break
+    generator = np.random.default_rng(reading.seed)
+    if reading.pack:
+        whole = np.concatenate([np.empty(0, np.int64), *parts])
+        sequences = sequences_of(whole, length, budget, generator)
+    else:
+        sequences = rows_of(parts, length, budget, generator, domain.amount.sequences)
+    reasons = left.reasons()
+    if not sequences:
+        where = f"--data {domain.name}={domain.path}: holds no text"
+        raise InputError(f"{where}: {reasons[0]}" if reasons else where)
+    for reason in reasons:
+        notes.warn(f"{domain.name}: {reason}")
+    told = _how_much(reading, documents, sum(map(len, sequences)), total)
+    if told:
+        notes.say(f"{domain.name}: {told}")
+    return sequences
+
+
+def _how_much(reading: Reading, documents: Documents, used: int, total: int) -> str:
+    """Tokens that are used, where there are more, or fewer than were asked for; else nothing."""
+    own = reading.domain.amount.tokens or reading.domain.amount.sequences
+    asked = "its own amount" if own else "--tokens"
+    if documents.drawn and reading.budget is not None and total >= reading.budget:
+        size = f"parts of {documents.size / 1e6:,.1f} MB"
+        stream = f"the stream of its rows, out of {SHUFFLED:,} at a time"
+        return f"{used:,} tokens, drawn from {size if documents.size else stream} ({asked})"
+    if used + 1 < total:
+        return f"{used:,} tokens of {total:,} ({asked})"
+    if own and reading.pack and used + 1 < (reading.budget or 0):
+        return f"{used:,} tokens, fewer than the {reading.budget:,} that it was asked for"
+    return ""
+
+
+def token_documents(
+    documents: Documents, reading: Reading, tokenizer: Tokenizer, left: LeftOut
+) -> Iterator[np.ndarray]:
+    """The token ids [N] int64 of each document, its special tokens included; what cannot be read is counted in `left`.
+
+    A file of text that is not UTF-8 to its end is left out whole, unless parts of a larger text are drawn.
+    """
+    pieces: list[np.ndarray] = []
+    for name, item in documents.items:
+        document = read_document(name, item, reading.column, left)
+        if document is None:
+            pieces = []
+            continue
+        try:
+            ids = tokenizer.ids(document)
+        except Unreadable as error:
+            left.row(name, item.where, error)
+            continue
+        if isinstance(document, Chat):
+            left.parts.update(document.parts)
+        if isinstance(document, Passage):
+            pieces = [ids] if document.begins else [*pieces, ids]
+            if not document.ends:
+                continue
+            ids, pieces = np.concatenate(pieces), []
+        yield ids
+
+
+def _source(reading: Reading, sequences: Sequence[np.ndarray], left: LeftOut) -> Mapping[str, Any]:
+    """What the recipe says of a domain. The digest is of the token ids in the order of use, as little-endian int64."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.ascontiguousarray(sequence, dtype="<i8").tobytes())
+    return {
+        "path": reading.domain.shown,
+        "tokens": sum(map(len, sequences)),
+        "ids_sha256": digest.hexdigest(),
+        "left_out": left.document(),
+    }
+
+
+def _check_vocabulary(sequences: Sequence[np.ndarray], vocab_size: int | None, domain: Domain) -> None:
+    low = min(int(ids.min()) for ids in sequences)
+    high = max(int(ids.max()) for ids in sequences)
     if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise InputError(f"--data {path}: token ids {low} to {high} do not fit the model's vocabulary of {vocab_size}")
+        raise InputError(
+            f"--data {domain.path}: token ids {low} to {high} do not fit the model's vocabulary of {vocab_size}"
+        )

@@ -1,126 +1,208 @@
-"""Files and folders of text, as a person names them, and the token ids in them."""
+"""From a domain to documents: which files it is of, and which parts of them a number of tokens is drawn from."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moekern import files
-from moekern.data.batches import DEFAULT_DOMAIN
-from moekern.data.tokenizer import Tokenizer
-from moekern.errors import InputError, first_line
+from moekern.data.hub import hub_rows
+from moekern.data.left_out import LeftOut, Notes, Unreadable, counted
+from moekern.data.mixes import Domain
+from moekern.data.readers import FORMATS, File, Item, file_of, groups_of, plain_suffix, read_all, read_block
+from moekern.data.rows import Document, Passage, document_of
+from moekern.errors import InputError
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go", ".java", ".html", ".tex")
-DATA_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".npy")
-
-
-def sources_of(specs: Sequence[str]) -> dict[str, Path]:
-    if not specs:
-        raise InputError("--data: expected at least one NAME=PATH")
-    sources: dict[str, Path] = {}
-    for spec in specs:
-        name, equals, rest = spec.partition("=")
-        path = Path(rest if equals else spec)
-        if not (rest if equals else spec):
-            raise InputError(f"--data {spec}: no path is given; expected NAME=PATH")
-        if not equals:
-            name = DEFAULT_DOMAIN if len(specs) == 1 else path.stem
-        if not name or "/" in name or not name.isprintable():
-            raise InputError(f"--data {spec}: expected NAME=PATH with a plain name")
-        if name in sources:
-            raise InputError(f"--data {spec}: the domain {name!r} is named twice; put both into one folder")
-        if not path.exists():
-            raise InputError(f"--data {spec}: no such file or folder: {path}")
-        sources[name] = path
-    return sources
+# A domain is read whole up to so many bytes of text, and more for each token of its budget; parts of larger ones.
+WHOLE = 1 << 20
+WHOLE_PER_TOKEN = 8
+BLOCK = (1 << 11, 1 << 18)  # bytes of the parts that are drawn, at least and at most
+MOST_BLOCKS = 1 << 20
+TOKEN_BYTES = 4  # of text, about
 
 
-def files_of(path: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Reading:
+    """How a domain is read. budget: tokens wanted; None for all."""
+
+    domain: Domain
+    budget: int | None
+    sequence_length: int
+    column: str | None
+    seed: tuple[int, ...]
+    pack: bool = True
+
+    @property
+    def most(self) -> int | None:
+        """Bytes up to which everything is read."""
+        return None if self.budget is None else WHOLE + WHOLE_PER_TOKEN * self.budget
+
+    @property
+    def block(self) -> int:
+        """Bytes of a part: about a sequence of tokens, and more where then 64 of them give all that is wanted."""
+        wanted = max(TOKEN_BYTES * (self.budget or 0) // 64, TOKEN_BYTES * self.sequence_length)
+        return min(max(wanted, BLOCK[0]), BLOCK[1])
+
+    def generator(self) -> np.random.Generator:
+        return np.random.default_rng([*self.seed, 1])
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a domain. drawn: they are parts of it in a random order, of which as many are read as needed."""
+
+    items: Iterator[tuple[str, Item]]  # with the name of the file
+    drawn: bool
+    size: int = 0  # bytes of the files
+
+
+def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
+    """The files of text in a file or a folder, sorted. Raises InputError where there is none."""
+    path = Path(domain.path)
     if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"--data: {path} is a pipe or a device; give a file or a folder")
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in DATA_SUFFIXES)
-    if not found:
-        raise InputError(f"--data: {path} holds no file ending in {', '.join(DATA_SUFFIXES)}")
-    return found
-
-
-def digest_of(path: Path) -> str | dict[str, str]:
-    if path.is_file():
-        return files.sha256(path)
-    return {str(p.relative_to(path)): files.sha256(p) for p in files_of(path)}
-
-
-def documents_of(path: Path, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The token ids of each document: a text file, a line of JSONL, a row of an array."""
-    return [np.asarray(ids, dtype=np.int64) for file in files_of(path) for ids in _documents(file, tokenizer)]
-
-
-def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
-    if file.suffix == ".npy":
-        yield from _npy(file)
-    elif file.suffix == ".jsonl":
-        yield from _jsonl(file, tokenizer)
+        candidates = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file())
+        candidates = [p for p in found if plain_suffix(p) in FORMATS]
+        others = Counter(p.suffix or "without suffix" for p in found if plain_suffix(p) not in FORMATS)
+        if not candidates:
+            raise InputError(f"--data {domain.name}={path} holds no file ending in {', '.join(FORMATS)}")
+        if others:
+            notes.say(f"{domain.name}: left out: {others.total():,} files of other kinds ({counted(others)})")
     else:
-        text = _text(file)
-        if text.strip():
-            yield tokenizer.encode(text)
-
-
-def _npy(file: Path) -> np.ndarray:
-    try:
-        ids = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:  # its header may say any size
-        raise InputError(f"{file}: not a readable .npy file of token ids") from error
-    if not isinstance(ids, np.ndarray):
-        raise InputError(f"{file}: not a readable .npy file of token ids")
-    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise InputError(f"{file}: expected integer token ids of shape [N] or [rows, N], got {ids.dtype} {ids.shape}")
-    return np.atleast_2d(ids).astype(np.int64)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text (byte {error.start})") from error
-
-
-def _jsonl(file: Path, tokenizer: Tokenizer) -> Iterator[Sequence[int]]:
-    try:
-        for number, line in enumerate(_text(file).split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{file}:{number}: not JSON ({error})") from error
-            yield _row(row, tokenizer, f"{file}:{number}")
-    finally:
-        tokenizer.close()
-
-
-def _row(row: Any, tokenizer: Tokenizer, where: str) -> Sequence[int]:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with text, messages or input_ids")
-    ids = row.get("input_ids")
-    if isinstance(ids, list) and all(type(i) is int and abs(i) < 1 << 63 for i in ids):
-        return ids
-    if isinstance(row.get("text"), str):
+        raise InputError(f"--data: {path} is a pipe or a device; give a file or a folder")
+    files = []
+    left.files = len(candidates)
+    for each in candidates:
+        name = each.name if each == path else str(each.relative_to(path))
         try:
-            row["text"].encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: text holds half a surrogate pair, which is no character") from error
-        return tokenizer.encode(row["text"])
-    if isinstance(row.get("messages"), list):
-        tokenizer.get()
-        try:
-            return tokenizer.chat(row["messages"])
-        except InputError as error:
-            raise InputError(f"{where}: messages: the chat template cannot render them: {first_line(error)}") from error
-    raise InputError(f"{where}: expected text (a string), messages or input_ids (a list of integers)")
+            file = file_of(each, name)
+            _ = file.size, groups_of(file)  # what cannot be opened is known before anything is read
+            files.append(file)
+        except (Unreadable, OSError) as error:
+            left.file(name, error if isinstance(error, Unreadable) else Unreadable(error.strerror or str(error)))
+    return files
+
+
+def documents_of(reading: Reading, left: LeftOut, notes: Notes) -> Documents:
+    """Rows, passages and ids of a domain: all of them in their order, or those that a budget is drawn from.
+
+    A domain larger than `most` bytes is not read whole. Of text, JSON lines and ids, blocks are drawn from all over the
+    files. The others, and what is compressed, can be read from their starts only: of each as many rows as its part of
+    `most`, in a random order with the blocks.
+    """
+    if reading.domain.on_hub:
+        left.files = 1
+        seed = None if reading.budget is None else int(reading.generator().integers(1 << 31))
+        rows = hub_rows(reading.domain, seed)
+        return Documents(((reading.domain.shown, item) for item in rows), seed is not None)
+    files = files_of(reading.domain, left, notes)
+    if reading.most is None or _is_small(files, reading):
+        return Documents(_everything(files, reading.column, left), False)
+    return Documents(_drawn(files, reading, left, notes), True, sum(file.path.stat().st_size for file in files))
+
+
+def _everything(files: list[File], column: str | None, left: LeftOut) -> Iterator[tuple[str, Item]]:
+    for file in files:
+        yield from _guarded(file, read_all(file, column), left)
+
+
+def _guarded(file: File, items: Iterator[Item], left: LeftOut) -> Iterator[tuple[str, Item]]:
+    """Items, until the file turns out to be unreadable."""
+    try:
+        for item in items:
+            yield file.name, item
+    except Unreadable as error:
+        left.file(file.name, error)
+        yield file.name, Item("", error)
+
+
+def _is_small(files: list[File], reading: Reading) -> bool:
+    most = reading.most or 0
+    most -= sum(file.size for file in files if file.seekable)
+    for file in files:
+        if most < 0:
+            return False
+        if not file.seekable:
+            most -= sum(item.size for item in _start(file, reading.column, most, LeftOut("")))
+    return most >= 0
+
+
+def _start(file: File, column: str | None, most: int, left: LeftOut, group: int | None = None) -> Iterator[Item]:
+    """The items of a file, or of a row group, up to the one that goes beyond `most` bytes."""
+    for _, item in _guarded(file, read_all(file, column, group), left):
+        yield item
+        most -= item.size
+        if most < 0:
+            return
+
+
+def _drawn(files: list[File], reading: Reading, left: LeftOut, notes: Notes) -> Iterator[tuple[str, Item]]:
+    generator = reading.generator()
+    rows = list(_from_starts([f for f in files if not f.seekable], reading, generator, left, notes))
+    blocked = [file for file in files if file.seekable]
+    size = max(reading.block, sum(file.size for file in blocked) // MOST_BLOCKS)
+    ends = list(accumulate(-(-file.size // size) for file in blocked))
+    bad: set[str] = set()
+    for number in map(int, generator.permutation(len(rows) + (ends[-1] if ends else 0))):
+        if number < len(rows):
+            yield rows[number]
+            continue
+        place = bisect_right(ends, number - len(rows))
+        file, block = blocked[place], number - len(rows) - (ends[place - 1] if place else 0)
+        if file.name in bad:
+            continue
+        start = block * size
+        for name, item in _guarded(file, read_block(file, start, min(start + size, file.size)), left):
+            if isinstance(item.value, Unreadable) and not item.where:
+                bad.add(name)
+            yield name, item
+
+
+def _from_starts(
+    files: list[File], reading: Reading, generator: np.random.Generator, left: LeftOut, notes: Notes
+) -> Iterator[tuple[str, Item]]:
+    """Rows of files that cannot be read from the middle."""
+    most = reading.most or 0
+    starts = [(file, group) for file in files for group in groups_of(file)]
+    share = max(most // max(len(starts), 1), reading.block)
+    seen = cut = 0
+    for n in map(int, generator.permutation(len(starts))):
+        if most < 0:
+            break
+        file, group = starts[n]
+        got = 0
+        for item in _start(file, reading.column, min(share, most), left, group):
+            got += item.size
+            yield file.name, item._replace(value=Passage(item.value.text)) if isinstance(item.value, Passage) else item
+        most -= got
+        seen += 1
+        cut += got > share
+    if cut or seen < len(starts):
+        notes.say(
+            f"{reading.domain.name}: compressed files, JSON, CSV and row groups of parquet are drawn from their "
+            f"starts: up to {share / 1e6:,.2f} MB each of {seen:,} of {len(starts):,}"
+        )
+
+
+def read_document(name: str, item: Item, column: str | None, left: LeftOut) -> Document | None:
+    """The document of a row; None where it is left out."""
+    value: Any = item.value
+    if isinstance(value, (Passage, np.ndarray)):
+        return value
+    if isinstance(value, Unreadable) and not item.where:  # a file, which has been counted
+        return None
+    left.rows[name] += 1
+    try:
+        if isinstance(value, Unreadable):
+            raise value
+        return document_of(value, column)
+    except Unreadable as error:
+        left.row(name, item.where, error)
+        return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import TokenData
@@ -11,33 +12,46 @@ from moekern.data.read import read_data
 
 @dataclass(frozen=True)
 class Text:
-    """Text of named domains ("name=path"), how much of it, and how it is packed; see `read_data`."""
+    """Text of named domains ("name=source:amount"), how much of it, and how it is read and packed; see `read_data`."""
 
     data: tuple[str, ...]
-    tokens: int | None = None  # in all; None: everything
+    tokens: int | None = None  # of the domains that name no amount, in all; None: everything
     sequence_length: int = 2048
     batch_size: int = 1  # sequences that losses are computed of at a time
     chunk: int | None = None  # sequences that statistics are computed of, and added, at a time; None: 2048 tokens
     seed: int = 0
     pack: bool = True  # documents one after another, cut to sequences; else a row each
+    columns: tuple[str, ...] = ()  # where the text of rows is: "column", or "name=column"
+    thinking: str = "row"  # on, off, or as the rows say
+    strict: bool = False  # stop at what cannot be read, instead of counting it
+    tell: Callable[[str], None] | None = field(default=None, compare=False)  # what is said on the way; None: warnings
 
     def read(self, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> TokenData:
         """The token batches for a checkpoint, by its tokenizer and within its vocabulary.
 
         Raises InputError as `read_data` does.
         """
-        config = checkpoint.config
-        nested = config.get("text_config")
-        vocab = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
         return read_data(
             self.data,
             checkpoint.folder,
-            vocab_size=vocab if isinstance(vocab, int) else None,
+            vocab_size=_number(checkpoint, "vocab_size"),
+            max_positions=_number(checkpoint, "max_position_embeddings"),
             tokens=self.tokens,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             chunk=self.chunk,
             pack=self.pack,
             seed=self.seed,
+            columns=self.columns,
+            thinking=self.thinking,
+            strict=self.strict,
+            tell=self.tell,
             trust_remote_code=trust_remote_code,
         )
+
+
+def _number(checkpoint: Checkpoint, key: str) -> int | None:
+    """A number of config.json, or of its text_config."""
+    nested = checkpoint.config.get("text_config")
+    value = checkpoint.config.get(key, nested.get(key) if isinstance(nested, dict) else None)
+    return value if type(value) is int else None

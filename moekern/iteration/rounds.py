@@ -196,7 +196,7 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
     layers, total = {}, len(job.layout.layers)
     for done, (key, layer) in enumerate(job.layout.layers.items(), start=1):
         held = keeps[-1][key] if keeps else tuple(range(layer.num_experts))
-        sums = weigh_layer(job.checkpoint, layer).permuted(torch.tensor(held))
+        sums = weigh_layer(job.checkpoint, job.layout, layer).permuted(torch.tensor(held))
         scores = tuple(score_layer(job.criterion, sums, key, job.method.seed).tolist())
         chosen = choose_top(scores, job.counts[key][len(keeps)], groups=job.layout.n_group, where=f"layer {key}")
         layers[key] = LayerPlan(tuple(held[e] for e in chosen), None if keeps else scores)

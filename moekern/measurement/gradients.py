@@ -2,6 +2,8 @@
 
 The loss is next-token cross-entropy, summed over a domain's predicted tokens, so G of an expert is the sum over the
 domain's tokens; a mean would scale all G of a domain alike. G holds an expert's matrices (gate, up, down), not biases.
+The joint G, over the tokens of all domains, is their sum: what is no sum itself (norms, cosines, logarithms, outliers)
+is taken of it too.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def measure_gradients(
 
     Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H
     numbers of the model's dtype, in memory or in files under `spill`. Resident: one layer, its experts' gradients of
-    one batch, and G in float32 (in a file beyond `in_memory` bytes). Raises InputError for families whose layers hand
-    on more than hidden states, and for heads that do not predict the next token.
+    one batch, and G in float32, of one domain and of all (in files beyond `in_memory` bytes). Raises InputError for
+    families whose layers hand on more than hidden states, and for heads that do not predict the next token.
     """
     model: Any = layerwise.model
     model.requires_grad_(False)
@@ -94,23 +96,42 @@ def _layer(
     layer = back.layerwise.layers[i]
     H = int(back.layerwise.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
     parts = matrices(layer, E, H)
-    size = 4 * sum(part.weight.numel() for part in parts)
-    for domain in data.tokens:
-        gate_sum = torch.zeros(E, dtype=torch.float64)
-        with _accumulators(parts, E, folder if size > in_memory else None) as totals:
-            for part in parts:
-                part.weight.requires_grad_()
-            for number, batch in enumerate(data.batches):
-                if batch.domain == domain:
-                    with watching_gates(layer, E) as gates:
-                        wanted: list[Tensor] = [part.weight for part in parts]
-                        got = back.through(i, number, lambda: [*wanted, gates.values])  # noqa: B023
-                    for total, gradient in zip(totals, got[:-1], strict=True):
-                        if gradient is not None:
-                            _add(total, gradient)
-                    if got[-1] is not None:
-                        gate_sum += gates.per_expert(got[-1])
-            yield domain, functionals(parts, totals, gate_sum)
+    several = len(data.tokens) > 1
+    size = 4 * (1 + several) * sum(part.weight.numel() for part in parts)
+    paged = folder if size > in_memory else None
+    found: dict[str, dict[str, Tensor]] = {}
+    with ExitStack() as stack:
+        joint = stack.enter_context(_accumulators(parts, E, paged, "joint")) if several else []
+        for domain in data.tokens:
+            with _accumulators(parts, E, paged, "domain") as totals:
+                gate_sum = _gradients_of(back, i, data, domain, parts, totals)
+                found[domain] = functionals(parts, totals) | {"gate_gradient_sum": gate_sum}
+                for total, own in zip(joint, totals, strict=False):
+                    _add(total, own)
+        united = joint_fields(functionals(parts, joint) if several else next(iter(found.values())), len(found))
+    for domain, fields in found.items():
+        yield domain, fields | united
+
+
+def _gradients_of(
+    back: Backward, i: int, data: TokenData, domain: str, parts: list[Matrix], totals: list[Tensor]
+) -> Tensor:
+    """Add a domain's gradients to `totals`, one for each of `parts`; the sum of its gates' [E] is returned."""
+    layer, E = back.layerwise.layers[i], len(totals[0])
+    gate_sum = torch.zeros(E, dtype=torch.float64)
+    for part in parts:
+        part.weight.requires_grad_()
+    for number, batch in enumerate(data.batches):
+        if batch.domain == domain:
+            with watching_gates(layer, E) as gates:
+                wanted: list[Tensor] = [part.weight for part in parts]
+                got = back.through(i, number, lambda: [*wanted, gates.values])  # noqa: B023
+            for total, gradient in zip(totals, got[:-1], strict=True):
+                if gradient is not None:
+                    _add(total, gradient)
+            if got[-1] is not None:
+                gate_sum += gates.per_expert(got[-1])
+    return gate_sum
 
 
 @dataclass(frozen=True)
@@ -144,7 +165,7 @@ def matrices(layer: nn.Module, E: int, H: int) -> list[Matrix]:
 
 
 @contextmanager
-def _accumulators(parts: list[Matrix], E: int, folder: Path | None) -> Iterator[list[Tensor]]:
+def _accumulators(parts: list[Matrix], E: int, folder: Path | None, name: str) -> Iterator[list[Tensor]]:
     """Zeros [E, rows, columns] float32 for each matrix, in memory or in a file each."""
     with ExitStack() as stack:
         totals = []
@@ -153,7 +174,7 @@ def _accumulators(parts: list[Matrix], E: int, folder: Path | None) -> Iterator[
             if folder is None:
                 totals.append(torch.zeros(shape))
                 continue
-            path = folder / f"G-{number}"
+            path = folder / f"G-{name}-{number}"
             stack.callback(path.unlink, missing_ok=True)
             n = part.weight.numel()
             totals.append(torch.from_file(str(path), shared=True, size=n, dtype=torch.float32).view(shape))
@@ -213,8 +234,14 @@ def watching_gates(layer: nn.Module, E: int) -> Iterator[Gates]:
         handle.remove()
 
 
-def functionals(parts: list[Matrix], totals: list[Tensor], gate_sum: Tensor) -> dict[str, Tensor]:
-    """The fields of the gradient tier from one domain's G: totals are [E, rows, columns] float32."""
+def joint_fields(of_joint: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The fields of a joint G of `count` domains, from its `functionals`."""
+    names = ("gradient_norm", "gradient_cosine", "gradient_log_std", "gradient_outlier")
+    return {"joint_gradients": torch.tensor([count]), **{f"joint_{n}": of_joint[f"{n}_sum"] for n in names}}
+
+
+def functionals(parts: list[Matrix], totals: list[Tensor]) -> dict[str, Tensor]:
+    """What the gradient tier holds of one G: totals are [E, rows, columns] float32."""
     E = len(totals[0])
     n = sum(total[0].numel() for total in totals)
     gram, total = torch.zeros(E, E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
@@ -240,7 +267,6 @@ def functionals(parts: list[Matrix], totals: list[Tensor], gate_sum: Tensor) -> 
         "gradient_log_std_sum": torch.stack([_log_std(parts, [total[e] for total in totals]) for e in range(E)]),
         "gradient_outlier_sum": outliers,
         "taylor_sum": taylor,
-        "gate_gradient_sum": gate_sum,
     }
 
 

@@ -19,6 +19,7 @@ class Chosen(Exception):
     gates: Tensor  # [T, K], as they multiply what `outputs` gives
     num_experts: int
     outputs: Outputs
+    logits: Tensor | None = None  # [T, E or more] where the router gives them
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Probe:
         norm, self.norm = self.norm, None
         outputs = steady(outputs)
         if self.choosing:
-            raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs)
+            raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs, logits)
         self.ids = ids
         context, backend = self.flight.context, self.recorder.backend
         if context is None:

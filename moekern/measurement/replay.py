@@ -97,6 +97,7 @@ class Replay:
             raise InputError(f"--tier replay: layer {key}: {self._name(key)} does not choose alike when asked again")
         E = sums.num_experts
         gates = _dense(chosen, E)
+        scores = torch.zeros_like(gates) if chosen.logits is None else chosen.logits[:, :E].double().softmax(1)
         with few_tokens(0, gates.device):  # some experts have a token or two, on which the router is asked again
             lost = self._deletions(key, call, chosen, gates)
             subsets = self._subsets(key, call, chosen, gates) if sums.subset_loss.numel() else None
@@ -107,7 +108,7 @@ class Replay:
             offsets = torch.arange(E + 1, device=gates.device) * len(tokens)
             y = chosen.outputs(tokens.repeat(E), offsets).view(E, len(tokens), H)
             part = slice(start, start + step)
-            _add_outputs(y, sums, self.backend)
+            _add_outputs(y, scores[part], sums, self.backend)
             with few_tokens(0, gates.device):  # a token at a time
                 _add_deletions(y, chosen.ids[part].long(), lost[part], sums)
                 if subsets is not None:
@@ -203,12 +204,13 @@ def _dense(chosen: Chosen, E: int, dropped: Sequence[int] = ()) -> Tensor:
     return gates.scatter_add_(1, ids.where(filled, 0), torch.where(filled, chosen.gates.double(), 0))
 
 
-def _add_outputs(y: Tensor, sums: LayerStatistics, backend: str | None) -> None:
-    """y is [E, n, H]: all experts on a tile of tokens."""
+def _add_outputs(y: Tensor, scores: Tensor, sums: LayerStatistics, backend: str | None) -> None:
+    """y is [E, n, H]: all experts on a tile of tokens, scores [n, E] the softmax of their logits."""
     alike = kernels.SimilaritySums(sums.replay_tokens, sums.output_gram, sums.output_cosine)
     kernels.similarity(y, None, alike, backend=backend)
     for e, rows in enumerate(y):
         sums.output_sum[e] += rows.double().sum(0)
+        sums.scored_output_sum[e] += (scores[:, e, None] * rows.double()).sum(0)
 
 
 def _add_deletions(y: Tensor, ids: Tensor, lost: Tensor, sums: LayerStatistics) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
-from moekern.kernels import Quantised
+from moekern.kernels import Quantised, dequantize
 from moekern.kernels.quantised import awq, block_of, block_sizes, gptq, mxfp4, nvfp4, pack_quantized, scaled
 from moekern.model.reader import read_experts
 
@@ -27,8 +27,8 @@ SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
-def projections(checkpoint: Checkpoint, layer: MoeLayer) -> Iterator[list[Matrix]]:
-    """Each projection of a layer (gate, up, down, or gate and up in one) as [R, C] matrices, one an expert.
+def projections(checkpoint: Checkpoint, layer: MoeLayer) -> dict[str, list[Matrix]]:
+    """Each stored projection of a layer (gate, up, down, or gate and up in one) as [R, C] matrices, one an expert.
 
     The layer is read whole and held as it is stored. Raises InputError, naming a tensor, for a layout that moekern does
     not know as numbers.
@@ -45,6 +45,7 @@ def projections(checkpoint: Checkpoint, layer: MoeLayer) -> Iterator[list[Matrix
         for e, value in _of_experts(tensor, stored[tensor.name], layer.num_experts):
             experts[e][part] = value
     config = _quantisation(checkpoint.config)
+    whole: dict[str, list[Matrix]] = {}
     for projection, experts in parts.items():
         if set(experts[0]) <= {"bias"}:
             continue
@@ -56,7 +57,25 @@ def projections(checkpoint: Checkpoint, layer: MoeLayer) -> Iterator[list[Matrix
         if len(known) < len(matrices):
             what = ", ".join(f"{part} {str(t.dtype).removeprefix('torch.')}" for part, t in sorted(experts[0].items()))
             raise InputError(f"{checkpoint.folder}: {projection}: {what} are not a weight layout that moekern reads")
-        yield known
+        whole[projection] = known
+    return whole
+
+
+def fused_axis(shape: Sequence[int], others: Sequence[Sequence[int]]) -> int | None:
+    """The axis along which a projection of `shape` holds gate and up, as the one other, down, tells; None if it does
+    not: [2I, H] beside [H, I], or [H, 2I] beside [I, H]."""
+    if len(others) != 1:
+        return None
+    (a, b), (c, d) = shape, others[0]
+    return 0 if (a, b) == (2 * d, c) else 1 if (a, b) == (d, 2 * c) else None
+
+
+def parted(matrix: Matrix, axis: int, alternating: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up of a projection that holds both along `axis`, rows [I, H]; quantised ones in float32."""
+    dense = dequantize(matrix, torch.float32) if isinstance(matrix, Quantised) else matrix
+    rows = dense.movedim(axis, 0)
+    gate, up = (rows[::2], rows[1::2]) if alternating else rows.chunk(2)
+    return gate.contiguous(), up.contiguous()
 
 
 def _of_experts(tensor: ExpertTensor, value: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:

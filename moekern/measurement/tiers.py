@@ -65,9 +65,24 @@ def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -
 
 def add_vocabulary(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
     """Mark the token ids that each expert saw."""
+    token_ids = _token_ids(seen, context, "vocabulary")
+    kernels.vocabulary(token_ids, seen.ids, context.mask, sums.vocabulary, backend=backend)
+
+
+def add_token_counts(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Count the tokens of each id that each expert saw."""
+    token_ids = _token_ids(seen, context, "token_counts")
+    E, V = sums.token_count.shape
+    routed = (seen.ids >= 0) & (seen.ids < E)
+    routed = routed if context.mask is None else routed & context.mask[:, None]
+    place = seen.ids.long() * V + token_ids.long()[:, None]
+    sums.token_count.add_(torch.bincount(place[routed], minlength=E * V).view(E, V))
+
+
+def _token_ids(seen: Seen, context: BatchContext, tier: str) -> Tensor:
     if context.token_ids is None or len(context.token_ids) != len(seen.ids):
-        raise InputError("--tier vocabulary: the model was not given input_ids, one for each token")
-    kernels.vocabulary(context.token_ids, seen.ids, context.mask, sums.vocabulary, backend=backend)
+        raise InputError(f"--tier {tier}: the model was not given input_ids, one for each token")
+    return context.token_ids
 
 
 def chosen_sets(ids: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
@@ -138,6 +153,7 @@ def norms(y: Tensor) -> Tensor:
 TABLE: Mapping[str, Tier] = {
     "dimensions": Tier("batch"),
     "vocabulary": Tier("batch", ops=("vocabulary",), add=add_vocabulary),
+    "token_counts": Tier("batch", add=add_token_counts),
     "coalitions": Tier("batch"),
     "outliers": Tier("second pass", implies=("dimensions",)),
     "reap": Tier("batch", add=add_reap),

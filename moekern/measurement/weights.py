@@ -15,7 +15,7 @@ from moekern.architectures import Layout, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised
-from moekern.measurement.stored_weights import Matrix, projections
+from moekern.measurement.stored_weights import Matrix, fused_axis, parted, projections
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.reader import read_tensors
 from moekern.statistics.file import Statistics
@@ -44,26 +44,32 @@ def weigh(
     layout = find_layout(checkpoint)
     layers = {}
     for done, (key, layer) in enumerate(layout.layers.items(), start=1):
-        layers[key] = {NO_TEXT: weigh_layer(checkpoint, layer, costly=costly, backend=backend)}
+        layers[key] = {NO_TEXT: weigh_layer(checkpoint, layout, layer, costly=costly, backend=backend)}
         progress(done, len(layout.layers))
     return Statistics(_header(checkpoint, layout, backend), layers)
 
 
 def weigh_layer(
-    checkpoint: Checkpoint, layer: MoeLayer, *, costly: bool = True, backend: str | None = None
+    checkpoint: Checkpoint, layout: Layout, layer: MoeLayer, *, costly: bool = True, backend: str | None = None
 ) -> LayerStatistics:
-    """The weights tier of one layer. All matrices of an expert count as one, but for the stable rank: their mean."""
+    """The weights tier of one layer. All matrices of an expert count as one, but for the stable rank: the mean of
+    gate's, up's and down's, whether the checkpoint stores gate and up apart or in one tensor."""
     E = layer.num_experts
     sums, ranks, number = kernels.weight_sums(E), torch.zeros(E, dtype=torch.float64), 0
     gram = torch.zeros(E, E, dtype=torch.float64) if costly else torch.zeros(0, 0, dtype=torch.float64)
-    for experts in projections(checkpoint, layer):
-        number += 1
+    stored = projections(checkpoint, layer)
+    for name, experts in stored.items():
+        others = [matrices[0].shape for other, matrices in stored.items() if other != name]
+        axis, fused = fused_axis(experts[0].shape, others), layout.family.alternating
+        alternating = bool(fused) and name.endswith(fused)
+        number += 1 if axis is None else 2
         for e, matrix in enumerate(experts):
             kernels.weight_stats(matrix, kernels.of_expert(sums, e), backend=backend)
             if not sums.abs_sum[e].isfinite():
                 raise InputError(f"{checkpoint.folder}: layer {layer.key}: expert {e}: its weights are not finite")
             if costly:
-                ranks[e] += kernels.stable_rank(matrix)[0]
+                for part in (matrix,) if axis is None else parted(matrix, axis, alternating):
+                    ranks[e] += kernels.stable_rank(part)[0]
         if costly:
             gram += _gram(experts, backend)
     if not number:

@@ -133,13 +133,15 @@ def global_counts(
     normalise: str = "none",
     groups: int = 1,
     protected: Mapping[str, Collection[int]] = {},
+    idle: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """The counts that keep the largest sum of normalised scores, when each layer keeps its best of each group.
 
-    `protected` experts are kept whatever their score; `bounds` must leave room for them.
+    `protected` experts are kept whatever their score; `bounds` must leave room for them. `idle` ones are worth no more
+    than the lowest of the others, and do not count where a layer's scores are normalised.
     """
     gains = {
-        key: step_gains(normalised(row, normalise, key), bounds[key], groups, protected.get(key, ()))
+        key: step_gains(normalised(row, normalise, key, idle.get(key, ())), bounds[key], groups, protected.get(key, ()))
         for key, row in scores.items()
     }
     return fill(gains, bounds, total)
@@ -152,6 +154,7 @@ def waterfill(
     *,
     groups: int = 1,
     protected: Mapping[str, Collection[int]] = {},
+    idle: Mapping[str, Collection[int]] = {},
 ) -> dict[str, int]:
     """The counts for which the dropped shares of the layers' saliency add up to the least.
 
@@ -159,7 +162,7 @@ def waterfill(
     its count rises, so dropping the smallest shares first is exact.
     """
     positive = {key: [max(value, 0.0) for value in row] for key, row in saliency.items()}
-    return global_counts(positive, bounds, total, normalise="sum", groups=groups, protected=protected)
+    return global_counts(positive, bounds, total, normalise="sum", groups=groups, protected=protected, idle=idle)
 
 
 def adaptive_usage(
@@ -203,18 +206,25 @@ def step_gains(scores: Sequence[float], bounds: Bounds, groups: int, protected: 
     return gains
 
 
-def normalised(scores: Sequence[float], how: str, where: str) -> list[float]:
+def normalised(scores: Sequence[float], how: str, where: str, idle: Collection[int] = ()) -> list[float]:
     """A layer's scores made comparable with other layers'; a layer of equal scores has z-scores of 0.
 
-    Raises InputError where scores below 0 have no share.
+    Means, sums and spreads are those of the experts that are not `idle`; these stand at 0 or, where it is lower, at the
+    lowest of the others; by z-score at that lowest. Raises InputError where scores below 0 have no share.
     """
-    row = np.asarray(scores, dtype=np.float64)
-    if how == "none":
-        return list(map(float, row))
+    used = np.array([e not in idle for e in range(len(scores))])
+    row = np.asarray(scores, dtype=np.float64)[used]
+    if not len(row):
+        return [0.0] * len(scores)
+    scale, shift = 1.0, 0.0
     if how == "zscore":
-        spread = float(row.std())
-        return list(map(float, (row - row.mean()) / spread if spread > 0 else np.zeros_like(row)))
-    if float(row.min()) < 0:
-        raise InputError(f"--normalise {how}: layer {where} has scores below 0; use zscore or none")
-    scale = float(row.max() if how == "max" else row.sum() if how == "sum" else row.mean())
-    return list(map(float, row / scale if scale > 0 else np.zeros_like(row)))
+        scale, shift = float(row.std()), float(row.mean())
+    elif how != "none":
+        if float(row.min()) < 0:
+            raise InputError(f"--normalise {how}: layer {where} has scores below 0; use zscore or none")
+        scale = float(row.max() if how == "max" else row.sum() if how == "sum" else row.mean())
+    made = (row - shift) / scale if scale > 0 else np.zeros_like(row)
+    lowest = float(made.min())
+    whole = np.full(len(scores), lowest if how == "zscore" else min(lowest, 0.0))
+    whole[used] = made
+    return list(map(float, whole))

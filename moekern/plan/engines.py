@@ -35,7 +35,6 @@ HUB_NAMES: Mapping[str, tuple[str, ...]] = {
     "minimax": ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM"),
     "kimi_k25": ("KimiK25ForConditionalGeneration",),
     "minimax_m3_vl": ("MiniMaxM3SparseForCausalLM", "MiniMaxM3VLForConditionalGeneration"),
-    "nemotron_h": ("NemotronHPuzzleForCausalLM",),
     "pangu_ultra_moe": ("PanguUltraMoEForCausalLM", "PanguProMoEV2ForCausalLM"),
     "phimoe": ("PhiMoEForCausalLM",),
     "smallthinker": ("SmallThinkerForCausalLM",),
@@ -103,6 +102,13 @@ def listed(engine: str, names: frozenset[str]) -> Listed | None:
     if "note" in entry:
         return Listed(None, f"no {missing} in the list that was read ({where}; {entry['note']})")
     return Listed(True, f"{tool}does not know {missing} ({where})")
+
+
+def missing_keys(names: frozenset[str], keys: frozenset[str]) -> list[str]:
+    """The keys that mlx-lm's code for the model type needs and config.json lacks; none where `keys` is not known."""
+    needs = registries()["mlx-lm"]["needs"]
+    wanted = {key for name in names for key in needs.get(name, ())}
+    return sorted(wanted - keys) if keys else []
 
 
 def _where(entry: Mapping[str, Any]) -> str:

@@ -49,6 +49,7 @@ def make_plan(
     targets: Sequence[Target] = (),
     mtp: str | None = None,
     fit: Mapping[str, Any] | None = None,
+    served: Served | None = None,
 ) -> Plan:
     """Choose the kept experts of every measured layer.
 
@@ -56,8 +57,8 @@ def make_plan(
     each layer; `budget` says how the layers share what is kept (None: each the same). `router` is that of the model;
     None takes the one of the statistics. `domains` counts only these (None: all). `protect_super` keeps experts
     with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
-    engines that must run the result. `mtp` is what prune does with MTP layers unless told otherwise; `fit` is what a
-    count was derived from, for the record.
+    engines that must run the result, and `served` is the model as they see it (None: as far as statistics tell). `mtp`
+    is what prune does with MTP layers unless told otherwise; `fit` is what a count was derived from, for the record.
 
     Raises InputError for a budget the router or a target cannot work with, for layers that would keep different counts
     without `budget.allow_nonuniform`, for an unknown criterion, domain, layer or expert, for domains without tokens,
@@ -71,8 +72,8 @@ def make_plan(
     layers = {key: _scored(chosen, read.layer(key), key, seed) for key in sorted(statistics.layers, key=natural)}
     counts = _counts(asked, keep, router, layers, marked)
     _check_uniform(counts, asked, keep)
-    served = Served(statistics.header["family"], statistics.header["score"], router)
-    check_counts(f"--keep {keep}", counts, served, targets)
+    seen = served or Served(statistics.header["family"], statistics.header["score"], router)
+    check_counts(f"--keep {keep}", counts, seen, targets)
     plans = {}
     for key, layer in layers.items():
         floors = domain_masses(statistics, key, guard.domain_floor)
@@ -128,6 +129,7 @@ class Scored:
     scores: Tensor  # [E]
     count: Tensor  # [E]
     entropy: float | None  # of the router, a token's mean; None where its logits were not seen
+    idle: Sequence[int]  # stand at a mark below all others, which would say too much across layers
 
     @property
     def num_experts(self) -> int:
@@ -139,7 +141,11 @@ def _scored(criterion: Criterion, statistics: LayerStatistics, key: str, seed: i
         raise InputError(f"layer {key}: no token was routed to any expert, so there is nothing to plan from")
     seen = int(statistics.logit_tokens)
     entropy = float(statistics.entropy_sum / statistics.logit_tokens) if seen else None
-    return Scored(score_layer(criterion, statistics, key, seed), statistics.count, entropy)
+    scores, used = score_layer(criterion, statistics, key, seed), statistics.count > 0
+    idle: list[int] = []
+    if criterion.kind != "seeded" and criterion.family != "weight":
+        idle = (~used & (scores < scores[used].min())).nonzero().flatten().tolist()
+    return Scored(scores, statistics.count, entropy, idle)
 
 
 def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, marked: Marks) -> dict[str, int]:
@@ -155,11 +161,12 @@ def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, m
     if budget.kind == "adaptive":
         usage = {key: _without(marked.drop_first[key], layer.count.double()) for key, layer in layers.items()}
         return adaptive_usage(usage, bounds, total, groups=router.n_group, protected=marked.kept)
-    values = {key: _without(marked.drop_first[key], _idle_at_zero(layers[key])) for key in layers}
+    idle = {key: layer.idle for key, layer in layers.items()}
+    values = {key: _without(marked.drop_first[key], layer.scores, idle[key]) for key, layer in layers.items()}
     if budget.kind == "waterfill":
-        return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept)
+        return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept, idle=idle)
     return global_counts(
-        values, bounds, total, normalise=budget.normalise, groups=router.n_group, protected=marked.kept
+        values, bounds, total, normalise=budget.normalise, groups=router.n_group, protected=marked.kept, idle=idle
     )
 
 
@@ -172,18 +179,10 @@ def _bounds(budget: Budget, router: Router, key: str, protected: Collection[int]
     return bounds_of(router, floor=least, multiple_of=budget.multiple_of, where=f"layer {key}")
 
 
-def _idle_at_zero(layer: Scored) -> Tensor:
-    """Scores whose idle experts stand at 0, or at the lowest of the others below it, not at the mark far below that
-    ranks them last inside their layer: across layers that mark would say too much."""
-    used, scores = layer.count > 0, layer.scores
-    lowest = scores[used].min().clamp(max=0) if used.any() else scores.min()
-    return scores.where(used | (scores > lowest), lowest)
-
-
-def _without(drop_first: Collection[int], values: Tensor) -> list[float]:
-    """Values in which experts that go first are worth no more than the layer's least."""
+def _without(drop_first: Collection[int], values: Tensor, idle: Collection[int] = ()) -> list[float]:
+    """Values in which experts that go first are worth no more than the least of those that are not idle."""
     row = values.tolist()
-    least = min(row)
+    least = min(value for e, value in enumerate(row) if e not in idle)
     return [least if e in drop_first else value for e, value in enumerate(row)]
 
 

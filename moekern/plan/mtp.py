@@ -28,12 +28,13 @@ class Converter(Enum):
     OPTION = "converts them, or leaves them out with --no-mtp"
     WAITS = "as OPTION, and waits for them where there are none"
     ALWAYS = "converts them, with no option"
+    DENSE = "as ALWAYS, where they have no experts"
     STOPS = "has no place for them"
 
 
 # conversion/*.py: qwen.py (_QwenMtpMixin asserts that there is one), mimo.py (always counts three), mellum.py (takes
-# mtp.layers.0 for layer 0), glm.py, deepseek.py, dots3.py, hunyuan.py, hy_v4.py, ernie.py, exaone.py, bailingmoe.py,
-# bailingmoe3.py, nemotron.py, step3.py, qwen4exp.py.
+# mtp.layers.0 for layer 0), exaone.py (looks its experts up in layer 0), glm.py, deepseek.py, dots3.py, hunyuan.py,
+# hy_v4.py, ernie.py, bailingmoe.py, bailingmoe3.py, nemotron.py, step3.py, qwen4exp.py.
 CONVERTER: Mapping[str, Converter] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k25", "deepseek_v4"), Converter.SKIPS),
     **dict.fromkeys(("ernie4_5_moe", "hy_v4", "qwen4_exp"), Converter.SKIPS),
@@ -41,7 +42,8 @@ CONVERTER: Mapping[str, Converter] = {
     **dict.fromkeys(("glm5_next", "dots3_note", "hy_v3", "bailing_hybrid"), Converter.OPTION),
     **dict.fromkeys(("nemotron_h", "step3p7"), Converter.OPTION),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe", "mimo_v2_flash"), Converter.WAITS),
-    **dict.fromkeys(("exaone_moe", "bailing_moe_v2"), Converter.ALWAYS),
+    "bailing_moe_v2": Converter.ALWAYS,
+    "exaone_moe": Converter.DENSE,
     "mellum": Converter.STOPS,
 }
 # mlx_lm/models: what `sanitize` leaves out. Weights that the model has no place for stop the loading; deepseek_v3 knows
@@ -74,6 +76,8 @@ def _converted(family: str, mtp: Mtp, differ: str) -> Listed | None:
         return Listed(None, f"what its converter makes of the MTP layers of {family} is not known")
     if mode is Converter.STOPS:
         return Listed(True, "its converter stops at MTP layers; prune with --mtp drop")
+    if mode is Converter.DENSE and mtp.counts:
+        return Listed(True, "its converter takes no experts in MTP layers; prune with --mtp drop")
     if not differ or mode is Converter.SKIPS:
         return None
     if mode is Converter.ALWAYS:

@@ -31,8 +31,9 @@ ARCH_NAME = re.compile(r'\{\s*LLM_ARCH_\w+,\s*"([^"]+)"\s*\}')
 
 
 def read_transformers(sources: Sequence[Path]) -> Entry:
-    """The release's model types (`types`: model type -> class names) as far as the table of families has them, and
-    those whose attention can be replaced (`replaceable`), which is what other engines' transformers back ends need."""
+    """The release's model types (`types`: model type -> class names) as far as the table of families has them, those
+    whose attention can be replaced (`replaceable`), which is what other engines' transformers back ends need, and
+    `methods`, the quantisation methods of quantizers/auto.py."""
     known = _assigned(_files(sources, "auto_mappings.py", "configuration_auto.py"), re.compile("CONFIG_MAPPING_NAMES"))
     rows = {name for name, row in BY_NAME.items() if row.transformers}
     classes: dict[str, list[str]] = {name: [] for table in known for name, _ in _pairs(table) if name in rows}
@@ -45,12 +46,15 @@ def read_transformers(sources: Sequence[Path]) -> Entry:
     flag = re.compile(r"^\s+_supports_attention_backend = True$", re.MULTILINE)
     able = {p.parent.name for p in _files(sources, "modeling_*.py") if flag.search(p.read_text(encoding="utf-8"))}
     types = {name: sorted(set(found)) for name, found in sorted(classes.items())}
-    return {"types": types, "replaceable": sorted(able & set(types))}
+    quantizers = _assigned(_files(sources, "quantizers/auto.py"), re.compile("AUTO_QUANTIZATION_CONFIG_MAPPING"))
+    methods = {name for table in quantizers for name, _ in _pairs(table)}
+    return {"types": types, "replaceable": sorted(able & set(types)), "methods": sorted(methods)}
 
 
 def read_vllm(sources: Sequence[Path]) -> Entry:
     """`names`: classes with code of vLLM's own; `generic`: those that it lists for its transformers back end;
-    `removed`: class -> the last release that had it. From vllm/model_executor/models/registry.py."""
+    `removed`: class -> the last release that had it; `methods`: quantisation methods. From registry.py in
+    vllm/model_executor/models, and layers/quantization/__init__.py."""
     wanted = re.compile(r"_(?!SPECULATIVE|TRANSFORMERS_BACKEND|VLLM|OOT)\w*_MODELS$")
     entry: Entry = {"names": [], "generic": [], "removed": {}}
     for name, table in _named(_files(sources, "registry.py"), wanted):
@@ -59,14 +63,22 @@ def read_vllm(sources: Sequence[Path]) -> Entry:
             entry["removed"] = dict(sorted(ast.literal_eval(table).items()))
         else:
             entry["generic" if name == "_TRANSFORMERS_SUPPORTED_MODELS" else "names"] += keys
-    return {**entry, "names": sorted(set(entry["names"])), "generic": sorted(set(entry["generic"]))}
+    listed = _assigned(_files(sources, "layers/quantization/__init__.py"), re.compile("QuantizationMethods$"))
+    methods = {node.value for table in listed for node in ast.walk(table) if isinstance(node, ast.Constant)}
+    unique = {name: sorted(set(found)) for name, found in (*entry.items(), ("methods", methods)) if name != "removed"}
+    return {**entry, **unique}
 
 
 def read_sglang(sources: Sequence[Path]) -> Entry:
-    """`names`: the classes that modules of sglang/srt/models give as their EntryClass."""
+    """`names`: the classes that modules of sglang/srt/models give as their EntryClass; `methods`: quantisation methods,
+    whatever device they are for, in the tables of layers/quantization/__init__.py."""
     found = [_assigned([path], re.compile("EntryClass$")) for path in _files(sources, "srt/models/*.py")]
     nodes = [item for tables in found for table in tables for item in getattr(table, "elts", [table])]
-    return {"names": sorted({node.id for node in nodes if isinstance(node, ast.Name)})}
+    trees = [_tree(path) for path in _files(sources, "layers/quantization/__init__.py")]
+    tables = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    methods = {name for table in tables for name, value in _pairs(table) if isinstance(value, ast.Name)}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return {"names": sorted(names), "methods": sorted(methods)}
 
 
 def read_llama_cpp(sources: Sequence[Path]) -> Entry:
@@ -94,12 +106,15 @@ def read_ik_llama_cpp(sources: Sequence[Path]) -> Entry:
 
 def read_mlx_lm(sources: Sequence[Path]) -> Entry:
     """`names`: the model types that have a module in mlx_lm/models, or are renamed to one (MODEL_REMAPPING);
-    `fp8`: those that dequantise FP8 with scales of blocks while they load."""
+    `fp8`: those that dequantise FP8 with scales of blocks while they load; `needs`: of families' model types, the keys
+    of config.json without which loading ends in a TypeError."""
     modules: dict[str, str] = {}
+    needs: dict[str, list[str]] = {}
     for path in _files(sources, "mlx_lm/models/*.py"):
-        tree = _tree(path)
-        if any(isinstance(node, ast.ClassDef) and node.name == "Model" for node in tree.body):
+        classes = {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
+        if "Model" in classes:
             modules[path.stem] = path.read_text(encoding="utf-8")
+            needs[path.stem] = _fields_without_default(classes.get("ModelArgs"))
     renamed = {
         key: ast.literal_eval(value)
         for table in _assigned(_files(sources, "mlx_lm/utils.py"), re.compile("MODEL_REMAPPING$"))
@@ -109,7 +124,11 @@ def read_mlx_lm(sources: Sequence[Path]) -> Entry:
     fp8 = {name for name, text in modules.items() if "weight_scale_inv" in text}
     heir = re.compile(rf"^from \.({'|'.join(fp8 or 'x')}) import (.*\b)?Model\b", re.MULTILINE)
     fp8 |= {name for name, text in modules.items() if heir.search(text)}
-    return {"names": sorted(names), "fp8": sorted(name for name, module in names.items() if module in fp8)}
+    return {
+        "names": sorted(names),
+        "fp8": sorted(name for name, module in names.items() if module in fp8),
+        "needs": {name: needs[module] for name, module in sorted(names.items()) if name in BY_NAME and needs[module]},
+    }
 
 
 def read_mistral_rs(sources: Sequence[Path]) -> Entry:
@@ -153,7 +172,7 @@ def refreshed(data: Entry, engine: str, sources: Sequence[Path], version: str, *
 
 def _merged(old: Entry | None, new: Entry, version: str) -> Entry:
     """One release added to those that were read: the first that has a model, and the newest's classes."""
-    old = old or {"version": version, "oldest": version, "since": {}, "types": {}, "replaceable": []}
+    old = old or {"version": version, "oldest": version, "since": {}, "types": {}, "replaceable": [], "methods": []}
     since = dict.fromkeys(new["types"], version)
     for name, first in old["since"].items():
         since[name] = min((first, since.get(name, first)), key=release)
@@ -162,8 +181,7 @@ def _merged(old: Entry | None, new: Entry, version: str) -> Entry:
         "newest": old["version"],
         "oldest": min((old["oldest"], version), key=release),
         "since": dict(sorted(since.items())),
-        "types": latest["types"],
-        "replaceable": latest["replaceable"],
+        **{name: latest[name] for name in ("types", "replaceable", "methods")},
     }
 
 
@@ -209,6 +227,16 @@ def _entries(table: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
 def _pairs(table: ast.expr) -> list[tuple[str, ast.expr]]:
     """The same where keys are strings."""
     return [(str(key.value), value) for key, value in _entries(table) if isinstance(key, ast.Constant)]
+
+
+def _fields_without_default(node: ast.ClassDef | None) -> list[str]:
+    """Of a dataclass that is filled with the config's keys as they are, as mlx-lm's BaseModelArgs does it."""
+    if node is None or [ast.unparse(base) for base in node.bases] != ["BaseModelArgs"]:
+        return []
+    if any(isinstance(item, ast.FunctionDef) and item.name in ("from_dict", "__init__") for item in node.body):
+        return []
+    fields = (item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is None)
+    return sorted(field.target.id for field in fields if isinstance(field.target, ast.Name))
 
 
 def _registered(node: ast.ClassDef) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.config_keys import model_types
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.plan.formats import name_in, weight_format
 from moekern.plan.mtp import Mtp
 from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
-
-NAME = re.compile(r"[\w.-]{1,100}")  # of a class, a model type or a method; anything else in a config is no name
 
 
 @dataclass(frozen=True)
@@ -74,29 +72,11 @@ def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> R
 
 
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
-    """What engines go by: the names and the quantisation of config.json beside the router's numbers."""
+    """What engines go by: the names of config.json and the format of the weights beside the router's numbers."""
     classes = config.get("architectures")
-    names = {text for text in map(_name, classes if isinstance(classes, list) else ()) if text}
-    kinds = {text for text in map(_name, model_types(config)[:1]) if text} if names else set()
-    return Served(
-        layout.family.name, layout.family.score, layout.router, frozenset(names | kinds), quantization(config)
-    )
-
-
-def quantization(config: Mapping[str, Any]) -> str:
-    """The quant_method of config.json, with the format of compressed-tensors or small blocks of FP8; "" without one."""
-    text = config.get("text_config")
-    for holder in (config, text if isinstance(text, dict) else {}):
-        given = holder.get("quantization_config")
-        if isinstance(given, dict) and "quant_method" in given:
-            method = _name(given["quant_method"]) or "unknown"
-            if method == "compressed-tensors":
-                return f"{method}/{_name(given.get('format')) or 'unknown'}"
-            small = method == "fp8" and given.get("weight_block_size") == [32, 32]
-            return f"{method}/32x32" if small else method
-    return ""
-
-
-def _name(value: object) -> str:
-    """A name in a config, which may hold anything; "" for what is none."""
-    return value if isinstance(value, str) and NAME.fullmatch(value) else ""
+    names = {text for text in map(name_in, classes if isinstance(classes, list) else ()) if text}
+    kinds = {text for text in map(name_in, model_types(config)[:1]) if text} if names else set()
+    experts = (tensor.name for layer in layout.layers.values() for tensor in layer.of_role("expert"))
+    weights = weight_format(config, experts)
+    known_as, keys = frozenset(names | kinds), frozenset(config)
+    return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys)

@@ -17,7 +17,8 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
-from moekern.plan.targets import Served, Target, runs
+from moekern.plan.served import served_as
+from moekern.plan.targets import Target, check_counts, runs
 from moekern.statistics.file import Statistics
 
 
@@ -43,10 +44,11 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
         raise InputError("--keep, --fit: give one of the two")
     for criterion in options.criteria:
         criterion_named(criterion)
-    layout = None
+    layout = served = None
     keeps, fit = options.keeps, None
     if options.model is not None:
         checkpoint, layout = _opened(options.model, statistics)
+        served = served_as(layout, checkpoint.config)
         if options.fit is not None:
             fitted = fitted_count(checkpoint, layout, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
@@ -60,7 +62,7 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
             raise InputError(f"--criterion {criterion} --keep {keep}: given twice")
         plans[name] = make_plan(
             statistics, criterion, keep, seed=options.seed, domains=options.domains, budget=options.budget,
-            guards=options.guards, targets=options.targets, mtp=options.mtp, fit=fit,
+            guards=options.guards, targets=options.targets, mtp=options.mtp, fit=fit, served=served,
         )  # fmt: skip
         if layout is not None:
             check_plan(plans[name], layout, statistics.header["fingerprint"])
@@ -80,6 +82,8 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
 def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:
     """The most experts a layer that fit, and that router and targets work with. Raises InputError."""
     bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
-    served = Served(layout.family.name, layout.family.score, layout.router)
+    served = served_as(layout, checkpoint.config)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
+    if not legal:
+        check_counts("--fit", {"": bounds.lowest}, served, options.targets)
     return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")

@@ -1,9 +1,9 @@
 """What engines can load and run: one table of rules about expert counts, each with its source.
 
 A rule that `stops` names what does not load or gives wrong results; the others name what runs, but slowly or not in
-full. Which models an engine knows at all is in `engines`, what it makes of MTP layers in `mtp`. Sources are the
-engines' code, of the versions in `engines.json` unless a rule names another, and their issue trackers. Speeds were not
-measured here.
+full. Which models an engine knows at all is in `engines`, what it makes of the weights' format in `formats`, of MTP
+layers in `mtp`. Sources are the engines' code, of the versions in `engines.json` unless a rule names another, and their
+issue trackers. Speeds were not measured here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moekern.errors import InputError, nearest_name
-from moekern.plan.engines import Listed, listed, names_of, registries
+from moekern.plan.engines import Listed, listed, missing_keys, names_of
+from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
 from moekern.router import Router, count_problem
 
@@ -40,7 +41,8 @@ class Served:
     """A model as far as engines' rules look at it. router.num_experts is the whole model's count.
 
     names: the class names and the model_type of its config.json; where these are not known, all that the family may
-    have. quantization: its quant_method, with "/" and the format where one method has several; "" if none is known.
+    have. quantization: the format of its weights, as `formats.weight_format` names it; "" if none is known.
+    keys: those of config.json's root; empty where it was not seen.
     """
 
     family: str
@@ -48,6 +50,7 @@ class Served:
     router: Router
     names: frozenset[str] = frozenset()
     quantization: str = ""
+    keys: frozenset[str] = frozenset()
 
     @property
     def known_as(self) -> frozenset[str]:
@@ -86,20 +89,8 @@ VLLM_SOFTPLUS = frozenset({1 << n for n in range(7)} | {128, 192, 256, 320, 384,
 # vllm/models/deepseek_v4: tp in the code for AMD, Intel and CPU, ep there for Intel and in the mega-MoE kernels;
 # vllm/models/kimi_k3: ep in the mega-MoE kernels. Elsewhere experts may be spread unevenly.
 VLLM_DIVIDES = {"deepseek_v4": ("tp", "ep"), "kimi_k3": ("ep",)}
-# conversion/base.py, dequant_model, and the families that have their own.
-CONVERTER_TAKES = ("", "bitnet", "fp8", "fp8/32x32", "gptq", "modelopt") + tuple(
-    f"compressed-tensors/{packed}"
-    for packed in (
-        "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
-        "mixed-precision",
-    )
-)  # fmt: skip
-CONVERTER_TAKES_TOO = {"gpt_oss": ("mxfp4",), "kimi_k3": ("compressed-tensors/mxfp4-pack-quantized",)}
-# mlx_lm/utils.py, load_model: what it dequantises or takes packed. FP8 with scales of 128 x 128 blocks only where the
-# model's own code does it (`fp8` of its list); an unknown method is ignored, and its scales are then unknown weights.
-MLX_TAKES = ("", "bitnet", "mxfp4", "mxfp8", "fp8/32x32", "awq", "gptq", "modelopt") + tuple(
-    f"compressed-tensors/{packed}" for packed in ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
-)
+# vllm/models/flint/ops/moe.py: a static assertion of its router on one Blackwell GPU; elsewhere it is plain code.
+FLINT = "on Blackwell GPUs with tp=1 its Flint kernels take powers of two up to 256"
 
 RULES: tuple[Rule, ...] = (
     # torch.topk raises below top_k; the group rules are the model's own: transformers reshapes tokens and groups into
@@ -154,6 +145,12 @@ RULES: tuple[Rule, ...] = (
             f"its fused top-k kernel is made for {_listed(VLLM_TOPK)}; others take a slower path",
         ),
     ),
+    Rule(  # see FLINT
+        ("vllm",), False,
+        lambda n, model, target: _when(
+            model.family == "flint" and target.tp == target.ep == 1 and (not _power_of_two(n) or n > 256), FLINT
+        ),
+    ),
     # vllm/distributed/eplb: experts % ep == 0 (vllm-project/vllm#52435); without it experts may be spread unevenly.
     Rule(
         ("vllm",), False,
@@ -163,6 +160,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("sglang",), True,
         lambda n, model, target: _when(bool(n % target.ep), f"experts must be a multiple of ep={target.ep}"),
+    ),
+    # sglang/kernels/ops/moe/router.py, which its Grok code always calls: Triton's ranges are powers of two.
+    Rule(
+        ("sglang",), True,
+        lambda n, model, target: _when(
+            model.family in ("grok-1", "grok-2") and not _power_of_two(n), "its Grok router takes powers of two"
+        ),
     ),
     # sglang/srt/layers/moe/topk.py: fused gates for powers of two with at most 32 experts a group; other grouped counts
     # go to a Triton router where there is a selection bias, and to torch where there is none.
@@ -190,26 +194,21 @@ RULES: tuple[Rule, ...] = (
             f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
         ),
     ),
-    Rule(  # see CONVERTER_TAKES
-        ("llama.cpp", "ik_llama.cpp"), True,
-        lambda n, model, target: _when(
-            model.quantization not in (*CONVERTER_TAKES, *CONVERTER_TAKES_TOO.get(model.family, ()))
-            and model.family != "deepseek_v4",
-            f"llama.cpp's converter does not read {model.quantization} weights of this model; dequantise it first",
-        ),
-    ),
-    Rule(  # see MLX_TAKES
+    # mlx_lm/models: ModelArgs. transformers 5 saves rope_theta in rope_parameters, and some keys under other names.
+    Rule(
         ("mlx-lm",), True,
         lambda n, model, target: _when(
-            model.quantization not in MLX_TAKES
-            and not (model.quantization == "fp8" and model.known_as & set(registries()["mlx-lm"]["fp8"])),
-            f"does not read {model.quantization} weights of this model; dequantise it first",
+            bool(missing_keys(model.names, model.keys)),
+            f"its code needs {', '.join(missing_keys(model.names, model.keys))} in config.json",
         ),
     ),
-    # mlx_lm/utils.py, _transform_awq_weights.
+    # mlx_lm/models/gpt_oss.py: `sanitize` gives plain weights names that no module has. names: config.json was seen.
     Rule(
-        ("mlx-lm",), False,
-        lambda n, model, target: _when(model.quantization == "gptq", "refuses GPTQ weights that have a g_idx"),
+        ("mlx-lm",), True,
+        lambda n, model, target: _when(
+            model.family == "gpt_oss" and bool(model.names) and not model.quantization,
+            "its gpt-oss code reads MXFP4 experts only",
+        ),
     ),
 )  # fmt: skip
 
@@ -223,13 +222,16 @@ def parse_target(text: str) -> Target:
     engine, colon, options = text.partition(":")
     if engine not in ENGINES:
         near = nearest_name(engine, ENGINES)
-        raise InputError(f"--target {text}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2{near}")
+        raise InputError(f"--target {text:.60}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2{near}")
     target = Target(engine)
-    for option in options.split(",") if colon else ():
+    given = options.split(",") if colon else []
+    for option in given:
         found = re.fullmatch(r"(tp|ep)=([1-9][0-9]{0,4})", option)
+        if found and sum(other.startswith(found[1]) for other in given) > 1:
+            raise InputError(f"--target {text:.60}: {found[1]} is given twice")
         if not found or engine not in PARALLEL:
             known = "tp=N and ep=N" if engine in PARALLEL else f"none for {engine}"
-            raise InputError(f"--target {text}: option {option!r} is not known; known are {known}")
+            raise InputError(f"--target {text:.60}: option {option[:60]!r} is not known; known are {known}")
         target = replace(target, tp=int(found[2])) if found[1] == "tp" else replace(target, ep=int(found[2]))
     return target
 
@@ -274,7 +276,9 @@ def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
 def _broken(target: Target, count: int, served: Served) -> list[Finding]:
     texts = ((rule, rule.broken(count, served, target)) for rule in RULES if target.engine in rule.engines)
     model = listed(target.engine, served.known_as)
-    return [*([model] if model else []), *(Finding(rule.stops, text) for rule, text in texts if text)]
+    weights = format_finding(target.engine, served.family, served.known_as, served.quantization)
+    told = [found for found in (model, weights) if found]
+    return [*told, *(Finding(rule.stops, text) for rule, text in texts if text)]
 
 
 def _listed(numbers: frozenset[int]) -> str:

@@ -109,7 +109,7 @@ class Statistics:
     def own(self, part: LayerStatistics) -> LayerStatistics:
         """The sums of a part, to be added to: what was read for this is nobody else's, what is held is copied."""
         read = isinstance(self.layers, (StoredLayers, MergedLayers))
-        return part if read else part.like().absorb(part)
+        return part if read else LayerStatistics(**{name: value.clone() for name, value in part.tensors().items()})
 
     def part(self, key: str, domain: str, tiers: Sequence[str] | None = None) -> LayerStatistics:
         """The sums of one layer and domain, for `tiers` as in `layer`."""
@@ -239,13 +239,25 @@ def _check_apart(parts: Sequence[Statistics]) -> None:
         raise InputError("merge: the same file is given twice; its tokens would count double")
     measured: dict[str, int] = {}
     for number, part in enumerate(parts, start=1):
-        texts = [run.get("data") for run in part.header["runs"]]
-        for text in {json.dumps(t, sort_keys=True) for t in texts if isinstance(t, dict) and "sources" in t}:
+        for text in {text for run in part.header["runs"] for text in _texts(run.get("data"))}:
             if measured.setdefault(text, number) != number:
                 raise InputError(
-                    f"merge: parts {measured[text]} and {number} measured the same text by the same recipe; its tokens "
-                    "would count double"
+                    f"merge: parts {measured[text]} and {number} measured the same text; its tokens would count double"
                 )
+
+
+def _texts(recipe: Any) -> set[str]:
+    """What tells texts apart: the sha256 of each domain's token ids; in older files, the recipe."""
+    sources = recipe.get("sources") if isinstance(recipe, dict) else None
+    if sources is None:
+        return set()
+    ids = [each.get("ids_sha256") for each in sources.values()] if _are_objects(sources) else [None]
+    named = {each for each in ids if isinstance(each, str)}
+    return named if None not in ids else {json.dumps(recipe, sort_keys=True)}
+
+
+def _are_objects(sources: Any) -> bool:
+    return isinstance(sources, dict) and all(isinstance(each, dict) for each in sources.values())
 
 
 def _unite(total: dict[str, LayerStatistics], added: Mapping[str, LayerStatistics], where: str) -> None:

@@ -16,7 +16,9 @@ from moekern.statistics.contradictions import contradiction
 Views = TypeVar("Views")
 
 # What calibration may be asked to measure beside the routed tier, which is always there.
-TIERS = ("dimensions", "vocabulary", "coalitions", "outliers", "reap", "replay", "gradient", "weights")
+TIERS = (
+    "dimensions", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "replay", "gradient", "weights"
+)  # fmt: skip
 SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
 
 
@@ -50,6 +52,8 @@ class LayerStatistics:
 
     y is an expert's output row before the gate, a = gate * ‖y‖₂. What a tier measures is empty where it was not asked
     for. A domain's gradient G of an expert is the sum over that domain's tokens in one run: gradient sums count these.
+    The joint G is the sum over all domains of a run. Each of its domains holds the same numbers of it, and sums of
+    domains of one run hold them still; no number of it is known of several runs together, so it is 0 there.
     """
 
     # What router_stats and combine_and_measure add to: kernels.sums says what each is, and how it lies in memory.
@@ -78,6 +82,7 @@ class LayerStatistics:
     unit_sum: Tensor = _experts("unit_sum", negative=True, tier="dimensions")
 
     vocabulary: Tensor = _integers("E W?", "vocabulary", merge="or", negative=True)  # token ids seen, one bit each
+    token_count: Tensor = _integers("E V?", "token_counts")  # tokens of each id, V a multiple of 64
     coalitions: Tensor = _integers("C? M?", "coalitions", merge="rows")  # distinct top-k sets: rising ids, then count
     outlier_sum: Tensor = _integers("E?", "outliers")  # entries of y beyond 3 sigma of the expert's mean entry
 
@@ -90,6 +95,7 @@ class LayerStatistics:
     # router chooses again without it; 0 for a token that did not choose e.
     replay_tokens: Tensor = _integers("1", "replay")
     output_sum: Tensor = _signed("E? H?", "replay")  # Σ y
+    scored_output_sum: Tensor = _signed("E? H?", "replay")  # Σ softmax of all logits x y
     output_gram: Tensor = _signed("E? E?", "replay")  # Σ <yᵢ, yⱼ>
     output_cosine: Tensor = _signed("E? E?", "replay")  # Σ cos(yᵢ, yⱼ)
     deletion_norm_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂
@@ -102,6 +108,11 @@ class LayerStatistics:
     gradient_cosine_sum: Tensor = _signed("E? E?", "gradient")  # Σ cos(Gᵢ, Gⱼ)
     gradient_log_std_sum: Tensor = _signed("E?", "gradient")  # Σ over G and hidden dimensions of log std
     gradient_outlier_sum: Tensor = _integers("E?", "gradient")  # entries of G beyond 3 sigma of its mean entry
+    joint_gradients: Tensor = _integers("1?", "gradient", merge="alike")  # how many G make up the joint one
+    joint_gradient_norm: Tensor = _sum("E?", "gradient", merge="alike")  # ‖joint G‖₂, and so on as above
+    joint_gradient_cosine: Tensor = _signed("E? E?", "gradient", merge="alike")
+    joint_gradient_log_std: Tensor = _signed("E?", "gradient", merge="alike")
+    joint_gradient_outlier: Tensor = _integers("E?", "gradient", merge="alike")
     taylor_sum: Tensor = _signed("E?", "gradient")  # Σ <W, G>
     gate_gradient_sum: Tensor = _signed("E?", "gradient")  # Σ over tokens of gate x ∂loss/∂gate
 
@@ -109,7 +120,7 @@ class LayerStatistics:
     weight_count: Tensor = _integers("E?", "weights", merge="same")
     weight_abs_sum: Tensor = _sum("E?", "weights", merge="same")  # Σ |w|
     weight_square_sum: Tensor = _sum("E?", "weights", merge="same")  # Σ w²
-    weight_stable_rank: Tensor = _sum("E?", "weights", merge="same")  # mean over the matrices of Σ σ² / σ₁²
+    weight_stable_rank: Tensor = _sum("E?", "weights", merge="same")  # mean over gate, up, down of Σ σ² / σ₁²
     weight_gram: Tensor = _signed("E? E?", "weights", merge="same")  # <Wᵢ, Wⱼ>
     router_gram: Tensor = _signed("E? E?", "weights", merge="same")  # <rᵢ, rⱼ>, r the rows of the router's matrix
 
@@ -142,10 +153,12 @@ class LayerStatistics:
     ) -> LayerStatistics:
         """Nothing seen yet. `dimensions` = H asks for that tier; the others are named in `tiers`.
 
-        `words` is the 64-bit words of a vocabulary, `hidden` the H of the replay tier where `dimensions` is 0.
+        `words` is the 64-bit words of a vocabulary of V = 64 x words ids, `hidden` the H of the replay tier where
+        `dimensions` is 0.
         """
         subsets = 1 << num_experts if num_experts <= SUBSETS else 0
-        size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "W": words, "S": subsets, "C": 0, "M": 0}
+        size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "S": subsets, "C": 0, "M": 0}
+        size |= {"W": words, "V": 64 * words}
         wanted = {"routed", *tiers, *(["dimensions"] if dimensions else [])}
 
         def zero(f: Field[Any]) -> Tensor:
@@ -221,7 +234,7 @@ class LayerStatistics:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             merge = f.metadata["merge"]
-            if merge == "rows" or (merge == "same" and not (mine.numel() and theirs.numel())):
+            if merge == "rows" or (merge in ("same", "alike") and not (mine.numel() and theirs.numel())):
                 continue
             if mine.shape == theirs.shape:
                 continue
@@ -316,5 +329,6 @@ MERGES: dict[str, Callable[..., Tensor]] = {
     "max": torch.maximum,
     "or": torch.bitwise_or,
     "same": lambda a, b: a if a.numel() else b,
+    "alike": lambda a, b: a if torch.equal(a, b) else torch.zeros_like(a if a.numel() else b),
     "rows": merge_rows,
 }

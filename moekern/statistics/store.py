@@ -77,7 +77,8 @@ class FileStore:
     def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
         if self.writer is None or not self.writer.written:
             first = next(iter(sums.values()))
-            self.expect(first.dimensions or first.output_sum.shape[-1], first.vocabulary.shape[-1])
+            words = first.vocabulary.shape[-1] or first.token_count.shape[-1] // 64
+            self.expect(first.dimensions or first.output_sum.shape[-1], words)
         assert self.writer is not None
         self._check_there()
         for domain, s in sums.items():

@@ -283,6 +283,11 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "config disagrees": (QWEN | {"num_experts": 16}, qwen_keys(), "num_experts is 16, but the tensors hold 8 experts"),
     "alias disagrees": (QWEN | {"num_local_experts": 4}, qwen_keys(), "num_local_experts is 4, but the tensors hold 8"),
     "count is no number": (QWEN | {"num_experts": "8"}, qwen_keys(), "num_experts is '8'"),
+    "counts of blocks": (
+        {"num_experts": 8, "num_experts_per_tok": 2, "block_configs": [{"block_type": "moe", "n_routed_experts": 8}]},
+        qwen_keys(),
+        "config.json: block_configs counts the experts of each block",
+    ),
     "no count": ({"num_experts_per_tok": 2}, qwen_keys(), "config.json: no key gives the number of experts"),
     "no top-k": ({"num_experts": 8}, qwen_keys(), "config.json: no key gives the experts a token chooses"),
     "top-k too large": (QWEN | {"num_experts_per_tok": 9}, qwen_keys(), "chooses 9 experts, but the tensors hold 8"),

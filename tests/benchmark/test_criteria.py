@@ -43,4 +43,16 @@ def test_lines_tables_and_going_on(
     shown = capsys.readouterr().out
     assert "| criterion | loss, 50% | KL, 50% | top-1, 50% |" in shown
     assert "| reap | 50% | 2 rounds, re-estimated |" in shown
+    assert "other end" not in shown
     assert "±" in shown
+
+
+def test_both_ends_stand_side_by_side() -> None:
+    def line(criterion: str, seed: int, mean: float) -> dict[str, object]:
+        return {"criterion": criterion, "share": 0.5, "method": "one-shot", "seed": seed, "mean": mean}
+
+    lines = [line("ego", 0, 4.0), line("ego", 1, 4.2), line("inverse(ego)", 0, 3.0), line("inverse(ego)", 1, 3.2),
+             line("reap", 0, 3.5)]  # fmt: skip
+    header, rows = criteria.by_end(lines)
+    assert header == ["criterion", "drop first", "kept", "loss", "loss, the other end first"]
+    assert rows == [["ego", "min (inferred)", "50%", "4.100 ± 0.100", "3.100 ± 0.100"]]

@@ -25,8 +25,8 @@ inspect
   --json = False
 run
   MODEL required
-  --data* required
   --out required
+  --data* = None
   --keep* = None
   --fit = None
   --bits = None
@@ -34,11 +34,15 @@ run
   --sequences = 1
   --reserve = 15%
   --criterion = gated_norm
-  --tokens = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
   --pack/--no-pack = True
   --chunk = None
   --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --domain* = None
   --tier* = None
@@ -58,13 +62,17 @@ run
   --json = False
 calibrate
   MODEL required
-  --data* required
   --out required
-  --tokens = None
+  --data* = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
   --pack/--no-pack = True
   --chunk = None
   --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = auto
   --dtype = None
@@ -129,11 +137,15 @@ iterate
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
-  --tokens = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
   --pack/--no-pack = True
   --chunk = None
   --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = auto
   --dtype = None
@@ -147,12 +159,16 @@ compare
   --json = False
 evaluate
   MODEL required
-  --data* required
   PLANS* = None
-  --tokens = None
+  --data* = None
+  --preset = None
+  --tokens = 1M
   --sequence-length = 2048
   --pack/--no-pack = True
   --batch-size = 1
+  --column* = None
+  --thinking = row
+  --strict = False
   --seed = 0
   --device = auto
   --dtype = None

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.errors import InputError
+from moekern.estimation.footprint import Fit
 from moekern.plan.document import Plan
+from moekern.plan.several import Planning, make_plans
+from moekern.plan.targets import parse_target
 from moekern.statistics.file import Statistics
 from tests.helpers import families
 from tests.helpers.commands import contents, document, moekern
@@ -95,10 +99,12 @@ def test_different_counts_from_statistics_to_verified_checkpoint(work: Path, tmp
 
 
 def test_check_says_where_a_checkpoint_runs(work: Path) -> None:
+    """Saved by transformers 5: mlx-lm's code finds some of its keys under other names."""
     checked = document("check", work / "model")
-    assert {name: row["runs"] for name, row in checked["targets"].items()} == dict.fromkeys(  # type: ignore[attr-defined]
-        ("transformers", "vllm", "sglang", "llama.cpp", "ik_llama.cpp", "mlx-lm", "mistral.rs"), True
-    )
+    assert {name: row["runs"] for name, row in checked["targets"].items()} == {  # type: ignore[attr-defined]
+        **dict.fromkeys(("transformers", "vllm", "sglang", "llama.cpp", "ik_llama.cpp", "mistral.rs"), True),
+        "mlx-lm": False,
+    }
     done = moekern("check", work / "model", "--target", "sglang:ep=3", "--target", "vllm")
     assert done.returncode == 1
     assert "multiple of ep=3; nearest that runs: 6" in done.stdout
@@ -171,6 +177,31 @@ def test_counts_that_an_engine_runs_slower_are_told_with_the_nearest(work: Path,
     assert "vllm:ep=2: balancing (EPLB) needs a multiple of ep=2; nearest count without this: 4 or 8" in said
 
 
+def test_targets_go_by_the_models_own_config(work: Path, tmp_path: Path) -> None:
+    """Class names and weight formats are in no statistics: --model tells them."""
+    model = tmp_path / "model"
+    shutil.copytree(work / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    statistics = Statistics.load(work / "s.safetensors")
+
+    def planned(target: str, changed: dict[str, object], fit: Fit | None = None) -> list[str]:
+        (model / "config.json").write_text(json.dumps(config | changed))
+        keeps = () if fit else (4,)
+        options = Planning(("reap",), keeps, targets=(parse_target(target),), model=model, fit=fit)
+        return list(make_plans(statistics, options))
+
+    assert planned("vllm", {}) == ["reap-4"]
+    awq = {"quantization_config": {"quant_method": "awq"}}
+    for changed, target, words in (
+        ({"architectures": ["OwnMoeForCausalLM"]}, "vllm", "has no OwnMoeForCausalLM"),
+        (awq, "llama.cpp", "does not read experts stored as awq"),
+    ):
+        for fit in (None, Fit(1 << 30, None, 0, 1)):
+            with pytest.raises(InputError, match=f"{target} would not run it: .*{words}.*no count of this model runs"):
+                planned(target, changed, fit)
+    assert planned("vllm", awq) == ["reap-4"]
+
+
 def test_guards_reach_the_plan(work: Path, tmp_path: Path) -> None:
     guards = ("--guard", "a=3", "--suppress", "b=2", "--domain-floor", "0.3", "--keep-always", "1:0", "--protect-super")
     made = document("plan", work / "s.safetensors", "--keep", 6, *guards, "--out", tmp_path / "plan.json")["guards"]
@@ -234,7 +265,10 @@ WRONG = {
     "multiple": (("plan", "S", "--keep", 4, "--multiple-of", 0), "--multiple-of 0: expected a count"),
     "target": (("plan", "S", "--keep", 4, "--target", "tgi"), "--target tgi: expected one of"),
     "target that stops": (("plan", "S", "--keep", 4, "--target", "sglang:ep=8"), "nearest that runs: 8"),
-    "no count for the target": (("plan", "S", "--fit", "1GiB", "--model", "M", "--target", "sglang:ep=9"), "is legal"),
+    "no count for the target": (
+        ("plan", "S", "--fit", "1GiB", "--model", "M", "--target", "sglang:ep=9"),
+        "multiple of ep=9",
+    ),
     "guard": (("plan", "S", "--keep", 4, "--guard", "law"), "--guard law: no such domain"),
     "always": (("plan", "S", "--keep", 4, "--keep-always", "x"), "--keep-always x: expected LAYER:EXPERT"),
     "check": (("check", "S"), "is a file; give the checkpoint's folder"),

@@ -33,10 +33,10 @@ from tests.helpers.measured import layer_statistics
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"input_ids": [1, 100000000000000000000]}', "d.jsonl:1: expected text"),
-        ('{"text": "a \\ud800 b"}', "d.jsonl:1: text holds half a surrogate pair"),
-        ('{"messages": [1, 2]}', "d.jsonl:1: messages: the chat template"),
-        ("[" * 100_000, "d.jsonl:1: not JSON"),
+        ('{"input_ids": [1, 100000000000000000000]}', "d.jsonl: first: line 1: expected text"),
+        ('{"text": "a \\ud800 b"}', "d.jsonl: first: line 1: text holds half a surrogate pair"),
+        ('{"messages": [1, 2]}', "d.jsonl: first: line 1: messages: expected objects"),
+        ("[" * 100_000, "d.jsonl: first: line 1: not JSON"),
     ],
 )
 def test_odd_rows_are_named(row: str, message: str, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -54,11 +56,14 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return cosine_similarity(a.flatten(), b.flatten(), dim=0)
 
 
-def likeness_to_better(raw: Tokens, e: int, worth: list[float], alike: Callable[[int, int], Tensor]) -> Tensor:
-    """The largest likeness to an expert of more worth; one below the least likeness of all where there is none."""
-    better = [q for q in others(e) if (worth[q], -q) > (worth[e], -e)]
-    found = [alike(e, q) for q in better] or [min(alike(p, q) for p in EXPERTS for q in EXPERTS) - 1]
-    return max(found)
+def likeness_to_better(raw: Tokens, e: int, worth: list[float], alike: Callable[[int, int], Tensor]) -> float:
+    """The largest likeness to an expert of more worth. That of the best is below all by the mean step between them."""
+
+    def largest(p: int) -> float | None:
+        return max((float(alike(p, q)) for q in others(p) if (worth[q], -q) > (worth[p], -p)), default=None)
+
+    mine, known = largest(e), [found for p in EXPERTS if (found := largest(p)) is not None]
+    return min(known) - (max(known) - min(known)) / (len(known) - 1) if mine is None else mine
 
 
 def used(raw: Tokens) -> list[float]:
@@ -67,6 +72,17 @@ def used(raw: Tokens) -> list[float]:
 
 def reap(raw: Tokens, e: int) -> Tensor:
     return (gates(raw, e) * rows(raw, e).norm(dim=1)).mean()
+
+
+def scored(raw: Tokens, e: int) -> Tensor:
+    """[H] mean output over all tokens, times the softmax of the logit."""
+    return (raw.logits.softmax(1)[:, e, None] * raw.y[:, e]).mean(0)
+
+
+def routers_alike(raw: Tokens) -> Tensor:
+    profile = (raw.logits / raw.logits.norm(dim=0)).T
+    apart = (profile[:, None] - profile).norm(dim=2)
+    return 1 - apart / apart.max()
 
 
 def stable_rank(matrix: Tensor) -> Tensor:
@@ -108,16 +124,27 @@ FORMULAS: dict[str, Formula] = {
     "hope": lambda raw, e: (gates(raw, e) * rows(raw, e).norm(dim=1)).square().mean(),
     "hope_all_tokens": lambda raw, e: (gates(raw, e) * rows(raw, e).norm(dim=1)).square().sum() / len(raw.logits),
     "easy_ep": lambda raw, e: sum(raw.gates(t)[e] * raw.y[t, e].norm() * turn(raw, t) for t in raw.routed(e)),
-    "mone": lambda raw, e: rows(raw, e).var(0, correction=0).sqrt().norm() * gates(raw, e).mean(),
+    "mone": lambda raw, e: rows(raw, e).var(0, correction=0).sqrt().norm() * gates(raw, e).sum(),
     "shape": shapley,
     "m_smoe": lambda raw, e: (
         -likeness_to_better(raw, e, used(raw), lambda p, q: (cosine(raw.logits[:, p], raw.logits[:, q]) + 1) / 2)
     ),
     "router_redundancy": lambda raw, e: -sum(cosine(raw.logits[:, e], raw.logits[:, q]) for q in others(e)),
     "hc_smoe": lambda raw, e: (
+        -likeness_to_better(raw, e, used(raw), lambda p, q: -(raw.y[:, p].mean(0) - raw.y[:, q].mean(0)).norm())
+    ),
+    "hc_smoe_cosine": lambda raw, e: (
         -likeness_to_better(raw, e, used(raw), lambda p, q: cosine(raw.y[:, p].mean(0), raw.y[:, q].mean(0)))
     ),
     "ream": lambda raw, e: (
+        -likeness_to_better(
+            raw,
+            e,
+            [float(reap(raw, q)) for q in EXPERTS],
+            lambda p, q: ((1 + cosine(scored(raw, p), scored(raw, q))) / 2 + routers_alike(raw)[p, q]) / 2,
+        )
+    ),
+    "ream_tokens": lambda raw, e: (
         -likeness_to_better(
             raw,
             e,
@@ -134,7 +161,9 @@ FORMULAS: dict[str, Formula] = {
     "leave_one_out": lambda raw, e: lost(raw, e).square().sum(),
 }
 # These are tested below, by what they choose or by the order they make; gradients where they are measured.
-OTHERWISE = {"ecc", "ets", "naee", "stun", "hc_smoe_clusters", "leave_one_out_greedy", "diet", "random"}
+OTHERWISE = {"ecc", "ets", "ets_tokens", "naee", "stun", "leave_one_out_greedy", "diet", "random"} | {
+    "hc_smoe_clusters", "hc_smoe_clusters_cosine"
+}  # fmt: skip
 
 
 def test_every_criterion_has_its_formula() -> None:
@@ -156,11 +185,11 @@ def test_scores_are_what_the_formula_says(layer: tuple[Tokens, LayerStatistics],
     torch.testing.assert_close(score_layer(criterion_named(name), sums, "0"), want, rtol=1e-9, atol=1e-11)
 
 
-def literal_order(count: list[int], together: Callable[[int, int], int]) -> list[int]:
-    """Drop the less used expert of the pair with most in common, again and again; the survivor comes last."""
+def literal_order(count: list[int], together: Callable[[int, int], int], end: Callable[..., Any] = max) -> list[int]:
+    """Drop the less used of the pair with most (or least) in common, again and again; the survivor comes last."""
     left, order = list(EXPERTS), []
     while len(left) > 1:
-        pair = max(combinations(left, 2), key=lambda p: together(*p))
+        pair = end(combinations(left, 2), key=lambda p: together(*p))
         dropped = min(pair, key=lambda e: (count[e], -e))
         left.remove(dropped)
         order.append(dropped)
@@ -171,12 +200,17 @@ def test_pairs_are_parted_one_by_one(layer: tuple[Tokens, LayerStatistics]) -> N
     sums = with_tiers(layer_statistics(3))
     raw, measured_sums = layer
     bits = [ids(raw, e) for e in EXPERTS]
-    got = score_layer(CRITERIA["ets"], measured_sums, "0")
-    want = literal_order(measured_sums.count.tolist(), lambda p, q: len(bits[p] & bits[q]))
-    assert got.argsort().tolist() == want
-    got = score_layer(CRITERIA["ecc"], sums, "0")
-    want = literal_order(sums.count.tolist(), lambda p, q: int(sums.coactivation[p, q]))
-    assert got.argsort().tolist() == want
+    for form, end in (("{}", max), ("inverse({})", min)):
+        got = score_layer(criterion_named(form.format("ets")), measured_sums, "0")
+        want = literal_order(measured_sums.count.tolist(), lambda p, q: len(bits[p] & bits[q]), end)
+        assert got.argsort().tolist() == want
+        got = score_layer(criterion_named(form.format("ets_tokens")), measured_sums, "0")
+        seen = [Counter(int(raw.token_ids[t]) for t in raw.routed(e)) for e in EXPERTS]
+        want = literal_order(measured_sums.count.tolist(), lambda p, q: (seen[p] & seen[q]).total(), end)  # noqa: B023
+        assert got.argsort().tolist() == want
+        got = score_layer(criterion_named(form.format("ecc")), sums, "0")
+        want = literal_order(sums.count.tolist(), lambda p, q: int(sums.coactivation[p, q]), end)
+        assert got.argsort().tolist() == want
 
 
 @pytest.mark.parametrize("kept", [2, 3, 5])
@@ -229,18 +263,57 @@ def test_diet_is_the_best_median_of_few_experts(layer: tuple[Tokens, LayerStatis
     assert _uncovered(distance, keep) == pytest.approx(best, rel=0.05)  # swaps may end in another local optimum
 
 
-@pytest.mark.parametrize("name", ["stun", "hc_smoe_clusters"])
+@pytest.mark.parametrize("name", ["stun", "hc_smoe_clusters", "hc_smoe_clusters_cosine"])
 def test_one_expert_of_each_of_three_clear_clusters_stays(name: str) -> None:
     s = LayerStatistics.zeros(6, 3, tiers=("replay", "weights"))
     s.count.copy_(torch.tensor([5, 9, 3, 4, 7, 8]))
     s.tokens.fill_(18)
     rows = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 1, 2, 2]] + 0.01 * torch.arange(6)[:, None]
     rows[3] *= 1.02
+    s.replay_tokens.fill_(1)
     s.output_sum.copy_(rows)
     s.router_gram.copy_(rows @ rows.T)
     keep = CRITERIA[name].function(s, 3).keep
     assert [e // 2 for e in keep] == [0, 1, 2]
-    if name == "hc_smoe_clusters":
+    if name == "hc_smoe_clusters_cosine":
         assert keep == (1, 3, 5)  # the more used ones
     assert 2 in CRITERIA[name].function(s, 3, 1, (2,)).keep
     assert set(CRITERIA[name].function(s, 4, 1, (2, 3)).keep) > {2, 3}
+
+
+def test_mean_outputs_of_one_direction_are_parted_by_their_length() -> None:
+    """Two clusters along one line, each of three: Euclidean distance sees them, and the middle one is the centre."""
+    s = LayerStatistics.zeros(6, 2, tiers=("replay",))
+    s.count.copy_(torch.tensor([9, 1, 2, 3, 8, 4]))
+    s.tokens.fill_(9)
+    s.replay_tokens.fill_(4)
+    s.output_sum.copy_(4 * torch.tensor([[1.0, 0], [1.2, 0], [1.5, 0], [7.0, 0], [7.5, 0], [8.1, 0]]))
+    assert CRITERIA["hc_smoe_clusters"].function(s, 2).keep == (1, 4)
+    nearest = score_layer(CRITERIA["hc_smoe"], s, "0")
+    torch.testing.assert_close(nearest[1:4], torch.tensor([0.2, 0.5, 0.5], dtype=torch.float64))
+
+
+def test_experts_without_a_signature_neither_need_cover_nor_give_it() -> None:
+    """Of seven, 0 is idle, 1 was not drawn into the sample; 2, 3 and 4 lose alike, 5 and 6 each in its own way."""
+    s = LayerStatistics.zeros(7, 3, tiers=("replay",))
+    s.count.copy_(torch.tensor([0, 1, 5, 5, 5, 5, 5]))
+    lost = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0.1, 0], [1, 0, 0.1], [0, 1, 0], [0, 0, 1]])
+    s.deletion_sum.copy_(lost)
+    diet = CRITERIA["diet"].function
+    assert diet(s, 3).keep == (2, 5, 6)
+    assert set(diet(s, 5).keep) == {2, 3, 4, 5, 6}
+    assert set(diet(s, 6).keep) == {1, 2, 3, 4, 5, 6}  # before the idle one
+    assert diet(s, 3, 1, (0,)).keep[0] == 0
+    scores = diet(s, 3).scores
+    assert scores.argsort()[:2].tolist() == [0, 1]
+
+
+def test_the_best_expert_does_not_stand_apart_by_a_mark() -> None:
+    """Its distance from the next is that between the others, so it takes no spread from them."""
+    s = measured(tokens(0))
+    for name in ("m_smoe", "hc_smoe", "ream"):
+        scores = score_layer(CRITERIA[name], s, "0").sort().values
+        steps = scores.diff()
+        torch.testing.assert_close(steps[-1], steps[:-1].mean())
+    s.logit_gram.fill_(1.0)
+    assert score_layer(CRITERIA["m_smoe"], s, "0").unique().tolist() == [-1.0, 0.0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moekern.criteria import criterion_named, score_layer
+from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import layer_statistics, with_tiers
@@ -85,12 +85,97 @@ def two_domains() -> dict[str, LayerStatistics]:
     return {"prose": prose, "code": code}
 
 
+@pytest.mark.parametrize(
+    "name", ["zscore({}, usage)", "rank({}, usage)", "zscore({}, rwn)", "rank(rwn, {})", "zscore(zscore({}), usage)"]
+)
+@pytest.mark.parametrize("part", ["reap", "eae", "gate_taylor", "m_smoe"])
+def test_idle_experts_change_nothing_between_the_others(name: str, part: str) -> None:
+    """A layer with three more experts that no token chose: the same scores for the others, and those below."""
+    criterion, used = criterion_named(name.format(part)), torch.arange(6)
+    more = with_tiers(layer_statistics(2, experts=9, idle=(6, 7, 8)))
+    for width in (6, 9):  # 6 to 8 are like nobody
+        more.logit_gram[width - 3 :, : width - 3] = more.logit_gram[: width - 3, width - 3 :] = 0
+    fewer = LayerStatistics(**{name: _first(value, 9, 6) for name, value in more.tensors().items()})
+    got, want = score_layer(criterion, more, "0"), score_layer(criterion, fewer, "0")
+    torch.testing.assert_close(got[used], want, rtol=1e-12, atol=1e-12)
+    assert got[6:].max() < got[used].min()
+
+
+def _first(value: torch.Tensor, E: int, n: int) -> torch.Tensor:
+    for axis, size in enumerate(value.shape):
+        if size == E:
+            value = value.narrow(axis, 0, n)
+    return value
+
+
+def test_a_small_spread_is_not_lost_beside_an_idle_expert() -> None:
+    s = layer_statistics(2, idle=(4,))
+    for name in ("norm_sum", "gated_norm_sum"):
+        getattr(s, name).mul_(1e-3)
+    z = score_layer(criterion_named("zscore(reap)"), s, "0")[s.count > 0]
+    torch.testing.assert_close(z.std(correction=0), torch.ones((), dtype=torch.float64))
+
+
+SELECTORS = [name for name, row in CRITERIA.items() if row.kind == "selector"] + [
+    "union(reap, rwn)", "intersection(rwn, usage)", "worst_domain(gate_taylor)", "round_robin(gate_taylor)",
+    "union(ewn*5, usage)", "intersection(zscore(rwn, ewn), usage)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [8, 16])
+@pytest.mark.parametrize("name", SELECTORS)
+def test_selectors_drop_idle_experts_first(name: str, experts: int) -> None:
+    """Within a group and whatever their numbers say; a protected one stays."""
+    idle = (0, 1, experts - 1)
+    s, criterion = with_tiers(layer_statistics(7, experts=experts, idle=idle, tokens=80), 3), criterion_named(name)
+    source = {"a": s, "b": s} if criterion.kind == "domains" else s
+    assert not set(idle) & set(criterion.function(source, experts - 4).keep)
+    assert not set(idle) & set(criterion.function(source, experts // 2, 2).keep)
+    kept = criterion.function(source, experts - 2).keep
+    assert len(set(idle) & set(kept)) == 1
+    assert set(idle) & set(criterion.function(source, experts // 2, 1, (1,)).keep) == {1}
+
+
+def test_the_other_end_of_a_criterion() -> None:
+    s = with_tiers(layer_statistics(7, idle=(2,)))
+    used = s.count > 0
+    for name in ("usage", "egn", "eas", "hts(0.5,1,1)", "zscore(reap, usage)"):
+        plain, other = (score_layer(criterion_named(form.format(name)), s, "0") for form in ("{}", "inverse({})"))
+        assert torch.equal(other[used], -plain[used])
+        assert other.argmin() == plain.argmin() == 2
+    weights = criterion_named("inverse(wsr)")
+    assert weights.family == "weight"
+    assert torch.equal(score_layer(weights, s, "0"), -score_layer(criterion_named("wsr"), s, "0"))
+    assert best(s, "rank(inverse(usage), inverse(usage))", 2) == best(s, "inverse(usage)", 2)
+
+
 def test_the_worst_domain_is_served_first() -> None:
     domains = two_domains()
     assert best(domains["prose"] + domains["code"], "gated_norm", 4) == {0, 1, 4, 5}
     for name in ("worst_domain(gated_norm)", "round_robin(gated_norm)"):
         assert criterion_named(name).function(domains, 4).keep == (0, 1, 2, 3)
     assert criterion_named("worst_domain(gated_norm)").function(domains, 1).keep == (0,)
+
+
+def test_scores_are_shifted_up_and_never_down() -> None:
+    """No expert is idle and the least score is far above 0: a place goes by the share of what it really is."""
+    domains = {name: LayerStatistics.zeros(4) for name in "ab"}
+    for sums, mass in zip(domains.values(), ([10.0, 11, 12, 19], [3.0, 40, 5, 4]), strict=True):
+        sums.count.fill_(1)
+        sums.gated_norm_sum.copy_(torch.tensor(mass))
+    worst = criterion_named("worst_domain(gated_norm)").function
+    assert worst(domains, 2).keep == (1, 3)
+    for kept in (2, 3):
+        scores = worst(domains, kept).scores
+        torch.testing.assert_close(scores, torch.tensor([3 / 52, 11 / 52, 5 / 52, 4 / 52], dtype=torch.float64))
+    domains["b"].gated_norm_sum.copy_(torch.tensor([30.0, 31, 32, 7]))
+    shares = torch.stack([s.gated_norm_sum / s.gated_norm_sum.sum() for s in domains.values()])
+    chosen: list[int] = []
+    while len(chosen) < 3:
+        row = shares[int(shares[:, chosen].sum(1).argmin())].clone()
+        row[chosen] = -1
+        chosen.append(int(row.argmax()))
+        assert worst(domains, len(chosen)).keep == tuple(sorted(chosen))
 
 
 def test_the_least_share_is_never_less_than_by_the_sum_of_domains() -> None:
@@ -161,6 +246,10 @@ def test_a_plug_in_is_one_function_in_a_file(tmp_path: Path) -> None:
         ("rank(random)", "random cannot be part of a combination"),
         ("union(worst_domain(reap), usage)", "cannot be part of a combination"),
         ("worst_domain(reap, usage)", "takes one criterion"),
+        ("inverse(reap, usage)", "inverse takes one criterion"),
+        ("inverse(hope)", "hope chooses a set as a whole, which has no other end"),
+        ("inverse(union(reap, usage))", "chooses a set as a whole"),
+        ("inverse(random)", "random cannot be part of a combination"),
         ("no.such.module:f", "No module named"),
         ("", "unknown"),
     ],

@@ -99,9 +99,10 @@ def test_an_idle_expert_scores_lowest_and_finite(criterion, silent):
         for field in fields(s):
             if field.metadata["dtype"] == torch.float64:
                 getattr(s, field.name).zero_()
-    scores = score_layer(criterion, s, "0")
-    assert scores.isfinite().all()
-    assert scores[[2, 5]].max() < scores[[0, 1, 3, 4]].min()
+    for form in ("{}", "inverse({})") if criterion.kind == "score" else ("{}",):
+        scores = score_layer(criterion_named(form.format(criterion.name)), s, "0")
+        assert scores.isfinite().all()
+        assert scores[[2, 5]].max() < scores[[0, 1, 3, 4]].min()
 
 
 @names
@@ -134,6 +135,14 @@ def test_a_criterion_needs_what_it_says(criterion):
         with pytest.raises(InputError, match=f"{criterion.name}: .*calibrate with --tier {criterion.tiers[0]}$"):
             score_layer(criterion, without, "0")
     assert score_layer(criterion, with_tiers(layer_statistics(0)), "0").isfinite().all()
+
+
+def test_what_the_compared_code_never_chose_is_worth_nothing_there():
+    s = with_tiers(layer_statistics(7, idle=(2,)))
+    s.compat_count[4], s.compat_gated_norm_sum[4] = 0, 0
+    scores = score_layer(CRITERIA["reap_compat"], s, "0")
+    assert scores[4] == 0
+    assert scores[2] < 0 < scores[[0, 1, 3, 5]].min()
 
 
 def test_random_depends_on_seed_layer_and_expert_alone():

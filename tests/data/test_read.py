@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from moekern.data.batches import TokenData
 from moekern.data.read import read_data
 from moekern.demo import MODEL
 from moekern.errors import InputError
+from tests.helpers.text import folder_of, lines, shown
 
 WORDS = "Experts that no token needs can go. " * 40
 
@@ -116,20 +120,176 @@ def test_another_seed_draws_other_sequences(tmp_path: Path) -> None:
     [
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n", "holds no text"),
-        ("latin.txt", b"caf\xe9", "not UTF-8"),
-        ("bad.jsonl", b'{"text": 1}\n', "bad.jsonl:1: expected text"),
-        ("broken.jsonl", b'{"input_ids": [1, 2]}\n{"te', "broken.jsonl:2: not JSON"),
-        ("list.jsonl", b"[1]\n", "list.jsonl:1: expected an object"),
-        ("floats.jsonl", b'{"input_ids": [1.5]}\n', "floats.jsonl:1: expected text"),
+        ("latin.txt", b"caf\xe9", "holds no text: left out: 1 of 1 files: first: latin.txt: not UTF-8"),
+        ("bad.jsonl", b'{"text": 1}\n', "left out: 1 of 1 rows of bad.jsonl: first: line 1: expected text"),
+        ("list.jsonl", b"[1]\n", "line 1: expected an object"),
+        ("floats.jsonl", b'{"input_ids": [1.5]}\n', "line 1: expected text"),
         ("broken.npy", b"not numpy", "not a readable .npy"),
         ("high.jsonl", b'{"input_ids": [1, 5000]}\n', "do not fit the model's vocabulary of 100"),
         ("low.jsonl", b'{"input_ids": [-1, 5]}\n', "do not fit the model's vocabulary of 100"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_where_nothing_can_be_read_the_reason_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_data([str(tmp_path / name)], MODEL, vocab_size=100)
+
+
+def test_what_cannot_be_read_is_counted_and_told_or_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for name in "abcd":
+        (folder / f"{name}.c").write_text(WORDS)
+    (folder / "old.c").write_bytes("int é;\n".encode("latin-1") * 20)
+    (folder / "package.json").write_text('{"name": {}}')
+    for name in ("a.png", "b.png", "Makefile"):
+        (folder / name).write_bytes(b"\xff")
+    lines(folder / "rows.jsonl", ['{"input_ids": [1, 2]}', '{"te', '{"body": 3}', '{"input_ids": [3]}'])
+    said: list[str] = []
+    data = read_data([f"code={folder}"], MODEL, tell=said.append)
+    assert said == [
+        "code: left out: 3 files of other kinds (.png 2, without suffix 1)",
+        "code: left out: 2 of 7 files: first: old.c: not UTF-8 text (byte 4)",
+        "code: left out: 2 of 4 rows of rows.jsonl: first: line 2: not JSON (Unterminated string)",
+    ]
+    assert data.notes == tuple(said)
+    assert data.recipe["sources"]["code"]["left_out"] == {"files": 2, "rows": 2}
+    with pytest.warns(UserWarning, match="left out: 2 of") as warned:
+        read_data([f"code={folder}"], MODEL)
+    assert len(warned) == 2
+    with pytest.raises(InputError, match=r"old.c: not UTF-8 text \(byte 4\) \(--strict\)"):
+        read_data([f"code={folder}"], MODEL, strict=True)
+    (folder / "old.c").unlink()
+    with pytest.raises(InputError, match="package.json: an object that holds neither"):
+        read_data([f"code={folder}"], MODEL, strict=True)
+    with pytest.raises(InputError, match="rows.jsonl: line 2: not JSON"):
+        read_data([str(folder / "rows.jsonl")], MODEL, strict=True)
+
+
+def _numbered(folder: Path, kind: str, rows: int = 40_000) -> Path:
+    """About 2 MB of numbered rows, as a file or a folder of this kind."""
+    texts = [f"{n:05d} " + "no expert is needed by this row. " * (1 + n % 2) for n in range(rows)]
+    if kind == "folder":
+        (folder / "d").mkdir()
+        for start in range(0, rows, 40):
+            (folder / "d" / f"{start}.txt").write_text("\n".join(texts[start : start + 40]))
+        return folder / "d"
+    path = folder / f"a.{kind}"
+    if kind == "txt":
+        path.write_text("\n".join(texts))
+    elif kind == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": texts}), path, row_group_size=2000)
+    else:
+        lines(path, ({"text": text} for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "folder", "parquet"])
+def test_of_a_large_text_so_much_is_drawn_as_is_needed_from_all_of_it(kind: str, tmp_path: Path) -> None:
+    path, model = _numbered(tmp_path, kind), folder_of(tmp_path / "model")
+    seen: list[list[int]] = []
+    recipes = []
+    for seed, batch in ((0, 8), (0, 3), (1, 8)):
+        options = {"tokens": 60_000, "sequence_length": 64, "batch_size": batch, "seed": seed, "tell": print}
+        data = read_data([f"d={path}"], model, **options)
+        assert data.tokens == {"d": 60_000}
+        seen.append(_numbers(data, model))
+        recipes.append(data.recipe["sources"]["d"])
+    assert seen[0] == seen[1]
+    assert recipes[0] == recipes[1] != recipes[2]
+    assert recipes[0]["ids_sha256"] != recipes[2]["ids_sha256"]
+    for numbers in seen:
+        assert len(set(numbers)) == len(numbers) > 100
+        assert min(numbers) < 10_000
+        assert max(numbers) > 30_000
+    assert len(set(seen[0]) & set(seen[2])) < len(seen[0]) // 2
+
+
+def _numbers(data: TokenData, model: Path) -> list[int]:
+    return [int(n) for text in shown(data, model) for n in re.findall(r"\b\d{5}\b", text)]
+
+
+def test_what_can_only_be_read_from_its_start_is_drawn_from_there_and_it_is_said(tmp_path: Path) -> None:
+    path, model = _numbered(tmp_path, "jsonl"), folder_of(tmp_path / "model")
+    said: list[str] = []
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+    data = read_data([f"d={tmp_path / 'a.jsonl.gz'}"], model, tokens=9000, sequence_length=64, tell=said.append)
+    numbers = _numbers(data, model)
+    assert numbers != sorted(numbers)
+    assert max(numbers) > 9000
+    assert said[0].startswith(
+        "d: compressed files, JSON, CSV and row groups of parquet are drawn from their starts: up"
+    )
+
+
+def test_the_recipe_names_the_tokens_that_are_used_and_not_the_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.arange(100))
+    np.save(tmp_path / "two.npy", np.arange(100, dtype=np.int32))
+    lines(tmp_path / "three.jsonl", [{"input_ids": list(range(60))}, {"input_ids": list(range(60, 100))}])
+    found = [
+        read_data([f"d={tmp_path / name}"], tmp_path, tokens=50, sequence_length=10).recipe["sources"]["d"]
+        for name in ("one.npy", "two.npy", "three.jsonl")
+    ]
+    assert len({each["ids_sha256"] for each in found}) == 1
+    data = read_data([f"d={tmp_path / 'one.npy'}"], tmp_path, tokens=50, sequence_length=10, batch_size=2)
+    ids = np.concatenate([batch.input_ids.numpy().reshape(-1) for batch in data.batches])
+    assert found[0]["ids_sha256"] == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    assert found[0] == {"path": "one.npy", "tokens": 50, "ids_sha256": found[0]["ids_sha256"], "left_out": {}}
+
+
+def test_domains_have_amounts_of_their_own(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(10_000))
+    specs = [
+        f"{name}={tmp_path / 'ids.npy'}{amount}" for name, amount in zip("abcd", (":7", ":1k", ":25%", ""), strict=True)
+    ]
+    data = read_data(specs, tmp_path, tokens=2000, sequence_length=50)
+    assert data.tokens == {"a": 350, "b": 1000, "c": 500, "d": 1500}
+    data = read_data([f"a={tmp_path / 'ids.npy'}:20k"], tmp_path)
+    assert data.notes == ("a: 10,000 tokens, fewer than the 20,000 that it was asked for",)
+    lines(tmp_path / "rows.jsonl", ({"input_ids": [n, n + 1]} for n in range(40)))
+    data = read_data([f"a={tmp_path / 'rows.jsonl'}:7"], tmp_path, sequence_length=50, pack=False)
+    assert data.tokens == {"a": 14}
+
+
+def test_sequences_longer_than_the_model_was_made_for_are_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    said: list[str] = []
+    for length in (32, 33):
+        read_data([str(tmp_path / "ids.npy")], tmp_path, sequence_length=length, max_positions=32, tell=said.append)
+    assert [line for line in said if "max_position_embeddings" in line] == said
+    assert len(said) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "txt", "npy"])
+def test_a_budget_of_a_huge_file_costs_no_more_memory_than_it_needs(kind: str, tmp_path: Path) -> None:
+    """100 MB, 2 GB where it lies in few blocks of the disk; the peak is that of this process."""
+    model, path = folder_of(tmp_path / "model"), tmp_path / f"a.{kind}"
+    part = "".join(json.dumps({"text": f"{n} " + WORDS}) + "\n" for n in range(700)).encode()  # about 1 MB
+    with path.open("wb") as file:
+        if kind == "npy":
+            np.lib.format.write_array_header_2_0(file, {"descr": "<i8", "fortran_order": False, "shape": (1 << 28,)})
+            file.truncate(file.tell() + (1 << 31))
+        elif kind == "json":
+            file.write(b"[")
+            file.writelines([part.replace(b"\n", b",")] * 100)
+        else:
+            file.writelines([gzip.compress(part, 1)] * 2000 if kind == "jsonl.gz" else [part] * 100)
+    options = {"tokens": 2000, "sequence_length": 64, "tell": print}
+    read_data([f"d={lines(tmp_path / 'small.jsonl', [{'text': WORDS}])}"], model, **options)
+    before = _memory("RSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    assert read_data([f"d={path}"], model, **options).tokens == {"d": 2000}
+    assert _memory("HWM") - before < 40
+    path.unlink()
+
+
+def _memory(what: str) -> float:
+    """MiB of this process: RSS, or HWM, their most since it was last cleared."""
+    found = re.search(rf"Vm{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
 
 
 def test_a_pickled_array_is_not_opened(tmp_path: Path) -> None:
@@ -144,20 +304,6 @@ def test_a_budget_too_small_for_its_domains_is_refused(tmp_path: Path) -> None:
     assert sum(read_data(specs, tmp_path, tokens=6).tokens.values()) == 6
     with pytest.raises(InputError, match="at least 2 for each of 3 domains"):
         read_data(specs, tmp_path, tokens=5)
-
-
-@pytest.mark.parametrize(
-    ("specs", "message"),
-    [
-        ([], "at least one"),
-        (["a=/nowhere/at/all"], "no such file or folder"),
-        (["=x"], "plain name"),
-        (["a=.", "a=."], "named twice"),
-    ],
-)
-def test_wrong_sources_are_refused(specs: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        read_data(specs, MODEL)
 
 
 def test_a_checkpoint_without_tokenizer_says_what_to_give_instead(tmp_path: Path) -> None:

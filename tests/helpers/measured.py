@@ -92,6 +92,8 @@ def with_tiers(s, seed=0, tokens=40):
                 value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
         elif f.name == "vocabulary":
             value = distinct_vocabulary(s.num_experts)
+        elif f.name == "token_count":
+            value = distinct_tokens(s.num_experts)
         elif f.name == "coalitions":
             sets = (
                 torch.stack([torch.randperm(s.num_experts, generator=draw)[:K] for _ in range(tokens)]).sort(1).values
@@ -104,6 +106,7 @@ def with_tiers(s, seed=0, tokens=40):
             value = torch.rand(value.shape, generator=draw, dtype=torch.float64)
         filled[f.name] = value
     filled["compat_count"][s.count == 0] = 0
+    filled["joint_gradients"] = filled["gradients"].clone()
     return LayerStatistics(**filled)
 
 
@@ -125,6 +128,15 @@ def distinct_vocabulary(experts):
         seen[[i, j], start:stop] = True
         start = stop
     return (seen.view(experts, words, 64).long() << torch.arange(64)).sum(-1)
+
+
+def distinct_tokens(experts):
+    """Counts [E, V] of ids of which any two experts share one, with distinct_pairs(experts)[i, j] tokens each."""
+    pairs, ids = distinct_pairs(experts), list(combinations(range(experts), 2))
+    counts = torch.zeros(experts, -(-max(len(ids), 1) // 64) * 64, dtype=torch.int64)
+    for number, (i, j) in enumerate(ids):
+        counts[[i, j], number] = pairs[i, j]
+    return counts
 
 
 def header(domains, **changes):
@@ -151,4 +163,23 @@ def model_statistics(seed=0, layers=("0", "2", "10"), domains=("prose", "code"),
         key: {d: with_tiers(layer_statistics(n := 1000 * seed + 10 * i + j), n) for j, d in enumerate(domains)}
         for i, key in enumerate(layers)
     }
-    return Statistics(header(domains, **changes), sums)
+    return Statistics(header(domains, **changes), {key: _of_one_run(parts) for key, parts in sums.items()})
+
+
+def _of_one_run(parts):
+    """The same sums of a layer, with one joint gradient of all domains."""
+    first = next(iter(parts.values()))
+    joint = {f.name: getattr(first, f.name) for f in fields(first) if f.metadata["merge"] == "alike"}
+    joint["joint_gradients"] = torch.tensor([len(parts)])
+    return {d: replace(s, **joint, gradients=torch.ones(1, dtype=torch.int64)) for d, s in parts.items()}
+
+
+def assert_same(a: LayerStatistics, b: LayerStatistics, **tolerance: float) -> None:
+    """Every field is equal, dtype too, or within a tolerance."""
+    for f in fields(LayerStatistics):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if tolerance:
+            torch.testing.assert_close(x, y, **tolerance)
+        else:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), f.name

@@ -64,7 +64,7 @@ def measured(raw: Tokens) -> LayerStatistics:
     """Sums of all tiers but gradients."""
     T, E, H = raw.y.shape
     s = LayerStatistics.zeros(
-        E, H, tiers=("vocabulary", "coalitions", "outliers", "reap", "replay", "weights"), words=1
+        E, H, tiers=("vocabulary", "token_counts", "coalitions", "outliers", "reap", "replay", "weights"), words=1
     )
     sets: Counter[tuple[int, ...]] = Counter()
     everything = {e: torch.stack([raw.y[t, e] for t in raw.routed(e)]) for e in range(E) if raw.routed(e)}
@@ -93,6 +93,7 @@ def measured(raw: Tokens) -> LayerStatistics:
             s.value_sum[e] += raw.y[t, e]
             s.unit_sum[e] += raw.y[t, e] / norm[e]
             s.vocabulary[e] |= 1 << int(raw.token_ids[t])
+            s.token_count[e, raw.token_ids[t]] += 1
             s.renormalised_norm_sum[e] += gate[e] / gate.sum() * norm[e]
             for other in ids:
                 s.coactivation[e, other] += 1
@@ -122,6 +123,7 @@ def add_replay(s: LayerStatistics, raw: Tokens, t: int) -> None:
     unit = raw.y[t] / raw.y[t].norm(dim=1, keepdim=True)
     s.replay_tokens.add_(1)
     s.output_sum.add_(raw.y[t])
+    s.scored_output_sum.add_(raw.logits[t].softmax(0)[:, None] * raw.y[t])
     s.output_gram.add_(raw.y[t] @ raw.y[t].T)
     s.output_cosine.add_(unit @ unit.T)
     s.deletion_norm_sum.add_(lost.norm(dim=1))

@@ -295,7 +295,7 @@ def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     source, out = family_checkpoint("qwen3_moe"), tmp_path / "plan.json"
-    command = ["iterate", str(source), "--data", text, "--out", str(out), *options]
+    command = ["iterate", str(source), "--data", text, "--sequence-length", "64", "--out", str(out), *options]
     monkeypatch.setattr("sys.argv", ["moekern", *command])
     with pytest.raises(SystemExit) as stop:
         main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.criteria import CRITERIA, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.gradients import matrices, measure_gradients, watching_gates
@@ -31,6 +32,7 @@ from tests.helpers.commands import moekern as command
 MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS
 FIELDS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "gradient"]
+JOINT = [name for name in FIELDS if name.startswith("joint_")]
 # Their decoder layers hand on more than hidden states, or their head is no language model's.
 REFUSED = ("inkling2", "inkling2_text", "mistral_large4", "openai_privacy_filter", "zaya")
 CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
@@ -102,7 +104,7 @@ def literal(layer: Any, layout: Any, gate_sum: Tensor, model: Any) -> dict[str, 
 
 def close(name: str, got: Tensor, want: Tensor) -> None:
     """Float32 on both sides, through products of other shapes; logarithms of small variances lose more."""
-    if name == "gradient_outlier_sum":  # entries at 3 sigma may fall on either side
+    if "outlier" in name:  # entries at 3 sigma may fall on either side
         assert int((got - want).abs().max()) <= 2
         return
     scale = float(want.double().abs().max())
@@ -121,9 +123,33 @@ def test_gradients_are_those_of_a_whole_backward_pass(
         for key, want in whole(model, layout, batches).items():
             got = statistics.layers[key][domain]
             assert got.tiers == ("gradient",)
-            for field in FIELDS:
+            for field in set(FIELDS) - set(JOINT):
                 close(field, getattr(got, field), want[field])
             assert float(got.gradient_norm_sum.max()) > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "dbrx"])
+def test_the_joint_gradient_is_that_of_all_text(
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
+) -> None:
+    """Criteria of all domains are those of one domain that holds all text; each domain is scored by its own."""
+    folder, data = family_checkpoint(name), data_of(name)
+    model, layout = copy.deepcopy(whole_model(name)), find_layout(open_checkpoint(folder))
+    statistics = calibrate(folder, data, Compute(dtype=torch.float32), tiers=("gradient",))
+    one = TokenData(tuple(Batch("all", batch.input_ids) for batch in data.batches), {})
+    united = calibrate(folder, one, Compute(dtype=torch.float32), tiers=("gradient",))
+    for key, want in whole(model, layout, [batch.input_ids for batch in data.batches]).items():
+        total = statistics.layer(key)
+        assert int(total.joint_gradients) == int(total.gradients) == 2
+        for field in JOINT[1:]:
+            close(field, getattr(total, field), want[f"{field.removeprefix('joint_')}_sum"])
+            assert torch.equal(getattr(total, field), getattr(statistics.layers[key]["b"], field))
+        for criterion in ("egs", "ege", "egn", "taylor"):
+            row = CRITERIA[criterion]
+            close(criterion, score_layer(row, total, key), score_layer(row, united.layer(key), key))
+            own = score_layer(row, statistics.layer(key, ["b"]), key)
+            assert torch.equal(own, score_layer(row, statistics.layers[key]["b"], key))
+            assert not torch.equal(own, score_layer(row, total, key))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -182,9 +208,54 @@ def test_runs_add(family_checkpoint: MakeCheckpoint) -> None:
     ]
     both = merge(parts)
     for key in both.layers:
-        assert int(both.layer(key).gradients) == 3
+        layer = both.layer(key)
+        assert int(layer.gradients) == 3
         total = sum(part.layer(key).gradient_norm_sum for part in parts)
-        torch.testing.assert_close(both.layer(key).gradient_norm_sum, total)
+        torch.testing.assert_close(layer.gradient_norm_sum, total)
+        for criterion in ("egs", "ege", "ego", "egn"):
+            with pytest.raises(InputError, match=f"{criterion}: of these 3 gradients no joint one is known"):
+                score_layer(CRITERIA[criterion], layer, key)
+        for criterion, field in (("taylor", "taylor_sum"), ("gate_taylor", "gate_gradient_sum")):
+            sums = sum(getattr(part.layer(key), field) for part in parts)
+            scores = score_layer(CRITERIA[criterion], layer, key)
+            torch.testing.assert_close(scores, sums.abs() if criterion == "taylor" else -sums)
+
+
+def test_of_two_runs_the_domains_of_one_have_a_joint_gradient(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = family_checkpoint("mixtral")
+    for run, domains in (("1", "ab"), ("2", "cd")):
+        batches = tuple(Batch(d, families.input_ids("mixtral", 2, 12, ord(d))) for d in domains)
+        calibrate(folder, TokenData(batches, {"run": run}), tiers=("gradient",), out=tmp_path / run)
+    first, second = (Statistics.load(tmp_path / run) for run in "12")
+    merge([first, second]).save(tmp_path / "both")
+    both, egn = Statistics.load(tmp_path / "both"), CRITERIA["egn"]
+    want = score_layer(egn, first.layer("0"), "0")
+    assert torch.equal(score_layer(egn, both.layer("0", ["a", "b"]), "0"), want)
+    assert torch.equal(score_layer(egn, both.layer("0", ["d"]), "0"), score_layer(egn, second.layer("0", ["d"]), "0"))
+    for domains in (["a", "d"], ["a", "b", "c"], ["b", "c", "d"], ["a", "b", "c", "d"]):
+        with pytest.raises(InputError, match="no joint one is known: take one domain or all domains of one run"):
+            score_layer(egn, both.layer("0", domains), "0")
+
+
+def test_older_files_open_and_hold_no_joint_gradient(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = family_checkpoint("mixtral")
+    new = calibrate(folder, data_of("mixtral"), tiers=("gradient",))
+    layers = {
+        key: {d: replace(s, **{n: getattr(s, n)[:0] for n in JOINT if n != "joint_gradient_cosine"},
+                         joint_gradient_cosine=torch.zeros(0, 0, dtype=torch.float64)) for d, s in parts.items()}
+        for key, parts in new.layers.items()
+    }  # fmt: skip
+    Statistics(new.header, layers).save(tmp_path / "old")
+    old, egn = Statistics.load(tmp_path / "old"), CRITERIA["egn"]
+    assert torch.equal(score_layer(egn, old.layer("0", ["a"]), "0"), score_layer(egn, new.layer("0", ["a"]), "0"))
+    with pytest.raises(InputError, match="egn: the statistics hold no joint gradient of their 2 domains; calibrate"):
+        score_layer(egn, old.layer("0"), "0")
+    more = TokenData((Batch("c", families.input_ids("mixtral", 2, 12, 5)),), {})
+    other = calibrate(folder, more, tiers=("gradient",))
+    merge([old, other]).save(tmp_path / "mixed")
+    assert int(Statistics.load(tmp_path / "mixed").layer("0").gradients) == 3
 
 
 def test_the_command(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

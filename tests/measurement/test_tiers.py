@@ -18,6 +18,7 @@ import moekern
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.criteria import CRITERIA
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.replay import sample
@@ -138,21 +139,24 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_vocabulary_coalitions_and_logits(name: str, case: MakeCase, runs: Runs) -> None:
-    it = case(name, "vocabulary", "coalitions")
+    it = case(name, "vocabulary", "token_counts", "coalitions")
+    counts = torch.zeros(E, 64 * it.sums.vocabulary.shape[1], dtype=torch.int64)
     seen = torch.zeros(E, 64 * it.sums.vocabulary.shape[1], dtype=torch.bool)
     sets: Counter[tuple[int, ...]] = Counter()
     gram = torch.zeros(E, E, dtype=torch.float64)
     for token_ids, run in zip(it.token_ids, runs(it), strict=True):
         for token, ids in zip(token_ids.reshape(-1).tolist(), run.ids.tolist(), strict=True):
             seen[ids, token] = True
+            counts[ids, token] += 1
             sets[tuple(sorted(ids))] += 1
         gram += run.logits.T @ run.logits
     bits = it.sums.vocabulary[:, :, None] >> torch.arange(64) & 1
     assert torch.equal(bits.reshape(E, -1).bool(), seen)
+    assert torch.equal(it.sums.token_count, counts)
     assert it.sums.vocabulary.shape == (E, -(-families.VOCAB // 64))
     assert it.sums.coalitions.tolist() == [[*ids, n] for ids, n in sorted(sets.items())]
     close(it.sums.logit_gram, gram)
-    assert it.sums.tiers == ("vocabulary", "coalitions")
+    assert it.sums.tiers == ("vocabulary", "token_counts", "coalitions")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -190,6 +194,7 @@ def test_replay(name: str, case: MakeCase, runs: Runs) -> None:
     T, H = len(run.y), run.y.shape[2]
     assert int(s.replay_tokens) == T
     close(s.output_sum, run.y.sum(0))
+    close(s.scored_output_sum, (run.logits.softmax(1)[..., None] * run.y).sum(0))
     close(s.output_gram, torch.einsum("tih,tjh->ij", run.y, run.y))
     unit = run.y / run.y.norm(dim=2, keepdim=True)
     close(s.output_cosine, torch.einsum("tih,tjh->ij", unit, unit))
@@ -233,8 +238,9 @@ def test_weights(family_checkpoint: MakeCheckpoint) -> None:
     folder = family_checkpoint("qwen3_moe")
     statistics = calibrate(folder, _two_domains("qwen3_moe"), tiers=("weights",))
     checkpoint = open_checkpoint(folder)
-    for key, layer in find_layout(checkpoint).layers.items():
-        expected = weigh_layer(checkpoint, layer)
+    layout = find_layout(checkpoint)
+    for key, layer in layout.layers.items():
+        expected = weigh_layer(checkpoint, layout, layer)
         for sums in statistics.layers[key].values():
             assert sums.tiers == ("weights",)
             assert int(sums.tokens) == 24
@@ -248,8 +254,13 @@ def _two_domains(name: str) -> TokenData:
     return TokenData(tuple(Batch(domain, families.input_ids(name, 2, 12, i)) for i, domain in enumerate("ab")), {})
 
 
-def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
-    return [f.name for f in fields(a) if not torch.equal(getattr(a, f.name), getattr(b, f.name))]
+def _differences(a: LayerStatistics, b: LayerStatistics, besides: str = "") -> list[str]:
+    """Fields that differ, but those that merge in the way `besides`."""
+    return [
+        f.name
+        for f in fields(a)
+        if f.metadata["merge"] != besides and not torch.equal(getattr(a, f.name), getattr(b, f.name))
+    ]
 
 
 Steps = list[tuple[float, int]]  # done, total
@@ -275,7 +286,10 @@ def every_tier(family_checkpoint: MakeCheckpoint) -> Callable[[str], tuple[Stati
 def test_every_tier_with_domains_apart(
     name: str, family_checkpoint: MakeCheckpoint, every_tier: Callable[[str], tuple[Statistics, Steps]], tmp_path: Path
 ) -> None:
-    """A domain's sums do not depend on what else is calibrated, and all survive the file; two runs are the same."""
+    """A domain's sums do not depend on what else is calibrated, and all survive the file; two runs are the same.
+
+    The joint gradient of all domains is a run's own.
+    """
     folder, data = family_checkpoint(name), _two_domains(name)
     both, steps = every_tier(name)
     apart = [calibrate(folder, TokenData((batch,), {}), tiers=TIERS, replay_tokens=10) for batch in data.batches]
@@ -285,9 +299,10 @@ def test_every_tier_with_domains_apart(
         assert both.layer(key).tiers == TIERS
         assert int(both.layer(key).replay_tokens) == 20
         for domain, one in zip("ab", apart, strict=True):
-            assert _differences(both.layer(key, [domain]), one.layer(key)) == []
+            assert _differences(both.layer(key, [domain]), one.layer(key), besides="alike") == []
             assert _differences(both.layer(key, [domain]), loaded.layer(key, [domain])) == []
-        assert _differences(both.layer(key), merged.layer(key)) == []
+        assert _differences(both.layer(key), merged.layer(key), besides="alike") == []
+        assert not merged.layer(key).joint_gradient_norm.any()
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert {int(done) for done, _ in steps} == set(range(steps[0][1] + 1))
     assert len({total for _, total in steps}) == 1
@@ -298,7 +313,7 @@ def test_every_criterion_ranks_what_was_calibrated(
     name: str, every_tier: Callable[[str], tuple[Statistics, Steps]]
 ) -> None:
     statistics, _ = every_tier(name)
-    for criterion in moekern.criteria.CRITERIA.values():
+    for criterion in CRITERIA.values():
         plan = moekern.make_plan(statistics, criterion.name, keep=4)
         assert all(len(layer.keep) == 4 for layer in plan.layers.values())
 
@@ -319,7 +334,7 @@ def test_a_router_that_cannot_be_asked_again_is_refused(name: str, family_checkp
 
 def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint) -> None:
     folder, token_ids = family_checkpoint("qwen3_moe"), families.input_ids("qwen3_moe", 2, 12, 1)
-    model, tiers = families.load(folder), ("dimensions", "vocabulary", "coalitions", "reap")
+    model, tiers = families.load(folder), ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")
     with moekern.observe(model, tiers=tiers) as seen:
         families.forward(model, token_ids)
     streamed = calibrate(
@@ -339,7 +354,8 @@ def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint)
 
 def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
     model = families.load(family_checkpoint("deepseek_v3"))
-    ids, tiers = families.input_ids("deepseek_v3", 1, 9, 3), ("dimensions", "vocabulary", "coalitions", "reap")
+    ids = families.input_ids("deepseek_v3", 1, 9, 3)
+    tiers = ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")
     padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)
     with moekern.observe(model, tiers=tiers) as plain, torch.no_grad():
@@ -348,7 +364,7 @@ def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
         model(input_ids=padded, attention_mask=mask, use_cache=False)
     for key in plain.layers:
         a, b = plain.layer(key), whole_.layer(key)
-        for name in ("vocabulary", "coalitions", "compat_count", "residual_tokens"):
+        for name in ("vocabulary", "token_count", "coalitions", "compat_count", "residual_tokens"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum"):
             close(getattr(b, name), getattr(a, name))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -92,6 +92,62 @@ def test_scores_are_those_of_the_weights(family_checkpoint: MakeCheckpoint) -> N
             got = score_layer(criterion_named(name), statistics.layer(key), key)
             # float32 sums of 2048 weights at most; the stable rank stops at 1e-3
             torch.testing.assert_close(got, scores, rtol=2e-3 if name == "wsr" else 1e-5, atol=1e-5)
+
+
+def stable(matrix: Tensor) -> float:
+    return float(matrix.double().square().sum() / torch.linalg.matrix_norm(matrix.double(), 2) ** 2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gate_and_up_in_one_tensor_weigh_what_they_weigh_apart(
+    transposed: bool, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """The same numbers, and the same stable rank to the bit, for one tensor an expert and for stacks of fused ones."""
+    folder = family_checkpoint("qwen3_moe")
+    tensors = everything(folder)
+    for layer in {name.split(".")[2] for name in tensors if ".experts." in name}:
+        stem = f"model.layers.{layer}.mlp.experts"
+        parts = [[tensors.pop(f"{stem}.{e}.{part}_proj.weight") for part in PARTS] for e in range(8)]
+        fused = torch.stack([torch.cat([gate, up]) for gate, up, _ in parts])
+        down = torch.stack([down for *_, down in parts])
+        for name, value in (("gate_up_proj", fused), ("down_proj", down)):
+            tensors[f"{stem}.{name}"] = (value.mT if transposed else value).contiguous()
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    save_file(tensors, stacked / "model.safetensors")
+    (stacked / "config.json").write_bytes((folder / "config.json").read_bytes())
+    apart, together = weigh(folder), weigh(stacked)
+    for key in apart.layers:
+        a, b = apart.layer(key), together.layer(key)
+        assert torch.equal(a.weight_count, b.weight_count)
+        for field in ("weight_square_sum", "weight_gram", "weight_stable_rank"):
+            torch.testing.assert_close(getattr(b, field), getattr(a, field), rtol=2e-3, atol=1e-5)
+        if not transposed:  # down is the same matrix then
+            assert torch.equal(a.weight_stable_rank, b.weight_stable_rank)
+
+
+FUSED = {  # family -> gate and up in one, down, and whether rows of gate and up alternate
+    "gpt_oss": ("experts.gate_up_proj", "experts.down_proj", True),
+    "openai_privacy_filter": ("experts.gate_up_proj", "experts.down_proj", False),
+    "inkling_mm_model": ("experts.w13_weight", "experts.w2_weight", True),
+    "inkling_text": ("experts.gate_up_proj", "experts.down_proj", False),
+    "granitemoe": ("input_linear.weight", "output_linear.weight", False),
+    "aria_text": ("experts.fc1.weight", "experts.fc2.weight", False),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_gate_and_up_are_parted_as_the_family_stores_them(name: str, family_checkpoint: MakeCheckpoint) -> None:
+    folder, (fused, down, alternating) = family_checkpoint(name), FUSED[name]
+    tensors, (key, sums) = everything(folder), next(iter(weigh(folder).layers.items()))
+    both, out = (
+        next(t for n, t in tensors.items() if f"layers.{key}." in n and n.endswith(f".{end}")) for end in (fused, down)
+    )
+    for e in range(len(both)):
+        rows = both[e] if both.shape[1] == 2 * out.shape[2] else both[e].T
+        gate, up = (rows[::2], rows[1::2]) if alternating else rows.chunk(2)
+        want = (stable(gate) + stable(up) + stable(out[e])) / 3
+        assert float(next(iter(sums.values())).weight_stable_rank[e]) == pytest.approx(want, rel=2e-3)
 
 
 def test_without_what_costs_much(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

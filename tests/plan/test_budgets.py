@@ -216,3 +216,13 @@ def test_scores_below_zero_have_no_share():
         normalised([1.0, -1.0], "sum", "3")
     assert normalised([2.0, 2.0], "zscore", "3") == [0.0, 0.0]
     assert normalised([0.0, 0.0], "sum", "3") == [0.0, 0.0]
+
+
+def test_idle_experts_take_no_part_in_what_normalises_a_layer():
+    row = [1.0, -9.0, 3.0]
+    assert normalised(row, "none", "3", [1]) == [1.0, 0.0, 3.0]
+    assert normalised(row, "mean", "3", [1]) == [0.5, 0.0, 1.5]
+    assert normalised(row, "max", "3", [1]) == [1 / 3, 0.0, 1.0]
+    assert normalised(row, "zscore", "3", [1]) == [-1.0, -1.0, 1.0]
+    assert normalised([-1.0, -9.0, -3.0], "none", "3", [1]) == [-1.0, -3.0, -3.0]
+    assert normalised(row, "sum", "3", [0, 1, 2]) == [0.0, 0.0, 0.0]

@@ -123,6 +123,24 @@ def test_idle_experts_weigh_nothing_across_layers():
         assert counts_of(made) == {"0": 4, "1": 6}
 
 
+@pytest.mark.parametrize("normalise", ["none", "sum", "max", "mean", "zscore"])
+def test_what_idle_experts_a_layer_has_changes_no_count_of_the_others(normalise):
+    """Two layers of the same six used experts; one has three idle ones more. Both keep the same experts."""
+    idle = layer_statistics(0, experts=9, idle=(6, 7, 8))
+    plain = LayerStatistics(**{name: _first_six(value) for name, value in idle.tensors().items()})
+    s = Statistics(header(["a"], num_experts=9), {"0": {"a": plain}, "1": {"a": idle}})
+    made = make_plan(s, "reap", 4, budget=Budget("global", normalise=normalise, allow_nonuniform=True))
+    assert made.layers["0"].keep == made.layers["1"].keep
+    assert len(made.layers["0"].keep) == 4
+
+
+def _first_six(value):
+    for axis, size in enumerate(value.shape):
+        if size == 9:
+            value = value.narrow(axis, 0, 6)
+    return value
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

@@ -22,6 +22,10 @@ _TRANSFORMERS_BACKEND_MODELS = {"T": ("transformers", "T")}
 _VLLM_MODELS = {**_TEXT_GENERATION_MODELS}
 _PREVIOUSLY_SUPPORTED_MODELS = {"ArcticForCausalLM": "0.28.0"}
 """,
+        "vllm/model_executor/layers/quantization/__init__.py": """
+QuantizationMethods = Literal["fp8", "awq"]
+DEPRECATED_QUANTIZATION_METHODS = ["awq"]
+""",
         "vllm/other.py": "this is not Python, and is not read",
     },
     "sglang": {
@@ -29,6 +33,11 @@ _PREVIOUSLY_SUPPORTED_MODELS = {"ArcticForCausalLM": "0.28.0"}
         "sglang/srt/models/two.py": "EntryClass = [A, B]\n",
         "sglang/srt/models/none.py": "x = 1\n",
         "sglang/srt/other/three.py": "EntryClass = C\n",
+        "sglang/srt/layers/quantization/__init__.py": """
+BASE_QUANTIZATION_METHODS: Dict[str, Type[QuantizationConfig]] = {"fp8": Fp8Config}
+if is_cuda():
+    BASE_QUANTIZATION_METHODS.update({"mxfp4": Mxfp4Config})
+""",
     },
     "llama.cpp": {
         "conversion/__init__.py": 'TEXT_MODEL_MAP: dict[str, str] = {"MixtralForCausalLM": "llama", "B": "llama"}\n',
@@ -68,7 +77,22 @@ static const std::map<llm_kv, const char *> LLM_KV_NAMES = { { LLM_KV_GENERAL_TY
         "mlx_lm/utils.py": 'MODEL_REMAPPING = {"kimi_k2": "deepseek_v3", "gone": "nowhere"}\n',
         "mlx_lm/models/deepseek_v3.py": 'class Model: pass\nname = "weight_scale_inv"\n',
         "mlx_lm/models/kimi_k25.py": "from .deepseek_v3 import Model as Base\nclass Model: pass\n",
-        "mlx_lm/models/mixtral.py": "from .deepseek_v3 import Other\nclass Model: pass\n",
+        "mlx_lm/models/mixtral.py": """
+from .deepseek_v3 import Other
+class Model: pass
+@dataclass
+class ModelArgs(BaseModelArgs):
+    num_experts: int
+    hidden_size: int
+    head_dim: Optional[int] = None
+""",
+        "mlx_lm/models/olmoe.py": """
+class Model: pass
+class ModelArgs(BaseModelArgs):
+    num_experts: int
+    @classmethod
+    def from_dict(cls, params): pass
+""",
         "mlx_lm/models/cache.py": "class Cache: pass\n",
     },
     "mistral.rs": {
@@ -102,6 +126,7 @@ MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES = OrderedDict(
     [("mixtral", "MixtralForTokenClassification"), ("openai_privacy_filter", ("OForTokenClassification",))]
 )
 """,
+        "quantizers/auto.py": 'AUTO_QUANTIZATION_CONFIG_MAPPING = {"fp8": F, "awq": A}\n',
         "models/mixtral/modeling_mixtral.py": "class P:\n    _supports_attention_backend = True\n",
         "models/openai_privacy_filter/modeling_openai_privacy_filter.py": "class P:\n    pass\n",
     },
@@ -111,18 +136,21 @@ READ: dict[str, dict[str, Any]] = {
         "names": ["A", "MixtralForCausalLM", "V"],
         "generic": ["FlexOlmoForCausalLM"],
         "removed": {"ArcticForCausalLM": "0.28.0"},
+        "methods": ["awq", "fp8"],
     },
-    "sglang": {"names": ["A", "B", "MixtralForCausalLM"]},
+    "sglang": {"names": ["A", "B", "MixtralForCausalLM"], "methods": ["fp8", "mxfp4"]},
     "llama.cpp": {"names": {"B": "llama", "MixtralForCausalLM": "llama"}},
     "ik_llama.cpp": {"names": ["glm-dsa", "llama"]},
     "mlx-lm": {
-        "names": ["deepseek_v3", "kimi_k2", "kimi_k25", "mixtral"],
+        "names": ["deepseek_v3", "kimi_k2", "kimi_k25", "mixtral", "olmoe"],
         "fp8": ["deepseek_v3", "kimi_k2", "kimi_k25"],
+        "needs": {"mixtral": ["hidden_size", "num_experts"]},
     },
     "mistral.rs": {"names": ["A", "B", "MixtralForCausalLM"]},
     "transformers": {
         "types": {"mixtral": ["MixtralForCausalLM"], "openai_privacy_filter": ["OForTokenClassification"]},
         "replaceable": ["mixtral"],
+        "methods": ["awq", "fp8"],
     },
 }
 
@@ -142,7 +170,8 @@ def test_a_source_is_read(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "ik_llama.cpp", "mistral.rs"])
 def test_one_file_is_enough(engine: str, tmp_path: Path) -> None:
     first = next(iter(SOURCES[engine]))
-    assert READERS[engine]([written(tmp_path, engine) / first]) == READ[engine]
+    found = READERS[engine]([written(tmp_path, engine) / first])
+    assert found | {"methods": READ[engine].get("methods")} == READ[engine] | {"methods": READ[engine].get("methods")}
 
 
 def test_the_converter_of_one_file(tmp_path: Path) -> None:

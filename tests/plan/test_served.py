@@ -1,5 +1,6 @@
 """Where checkpoints run, by their headers and config."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.plan.served import check_folder, quantization, verdict
+from moekern.plan.engines import registries
+from moekern.plan.served import check_folder, served_as, verdict
 from moekern.plan.targets import ENGINES, Finding, parse_target
 from moekern.pruning import prune
 from tests.helpers import synthetic
@@ -20,8 +22,9 @@ def qwen_like(folder: Path, model_type: str, architecture: str, mtp: int | None 
     if mtp is not None:
         _, more = synthetic.qwen3(layers=1, experts=mtp, seed=1)
         tensors |= {name.replace("model.layers", "mtp.layers"): t for name, t in more.items() if ".layers." in name}
+    published = {key: 1 for key in registries()["mlx-lm"]["needs"].get(model_type, ())}
     names = {"model_type": model_type, "architectures": [architecture]}
-    return synthetic.write(folder / "in", {**given, **names, **config}, tensors)
+    return synthetic.write(folder / "in", {**published, **given, **names, **config}, tensors)
 
 
 def told(folder: Path, target: str) -> tuple[bool | None, str]:
@@ -79,18 +82,44 @@ def test_mtp_modes_of_deepseek_v3(mode: Any, tmp_path: Path) -> None:
     assert ("speculative decoding" in told(tmp_path / "out", "vllm")[1]) is (mode == "keep")
 
 
+def test_a_config_as_transformers_5_saves_it(tmp_path: Path) -> None:
+    """Without the keys that mlx-lm's code has no default for."""
+    folder = qwen_like(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM")
+    assert told(folder, "mlx-lm") == (True, "")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert told(folder, "mlx-lm") == (False, "its code needs rope_theta in config.json")
+
+
 def test_the_weights_format_counts(tmp_path: Path) -> None:
     fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     assert told(qwen_like(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM", **fp8), "mlx-lm")[0] is False
-    assert quantization({}) == ""
-    assert quantization({"quantization_config": "broken", "text_config": ["broken"]}) == ""
-    assert quantization({"text_config": fp8}) == "fp8"
-    packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    assert quantization({"quantization_config": packed}) == "compressed-tensors/pack-quantized"
-    assert quantization({"quantization_config": {"quant_method": ["fp8"]}}) == "unknown"
-    assert quantization({"quantization_config": {**packed, "format": "a\nb"}}) == "compressed-tensors/unknown"
-    small = {"quant_method": "fp8", "weight_block_size": [32, 32]}
-    assert quantization({"quantization_config": small}) == "fp8/32x32"
+
+
+def test_scales_beside_experts_count_too(tmp_path: Path) -> None:
+    """FP8 with "weight_scale" is found by vLLM and SGLang alone; config.json is the same for all."""
+    for companions, expected in {"fp8_static": "fp8/weight_scale", "fp8_block": "fp8/tensor"}.items():
+        config, tensors = synthetic.qwen3(companions)
+        fp8 = {**config, "quantization_config": {"quant_method": "fp8"}}
+        checkpoint = open_checkpoint(synthetic.write(tmp_path / companions, fp8, tensors))
+        assert served_as(find_layout(checkpoint), checkpoint.config).quantization == expected
+    runs = {name: verdict(row) for name, row in check_folder(tmp_path / "fp8_static").found.items()}
+    assert runs == {
+        "transformers": False, "vllm": True, "sglang": True, "llama.cpp": False, "ik_llama.cpp": False,
+        "mlx-lm": False, "mistral.rs": None,
+    }  # fmt: skip
+
+
+def test_formats_that_only_a_file_of_their_own_names(tmp_path: Path) -> None:
+    config, tensors = synthetic.qwen3("nvfp4")
+    folder = synthetic.write(tmp_path / "in", config, tensors)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    runs, text = told(folder, "transformers")
+    assert runs is False
+    assert "modelopt/nvfp4" in text
+    assert told(folder, "vllm")[0] is True
+    assert told(folder, "llama.cpp")[0] is True
 
 
 def test_a_config_that_names_nothing(tmp_path: Path) -> None:

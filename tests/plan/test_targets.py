@@ -17,6 +17,7 @@ V3 = Served("deepseek_v3", "sigmoid", Router(256, 8, 8, 4, 2))
 V4 = Served("deepseek_v4", "sqrtsoftplus", Router(256, 6))
 REMOTE = Served("arctic", "softmax", Router(128, 2))
 GROUPED = Served("x", "sigmoid", Router(330, 8, 33, 8, 2))
+GPT_OSS = Served("gpt_oss", "softmax", Router(32, 4), frozenset({"gpt_oss", "GptOssForCausalLM"}))
 FP8 = Served("qwen3_moe", "softmax", Router(128, 8), quantization="fp8")
 
 BROKEN = {  # target, model, count, whether it stops, words of the finding
@@ -44,14 +45,19 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "1024": ("llama.cpp", WIDE, 1025, True, "at most 1024"),
     "512": ("ik_llama.cpp", WIDE, 513, True, "at most 512"),
     "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
-    "awq": ("llama.cpp", replace(QWEN, quantization="awq"), 64, True, "does not read awq weights"),
-    "mlx fp8": ("mlx-lm", FP8, 64, True, "does not read fp8 weights of this model"),
-    "mlx gptq": ("mlx-lm", replace(QWEN, quantization="gptq"), 64, False, "GPTQ weights that have a g_idx"),
-}
+    "flint": ("vllm", Served("flint", "sigmoid", Router(256, 6)), 96, False, "Flint kernels take powers of two"),
+    "a config of transformers 5": (
+        "mlx-lm", replace(QWEN, names=frozenset({"qwen3_moe"}), keys=frozenset({"hidden_size", "rope_parameters"})),
+        64, True, "its code needs",
+    ),
+    "gpt-oss in BF16": ("mlx-lm", GPT_OSS, 16, True, "reads MXFP4 experts only"),
+    "grok": ("sglang", Served("grok-2", "softmax", Router(8, 2)), 6, True, "Grok router takes powers of two"),
+}  # fmt: skip
 LISTED = {  # the same for what an engine's list says
     "removed": ("vllm", REMOTE, 64, True, "removed after 0.28.0"),
     "remote code": ("transformers", REMOTE, 64, False, "the checkpoint's own code"),
     "not known": ("llama.cpp", WIDE, 64, None, "class name is not known"),
+    "awq": ("llama.cpp", replace(QWEN, quantization="awq"), 64, True, "does not read experts stored as awq"),
 }
 
 
@@ -78,17 +84,15 @@ def test_a_plain_half_runs_everywhere(engine):
     assert runs(128, V3, [Target(engine)])
 
 
-def test_what_a_family_reads_of_fp8() -> None:
-    assert findings(Target("mlx-lm"), {"0": 128}, replace(V3, quantization="fp8")) == []
-    assert findings(Target("mlx-lm"), {"0": 64}, replace(FP8, quantization="fp8/32x32")) == []
+def test_gpt_oss_as_published_and_before_its_config_was_seen() -> None:
+    for model in (replace(GPT_OSS, quantization="mxfp4"), replace(GPT_OSS, names=frozenset())):
+        assert findings(Target("mlx-lm"), {"0": 16}, model) == []
 
 
-def test_mxfp4_is_for_gpt_oss() -> None:
-    quantised = {family: Served(family, "softmax", Router(128, 4), quantization="mxfp4") for family in ("gpt_oss", "x")}
-    told = {
-        name: [f.stops for f in findings(Target("llama.cpp"), {"0": 64}, model)] for name, model in quantised.items()
-    }
-    assert told == {"gpt_oss": [], "x": [True, None]}
+def test_where_flint_runs_any_count() -> None:
+    flint = Served("flint", "sigmoid", Router(256, 6))
+    for text, count in (("vllm", 128), ("vllm:tp=2", 96), ("vllm:ep=2", 96), ("sglang", 96)):
+        assert not [f for f in findings(parse_target(text), {"0": count}, flint) if "Flint kernels" in f.text]
 
 
 def test_numbers_that_older_code_refused() -> None:
@@ -139,11 +143,31 @@ def test_targets_read_as_they_are_written(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "tgi", "vllm:", "vllm:tp", "vllm:tp=0", "vllm:pp=2", "vllm:tp=x", "llama.cpp:tp=2", "vllm:tp=2,", "VLLM"],
+    [
+        "",
+        "tgi",
+        "vllm:",
+        "vllm:tp",
+        "vllm:tp=0",
+        "vllm:pp=2",
+        "vllm:tp=x",
+        "llama.cpp:tp=2",
+        "vllm:tp=2,",
+        "VLLM",
+        "vllm:tp=2,tp=2",
+        "sglang:ep=2,tp=1,ep=4",
+    ],
 )
 def test_targets_that_mean_nothing_are_refused(text):
     with pytest.raises(InputError, match=f"--target {text}: "):
         parse_target(text)
+
+
+def test_a_refused_target_is_not_repeated_at_length():
+    for text in ("x" * 9999, f"vllm:{'x' * 9999}"):
+        with pytest.raises(InputError) as caught:
+            parse_target(text)
+        assert len(str(caught.value)) < 250
 
 
 def test_a_plan_is_made_for_its_targets():

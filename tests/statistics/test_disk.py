@@ -119,13 +119,23 @@ def test_text_that_two_parts_have_measured_is_not_added(tmp_path: Path) -> None:
         for seed in (1, 1, 2)
     )
     merged = merge([one, other])
-    with pytest.raises(InputError, match="parts 1 and 2 measured the same text by the same recipe"):
+    with pytest.raises(InputError, match="parts 1 and 2 measured the same text;"):
         merge([one, two])
     merged.save(tmp_path / "merged")
     with pytest.raises(InputError, match="parts 1 and 2 measured the same text"):
         merge([Statistics.load(tmp_path / "merged"), one])
     with pytest.raises(InputError, match="the same file is given twice"):
         merge([one, one])
+
+
+def test_the_same_token_ids_are_not_added_however_they_were_read(tmp_path: Path) -> None:
+    def of(ids: str, **recipe: int) -> Statistics:
+        data = {"sources": {"prose": {"path": "a.txt", "tokens": 9, "ids_sha256": ids}}, **recipe}
+        return Statistics(header(DOMAINS, data=data), {"0": {"prose": layer_statistics(1)}})
+
+    assert len(merge([of("a", chunk=1), of("b", chunk=1)]).header["runs"]) == 2
+    with pytest.raises(InputError, match="parts 1 and 3 measured the same text;"):
+        merge([of("a", chunk=1), of("b"), of("a", chunk=2)])
 
 
 def test_a_relative_path_holds_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
