@@ -39,15 +39,17 @@ def reason(error: OSError) -> str:
 def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Iterator[Path]:
     """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
 
-    Folders that are missing above it are made. It is locked: a second process that is to write `path` meanwhile is
+        Folders that are missing above it are made. It is locked: a second process that is to write `path` meanwhile is
     refused. With `new`, `path` must not exist at the end either. With `keep`, a whole file that cannot get its name
     stays, for `recovered`. Raises InputError for that, where nothing can be made in the folder, and where `path` is
-    itself a folder.
+    there and no file.
     """
     target = Path(path)
     check_place(target, "")
     if target.is_dir() and not new:
         raise InputError(f"{target}: is a folder; name a file")
+    if target.exists() and not target.is_file() and not new:
+        raise InputError(f"{target}: is a pipe or a device, which a file would take the place of; name a file")
     temporary, kept = temporary_path(target), False
     make_parents(target)
     with told(target):
@@ -98,15 +100,28 @@ def recovered(path: Path) -> Iterator[Path | None]:
             os.close(handle)
 
 
-def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> None:
-    """Write `data` beside `path`, fsync, rename; with `new` as `replacing` has it."""
+def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> bool:
+    """Write `data` beside `path`, fsync, rename; with `new` as `replacing` has it, but for a file that holds these very
+    bytes already: False, and it is left as it is."""
+    if new and is_written(Path(path), data):
+        return False
     with replacing(path, new=new) as temporary:
         temporary.write_bytes(data)
+    return True
+
+
+def is_written(path: Path, data: bytes) -> bool:
+    """Whether a file itself, no link to one, holds these very bytes."""
+    try:
+        return is_plain(path) and path.lstat().st_size == len(data) and read_plain(path) == data
+    except (InputError, OSError):
+        return False
 
 
 def check_new(path: str | Path, flag: str = "--out", *, folder: bool = False, source: Path | None = None) -> None:
     """Raise InputError unless a new file, or folder, can be made at `path`, which `flag` gave. A link to nothing is
-    something too. With `source`: unless `path` lies outside it. To be called before anything is measured or written."""
+    something too, and so is what stands where a file is written before it has its name. With `source`: unless `path`
+    lies outside it. To be called before anything is measured or written."""
     target, what = Path(path), "folder" if folder else "file"
     check_name(target, flag, what)
     if os.path.lexists(target):
@@ -114,6 +129,18 @@ def check_new(path: str | Path, flag: str = "--out", *, folder: bool = False, so
     if source is not None and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{flag} {target}: lies inside the source {source}; name a {what} elsewhere")
     check_place(target, flag)
+    if not folder:
+        is_plain(temporary_path(target))
+
+
+def check_document(path: str | Path, flag: str = "--out") -> None:
+    """As check_new for a document that is made in moments: a file that is not empty may be there, since `write_bytes`
+    leaves one that holds the same and refuses another."""
+    target = Path(path)
+    if target.is_symlink() or not target.is_file() or not target.stat().st_size:
+        check_new(target, flag)
+    else:
+        check_place(target, flag)
 
 
 def check_name(target: Path, flag: str = "--out", what: str = "file or folder") -> None:

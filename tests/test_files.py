@@ -57,6 +57,15 @@ NEW = {
 }
 
 
+def test_a_file_takes_no_device_s_or_pipe_s_place(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match=f"{name}: is a pipe or a device"):
+            files.write_bytes(tmp_path / name, b"some")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 @pytest.mark.parametrize("what", NEW)
 def test_a_new_target(tmp_path, what):
     make, name, message = NEW[what]

@@ -16,6 +16,7 @@ TOP_K_KEYS = (
 )  # fmt: skip
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+MTP_COUNT = re.compile(r"(?:nextn|mtp)\w*(?:layers|modules)$")
 GROUP_KEYS = ("n_group", "num_expert_group")
 SIZE_CAP = 1 << 24  # Llama 4 has positions up to 10 * 2^20
 REPEAT_CAP = 10_000
@@ -50,6 +51,14 @@ def values(config: Mapping[str, Any], keys: tuple[str, ...], holder: str = "") -
             if isinstance(value, list) and value and all(item == value[0] for item in value):
                 value = value[0]
             if type(value) is int:
+                yield (*path, key), value
+
+
+def mtp_counts(config: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
+    """Path and value of every number above 0 that counts MTP layers by its name, under MTP_KEYS or another key."""
+    for path, section in sections(config):
+        for key, value in section.items():
+            if type(value) is int and value > 0 and MTP_COUNT.search(key):
                 yield (*path, key), value
 
 

@@ -41,14 +41,16 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
     count_paths = keys.check_counts(config, source, num_experts, {layer.num_experts for layer in layers.values()})
     if num_layers is not None and not family.stacks:
         check_depth(places, stacks, num_layers, declared_mtp(config), source)
+    prefixes = mtp_prefixes(family, places, stacks, num_layers)
     return Layout(
         family=replace(family, score=score(family, config)),
         layers=layers,
         mtp=by_key(checkpoint, [layer for layer in found if layer.mtp]),
-        mtp_prefixes=mtp_prefixes(family, places, stacks, num_layers),
+        mtp_prefixes=prefixes,
         router=find_router(family, config, source, num_experts),
         count_paths=count_paths,
         mtp_paths=tuple(path for path, _ in keys.values(config, keys.MTP_KEYS)),
+        notes=tuple(mtp_missing(config, prefixes)),
     )
 
 
@@ -100,6 +102,14 @@ def check_config(family: Family, config: dict[str, Any], source: str) -> None:
 def declared_mtp(config: dict[str, Any]) -> int:
     """How many layers beyond the last one the config says that there are."""
     return max((value for _, value in keys.values(config, keys.MTP_KEYS)), default=0)
+
+
+def mtp_missing(config: dict[str, Any], prefixes: Sequence[str]) -> Iterable[str]:
+    """A line where the config counts more MTP layers than the tensors hold. Those under one name cannot be counted."""
+    path, count = max(keys.mtp_counts(config), key=lambda item: item[1], default=((), 0))
+    held = len(prefixes) if all(prefix.split(".")[-2].isdecimal() for prefix in prefixes) else count
+    if held < count:
+        yield f"{CONFIG}: {'.'.join(path)} is {count}, but the files hold {held or 'no'} MTP layers"
 
 
 def check_depth(places: Iterable[Place], stacks: Iterable[str], num_layers: int, mtp: int, source: str) -> None:

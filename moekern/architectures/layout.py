@@ -59,6 +59,7 @@ class Layout:
     router: Router
     count_paths: tuple[Path, ...]  # config keys that hold the expert count
     mtp_paths: tuple[Path, ...]  # config keys that hold the number of multi-token-prediction layers
+    notes: tuple[str, ...] = ()  # a line each: what the config says and the tensors do not
 
     @property
     def num_experts(self) -> int:

@@ -195,4 +195,5 @@ def _header(
         versions=versions(),
         dtype=compute.dtype_name,
         model=checkpoint.repository,
+        config=checkpoint.config_sha256,
     )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekern.checkpoint.pointers import A_POINTER, is_pointer
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
@@ -122,6 +123,8 @@ def _wrong(folder: Path, name: str) -> str | None:
     path = folder / name
     if not name.isprintable():
         return "a name that is not printable; rename it"
+    if is_pointer(path):
+        return A_POINTER
     if not path.is_symlink():
         return None
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))

@@ -105,6 +105,11 @@ class Checkpoint:
         return digest.hexdigest()
 
     @property
+    def config_sha256(self) -> str:
+        """Of config.json's values: they decide what is computed with the tensors that the fingerprint stands for."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())

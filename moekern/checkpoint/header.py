@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.pointers import check_no_pointer
 from moekern.checkpoint.strict_json import HEADER_CAP, parse_json, read_start, regular_size, shown
 from moekern.errors import InputError
 
@@ -41,7 +42,7 @@ class TensorEntry:
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file. size and data_start are in bytes; tensors are in offset order and,
-    as read, fill the data part."""
+    as read, fill the data part. mtime_ns is None where the header alone is there."""
 
     name: str
     path: Path
@@ -49,13 +50,24 @@ class Shard:
     size: int
     metadata: dict[str, str]
     tensors: tuple[TensorEntry, ...]
+    mtime_ns: int | None = None
+
+    def check_unchanged(self) -> None:
+        """Raise InputError when the file is not what it was when its header was read."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror or error}") from error
+        if self.mtime_ns is not None and (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise InputError(f"{self.path}: was changed or replaced after it was opened; run the same command again")
 
 
 def read_shard(path: Path) -> Shard:
     """A file's header, read and checked. Raises InputError."""
-    size = regular_size(path)
+    check_no_pointer(path)
+    size, mtime_ns = regular_size(path), path.stat().st_mtime_ns
     length = header_length(read_start(path, min(8, size))[0], path, size)
-    return parse_header(read_start(path, 8, length)[1], path, size)
+    return replace(parse_header(read_start(path, 8, length)[1], path, size), mtime_ns=mtime_ns)
 
 
 def header_length(data: bytes, path: Path, size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -210,7 +210,9 @@ def _listing(name: str, commit: str) -> Repository | None:
     path = _kept(name) / f"{commit}{LISTING}"
     if not COMMIT.fullmatch(commit) or not path.is_file():
         return None
-    sizes: Any = read_json(path).get("sizes")
+    sizes: Any = None
+    with suppress(InputError):
+        sizes = read_json(path).get("sizes")
     if not _are_sizes(sizes):
         raise InputError(f"{path}: not a list of files with their sizes; remove it")
     return Repository(name, commit, sizes)

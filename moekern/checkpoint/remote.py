@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -58,7 +59,11 @@ def headers_of(repository: Repository, progress: Progress) -> Checkpoint:
     with progress(f"reading headers of {repository.id}", "files") as step:
         for done, _ in enumerate(_in_parallel(lambda name: _keep_header(repository, name), shards), 1):
             step(done, len(shards))
-    found = open_checkpoint(folder, lambda path: _shard(repository, path))
+    try:
+        found = open_checkpoint(folder, lambda path: _shard(repository, path))
+    except InputError as error:
+        again = f"read from what is kept of {repository}: remove {folder} to ask the hub again"
+        raise InputError(f"{error}; {again}", error.kind) from error
     return replace(found, read_data=_sample_reader(repository, found))
 
 
@@ -67,7 +72,7 @@ def _stand_in(folder: Path, name: str) -> None:
     if not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise InputError(f"{folder}: {shown(name)}: a name that leads elsewhere")
     path = folder / name
-    if not path.exists():
+    if not files.is_plain(path):  # nor a link that somebody has put there
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
@@ -123,11 +128,11 @@ def _sample_reader(repository: Repository, checkpoint: Checkpoint) -> Callable[[
 
 def _samples(repository: Repository, checkpoint: Checkpoint) -> Iterable[tuple[tuple[str, int, int], bytes]]:
     places, path = sampled(checkpoint.tensors), repository.beside(".samples")
-    total = sum(size for _, _, size in places)
-    if not path.is_file() or path.stat().st_size != total:
+    data = files.read_plain(path) if files.is_plain(path) else b""
+    if data[-32:] != hashlib.sha256(data[:-32]).digest() or len(data) != sum(size for _, _, size in places) + 32:
         parts = _in_parallel(lambda place: _bytes_of(repository, place[0].shard, *place[1:]), places)
-        files.write_bytes(path, b"".join(parts))
-    data = path.read_bytes()
+        data = b"".join(parts)
+        files.write_bytes(path, data + hashlib.sha256(data).digest())
     at = 0
     for entry, start, size in places:
         yield (entry.name, start, size), data[at : at + size]

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.pointers import check_no_pointer
 from moekern.errors import InputError
 
 HEADER_CAP = 100_000_000  # bytes of JSON: a million tensors in a header or an index
@@ -66,6 +67,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_file(path: Path, cap: int) -> bytes:
     """A whole regular file of at most `cap` bytes; devices and pipes, which may never end, are refused."""
+    check_no_pointer(path)
     if (size := regular_size(path)) > cap:
         raise InputError(f"{path}: {size} bytes, more than the limit of {cap}")
     return read_start(path, size)[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from moekern.checkpoint.contents import ADAPTER_WEIGHTS, AN_ADAPTER
 from moekern.checkpoint.header import Shard
+from moekern.checkpoint.pointers import A_POINTER, is_pointer
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
@@ -44,7 +45,7 @@ def unlisted_shards(
         try:
             shard = read(path)
         except InputError:
-            strays[path.name] = NOT_READABLE
+            strays[path.name] = A_POINTER if is_pointer(path) else NOT_READABLE
             continue
         if last is None:
             last = last_layers(listed, set(integers(config, LAYER_COUNT)))

@@ -151,12 +151,16 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
 for function, example in COMMANDS:
     app.command(cls=Command, epilog=example)(function)
 
-STOPPED: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
+STOPPED: dict[Any, str] = {130: "Ctrl-C", 129: "SIGHUP", 143: "SIGTERM"}
+ENDING = (signal.SIGHUP, signal.SIGTERM)  # that would end the process before temporary files are gone
 
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one line and exit code 2, a signal in 128 + its number."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that temporary files go
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        if before[number] is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     asked = "--json" in sys.argv[1:]  # before the flags are parsed, for what is wrong with them
     if asked:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
@@ -165,7 +169,8 @@ def main() -> None:
         with console.output(asked):
             _run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run() -> None:
@@ -178,6 +183,8 @@ def _run() -> None:
         console.fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # which typer answers with 1
+            sys.exit(128 + signal.SIGPIPE)
         if end.code in STOPPED:
             console.fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
         raise

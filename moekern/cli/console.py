@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -147,12 +147,13 @@ def say(text: str) -> None:
 
 
 def fail(text: str, kind: str, **more: str) -> None:
-    """The error that ends the command."""
-    log(f"error: {text}")
-    if _mode.as_json:
-        _line({"error": text, "kind": kind, **more})
-    else:
-        print(f"moekern: {printable(text)}", file=sys.stderr)
+    """The error that ends the command. Where nobody can read it any more, the exit code tells."""
+    with suppress(OSError):
+        log(f"error: {text}")
+        if _mode.as_json:
+            _line({"error": text, "kind": kind, **more})
+        else:
+            print(f"moekern: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _line(document: dict[str, Any]) -> None:

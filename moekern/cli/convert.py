@@ -34,7 +34,7 @@ def convert(
     from moekern.plan.interchange import convert as converted
     from moekern.pruning.cuts import kept_experts, planned_mtp
 
-    files.check_new(out)
+    files.check_document(out)
     text = converted(
         source,
         to.value,
@@ -42,6 +42,7 @@ def convert(
         lambda checkpoint, layout, plan: kept_experts(checkpoint, layout, plan, planned_mtp(plan)),
         allow_nonuniform=allow_nonuniform,
     )
-    files.write_bytes(out, text.encode(), new=True)
+    if not files.write_bytes(out, text.encode(), new=True):
+        console.say(f"{out}: held this already")
     document = {"source": str(source), "to": to.value, "out": str(out)}
     result(document, lambda: console.say(f"{out}: {source} for {to.value}"))

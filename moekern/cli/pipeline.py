@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,17 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
-from moekern.files import check_new, check_work, is_plain, recovered, remove_left, work_path, working
+from moekern.files import (
+    check_new,
+    check_work,
+    is_folder,
+    is_plain,
+    recovered,
+    remove_left,
+    temporary_path,
+    work_path,
+    working,
+)
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
@@ -152,11 +163,12 @@ def losses_of(
 def earlier_statistics(
     path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]
 ) -> Statistics | None:
-    """Statistics an earlier run left, if they measured the same tokens of the same model; else None."""
+    """Statistics an earlier run left, if they measured the same tokens of the same model and config; else None."""
     if not is_plain(path):
         return None
     found = Statistics.load(path)
     if not _same(found, checkpoint, data, compute, tiers):
+        console.say(f"{path}: of another model, config or text, or measured otherwise: measured anew")
         return None
     console.say(f"using the statistics of an earlier run: {path}")
     return found
@@ -169,6 +181,7 @@ def _same(found: Statistics, checkpoint: Checkpoint, data: TokenData, compute: C
     return (
         found.header["fingerprint"] == checkpoint.fingerprint
         and len(runs) == 1
+        and runs[0].get("config") == checkpoint.config_sha256
         and runs[0].get("dtype") == compute.dtype_name
         and runs[0].get("data") == json.loads(json.dumps(recipe_of(data, compute, tiers)))
         and set(tiers) <= {"routed", *found.tiers}
@@ -217,8 +230,10 @@ def scores_of(
 def check_iterated(out: Path) -> None:
     """Raise InputError unless `iterate` can make the plan `out`."""
     check_work(out)
-    if os.path.lexists(out):
-        _remove_rounds(work_path(out))  # of a run that was killed when it had saved the plan
+    if os.path.lexists(out) and is_folder(work_path(out)):
+        with working(out) as side:
+            if _made_from(side, out):  # by a run that was killed when it had saved the plan
+                _remove_rounds(side)
     check_new(out)
 
 
@@ -244,7 +259,7 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
             data,
             method,
             compute,
-            earlier=_left(side),
+            earlier=_left(side, method.rounds),
             finished=lambda done: done.save(_round(side, len(done.provenance["earlier_rounds"]) + 1)),
             progress=step,
         )
@@ -254,12 +269,27 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     return plan
 
 
-def _left(side: Path) -> list[Plan]:
-    """The plans of rounds 1, 2, ... that a stopped run has left, as far as they are there."""
-    plans: list[Plan] = []
-    while is_plain(_round(side, len(plans) + 1)):
-        plans.append(Plan.load(_round(side, len(plans) + 1)))
-    return plans
+def _left(side: Path, rounds: int) -> list[Plan]:
+    """The plans of rounds 1, 2, ... that a stopped run has left, as far as they are there. Raises InputError for what
+    else stands at the name of a file that is to be written."""
+    paths = [_round(side, number) for number in range(1, rounds)]
+    for path in paths:
+        is_plain(temporary_path(path))
+    found = [Plan.load(path) if is_plain(path) else None for path in paths]
+    return [plan for plan in itertools.takewhile(lambda plan: plan is not None, found) if plan is not None]
+
+
+def _made_from(side: Path, out: Path) -> bool:
+    """Whether the rounds that are left are all of those, or some, that the plan at `out` was made from."""
+    try:
+        rounds = Plan.load(out).provenance.get("earlier_rounds")
+        left = {path.name: Plan.load(path) for path in side.glob("round-*.json") if is_plain(path)}
+    except InputError:
+        return False
+    kept = {} if not isinstance(rounds, list) else {_round(side, n).name: keep for n, keep in enumerate(rounds, 1)}
+    return all(
+        {key: list(layer.keep) for key, layer in plan.layers.items()} == kept.get(name) for name, plan in left.items()
+    )
 
 
 def _round(side: Path, number: int) -> Path:
@@ -270,9 +300,10 @@ def _remove_rounds(side: Path) -> None:
     """Remove the rounds of this run and of others that were stopped, and the folder when nothing else is in it."""
     with suppress(OSError):
         for path in side.glob(".round-*.json.moekern.tmp"):
-            remove_left(path)
+            with suppress(InputError):  # a link, say, is not this program's
+                remove_left(path)
         for path in side.glob("round-*.json"):
-            with suppress(InputError):  # what is no plan is not this program's
+            with suppress(InputError):  # nor is what is no plan
                 if is_plain(path) and Plan.load(path):
                     path.unlink()
         side.rmdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,7 +37,7 @@ from moekern.cli.options import (
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
-from moekern.files import check_new, check_place
+from moekern.files import check_document, check_new, check_place, is_written
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
@@ -207,29 +206,31 @@ def check_destination(out: Path, plans: int) -> None:
     folder = out.parent if "{}" in out.name else out
     if folder.is_dir():
         check_place(folder / "plan.json")
-    else:  # one plan goes to `out` itself; several to a folder that is made for them
-        check_new(folder if plans > 1 else out, folder=plans > 1)
+    elif plans > 1:  # a folder is made for them
+        check_new(folder, folder=True)
+    else:
+        check_document(out)
 
 
 def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
     """Name -> the file to write. One plan goes to `out`; several, or one where `out` is a folder, to NAME.json in it,
-    or, where its name has {} in it, to the files with NAME in that place. Raises InputError for a file that exists."""
+    or, where its name has {} in it, to the files with NAME in that place."""
     if "{}" in out.name:
-        paths = {name: out.with_name(out.name.replace("{}", name)) for name in names}
-    elif len(names) > 1 or out.is_dir():
-        paths = {name: out / f"{name}.json" for name in names}
-    else:
-        paths = {names[0]: out}
-    for path in paths.values():
-        if os.path.lexists(path):
-            check_new(path)
-    return paths
+        return {name: out.with_name(out.name.replace("{}", name)) for name in names}
+    if len(names) > 1 or out.is_dir():
+        return {name: out / f"{name}.json" for name in names}
+    return {names[0]: out}
 
 
 def save_plans(plans: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
-    """Write every plan, in folders that are made where they are missing."""
+    """Write every plan, in folders that are made where they are missing. Files that hold the same plan already, of a
+    run that was stopped, stay; for others InputError is raised before any is written."""
+    for name, path in paths.items():
+        if not is_written(path, plans[name].to_json().encode()):
+            check_new(path)
     for name, plan in plans.items():
-        plan.save(paths[name], new=True)
+        if not plan.save(paths[name], new=True):
+            say(f"{paths[name]}: held this plan already")
 
 
 def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:

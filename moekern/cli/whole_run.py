@@ -26,6 +26,7 @@ from moekern.files import (
     is_folder,
     is_plain,
     standing,
+    temporary_path,
     work_path,
     working,
     write_bytes,
@@ -39,6 +40,7 @@ from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, Mtp, PruneReport
+from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
@@ -132,6 +134,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
         for path in paths:
+            is_plain(temporary_path(path))
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
         statistics = pipeline.earlier_statistics(statistics_path, checkpoint, data, compute, tiers)
@@ -177,6 +180,7 @@ def _check_targets(checkpoint: Checkpoint, layout: Layout, planning: Planning, t
     for target in targets:
         check_target(target, checkpoint.folder)
     if targets:
+        check_side_files(checkpoint)
         for keep in keeps[: len(targets)]:
             nbytes = found.bytes_at(kept_count(keep, layout.router))
             room += room_needed(checkpoint, standing(targets[0].parent), nbytes)
@@ -190,20 +194,24 @@ def _quality(
     if not held.batches:
         return None
     path = work_path(out) / "quality.json"
+    digests = {name: plan.digest for name, plan in plans.items()}
     made_from = {
         "model": checkpoint.fingerprint,
-        "plans": {name: plan.digest for name, plan in plans.items()},
+        "config": checkpoint.config_sha256,
         "data": json.loads(json.dumps(held.recipe)),
         "tokens": held.tokens,
         "dtype": compute.dtype_name,
     }
     earlier = json.loads(path.read_bytes()) if is_plain(path) else {}
+    rows: dict[str, Mapping[str, Any]] = {}
     if isinstance(earlier, dict) and earlier.get("made_from") == made_from:
-        rows: Mapping[str, Mapping[str, Any]] = earlier["losses"]
-        return {name: {d: Loss(**loss) for d, loss in row.items()} for name, row in rows.items()}
-    found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")
-    write_bytes(path, json.dumps({"made_from": made_from, "losses": losses_document(found)}, indent=1).encode())
-    return found
+        rows = earlier["losses"]  # original, and plans by their digests
+    if not {ORIGINAL, *digests.values()} <= rows.keys():
+        found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")
+        rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
+        write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+    names = {ORIGINAL: ORIGINAL, **digests}
+    return {name: {d: Loss(**loss) for d, loss in rows[key].items()} for name, key in names.items()}
 
 
 def quality_lines(found: Evaluation | None) -> list[str]:

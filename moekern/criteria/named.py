@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moekern import files
 from moekern.checkpoint.strict_json import shown
 from moekern.criteria import combine, scores
 from moekern.criteria.combine import Part
@@ -71,6 +72,19 @@ def _hts(text: str, inside: str) -> Criterion:
         scores.hts(LayerStatistics.zeros(1), b, alpha, beta)  # says which are known
     function = partial(scores.hts, b=b, alpha=alpha, beta=beta)
     return Criterion(text, function, "score", "activation", (), "min", "S(b, alpha, beta)", "arXiv:2606.15716")
+
+
+def plug_ins(text: str) -> dict[str, str]:
+    """The files or modules of the plug-ins in a criterion's text, as it names them, and the sha256 of their code."""
+    found = {}
+    for piece in re.split(r"[(),]", text):
+        name, star, _ = piece.rpartition("*")
+        where = (name if star else piece).strip().rpartition(":")[0]
+        spec = importlib.util.find_spec(where) if where and not where.endswith(".py") else None
+        path = where if spec is None else spec.origin
+        if path and Path(path).is_file():
+            found[where] = files.sha256(path)
+    return found
 
 
 def _arguments(inside: str) -> list[str]:

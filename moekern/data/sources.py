@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moekern.checkpoint.pointers import A_POINTER, is_pointer
 from moekern.data.hub import hub_rows
 from moekern.data.left_out import LeftOut, Notes, Unreadable, counted
 from moekern.data.mixes import Domain
@@ -82,6 +83,8 @@ def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
     for each in candidates:
         name = each.name if each == path else str(each.relative_to(path))
         try:
+            if is_pointer(each):
+                raise Unreadable(A_POINTER)
             file = file_of(each, name)
             _ = file.size, groups_of(file)  # what cannot be opened is known before anything is read
             files.append(file)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moekern.checkpoint.pointers import A_POINTER, is_pointer
 from moekern.checkpoint.strict_json import regular_size
 from moekern.data.chat import Templates
 from moekern.data.left_out import Notes, Unreadable
@@ -77,9 +78,11 @@ class Tokenizer:
             self.templates = None
 
     def _check_files(self) -> None:
-        """Raise InputError for a file that transformers would read for ever, or for minutes."""
+        """Raise InputError for a file that was not fetched, or that transformers would read for minutes or for ever."""
         for path in sorted(self.folder.iterdir()):
             if path.suffix in SUFFIXES and not path.is_dir():
+                if is_pointer(path):
+                    raise self._unusable(f"{path.name}: {A_POINTER}")
                 cap = SETTINGS_CAP if path.name in SETTINGS else FILE_CAP
                 if (size := regular_size(path)) > cap:
                     raise self._unusable(f"{path.name}: {size} bytes, more than the limit of {cap}")

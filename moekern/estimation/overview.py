@@ -35,7 +35,7 @@ class Overview:
     dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
     in_transformers: bool  # transformers has the model class, so it can be calibrated
     note: str  # what is special about the family
-    notes: tuple[str, ...]  # what the folder's files left open, and how it was understood
+    notes: tuple[str, ...]  # what files and config.json leave open or say wrong, and what keeps it from being pruned
     left_out: Mapping[str, str]  # files that a pruned checkpoint will not have -> why
     legal_counts: tuple[int, ...]  # kept experts a layer that the router can work with
 
@@ -58,6 +58,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
     for entry in experts:
         dtypes[entry.dtype] += entry.nbytes
     routed = sum(dtypes.values())
+    refused = (f"{name!r}: {wrong}" for name, wrong in checkpoint.contents.refused.items())
     counts = range(1, layout.num_experts + 1)
     return Overview(
         folder=str(checkpoint.folder),
@@ -79,7 +80,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         dtypes=dict(dtypes.most_common()),
         in_transformers=layout.family.transformers,
         note=layout.family.note,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *layout.notes, *refused),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
     )

@@ -22,6 +22,7 @@ from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
+from moekern.criteria.named import plug_ins
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
@@ -77,7 +78,7 @@ def iterate(
     compute: Compute = Compute(),
     *,
     earlier: Sequence[Plan] = (),
-    finished: Callable[[Plan], None] = lambda plan: None,
+    finished: Callable[[Plan], object] = lambda plan: None,
     progress: Progress = lambda done, total: None,
 ) -> Plan:
     """The plan of the last round. Without re-estimation and with one round: that of `calibrate` and `make_plan`.
@@ -161,8 +162,10 @@ def _job(
     )
     measuring = {
         "backend": None if data is None else backends_of(compute.device, compute.backend),
+        "config": checkpoint.config_sha256,
         "data": None if data is None else recipe_of(data, compute, ()),
         "dtype": compute.dtype_name,
+        **({"plug_ins": code} if (code := plug_ins(method.criterion)) else {}),
         "rounds": method.rounds,
         "reestimate": method.reestimate and data is not None,
     }

@@ -50,10 +50,11 @@ Placed = list[tuple[TensorEntry, int]]  # entries and their places in a buffer
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read whole tensors, each into its own memory. Raises InputError for a dtype torch lacks or a failed read."""
+    """Read whole tensors, each into its own memory. Raises InputError for a dtype torch lacks, a failed read, and a
+    file that was changed since its header was read."""
     paths = _paths(checkpoint)
     out = {name: _empty(checkpoint.tensors[name]) for name in names}
-    _read([_whole(paths, checkpoint.tensors[name], tensor.data_ptr()) for name, tensor in out.items()])
+    _read(checkpoint, [_whole(paths, checkpoint.tensors[name], tensor.data_ptr()) for name, tensor in out.items()])
     return out
 
 
@@ -78,7 +79,7 @@ def read_experts(checkpoint: Checkpoint, layer: MoeLayer, experts: Sequence[int]
         elif tensor.expert in experts:
             out[entry.name] = _empty(entry)
             ranges.append(_whole(paths, entry, out[entry.name].data_ptr()))
-    _read(ranges)
+    _read(checkpoint, ranges)
     return out
 
 
@@ -94,7 +95,7 @@ class LayerReader:
     def __init__(
         self, checkpoint: Checkpoint, groups: Sequence[Iterable[str]], device: torch.device, threads: int = THREADS
     ) -> None:
-        self.device, self.threads, self.paths = device, threads, _paths(checkpoint)
+        self.checkpoint, self.device, self.threads, self.paths = checkpoint, device, threads, _paths(checkpoint)
         self.groups = [_place([checkpoint.tensors[name] for name in names]) for names in groups]
         self.nbytes = max((place + entry.nbytes for group in self.groups for entry, place in group), default=0)
         self.buffer: Tensor | None = None  # [nbytes] uint8
@@ -123,7 +124,7 @@ class LayerReader:
         base = self.buffer.data_ptr()
         ranges = [_whole(self.paths, entry, base + place) for entry, place in self.groups[i]]
         self._cancelled = False
-        self._reading = i, self._pool.submit(_read, ranges, self.threads, self._check)
+        self._reading = i, self._pool.submit(_read, self.checkpoint, ranges, self.threads, self._check)
 
     def take(self) -> dict[str, Tensor]:
         """The tensors of the group whose reading was started, valid until the next start. Errors as `read_tensors`."""
@@ -206,9 +207,19 @@ def _row_ranges(
             address += size
 
 
-def _read(ranges: list[Range], threads: int = THREADS, check: Callable[[int], None] | None = None) -> None:
+def _read(
+    checkpoint: Checkpoint, ranges: list[Range], threads: int = THREADS, check: Callable[[int], None] | None = None
+) -> None:
+    """Raises InputError too for a file that was changed since its header was read: before, so that no pipe is waited
+    for, and afterwards."""
+    paths = {path for path, *_ in ranges}
+    shards = [shard for shard in checkpoint.shards if os.fspath(shard.path) in paths]
     try:
+        for shard in shards:
+            shard.check_unchanged()
         _C.read_ranges(ranges, threads, progress=check)
+        for shard in shards:
+            shard.check_unchanged()
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror or error}") from error
 

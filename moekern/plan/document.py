@@ -77,9 +77,10 @@ class Plan:
         }
         return _pretty({"format": FORMAT, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
 
-    def save(self, path: str | Path, *, new: bool = False) -> None:
-        """Write to_json() to a temporary file beside `path`, then rename; with `new`, where nothing is."""
-        files.write_bytes(path, self.to_json().encode(), new=new)
+    def save(self, path: str | Path, *, new: bool = False) -> bool:
+        """Write to_json() to a temporary file beside `path`, then rename; with `new`, where nothing is, or this very
+        plan: then False."""
+        return files.write_bytes(path, self.to_json().encode(), new=new)
 
     @staticmethod
     def from_json(text: str, source: str = "plan") -> Plan:

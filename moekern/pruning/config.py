@@ -7,22 +7,21 @@ from copy import deepcopy
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.pruning.expert_names import Renamer
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # Quantisers also leave their settings in files of their own; these may name experts too.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "quantization_config.json")
 
-Rename = Callable[[str], tuple[str, ...]]
-
 
 def pruned_config(
-    config: Mapping[str, Any], layout: Layout, kept: Mapping[str, Sequence[int]], rename: Rename, *, drop_mtp: bool
+    config: Mapping[str, Any], layout: Layout, kept: Mapping[str, Sequence[int]], names: Renamer, *, drop_mtp: bool
 ) -> dict[str, Any]:
     """A patched copy; key order stays, and so does every value that no expert count and no expert number is part of.
 
     Every path of layout.count_paths gets the kept count, the largest where layers differ. In a list, entry i gets that
     of layer i (layers with one expert are dense and stay). With drop_mtp the next-n counts become 0.
-    num_experts_per_tok stays.
+    num_experts_per_tok stays. Raises InputError for names of experts that cannot be written anew.
     """
     counts = {key: len(keep) for key, keep in kept.items() if key in layout.layers}
     most = max(counts.values())
@@ -37,30 +36,29 @@ def pruned_config(
         _set(out, path, shrunk)
     for path in layout.mtp_paths if drop_mtp else ():
         _set(out, path, lambda old: 0)
-    _rename_quantization(out, rename)
-    return out
+    return dict(renamed(out, names, inside=False))
 
 
-def _rename_quantization(holder: Any, rename: Rename) -> None:
-    """Settings of quantisers stand at the root or in the section of the part that they are about."""
-    for key, value in holder.items() if isinstance(holder, dict) else ():
-        if key in QUANTIZATION_KEYS and isinstance(value, dict):
-            holder[key] = renamed_lists(value, rename)
-        else:
-            _rename_quantization(value, rename)
+def renamed(value: Any, names: Renamer, *, inside: bool) -> Any:
+    """`value` with its strings and its keys replaced by those that mean the same modules: in lists and keys by none for
+    names in dropped experts, and by several for what has to be spelt out. inside: of a quantiser's settings, where any
+    string may name modules; elsewhere those do that speak of experts. Raises InputError."""
 
+    def is_name(text: str) -> bool:
+        return inside or "expert" in text
 
-def renamed_lists(value: Any, rename: Rename) -> Any:
-    """`value` with every string in a list and every key of a dict replaced by what `rename` gives: nothing for names in
-    dropped experts, and several for a pattern that has to be spelt out."""
     if isinstance(value, dict):
-        return {new: renamed_lists(item, rename) for key, item in value.items() for new in rename(key)}
+        return {
+            new: renamed(item, names, inside=inside or key in QUANTIZATION_KEYS)
+            for key, item in value.items()
+            for new in (names(key) if is_name(key) else (key,))
+        }
     if isinstance(value, list):
         found: list[Any] = []
         for item in value:
-            found += rename(item) if isinstance(item, str) else [renamed_lists(item, rename)]
+            found += names(item) if isinstance(item, str) and is_name(item) else [renamed(item, names, inside=inside)]
         return found
-    return value
+    return names.only(value) if isinstance(value, str) and is_name(value) else value
 
 
 def dumped_like(content: Any, original: str) -> str:

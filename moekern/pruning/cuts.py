@@ -133,14 +133,19 @@ def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int)
     Norms are compared by their squares, summed exactly (math.fsum); the lowest id wins a tie.
     """
     routers = [tensor for tensor in layer.tensors if tensor.role == "router" and tensor.action == "slice"]
+    instead = "use --mtp drop or --mtp keep"
     if not routers:
-        raise InputError(f"{layer.prefix}: no router is known to rank its experts by; use --mtp drop or --mtp keep")
+        raise InputError(f"{layer.prefix}: no router is known to rank its experts by; {instead}")
     energy = [0.0] * layer.num_experts
     for tensor in routers:
         rows = np.moveaxis(checkpoint.array(tensor.name).astype(np.float64), tensor.axis, 0)
         for expert in range(layer.num_experts):
             row = rows[expert * tensor.rows : (expert + 1) * tensor.rows]
             energy[expert] += math.fsum(np.square(row).ravel().tolist())
+    for expert, value in enumerate(energy):
+        if not math.isfinite(value):
+            what = f"{layer.prefix}: expert {expert}: rows of the router are not finite, and rank no expert"
+            raise InputError(f"{checkpoint.folder}: {what}; {instead}")
     size = layer.num_experts // n_group
     chosen: list[int] = []
     for group in range(n_group):

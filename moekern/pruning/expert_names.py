@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from moekern.architectures import Layout, MoeLayer
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
-from moekern.pruning.patterns import Ambiguous, ExpertModules, is_pattern, rewritten
+from moekern.pruning.patterns import Ambiguous, ExpertModules, is_pattern, picks_any, rewritten
 
 WRAPPERS = ("model", "language_model", "text_model")
 STACKED = re.compile(r".*(?:^|\.)experts\.")
 # Modules of experts that the checkpoint holds in one stack, as loaders name them that take the stack apart.
 UNSTACKED = ("", ".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3")
 NUMBER = re.compile(r"(?<![^._])\d+(?=\.|$)")
+NAME = re.compile(r"[\w.-]+")
+NUMBERED = re.compile(r"experts?(?:[./\[(\\{]+|_)\d", re.IGNORECASE)  # by the look of it the name of an expert
 
 
 class Renamer:
@@ -37,6 +39,7 @@ class Renamer:
             for start in range(len(parts) - 1):
                 self.by_suffix.setdefault(".".join(parts[start:]), []).append(modules)
         self.rewritten: dict[str, tuple[str, ...]] = {}  # patterns that had to change
+        self.unknown: dict[str, None] = {}  # what looks like names of experts, none of which the checkpoint holds
 
     def __call__(self, text: str) -> tuple[str, ...]:
         """The strings to stand in the place of `text`: itself, a new name, none, or several. Raises InputError."""
@@ -44,6 +47,8 @@ class Renamer:
             return self._renumbered(text)
         try:
             new = rewritten(text, self.modules, self._others)
+            if new == (text,) and NUMBERED.search(text) and not picks_any(text, self.modules):
+                self.unknown[text] = None
         except Ambiguous as why:
             what = f"{shown(text)} names experts by number, and {why}"
             raise InputError(f"{self.source}: {what}; write the names of the modules in its place") from None
@@ -51,27 +56,56 @@ class Renamer:
             self.rewritten[text] = new
         return new
 
-    def note(self, name: str) -> str:
-        """What was done to patterns in the file `name`; empty where nothing was."""
-        if not self.rewritten:
-            return ""
-        first, *others = self.rewritten
-        more = f" and {len(others)} more" if others else ""
-        return f"{name}: what names experts by number was written anew: {shown(first)}{more}"
+    def only(self, text: str) -> str:
+        """The string in the place of one that stands alone, not in a list. Raises InputError."""
+        new = self(text)
+        if len(new) != 1:
+            what = f"several names are needed in its place ({shown(new[0])}, ...)" if new else "none of these stay"
+            raise InputError(
+                f"{self.source}: {shown(text)} names experts, and {what}; make it a list of names, or take it out"
+            )
+        return new[0]
+
+    def notes(self, name: str) -> Iterator[str]:
+        """What was done to patterns in the file `name`, and what stays though it looks like the name of an expert."""
+        if self.rewritten:
+            yield f"{name}: what names experts by number was written anew: {_first_of(self.rewritten)}"
+        if self.unknown:
+            yield f"{name}: names experts that the checkpoint does not hold; left as it is: {_first_of(self.unknown)}"
 
     def _renumbered(self, name: str) -> tuple[str, ...]:
-        for number in NUMBER.finditer(name):
+        if not NAME.fullmatch(name):
+            parts = re.split(r"[,;\s]+", name.strip())
+            if all("." in part for part in parts) and any(self._known(part) for part in parts):
+                raise InputError(f"{self.source}: {shown(name)} names several modules; make it a list of names")
+            if NUMBERED.search(name):
+                self.unknown[name] = None
+            return (name,)
+        for number, modules in self._found(name):
             expert, tail = int(number[0]), name[number.end() :]
-            modules = [m for m in self.by_suffix.get(_bare(name[: number.start()]), ()) if expert in m.numbers]
-            if not modules:
-                continue
             new = {m.rank.get(expert) for m in modules}
             if new == {None}:
                 return ()
             if len(new) == 1:
                 return (f"{name[: number.start()]}{new.pop()}{tail}",)
             return tuple(f"{m.stem}{m.rank[expert]}{tail}" for m in modules if expert in m.rank)
+        if NUMBERED.search(name):
+            self.unknown[name] = None
         return (name,)
+
+    def _known(self, name: str) -> bool:
+        """Whether it is a plain name of something in an expert."""
+        return NAME.fullmatch(name) is not None and any(True for _ in self._found(name))
+
+    def _found(self, name: str) -> Iterator[tuple[re.Match[str], list[ExpertModules]]]:
+        """Numbers in a name that may be an expert's, and the layers that it may be of: all those that it fits, where it
+        is the end of a module's name."""
+        for number in NUMBER.finditer(name):
+            stem, tail = name[: number.start()], name[number.end() :]
+            bare = _bare(stem)
+            near = [m for m in self.by_suffix.get(bare, ()) if int(number[0]) in m.numbers]
+            if modules := [m for m in near if m.bare == bare or (stem == bare and tail in m.tails)]:
+                yield number, modules
 
     @cached_property
     def _others(self) -> tuple[str, ...]:
@@ -88,6 +122,11 @@ class Renamer:
     @cached_property
     def _stem_set(self) -> frozenset[str]:
         return frozenset(m.stem for m in self.modules)
+
+
+def _first_of(texts: Mapping[str, object]) -> str:
+    first, *others = texts
+    return f"{shown(first)}{f' and {len(others)} more' if others else ''}"
 
 
 def expert_modules(layout: Layout, kept: Mapping[str, Sequence[int]], *, drop_mtp: bool) -> tuple[ExpertModules, ...]:

@@ -92,6 +92,12 @@ def _readings(body: str, wildcard: bool) -> list[Matches]:
     return [] if expression is None else [expression.match, expression.search]
 
 
+def picks_any(text: str, modules: Sequence[ExpertModules]) -> bool:
+    """Whether a pattern that `rewritten` has taken matches anything in numbered experts."""
+    body = text.removeprefix(next((mark for mark in MARKS if text.startswith(mark)), ""))
+    return any(picked(matches, modules) for matches in _readings(body, body == text and not REGEX_ONLY.search(body)))
+
+
 def picked(matches: Matches, modules: Sequence[ExpertModules]) -> Picked:
     found: Picked = {}
     for position, m in enumerate(modules):

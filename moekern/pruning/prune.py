@@ -29,7 +29,7 @@ from moekern.pruning.copying import (
     ways,
 )
 from moekern.pruning.cuts import MTP_MODES, Mtp, check_tables, kept_experts, planned_mtp
-from moekern.pruning.pieces import made_from
+from moekern.pruning.pieces import Piece, made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
@@ -200,7 +200,7 @@ def prune(
         already=already,
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
-        notes=(*checkpoint.notes, *(file.note for file in side if file.note)),
+        notes=(*checkpoint.notes, *layout.notes, *(note for file in side for note in file.notes)),
         seconds=time.perf_counter() - start,
     )
 
@@ -285,10 +285,9 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     partial = path.with_name(f"{shard.name}.{work.part or 'whole'}.partial")
     partial.unlink(missing_ok=True)
     pieces = shard.pieces(job.checkpoint)
+    _check_sources(job, work, pieces, origin, ", ".join(shard.sources))
     made: Copied = copy_shard(partial, shard, pieces, job.way(shard), job.checksum, job.reread, tally.moving)
-    if made_from(shard.pieces(job.checkpoint)) != origin:
-        names = ", ".join(shard.sources)
-        raise InputError(f"{work.target}: not finished: {names} in {job.checkpoint.folder} changed while it was copied")
+    _check_sources(job, work, shard.pieces(job.checkpoint), origin, ", ".join(shard.sources))
     partial.replace(path)
     fsync(work.checkpoint)
     mtime = path.stat().st_mtime_ns
@@ -298,6 +297,13 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     tally.holes += made.holes
     tally.copied += made.copied
     tally.moved(job.passes * shard.size)
+
+
+def _check_sources(job: Job, work: WorkFolder, pieces: Sequence[Piece], origin: str, names: str) -> None:
+    """Raise InputError when source files are not what they were: before they are copied, so that no pipe is waited for
+    in the place of one, and afterwards."""
+    if made_from(pieces) != origin:
+        raise InputError(f"{work.target}: not finished: {names} in {job.checkpoint.folder} changed while it was copied")
 
 
 def _remove_unproved(job: Job, work: WorkFolder) -> None:
@@ -329,10 +335,9 @@ def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tal
     for file in [side_file(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
         path = work.checkpoint / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_sources(job, work, file.pieces, file.origin, file.name)
         _C.write_file(str(path), list(file.pieces))
-        if made_from(file.pieces) != file.origin:
-            folder = job.checkpoint.folder
-            raise InputError(f"{work.target}: not finished: {file.name} in {folder} changed while it was copied")
+        _check_sources(job, work, file.pieces, file.origin, file.name)
         tally.moved(file.size if file.name != MANIFEST else 0)
 
 

@@ -2,47 +2,58 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
-from moekern.architectures.config_keys import COUNT_KEYS
+from moekern.architectures.config_keys import mtp_counts
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
 from moekern.plan.document import Plan
-from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed_lists
+from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed
 from moekern.pruning.cuts import Mtp
 from moekern.pruning.expert_lists import expert_lists
 from moekern.pruning.expert_names import Renamer
 from moekern.pruning.model_card import MODEL_CARD, notice, split_at
 from moekern.pruning.pieces import Range, made_from
 from moekern.pruning.shards import OutputShard
+from moekern.pruning.stale import SETTINGS_CAP, stale
 
 MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
-SETTINGS_CAP = 1 << 20  # bytes of a JSON file that is looked into for expert counts; tokenizers are larger
 
 
 @dataclass(frozen=True)
 class SideFile:
     """A file of the output: literal bytes and ranges of source files. origin is all that decided its bytes when it was
-    looked at (`made_from`); note is a line for the user where it is no plain copy, or no longer true."""
+    looked at (`made_from`); notes are lines for the user where it is no plain copy, or no longer true."""
 
     name: str
     pieces: tuple[bytes | Range, ...]
     origin: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         return sum(len(piece) if isinstance(piece, bytes) else piece[2] for piece in self.pieces)
 
 
-def side_file(name: str, *pieces: bytes | Range, note: str = "") -> SideFile:
-    return SideFile(name, pieces, made_from(pieces), note)
+def side_file(name: str, *pieces: bytes | Range, notes: Iterable[str] = ()) -> SideFile:
+    return SideFile(name, pieces, made_from(pieces), tuple(notes))
+
+
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a file that would bring another than the checkpoint's into the result, and for settings of a
+    quantiser that cannot be read: what can be known before there is a plan."""
+    for name, wrong in checkpoint.contents.refused.items():
+        raise InputError(f"{checkpoint.folder}: {name!r}: {wrong}")
+    for name in QUANTIZATION_FILES:
+        if name in checkpoint.side_files:
+            read_json(checkpoint.folder / name)
 
 
 def side_files(
@@ -55,37 +66,60 @@ def side_files(
 ) -> list[SideFile]:
     """In the order of writing: what is copied, the plan, then index and config.
 
-    Raises InputError for a file that would bring another than the checkpoint's into the result, and for settings that
-    name experts in a form that cannot be renumbered.
+    Raises InputError as check_side_files does, and for settings that name experts in a form that cannot be renumbered.
     """
-    for name, wrong in checkpoint.contents.refused.items():
-        raise InputError(f"{checkpoint.folder}: {name!r}: {wrong}")
-    drop = mtp == "drop"
+    check_side_files(checkpoint)
+    settings = Settings(checkpoint, layout, kept, drop_mtp=mtp == "drop")
     files = []
     for name in checkpoint.side_files:
         path = checkpoint.folder / name
         if name in QUANTIZATION_FILES:
-            renamer = Renamer(str(path), checkpoint.tensors, layout, kept, drop_mtp=drop)
-            lists = expert_lists(str(path), checkpoint.config, layout, kept)
-            settings = renamed_lists(lists.cut(read_json(path)), renamer)
-            files.append(_text(name, dumped_like(settings, path.read_text(encoding="utf-8")), renamer.note(name)))
+            files.append(settings.quantiser(name))
         elif name == MODEL_CARD:
             files.append(_model_card(path, layout, plan, kept))
         elif name not in (PLAN_FILE, MANIFEST):
-            files.append(side_file(name, _whole(path), note=_stale_counts(path, name, layout.num_experts)))
+            files.append(side_file(name, _whole(path), notes=stale(path, name, checkpoint.config, layout, kept)))
     files.append(_text(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
     if checkpoint.index is not None or len(shards) > 1:
         files.append(_text(INDEX, _index(checkpoint, shards)))
-    original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
-    renamer = Renamer(str(checkpoint.folder / CONFIG), checkpoint.tensors, layout, kept, drop_mtp=drop)
-    lists = expert_lists(str(checkpoint.folder / CONFIG), checkpoint.config, layout, kept)
-    config = pruned_config(lists.cut(checkpoint.config), layout, kept, renamer, drop_mtp=drop)
-    files.append(_text(CONFIG, dumped_like(config, original), renamer.note(CONFIG)))
+    files.append(settings.config())
     return files
 
 
-def _text(name: str, text: str, note: str = "") -> SideFile:
-    return side_file(name, text.encode(), note=note)
+@dataclass(frozen=True)
+class Settings:
+    """Makes the files of settings that speak of experts."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    kept: Mapping[str, tuple[int, ...]]
+    drop_mtp: bool
+
+    def config(self) -> SideFile:
+        def change(settings: Any, names: Renamer) -> Any:
+            return pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp)
+
+        made = self._made(CONFIG, self.checkpoint.config, change)
+        left = [path for path, _ in mtp_counts(self.checkpoint.config) if path not in self.layout.mtp_paths]
+        if not left or not self.drop_mtp:
+            return made
+        what = f"{CONFIG}: may count the MTP layers that are gone; left as it is: {', '.join(map('.'.join, left))}"
+        return replace(made, notes=(*made.notes, what))
+
+    def quantiser(self, name: str) -> SideFile:
+        return self._made(name, read_json(self.checkpoint.folder / name), partial(renamed, inside=True))
+
+    def _made(self, name: str, content: Any, change: Callable[[Any, Renamer], Any]) -> SideFile:
+        path = self.checkpoint.folder / name
+        names = Renamer(str(path), self.checkpoint.tensors, self.layout, self.kept, drop_mtp=self.drop_mtp)
+        lists = expert_lists(str(path), self.checkpoint.config, self.layout, self.kept)
+        new = change(lists.cut(content), names)
+        notes = (*names.notes(name), *lists.notes(name))
+        return _text(name, dumped_like(new, path.read_text(encoding="utf-8")), notes)
+
+
+def _text(name: str, text: str, notes: Iterable[str] = ()) -> SideFile:
+    return side_file(name, text.encode(), notes=notes)
 
 
 def _whole(path: Path) -> Range:
@@ -99,24 +133,7 @@ def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Seque
     most = max(len(kept[key]) for key in layout.layers)
     pieces = ((str(path), 0, at), notice(most, layout.num_experts, plan.digest), (str(path), at, size - at))
     note = f"{MODEL_CARD}: the original's, behind a notice that names the plan; its numbers are the original's"
-    return side_file(MODEL_CARD, *pieces, note=note)
-
-
-def _stale_counts(path: Path, name: str, num_experts: int) -> str:
-    """What to say about a JSON file that counts the original's experts; it is copied as it is."""
-    if not name.endswith(".json") or regular_size(path) > SETTINGS_CAP:
-        return ""
-    try:
-        level: list[Any] = [read_json(path)]
-    except InputError:  # a list, or JSON of another tool's kind: copied, and nobody's settings
-        return ""
-    while level:
-        holder = level.pop()
-        items = list(holder.items()) if isinstance(holder, dict) else [("", item) for item in holder]
-        if any(key in COUNT_KEYS and value == num_experts for key, value in items):
-            return f"{name}: copied as it is, though it counts the original's {num_experts} experts"
-        level += [value for _, value in items if isinstance(value, (dict, list))]
-    return ""
+    return side_file(MODEL_CARD, *pieces, notes=(note,))
 
 
 def _provenance(
@@ -139,7 +156,7 @@ def _provenance(
 
 
 def _index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> str:
-    """The index in the form that save_pretrained gives it: sorted keys, indent 2.
+    """The index in the form that save_pretrained gives it: sorted keys, indent 2. Other keys of the source's stay.
 
     total_parameters is kept up only where it is the number of elements; for packed weights nothing here can know it.
     """
@@ -149,7 +166,8 @@ def _index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> str:
     if metadata.pop("total_parameters", None) == elements:
         metadata["total_parameters"] = sum(tensor.elements for shard in shards for tensor in shard.tensors)
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    content = {**(checkpoint.index or {}), "metadata": metadata, "weight_map": weight_map}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def mtp_line(layout: Layout, kept: Mapping[str, Sequence[int]], plan: Plan, mtp: Mtp) -> str:

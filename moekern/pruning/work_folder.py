@@ -163,11 +163,12 @@ class WorkFolder:
 
 
 def check_target(target: Path, source: Path | None = None) -> None:
-    """Raise InputError when the target exists, lies inside the source or cannot be made. What a process killed just
-    after its commit left beside it is removed."""
+    """Raise InputError when the target exists, lies inside the source or cannot be made, or something in its work
+    folder is in the way. What a process killed just after its commit left beside it is removed."""
     clean_up(target)
     check_new(target, folder=True, source=source)
     check_work(target)
+    _check_own(work_path(target))
 
 
 def clean_up(target: Path) -> None:
@@ -214,7 +215,6 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
         work = WorkFolder(target, part, handle)
         try:
             check_target(target)
-            _check_own(work.folder)
             work.checkpoint.mkdir(exist_ok=True)
             os.close(open_plain(work.manifest, os.O_RDWR | os.O_CREAT))
             for folder in (work.folder, target.parent):  # so that a power cut leaves what the manifest proves
@@ -229,14 +229,15 @@ def open_work(target: Path, part: Part | None) -> Iterator[WorkFolder]:
 
 def _check_own(work: Path) -> None:
     """Raise InputError when something in a work folder that the pruner would write to or remove is not the pruner's."""
-    manifests, locks = _named(work)
-    for path in (*manifests, *locks):
-        if not _is_own(path):
-            raise InputError(f"{path}: has the name of a file of moekern's, which did not write it; move it away")
     checkpoint = work / "checkpoint"
     if os.path.lexists(checkpoint) and not is_folder(checkpoint):
         raise InputError(f"{checkpoint}: is no folder, and the shards are written in one there; move it away")
-    if not manifests and is_folder(checkpoint) and os.listdir(checkpoint):
+    filled = bool(os.listdir(checkpoint)) if is_folder(checkpoint) else False
+    manifests, locks = _named(work)  # afterwards: another part makes its manifest before its first shard
+    for path in (*manifests, *locks):
+        if not _is_own(path):
+            raise InputError(f"{path}: has the name of a file of moekern's, which did not write it; move it away")
+    if filled and not manifests:
         raise InputError(f"{checkpoint}: no manifest beside it says that moekern wrote what is in it; move it away")
 
 

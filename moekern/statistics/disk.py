@@ -44,6 +44,9 @@ class StoredLayer(Mapping[str, LayerStatistics]):
     def __getitem__(self, domain: str) -> LayerStatistics:
         return self.read(domain)
 
+    def __contains__(self, domain: object) -> bool:
+        return domain in self.entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 

@@ -180,6 +180,9 @@ class MergedLayer(Mapping[str, LayerStatistics]):
             raise KeyError(domain)
         return total
 
+    def __contains__(self, domain: object) -> bool:
+        return domain in self.domains
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.domains)
 

@@ -45,15 +45,17 @@ def make_header(
     versions: Mapping[str, str],
     dtype: str | None = None,
     model: str | None = None,
+    config: str | None = None,
 ) -> dict[str, Any]:
     """The header of one calibration run.
 
     `tokens` counts tokens per domain, in the order that domains are numbered in. `data` (the recipe), `backend` and
-    `versions` are any JSON; with `dtype` (None: the checkpoint's), and `model` where it is a commit of the hub, they
-    become the one entry of "runs", which grows when files are merged. The router's numbers let a plan be made without
-    the checkpoint.
+    `versions` are any JSON; with `dtype` (None: the checkpoint's), `model` where it is a commit of the hub, and
+    `config`, the sha256 of a checkpoint's, they become the one entry of "runs", which grows when files are merged. The
+    router's numbers let a plan be made without the checkpoint.
     """
-    run = {"data": data, "backend": backend, "versions": dict(versions), "dtype": dtype}
+    known = {name: value for name, value in (("model", model), ("config", config)) if value is not None}
+    run = {"data": data, "backend": backend, "versions": dict(versions), "dtype": dtype, **known}
     return {
         "format": FORMAT,
         "fingerprint": source.fingerprint,
@@ -62,7 +64,7 @@ def make_header(
         **asdict(source.router),
         "domains": list(tokens),
         "tokens": dict(tokens),
-        "runs": [run if model is None else {**run, "model": model}],
+        "runs": [run],
     }
 
 

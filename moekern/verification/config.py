@@ -7,7 +7,8 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.verification.expert_lists import lists_cut
-from moekern.verification.settings import Modules, renamed_settings, same_settings
+from moekern.verification.record import parsed
+from moekern.verification.settings import Modules, names_experts, renamed_settings, same_settings
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
@@ -23,13 +24,14 @@ def config_problems(
 ) -> Iterator[str]:
     """One line for each value of the config at `path` that is not what the plan makes of `before`."""
     try:
-        after = json.loads(path.read_bytes())
+        after = parsed(path.read_bytes())
     except (OSError, ValueError) as error:
         yield f"{path.name}: {error}"
         return
     count = max(len(kept[key]) for key in layout.layers)
     counts, mtp = set(layout.count_paths), set(layout.mtp_paths) if drop_mtp else set()
-    want, got = dict(_leaves(lists_cut(before, before, layout, kept), ())), dict(_leaves(after, ()))
+    want = dict(_leaves(lists_cut(before, before, layout, kept), modules))
+    got = dict(_leaves(after, modules))
     if list(want) != list(got):
         changed = sorted(".".join(key) for key in want.keys() ^ got.keys())
         yield f"{path.name}: keys differ from the source's: {', '.join(changed) or 'their order'}"
@@ -39,7 +41,7 @@ def config_problems(
             value = [_in_layer(kept, i, n, count) for i, n in enumerate(value)] if isinstance(value, list) else count
         elif key in mtp:
             value = 0
-        elif key[-1] in QUANTIZATION_KEYS:
+        elif key[-1] in QUANTIZATION_KEYS or _names_experts(value, modules):
             if not same_settings(value, got[key], modules):
                 want_text = _short(renamed_settings(value, modules))
                 yield f"{path.name}: {'.'.join(key)} is {_short(got[key])}, expected what means {want_text}"
@@ -53,13 +55,22 @@ def _in_layer(kept: Mapping[str, tuple[int, ...]], layer: int, before: int, coun
     return before if before <= 1 else len(kept[str(layer)]) if str(layer) in kept else count
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of everything below dicts; the inside of quantisation settings counts as one value."""
-    if isinstance(value, dict) and value and not (path and path[-1] in QUANTIZATION_KEYS):
+def _leaves(value: Any, modules: Modules, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of everything below dicts; settings of quantisers, and dicts whose keys name experts, count as one
+    value."""
+    whole = path[-1:] and (path[-1] in QUANTIZATION_KEYS or _names_experts(value, modules))
+    if isinstance(value, dict) and value and not whole:
         for key, item in value.items():
-            yield from _leaves(item, (*path, key))
+            yield from _leaves(item, modules, (*path, key))
     else:
         yield path, value
+
+
+def _names_experts(value: Any, modules: Modules) -> bool:
+    """Whether a string, or one in a list or among a dict's keys, speaks of experts and may name them."""
+    if isinstance(value, str):
+        return "expert" in value and names_experts(value, modules)
+    return isinstance(value, (list, dict)) and any(_names_experts(item, modules) for item in value)
 
 
 def _short(value: Any) -> str:

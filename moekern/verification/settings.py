@@ -16,6 +16,7 @@ from moekern.checkpoint.expressions import Endless, compiled
 WRAPPERS = ("model", "language_model", "text_model")
 UNSTACKED = ("", ".gate_proj", ".up_proj", ".down_proj", ".gate_up_proj", ".w1", ".w2", ".w3")
 MARKS = ("re:", "+:", "-:")
+HOW = ("match", "search")  # loaders' ways with regular expressions
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,14 @@ def renamed_settings(value: Any, modules: Modules) -> Any:
 
 
 def same_settings(before: Any, after: Any, modules: Modules) -> bool:
-    """Whether `after` is `before` with names replaced, in its lists and keys that hold patterns or parts of names too:
-    there each module must be chosen by what chose it before."""
+    """Whether `after` is `before` with names replaced, also where they are patterns or parts of names: there each
+    module must be chosen by what chose it before."""
+    if isinstance(before, str) and isinstance(after, str) and names_experts(before, modules):
+        return _same_choice([(before, None)], [(after, None)], modules)
     if isinstance(before, dict) and isinstance(after, dict):
         if any(_is_open(key, modules) for key in before):
-            return _same_choice(list(before.items()), list(after.items()), modules)
+            old = [(key, renamed_settings(value, modules)) for key, value in before.items()]
+            return _same_choice(old, list(after.items()), modules)
         names = {key: _renamed(key, modules) for key in before}
         stay = [key for key in before if names[key] is not None]
         return [names[key] for key in stay] == list(after) and all(
@@ -97,65 +101,88 @@ def same_settings(before: Any, after: Any, modules: Modules) -> bool:
         )
     if not isinstance(before, list) or not isinstance(after, list):
         return json.dumps(before) == json.dumps(after)
-    if any(isinstance(item, str) and _is_open(item, modules) for item in before):
-        old, new = ([(item, None) for item in items if isinstance(item, str)] for items in (before, after))
+    held = [[item for item in items if not isinstance(item, str)] for items in (before, after)]
+    if len(held[0]) != len(held[1]) or not all(same_settings(a, b, modules) for a, b in zip(*held, strict=True)):
+        return False
+    texts = [[item for item in items if isinstance(item, str)] for items in (before, after)]
+    if any(_is_open(text, modules) for text in texts[0]):
+        old, new = ([(text, None) for text in found] for found in texts)
         return _same_choice(old, new, modules)
-    if not any(isinstance(item, str) for item in before):
-        pairs = zip(before, after, strict=False)
-        return len(before) == len(after) and all(same_settings(old, new, modules) for old, new in pairs)
-    return json.dumps(renamed_settings(before, modules)) == json.dumps(after)
+    return renamed_settings(texts[0], modules) == texts[1]
+
+
+def names_experts(text: str, modules: Modules) -> bool:
+    """Whether it is the name of something in an expert, or may name several."""
+    return _is_open(text, modules) or _lies_inside(text, modules)
 
 
 Entries = Sequence[tuple[str, Any]]  # a name or a pattern, and the value that it gives to modules
 
 
 def _same_choice(before: Entries, after: Entries, modules: Modules) -> bool:
-    plain = [[e for e in entries if not _is_open(e[0], modules) and not _touches(e[0], modules)]
-             for entries in (before, after)]  # fmt: skip
-    if json.dumps(plain[0]) != json.dumps(plain[1]):
+    """Whether plain names are replaced, what is not about experts stays, and modules are given the values that they
+    were given before. Where patterns have become plain names, loaders may hold these against whole names only."""
+    old, new = _Choice(before, modules), _Choice(after, modules)
+    inside = ((text, value) for text, value in old.entries if _lies_inside(text, modules))
+    moved = {(name, value) for text, value in inside if (name := _renamed(text, modules)) is not None}
+    odd = {text for text, _ in after if _lies_inside(text, modules) and text not in modules.renamed}
+    if not moved <= {*new.entries} or not odd <= {text for text, _ in moved} or old.elsewhere() != new.elsewhere():
         return False
-    for search in (False, True):
-        old, new = (_chooser(entries, modules, search) for entries in (before, after))
-        pairs = ((name, other) for name, other in modules.renamed.items() if other is not None)
-        if any(old(name) != new(other) for name, other in pairs):
-            return False
-        if any(old(name) != new(name) for name in modules.others):
-            return False
-    return True
+    pairs = [(name, other) for name, other in modules.renamed.items() if other is not None]
+    return all(
+        any(old.made(name, how, exact) == new.made(other, how, exact) for exact in (False, True))
+        for how in HOW
+        for name, other in [*pairs, *((name, name) for name in modules.others)]
+    )
 
 
-def _chooser(entries: Entries, modules: Modules, search: bool) -> Callable[[str], list[str]]:
-    """A function from a module's name to the values that its entries give, in their order."""
-    named = {unwrapped(text): at for at, (text, _) in enumerate(entries) if _touches(text, modules)}
-    patterns = [(at, _predicate(text, search)) for at, (text, _) in enumerate(entries) if _is_open(text, modules)]
-    values = [json.dumps(value) for _, value in entries]
+class _Choice:
+    """What a list of names and patterns says about a module."""
 
-    def chosen(name: str) -> list[str]:
-        hits = [at for at, matches in patterns if matches(name)]
-        part = unwrapped(name)
+    def __init__(self, entries: Entries, modules: Modules) -> None:
+        self.modules = modules
+        self.entries = [(text, json.dumps(value)) for text, value in entries]
+        self.texts, self.values = [text for text, _ in self.entries], [value for _, value in self.entries]
+        self.named = {text: at for at, text in enumerate(self.texts) if _touches(text, modules)}
+        self.bare = {unwrapped(text): at for text, at in self.named.items()}
+        self.open = {at: _predicates(text) for at, text in enumerate(self.texts) if _is_open(text, modules)}
+
+    def made(self, name: str, how: str, exact: bool) -> list[str]:
+        """The values that the entries give to a module, in their order. exact: a plain name is that of one module, and
+        not of what lies in it, or of one under other wrappers."""
+        hits = {at for at, matches in self.open.items() if matches[how](name)}
+        if exact and name in self.named:
+            hits.add(self.named[name])
+        part = "" if exact else unwrapped(name)
         while part:
-            if part in named:
-                hits.append(named[part])
+            if part in self.bare:
+                hits.add(self.bare[part])
             part = part.rpartition(".")[0]
-        return list(dict.fromkeys(values[at] for at in sorted(hits)))
+        return list(dict.fromkeys(self.values[at] for at in sorted(hits)))
 
-    return chosen
+    def elsewhere(self) -> list[tuple[str, str]]:
+        """The entries that name or choose nothing in experts, which must stay as they are."""
+        names = self.modules.renamed
+        within = {at for at, text in enumerate(self.texts) if _lies_inside(text, self.modules)}
+        within |= {at for at, m in self.open.items() if any(m["search"](name) or m["match"](name) for name in names)}
+        return [entry for at, entry in enumerate(self.entries) if at not in within]
 
 
-def _predicate(text: str, search: bool) -> Callable[[str], object]:
+def _predicates(text: str) -> dict[str, Callable[[str], object]]:
+    """Whether a name is chosen, where loaders match an expression from the name's beginning, and where they search."""
     mark = next((mark for mark in MARKS if text.startswith(mark)), "")
     body = text.removeprefix(mark)
     if not _is_pattern(text):
-        return lambda name: f".{body}." in f".{name}."
+        return dict.fromkeys(HOW, lambda name: f".{body}." in f".{name}.")
     if not mark and not re.search(r"[\\(|+^$){}]", body):
-        return re.compile(fnmatch.translate(body)).match
+        return dict.fromkeys(HOW, re.compile(fnmatch.translate(body)).match)
     try:
         expression = compiled(body)
     except Endless:
         expression = None
     if expression is None:
-        return lambda name: False
-    return expression.search if search else expression.match
+        return dict.fromkeys(HOW, lambda name: False)
+    return {"match": expression.match, "search": expression.search}
 
 
 def _is_pattern(text: str) -> bool:
@@ -178,13 +205,25 @@ def _touches(text: str, modules: Modules) -> bool:
 
 
 def _renamed(name: str, modules: Modules) -> str | None:
-    if name in modules.renamed:
-        return modules.renamed[name]
-    bare = unwrapped(name)
-    if bare not in modules.renamed:
+    """The name in the pruned model of what lies in an expert, however deep; None where the expert is dropped."""
+    head = _head(name, modules)
+    if not head:
         return name
+    bare = unwrapped(head)
     new = modules.renamed[bare]
-    return None if new is None else name.removesuffix(bare) + new
+    return None if new is None else f"{name[: len(head) - len(bare)]}{new}{name[len(head) :]}"
+
+
+def _lies_inside(name: str, modules: Modules) -> bool:
+    """Whether it is the whole name of something in an expert."""
+    return not _is_pattern(name) and bool(_head(name, modules))
+
+
+def _head(name: str, modules: Modules) -> str:
+    """The longest beginning of a name that names a module in an expert."""
+    while name and unwrapped(name) not in modules.renamed:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def unwrapped(name: str) -> str:

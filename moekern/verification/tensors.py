@@ -7,7 +7,7 @@ plan alone. Nothing of pruning or the extension is used here.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
-from moekern.verification.files import PLAN_FILE, file_problems
+from moekern.verification.files import file_problems
+from moekern.verification.record import PLAN_FILE, parsed, record_problems, recorded
 from moekern.verification.settings import modules_of, renumbered
 
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
@@ -75,10 +76,12 @@ def verify(
     if not folder.is_dir():
         return VerifyReport((f"{folder}: no such folder",), 0, 0)
     problems: list[str] = []
-    recorded = _recorded(folder, problems)
-    if recorded and recorded.get("plan_sha256") != plan.digest:
+    if odd := next(_irregular(folder), None):
+        return VerifyReport((f"{odd}: not a regular file",), 0, 0)
+    record = recorded(folder, problems)
+    if record and record.get("plan_sha256") != plan.digest:
         problems.append(f"{PLAN_FILE}: made from another plan")
-    mode = mtp or str((recorded or plan.provenance).get("mtp", "prune"))
+    mode = mtp or str((record or plan.provenance).get("mtp", "prune"))
     compared = 0
     with ExitStack() as stack:
         old = _Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
@@ -99,10 +102,13 @@ def verify(
                 progress(compared, new.data_bytes)
         problems += _metadata_problems(expected, old, new)
         problems += _index_problems(checkpoint, new)
+        mtp_keep = {key: kept[key] for key in layout.mtp if key in kept}
+        held = {name: list(opened.keys()) for name, opened in new.opened.items()}
+        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held)
     drop = mode == "drop"
     cut = partial(lists_cut, config=checkpoint.config, layout=layout, kept=kept)
     modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
-    problems += file_problems(checkpoint, folder, set(new.files), modules, cut, plan.digest)
+    problems += file_problems(checkpoint, folder, set(new.files), modules, cut, plan.digest if record else None)
     problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop)
     return VerifyReport(tuple(problems[:MAX_PROBLEMS]), len(names), compared, checkpoint.contents.left_out)
 
@@ -117,8 +123,13 @@ class _Folder:
     def __init__(self, folder: Path, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         index = folder / INDEX
-        self.index: dict[str, Any] | None = json.loads(index.read_bytes()) if index.exists() else None
+        try:
+            self.index: dict[str, Any] | None = parsed(index.read_bytes()) if index.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{INDEX}: {error}") from error
         listed = set(self.index["weight_map"].values()) if self.index else {"model.safetensors"}
+        if not isinstance((self.index or {}).get("metadata") or {}, dict):
+            raise ValueError(f"{INDEX}: metadata is no object")
         self.files = sorted(listed if files is None else files)
         self.opened: dict[str, Any] = {}
         self.shards: dict[str, str] = {}
@@ -292,24 +303,30 @@ def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
     for key in sorted(weight_map.keys() | new.shards.keys()):
         if weight_map.get(key) != new.shards.get(key):
             yield f"{INDEX}: {key} in {weight_map.get(key)}, but the files have it in {new.shards.get(key)}"
-    total = (new.index.get("metadata") or {}).get("total_size")
+    metadata, before = (dict((index or {}).get("metadata") or {}) for index in (new.index, checkpoint.index))
+    total = metadata.pop("total_size", None)
     if total != new.data_bytes:
         yield f"{INDEX}: total_size {total}, but the files hold {new.data_bytes}"
+    before.pop("total_size", None)
+    if "total_parameters" in before:
+        elements = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+        if before.pop("total_parameters") == elements:
+            before["total_parameters"] = sum(math.prod(new.described(key)[1]) for key in new.shards)
+    others = ({k: v for k, v in (index or {}).items() if k != "weight_map"} for index in (checkpoint.index, new.index))
+    want, got = ({**other, "metadata": held} for other, held in zip(others, (before, metadata), strict=True))
+    for key in sorted(want.keys() | got.keys()):
+        if json.dumps(want.get(key), sort_keys=True) != json.dumps(got.get(key), sort_keys=True):
+            yield f"{INDEX}: {key} differs from what the source and the files give"
+
+
+def _irregular(folder: Path) -> Iterator[Path]:
+    """What is neither a file nor a folder, and might never end when it is read."""
+    for path in sorted(folder.rglob("*")):
+        with suppress(OSError):
+            if not path.is_file() and not path.is_dir() and path.exists():
+                yield path
 
 
 def _data_start(path: Path) -> int:
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
-
-
-def _recorded(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """moekern_plan.json of the pruned folder; a checkpoint made by another tool has none."""
-    path = folder / PLAN_FILE
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        problems.append(f"{PLAN_FILE}: {error}")
-        return None
-    return content if isinstance(content, dict) else None

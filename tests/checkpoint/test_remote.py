@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +94,36 @@ def test_what_is_kept_of_a_shard_is_no_shard(hub: Hub) -> None:
     kept = headers().folder
     with pytest.raises(InputError, match="truncated"):
         open_checkpoint(kept)
+
+
+@pytest.mark.parametrize("what", ["a link to nothing", "a pipe", "half a header", "other samples", "half a list"])
+def test_what_was_spoiled_in_the_cache_is_read_again_or_named(hub: Hub, tmp_path: Path, what: str) -> None:
+    right, folder, elsewhere = headers().fingerprint, repository().folder, tmp_path / "elsewhere"
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    if what == "other samples":
+        samples = repository().beside(".samples")
+        samples.write_bytes(bytes(samples.stat().st_size))
+        assert headers().fingerprint == right
+        return
+    if what == "half a list":
+        listing = repository().beside(".json")
+        os.truncate(listing, listing.stat().st_size // 2)
+        hub.down = 503
+        with pytest.raises(InputError, match=re.escape(f"{listing}: not a list of files with their sizes; remove it")):
+            repository()
+        return
+    if what == "half a header":
+        os.truncate(shard, shard.stat().st_size // 2)
+    else:
+        shard.unlink()
+    if what == "a link to nothing":
+        shard.symlink_to(elsewhere)
+    elif what == "a pipe":
+        os.mkfifo(shard)
+    says = f"remove {folder} to ask the hub again" if what == "half a header" else f"{shard}: a link, pipe or other"
+    with pytest.raises(InputError, match=re.escape(says)):
+        headers()
+    assert not elsewhere.exists()
 
 
 def test_headers_that_were_broken_off_go_on(hub: Hub) -> None:

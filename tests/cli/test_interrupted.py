@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -19,6 +20,7 @@ from moekern import files
 from moekern.calibration.calibrate import Job
 from moekern.cli import pipeline
 from moekern.cli.app import main
+from moekern.plan.document import LayerPlan, Plan
 from tests.helpers import families
 from tests.helpers.commands import contents, document, moekern
 from tests.helpers.mounts import mounted
@@ -287,8 +289,12 @@ def planted(what: str, path: Path, elsewhere: Path) -> None:
         ("run", "statistics.safetensors"),
         ("run", ".statistics.safetensors.moekern.tmp"),
         ("run", "plan.json"),
+        ("run", ".plan.json.moekern.tmp"),
         ("run", files.LOCK),
         ("iterate", "round-1.json"),
+        ("iterate", "round-2.json"),
+        ("iterate", ".round-2.json.moekern.tmp"),
+        ("iterate", "../.out.moekern.tmp"),
         ("iterate", files.LOCK),
         ("calibrate", ".out.moekern.tmp"),
     ],
@@ -302,14 +308,15 @@ def test_what_is_planted_is_not_followed_waited_for_or_removed(
     shutil.copy(work / ("s0.safetensors" if "statistics" in name or command == "calibrate" else "plan.json"), elsewhere)
     before = elsewhere.read_bytes()
     out.parent.mkdir()
-    path = (out.parent if command == "calibrate" else files.work_path(out)) / name
-    path.parent.mkdir(exist_ok=True)
+    files.work_path(out).mkdir()
+    path = (out.parent / name) if command == "calibrate" else (files.work_path(out) / name)
+    path = path.parent.resolve() / path.name
     planted(what, path, elsewhere)
     unmeasured(monkeypatch)
     assert f"{path}: a link, pipe or other thing that moekern did not write" in refused(*commands(work)[command](out))
     assert elsewhere.read_bytes() == before
     assert os.path.lexists(path)
-    assert [found for found in out.parent.rglob("*") if found not in (path, path.parent)] == []
+    assert {*out.parent.rglob("*")} <= {path, files.work_path(out)}
 
 
 def test_rounds_and_temporaries_of_killed_runs_are_removed(work: Path, tmp_path: Path) -> None:
@@ -321,12 +328,63 @@ def test_rounds_and_temporaries_of_killed_runs_are_removed(work: Path, tmp_path:
         shutil.copy(work / "plan.json", side / name)
     (side / files.LOCK).touch()
     (side / "round-9.json").write_text("mine")
+    (side / ".round-8.json.moekern.tmp").symlink_to(work / "plan.json")
     assert moekern(*iterate(work, rounds=2)(out)).returncode == 0
-    assert [path.name for path in side.iterdir()] == ["round-9.json"]
-    (side / "round-9.json").unlink()
-    shutil.copy(work / "plan.json", side / "round-1.json")
+    assert {path.name for path in side.iterdir()} == {"round-9.json", ".round-8.json.moekern.tmp"}
+    shutil.rmtree(side)
+    layers = Plan.load(out).provenance["earlier_rounds"][0]
+    side.mkdir()
+    Plan({key: LayerPlan(tuple(keep)) for key, keep in layers.items()}).save(side / "round-1.json")
     assert f"--out {out}: exists already" in refused(*iterate(work, rounds=2)(out))
     assert not side.exists()
+
+
+def test_rounds_that_a_plan_was_not_made_from_are_kept(work: Path, tmp_path: Path) -> None:
+    """A target that something else has made meanwhile must not cost the rounds that are done."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        denied(patch, "round-2.json")
+        assert "Permission denied" in refused(*iterate(work)(out))
+    shutil.copy(work / "plan.json", out)
+    before = contents(tmp_path)
+    assert "out.moekern/round-1.json" in before
+    assert f"--out {out}: exists already" in refused(*iterate(work)(out))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run", "prune", "part"])
+@pytest.mark.parametrize("what", ["checkpoint", "checkpoint/mine", "manifest.jsonl", "part-1-of-2.lock"])
+def test_what_is_in_the_pruner_s_way_is_told_before_anything_is_measured(
+    work: Path, tmp_path: Path, name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = lambda out: (*commands(work)["prune"](out), "--part", "1/1")  # noqa: E731
+    out = tmp_path / "out"
+    path = files.work_path(out) / what
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    unmeasured(monkeypatch)
+    assert f"{files.work_path(out)}" in refused(*{**commands(work), "part": part}[name](out))
+    assert contents(tmp_path) == {f"out.moekern/{what}": b"mine"}
+
+
+@pytest.mark.parametrize("what", ["num_experts_per_tok", "seed"])
+def test_statistics_of_another_config_are_not_used(work: Path, tmp_path: Path, what: str) -> None:
+    model, out, fresh = tmp_path / "model", tmp_path / "out", tmp_path / "fresh"
+    shutil.copytree(work / "model", model)
+    command = lambda out, *more: ("run", model, *text(work), "--keep", 4, "--no-forward", *more, "--out", out)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        denied(patch, "plan.json")
+        assert "Permission denied" in refused(*command(out))
+    options: tuple[object, ...] = ("--seed", 1)
+    if what != "seed":
+        config, options = json.loads((model / "config.json").read_text()), ()
+        (model / "config.json").write_text(json.dumps({**config, what: 1}))
+    done = moekern(*command(out, *options))
+    assert done.returncode == 0, done.stderr
+    assert "of another model, config or text, or measured otherwise: measured anew" in done.stderr
+    assert moekern(*command(fresh, *options)).returncode == 0
+    assert contents(files.work_path(out)) == contents(files.work_path(fresh))
+    assert contents(out) == contents(fresh)
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "demo"])

@@ -34,6 +34,33 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_plans_that_are_there_already_are_left(work: Path, tmp_path: Path) -> None:
+    """A run that was stopped between two plans goes on; another plan is never written over, and nothing is before."""
+    several = ("plan", work / "s.safetensors", "--keep", 2, "--keep", 4, "--keep", 6, "--out", tmp_path / "plans")
+    one = ("plan", work / "s.safetensors", "--keep", 4, "--out", tmp_path / "plan.json")
+    words = ("convert", tmp_path / "plan.json", "--to", "moekern", "--out", tmp_path / "words.json")
+    for command in (several, one, words):
+        assert moekern(*command).returncode == 0
+    made = contents(tmp_path)
+    (tmp_path / "plans/gated_norm-2.json").unlink()
+    written = (tmp_path / "plan.json").stat().st_mtime_ns
+    for command, times in ((several, 2), (one, 1), (words, 1)):
+        again = moekern(*command)
+        assert again.returncode == 0, again.stderr
+        assert again.stderr.count("already") == times
+    assert contents(tmp_path) == made
+    assert (tmp_path / "plan.json").stat().st_mtime_ns == written
+    (tmp_path / "plans/gated_norm-2.json").unlink()
+    for path in ("plans/gated_norm-6.json", "plan.json", "words.json"):
+        (tmp_path / path).write_bytes(made[path].replace(b"moekern.plan/1", b"moekern.plan/2"))
+    changed = contents(tmp_path)
+    for command, path in ((several, "plans/gated_norm-6.json"), (one, "plan.json")):
+        again = moekern(*command)
+        assert again.returncode == 2
+        assert f"--out {tmp_path / path}: exists already" in again.stderr
+    assert contents(tmp_path) == changed
+
+
 def test_several_plans_at_once(work: Path, tmp_path: Path) -> None:
     arguments = (
         "plan",
@@ -57,9 +84,9 @@ def test_several_plans_at_once(work: Path, tmp_path: Path) -> None:
     assert alone["digest"] == made["hope-0.5"]["digest"]  # type: ignore[index]
     assert (tmp_path / "p.json").read_bytes() == (tmp_path / "plans/hope-0.5.json").read_bytes()
     assert moekern(*arguments, "--out", tmp_path / "x-{}.json").returncode == 0
-    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/reap-6.json").read_bytes()
+    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/gated_norm-6.json").read_bytes()
     before = contents(tmp_path)
-    for out, message in (("plans", "exists already"), ("p.json", "4 plans need a folder"), ("new.json", "{}")):
+    for out, message in (("p.json", "4 plans need a folder"), ("new.json", "{}")):
         done = moekern(*arguments, "--out", tmp_path / out)
         assert done.returncode == 2
         assert message in done.stderr

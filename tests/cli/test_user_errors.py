@@ -180,7 +180,9 @@ def test_a_plan_cannot_take_the_place_of_the_original() -> None:
         pipeline.evaluate_plans(MODEL, text, Compute(), {"original": _plan()})
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
 def test_a_stopped_command_says_so_and_leaves_nothing(number: signal.Signals, name: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(_plan().to_json())
     script = """
@@ -202,6 +204,22 @@ main()
         _, errors = done.communicate(timeout=60)
     assert (done.returncode, errors) == (128 + number, f"moekern: stopped by {name}\n")
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("stream", "command", "code"),
+    [("stdout", ["criteria"], 141), ("stderr", ["prune", "none", "none", "--out", "o"], 2)],
+)
+def test_a_closed_pipe_ends_a_command_by_its_signal_and_hides_no_error(
+    tmp_path: Path, stream: str, command: list[str], code: int
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    done = subprocess.run([sys.executable, "-m", "moekern", *command], cwd=tmp_path, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert done.returncode == code
+    assert [done.stdout or b"", done.stderr or b""] == [b"", b""]
 
 
 def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,22 @@ def test_a_row_of_its_own_has_no_end_of_text(tmp_path: Path) -> None:
     assert _rows(read_data([str(tmp_path / "short.jsonl")], MODEL)) == [[1, 2]]
     with pytest.raises(InputError, match="holds no text"):
         read_data([str(tmp_path / "short.jsonl")], MODEL, pack=False)
+
+
+def test_the_recipe_names_the_tokens_that_the_text_became(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(WORDS)
+    shutil.copytree(MODEL, tmp_path / "model")
+    spec = [f"d={tmp_path / 'a.txt'}"]
+    recipe = read_data(spec, tmp_path / "model", sequence_length=32, batch_size=2).recipe
+    assert read_data(spec, tmp_path / "model", sequence_length=32, batch_size=3).recipe == recipe
+    path = tmp_path / "model/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["."], vocabulary["!"] = vocabulary["!"], vocabulary["."]
+    path.write_text(json.dumps(tokenizer))
+    other = read_data(spec, tmp_path / "model", sequence_length=32, batch_size=2).recipe
+    assert other["sources"]["d"].pop("ids_sha256") != recipe["sources"]["d"].pop("ids_sha256")
+    assert other == recipe
 
 
 def test_another_seed_draws_other_sequences(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ Keeps = dict[str, tuple[int, ...]]
 # Stacked and indexed experts, selection biases with groups, rows of the router that stay, state between layers.
 FAMILIES = ("qwen3_moe", "deepseek_v3", "longcat_flash")
 # What plans of rounds say beside what every plan says.
-OWN = ("data", "dtype", "backend", "rounds", "reestimate", "earlier_rounds")
+OWN = ("config", "data", "dtype", "backend", "rounds", "reestimate", "earlier_rounds")
 CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
 
 
@@ -176,6 +177,7 @@ def test_every_round_says_where_it_comes_from_as_other_plans_do(
         assert (found.pop("rounds"), found.pop("reestimate")) == (3, data is not None)
         assert (found.pop("data"), found.pop("dtype")) == (data and data.recipe, None)
         assert (found.pop("backend") is None) == (data is None)
+        assert found.pop("config") == open_checkpoint(source).config_sha256
         assert found == {**other.provenance, "kept": (6, 4, 2)[done]}
 
 
@@ -212,6 +214,25 @@ def test_a_stopped_run_goes_on_after_its_last_round(family_checkpoint: MakeCheck
     made = []
     iterate(source, data, Method("reap", 2, rounds=3, seed=1), earlier=rounds, finished=made.append)
     assert len(made) == 2, "rounds of another run were taken over"
+    model = open_checkpoint(source)
+    other = replace(model, config={**model.config, "rms_norm_eps": 1e-3})
+    iterate(other, data, method, earlier=rounds, finished=made.append)
+    assert len(made) == 4, "rounds of another config were taken over"
+
+
+def test_rounds_of_a_plug_in_that_was_changed_are_not_taken_over(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source, data, code = family_checkpoint("olmoe"), data_of("olmoe"), tmp_path / "mine.py"
+    for criterion in (f"{code}:score", f"rank(reap, {code}:score*2)"):
+        code.write_text("def score(s):\n    return s.gate_sum\n")
+        method, made = Method(criterion, 4, rounds=2), list[Plan]()
+        iterate(source, data, method, finished=made.append)
+        iterate(source, data, method, earlier=made[:1], finished=made.append)
+        assert len(made) == 1
+        code.write_text("def score(s):\n    return -s.gate_sum\n")
+        iterate(source, data, method, earlier=made[:1], finished=made.append)
+        assert len(made) == 2
 
 
 def test_rounds_drop_as_many_each_time() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moekern import _C
 from moekern.architectures import ExpertTensor, MoeLayer, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.checkpoint.header import Shard
 from moekern.errors import InputError
 from moekern.model import reader
 from moekern.model.reader import LayerReader, read_experts, read_tensors
@@ -122,7 +123,8 @@ def test_one_buffer_no_larger_than_the_largest_layer(tmp_path: Path) -> None:
     assert layers.buffer is None
 
 
-def test_a_file_that_shrinks_is_named_with_the_byte(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_is_named_with_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shard, "check_unchanged", lambda self: None)  # it shrinks just afterwards
     tensors = numbered([[6 * MIB], [6 * MIB]])
     checkpoint = made(tmp_path / "m", tensors)
     path = checkpoint.shards[0].path
@@ -265,3 +267,28 @@ def test_experts_that_are_not_there_are_refused(tmp_path: Path, experts: list[in
     checkpoint = made(tmp_path / "m", numbered([[8, 2]]))
     with pytest.raises(ValueError, match="different numbers below 8"):
         read_experts(checkpoint, MoeLayer("0", "", 8, False, ()), experts)
+
+
+@pytest.mark.parametrize("what", ["rewritten", "replaced", "a pipe", "gone"])
+def test_a_file_that_is_not_what_was_opened_is_refused(tmp_path: Path, what: str) -> None:
+    tensors = numbered([(3,), (4,)])
+    checkpoint = made(tmp_path / "model", tensors)
+    path = checkpoint.shards[0].path
+    with LayerReader(checkpoint, [tensors], CPU) as layers:
+        layers.start(0)
+        assert_equal(layers.take(), tensors)
+        if what == "rewritten":
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"x")
+            os.utime(path, ns=(0, checkpoint.shards[0].mtime_ns + 1))  # type: ignore[operator]
+        else:
+            path.unlink()
+        if what == "replaced":
+            os.replace(made(tmp_path / "other", numbered([(3,), (5,)])).shards[0].path, path)
+        elif what == "a pipe":
+            os.mkfifo(path)
+        layers.start(0)
+        for read in (layers.take, lambda: read_tensors(checkpoint, tensors)):
+            with pytest.raises(InputError, match="No such file" if what == "gone" else "was changed or replaced"):
+                read()

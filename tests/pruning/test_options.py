@@ -133,6 +133,21 @@ def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["*.safetensors", "notes.txt"])
+def test_a_pipe_in_the_place_of_a_source_file_is_not_waited_for(source: Path, tmp_path: Path, name: str) -> None:
+    (source / "notes.txt").write_text("a side file\n")
+    path = sorted(source.glob(name))[-1]
+
+    def swap(done: int, total: int) -> None:
+        if path.is_file():
+            path.unlink()
+            os.mkfifo(path)
+
+    with pytest.raises(InputError, match=f"{path.name} in {source} changed while it was copied"):
+        prune(source, PLAN, tmp_path / "out", progress=swap)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("tail", [b"garbage\n", b'{"shard": 1}\n', b"[]\n", b"\xff\xfe\n", b'{"shard": "model-0000'])
 def test_a_spoiled_manifest_proves_less(source: Path, tmp_path: Path, tail: bytes) -> None:
     prune(source, PLAN, tmp_path / "whole")

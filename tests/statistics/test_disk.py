@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from moekern import files
 from moekern.errors import InputError
+from moekern.statistics import disk
 from moekern.statistics.disk import StatisticsWriter
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.layer import LayerStatistics
@@ -89,6 +90,15 @@ def test_tiers_that_nobody_asks_for_are_not_read(tmp_path: Path) -> None:
     some = Statistics.load(tmp_path / "s").layer("0", tiers=())
     assert not some.square_sum.numel()
     assert torch.equal(some.pair_sum, s.layer("0").pair_sum)
+
+
+def test_whether_a_domain_is_there_is_known_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = model_statistics()
+    s.save(tmp_path / "s")
+    stored = Statistics.load(tmp_path / "s")
+    monkeypatch.setattr(disk, "read_tensor", lambda *arguments: pytest.fail("it was read"))
+    for found in (stored, merge([stored])):
+        assert set(s.domains) == {name for name in (*s.domains, "none") if name in found.layers["0"]}
 
 
 def test_a_file_that_is_replaced_while_it_is_open_is_refused(tmp_path: Path) -> None:

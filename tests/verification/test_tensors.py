@@ -36,7 +36,16 @@ def rewrite(folder: Path, name: str, change: Callable[[Tensors], None]) -> None:
     path = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
     tensors, header = read_shard(path)
     change(tensors)
-    path.write_bytes(shard_bytes(tensors, header.get("__metadata__")))
+    write_shard(path, tensors, header.get("__metadata__"))
+
+
+def write_shard(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Of the size that the file had."""
+    raw = shard_bytes(tensors, metadata)
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8:start]), separators=(",", ":")).encode()
+    header = header.ljust(path.stat().st_size - 8 - len(raw[start:]))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[start:])
 
 
 def flip(name: str, at: int) -> Callable[[Tensors], None]:
@@ -133,7 +142,7 @@ def test_a_shape_and_a_dtype(source, pruned):
 
 def test_header_metadata(source, pruned):
     for path in pruned.glob("*.safetensors"):
-        path.write_bytes(shard_bytes(read_shard(path)[0]))
+        write_shard(path, read_shard(path)[0])
     first, second = verify(source, PLAN, pruned).problems
     assert first == "model-00001-of-00002.safetensors: header metadata differ from the source's"
 
