@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moekern.benchmark.records import append, machine
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.cli.pipeline import losses_of, measured
+from moekern.cli.pipeline import losses_of
 from moekern.criteria import CRITERIA
 from moekern.criteria.table import described
 from moekern.data.text import Text
@@ -104,7 +105,7 @@ def made_plans(
     """(criterion, share, method) -> plan, all from one draw of the text."""
     data = _text(options, options.data, options.tokens, seed).read(checkpoint)
     start = time.perf_counter()
-    sums = measured(checkpoint, data, COMPUTE, tiers=TIERS)
+    sums = calibrate(checkpoint, data, COMPUTE, tiers=TIERS)
     print(f"seed {seed}: calibrated with every tier: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for criterion in options.criteria:
         for share in options.shares:

@@ -4,7 +4,7 @@
 
     data = read_data(["code=src", "prose=book.txt"], "Qwen3-30B-A3B", tokens=500_000)
     statistics = calibrate("Qwen3-30B-A3B", data)
-    plan = make_plan(statistics, "reap", keep=0.5)
+    plan = make_plan(statistics, "gated_norm", keep=0.5)
     prune("Qwen3-30B-A3B", plan, "Qwen3-30B-A3B-pruned")
     assert not verify("Qwen3-30B-A3B", plan, "Qwen3-30B-A3B-pruned").problems
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from moekern.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moekern.calibration.calibrate import calibrate as calibrate

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # What a program is told that an error is about: by the flag that the message begins with, else by who raised it.
 FLAG_KINDS = {"data": "data", "device": "device", "target": "target"}  # other flags: "option"
@@ -44,6 +46,12 @@ def check_type(name: str, value: object, *expected: type) -> None:
     if not isinstance(value, expected):
         wanted = " or ".join(kind.__name__ for kind in expected)
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`, as the next words of a message; empty where none is like it."""
+    near = difflib.get_close_matches(name.lower(), list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def printable(text: str) -> str:

@@ -39,9 +39,10 @@ def reason(error: OSError) -> str:
 def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Iterator[Path]:
     """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
 
-    It is locked: a second process that is to write `path` meanwhile is refused. With `new`, `path` must not exist at
-    the end either. With `keep`, a whole file that cannot get its name stays, for `recovered`. Raises InputError for
-    that, where nothing can be made in the folder, and where `path` is there and no file.
+        Folders that are missing above it are made. It is locked: a second process that is to write `path` meanwhile is
+    refused. With `new`, `path` must not exist at the end either. With `keep`, a whole file that cannot get its name
+    stays, for `recovered`. Raises InputError for that, where nothing can be made in the folder, and where `path` is
+    there and no file.
     """
     target = Path(path)
     check_place(target, "")
@@ -50,6 +51,7 @@ def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Ite
     if target.exists() and not target.is_file() and not new:
         raise InputError(f"{target}: is a pipe or a device, which a file would take the place of; name a file")
     temporary, kept = temporary_path(target), False
+    make_parents(target)
     with told(target):
         handle = claimed(temporary, target)
     try:
@@ -148,16 +150,17 @@ def check_name(target: Path, flag: str = "--out", what: str = "file or folder") 
 
 
 def check_place(path: str | Path, flag: str = "--out") -> None:
-    """Raise InputError unless the folder of `path` is there and can be written to, and the name can be written and is
-    short enough for the names beside it."""
+    """Raise InputError unless a file can be made at `path`, with the folders that it lacks, and the name can be written
+    and is short enough for the names beside it."""
     target = Path(path)
-    parent, name = target.parent, f"{flag} {target}".strip()
+    name = f"{flag} {target}".strip()
     try:
         str(target).encode()
     except UnicodeEncodeError:
         raise InputError(f"{name}: the name is not UTF-8; name another") from None
+    parent = standing(target.parent)
     if not os.path.isdir(parent):
-        raise InputError(f"{name}: the folder {parent} does not exist; make it first")
+        raise InputError(f"{name}: {parent} is no folder; name another place")
     longest = os.pathconf(parent, "PC_NAME_MAX") - len(temporary_path(Path("x")).name) + 1
     if len(os.fsencode(target.name)) > longest:
         raise InputError(f"{name}: the name is longer than {longest} bytes, and names beside it are longer still")
@@ -165,6 +168,19 @@ def check_place(path: str | Path, flag: str = "--out") -> None:
         raise InputError(f"{name}: {parent} is on a file system that is mounted read-only")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{name}: no permission to write in {parent}")
+
+
+def standing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there: on its file system missing ones would be made."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def make_parents(target: Path) -> None:
+    """Make the folders that a target lies in and that are missing. Raises InputError where the system refuses."""
+    with told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def temporary_path(target: Path) -> Path:
@@ -192,6 +208,7 @@ def working(target: Path) -> Iterator[Path]:
     """The work folder of a target, where no other `run` or `iterate` is; removed at the end when nothing is in it."""
     work = work_path(target)
     check_work(target)
+    make_parents(target)
     with told(work):
         work.mkdir(exist_ok=True)
         if is_plain(work / LOCK) and (work / LOCK).lstat().st_size:

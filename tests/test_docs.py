@@ -1,12 +1,17 @@
-"""The pages under docs/ say what the code does: examples run, and the table of criteria is the code's."""
+"""README and the pages under docs/ say what the code does: every command and example runs, tables are the code's."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
+import pytest
 import torch
 
 from moekern.cli.criteria import markdown
@@ -14,7 +19,9 @@ from moekern.criteria import criterion_named, score_layer
 from moekern.criteria.table import described
 from moekern.data.mixes import PRESETS
 from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
+from moekern.demo import MODEL, TEXT
 from tests.helpers import ROOT
+from tests.helpers.commands import moekern
 from tests.helpers.measured import layer_statistics
 
 DOCS = ROOT / "docs"
@@ -59,3 +66,47 @@ def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:
     s = layer_statistics(0)
     want = s.norm_sum / s.count - s.count / s.tokens
     torch.testing.assert_close(score_layer(criterion_named(f"{tmp_path}/my.py:score"), s, "0"), want)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of moekern in a page's blocks, without comments, continued lines joined."""
+    blocks = re.findall(r"^```(?:bash|sh|)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("moekern ")]
+
+
+PAGES = {page.name: commands(page) for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
+FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
+
+
+def test_the_pages_hold_commands() -> None:
+    assert len(PAGES["README.md"]) > 20
+
+
+@pytest.mark.parametrize("page", [page for page, found in PAGES.items() if found])
+def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, one after another, where every model's name is the model that ships and files hold little text."""
+    monkeypatch.chdir(tmp_path)
+    names = re.findall(r"(?:Qwen|MODEL)[\w./-]*", " ".join(" ".join(command) for command in PAGES[page]))
+    for name in {name for name in names if name == "MODEL" or "/" in name}:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(MODEL)
+    text = "".join(path.read_text()[:4000] for path in sorted((TEXT / "c").iterdir())[:4])
+    for name in ("src/a.c", "book.txt", "chats/a.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    Path("held-out.txt").write_text(text[:3000])
+    Path("held-out.jsonl").write_text(json.dumps({"text": text[:3000]}) + "\n")
+    Path("sharegpt.json").write_text(json.dumps([{"text": text[:3000]}]))  # the tokenizer has no template of chats
+    for number in (1, 2):
+        part = ["--data", "a=src/", "--seed", number, "--sequence-length", 64, "--tokens", 300]
+        assert moekern("calibrate", MODEL, *part, "--out", f"s{number}.safetensors").returncode == 0
+    for command in PAGES[page]:
+        if command[0] in TESTED_ELSEWHERE or any(FROM_THE_HUB.search(word) for word in command):
+            continue
+        if "--out" in command:  # of an earlier block
+            out = Path(command[command.index("--out") + 1])
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        done = moekern(*(word for given in command for word in sorted(glob(given)) or [given]))
+        assert done.returncode == 0, f"moekern {shlex.join(command)}: {done.stderr}"

@@ -32,8 +32,10 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 
 def test_the_target_must_be_a_file_in_a_folder(tmp_path):
-    with pytest.raises(InputError, match="does not exist; make it first"):
-        files.write_bytes(tmp_path / "no" / "f", b"")
+    files.write_bytes(tmp_path / "new" / "too" / "f", b"x")
+    assert (tmp_path / "new" / "too" / "f").read_bytes() == b"x"
+    with pytest.raises(InputError, match="new/too/f is no folder"):
+        files.write_bytes(tmp_path / "new" / "too" / "f" / "g", b"")
     with pytest.raises(InputError, match="is a folder"):
         files.write_bytes(tmp_path, b"")
 
@@ -47,8 +49,9 @@ NEW = {
     "a folder": (lambda at: at.mkdir(), "x", "exists already; name a new file or remove it"),
     "a link": (lambda at: at.symlink_to(at.parent), "x", "exists already; name a new file or remove it"),
     "a link to nothing": (lambda at: at.symlink_to("nowhere"), "x", "exists already; name a new file or remove it"),
-    "no folder": (lambda at: None, "x/y", "the folder .*/x does not exist; make it first"),
-    "in a file": (_file, "x/y", "the folder .*/x does not exist; make it first"),
+    "in a file": (_file, "x/y", ".*/x is no folder; name another place"),
+    "deep in a file": (_file, "x/y/z", ".*/x is no folder; name another place"),
+    "in a link to nothing": (lambda at: at.symlink_to("nowhere"), "x/y", ".*/x is no folder; name another place"),
     "no name": (lambda at: None, "x/..", "names no new file"),
     "inside the source": (lambda at: (at.parent / "in").mkdir(), "in/y", "lies inside the source .*/in; name a file"),
 }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from moekern import files
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.passes import MeasuringPass, Step, Sums, samples
+from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.errors import InputError, check_type
@@ -43,7 +42,7 @@ def calibrate(
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
     out: str | Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
@@ -51,7 +50,8 @@ def calibrate(
     one layer's sums are resident. With `out`, each layer's sums go to that file when the layer is done; without, they
     are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
     `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`, with layers'
-    inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all passes.
+    inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all
+    passes, and of the one at work the share of the text that has gone through it.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's.
@@ -91,7 +91,7 @@ class Job:
     tiers: tuple[str, ...]
     replay_tokens: int
     spill: Path | None
-    progress: Callable[[int, int], None]
+    progress: Progress
 
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
@@ -110,14 +110,13 @@ class Job:
         words = -(-layerwise.vocab_size // 64)
         return Recorder(self.layout.family.score, tiers, self.compute.backend, words)
 
-    def _steps(self, layerwise: LayerwiseModel) -> Step:
+    def _steps(self, layerwise: LayerwiseModel) -> Steps:
         """Counts decoder layers over all passes."""
         upto, layers = max(layerwise.moe_keys) + 1, len(layerwise.layers)
         total = upto * (2 if "outliers" in self.tiers else 1)
         total += len(self.layout.layers) if "weights" in self.tiers else 0
         total += 2 * layers - min(layerwise.moe_keys) if "gradient" in self.tiers else 0
-        done = itertools.count(1)
-        return lambda: self.progress(next(done), total)
+        return Steps(self.progress, total)
 
     def weights(self, key: str) -> dict[str, Tensor]:
         """The fields of a layer's weights tier."""
@@ -128,7 +127,7 @@ class Job:
 class _FirstPass(MeasuringPass):
     """Everything that one forward pass measures; and when a layer is done, the replay of a sample and its weights."""
 
-    def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Step) -> None:
+    def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
         super().__init__(layerwise, job.data, job.recorder(layerwise), step)
         self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
@@ -161,7 +160,7 @@ class _SecondPass(MeasuringPass):
 
     recorder: OutlierRecorder
 
-    def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Step) -> None:
+    def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
         again = OutlierRecorder(job.layout.family.score, backend=job.compute.backend)
         super().__init__(layerwise, job.data, again, step)
         self.store = store
@@ -184,7 +183,7 @@ def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict
     so for other numbers, nor for gradients, whose sums over tokens are matrix products.
     """
     threads = torch.get_num_threads()
-    alike = torch.device(compute.device).type != "cpu" or threads & (threads - 1) == 0
+    alike = compute.place.type != "cpu" or threads & (threads - 1) == 0
     return dict(data.recipe) | ({} if alike and "gradient" not in tiers else {"threads": threads})
 
 

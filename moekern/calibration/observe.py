@@ -44,7 +44,7 @@ def observe(
 
         with moekern.observe(model) as statistics:
             model(**inputs)
-        plan = moekern.make_plan(statistics, "reap", keep=0.5)
+        plan = moekern.make_plan(statistics, "gated_norm", keep=0.5)
 
     Padding does not count: an `attention_mask` [B, S] given to the model's forward says what it is; one given here
     holds for all passes and goes first. `tiers` are of BY_BATCH: what one pass can measure. `checkpoint` is the folder

@@ -19,8 +19,24 @@ from moekern.model.suspended import Pass
 from moekern.statistics.layer import LayerStatistics
 
 Task = tuple[int, Batch]  # a batch and its number
-Step = Callable[[], None]
+Progress = Callable[[float, int], None]  # (done, total) decoder layers; the one at work counts by its share of tokens
 Sums = Mapping[str, LayerStatistics]  # domain -> one layer's sums
+
+
+class Steps:
+    """Counts decoder layers over all passes: called when one is done, and told how much of the next one is."""
+
+    def __init__(self, progress: Progress, total: int, done: int = 0) -> None:
+        self.progress, self.total, self.done = progress, total, done
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+    def within(self, share: float) -> None:
+        """`share` of the text has gone through the layer at work."""
+        if share < 1:
+            self.progress(self.done + share, self.total)
 
 
 class MeasuringPass(Pass[Task]):
@@ -29,9 +45,9 @@ class MeasuringPass(Pass[Task]):
     A layer's sums leave the recorder, and the device, when the layer is done.
     """
 
-    def __init__(self, layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, step: Step) -> None:
+    def __init__(self, layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, step: Steps) -> None:
         self.layerwise, self.data, self.recorder, self.step = layerwise, data.by_chunk(), recorder, step
-        self.keys = layerwise.moe_keys
+        self.keys, self.tokens, self.through = layerwise.moe_keys, sum(data.tokens.values()), 0
         self.stop_after = max(self.keys)
         self.flight, self.open = InFlight(), ExitStack()
         self.samples: Mapping[int, Tensor] = {}  # batch number -> flat positions that are replayed
@@ -56,8 +72,12 @@ class MeasuringPass(Pass[Task]):
         context = BatchContext(batch.domain, (B, S), token_ids=ids, sample=self.samples.get(number))
         with self.flight.batch(context), few_tokens(B * S, self.layerwise.device):
             yield
+        if layer >= 0:
+            self.through += B * S
+            self.step.within(self.through / (self.tokens * (2 if layer in self.twice else 1)))
 
     def loaded(self, layer: int) -> None:
+        self.step.within(0)
         if layer in self.keys:
             self.watch(layer, self.recorder)
 
@@ -77,6 +97,7 @@ class MeasuringPass(Pass[Task]):
         self.open.close()
         if layer in self.keys:
             self.finished(self.keys[layer], self.taken(layer))
+        self.through = 0
         self.step()
 
     def taken(self, layer: int) -> Sums:

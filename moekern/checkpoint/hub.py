@@ -59,15 +59,9 @@ def find_model(name: str, revision: str | None, tell: Tell) -> Path | Repository
     Where the hub does not answer, what earlier commands have left is told and taken. Raises InputError, one line that
     says what to do, for a name that is neither, a revision that is not there, and a hub that says no.
     """
-    folder = Path(name)
-    if folder.exists():
-        if not folder.is_dir():
-            raise InputError(f"{name}: is a file; give the checkpoint's folder")
-        if revision is not None:
-            raise InputError(f"--revision {revision}: {name} is a folder; only a hub id has revisions")
+    folder = folder_named(name, revision)
+    if folder is not None:
         return folder
-    if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise InputError(f"{name}: no such folder{_hint(name)}")
     from huggingface_hub.errors import RevisionNotFoundError
 
     repository = None if revision is None else _listing(name, revision)
@@ -85,6 +79,23 @@ def find_model(name: str, revision: str | None, tell: Tell) -> Path | Repository
             return found
         _keep(repository, revision)
     return repository
+
+
+def folder_named(name: str, revision: str | None = None) -> Path | None:
+    """The folder of that name; None for a hub id. Nothing is asked for, and nothing but the name is looked at.
+
+    Raises InputError for a name that is neither.
+    """
+    folder = Path(name)
+    if folder.exists():
+        if not folder.is_dir():
+            raise InputError(f"{name}: is a file; give the checkpoint's folder")
+        if revision is not None:
+            raise InputError(f"--revision {revision}: {name} is a folder; only a hub id has revisions")
+        return folder
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
+        raise InputError(f"{name}: no such folder{_hint(name)}")
+    return None
 
 
 def _asked(name: str, revision: str | None) -> Repository:

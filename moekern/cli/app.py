@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from moekern.cli import console
 from moekern.cli.bench import bench
@@ -37,8 +38,47 @@ from moekern.version import __version__
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer may bring its own copy of
 
 
+spoken = typer.Typer(add_completion=False)
+
+
+@spoken.command()
+def _spoken(
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "-q", "--quiet", help="Say nothing but results and errors.", callback=console.set_quiet, expose_value=False
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "-v",
+            "--verbose",
+            help="Show where an error comes from.",
+            callback=console.set_verbose,
+            expose_value=False,
+            is_eager=True,
+        ),
+    ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append what is said, with the time, to this file.", callback=console.set_log, expose_value=False
+        ),
+    ] = None,
+) -> None:
+    """What every command takes and none looks at: what of its words is shown."""  # fmt: skip
+
+
+class Command(TyperCommand):
+    """A command, with the options of `_spoken` behind its own."""
+
+    def __init__(self, *arguments: Any, params: list[Any], **options: Any) -> None:
+        super().__init__(*arguments, params=[*params, *typer.main.get_command(spoken).params], **options)
+
+
 class Commands(TyperGroup):
-    """With --json a usage error is told by `main`, as every other error is."""
+    """A usage error is told by `main`, as every other error is."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _usage_errors():
@@ -54,9 +94,12 @@ def _usage_errors() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if not console.as_json():
+        if error.__class__.__name__ == "NoArgsIsHelpError":
             raise
-        raise InputError(error.format_message(), kind="option") from error
+        where = error.ctx.command_path.removeprefix("moekern").strip() if error.ctx is not None else ""
+        said = error.format_message().rstrip(".").replace("\n", " ")
+        text = f"{where}: {said[:1].lower()}{said[1:]}" if where else f"{said[:1].lower()}{said[1:]}"
+        raise InputError(f"{text}; see moekern {f'{where} ' if where else ''}--help", kind="option") from error
 
 
 app = typer.Typer(
@@ -64,7 +107,7 @@ app = typer.Typer(
     cls=Commands,
     help="Prune experts from Mixture-of-Experts language models of any size on one machine.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
@@ -89,24 +132,24 @@ def options(
 # In the order of the work: the function, and an example of its use.
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (inspect, "moekern inspect Qwen/Qwen3-30B-A3B"),
+    (run, "moekern run MODEL --data prose=book.txt --keep 0.5 --out MODEL-pruned"),
     (calibrate, "moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors"),
     (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),
-    (criteria, "moekern criteria"),
+    (criteria, "moekern criteria routed"),
     (score, "moekern score s.safetensors --criterion hope"),
-    (plan, "moekern plan s.safetensors --criterion reap --keep 0.5 --target vllm:tp=2 --out plan.json"),
+    (plan, "moekern plan s.safetensors --keep 0.5 --target vllm:tp=2 --out plan.json"),
     (iterate, "moekern iterate MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out plan.json"),
-    (compare, "moekern compare reap.json hope.json --statistics s.safetensors"),
+    (compare, "moekern compare gated_norm.json reap.json --statistics s.safetensors"),
+    (evaluate, "moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json"),
     (check, "moekern check MODEL-pruned --target vllm:tp=4,ep=4"),
-    (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
     (prune, "moekern prune MODEL plan.json --out MODEL-pruned"),
     (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
-    (evaluate, "moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json"),
-    (run, "moekern run MODEL --data prose=book.txt --keep 0.5 --criterion reap --out MODEL-pruned"),
+    (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
     (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),
     (demo, "moekern demo"),
 )
 for function, example in COMMANDS:
-    app.command(epilog=example)(function)
+    app.command(cls=Command, epilog=example)(function)
 
 STOPPED: dict[Any, str] = {130: "Ctrl-C", 129: "SIGHUP", 143: "SIGTERM"}
 ENDING = (signal.SIGHUP, signal.SIGTERM)  # that would end the process before temporary files are gone
@@ -142,9 +185,11 @@ def _open_standard_streams() -> None:
 
 def _run() -> None:
     try:
-        app()
+        app(prog_name="moekern")
     except (InputError, OSError) as error:
         text, kind = (str(error), error.kind) if isinstance(error, InputError) else (reason(error), "system")
+        if console.verbose():
+            console.say("".join(traceback.format_exception(error)))
         console.fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moekern.cli.console import say, show
+from moekern.cli.console import hint, say, show
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -26,9 +26,11 @@ from moekern.cli.options import (
     Strict,
     Thinking,
     ThinkingOption,
+    Tiers,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
+    check_criteria,
     compute_of,
     folder_of,
     result,
@@ -55,17 +57,12 @@ def calibrate(
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: DtypeOption = None,
-    tier: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
-            "replay, gradient, weights. `moekern criteria` says which one a criterion needs."
-        ),
-    ] = None,
+    tier: Tiers = None,
     criterion: Annotated[
-        list[str] | None, typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.")
+        list[str] | None,
+        typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.", callback=check_criteria),
     ] = None,
     spill: Annotated[
         Path | None,
@@ -80,10 +77,11 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
+    check_new(out)  # before anything is downloaded, or torch is imported
+
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
 
-    check_new(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -100,6 +98,8 @@ def calibrate(
 
 def show_statistics(measured: Statistics, out: Path) -> None:
     """Tokens per domain and how evenly they reach the experts."""
+    from moekern.statistics.coverage import coverage, too_thin
+
     rows = []
     for key in measured.layers:
         s = measured.layer(key, tiers=())
@@ -107,6 +107,7 @@ def show_statistics(measured: Statistics, out: Path) -> None:
         idle = int((counts == 0).sum())
         mean_norm = float(s.norm_sum.sum() / counts.sum().clamp(min=1))
         rows.append((key, s.num_experts, idle, int(counts.min()), int(counts.max()), f"{mean_norm:.4g}"))
+    hint(too_thin(coverage(measured)))
     tokens: Mapping[str, int] = measured.header["tokens"]
     say("tokens: " + ", ".join(f"{name} {n}" for name, n in tokens.items()))
     show(str(out), ("layer", "experts", "idle", "fewest tokens", "most tokens", "mean output norm"), rows)

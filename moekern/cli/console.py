@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,7 +30,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -36,45 +39,108 @@ from moekern.errors import InputError, printable
 LOG_EVERY = 10.0  # seconds between plain progress lines
 JSON_EVERY = 1.0
 
-Step = Callable[[int, int], None]  # (done, total)
+Step = Callable[[float, int], None]  # (done, total)
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-_as_json = False  # of the process: greenlets and threads say things too
+
+
+@dataclass
+class Mode:
+    """What of the process's words is shown and how: of the process, since greenlets and threads say things too."""
+
+    as_json: bool = False
+    quiet: bool = False  # nothing but results and errors
+    verbose: bool = False  # where an error comes from, too
+    log: TextIO | None = None  # what is said, with the time
+    opening: str | None = None  # said before the first other line, and not before an error
+
+
+_mode = Mode()
 
 
 def as_json() -> bool:
     """Whether a program reads, not a person."""
-    return _as_json
+    return _mode.as_json
+
+
+def verbose() -> bool:
+    """Whether a person wants to know where an error comes from."""
+    return _mode.verbose
 
 
 def set_json(value: bool) -> bool:
     """Set the mode for the rest of the command; the callback of --json."""
-    global _as_json
-    _as_json = value
+    _mode.as_json = value
     return value
+
+
+def set_quiet(value: bool) -> bool:
+    """The callback of --quiet."""
+    _mode.quiet = value
+    return value
+
+
+def set_verbose(value: bool) -> bool:
+    """The callback of --verbose."""
+    _mode.verbose = value
+    return value
+
+
+def set_log(path: Path | None) -> Path | None:
+    """Append what is said to a file; the callback of --log-file. Raises InputError where it cannot be opened."""
+    if path is not None:
+        try:
+            _mode.log = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--log-file {path}: {error.strerror}") from error
+        log("moekern " + shlex.join(sys.argv[1:]))
+    return path
+
+
+def log(text: str) -> None:
+    """A line of the log file, where there is one."""
+    if _mode.log is not None:
+        print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), printable(text), file=_mode.log, flush=True)
+
+
+def open_with(text: str) -> None:
+    """What is to be said before anything else is: an error in the input is one line and needs no such words."""
+    _mode.opening = text
+
+
+def _open() -> None:
+    opening, _mode.opening = _mode.opening, None
+    if opening is not None:
+        say(opening)
 
 
 @contextmanager
 def output(as_json: bool) -> Iterator[None]:
     """A command's mode until its flags are parsed, when `set_json` has the word; afterwards the mode is what it was."""
-    before = _as_json
-    set_json(as_json)
+    global _mode
+    before, _mode = _mode, Mode(as_json)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warning(warnings.showwarning)
             yield
     finally:
-        set_json(before)
+        if _mode.log is not None:
+            _mode.log.close()
+        _mode = before
 
 
 def _warning(as_text: Callable[..., None]) -> Callable[..., None]:
     """Warnings of libraries must not come between JSON lines."""
-    return lambda message, *where, **more: say(str(message)) if _as_json else as_text(message, *where, **more)
+    return lambda message, *where, **more: say(str(message)) if _mode.as_json else as_text(message, *where, **more)
 
 
 def say(text: str) -> None:
     """A line for a person, on standard error so that standard output stays data."""
-    if _as_json:
+    _open()
+    log(text)
+    if _mode.quiet:
+        return
+    if _mode.as_json:
         _line({"note": text})
     else:
         _err.print(printable(text), markup=False)
@@ -83,7 +149,8 @@ def say(text: str) -> None:
 def fail(text: str, kind: str, **more: str) -> None:
     """The error that ends the command. Where nobody can read it any more, the exit code tells."""
     with suppress(OSError):
-        if _as_json:
+        log(f"error: {text}")
+        if _mode.as_json:
             _line({"error": text, "kind": kind, **more})
         else:
             print(f"moekern: {printable(text)}", file=sys.stderr, flush=True)
@@ -132,37 +199,66 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     console.print(table)
 
 
+def columns() -> int:
+    """Of the terminal; 120 where results go elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+
+
 @contextmanager
-def progress(what: str, unit: str = "layers") -> Iterator[Step]:
+def progress(what: str, unit: str = "layers", tokens: int = 0) -> Iterator[Step]:
     """A bar on a terminal, a plain line every few seconds elsewhere, JSON lines on standard error with --json.
 
-    Yields step(done, total).
+    Yields step(done, total). `tokens` of text go through each layer: their rate is told.
     """
-    if as_json():
-        yield _lines(lambda moment: _say_json(what, unit, moment), JSON_EVERY)
-    elif _err.is_terminal:
-        rate = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "bytes" else []
-        bar = Progress(
+    to_log = _lines(lambda moment: log(_plain(what, unit, tokens, moment)), LOG_EVERY)
+    with ExitStack() as stack:
+        if _mode.quiet:
+            shown: Step = lambda done, total: None  # noqa: E731
+        elif as_json():
+            shown = _lines(lambda moment: _say_json(what, unit, moment), JSON_EVERY)
+        elif _err.is_terminal:
+            shown = _bar(what, unit, tokens, stack)
+        else:
+            shown = _lines(lambda moment: _err.print(_plain(what, unit, tokens, moment), markup=False), LOG_EVERY)
+
+        def step(done: float, total: int) -> None:
+            _open()
+            shown(done, total)
+            to_log(done, total)
+
+        yield step
+
+
+def _bar(what: str, unit: str, tokens: int, stack: ExitStack) -> Step:
+    sizes = [DownloadColumn(binary_units=True)] if unit == "bytes" else []
+    bar = stack.enter_context(
+        Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None if _err.width > 100 else 20),
             TaskProgressColumn(),
-            *rate,
+            *sizes,
+            TextColumn("{task.fields[told]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=_err,
             transient=True,
         )
-        with bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        yield _lines(lambda moment: _say_plain(what, unit, moment), LOG_EVERY)
+    )
+    task = bar.add_task(what, total=None, told="")
+    counted = _Rate()
+
+    def step(done: float, total: int) -> None:
+        rate = counted.rate(done, time.monotonic())
+        told = f"{rate * tokens:,.0f} tokens/s" if tokens and rate else f"{size(rate)}/s" if sizes and rate else ""
+        bar.update(task, completed=done, total=total, told=told)
+
+    return step
 
 
 class Moment(NamedTuple):
     """How far a stage has come. rate is per second since the first step, 0 while it is not known."""
 
-    done: int
+    done: float
     total: int
     seconds: float
     rate: float
@@ -173,29 +269,42 @@ class Moment(NamedTuple):
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
 
+class _Rate:
+    """Counts from the first step: what an earlier run has done, and what was prepared, says nothing about the rate."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, float] | None = None  # done, and when
+
+    def rate(self, done: float, now: float) -> float:
+        if self.first is None:
+            self.first = done, now
+        spent = now - self.first[1]
+        return (done - self.first[0]) / spent if spent > 0 else 0.0
+
+
 def _lines(tell: Callable[[Moment], None], every: float) -> Step:
     started = last = time.monotonic()
-    first: int | None = None
+    counted, ended = _Rate(), False
 
-    def step(done: int, total: int) -> None:
-        nonlocal first, last
+    def step(done: float, total: int) -> None:
+        nonlocal last, ended
         now = time.monotonic()
-        first = done if first is None else first  # what an earlier run has done says nothing about the rate
-        if now - last < every and done < total:
+        rate = counted.rate(done, now)
+        if ended or (now - last < every and done < total):
             return
-        last = now
-        spent = now - started
-        tell(Moment(done, total, spent, (done - first) / spent if spent > 0 else 0.0))
+        last, ended = now, done >= total
+        tell(Moment(round(done, 3), total, now - started, rate))
 
     return step
 
 
-def _say_plain(what: str, unit: str, moment: Moment) -> None:
+def _plain(what: str, unit: str, tokens: int, moment: Moment) -> str:
     done, total, seconds, rate = moment
-    shown = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done}/{total} {unit}"
+    shown = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:.3g}/{total} {unit}"
     speed = f", {size(rate)}/s" if unit == "bytes" and rate else ""
+    speed += f", {rate * tokens:,.0f} tokens/s a layer" if tokens and rate else ""
     left = f", {moment.left:.0f} s left" if moment.left and done < total else ""
-    say(f"{what}: {shown}{speed}, {seconds:.0f} s{left}")
+    return f"{what}: {shown}{speed}, {seconds:.0f} s{left}"
 
 
 def _say_json(what: str, unit: str, moment: Moment) -> None:
@@ -216,6 +325,16 @@ def parsed_size(flag: str, text: str) -> int:
     if nbytes >= 1 << 63:
         raise InputError(f"{flag} {text:.80}: more bytes than there are")
     return int(nbytes)
+
+
+def parsed_reserve(text: str, limit: int) -> int:
+    """Bytes: a share of `limit` ("15%"), or a size. Raises InputError that names --reserve."""
+    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text.strip())
+    if share and float(share[1]) < 100:
+        return int(limit * float(share[1]) / 100)
+    if share:
+        raise InputError(f"--reserve {text}: expected less than 100%")
+    return parsed_size("--reserve", text)
 
 
 def size(nbytes: float) -> str:

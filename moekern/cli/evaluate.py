@@ -50,7 +50,7 @@ def evaluate(
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,

@@ -37,6 +37,8 @@ from moekern.cli.options import (
     text_of,
 )
 from moekern.cli.plan import show_plans
+from moekern.criteria.table import DEFAULT
+from moekern.router import parse_keep
 
 
 def iterate(
@@ -47,7 +49,7 @@ def iterate(
         list[str] | None,
         typer.Option("--data", help="NAME=PATH, as for calibrate; repeatable. Criteria on weights alone take none."),
     ] = None,
-    criterion: CriterionOption = "reap",
+    criterion: CriterionOption = DEFAULT,
     rounds: Annotated[
         int, typer.Option(help="Experts go in so many rounds, each of which scores all that are left anew.")
     ] = 1,
@@ -65,7 +67,7 @@ def iterate(
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: DtypeOption = None,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -77,12 +79,13 @@ def iterate(
 
     A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
     """
+    share = parse_keep(keep)  # before torch is imported
+
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.plan.provenance import remarks
-    from moekern.router import parse_keep
 
-    method = Method(criterion, parse_keep(keep), rounds, reestimate, tuple(domain) if domain else None, seed)
+    method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
     pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli.calibrate import show_statistics
-from moekern.cli.options import Json, result
+from moekern.cli.options import Json, check_statistics, result
 from moekern.files import check_new
 
 
@@ -18,10 +18,12 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Add statistics gathered in several runs; files that do not match are refused."""
+    check_new(out)
+    check_statistics(*parts)
+
     from moekern.statistics.file import Statistics
     from moekern.statistics.file import merge as merged
 
-    check_new(out)
     total = merged([Statistics.load(part) for part in parts])
     total.save(out, new=True)
     result({"out": str(out), **total.header}, lambda: show_statistics(Statistics.load(out), out))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekern.cli import console
-from moekern.errors import InputError
+from moekern.errors import InputError, nearest_name
 from moekern.files import told
 
 if TYPE_CHECKING:
@@ -21,16 +21,69 @@ if TYPE_CHECKING:
     from moekern.plan.document import Plan
 
 
+class CopyMode(str, Enum):
+    auto = "auto"
+    reflink = "reflink"
+    kernel = "kernel"
+    stream = "stream"
+
+
 class MtpMode(str, Enum):
     prune = "prune"
     drop = "drop"
     keep = "keep"
 
 
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def parse_dtype(text: str) -> str:
+    """torch's name of a type. Raises InputError."""
+    if text not in DTYPES:
+        raise InputError(f"--dtype {text}: expected one of {', '.join(DTYPES)}{nearest_name(text, DTYPES)}")
+    return DTYPES[text]
+
+
+# What can be known to be wrong before torch is imported is checked while the flags are read.
+
+
+def check_model(name: str) -> str:
+    """Raise InputError for what is neither a folder nor a hub id."""
+    from moekern.checkpoint.hub import folder_named
+
+    folder_named(name)
+    return name
+
+
+def check_criteria(given: Any) -> Any:
+    """Raise InputError for a criterion of no known name."""
+    from moekern.criteria.table import check_name
+
+    for text in given if isinstance(given, list) else [given] if given else ():
+        check_name(text)
+    return given
+
+
+def check_tiers(given: list[str] | None) -> list[str] | None:
+    """Raise InputError for a tier of no known name. Every tier serves a criterion, so the table knows them all."""
+    from moekern.criteria.table import CRITERIA
+
+    known = dict.fromkeys(("routed", *(tier for row in CRITERIA.values() for tier in row.tiers)))
+    for name in given or ():
+        if name not in known:
+            raise InputError(f"--tier {name}: unknown; expected one of {', '.join(known)}{nearest_name(name, known)}")
+    return given
+
+
+def check_targets(given: list[str] | None) -> list[str] | None:
+    """Raise InputError for an engine that is none."""
+    if given:
+        from moekern.plan.targets import parse_target
+
+        for text in given:
+            parse_target(text)
+    return given
 
 
 class Mix(str, Enum):
@@ -46,17 +99,70 @@ class Thinking(str, Enum):
 
 
 Model = Annotated[
-    str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.")
+    str,
+    typer.Argument(
+        help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, which is downloaded first.",
+        callback=check_model,
+    ),
 ]
 HeadersOf = Annotated[
-    str, typer.Argument(help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, of which headers are read.")
+    str,
+    typer.Argument(
+        help="A checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B, of which headers are read.",
+        callback=check_model,
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit. Default: the main branch.")
 ]
 Seed = Annotated[int, typer.Option(help="Seeds the choice of sequences and the random criterion.")]
-CriterionOption = Annotated[str, typer.Option(help="How experts are ranked; `moekern criteria` lists them.")]
+CriterionOption = Annotated[
+    str, typer.Option(help="How experts are ranked; `moekern criteria` lists them.", callback=check_criteria)
+]
+CriteriaOption = Annotated[
+    list[str],
+    typer.Option(
+        "--criterion", help="How experts are ranked; `moekern criteria` lists them. Repeat it for several.",
+        callback=check_criteria,
+    ),
+]  # fmt: skip
+Tiers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tier",
+        help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
+        "replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
+        callback=check_tiers,
+    ),
+]
 Keep = Annotated[str, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64).")]
+Keeps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep", help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."
+    ),
+]
+RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
+FitOption = Annotated[
+    str | None,
+    typer.Option("--fit", help="Instead of --keep: the most experts whose weights and KV cache fit, as 24GiB."),
+]
+Bits = Annotated[float | None, typer.Option(help="With --fit: bits a weight, as 4.5. Default: as stored.")]
+Context = Annotated[int, typer.Option(help="With --fit: tokens of a sequence in the KV cache.")]
+Sequences = Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")]
+Reserve = Annotated[
+    str,
+    typer.Option(help="With --fit: what of it is left to activations and the engine's own limit, a share or a size."),
+]
+BudgetOption = Annotated[
+    str, typer.Option("--budget", help="uniform; global, adaptive or waterfill let layers keep different numbers.")
+]
+Normalise = Annotated[
+    str, typer.Option(help="With --budget global, each layer's scores: none, sum, max, mean or zscore.")
+]
+AllowNonuniform = Annotated[
+    bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
+]
 Domains = Annotated[
     list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
 ]
@@ -95,8 +201,16 @@ UnusedBatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", help="Of earlier versions; changes nothing: statistics are taken by --chunk."),
 ]
-Device = Annotated[str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Weights' type while computing. Default: the checkpoint's.")]
+Device = Annotated[
+    str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ... Default: cuda if there is one.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights' type while computing: bf16, fp16, fp32 or torch's names. Default: the checkpoint's.",
+        parser=parse_dtype, metavar="TYPE",
+    ),
+]  # fmt: skip
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
 BackendOption = Annotated[
     str | None,
@@ -107,12 +221,22 @@ MtpOption = Annotated[
     MtpMode | None,
     typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole. Default: as planned, else prune."),
 ]
+CopyOption = Annotated[
+    CopyMode,
+    typer.Option(
+        "--copy",
+        help="reflink shares blocks with MODEL, kernel uses copy_file_range, stream goes through memory; auto "
+        "takes the best, a named way is taken or refused.",
+    ),
+]
 StatisticsFile = Annotated[
     Path, typer.Argument(help="A statistics file; or a checkpoint folder, for criteria that need its weights alone.")
 ]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help="An engine (`check` lists them), as vllm:tp=2,ep=4; repeatable."),
+    typer.Option(
+        "--target", help="An engine (`check` lists them), as vllm:tp=2,ep=4; repeatable.", callback=check_targets
+    ),
 ]
 Words = list[str] | None
 # Not looked at by the commands: the callback sets the console's mode before anything else is done.
@@ -165,13 +289,17 @@ def say_unused(batch_size: int | None) -> None:
 
 
 def compute_of(
-    *, device: str, dtype: Dtype | None = None, backend: str | None = None, trust_remote_code: bool
+    *, device: str, dtype: str | None = None, backend: str | None = None, trust_remote_code: bool, tell: bool = True
 ) -> Compute:
-    """How the options say that layers are computed."""
+    """How the options say that layers are computed; the first line of what the command says names the device
+    (with `tell`)."""
     from moekern.model.compute import Compute, check_device
 
     check_device(device)
-    return Compute(device=device, dtype=dtype and dtype.value, backend=backend, trust_remote_code=trust_remote_code)
+    compute = Compute(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    if tell:
+        console.open_with(compute.described)
+    return compute
 
 
 def headers_of(model: str, revision: str | None = None) -> Checkpoint:
@@ -201,6 +329,13 @@ def optional_headers(model: str | None, revision: str | None) -> Checkpoint | No
     if model is None and revision is not None:
         raise InputError(f"--revision {revision}: goes with --model")
     return None if model is None else headers_of(model, revision)
+
+
+def check_statistics(*paths: Path) -> None:
+    """Raise InputError for a statistics file, or a checkpoint folder in its place, that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such statistics file")
 
 
 def named_plans(command: str, paths: Sequence[Path]) -> dict[str, Plan]:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from moekern.architectures import find_layout
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.cli.prune import prune_to
-from moekern.criteria import Criterion, criterion_named, score_layer
+from moekern.criteria import criterion_named, score_layer
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
-from moekern.estimation.overview import overview
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
 from moekern.files import (
     check_new,
@@ -40,13 +38,7 @@ from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute, check_device, dtype_hint
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.make import make_plan
-from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
-from moekern.pruning.prune import PruneReport
-from moekern.pruning.side_files import check_side_files
-from moekern.pruning.work_folder import check_target
-from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 from moekern.verification.logits import ForwardVerdict, compare_forward
@@ -69,25 +61,6 @@ class Verdict:
     def document(self) -> dict[str, Any]:
         forward = None if self.forward is None else {**asdict(self.forward), "equal": self.forward.equal}
         return {"good": self.good, **asdict(self.report), "forward": forward}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `run` made, and where."""
-
-    statistics: Path
-    plan: Path
-    pruned: PruneReport
-    verdict: Verdict
-
-    def document(self) -> dict[str, Any]:
-        pruned = {**asdict(self.pruned), "out": str(self.pruned.out)}
-        return {
-            "statistics": str(self.statistics),
-            "plan": str(self.plan),
-            "pruned": pruned,
-            "verify": self.verdict.document(),
-        }
 
 
 def calibrate_to(
@@ -129,7 +102,7 @@ def measured(
     if whole:
         return Statistics.load(out)
     console.hint(dtype_hint(checkpoint, compute))
-    with console.progress("calibrating") as step:
+    with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
             checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out, progress=step
         )
@@ -185,56 +158,6 @@ def losses_of(
     """Evaluate, and say how it goes."""
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, progress=step)
-
-
-def run_stages(
-    folder: Path,
-    text: Text,
-    compute: Compute,
-    out: Path,
-    *,
-    criterion: Criterion,
-    keep: float | int,
-    protect_super: bool,
-    mtp: Mtp,
-    forward: bool,
-) -> Run:
-    """Calibrate, plan, prune, verify. What an earlier run with the same model and data has left is used again."""
-    check_device(compute.device)
-    wanted_tiers(criterion.tiers, TIERS, "calibrate")
-    checkpoint = open_checkpoint(folder)
-    kept = kept_count(keep, find_layout(checkpoint).router)
-    check_work(out)
-    statistics_path, plan_path = (work_path(out) / name for name in ("statistics.safetensors", "plan.json"))
-    made = has_run(out)  # then it is verified; `prune` tells it from what others made
-    if not made:
-        check_target(out, checkpoint.folder)
-        check_side_files(checkpoint)
-        room = room_needed(checkpoint, out.parent, overview(checkpoint).bytes_at(kept))
-        check_space(out, room, len(checkpoint.shards))
-    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    with working(out):
-        is_plain(temporary_path(plan_path))
-        if is_plain(plan_path):
-            Plan.load(plan_path)  # else it is not this program's to write over
-        statistics = earlier_statistics(statistics_path, checkpoint, data, compute, criterion.tiers)
-        if statistics is None and made:
-            check_new(out, folder=True)
-        if statistics is None:
-            statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
-            statistics = measured(checkpoint, data, compute, tiers=criterion.tiers, out=statistics_path)
-        plan = make_plan(statistics, criterion, keep, seed=text.seed, protect_super=protect_super)
-        if not made:
-            plan.save(plan_path)
-        report = prune_to(checkpoint, plan, out, mtp=mtp, again=made)
-    # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
-    verdict = verify_both(folder, plan, out, replace(compute, dtype=None), forward=forward, mtp=mtp)
-    return Run(statistics_path, plan_path, report, verdict)
-
-
-def has_run(out: Path) -> bool:
-    """Whether `run` may have made this target before it was stopped: its statistics are still beside it."""
-    return bool(out.name) and is_folder(out) and is_plain(work_path(out) / "statistics.safetensors")
 
 
 def earlier_statistics(

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show, size
 from moekern.cli.options import (
+    RESERVE,
+    AllowNonuniform,
+    Bits,
+    BudgetOption,
+    Context,
+    CriteriaOption,
     Domains,
+    FitOption,
     Json,
+    Keeps,
     MtpMode,
+    Normalise,
     ProtectSuper,
+    Reserve,
     Revision,
     Seed,
+    Sequences,
     StatisticsFile,
     Targets,
     Words,
+    check_statistics,
     optional_headers,
     result,
 )
+from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
-from moekern.files import check_document, check_new, check_place, is_written, told
+from moekern.files import check_document, check_new, check_place, is_written
 
 if TYPE_CHECKING:
+    from moekern.checkpoint.folder import Checkpoint
     from moekern.estimation.footprint import Fit
     from moekern.plan.budgets import Budget
     from moekern.plan.document import Plan
@@ -40,37 +53,25 @@ def plan(
     out: Annotated[
         Path, typer.Option(help="The plan to write; for several a folder, or a name with {} in it: plan-{}.json.")
     ],
-    keep: Annotated[
-        Words,
-        typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."),
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="Instead of --keep: the most experts whose weights and KV cache fit, as 24GiB.")
-    ] = None,
+    keep: Keeps = None,
+    fit: FitOption = None,
     model: Annotated[str | None, typer.Option(help="A folder or hub id; --fit reads sizes from its headers.")] = None,
-    bits: Annotated[float | None, typer.Option(help="With --fit: bits a weight, as 4.5. Default: as stored.")] = None,
-    context: Annotated[int, typer.Option(help="With --fit: tokens of a sequence in the KV cache.")] = 0,
-    sequences: Annotated[int, typer.Option(help="With --fit: sequences in the KV cache.")] = 1,
-    criterion: Annotated[
-        list[str], typer.Option(help="How experts are ranked; `moekern criteria` lists them. Repeat it for several.")
-    ] = ["reap"],  # noqa: B006  typer copies it
+    bits: Bits = None,
+    context: Context = 0,
+    sequences: Sequences = 1,
+    reserve: Reserve = RESERVE,
+    criterion: CriteriaOption = [DEFAULT],  # noqa: B006  typer copies it
     domain: Domains = None,
-    budget: Annotated[
-        str, typer.Option(help="uniform; global, adaptive or waterfill let layers keep different numbers.")
-    ] = "uniform",
+    budget: BudgetOption = "uniform",
     floor: Annotated[
         str | None, typer.Option(help="The least each layer keeps, a share or a count. Default: what the router needs.")
     ] = None,
-    normalise: Annotated[
-        str, typer.Option(help="With --budget global, each layer's scores: none, sum, max, mean or zscore.")
-    ] = "none",
+    normalise: Normalise = "none",
     adaptive_by: Annotated[
         str, typer.Option(help="With --budget adaptive: usage (M-SMoE's rule) or entropy (of the router).")
     ] = "usage",
     multiple_of: Annotated[int, typer.Option(help="Counts are multiples of this; never above the budget.")] = 1,
-    allow_nonuniform: Annotated[
-        bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
-    ] = False,
+    allow_nonuniform: AllowNonuniform = False,
     target: Targets = None,
     mtp: Annotated[
         MtpMode | None, typer.Option(help="What prune does with MTP layers: prune, drop or keep. Default: prune.")
@@ -92,39 +93,54 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose the experts that stay and write them down; several plans at once from one statistics file."""
+    from moekern.router import parse_keep
+
+    check_destination(out, len(criterion) * max(1, len(keep or ())))
+    keeps = tuple(parse_keep(text) for text in keep or ())
+    check_statistics(statistics)
+
     from moekern.cli.pipeline import statistics_of
     from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
-    from moekern.router import parse_keep
 
-    check_destination(out, len(criterion) * max(1, len(keep or ())))
     options = Planning(
         criteria=tuple(criterion),
-        keeps=tuple(parse_keep(text) for text in keep or ()),
+        keeps=keeps,
         domains=tuple(domain) if domain else None,
         seed=seed,
-        budget=_budget(budget, floor, normalise, adaptive_by, multiple_of, allow_nonuniform),
+        budget=budget_of(budget, floor, normalise, adaptive_by, multiple_of, allow_nonuniform),
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
         model=optional_headers(model, revision),
-        fit=_fit(fit, bits, context, sequences),
+        fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
         check_options(statistics, options)
-    plans = make_plans(statistics_of(statistics, criterion), options)
+    measured = statistics_of(statistics, criterion)
+    header, plans = measured.header, make_plans(measured, options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
     for name, made in plans.items():
-        for line in remarks(made):
+        for line in (*remarks(made), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
     result(document, lambda: show_plans(plans, paths))
 
 
-def _budget(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
+def slower_with(plan: Plan, header: Mapping[str, Any], options: Planning) -> list[str]:
+    """What the targets do slower, or not at all, with a plan's counts."""
+    from moekern.plan.serving import slower
+    from moekern.plan.targets import Served
+    from moekern.statistics.header import router_of
+
+    counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
+    return slower(counts, Served(header["family"], header["score"], router_of(header)), options.targets)
+
+
+def budget_of(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
     from moekern.plan.budgets import Budget
     from moekern.router import parse_keep
 
@@ -147,17 +163,19 @@ def _guards(
     )
 
 
-def _fit(limit: str | None, bits: float | None, context: int, sequences: int) -> Fit | None:
+def fit_of(limit: str | None, bits: float | None, context: int, sequences: int, reserve: str) -> Fit | None:
+    """What is to fit, where --fit is given. Raises InputError."""
     from moekern.estimation.footprint import Fit
 
     if limit is None:
-        if bits is not None or context or sequences != 1:
-            raise InputError("--bits, --context, --sequences: go with --fit")
+        if bits is not None or context or sequences != 1 or reserve != RESERVE:
+            raise InputError("--bits, --context, --sequences, --reserve: go with --fit")
         return None
-    return Fit(console.parsed_size("--fit", limit), bits, context, sequences)
+    nbytes = console.parsed_size("--fit", limit)
+    return Fit(nbytes, bits, context, sequences, console.parsed_reserve(reserve, nbytes))
 
 
-def check_options(model: Path, options: Planning) -> None:
+def check_options(model: Path | Checkpoint, options: Planning) -> None:
     """Raise InputError for what headers alone tell to be wrong, before all weights of a checkpoint are read."""
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
@@ -172,7 +190,7 @@ def check_options(model: Path, options: Planning) -> None:
         raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
     for criterion in options.criteria:
         criterion_named(criterion)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = find_layout(checkpoint)
     served = served_as(layout, checkpoint.config)
     plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
@@ -205,18 +223,11 @@ def destinations(out: Path, names: Sequence[str]) -> dict[str, Path]:
 
 
 def save_plans(plans: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
-    """Write every plan, in a folder that is made where its parent is there. Files that hold the same plan already, of a
+    """Write every plan, in folders that are made where they are missing. Files that hold the same plan already, of a
     run that was stopped, stay; for others InputError is raised before any is written."""
-    folder = next(iter(paths.values())).parent
-    made = len(plans) > 1 and folder.parent.is_dir() and not folder.exists()
-    with told(folder), ExitStack() as undo:
-        if made:
-            folder.mkdir()
-            undo.callback(folder.rmdir)
-        for name, path in paths.items():
-            if not is_written(path, plans[name].to_json().encode()):
-                check_new(path)
-        undo.pop_all()
+    for name, path in paths.items():
+        if not is_written(path, plans[name].to_json().encode()):
+            check_new(path)
     for name, plan in plans.items():
         if not plan.save(paths[name], new=True):
             say(f"{paths[name]}: held this plan already")
@@ -231,16 +242,25 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     (name, plan), rows = next(iter(made.items())), []
     for key, layer in plan.layers.items():
         keep = " ".join(map(str, layer.keep))
-        rows.append((key, len(layer.keep), keep if len(keep) <= 100 else keep[:97] + "..."))
+        room = max(24, console.columns() - 20)
+        rows.append((key, len(layer.keep), keep if len(keep) <= room else keep[: room - 3] + "..."))
     provenance = plan.provenance
     title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
     show(title, ("layer", "kept", "experts"), rows)
-    fit = provenance.get("fit")
-    if fit:
-        cache = f", KV cache {size(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
-        say(f"weights {size(fit['weights'])}{cache}; limit {size(fit['limit'])}")
+    console.hint(fit_line(plan))
     if isinstance(provenance["kept"], dict):
         say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+
+
+def fit_line(plan: Plan) -> str | None:
+    """What the memory of --fit goes to; None of a plan without it."""
+    fit = plan.provenance.get("fit")
+    if not fit:
+        return None
+    cache = f", KV cache {size(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
+    kept = fit.get("reserve", 0)
+    left = f", of which {size(kept)} are left to activations and to what an engine may not use (--reserve)"
+    return f"weights {size(fit['weights'])}{cache}; limit {size(fit['limit'])}{left if kept else ''}"
 
 
 def _kept(plan: Plan) -> str:

@@ -11,20 +11,13 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show, size
-from moekern.cli.options import Json, Model, MtpOption, Revision, folder_of, result
+from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision, folder_of, result
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
     from moekern.plan.document import Mtp, Plan
     from moekern.pruning.prune import Checksum, Copy, PruneReport
     from moekern.pruning.work_folder import Part
-
-
-class CopyMode(str, Enum):
-    auto = "auto"
-    reflink = "reflink"
-    kernel = "kernel"
-    stream = "stream"
 
 
 class ChecksumKind(str, Enum):
@@ -38,13 +31,7 @@ def prune(
     plan: Annotated[Path, typer.Argument(help="A plan.json, made by moekern or by hand.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
     mtp: MtpOption = None,
-    copy: Annotated[
-        CopyMode,
-        typer.Option(
-            help="reflink shares blocks with MODEL, kernel uses copy_file_range, stream goes through memory; auto "
-            "takes the best, a named way is taken or refused."
-        ),
-    ] = CopyMode.auto,
+    copy: CopyOption = CopyMode.auto,
     checksum: Annotated[
         ChecksumKind,
         typer.Option(

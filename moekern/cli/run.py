@@ -7,27 +7,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moekern.cli.console import say
+from moekern.cli.console import hint, say
 from moekern.cli.options import (
+    RESERVE,
+    AllowNonuniform,
+    Bits,
+    BudgetOption,
     Chunk,
     Column,
+    Context,
+    CopyMode,
+    CopyOption,
     CriterionOption,
     Data,
     Device,
+    Domains,
     DtypeOption,
+    FitOption,
     Json,
-    Keep,
+    Keeps,
     Model,
     MtpOption,
+    Normalise,
     Pack,
     Preset,
     ProtectSuper,
+    Reserve,
     Revision,
     Seed,
     SequenceLength,
+    Sequences,
     Strict,
+    Targets,
     Thinking,
     ThinkingOption,
+    Tiers,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
@@ -37,19 +51,32 @@ from moekern.cli.options import (
     say_unused,
     text_of,
 )
+from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
+from moekern.criteria.table import DEFAULT
+from moekern.errors import InputError
+from moekern.router import parse_keep
 
 if TYPE_CHECKING:
-    from moekern.cli.pipeline import Run
+    from moekern.cli.whole_run import Run
+    from moekern.plan.several import Planning
 
 
 def run(
     model: Model,
-    keep: Keep,
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder to write; it must not exist. Several --keep write OUT-0.5, OUT-64, ..."),
+    ],
     data: Data = None,
-    criterion: CriterionOption = "reap",
+    keep: Keeps = None,
+    fit: FitOption = None,
+    bits: Bits = None,
+    context: Context = 0,
+    sequences: Sequences = 1,
+    reserve: Reserve = RESERVE,
+    criterion: CriterionOption = DEFAULT,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -60,48 +87,98 @@ def run(
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
-    device: Device = "cpu",
+    domain: Domains = None,
+    tier: Tiers = None,
+    budget: BudgetOption = "uniform",
+    normalise: Normalise = "none",
+    allow_nonuniform: AllowNonuniform = False,
+    target: Targets = None,
+    device: Device = "auto",
     dtype: DtypeOption = None,
     protect_super: ProtectSuper = False,
     mtp: MtpOption = None,
+    copy: CopyOption = CopyMode.auto,
     forward: Annotated[
         bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
+    ] = True,
+    quality: Annotated[
+        bool,
+        typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
     ] = True,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
-    from moekern.cli import pipeline
-    from moekern.criteria import criterion_named
-    from moekern.plan.document import Plan
-    from moekern.plan.provenance import remarks
-    from moekern.pruning.work_folder import check_target
-    from moekern.router import parse_keep
+    keeps = tuple(parse_keep(text) for text in keep or ())  # before torch is imported, or anything downloaded
+    if (fit is None) == (not keeps):
+        raise InputError("--keep, --fit: give one of the two")
+    if len(set(keeps)) < len(keeps):
+        raise InputError(f"--keep {', '.join(keep or ())}: the same is given twice")
 
-    chosen, share = criterion_named(criterion), parse_keep(keep)  # before anything is downloaded
-    if not pipeline.has_run(out):
-        check_target(out)
+    from moekern.cli import whole_run
+    from moekern.criteria import criterion_named
+    from moekern.plan.guards import Guards
+    from moekern.plan.several import Planning
+    from moekern.plan.targets import parse_target
+    from moekern.pruning.work_folder import check_target
+
+    criterion_named(criterion)
+    for folder in whole_run.out_folders(out, keeps or (0,)):
+        if not whole_run.has_run(folder, out):
+            check_target(folder)
+    planning = Planning(
+        criteria=(criterion,), keeps=keeps, domains=tuple(domain) if domain else None, seed=seed,
+        budget=budget_of(budget, None, normalise, "usage", 1, allow_nonuniform),
+        guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in target or ()),
+        fit=fit_of(fit, bits, context, sequences, reserve),
+    )  # fmt: skip
+    asked = whole_run.Asked(
+        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality
+    )
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    done = pipeline.run_stages(
-        folder_of(model, revision), text, compute, out,
-        criterion=chosen, keep=share, protect_super=protect_super,
-        mtp=mtp.value if mtp else "prune", forward=forward,
-    )  # fmt: skip
-    for line in remarks(Plan.load(done.plan)):
-        say(line)
+    done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
+    _say_remarks(done, asked.planning)
     result(done.document(), lambda: show_run(done))
-    if not done.verdict.good:
+    if not done.good:
         raise typer.Exit(1)
 
 
+def _say_remarks(done: Run, planning: Planning) -> None:
+    """What has to be known of the text and the plans, for programs too."""
+    from moekern.cli.plan import fit_line, slower_with
+    from moekern.plan.document import Plan
+    from moekern.plan.provenance import remarks
+    from moekern.statistics.coverage import too_thin
+    from moekern.statistics.file import Statistics
+
+    header = Statistics.load(done.statistics).header
+    for made in done.results:
+        plan = Plan.load(made.plan)
+        hint(fit_line(plan))
+        for line in (*remarks(plan), *slower_with(plan, header, planning)):
+            say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
+    hint(too_thin(done.coverage))
+
+
 def show_run(done: Run) -> None:
-    """The last two stages' results; the artefacts' places."""
-    show_pruned(done.pruned)
-    show_verdict(done.verdict)
-    say(f"statistics: {done.statistics}; plan: {done.plan}")
+    """How well the text covers the experts; of each result what was written, and whether its bytes are right; how good
+    it is; how it is served; the artefacts' places."""
+    from moekern.cli.whole_run import quality_lines, show_coverage
+
+    show_coverage(done.coverage)
+    for each in done.results:
+        show_pruned(each.pruned)
+        show_verdict(each.verdict)
+    for line in quality_lines(done.quality):
+        say(line)
+    for each in done.results:
+        for name, command in each.serve.items():
+            say(f"serve with {name}: {command}")
+    plans = ", ".join(str(each.plan) for each in done.results)
+    say(f"statistics: {done.statistics}; plan{'s' if len(done.results) > 1 else ''}: {plans}")

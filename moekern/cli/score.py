@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from moekern.cli import console
 from moekern.cli.console import show
-from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, result
+from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, check_statistics, result
+from moekern.criteria.table import DEFAULT
 
 
 def score(
     statistics: StatisticsFile,
-    criterion: CriterionOption = "reap",
+    criterion: CriterionOption = DEFAULT,
     domain: Domains = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Show every expert's score; higher is kept."""
+    check_statistics(statistics)
+
     from moekern.cli import pipeline
 
     scores = pipeline.scores_of(pipeline.statistics_of(statistics, [criterion]), criterion, domain, seed)
@@ -28,6 +32,7 @@ def show_scores(criterion: str, layers: Mapping[str, Sequence[float]]) -> None:
     for key, values in layers.items():
         order = sorted(range(len(values)), key=lambda e: (-values[e], e))
         listed = [f"{e}:{values[e]:.3g}" for e in order]
-        short = listed if len(listed) <= 16 else [*listed[:8], "...", *listed[-8:]]
+        ends = max(2, min(8, (console.columns() - 16) // 22))  # a score takes up to 11 columns
+        short = listed if len(listed) <= 2 * ends else [*listed[:ends], "...", *listed[-ends:]]
         rows.append((key, " ".join(short)))
     show(f"{criterion}, best first (expert:score)", ("layer", "experts"), rows)

@@ -14,6 +14,7 @@ from moekern.cli.pipeline import Verdict, calibrate_to, evaluate_plans, verify_b
 from moekern.cli.prune import prune_to
 from moekern.cli.verify import show_verdict
 from moekern.criteria import CRITERIA
+from moekern.criteria.table import DEFAULT
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
@@ -25,7 +26,7 @@ from moekern.plan.make import make_plan
 from moekern.statistics.file import Statistics
 
 SHARES = (0.75, 0.5, 0.25)
-CHOSEN = ("gated_norm", 0.5)  # the plan that is carried out
+CHOSEN = (DEFAULT, 0.5)  # the plan that is carried out
 BASELINE = "random"
 TIERS = ("dimensions",)
 SHOWN = tuple(name for name, row in CRITERIA.items() if set(row.tiers) <= set(TIERS))  # one calibration serves them
@@ -51,7 +52,7 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
         if out is None:
             work = stack.enter_context(scratch(tempfile.gettempdir(), "demo"))
         else:
-            out.mkdir()
+            out.mkdir(parents=True)
             work = out
         try:
             return _tour(work, seeds)
@@ -61,6 +62,7 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
 
 
 def _tour(work: Path, seeds: int) -> dict[str, Any]:
+    console.open_with(COMPUTE.described)
     console.say(f"the model: {MODEL}")
     text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
     statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors", tiers=TIERS)

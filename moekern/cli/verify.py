@@ -22,7 +22,7 @@ def verify(
     forward: Annotated[
         bool, typer.Option("--forward", help="Also stream both models and compare logits with the masked original.")
     ] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -32,7 +32,7 @@ def verify(
     from moekern.plan.document import Plan
 
     made_by = Plan.load(plan)
-    compute = compute_of(device=device, trust_remote_code=trust_remote_code)
+    compute = compute_of(device=device, trust_remote_code=trust_remote_code, tell=forward)
     if not pruned.is_dir():
         raise InputError(f"{pruned}: no such folder")
     verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward)
@@ -58,4 +58,5 @@ def show_verdict(found: Verdict) -> None:
             f"of {f.logit_std:.3g}, same top-1 for {f.top1_agreement:.2%}: {'equal' if f.equal else 'NOT equal'} "
             "to the masked original"
         )
-    say("verified" if found.good else "NOT verified: do not use this checkpoint")
+    right = "verified: the bytes are right (how good the model is, evaluate tells)"
+    say(right if found.good else "NOT verified: do not use this checkpoint")

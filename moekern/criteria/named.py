@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +18,13 @@ from moekern import files
 from moekern.checkpoint.strict_json import shown
 from moekern.criteria import combine, scores
 from moekern.criteria.combine import Part
-from moekern.criteria.table import ALIASES, CRITERIA, Criterion, Family, Kind
+from moekern.criteria.table import ALIASES, COMBINATORS, CRITERIA, Criterion, Family, unknown
 from moekern.errors import InputError, first_line
 from moekern.statistics.layer import TIERS, LayerStatistics
 
-COMBINATORS: dict[str, tuple[Kind, Callable[..., Any]]] = {
-    "rank": ("score", combine.rank),
-    "zscore": ("score", combine.zscore),
-    "inverse": ("score", combine.inverse),
-    "union": ("selector", combine.union),
-    "intersection": ("selector", combine.intersection),
-    "worst_domain": ("domains", combine.worst_domain),
-    "round_robin": ("domains", combine.round_robin),
-}
 SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # of a plug-in
 WEIGHT_CAP, DEPTH_CAP = 1e9, 64  # of combinations
 CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
-FORMS = "hts(b,alpha,beta), " + ", ".join(f"{name}(...)" for name in COMBINATORS) + ", file.py:function"
 
 
 def criterion_named(text: str) -> Criterion:
@@ -58,7 +47,7 @@ def criterion_named(text: str) -> Criterion:
         return _combined(name, call[1], _arguments(call[2]))
     if ":" in name and not call:
         return _plug_in(name)
-    raise InputError(f"--criterion {text}: unknown; known are {', '.join(CRITERIA)}, {FORMS}")
+    raise unknown(text)
 
 
 def score_layer(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int = 0) -> Tensor:
@@ -113,7 +102,7 @@ def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
     parts = [_part(text, argument) for argument in arguments]
     if not parts:
         raise InputError(f"--criterion {text}: expected criteria between the parentheses")
-    kind, function = COMBINATORS[combinator]
+    kind, function = COMBINATORS[combinator], getattr(combine, combinator)
     if (kind == "domains" or combinator == "inverse") and len(parts) != 1:
         raise InputError(f"--criterion {text}: {combinator} takes one criterion")
     chosen_whole = parts[0].criterion if combinator == "inverse" and parts[0].criterion.kind == "selector" else None

@@ -25,12 +25,14 @@ WINDOWED = re.compile(r"sliding|chunked|local")
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a person wants to fit: bytes, bits a weight (None: as stored), tokens of each sequence, sequences."""
+    """What a person wants to fit: bytes, bits a weight (None: as stored), tokens of each sequence, sequences, and the
+    bytes of the limit that are left to what is not counted: activations, fragmentation, what an engine may not use."""
 
     limit: int
     bits: float | None = None
     context: int = 0
     sequences: int = 1
+    reserve: int = 0
 
     def __post_init__(self) -> None:
         for flag, good, wanted in (
@@ -38,6 +40,7 @@ class Fit:
             ("--bits", self.bits is None or 1 <= self.bits <= 32, "1 to 32 bits a weight"),
             ("--context", self.context >= 0, "a number of tokens"),
             ("--sequences", self.sequences >= 1, "at least one"),
+            ("--reserve", 0 <= self.reserve < max(1, self.limit), "less than --fit"),
         ):
             if not good:
                 raise InputError(f"{flag}: expected {wanted}")
@@ -109,9 +112,10 @@ def largest_count(
     counts = sorted(legal)
     if not counts:
         raise InputError(f"{checkpoint.folder}: no expert count is legal with these flags and targets")
-    fitting = [n for n in counts if found.uniform(n) + cache <= fit.limit]
+    fitting = [n for n in counts if found.uniform(n) + cache + fit.reserve <= fit.limit]
     if not fitting:
         least, cached = found.uniform(counts[0]) + cache, f", {_gib(cache)} of it KV cache" if cache else ""
+        cached += f"; {_gib(fit.reserve)} of the limit are kept by --reserve" if fit.reserve else ""
         raise InputError(
             f"--fit {_gib(fit.limit)}: nothing fits; the smallest this model gets is {_gib(least)}, with {counts[0]} "
             f"experts a layer{cached}"

@@ -57,7 +57,7 @@ def evaluate(
     plans: Mapping[str, Plan],
     compute: Compute = Compute(),
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
     that the plan makes.
@@ -98,10 +98,11 @@ class _Compare(Pass[Task]):
     A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
     """
 
-    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[int, int], None]) -> None:
+    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
         self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
         self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
         self.now: tuple[int, int] | None = None  # layer, plan number
+        self.through = 0  # tasks that have left the layer
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
         self.sums: dict[tuple[str, str], Tensor] = {}  # plan, domain -> as _compared gives them
 
@@ -134,6 +135,13 @@ class _Compare(Pass[Task]):
             if task.plan is not None:
                 self.applied.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
         yield
+        self.through += 1
+        if layer >= 0 and self.through < len(self.tasks):
+            self.progress(layer + self.through / len(self.tasks), len(self.layerwise.layers))
+
+    def loaded(self, layer: int) -> None:
+        self.through = 0
+        self.progress(layer, len(self.layerwise.layers))
 
     def group(self, task: Task) -> int:
         return task.number

@@ -10,7 +10,6 @@ round.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.calibrate import recipe_of
-from moekern.calibration.passes import MeasuringPass, Sums
+from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.criteria.named import plug_ins
@@ -43,7 +42,6 @@ from moekern.version import versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
 Choose = Callable[[str, Sums, tuple[int, ...]], LayerPlan]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,7 @@ def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Se
 
     with open_layerwise(job.checkpoint, job.layout, compute) as layerwise:
         total = max(layerwise.moe_keys) + 1
-        done = itertools.count(len(keeps) * total + 1)
-        step = lambda: job.progress(next(done), job.method.rounds * total)  # noqa: E731
+        step = Steps(job.progress, job.method.rounds * total, len(keeps) * total)
         measured = _Round(job, layerwise, data, choose, keeps[-1] if keeps else {}, step)
         measured.run()
     return _plan(job, measured.plans, keeps)
@@ -239,7 +236,7 @@ class _Round(MeasuringPass):
     """
 
     def __init__(self, job: Iteration, layerwise: LayerwiseModel, data: TokenData, choose: Choose, keeps: Keeps,
-                 step: Callable[[], None]) -> None:  # fmt: skip
+                 step: Steps) -> None:  # fmt: skip
         self.job, self.choose, self.keeps = job, choose, keeps
         super().__init__(layerwise, data, self._recorder(layerwise, job.criterion.tiers), step)
         self.twice = [i for i in self.keys if i != self.stop_after] if job.method.reestimate else ()

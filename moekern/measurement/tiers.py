@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moekern import kernels
-from moekern.errors import InputError
+from moekern.errors import InputError, nearest_name
 from moekern.measurement.batch import BatchContext, Seen
-from moekern.model.compute import check_device
+from moekern.model.compute import check_device, device_named
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time
@@ -45,7 +45,8 @@ def wanted_tiers(names: Collection[str], measurable: Sequence[str], where: str) 
     for name in names:
         if name != "routed" and name not in measurable:
             reason = f"{where} does not measure it" if name in TIERS else "unknown"
-            raise InputError(f"--tier {name}: {reason}; expected one of {', '.join(('routed', *measurable))}")
+            near = nearest_name(name, measurable)
+            raise InputError(f"--tier {name}: {reason}; expected one of {', '.join(('routed', *measurable))}{near}")
     implied = {other for name in names if name != "routed" for other in TABLE[name].implies}
     return tuple(tier for tier in TIERS if tier in names or tier in implied)
 
@@ -54,7 +55,7 @@ def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -
     """Op -> the backend that serves it, for the statistics' header. Raises InputError where it or the device is not."""
     check_device(device)
     ops = {op: "cpu" for tier in tiers if TABLE[tier].by == "weights" for op in TABLE[tier].ops}
-    kind = torch.device(device).type
+    kind = device_named(device).type
     ops |= dict.fromkeys((*ROUTED_OPS, *(op for t in tiers if TABLE[t].by != "weights" for op in TABLE[t].ops)), kind)
     try:
         return {op: kernels.backend_for(op, where, backend) for op, where in ops.items()}

@@ -18,10 +18,24 @@ FEW = 32  # tokens
 class Compute:
     """Where, in what type and by which kernels layers are computed, from the command line to the core."""
 
-    device: str = "cpu"
+    device: str = "auto"  # or torch's name for one; auto: the first CUDA device where torch has one, else the CPU
     dtype: str | torch.dtype | None = None  # a name such as "float32", or torch's; None: the checkpoint's
     backend: str | None = None  # of kernels; None: the best
     trust_remote_code: bool = False
+
+    @property
+    def place(self) -> torch.device:
+        """The device itself. Raises InputError for a name that is none of torch's."""
+        return device_named(self.device)
+
+    @property
+    def described(self) -> str:
+        """Where layers are computed, for people."""
+        if self.place.type == "cpu":
+            threads = torch.get_num_threads()
+            return f"computing on the CPU, {threads} thread{'s' if threads > 1 else ''}"
+        name = f" ({torch.cuda.get_device_name(self.place)})" if self.place.type == "cuda" else ""
+        return f"computing on {self.place}{name}"
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -46,18 +60,32 @@ def dtype_hint(checkpoint: Checkpoint, compute: Compute) -> str | None:
         section.get(key) for section in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")
     ]
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    if compute.dtype is None and compute.device == "cpu" and slow and "bfloat16" in names:
+    if compute.dtype is None and compute.place.type == "cpu" and slow and "bfloat16" in names:
         return "this CPU computes bfloat16 slowly: --dtype float32 is several times faster for twice the memory"
     return None
 
 
+def device_named(device: str) -> torch.device:
+    """The device that `device` names, there or not; "auto" is the first CUDA device where torch has one, else the CPU.
+
+    Raises InputError for a name that is none of torch's.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except Exception as error:
+        raise InputError(f"--device {device}: not usable here ({first_line(error)})") from error
+
+
 def check_device(device: str) -> None:
     """Raise InputError for a device torch does not know or does not have."""
+    place = device_named(device)
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=place)
     except Exception as error:  # each of torch's devices raises its own
         raise InputError(f"--device {device}: not usable here ({first_line(error)})") from error
-    if torch.device(device).type == "meta":
+    if place.type == "meta":
         raise InputError(f"--device {device}: holds no numbers")
 
 

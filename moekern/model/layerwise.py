@@ -156,7 +156,7 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
     loader = open_loader(
         checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout, len(checkpoint.tensors)
     )
-    place = torch.device(compute.device)
+    place = compute.place
     layers_name, layers = loader.decoder_layers()
     layer_keys: list[list[str]] = [[] for _ in layers]
     skeleton: list[str] = []

@@ -15,6 +15,7 @@ from moekern import files
 from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
 from moekern.errors import InputError
 from moekern.layer_keys import natural
+from moekern.rows import Row, html_table, write_csv
 
 FORMAT = "moekern.plan/1"
 SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
@@ -32,12 +33,39 @@ class LayerPlan:
     scores: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Which experts stay in each layer, and where that came from. The same plan gives the same bytes."""
 
     layers: Mapping[str, LayerPlan]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = sorted({len(layer.keep) for layer in self.layers.values()}) or [0]
+        kept = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        of = f" of {self.provenance['num_experts']}" if "num_experts" in self.provenance else ""
+        by = f", {self.provenance['criterion']}" if "criterion" in self.provenance else ""
+        return f"Plan({kept}{of} experts in each of {len(self.layers)} layers{by}, {self.digest[:12]})"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), [
+            {"layer": key, "kept": len(layer.keep), "experts": " ".join(map(str, layer.keep))}
+            for key, layer in self.layers.items()
+        ])  # fmt: skip
+
+    def to_rows(self) -> list[Row]:
+        """A row an expert: layer, expert, whether it is kept, its score. Of a layer without scores, those that stay."""
+        rows: list[Row] = []
+        for key, layer in self.layers.items():
+            kept = set(layer.keep)
+            for e in layer.keep if layer.scores is None else range(len(layer.scores)):
+                score = None if layer.scores is None else layer.scores[e]
+                rows.append({"layer": key, "expert": e, "kept": e in kept, "score": score})
+        return rows
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the same rows to a file."""
+        write_csv(self.to_rows(), path)
 
     @property
     def digest(self) -> str:

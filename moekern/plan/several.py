@@ -18,7 +18,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.served import served_as
-from moekern.plan.targets import Served, Target, check_counts, runs
+from moekern.plan.targets import Target, check_counts, runs
 from moekern.statistics.file import Statistics
 
 
@@ -50,7 +50,7 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
         checkpoint, layout = _opened(options.model, statistics)
         served = served_as(layout, checkpoint.config)
         if options.fit is not None:
-            fitted = _fitted(checkpoint, layout, served, options, options.fit)
+            fitted = fitted_count(checkpoint, layout, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
     elif options.fit is not None:
         raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
@@ -79,8 +79,10 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
     return checkpoint, find_layout(checkpoint)
 
 
-def _fitted(checkpoint: Checkpoint, layout: Layout, served: Served, options: Planning, fit: Fit) -> Fitted:
+def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:
+    """The most experts a layer that fit, and that router and targets work with. Raises InputError."""
     bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
+    served = served_as(layout, checkpoint.config)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
     if not legal:
         check_counts("--fit", {"": bounds.lowest}, served, options.targets)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moekern.errors import InputError
+from moekern.errors import InputError, nearest_name
 from moekern.plan.engines import Listed, listed, missing_keys, names_of
 from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
@@ -221,7 +221,8 @@ def parse_target(text: str) -> Target:
     """ "vllm", "sglang:tp=2,ep=4". Raises InputError."""
     engine, colon, options = text.partition(":")
     if engine not in ENGINES:
-        raise InputError(f"--target {text:.60}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2")
+        near = nearest_name(engine, ENGINES)
+        raise InputError(f"--target {text:.60}: expected one of {', '.join(ENGINES)}, such as vllm:tp=2,ep=2{near}")
     target = Target(engine)
     given = options.split(",") if colon else []
     for option in given:

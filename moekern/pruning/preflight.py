@@ -6,17 +6,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
-from moekern.files import is_folder, work_path
+from moekern.files import is_folder, standing, work_path
 
 
 def check_space(target: Path, nbytes: int, files: int) -> None:
     """Refuse a target that its file system has no room or no inodes for; what an earlier run wrote counts as room."""
-    parent = target.parent
+    parent = standing(target.parent)
     there = list(_files_in(work_path(target) / "checkpoint"))
     status = os.statvfs(parent)
     free = status.f_bavail * status.f_frsize + sum(512 * found.st_blocks for found in there)
     if nbytes > free:
-        raise InputError(f"{target}: needs {nbytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
+        raise InputError(f"{target}: needs {nbytes / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB free")
     inodes = status.f_favail + len(there)
     if status.f_files and files > inodes:
         raise InputError(f"{target}: needs {files} files, and {parent} has room for {inodes} (inodes)")

@@ -12,7 +12,7 @@ import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note, check_type
-from moekern.files import check_new, fsync, is_folder, reason, work_path
+from moekern.files import check_new, fsync, is_folder, reason, standing, work_path
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
@@ -168,7 +168,7 @@ def prune(
     kept = kept_experts(checkpoint, layout, plan, mtp)
     shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
-    job = _job(checkpoint, plan, shards, side, target.parent, copy, checksum, reread)
+    job = _job(checkpoint, plan, shards, side, standing(target.parent), copy, checksum, reread)
     mine = _share(shards, part)
     needed = sum(space_needed(checkpoint, shard, job.way(shard)) for shard in mine)
     if again and not job.is_made(target):
@@ -367,4 +367,4 @@ def _state(target: Path) -> str:
     size = 0
     with suppress(OSError):
         size = sum(path.stat().st_size for path in shards)
-    return f"; {len(shards)} shards ({size / 1e9:.2f} GB) stay in {work}: run the same command again to go on"
+    return f"; {len(shards)} shards ({size / 2**30:.2f} GiB) stay in {work}: run the same command again to go on"

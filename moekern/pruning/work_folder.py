@@ -288,7 +288,7 @@ def _remove_own(work: Path) -> None:
 def _locked_folder(target: Path, part: Part | None) -> Iterator[int]:
     folder, until = work_path(target), time.monotonic() + (PATIENCE if part else 0)
     while True:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # another part has just committed and removed it

@@ -12,6 +12,7 @@ from typing import Any
 
 from moekern import files
 from moekern.errors import InputError, check_type
+from moekern.rows import Row, html_table, write_csv
 from moekern.statistics.disk import (
     Layers,
     StatisticsWriter,
@@ -23,8 +24,10 @@ from moekern.statistics.disk import (
 from moekern.statistics.header import IDENTITY, header_problem, merged_header
 from moekern.statistics.layer import TIERS, LayerStatistics
 
+COLUMNS = ("count", "gate_sum", "norm_sum", "gated_norm_sum")  # of to_rows
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
     """A model's sums: `layers` maps layer key -> domain name -> LayerStatistics; `header` is what make_header gives.
 
@@ -33,6 +36,35 @@ class Statistics:
 
     header: Mapping[str, Any]
     layers: Layers
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(f"{count} tokens of {name}" for name, count in self.header["tokens"].items())
+        tiers = "".join(f", {tier}" for tier in self.tiers)
+        experts = f"{len(self.layers)} layers of up to {self.header['num_experts']} experts"
+        return f"Statistics({self.header['family']}, {experts}; {tokens}; routed{tiers})"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), self.to_rows(list(self.layers)[:1]))
+
+    def to_rows(self, layers: Sequence[str] | None = None) -> list[Row]:
+        """A row a layer, domain and expert (None: of all layers): tokens routed to it, and the sums of its gates, of
+        its output norms, and of gate x norm. One layer is read at a time."""
+        return [
+            {
+                "layer": key, "domain": domain, "expert": e, "tokens": tokens, "gate_sum": gates, "norm_sum": norms,
+                "gated_norm_sum": gated,
+            }
+            for key in (self.layers if layers is None else layers)
+            for domain in self.layers[key]
+            for sums in (self.part(key, domain, ()),)
+            for e, (tokens, gates, norms, gated) in enumerate(
+                zip(*(getattr(sums, name).tolist() for name in COLUMNS), strict=True)
+            )
+        ]  # fmt: skip
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows of all layers to a file."""
+        write_csv(self.to_rows(), path)
 
     @cached_property
     def sha256(self) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+import moekern as package
 from moekern import kernels
 from moekern.cli.app import app
 from moekern.cli.options import BACKENDS
@@ -16,8 +17,47 @@ from tests.helpers.commands import moekern
 FLAGS = """
 moekern
   --version = False
+  --install-completion = None
+  --show-completion = None
 inspect
   MODEL required
+  --revision = None
+  --json = False
+run
+  MODEL required
+  --out required
+  --data* = None
+  --keep* = None
+  --fit = None
+  --bits = None
+  --context = 0
+  --sequences = 1
+  --reserve = 15%
+  --criterion = gated_norm
+  --preset = None
+  --tokens = 1M
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --chunk = None
+  --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
+  --seed = 0
+  --domain* = None
+  --tier* = None
+  --budget = uniform
+  --normalise = none
+  --allow-nonuniform = False
+  --target* = None
+  --device = auto
+  --dtype = None
+  --protect-super = False
+  --mtp = None
+  --copy = auto
+  --forward/--no-forward = True
+  --quality/--no-quality = True
+  --trust-remote-code = False
   --revision = None
   --json = False
 calibrate
@@ -34,7 +74,7 @@ calibrate
   --thinking = row
   --strict = False
   --seed = 0
-  --device = cpu
+  --device = auto
   --dtype = None
   --tier* = None
   --criterion* = None
@@ -49,11 +89,13 @@ merge
   --out required
   --json = False
 criteria
+  WORDS* = None
+  --tier* = None
   --markdown = False
   --json = False
 score
   STATISTICS required
-  --criterion = reap
+  --criterion = gated_norm
   --domain* = None
   --seed = 0
   --json = False
@@ -66,7 +108,8 @@ plan
   --bits = None
   --context = 0
   --sequences = 1
-  --criterion* = ['reap']
+  --reserve = 15%
+  --criterion* = ['gated_norm']
   --domain* = None
   --budget = uniform
   --floor = None
@@ -90,7 +133,7 @@ iterate
   --keep required
   --out required
   --data* = None
-  --criterion = reap
+  --criterion = gated_norm
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
@@ -104,7 +147,7 @@ iterate
   --thinking = row
   --strict = False
   --seed = 0
-  --device = cpu
+  --device = auto
   --dtype = None
   --backend = None
   --trust-remote-code = False
@@ -114,17 +157,27 @@ compare
   PLANS* required
   --statistics = None
   --json = False
+evaluate
+  MODEL required
+  PLANS* = None
+  --data* = None
+  --preset = None
+  --tokens = 1M
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --batch-size = 1
+  --column* = None
+  --thinking = row
+  --strict = False
+  --seed = 0
+  --device = auto
+  --dtype = None
+  --trust-remote-code = False
+  --revision = None
+  --json = False
 check
   MODEL required
   --target* = None
-  --revision = None
-  --json = False
-convert
-  SOURCE required
-  --to required
-  --out required
-  --model = None
-  --allow-nonuniform = False
   --revision = None
   --json = False
 prune
@@ -144,50 +197,16 @@ verify
   PLAN required
   PRUNED required
   --forward = False
-  --device = cpu
+  --device = auto
   --trust-remote-code = False
   --revision = None
   --json = False
-evaluate
-  MODEL required
-  PLANS* = None
-  --data* = None
-  --preset = None
-  --tokens = 1M
-  --sequence-length = 2048
-  --pack/--no-pack = True
-  --batch-size = 1
-  --column* = None
-  --thinking = row
-  --strict = False
-  --seed = 0
-  --device = cpu
-  --dtype = None
-  --trust-remote-code = False
-  --revision = None
-  --json = False
-run
-  MODEL required
-  --keep required
+convert
+  SOURCE required
+  --to required
   --out required
-  --data* = None
-  --criterion = reap
-  --preset = None
-  --tokens = 1M
-  --sequence-length = 2048
-  --pack/--no-pack = True
-  --chunk = None
-  --batch-size = None
-  --column* = None
-  --thinking = row
-  --strict = False
-  --seed = 0
-  --device = cpu
-  --dtype = None
-  --protect-super = False
-  --mtp = None
-  --forward/--no-forward = True
-  --trust-remote-code = False
+  --model = None
+  --allow-nonuniform = False
   --revision = None
   --json = False
 bench
@@ -204,6 +223,7 @@ demo
   --seeds = 5
   --json = False
 """
+SPOKEN = ("--quiet", "--verbose", "--log-file")  # of every command, behind its own
 
 
 def listed() -> str:
@@ -212,7 +232,10 @@ def listed() -> str:
     command: Any = typer.main.get_command(app)
     for name, each in {"moekern": command, **command.commands}.items():
         lines.append(name)
+        assert [p.opts[-1] for p in each.params if p.opts[-1] in SPOKEN] == list(SPOKEN if each is not command else ())
         for parameter in each.params:
+            if parameter.opts[-1] in SPOKEN:
+                continue
             many = "*" if parameter.multiple or parameter.nargs == -1 else ""
             if parameter.required:
                 default = "required"
@@ -228,6 +251,7 @@ def listed() -> str:
 def test_the_version() -> None:
     done = moekern("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"moekern {__version__}\n", "")
+    assert package.__version__ == __version__
 
 
 def test_the_help_of_backend_names_the_kernels_own() -> None:

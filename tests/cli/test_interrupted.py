@@ -50,7 +50,17 @@ def calibrate(work: Path, seed: int = 0) -> Command:
 
 
 def run(work: Path, keep: int = 4) -> Command:
-    return lambda out: ("run", work / "model", *text(work), "--keep", keep, "--no-forward", "--out", out)
+    return lambda out: (
+        "run",
+        work / "model",
+        *text(work),
+        "--keep",
+        keep,
+        "--no-forward",
+        "--no-quality",
+        "--out",
+        out,
+    )
 
 
 def iterate(work: Path, rounds: int = 3) -> Command:

@@ -67,7 +67,7 @@ LONG: dict[str, tuple[Command, list[str]]] = {
     ),
     "run": (
         lambda w, out: ("run", w / "model", *text(w), "--keep", 4, "--out", out),
-        ["calibrating", "pruning", "verifying", "comparing logits"],
+        ["calibrating", "evaluating held-out text", "pruning", "verifying", "comparing logits"],
     ),
     "score": (lambda w, out: ("score", w / "model", "--criterion", "aimer"), ["weighing"]),
     "plan": (lambda w, out: ("plan", w / "model", "--criterion", "aimer", "--keep", 4, "--out", out), ["weighing"]),

@@ -42,7 +42,7 @@ def test_plans_that_are_there_already_are_left(work: Path, tmp_path: Path) -> No
     for command in (several, one, words):
         assert moekern(*command).returncode == 0
     made = contents(tmp_path)
-    (tmp_path / "plans/reap-2.json").unlink()
+    (tmp_path / "plans/gated_norm-2.json").unlink()
     written = (tmp_path / "plan.json").stat().st_mtime_ns
     for command, times in ((several, 2), (one, 1), (words, 1)):
         again = moekern(*command)
@@ -50,11 +50,11 @@ def test_plans_that_are_there_already_are_left(work: Path, tmp_path: Path) -> No
         assert again.stderr.count("already") == times
     assert contents(tmp_path) == made
     assert (tmp_path / "plan.json").stat().st_mtime_ns == written
-    (tmp_path / "plans/reap-2.json").unlink()
-    for path in ("plans/reap-6.json", "plan.json", "words.json"):
+    (tmp_path / "plans/gated_norm-2.json").unlink()
+    for path in ("plans/gated_norm-6.json", "plan.json", "words.json"):
         (tmp_path / path).write_bytes(made[path].replace(b"moekern.plan/1", b"moekern.plan/2"))
     changed = contents(tmp_path)
-    for command, path in ((several, "plans/reap-6.json"), (one, "plan.json")):
+    for command, path in ((several, "plans/gated_norm-6.json"), (one, "plan.json")):
         again = moekern(*command)
         assert again.returncode == 2
         assert f"--out {tmp_path / path}: exists already" in again.stderr
@@ -84,7 +84,7 @@ def test_several_plans_at_once(work: Path, tmp_path: Path) -> None:
     assert alone["digest"] == made["hope-0.5"]["digest"]  # type: ignore[index]
     assert (tmp_path / "p.json").read_bytes() == (tmp_path / "plans/hope-0.5.json").read_bytes()
     assert moekern(*arguments, "--out", tmp_path / "x-{}.json").returncode == 0
-    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/reap-6.json").read_bytes()
+    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/gated_norm-6.json").read_bytes()
     before = contents(tmp_path)
     for out, message in (("p.json", "4 plans need a folder"), ("new.json", "{}")):
         done = moekern(*arguments, "--out", tmp_path / out)
@@ -171,7 +171,8 @@ def test_check_says_what_is_not_known(work: Path, tmp_path: Path) -> None:
 
 def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:
     whole = open_checkpoint(work / "model").nbytes
-    arguments = ("plan", work / "s.safetensors", "--model", work / "model")
+    reserving = ("plan", work / "s.safetensors", "--model", work / "model")
+    arguments = (*reserving, "--reserve", "0")
     made = document(*arguments, "--fit", f"{whole - 1}B", "--context", 0, "--out", tmp_path / "plan.json")
     assert made["kept"] == 7
     document("prune", work / "model", tmp_path / "plan.json", "--out", tmp_path / "out")
@@ -181,7 +182,26 @@ def test_fit_keeps_what_fits(work: Path, tmp_path: Path) -> None:
     assert cached["kept"] < 8  # type: ignore[operator]
     even = document(*arguments, "--fit", f"{whole - 1}B", "--target", "sglang:ep=4", "--out", tmp_path / "even.json")
     assert even["kept"] == 4
-    assert "KV cache" in moekern(*arguments, "--fit", "1GiB", "--out", tmp_path / "all.json").stderr
+    said = moekern(*reserving, "--fit", "1GiB", "--out", tmp_path / "all.json").stderr
+    assert "KV cache" in said
+    assert "limit 1.0 GiB, of which 153.6 MiB are left to activations" in said
+    least = open_checkpoint(tmp_path / "out").nbytes
+    for reserve, kept in ((whole - least, 7), (whole - least + 1, 6)):
+        name = tmp_path / f"{reserve}.json"
+        assert document(*reserving, "--fit", f"{whole}B", "--reserve", reserve, "--out", name)["kept"] == kept
+
+
+@pytest.mark.parametrize("reserve", ["100%", "ten", "2GiB"])
+def test_a_reserve_that_is_none(work: Path, tmp_path: Path, reserve: str) -> None:
+    arguments = ("plan", work / "s.safetensors", "--model", work / "model", "--fit", "1GiB", "--reserve", reserve)
+    done = moekern(*arguments, "--out", tmp_path / "plan.json")
+    assert (done.returncode, done.stderr.startswith("moekern: --reserve")) == (2, True)
+
+
+def test_counts_that_an_engine_runs_slower_are_told_with_the_nearest(work: Path, tmp_path: Path) -> None:
+    arguments = ("plan", work / "s.safetensors", "--keep", 7, "--target", "vllm:ep=2", "--out", tmp_path / "plan.json")
+    said = moekern(*arguments).stderr
+    assert "vllm:ep=2: balancing (EPLB) needs a multiple of ep=2; nearest count without this: 4 or 8" in said
 
 
 def test_targets_go_by_the_models_own_config(work: Path, tmp_path: Path) -> None:

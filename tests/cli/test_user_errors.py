@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.cli import console, pipeline
+from moekern.cli import console, pipeline, whole_run
 from moekern.cli import tour as show
-from moekern.criteria import criterion_named
 from moekern.data.read import read_data
 from moekern.data.text import Text
 from moekern.demo import MODEL, TEXT
@@ -26,6 +25,7 @@ from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
 from moekern.model.compute import Compute, check_device
 from moekern.plan.document import Plan
+from moekern.plan.several import Planning
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 
@@ -265,15 +265,5 @@ def test_a_run_stopped_while_calibrating_leaves_no_folder(tmp_path: Path, monkey
     monkeypatch.setattr(pipeline, "calibrate", stop)
     text, compute = Text((f"a={TEXT / 'c'}",), tokens=64), Compute(dtype="float32")
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run_stages(
-            MODEL,
-            text,
-            compute,
-            tmp_path / "o",
-            criterion=criterion_named("reap"),
-            keep=8,
-            protect_super=False,
-            mtp="prune",
-            forward=False,
-        )
+        whole_run.run_stages(MODEL, text, compute, tmp_path / "o", whole_run.Asked(Planning(("reap",), (8,))))
     assert list(tmp_path.iterdir()) == []

@@ -268,7 +268,7 @@ def test_the_command_writes_a_plan_that_prunes(family_checkpoint: MakeCheckpoint
     assert not side.exists()
     prune(source, plan, tmp_path / "pruned")
     shown = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again.json")], catch_exceptions=False)
-    assert "reap, 4 of 8 experts" in shown.stdout
+    assert "gated_norm, 4 of 8 experts" in shown.stdout
     assert (tmp_path / "again.json").read_bytes() == out.read_bytes()
 
 

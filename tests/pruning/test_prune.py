@@ -340,8 +340,9 @@ class TestRefusals:
         self.refused(source, "lies inside the source", out=source / "pruned")
         assert not (source / "pruned").exists()
 
-    def test_no_parent(self, source, tmp_path):
-        self.refused(source, "none does not exist; make it first", out=tmp_path / "none" / "pruned")
+    def test_a_file_where_a_folder_should_be(self, source, tmp_path):
+        (tmp_path / "none").touch()
+        self.refused(source, "none is no folder; name another place", out=tmp_path / "none" / "pruned")
 
     def test_unwritable_parent(self, source, tmp_path, monkeypatch):
         # root may write anywhere, so the answer of the system is replaced
@@ -352,7 +353,7 @@ class TestRefusals:
         found = list(os.statvfs(source))
         found[4] = 1  # f_bavail
         monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(found))
-        self.refused(source, r"needs 0\.00 GB, and .* has 0\.00 GB free")
+        self.refused(source, r"needs 0\.00 GiB, and .* has 0\.00 GiB free")
 
     def test_no_inodes(self, source, monkeypatch):
         found = list(os.statvfs(source))

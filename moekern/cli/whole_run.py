@@ -1,0 +1,243 @@
+"""What `run` does: the stages joined, for one number of experts or several, and how good the result is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moekern.architectures import Layout, find_layout
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.cli import console, pipeline
+from moekern.cli.plan import check_options
+from moekern.cli.prune import prune_to
+from moekern.criteria import criterion_named
+from moekern.data.batches import TokenData
+from moekern.data.text import Text
+from moekern.estimation.overview import overview
+from moekern.evaluation.held_out import held_back
+from moekern.evaluation.losses import ORIGINAL, Evaluation, Loss, losses_document, mean_loss
+from moekern.files import (
+    check_name,
+    check_new,
+    check_work,
+    is_folder,
+    is_plain,
+    standing,
+    temporary_path,
+    work_path,
+    working,
+    write_bytes,
+)
+from moekern.measurement.tiers import backends_of, wanted_tiers
+from moekern.model.compute import Compute
+from moekern.plan.document import Mtp, Plan
+from moekern.plan.served import check_folder
+from moekern.plan.serving import serve_commands
+from moekern.plan.several import Planning, fitted_count, make_plans
+from moekern.pruning.copying import room_needed
+from moekern.pruning.preflight import check_space
+from moekern.pruning.prune import Copy, PruneReport
+from moekern.pruning.side_files import check_side_files
+from moekern.pruning.work_folder import check_target
+from moekern.router import kept_count
+from moekern.statistics.coverage import THIN, Coverage, coverage
+from moekern.statistics.layer import TIERS
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `run` is to do with the text: one criterion of `planning`, and one or several counts."""
+
+    planning: Planning
+    tiers: Sequence[str] = ()  # measured beside what the criterion needs
+    mtp: Mtp = "prune"
+    copy: Copy = "auto"
+    forward: bool = True  # logits are compared with the masked original's
+    quality: bool = True  # some of the text is held back, and losses are measured on it
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the tiers that are measured."""
+        return (*self.tiers, *criterion_named(self.planning.criteria[0]).tiers)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pruned checkpoint."""
+
+    plan: Path
+    pruned: PruneReport
+    verdict: pipeline.Verdict
+    serve: Mapping[str, str]  # target -> command line
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "plan": str(self.plan),
+            "pruned": {**asdict(self.pruned), "out": str(self.pruned.out)},
+            "verify": self.verdict.document(),
+            "serve": dict(self.serve),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run` made, and where."""
+
+    statistics: Path
+    coverage: Mapping[str, Coverage]
+    quality: Evaluation | None  # rows: original, then one for each result, by its folder; None where not measured
+    results: Sequence[Result]
+
+    @property
+    def good(self) -> bool:
+        return all(result.verdict.good for result in self.results)
+
+    def document(self) -> dict[str, Any]:
+        found = {
+            "statistics": str(self.statistics),
+            "coverage": {name: asdict(each) for name, each in self.coverage.items()},
+            "quality": None if self.quality is None else losses_document(self.quality),
+        }
+        several = [result.document() for result in self.results]
+        return {**found, **several[0]} if len(several) == 1 else {**found, "results": several}
+
+
+def out_folders(out: Path, keeps: Sequence[float | int]) -> list[Path]:
+    """The folder of each count: `out` itself for one, OUT-0.5, OUT-64, ... for several."""
+    check_name(out)
+    return [out] if len(keeps) == 1 else [out.with_name(f"{out.name}-{keep:g}") for keep in keeps]
+
+
+def has_run(target: Path, out: Path) -> bool:
+    """Whether `run` may have made this target before it was stopped: its statistics are still beside `out`."""
+    return bool(target.name) and is_folder(target) and is_plain(work_path(out) / "statistics.safetensors")
+
+
+def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Asked) -> Run:
+    """Calibrate, plan, evaluate, prune, verify. What an earlier run with the same model and data left is used again."""
+    tiers = asked.wanted
+    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    checkpoint = open_checkpoint(folder)
+    layout = find_layout(checkpoint)
+    planning = replace(asked.planning, model=checkpoint)
+    check_options(checkpoint, planning)
+    check_work(out)
+    statistics_path = work_path(out) / "statistics.safetensors"
+    targets = out_folders(out, planning.keeps or (0,))
+    made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
+    _check_targets(checkpoint, layout, planning, [t for t, done in zip(targets, made, strict=True) if not done])
+    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
+    data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
+    with working(out):
+        paths = [_plan_path(out, target) for target in targets]
+        for path in paths:
+            is_plain(temporary_path(path))
+            if is_plain(path):
+                Plan.load(path)  # else it is not this program's to write over
+        statistics = pipeline.earlier_statistics(statistics_path, checkpoint, data, compute, tiers)
+        if statistics is None and any(made):
+            check_new(targets[made.index(True)], folder=True)
+        if statistics is None:
+            statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
+            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path)
+        plans = list(make_plans(statistics, planning).values())
+        for plan, path, done in zip(plans, paths, made, strict=True):
+            if not done:
+                plan.save(path)
+        quality = _quality(checkpoint, held, compute, dict(zip(map(str, targets), plans, strict=True)), out)
+        reports = [
+            prune_to(checkpoint, plan, target, mtp=asked.mtp, copy=asked.copy, again=done)
+            for plan, target, done in zip(plans, targets, made, strict=True)
+        ]
+    # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
+    plain = replace(compute, dtype=None)
+    results = [
+        Result(
+            path,
+            report,
+            pipeline.verify_both(folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp),
+            serve_commands(report.out, check_folder(report.out, planning.targets), planning.targets),
+        )
+        for plan, path, report in zip(plans, paths, reports, strict=True)
+    ]
+    return Run(statistics_path, coverage(statistics), quality, results)
+
+
+def _plan_path(out: Path, target: Path) -> Path:
+    """The plan of a target in the work folder: plan.json, or plan-0.5.json."""
+    return work_path(out) / f"plan{target.name.removeprefix(out.name)}.json"
+
+
+def _check_targets(checkpoint: Checkpoint, layout: Layout, planning: Planning, targets: Sequence[Path]) -> None:
+    """Raise InputError for a target that cannot be made, and where there is no room for all of them."""
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    room, found = 0, overview(checkpoint)
+    for target in targets:
+        check_target(target, checkpoint.folder)
+    if targets:
+        check_side_files(checkpoint)
+        for keep in keeps[: len(targets)]:
+            nbytes = found.bytes_at(kept_count(keep, layout.router))
+            room += room_needed(checkpoint, standing(targets[0].parent), nbytes)
+        check_space(targets[0], room, len(checkpoint.shards) * len(targets))
+
+
+def _quality(
+    checkpoint: Checkpoint, held: TokenData, compute: Compute, plans: Mapping[str, Plan], out: Path
+) -> Evaluation | None:
+    """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
+    if not held.batches:
+        return None
+    path = work_path(out) / "quality.json"
+    digests = {name: plan.digest for name, plan in plans.items()}
+    made_from = {
+        "model": checkpoint.fingerprint,
+        "config": checkpoint.config_sha256,
+        "data": json.loads(json.dumps(held.recipe)),
+        "tokens": held.tokens,
+        "dtype": compute.dtype_name,
+    }
+    earlier = json.loads(path.read_bytes()) if is_plain(path) else {}
+    rows: dict[str, Mapping[str, Any]] = {}
+    if isinstance(earlier, dict) and earlier.get("made_from") == made_from:
+        rows = earlier["losses"]  # original, and plans by their digests
+    if not {ORIGINAL, *digests.values()} <= rows.keys():
+        found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")
+        rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
+        write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+    names = {ORIGINAL: ORIGINAL, **digests}
+    return {name: {d: Loss(**loss) for d, loss in rows[key].items()} for name, key in names.items()}
+
+
+def quality_lines(found: Evaluation | None) -> list[str]:
+    """What pruning costs, in words."""
+    if found is None:
+        return ["quality: not measured; `moekern evaluate` measures it on text of your choice"]
+    whole = found[ORIGINAL]
+    tokens = sum(loss.tokens for loss in whole.values())
+    before = mean_loss({d: loss.nll for d, loss in whole.items()})
+    lines = []
+    for name, row in found.items():
+        if name != ORIGINAL:
+            after = mean_loss({d: loss.nll for d, loss in row.items()})
+            same = mean_loss({d: loss.top1 for d, loss in row.items()})
+            where = f"{name}: " if len(found) > 2 else ""
+            lines.append(
+                f"quality: {where}loss {before:.3f} -> {after:.3f} nats a token, likeliest token the same for "
+                f"{same:.1%} (a rough figure: {tokens} tokens of the same text, held back from calibration)"
+            )
+    return lines
+
+
+def show_coverage(found: Mapping[str, Coverage]) -> None:
+    """Idle and thin experts, a row a domain."""
+    rows = [(name, each.tokens, each.experts, each.idle, each.thin) for name, each in found.items()]
+    if len(rows) == 2:
+        rows = rows[1:]  # one domain is all there is
+    columns = ("domain", "tokens", "experts", "no token", f"fewer than {THIN}")
+    console.show("how well the text covers the experts of all layers", columns, rows)

@@ -1,0 +1,161 @@
+"""What of a command's words is shown: the device first, errors alone and in one style, nothing with --quiet, a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moekern.cli import console
+from moekern.criteria.table import CRITERIA, DEFAULT
+from moekern.model.compute import Compute
+from moekern.statistics.layer import TIERS
+from tests.helpers import families
+from tests.helpers.commands import document, moekern
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spoken")
+    families.save("qwen3_moe", folder / "model")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 400))
+    return folder
+
+
+def calibrate(work: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("calibrate", work / "model", "--data", f"a={work / 'ids.npy'}", "--out", out, *more)
+
+
+def test_the_device_is_the_first_line(work: Path, tmp_path: Path) -> None:
+    done = moekern(*calibrate(work, tmp_path / "s", "--dtype", "fp32"))
+    assert done.stderr.splitlines()[0] == Compute().described
+    assert document(*calibrate(work, tmp_path / "t", "--dtype", "bf16"))["runs"][0]["dtype"] == "bfloat16"  # type: ignore[index]
+
+
+def test_quiet_is_results_alone(work: Path, tmp_path: Path) -> None:
+    done = moekern(*calibrate(work, tmp_path / "s", "-q"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "layer" in done.stdout
+    assert moekern(*calibrate(work, tmp_path / "s", "-q")).stderr.startswith("moekern: --out ")
+
+
+def test_what_is_said_goes_to_the_log_too(work: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for _ in range(2):
+        moekern(*calibrate(work, tmp_path / "s", "-q", "--log-file", log))
+    text = log.read_text()
+    assert text.count("moekern calibrate ") == 2
+    assert Compute().described in text
+    assert "calibrating: " in text
+    assert "error: --out" in text
+    done = moekern(*calibrate(work, tmp_path / "t", "--log-file", tmp_path / "none" / "log"))
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"moekern: --log-file {tmp_path / 'none' / 'log'}: No such file or directory\n",
+    )
+
+
+def test_verbose_tells_where_an_error_comes_from(work: Path, tmp_path: Path) -> None:
+    done = moekern("inspect", tmp_path / "none", "-v")
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("moekern: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("plann",), "did you mean 'plan'"),
+        (("plan", "s", "--kep", "4"), "--keep"),
+        (("plan", "s"), "plan: missing option '--out'"),
+        (("run", "--nothing"), "run: no such option: --nothing"),
+    ],
+)
+def test_mistakes_in_the_flags_are_one_line_too(arguments: tuple[str, ...], says: str) -> None:
+    done = moekern(*arguments)
+    assert done.returncode == 2
+    assert says.lower() in done.stderr.lower()
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("moekern: ")
+    assert "--help" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "none.safetensors", "--keep", "0.5", "--out", "OUT"),
+        ("plan", "none.safetensors", "--keep", "half", "--out", "OUT"),
+        ("score", "none.safetensors"),
+        ("run", "none", "--data", "a=b", "--keep", "4", "--out", "OUT"),
+        ("calibrate", "MODEL", "--data", "a=b", "--tier", "tear", "--out", "OUT"),
+        ("iterate", "MODEL", "--keep", "half", "--out", "OUT"),
+        ("check", "MODEL", "--target", "vlm"),
+        ("calibrate", "MODEL", "--data", "a=b", "--criterion", "reep", "--out", "OUT"),
+        ("merge", "none.safetensors", "--out", "OUT"),
+        ("criteria", "gate"),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(work: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    places = {"MODEL": str(work / "model"), "OUT": str(tmp_path / "out")}
+    code = (
+        "import sys, moekern.cli.app as app\n"
+        "try: app.main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    given = [places.get(word, word) for word in arguments]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if arguments[0] == "criteria" else 2), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_table_of_criteria_names_every_tier() -> None:
+    """--tier is checked by it before torch is there."""
+    assert {tier for row in CRITERIA.values() for tier in row.tiers} == set(TIERS)
+
+
+def test_criteria_fit_a_terminal_and_are_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    whole = moekern("criteria").stdout
+    assert whole.startswith(f"Take {DEFAULT}")
+    assert max(map(len, whole.splitlines())) <= 80
+    assert {row["name"] for row in document("criteria", "taylor")} == {"taylor", "gate_taylor"}  # type: ignore[index]
+    assert all("replay" in row["tier"] for row in document("criteria", "--tier", "replay"))  # type: ignore[index]
+    assert moekern("criteria", "nothing-like-it").returncode == 2
+
+
+def test_the_shell_completes_commands() -> None:
+    code = "import sys; sys.argv = ['moekern']; from moekern.cli.app import main; main()"
+    asked = {"_MOEKERN_COMPLETE": "complete_bash", "COMP_WORDS": "moekern pl", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["plan"]
+
+
+def test_the_time_that_is_left_is_known_inside_the_first_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was prepared before the first step is not counted."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.output(True), console.progress("calibrating", tokens=1000) as step:
+        for moment, done in ((100.0, 0), (101.5, 0.5), (103.0, 1)):
+            now[0] = moment
+            step(done, 10)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["done"], line["seconds_left"]) for line in lines[1:]] == [(0.5, 28.5), (1, 27.0)]
+
+
+def test_tokens_a_second_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.output(False), console.progress("calibrating", tokens=1000) as step:
+        for moment, done in ((0.0, 0), (20.0, 0.25)):
+            now[0] = moment
+            step(done, 2)
+    assert capsys.readouterr().err == "calibrating: 0.25/2 layers, 12 tokens/s a layer, 20 s, 140 s left\n"
