@@ -48,8 +48,8 @@ def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Ite
     check_place(target, "")
     if target.is_dir() and not new:
         raise InputError(f"{target}: is a folder; name a file")
-    if target.exists() and not target.is_file() and not new:
-        raise InputError(f"{target}: is a pipe or a device, which a file would take the place of; name a file")
+    if not new:
+        is_plain(target)
     temporary, kept = temporary_path(target), False
     make_parents(target)
     with told(target):

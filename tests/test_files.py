@@ -57,13 +57,15 @@ NEW = {
 }
 
 
-def test_a_file_takes_no_device_s_or_pipe_s_place(tmp_path):
+def test_a_file_takes_no_device_s_pipe_s_or_link_s_place(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
     for name in ("pipe", "link"):
-        with pytest.raises(InputError, match=f"{name}: is a pipe or a device"):
+        with pytest.raises(InputError, match=f"{name}: a link, pipe or other thing"):
             files.write_bytes(tmp_path / name, b"some")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
+    assert (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize("what", NEW)
