@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from moekern.plan.document import Plan as Plan
     from moekern.plan.guards import Guards as Guards
     from moekern.plan.make import make_plan as make_plan
+    from moekern.plan.scores import Scores as Scores
+    from moekern.plan.scores import score as score
     from moekern.pruning.prune import prune as prune
     from moekern.statistics.file import Statistics as Statistics
     from moekern.statistics.file import merge as merge
@@ -49,6 +51,7 @@ HOMES = {
     "InputError": "errors",
     "LayerStatistics": "statistics.layer",
     "Plan": "plan.document",
+    "Scores": "plan.scores",
     "Statistics": "statistics.file",
     "Text": "data.text",
     "calibrate": "calibration.calibrate",
@@ -60,6 +63,7 @@ HOMES = {
     "open_checkpoint": "checkpoint.folder",
     "prune": "pruning.prune",
     "read_data": "data.read",
+    "score": "plan.scores",
     "verify": "verification.tensors",
 }
 

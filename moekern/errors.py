@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # What a program is told that an error is about: by the flag that the message begins with, else by who raised it.
 FLAG_KINDS = {"data": "data", "device": "device", "target": "target"}  # other flags: "option"
@@ -20,9 +21,25 @@ PART_KINDS = {
 }  # other parts of moekern: "input"
 
 
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+_speaks_flags = False
+
+
+@contextmanager
+def speaking_flags() -> Iterator[None]:
+    """Errors name the command line's flags, as the command line wants it; else the arguments of the same names."""
+    global _speaks_flags
+    before, _speaks_flags = _speaks_flags, True
+    try:
+        yield
+    finally:
+        _speaks_flags = before
+
+
 class InputError(ValueError):
     """Something the user can mend: a file, a flag, a plan or a checkpoint. One line that says what and where.
 
+    Messages are written with the command line's flags; to who calls the library "--keep-always" is `keep_always`.
     Names of a hostile checkpoint reach the terminal without line breaks and control codes.
     """
 
@@ -30,13 +47,16 @@ class InputError(ValueError):
         super().__init__(printable(message))
         self._kind = kind
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if _speaks_flags else FLAG.sub(lambda flag: flag[1].replace("-", "_"), text)
+
     @property
     def kind(self) -> str:
         """checkpoint, plan, statistics, data, option, target, device, or input for anything else."""
         if self._kind is not None:
             return self._kind
-        flag = re.match("--([a-z-]+)", str(self))
-        if flag:
+        if flag := FLAG.match(super().__str__()):
             return FLAG_KINDS.get(flag[1], "option")
         return PART_KINDS.get(_part_that_raised(self), "input")
 

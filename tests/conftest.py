@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.helpers")  # a failed assert says what it compared, as in a test
 
+from moekern.errors import speaking_flags  # noqa: E402
 from tests.helpers import families, in_flight  # noqa: E402
 
 settings.register_profile("moekern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -54,6 +55,13 @@ def _family(item: pytest.Item) -> str:
     """The family whose checkpoint a test is about, by its parameter `name`; or no family's name."""
     name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
     return name if isinstance(name, str) and "family_checkpoint" in item.fixturenames else ""  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _errors_name_flags() -> Iterator[None]:
+    """Tests of the core expect the words of the command line; tests/test_library.py has those of the library."""
+    with speaking_flags():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 
 import moekern
 from moekern.data.batches import Batch, TokenData
+from moekern.errors import speaking_flags
 from moekern.plan.document import LayerPlan
 from tests.helpers.synthetic import qwen3, write
 
@@ -18,6 +19,12 @@ PLAN = moekern.Plan({"0": LayerPlan((0, 2, 3, 7)), "1": LayerPlan((1, 4, 5, 6))}
 DATA = TokenData((Batch("a", torch.tensor([[1, 2, 3]])),), {})
 ONE_TOKEN = TokenData((Batch("a", torch.tensor([[1]])),), {})
 Call = Callable[[Path, Any], object]
+
+
+@pytest.fixture(autouse=True)
+def _errors_name_flags() -> None:
+    """Not here, where errors speak to who calls the library."""
+
 
 WRONG_TYPES: dict[str, tuple[Call, str]] = {
     "prune": (lambda model, x: moekern.prune(model, x, model.parent / "out"), "plan: expected Plan, got "),
@@ -49,7 +56,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing predicted": (lambda model: moekern.evaluate(model, ONE_TOKEN, {}), "domain a: no sequence of two tokens"),
     "two originals": (lambda model: moekern.evaluate(model, DATA, {"original": PLAN}), "a plan is named 'original'"),
     "nothing to measure": (lambda model: moekern.calibrate(model, TokenData((), {})), "the data hold no batch"),
-    "no such mtp": (lambda model: moekern.prune(model, PLAN, model.parent / "out", mtp=""), "--mtp : expected one of"),  # type: ignore[arg-type]
+    "no such mtp": (lambda model: moekern.prune(model, PLAN, model.parent / "out", mtp=""), "^mtp : expected one of"),  # type: ignore[arg-type]
     "another model's plan": (
         lambda model: moekern.compare_forward(model, moekern.Plan({"9": LayerPlan((0,))}), model),
         "layer '9' is not a MoE layer",
@@ -67,3 +74,11 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(moekern.InputError, match=message):
         call(model)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_errors_name_arguments_and_on_the_command_line_flags() -> None:
+    error = moekern.InputError("--keep-always 3: expected what --guard takes, not a--b")
+    assert str(error) == "keep_always 3: expected what guard takes, not a--b"
+    assert error.kind == "option"
+    with speaking_flags():
+        assert str(error) == "--keep-always 3: expected what --guard takes, not a--b"

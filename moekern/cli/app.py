@@ -31,7 +31,7 @@ from moekern.cli.prune import prune
 from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
-from moekern.errors import InputError, first_line, notes
+from moekern.errors import InputError, first_line, notes, speaking_flags
 from moekern.files import reason
 from moekern.version import __version__
 
@@ -167,7 +167,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor are its warnings
     try:
-        with console.output(asked):
+        with console.output(asked), speaking_flags():
             _run()
     finally:
         for number, handler in before.items():

@@ -16,7 +16,7 @@ from moekern.architectures import find_layout
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.criteria import criterion_named, score_layer
+from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
@@ -216,15 +216,6 @@ def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
     costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
     with console.progress("weighing") as step:
         return weigh(source, costly=costly, progress=step)
-
-
-def scores_of(
-    statistics: Statistics, criterion: str, domains: Sequence[str] | None, seed: int
-) -> dict[str, list[float]]:
-    """Layer key -> the scores of its experts."""
-    chosen = criterion_named(criterion)
-    layers = ((key, statistics.layer(key, domains, chosen.tiers)) for key in statistics.layers)
-    return {key: score_layer(chosen, sums, key, seed).tolist() for key, sums in layers}
 
 
 def check_iterated(out: Path) -> None:

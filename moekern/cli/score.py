@@ -21,8 +21,9 @@ def score(
     check_statistics(statistics)
 
     from moekern.cli import pipeline
+    from moekern.plan.scores import score as scored
 
-    scores = pipeline.scores_of(pipeline.statistics_of(statistics, [criterion]), criterion, domain, seed)
+    scores = scored(pipeline.statistics_of(statistics, [criterion]), criterion, domain, seed).layers
     result({"criterion": criterion, "layers": scores}, lambda: show_scores(criterion, scores))
 
 
