@@ -15,6 +15,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
+from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.measurement.gradients import measure_gradients
 from moekern.measurement.probe import Probe
@@ -66,6 +67,7 @@ def calibrate(
     if not data.batches:
         raise InputError("calibrate: the data hold no batch", kind="data")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    check_data(data, checkpoint)
     layout = find_layout(checkpoint)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}

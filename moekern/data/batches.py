@@ -10,16 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekern.errors import InputError, check_type
+
 DEFAULT_DOMAIN = "text"
 CHUNK_TOKENS = 2048  # of the sequences that are computed together, where nobody says how many
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one domain and one length: nothing is ever padded."""
+    """Sequences of one domain and one length: nothing is ever padded.
+
+    Raises TypeError for values of other types, InputError for ids of another shape, on a device, or below 0.
+    """
 
     domain: str
-    input_ids: Tensor  # [B, S] int64
+    input_ids: Tensor  # [B, S] int64, on the CPU
+
+    def __post_init__(self) -> None:
+        check_type("domain", self.domain, str)
+        check_type("input_ids", self.input_ids, Tensor)
+        ids = self.input_ids
+        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.device.type != "cpu":
+            found = f"{ids.dtype} {list(ids.shape)} on {ids.device}"
+            raise InputError(f"Batch of {self.domain}: input_ids: expected int64 [B, S] on the CPU, got {found}")
+        if ids.numel() and int(ids.min()) < 0:
+            raise InputError(f"Batch of {self.domain}: input_ids: {int(ids.min())} is no token id")
 
     def __repr__(self) -> str:
         return f"Batch({self.domain}, {tuple(self.input_ids.shape)})"

@@ -11,6 +11,8 @@ from moekern.data.rows import ROW_KEYS
 from moekern.errors import first_line
 
 STEP = 1 << 16  # characters read at a time
+BLANK_LIMIT = 1 << 20  # characters of blank lines, or of spaces between values
+MOST_KEYS = 1 << 16  # of an object that is a row or holds rows
 BESIDE = frozenset({"tools", "images"})  # lists of a row that are no rows
 DELIMITERS = " \t\r\n,]}"  # behind a number
 _SPACE = " \t\r\n\ufeff"
@@ -42,9 +44,14 @@ class Cursor:
 
     def peek(self) -> str:
         """The next character that is no space, "" at the end."""
+        blank = 0
         while True:
+            start = self.at
             while self.at < len(self.held) and self.held[self.at] in _SPACE:
                 self.at += 1
+            blank += self.at - start
+            if blank > BLANK_LIMIT:
+                raise Unreadable(f"more than {BLANK_LIMIT >> 20} MiB of spaces; the rest of the file is not read")
             if self.at < len(self.held):
                 return self.held[self.at]
             if not self._fill():
@@ -107,10 +114,11 @@ def _items(cursor: Cursor) -> Iterator[tuple[Any, int]]:
 def _in_object(cursor: Cursor, row_keys: frozenset[str | None]) -> Generator[tuple[Any, int], None, bool]:
     """The rows of the one list of an object; or the object itself, where it has a key of a row, and then True."""
     row: dict[str, Any] = {}
-    size, lists = 0, 0
+    size, lists, keys = 0, 0, 0
     cursor.skip("{")
     while cursor.peek() != "}":
-        key, _ = cursor.value()
+        key, more = cursor.value()
+        size, keys = size + more, keys + 1
         cursor.skip(":")
         if not isinstance(key, str):
             raise Unreadable("not JSON (a key that is no string)")
@@ -122,6 +130,8 @@ def _in_object(cursor: Cursor, row_keys: frozenset[str | None]) -> Generator[tup
         else:
             row[key], more = cursor.value()
             size += more
+            if size > cursor.most or keys > MOST_KEYS:
+                raise Unreadable(f"an object of more than {cursor.most >> 20} MiB or {MOST_KEYS:,} keys")
         if cursor.peek() == ",":
             cursor.skip(",")
         elif cursor.peek() != "}":

@@ -7,7 +7,6 @@ is compressed, from the start only.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import json
@@ -21,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from moekern.data.json_rows import json_rows, not_json
+from moekern.data.csv_rows import csv_rows
+from moekern.data.json_rows import BLANK_LIMIT, json_rows, not_json
 from moekern.data.left_out import Unreadable
 from moekern.data.rows import Passage
 from moekern.errors import InputError, first_line
@@ -38,6 +38,7 @@ FORMATS = {
 COMPRESSED = (".gz", ".zst")
 PIECE = 1 << 16  # bytes of text read, and characters tokenised, at a time
 ROW_LIMIT = 1 << 26  # bytes of a row
+PASSED_LIMIT = 1 << 30  # bytes of a longer row, behind which the rest of a file is not read
 ID_BYTES = 4  # of text that a token id stands for, where files are compared by size
 DAMAGED = (OSError, EOFError, zlib.error)  # what a broken compressed file raises
 
@@ -191,7 +192,9 @@ def read_block(file: File, start: int, stop: int) -> Iterator[Item]:
     with opened(file) as stream:
         if file.format == "lines":
             stream.seek(max(start - 1, 0))
-            if start and not stream.readline(stop - start + 1).endswith(b"\n"):
+            before = stream.readline(stop - start + 1) if start else b"\n"
+            if not before.endswith(b"\n"):  # the block lies within a line
+                _check_bytes(before)
                 return
             yield from _lines(stream, stop)
         else:
@@ -200,19 +203,32 @@ def read_block(file: File, start: int, stop: int) -> Iterator[Item]:
 
 def _lines(stream: BinaryIO, stop: int | None = None) -> Iterator[Item]:
     """Rows of JSON lines; with `stop`, those that begin before that byte."""
-    number = 0
+    number = blank = 0
     while stop is None or stream.tell() < stop:
         number += 1
         where = f"line {number}" if stop is None else f"byte {stream.tell()}"
         line = stream.readline(ROW_LIMIT + 1)
         if not line:
             return
+        blank = 0 if line.strip() else blank + len(line)
+        if blank > BLANK_LIMIT:
+            raise Unreadable(f"more than {BLANK_LIMIT >> 20} MiB of blank lines; the rest of the file is not read")
         if len(line) > ROW_LIMIT:
             yield Item(where, Unreadable(f"a row of more than {ROW_LIMIT >> 20} MiB"))
-            while line and not line.endswith(b"\n"):
-                line = stream.readline(PIECE)
+            _pass_over(stream, line)
         elif line.strip():
             yield Item(where, _parsed(line), len(line))
+
+
+def _pass_over(stream: BinaryIO, line: bytes) -> None:
+    """Read up to the end of a line."""
+    passed = 0
+    while line and not line.endswith(b"\n"):
+        _check_bytes(line)
+        line = stream.readline(PIECE)
+        passed += len(line)
+        if passed > PASSED_LIMIT:
+            raise Unreadable(f"a row of more than {PASSED_LIMIT >> 20} MiB; the rest of the file is not read")
 
 
 def _parsed(line: bytes) -> Any:
@@ -263,7 +279,11 @@ def _pieces(stream: BinaryIO) -> Iterator[str]:
 
 
 def _check_text(text: str) -> None:
-    if "\0" in text:
+    _check_bytes(b"\0" if "\0" in text else b"")
+
+
+def _check_bytes(data: bytes) -> None:
+    if b"\0" in data:
         raise Unreadable("holds NUL bytes: not text")
 
 
@@ -312,27 +332,15 @@ def _rest_of_character(data: bytes) -> int:
 def _of_text(file: File, stream: BinaryIO, column: str | None) -> Iterator[Item]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        rows = json_rows(text, ROW_LIMIT, column) if file.format == "json" else _csv(text, plain_suffix(file.path))
+        delimiter = "\t" if plain_suffix(file.path) == ".tsv" else ","
+        is_json = file.format == "json"
+        rows: Iterator[Any] = json_rows(text, ROW_LIMIT, column) if is_json else csv_rows(text, ROW_LIMIT, delimiter)
         for number, (row, size) in enumerate(rows, start=1):
             yield Item(f"row {number}", row, size)
     except UnicodeDecodeError as error:
         raise Unreadable("not UTF-8") from error
     finally:
         text.detach()
-
-
-def _csv(text: io.TextIOWrapper, suffix: str) -> Iterator[tuple[Any, int]]:
-    before = csv.field_size_limit(ROW_LIMIT)
-    try:
-        for row in csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ","):
-            if None in row:
-                yield Unreadable("more cells than columns"), 0
-            else:
-                yield row, sum(len(cell or "") for cell in row.values())
-    except csv.Error as error:
-        raise Unreadable(f"not CSV ({error})") from error
-    finally:
-        csv.field_size_limit(before)
 
 
 def groups_of(file: File) -> list[int | None]:
@@ -378,10 +386,12 @@ def _array(file: File) -> np.ndarray:
         raise Unreadable("a compressed .npy file; decompress it")
     try:
         ids = np.load(file.path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, OverflowError, MemoryError) as error:  # its header may say any size
+    except Exception as error:  # its header is a program's text, of any size, and Python's parser reads it
         raise Unreadable("not a readable .npy file of token ids") from error
     if not isinstance(ids, np.ndarray):
         raise Unreadable("not a readable .npy file of token ids")
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise Unreadable(f"expected integer token ids of shape [N] or [rows, N], got {ids.dtype} {ids.shape}")
+    if not ids.size:  # of any number of rows
+        raise Unreadable(f"holds no token ids (shape {ids.shape})")
     return ids

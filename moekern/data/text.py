@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.data.batches import TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.data.read import read_data
+from moekern.errors import InputError, check_type
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class Text:
             tell=self.tell,
             trust_remote_code=trust_remote_code,
         )
+
+
+def check_data(data: TokenData, checkpoint: Checkpoint) -> None:
+    """Raise TypeError for what is no TokenData of Batch, InputError for token ids outside a checkpoint's vocabulary."""
+    check_type("data", data, TokenData)
+    vocabulary = _number(checkpoint, "vocab_size")
+    for batch in data.batches:
+        check_type("data.batches", batch, Batch)
+        high = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
+        if vocabulary is not None and high >= vocabulary:
+            raise InputError(
+                f"data: domain {batch.domain}: token id {high} does not fit the model's vocabulary of {vocabulary}",
+                kind="data",
+            )
 
 
 def _number(checkpoint: Checkpoint, key: str) -> int | None:

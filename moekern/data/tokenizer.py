@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from moekern.checkpoint.pointers import A_POINTER, is_pointer
 from moekern.checkpoint.strict_json import regular_size
-from moekern.data.chat import Templates
 from moekern.data.left_out import Notes, Unreadable
+from moekern.data.process import TokenizerProcess
 from moekern.data.readers import PIECE, cut_of
 from moekern.data.rows import Chat, Document, Passage, check_characters
 from moekern.errors import InputError, first_line
@@ -48,37 +49,53 @@ class Tokenizer:
         self.folder, self.trust_remote_code, self.ended = folder, trust_remote_code, ended
         self.thinking, self.notes = thinking, notes or Notes()
         self.loaded: Any = None
-        self.templates: Templates | None = None
+        self.process: TokenizerProcess | None = None
         self.around: tuple[list[int], list[int]] = ([], [])  # ids that the tokenizer puts before and behind a text
 
     def get(self) -> Any:
         if self.loaded is None:
             from transformers import AutoTokenizer
 
-            self._check_files()
-            try:
+            with self._guarded():
+                self._check_files()
                 loaded = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-            except Exception as error:  # a tokenizer's files are anybody's, and so is what they make transformers raise
-                raise self._unusable(first_line(error)) from error
-            # Without tokenizer files transformers makes an empty one from config.json's model_type.
-            if len(loaded) <= len(loaded.all_special_tokens):
-                raise self._unusable("its vocabulary is empty")
+                # Without tokenizer files transformers makes an empty one from config.json's model_type.
+                if len(loaded) <= len(loaded.all_special_tokens):
+                    raise self._unusable("its vocabulary is empty")
             self.loaded = loaded
-            self.around = _around(loaded)
+            self.around = self._around()
         return self.loaded
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Its files are anybody's, and so is what they make libraries raise: a panic in Rust is no Exception."""
+        try:
+            yield
+        except (InputError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise self._unusable(first_line(error)) from error
+
+    def _apart(self) -> TokenizerProcess:
+        """The process that the tokenizer works in, begun when it is first needed."""
+        if self.process is None:
+            self.process = TokenizerProcess(self.get())
+        return self.process
 
     def _unusable(self, reason: str) -> InputError:
         instead = "give token ids instead (.npy, or JSONL with input_ids)"
         return InputError(f"{self.folder}: no usable tokenizer; {instead}: {reason}")
 
     def close(self) -> None:
-        """End what conversations have begun."""
-        if self.templates is not None:
-            self.templates.close()
-            self.templates = None
+        """End the process that texts have begun."""
+        if self.process is not None:
+            self.process.close()
+            self.process = None
 
     def _check_files(self) -> None:
         """Raise InputError for a file that was not fetched, or that transformers would read for minutes or for ever."""
+        if not self.folder.is_dir():
+            raise self._unusable("no such folder")
         for path in sorted(self.folder.iterdir()):
             if path.suffix in SUFFIXES and not path.is_dir():
                 if is_pointer(path):
@@ -110,10 +127,24 @@ class Tokenizer:
 
     def _plain(self, text: str) -> list[int]:
         """Without special tokens but those that are written in the text, piece by piece."""
-        tokenizer, ids = self.get(), []
+        ids: list[int] = []
         for piece in _pieces(text):
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += self._piece(piece)
         return ids
+
+    def _piece(self, text: str, special: bool = False) -> list[int]:
+        try:
+            return self._apart().ids(text, special)
+        except InputError as error:
+            raise self._unusable(f"it {error}") from error
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer adds before and behind a text."""
+        plain, whole = self._piece("a"), self._piece("a", special=True)
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return [], []
 
     def chat(self, chat: Chat) -> list[int]:
         """A conversation as the template writes it, which has all its special tokens.
@@ -131,7 +162,8 @@ class Tokenizer:
         text = self._rendered(chat)
         check_characters(text)
         ids, end = self._plain(text), tokenizer.eos_token_id if self.ended else None
-        closing = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        with self._guarded():
+            closing = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         return ids if end is None or text.rstrip().endswith(closing) else [*ids, end]
 
     def _check_carried(self, chat: Chat) -> None:
@@ -158,22 +190,10 @@ class Tokenizer:
             options |= dict.fromkeys(THINKING, self.thinking == "on")
             if not any(name in str(tokenizer.chat_template) for name in THINKING):
                 self.notes.warn(f"--thinking {self.thinking}: the chat template does not ask for it; nothing changes")
-        if self.templates is None:
-            self.templates = Templates(tokenizer)
         try:
-            return self.templates.render(list(messages), chat.tools, options)
+            return self._apart().render(list(messages), chat.tools, options)
         except InputError as error:
             raise InputError(f"{self.folder}: the chat template {error}") from error
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer adds before and behind a text."""
-    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    whole = list(tokenizer("a", verbose=False)["input_ids"])
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start], whole[start + len(plain) :]
-    return [], []
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
+from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
@@ -65,16 +66,16 @@ def evaluate(
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
     predictions of one batch. Raises InputError for a plan that does not fit the model, and for data without batches.
     """
-    check_type("data", data, TokenData)
     check_type("plans", plans, Mapping)
     check_type("compute", compute, Compute)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    check_data(data, checkpoint)
     predicted = {batch.domain for batch in data.batches if batch.input_ids[:, 1:].numel()}
     for domain in data.tokens or ["of no name"]:
         if domain not in predicted:
             raise InputError(f"evaluate: domain {domain}: no sequence of two tokens, so none is predicted", kind="data")
     if ORIGINAL in plans:
         raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     for plan in plans.values():
         check_plan(plan, layout, checkpoint.fingerprint)

@@ -24,6 +24,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.criteria.named import plug_ins
 from moekern.data.batches import TokenData
+from moekern.data.text import check_data
 from moekern.errors import InputError
 from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of
@@ -140,6 +141,8 @@ def _job(
             if text
             else f"--data: {method.criterion} looks at weights alone; leave the text out"
         )
+    if data is not None:
+        check_data(data, checkpoint)
     sizes = {layer.num_experts for layer in layout.layers.values()}
     if isinstance(method.keep, float) and len(sizes) > 1:
         raise InputError(f"--keep {method.keep}: layers have different numbers of experts; give a count")

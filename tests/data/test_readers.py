@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def test_json_of_an_unknown_suffix_is_never_taken_for_text(tmp_path: Path) -> No
         ("a.txt", "x".encode("utf-16"), "not UTF-8 text"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
         ("a.csv", "text\nx,y\n", "row 1: more cells than columns"),
+        ("a.csv", "," * (1 << 14) + "\nx\n", "more than 16,384 columns"),
         ("a.npy.gz", b"x", "a compressed .npy file"),
     ],
 )
@@ -158,6 +160,66 @@ def test_a_row_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pyte
     text, said = read(folder_of(tmp_path / "model"), path)
     assert text == TEXT
     assert said[0].startswith("text: left out: 1 of 4 rows of a.jsonl: first: line 1: a row of more than")
+
+
+NO_END = b"x" * (1 << 20)
+BLANK = b"\n" * ((1 << 20) + 100)  # of which no parts are drawn yet
+
+
+@pytest.mark.parametrize("tokens", [None, 1000])
+@pytest.mark.parametrize(
+    ("name", "start", "rest", "reason"),
+    [
+        ("a.csv", b"text\nx\n", NO_END, "a row of more than"),
+        ("a.tsv.gz", b"text\nx\n", NO_END, "a row of more than"),
+        ("a.csv", b"text\nx\n", b'"' + b"x\n" * 90_000, "a row of more than"),
+        ("a.csv", b"text\nx\n", BLANK, "(a row of more than|more than 1 MiB of blank lines)"),
+        ("a.jsonl.gz", b'{"text": "x"}\n', NO_END, "a row of more than"),
+        ("a.jsonl", b'{"text": "x"}\n', BLANK, "more than 1 MiB of blank lines"),
+        ("a.json", b'[{"text": "x"},', BLANK, "more than 1 MiB of spaces"),
+    ],
+)
+def test_what_has_no_end_is_not_read_to_its_end(
+    name: str, start: bytes, rest: bytes, reason: str, tokens: int | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("moekern.data.readers.ROW_LIMIT", 1 << 17)
+    monkeypatch.setattr("moekern.data.readers.PASSED_LIMIT", 1 << 18)
+    path = _written(tmp_path / name, start + rest)
+    text, said = read(folder_of(tmp_path / "model"), path, tokens=tokens)
+    assert text == "<s>x</s>"
+    assert re.match(f"text: left out: 1 of 1 files: first: {name}: {reason}", said[0])
+
+
+@pytest.mark.parametrize("tokens", [None, 1000])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
+def test_a_file_of_gigabytes_that_lie_nowhere_is_left(name: str, tokens: int | None, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.write(b'["x",\n')
+        file.truncate(50 << 30)
+    with pytest.raises(InputError, match=f"{name}: "):
+        read(folder_of(tmp_path / "model"), tmp_path / name, strict=True, tokens=tokens)
+
+
+def test_an_object_of_keys_without_end_is_not_held() -> None:
+    with pytest.raises(Unreadable, match="an object of more than 1 MiB or 65,536 keys"):
+        list(json_rows(io.StringIO("{" + '"a":1,' * 70_000 + '"text": "x"}'), 1 << 20))
+    with pytest.raises(Unreadable, match="an object of more than"):
+        list(json_rows(io.StringIO("{" + f'"{"a" * 1000}":1,' * 2000 + '"text": "x"}'), 1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "reason"),
+    [
+        ("'<i8'", "(9999999999, 0)", "holds no token ids"),
+        ("'<i8'", "(0,)", "holds no token ids"),
+        ("(" * 5000, "(1,)", "not a readable .npy file of token ids"),
+    ],
+)
+def test_a_header_of_ids_that_lies_is_told(descr: str, shape: str, reason: str, tmp_path: Path) -> None:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n")
+    with pytest.raises(InputError, match=f"a.npy: {reason}"):
+        read(folder_of(tmp_path / "model"), tmp_path / "a.npy")
 
 
 @example(sizes=[0, 0], block=8, final=True)  # the last block ends with the line that the first one ends in

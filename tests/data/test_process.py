@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moekern.data import chat
+from moekern.data import process
 from moekern.data.read import read_data
 from moekern.demo import MODEL
 from moekern.errors import InputError
@@ -54,6 +54,6 @@ def test_conversations_become_their_text(tmp_path: Path) -> None:
 def test_a_template_that_takes_too_much_is_ended(
     template: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 1)
+    monkeypatch.setattr(process, "SECONDS", 1)
     with pytest.raises(InputError, match=f"the chat template.*{reason}"):
         read_data([rows(tmp_path)], model_with(template, tmp_path / "m"))

@@ -1,0 +1,49 @@
+"""Batches that a caller makes are looked at before a model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moekern.calibration.calibrate import calibrate
+from moekern.data.batches import Batch, TokenData
+from moekern.demo import MODEL
+from moekern.errors import InputError
+from moekern.evaluation.losses import evaluate
+from moekern.iteration.rounds import Method, iterate
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[1, 2]], TypeError, "input_ids: expected Tensor, got list"),
+        (torch.arange(4), InputError, r"Batch of text: input_ids: expected int64 \[B, S\] on the CPU, got .* \[4\]"),
+        (torch.ones(1, 4), InputError, r"expected int64 \[B, S\] on the CPU, got torch.float32 \[1, 4\] on cpu"),
+        (torch.ones(1, 4, dtype=torch.int64, device="meta"), InputError, "on the CPU, got .* on meta"),
+        (torch.tensor([[1, -1]]), InputError, "input_ids: -1 is no token id"),
+    ],
+)
+def test_ids_that_are_no_batch_are_refused(ids: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Batch("text", ids)
+
+
+@pytest.mark.parametrize("batch", ["text", Batch("mine", torch.tensor([[1, 10**6]]))], ids=["type", "vocabulary"])
+def test_every_stage_looks_at_a_callers_batches(batch: Any) -> None:
+    data = TokenData((Batch("text", torch.tensor([[1, 2]])), batch), {})
+    folder = Path(MODEL)
+    wanted: tuple[type[Exception], str] = (
+        (InputError, "data: domain mine: token id 1000000 does not fit the model's vocabulary of [0-9]+")
+        if isinstance(batch, Batch)
+        else (TypeError, "data.batches: expected Batch, got str")
+    )
+    for stage in (
+        lambda: calibrate(folder, data),
+        lambda: evaluate(folder, data, {}),
+        lambda: iterate(folder, data, Method("reap", keep=0.5)),
+    ):
+        with pytest.raises(wanted[0], match=wanted[1]):
+            stage()
