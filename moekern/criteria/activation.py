@@ -30,6 +30,8 @@ def variances(statistics: LayerStatistics) -> Tensor:
     """[E, H] variance over the routed tokens of each output dimension, never below the least normal number."""
     count = statistics.count.clamp(min=1)[:, None]
     spread = statistics.square_sum / count - (statistics.value_sum / count).square()
+    rounding = torch.finfo(torch.float64).eps * statistics.square_sum  # what sums of equal numbers may leave
+    spread = torch.where(spread > rounding, spread, 0.0)
     return spread.clamp(min=torch.finfo(torch.float64).tiny)
 
 

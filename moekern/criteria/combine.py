@@ -46,8 +46,8 @@ def zscores(scores: Tensor) -> Tensor:
 
     One that stands far out takes spread from the others, as it does not from ranks.
     """
-    spread = scores.std(correction=0)
-    return torch.where(spread > 0, (scores - scores.mean()) / spread, 0.0)
+    apart = scores.max() > scores.min()  # the spread of equal scores may be the rounding of their mean
+    return torch.where(apart, (scores - scores.mean()) / scores.std(correction=0), 0.0)
 
 
 def rank(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
@@ -73,10 +73,15 @@ def inverse(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
 
 
 def _compared(parts: Sequence[Part], statistics: LayerStatistics) -> Tensor:
-    """[E] bool: all experts but the idle ones, which are none to criteria that look at weights alone."""
-    if all(part.criterion.family == "weight" for part in parts):
-        return torch.ones_like(statistics.count, dtype=torch.bool)
-    return statistics.count > 0
+    """[E] bool: all experts but the idle ones.
+
+    To criteria that look at weights alone these are none, but for statistics without tokens that count some experts
+    nevertheless: a plan marks so which others go first.
+    """
+    used = statistics.count > 0
+    if all(part.criterion.family == "weight" for part in parts) and (statistics.tokens.any() or not used.any()):
+        return torch.ones_like(used)
+    return used
 
 
 def _summed(parts: Sequence[Part], statistics: LayerStatistics, scale: Callable[[Tensor], Tensor]) -> Tensor:
@@ -115,7 +120,7 @@ def intersection(
     E, used = statistics.num_experts, _compared(parts, statistics)
     marked = [lowest_but(used, scored(p.criterion, statistics)) for p in parts]
     behind = torch.stack([p.weight * (E - 1 - ranks(scores)) for p, scores in zip(parts, marked, strict=True)])
-    scores = -(behind.max(0).values + behind.sum(0) / (E * len(parts) + 1))  # ties by the sum
+    scores = ranks(-behind.max(0).values) + ranks(-behind.sum(0)) / (2 * E)  # ties by the sum, less than half a rank
     return _filled([], [], lowest_but(used, scores), kept, groups, protected)
 
 
@@ -165,7 +170,8 @@ def _shares(parts: Sequence[Part], domains: Mapping[str, LayerStatistics]) -> tu
     """Twice [domains, E]: shares, and the order in which a domain takes experts (the highest first).
 
     A share is a score divided by the sum of the domain's, after the lowest negative one was shifted up to 0; 0 for an
-    idle expert. In the order one idle in the domain stands at -1, one idle in all at -2.
+    idle expert. Where that leaves nothing above 0 all used experts have the same share, and where none is used, all
+    have. In the order one idle in the domain stands at -1, one idle in all at -2.
     """
     rows, orders = [], []
     everywhere = _used_somewhere(parts, domains)
@@ -173,6 +179,8 @@ def _shares(parts: Sequence[Part], domains: Mapping[str, LayerStatistics]) -> tu
         scores, used = scored(parts[0].criterion, sums), _compared(parts, sums)
         low = torch.where(used, scores, 0.0).min().clamp(max=0)
         above = torch.where(used, scores - low, 0.0)
+        if not above.any():
+            above = (used if used.any() else ~used).double()
         rows.append(above / above.sum().clamp(min=1e-300))
         orders.append(torch.where(used, rows[-1], torch.where(everywhere, -1.0, -2.0)))
     return torch.stack(rows), torch.stack(orders)

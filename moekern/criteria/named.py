@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import re
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from moekern.statistics.layer import TIERS, LayerStatistics
 
 SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)  # of a plug-in
 WEIGHT_CAP, DEPTH_CAP = 1e9, 64  # of combinations
+POWER_CAP = 16.0  # of counts: beyond, scores leave the range of numbers
 CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 
@@ -66,8 +66,8 @@ def _hts(text: str, inside: str) -> Criterion:
         b, alpha, beta = (float(number) for number in inside.split(","))
     except ValueError:
         raise InputError(f"--criterion {text}: expected three numbers, as in hts(1,1,1)") from None
-    if not math.isfinite(b):
-        raise InputError(f"--criterion {text}: b must be finite")
+    if not abs(b) <= POWER_CAP:
+        raise InputError(f"--criterion {text}: b must be finite, from -{POWER_CAP:g} to {POWER_CAP:g}")
     if (alpha, beta) not in scores.MOMENTS:
         scores.hts(LayerStatistics.zeros(1), b, alpha, beta)  # says which are known
     function = partial(scores.hts, b=b, alpha=alpha, beta=beta)
@@ -108,6 +108,8 @@ def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
     chosen_whole = parts[0].criterion if combinator == "inverse" and parts[0].criterion.kind == "selector" else None
     if chosen_whole is not None:
         raise InputError(f"--criterion {text}: {chosen_whole.name} chooses a set as a whole, which has no other end")
+    if combinator == "inverse" and parts[0].criterion.name.startswith("inverse("):
+        raise InputError(f"--criterion {text}: the inverse of an inverse is the criterion itself")
     tiers = tuple(dict.fromkeys(tier for part in parts for tier in part.criterion.tiers))
     family: Family = "weight" if all(part.criterion.family == "weight" for part in parts) else "combined"
     return Criterion(text, partial(function, parts), kind, family, tiers, "set", "a combination", "")
@@ -119,8 +121,8 @@ def _part(text: str, argument: str) -> Part:
         factor = float(weight) if star else 1.0
     except ValueError:
         raise InputError(f"--criterion {text}: {weight.strip()!r} is no weight, as in reap*0.5") from None
-    if not 0 < factor <= WEIGHT_CAP:
-        raise InputError(f"--criterion {text}: weights must be positive, and at most {WEIGHT_CAP:g}")
+    if not 1 / WEIGHT_CAP <= factor <= WEIGHT_CAP:
+        raise InputError(f"--criterion {text}: weights must be positive, from {1 / WEIGHT_CAP:g} to {WEIGHT_CAP:g}")
     part = Part(criterion_named(name if star else argument), factor)
     if part.criterion.kind in ("seeded", "domains"):
         raise InputError(f"--criterion {text}: {part.criterion.name} cannot be part of a combination")

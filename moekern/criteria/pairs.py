@@ -64,7 +64,7 @@ def _rarer_of_a_pair(statistics: LayerStatistics, together: Tensor, *, closest: 
     for step in range(E - 1):
         i, j = divmod(int(left.argmax()), E)  # of equal pairs the first
         if left[i, j] <= 0:  # none of the survivors meet: the least used goes
-            dropped = int(torch.where(alive, count, torch.iinfo(count.dtype).max).argmin())
+            dropped = min(alive.nonzero().flatten().tolist(), key=lambda e: (int(count[e]), -e))
         else:
             dropped = i if (int(count[i]), -i) < (int(count[j]), -j) else j
         scores[dropped] = step

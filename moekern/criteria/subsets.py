@@ -26,7 +26,8 @@ def naee(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
 
     Up to 10 experts every set was replayed, so the least Σ ‖all - kept‖₂² over the replayed tokens is exact (the paper
     sums norms of whole batches). Beyond, single deletions are taken to add up: ‖Σ Δ‖² by their Gram matrix, minimised
-    as HOPE's objective is. Either way idle experts go first. Scores are those of `leave_one_out`.
+    as HOPE's objective is. Either way idle experts go first. Scores are those of `leave_one_out`, or beyond 10 experts
+    what dropping the expert adds to the other dropped ones.
     """
     need(statistics, "naee", "deletion_gram")
     single = idle_lowest(statistics, statistics.deletion_gram.diagonal().clamp(min=0))

@@ -159,8 +159,16 @@ def waterfill(
     """The counts for which the dropped shares of the layers' saliency add up to the least.
 
     A share is of its layer's sum; what is below 0 counts as 0. A layer's dropped share falls by ever smaller steps as
-    its count rises, so dropping the smallest shares first is exact.
+    its count rises, so dropping the smallest shares first is exact. Raises InputError for a layer with scores below 0
+    and none above, which has no shares.
     """
+    for key, row in saliency.items():
+        used = [value for e, value in enumerate(row) if e not in idle.get(key, ())]
+        if max(used, default=0.0) <= 0 and min(used, default=0.0) < 0:
+            raise InputError(
+                f"--budget waterfill: layer {key} has no scores above 0, so no shares; use --budget global with "
+                "--normalise zscore"
+            )
     positive = {key: [max(value, 0.0) for value in row] for key, row in saliency.items()}
     return global_counts(positive, bounds, total, normalise="sum", groups=groups, protected=protected, idle=idle)
 
@@ -218,7 +226,8 @@ def normalised(scores: Sequence[float], how: str, where: str, idle: Collection[i
         return [0.0] * len(scores)
     scale, shift = 1.0, 0.0
     if how == "zscore":
-        scale, shift = float(row.std()), float(row.mean())
+        shift = float(row.mean())
+        scale = float(row.std()) if row.max() > row.min() else 0.0  # the spread of equal scores may be rounding
     elif how != "none":
         if float(row.min()) < 0:
             raise InputError(f"--normalise {how}: layer {where} has scores below 0; use zscore or none")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moekern.criteria import Criterion, criterion_named, score_layer
@@ -122,8 +123,8 @@ class _Reading:
         return self.statistics.layer(key, self.domains, self.tiers)
 
     def parts(self, key: str) -> dict[str, LayerStatistics]:
-        """The same by domain."""
-        names = [n for n in self.statistics.layers[key] if self.domains is None or n in self.domains]
+        """The same by domain, in the order of their names: that of the runs that measured them decides nothing."""
+        names = [n for n in sorted(self.statistics.layers[key]) if self.domains is None or n in self.domains]
         return {name: self.statistics.part(key, name, self.tiers) for name in names}
 
 
@@ -237,9 +238,9 @@ def _plan_layer(
 
     given: Any = None  # what a selector looks at
     if criterion.kind == "selector":
-        given = _as_idle(read.layer(key), drop_first)
+        given = _as_idle(read.layer(key), drop_first, criterion)
     elif criterion.kind == "domains":
-        given = {name: _as_idle(part, drop_first) for name, part in read.parts(key).items()}
+        given = {name: _as_idle(part, drop_first, criterion) for name, part in read.parts(key).items()}
 
     def choose(held: Collection[int]) -> LayerPlan:
         if given is not None:
@@ -256,16 +257,18 @@ def _plan_layer(
     return choose(protected)
 
 
-def _as_idle(statistics: LayerStatistics, experts: Collection[int]) -> LayerStatistics:
+def _as_idle(statistics: LayerStatistics, experts: Collection[int], criterion: Criterion) -> LayerStatistics:
     """The same statistics with these experts as the only idle ones, which selectors drop first.
 
-    Experts that really are idle count one token without any output: they are free to drop, but after these.
+    Experts that really are idle count one token without any output: they are free to drop, but after these. To criteria
+    that look at weights alone, for whom no tokens leave experts idle, there are none.
     """
     if not experts:
         return statistics
     count = statistics.count.clamp(min=1)
     count[sorted(experts)] = 0
-    return replace(statistics, count=count)
+    tokens = torch.zeros_like(statistics.tokens) if criterion.family == "weight" else statistics.tokens
+    return replace(statistics, count=count, tokens=tokens)
 
 
 def _sources(marked: Marks) -> str:

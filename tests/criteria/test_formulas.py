@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -317,3 +318,20 @@ def test_the_best_expert_does_not_stand_apart_by_a_mark() -> None:
         torch.testing.assert_close(steps[-1], steps[:-1].mean())
     s.logit_gram.fill_(1.0)
     assert score_layer(CRITERIA["m_smoe"], s, "0").unique().tolist() == [-1.0, 0.0]
+
+
+def test_outputs_that_never_vary_have_no_spread_however_many() -> None:
+    value = torch.tensor([0.1, 0.7, -0.3], dtype=torch.float64)
+    s = LayerStatistics.zeros(2, 3)
+    for e, times in enumerate((1, 1000)):
+        for _ in range(times):
+            s.count[e] += 1
+            s.value_sum[e] += value
+            s.square_sum[e] += value**2
+    scores = score_layer(criterion_named("eae"), s, "0")
+    assert scores[0] == scores[1] < -1000
+
+
+def test_where_no_pair_is_left_the_lower_number_of_equally_used_experts_stays() -> None:
+    s = replace(LayerStatistics.zeros(4), count=torch.tensor([2, 2, 2, 2]), coactivation=2 * torch.eye(4).long())
+    assert score_layer(criterion_named("ecc"), s, "0").tolist() == [3, 2, 1, 0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moekern.criteria import CRITERIA, criterion_named, score_layer
+from moekern.criteria.combine import zscores
 from moekern.errors import InputError
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import layer_statistics, with_tiers
@@ -46,6 +48,10 @@ def test_sums_of_ranks_and_z_scores() -> None:
     torch.testing.assert_close(nested, 2 * places, rtol=0, atol=1e-12)
 
 
+def test_equal_scores_have_z_scores_of_zero() -> None:
+    assert zscores(torch.full((3,), 0.1, dtype=torch.float64)).tolist() == [0, 0, 0]  # whose mean is not 0.1
+
+
 def best(s: LayerStatistics, name: str, n: int) -> set[int]:
     return set(score_layer(criterion_named(name), s, "0").argsort(descending=True)[:n].tolist())
 
@@ -58,6 +64,29 @@ def test_a_union_holds_the_best_of_each_and_an_intersection_what_all_rank_high()
     both = criterion_named("intersection(reap, rwn)").function(s, 4).keep
     n = next(n for n in range(13) if len(best(s, "reap", n) & best(s, "rwn", n)) >= 4)
     assert best(s, "reap", n - 1) & best(s, "rwn", n - 1) <= set(both) <= best(s, "reap", n) & best(s, "rwn", n)
+
+
+def test_an_intersection_goes_by_the_worst_rank_and_only_then_by_the_sum() -> None:
+    s = replace(
+        LayerStatistics.zeros(12),
+        count=torch.tensor([2, 12, 1, *range(3, 12)]),
+        gate_sum=torch.tensor([12.0, 1, 11, *range(2, 11)]).double(),
+    )
+    pairs = zip(s.count.tolist(), s.gate_sum.tolist(), strict=True)
+    behind = {e: (12 - c, 1.05 * (12 - g)) for e, (c, g) in enumerate(pairs)}
+    order = sorted(behind, key=lambda e: (max(behind[e]), sum(behind[e])))
+    for kept in range(1, 12):
+        chosen = criterion_named("intersection(usage, gate_mass*1.05)").function(s, kept).keep
+        assert chosen == tuple(sorted(order[:kept]))
+
+
+@pytest.mark.parametrize("name", ["worst_domain", "round_robin"])
+def test_a_domain_of_equal_scores_gets_no_more_than_its_turn(name: str) -> None:
+    s = layer_statistics(0, experts=8, tokens=60)
+    speaks = replace(s, gate_gradient_sum=-torch.arange(8.0).double())
+    silent = replace(s, gate_gradient_sum=torch.full((8,), 0.5).double())  # gate_taylor: equal, below 0
+    keep = criterion_named(f"{name}(gate_taylor)").function({"a": silent, "b": speaks}, 4).keep
+    assert {6, 7} <= set(keep)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +268,12 @@ def test_a_plug_in_is_one_function_in_a_file(tmp_path: Path) -> None:
         ("rank()", "expected criteria between the parentheses"),
         ("rank(reap*x)", "'x' is no weight"),
         ("rank(reap*-1)", "weights must be positive"),
-        ("rank(reap*1e308, usage)", r"weights must be positive, and at most 1e\+09"),
+        ("rank(reap*1e308, usage)", r"weights must be positive, from 1e-09 to 1e\+09"),
+        ("inverse(reap*1e-320)", r"weights must be positive, from 1e-09 to 1e\+09"),
         ("hts(nan,1,1)", "b must be finite"),
+        ("hts(1000,1,1)", "b must be finite, from -16 to 16"),
+        ("hts(-1000,1,1)", "b must be finite, from -16 to 16"),
+        ("inverse( inverse(ecc) )", "the inverse of an inverse is the criterion itself"),
         ("rank(" * 400 + "reap" + ")" * 400, "more than 64 combinations"),
         ("rank(best)", "--criterion best: unknown"),
         ("rank(random)", "random cannot be part of a combination"),

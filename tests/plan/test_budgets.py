@@ -215,6 +215,7 @@ def test_scores_below_zero_have_no_share():
     with pytest.raises(InputError, match="--normalise sum: layer 3 has scores below 0; use zscore or none"):
         normalised([1.0, -1.0], "sum", "3")
     assert normalised([2.0, 2.0], "zscore", "3") == [0.0, 0.0]
+    assert normalised([0.1] * 3, "zscore", "3") == [0.0] * 3  # whose mean is not 0.1
     assert normalised([0.0, 0.0], "sum", "3") == [0.0, 0.0]
 
 

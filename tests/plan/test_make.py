@@ -210,3 +210,28 @@ def test_another_number_than_was_asked_for_is_said(keep, experts, groups, multip
     s = scored([list(range(1, experts + 1))], groups)
     found = remarks(make_plan(s, "usage", keep, budget=Budget(multiple_of=multiple_of)))
     assert (len(found) == 1 and line in found[0]) if line else not found
+
+
+@pytest.mark.parametrize(
+    "criterion", ["union(aimer, rwn)", "intersection(ewn, rwn)", "worst_domain(aimer)", "round_robin(ews)"]
+)
+def test_what_goes_first_goes_first_for_sets_chosen_by_weights_alone(criterion):
+    s = model_statistics()
+    for e in range(6):
+        plan = make_plan(s, criterion, 4, guards=Guards(drop_first={"2": (e,)}))
+        assert e not in plan.layers["2"].keep
+
+
+def test_no_expert_is_idle_to_sets_chosen_by_weights_alone():
+    s = model_statistics()
+    idle = {d: replace(part, count=torch.zeros(6, dtype=torch.int64)) for d, part in s.layers["2"].items()}
+    deaf = replace(s, layers={**s.layers, "2": idle})
+    assert make_plan(deaf, "union(aimer, rwn)", 3).layers == make_plan(s, "union(aimer, rwn)", 3).layers
+
+
+@pytest.mark.parametrize("criterion", ["worst_domain(reap)", "round_robin(reap)"])
+def test_the_order_in_which_domains_were_measured_decides_nothing(criterion):
+    s = model_statistics()
+    turned = replace(s, layers={key: dict(reversed(parts.items())) for key, parts in s.layers.items()})
+    for kept in range(2, 6):
+        assert make_plan(turned, criterion, kept).layers == make_plan(s, criterion, kept).layers

@@ -44,11 +44,15 @@ def measured():
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_budget_makes_a_plan_that_can_be_executed(measured, criterion, budget):
-    s = measured
-    made = make_plan(s, criterion, 4, budget=BUDGETS[budget])
+    s, asked = measured, BUDGETS[budget]
+    uniform = make_plan(s, criterion, 4)
+    if asked.kind == "waterfill" and any(max(layer.scores) < 0 for layer in uniform.layers.values()):
+        with pytest.raises(InputError, match="--budget waterfill: layer [0-9]+ has no scores above 0"):
+            make_plan(s, criterion, 4, budget=asked)
+        return
+    made = make_plan(s, criterion, 4, budget=asked)
     counts = counts_of(made)
     assert sum(counts.values()) == 12
-    asked = BUDGETS[budget]
     assert all(n % asked.multiple_of == 0 and n >= (asked.floor or 2) for n in counts.values())
     model = Model(Router(6, 2), layers=dict.fromkeys(("0", "2", "10"), Layer(6)), mtp={})
     check_plan(made, model, FINGERPRINT)
@@ -57,7 +61,7 @@ def test_every_budget_makes_a_plan_that_can_be_executed(measured, criterion, bud
     assert make_plan(s, criterion, 4, budget=asked).to_json() == made.to_json()
     assert Plan.from_json(made.to_json()).to_json() == made.to_json()
     if len(set(counts.values())) == 1:  # the same counts, the same plan as without a budget
-        assert made.layers == make_plan(s, criterion, 4).layers
+        assert made.layers == uniform.layers
 
 
 @settings(deadline=None, max_examples=25)
