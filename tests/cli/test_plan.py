@@ -84,7 +84,7 @@ def test_several_plans_at_once(work: Path, tmp_path: Path) -> None:
     assert alone["digest"] == made["hope-0.5"]["digest"]  # type: ignore[index]
     assert (tmp_path / "p.json").read_bytes() == (tmp_path / "plans/hope-0.5.json").read_bytes()
     assert moekern(*arguments, "--out", tmp_path / "x-{}.json").returncode == 0
-    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/gated_norm-6.json").read_bytes()
+    assert (tmp_path / "x-reap-6.json").read_bytes() == (tmp_path / "plans/reap-6.json").read_bytes()
     before = contents(tmp_path)
     for out, message in (("p.json", "4 plans need a folder"), ("new.json", "{}")):
         done = moekern(*arguments, "--out", tmp_path / out)
@@ -301,7 +301,8 @@ WRONG = {
     "check": (("check", "S"), "is a file; give the checkpoint's folder"),
     "one plan": (("compare", "P"), "one plan alone"),
     "the same plan": (("compare", "P", "P"), "named twice"),
-    "not a plan": (("compare", "S", "P"), "not a readable plan"),
+    "not a plan": (("compare", "S", "P"), "name a file that `moekern plan` wrote"),
+    "not statistics": (("plan", "P", "--keep", 4), "name one that `moekern calibrate` wrote"),
     "convert without a model": (("convert", "P", "--to", "llm-compressor"), "add --model MODEL"),
     "convert statistics": (("convert", "S", "--to", "moekern"), "not a readable plan"),
 }
