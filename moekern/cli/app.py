@@ -31,7 +31,7 @@ from moekern.cli.prune import prune
 from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
-from moekern.errors import InputError, first_line, notes, speaking_flags
+from moekern.errors import InputError, first_line, nearest_name, notes, speaking_flags
 from moekern.files import reason
 from moekern.version import __version__
 
@@ -76,6 +76,10 @@ class Command(TyperCommand):
     def __init__(self, *arguments: Any, params: list[Any], **options: Any) -> None:
         super().__init__(*arguments, params=[*params, *typer.main.get_command(spoken).params], **options)
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The whole of what a command is for: the list of commands wraps it, and cuts nothing."""
+        return (self.help or "").split("\n\n")[0].replace("\n", " ")
+
 
 class Commands(TyperGroup):
     """A usage error is told by `main`, as every other error is."""
@@ -97,9 +101,17 @@ def _usage_errors() -> Iterator[None]:
         if error.__class__.__name__ == "NoArgsIsHelpError":
             raise
         where = error.ctx.command_path.removeprefix("moekern").strip() if error.ctx is not None else ""
-        said = error.format_message().rstrip(".").replace("\n", " ")
+        said = _said(error)
         text = f"{where}: {said[:1].lower()}{said[1:]}" if where else f"{said[:1].lower()}{said[1:]}"
         raise InputError(f"{text}; see moekern {f'{where} ' if where else ''}--help", kind="option") from error
+
+
+def _said(error: Any) -> str:
+    """click's words; of options that are like an unknown one, the nearest, which --help is not."""
+    if error.__class__.__name__ == "NoSuchOption":
+        known = [name for name in error.possibilities or () if name != "--help"]
+        return f"no such option: {error.option_name}{nearest_name(error.option_name, known)}"
+    return str(error.format_message().rstrip(".").replace("\n", " "))
 
 
 app = typer.Typer(
@@ -110,7 +122,8 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # whose boxes cut names short in a terminal of 80 columns, and take [...] for markup
+    epilog="moekern COMMAND -h shows what a command takes, and an example.",
 )
 
 

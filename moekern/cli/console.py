@@ -184,19 +184,33 @@ def _finite(value: Any) -> Any:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; the first column is text, the others are numbers."""
+    """A table on standard output; the first column is text, the others are numbers, or sentences, which a terminal
+    that is too narrow for them wraps."""
     title = printable(title)
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        said = [row[number] for row in cells if number and _is_sentence(row[number])]
+        table.add_column(
+            Text(column),
+            justify="right" if number and not said else "left",
+            no_wrap=not said,
+            min_width=max((len(word) for text in said for word in text.split()), default=None),
+        )
+    for row in cells:
+        table.add_row(*map(Text, row))
     console = Console(highlight=False)
     # A line that a narrow terminal wraps can be read; a number cut short cannot.
     unbounded = console.options.update(width=1 << 16)
-    console.width = max(console.width, console.measure(table, options=unbounded).maximum, len(title))
+    measured = console.measure(table, options=unbounded)
+    console.width = max(console.width, measured.minimum if console.is_terminal else measured.maximum, len(title))
     console.print(title, markup=False, style="bold")
     console.print(table)
+
+
+def _is_sentence(cell: str) -> bool:
+    """Words, as opposed to a number with its unit and to a list of numbers."""
+    return sum(word.isalpha() for word in cell.split()) > 3
 
 
 def columns() -> int:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli.options import Json, Tiers, result
-from moekern.errors import InputError
+from moekern.errors import InputError, nearest_name
 
 FAMILIES = {
     "activation": "what experts put out",
@@ -46,7 +46,8 @@ def criteria(
         and (not tier or set(tier) & set(row["tier"].split(", ")))
     ]  # fmt: skip
     if not rows:
-        raise InputError(f"criteria {' '.join(words or ())}: none has these words; `moekern criteria` lists all")
+        near = nearest_name(" ".join(words or ()), [row["name"] for row in described()])
+        raise InputError(f"criteria {' '.join(words or ())}: none has these words{near}; `moekern criteria` lists all")
     result(rows, lambda: print(markdown(rows), end="") if as_markdown else show_criteria(rows, not (words or tier)))
 
 

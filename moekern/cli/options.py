@@ -38,8 +38,10 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def parse_dtype(text: str) -> str:
-    """torch's name of a type. Raises InputError."""
+def parse_dtype(text: str | None) -> str | None:
+    """torch's name of a type; None of none. Raises InputError."""
+    if text is None:
+        return None
     if text not in DTYPES:
         raise InputError(f"--dtype {text}: expected one of {', '.join(DTYPES)}{nearest_name(text, DTYPES)}")
     return DTYPES[text]
@@ -171,8 +173,9 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="NAME=SOURCE, or NAME=SOURCE:AMOUNT: a file of text or rows, a folder of them, or a hub data set such as "
-        "org/name[subset](split). AMOUNT: 200k or 2M tokens, 4096 sequences, 0.5 or 50% of --tokens. Repeatable.",
+        help="SOURCE, NAME=SOURCE or NAME=SOURCE:AMOUNT: a file of text or rows, a folder of them, or a hub data set "
+        "such as org/name[subset](split). AMOUNT: 200k or 2M tokens, 4096 sequences, 0.5 or 50% of --tokens. "
+        "Repeatable.",
     ),
 ]
 Preset = Annotated[Mix | None, typer.Option("--preset", help="A mix of hub data sets: code, general or reasoning.")]
@@ -208,7 +211,7 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         help="Weights' type while computing: bf16, fp16, fp32 or torch's names. Default: the checkpoint's.",
-        parser=parse_dtype, metavar="TYPE",
+        callback=parse_dtype, metavar="TYPE",
     ),
 ]  # fmt: skip
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import

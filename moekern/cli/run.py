@@ -144,7 +144,7 @@ def run(
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
     _say_remarks(done, asked.planning)
-    result(done.document(), lambda: show_run(done))
+    result(done.document(), lambda: show_run(done, quality))
     if not done.good:
         raise typer.Exit(1)
 
@@ -166,7 +166,7 @@ def _say_remarks(done: Run, planning: Planning) -> None:
     hint(too_thin(done.coverage))
 
 
-def show_run(done: Run) -> None:
+def show_run(done: Run, quality: bool) -> None:
     """How well the text covers the experts; of each result what was written, and whether its bytes are right; how good
     it is; how it is served; the artefacts' places."""
     from moekern.cli.whole_run import quality_lines, show_coverage
@@ -175,7 +175,7 @@ def show_run(done: Run) -> None:
     for each in done.results:
         show_pruned(each.pruned)
         show_verdict(each.verdict)
-    for line in quality_lines(done.quality):
+    for line in quality_lines(done.quality, quality):
         say(line)
     for each in done.results:
         for name, command in each.serve.items():

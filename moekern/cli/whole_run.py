@@ -17,7 +17,7 @@ from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.estimation.overview import overview
-from moekern.evaluation.held_out import held_back
+from moekern.evaluation.held_out import LEAST, held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation, Loss, losses_document, mean_loss
 from moekern.files import (
     check_name,
@@ -214,10 +214,11 @@ def _quality(
     return {name: {d: Loss(**loss) for d, loss in rows[key].items()} for name, key in names.items()}
 
 
-def quality_lines(found: Evaluation | None) -> list[str]:
-    """What pruning costs, in words."""
+def quality_lines(found: Evaluation | None, asked: bool) -> list[str]:
+    """What pruning costs, in words; where it was `asked` for and not measured, why."""
     if found is None:
-        return ["quality: not measured; `moekern evaluate` measures it on text of your choice"]
+        why = f" (no domain has the {LEAST} sequences of which one is held back)" if asked else ""
+        return [f"quality: not measured{why}; `moekern evaluate` measures it on text of your choice"]
     whole = found[ORIGINAL]
     tokens = sum(loss.tokens for loss in whole.values())
     before = mean_loss({d: loss.nll for d, loss in whole.items()})

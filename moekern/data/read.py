@@ -75,7 +75,7 @@ def read_data(
     if max_positions is not None and longest > max_positions:
         notes.warn(
             f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
-            "positions that the model was made for (max_position_embeddings)"
+            f"positions that the model was made for (max_position_embeddings); give {max_positions} at the most"
         )
     chunk = max(1, CHUNK_TOKENS // (sequence_length if pack else longest)) if chunk is None else chunk
     recipe = {

@@ -101,7 +101,9 @@ def plan_text(path: str | Path) -> str:
     try:
         return read_file(Path(path), SIZE_CAP).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a readable plan ({error})") from error
+        raise InputError(
+            f"{path}: not a readable plan (no UTF-8 text); name a file that `moekern plan` wrote"
+        ) from error
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: not a readable plan ({reason})") from error

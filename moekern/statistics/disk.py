@@ -130,7 +130,10 @@ def open_layers(path: Path) -> tuple[dict[str, Any], StoredLayers]:
         shard = read_shard(path)
     except (InputError, OSError) as error:
         reason = str(error).removeprefix(f"{path}: ")
-        raise InputError(f"{path}: not a readable statistics file ({reason}); calibrate again") from error
+        raise InputError(
+            f"{path}: not a readable statistics file ({reason}); name one that `moekern calibrate` wrote, or "
+            "calibrate again"
+        ) from error
     header = read_header(path, shard.metadata)
     domains: list[str] = header["domains"]
     found: dict[tuple[str, int], dict[str, TensorEntry]] = {}

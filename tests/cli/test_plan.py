@@ -301,7 +301,8 @@ WRONG = {
     "check": (("check", "S"), "is a file; give the checkpoint's folder"),
     "one plan": (("compare", "P"), "one plan alone"),
     "the same plan": (("compare", "P", "P"), "named twice"),
-    "not a plan": (("compare", "S", "P"), "not a readable plan"),
+    "not a plan": (("compare", "S", "P"), "name a file that `moekern plan` wrote"),
+    "not statistics": (("plan", "P", "--keep", 4), "name one that `moekern calibrate` wrote"),
     "convert without a model": (("convert", "P", "--to", "llm-compressor"), "add --model MODEL"),
     "convert statistics": (("convert", "S", "--to", "moekern"), "not a readable plan"),
 }

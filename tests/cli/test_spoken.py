@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moekern.cli import console
+from moekern.cli.app import COMMANDS
 from moekern.criteria.table import CRITERIA, DEFAULT
 from moekern.model.compute import Compute
 from moekern.statistics.layer import TIERS
@@ -70,7 +71,8 @@ def test_verbose_tells_where_an_error_comes_from(work: Path, tmp_path: Path) -> 
     ("arguments", "says"),
     [
         (("plann",), "did you mean 'plan'"),
-        (("plan", "s", "--kep", "4"), "--keep"),
+        (("plan", "s", "--kep", "4"), "plan: no such option: --kep; did you mean --keep?; see"),
+        (("prune", "m", "p.json", "--keep", "4"), "prune: no such option: --keep; see"),  # --help is not like it
         (("plan", "s"), "plan: missing option '--out'"),
         (("run", "--nothing"), "run: no such option: --nothing"),
     ],
@@ -127,6 +129,32 @@ def test_criteria_fit_a_terminal_and_are_filtered(monkeypatch: pytest.MonkeyPatc
     assert {row["name"] for row in document("criteria", "taylor")} == {"taylor", "gate_taylor"}  # type: ignore[index]
     assert all("replay" in row["tier"] for row in document("criteria", "--tier", "replay"))  # type: ignore[index]
     assert moekern("criteria", "nothing-like-it").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run", "m", "--dtype", "bf8", "--out", "o"), "moekern: --dtype bf8: expected one of float32,"),
+        (("criteria", "gatd_norm"), "did you mean gated_norm?"),
+    ],
+)
+def test_values_of_flags_that_are_unknown_are_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = moekern(*arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", *(function.__name__ for function, _ in COMMANDS)])
+def test_help_fits_a_terminal_of_80_columns_and_is_whole(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = moekern(*command.split(), "-h").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    if command == "run":
+        assert "--trust-remote-code " in shown
+        assert "org/name[subset](split)" in " ".join(shown.split())  # not taken for markup
+    if not command:
+        assert "from the headers alone. run" in " ".join(shown.split())  # not cut short with dots
 
 
 def test_the_shell_completes_commands() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +154,28 @@ def test_tables_are_neither_cut_short_nor_read_as_markup(capsys: pytest.CaptureF
     assert "…" not in shown
     for text in ("t [/x]", "[/b]", "plans[/half].json", *names, "40.1415"):
         assert text in shown
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_sentences_of_a_table_are_wrapped_by_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers and names are on one line either way."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    reason = "the code of this engine needs a key that config.json lacks, and no count runs there"
+    shown = {}
+    for stream in (Terminal(), StringIO()):
+        with redirect_stdout(stream):
+            console.show("t", ("target", "size", "because"), [("one", "1 GiB", ""), ("two", "2 GiB", reason)])
+        shown[type(stream)] = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in stream.getvalue().splitlines()]
+    assert max(map(len, shown[Terminal])) <= 60
+    assert reason in " ".join(" ".join(shown[Terminal]).split())
+    assert any("2 GiB" in line and "the code of" in line for line in shown[Terminal])
+    assert any(reason in line for line in shown[StringIO])
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
