@@ -155,6 +155,7 @@ def round_robin(
 ) -> Selection:
     """Domains take turns, each taking its best expert that is still free (arXiv:2607.01710).
 
+    Their order is that in which they are given; a plan gives them by their names.
     Experts idle in a domain are its last choice, those idle in all the last of all.
     """
     shares, order = _shares(parts, domains)

@@ -164,11 +164,15 @@ Value = Callable[[list[int]], Matrix]  # members of a cluster -> how much each s
 
 
 def _to_centre(gram: Matrix) -> Value:
-    """-squared distance of each member from the mean of all, from inner products."""
+    """-squared distance of each member from the mean of all, from inner products.
+
+    Rounded, so that equal ones are equal: two members always are as far from their mean.
+    """
 
     def nearness(members: list[int]) -> Matrix:
         part = gram[np.ix_(members, members)]
-        return np.asarray(2 * part.mean(1) - part.diagonal() - part.mean())
+        scale = float(part.diagonal().max()) or 1.0
+        return np.round((2 * part.mean(1) - part.diagonal() - part.mean()) / scale, 12) * scale
 
     return nearness
 

@@ -335,3 +335,18 @@ def test_outputs_that_never_vary_have_no_spread_however_many() -> None:
 def test_where_no_pair_is_left_the_lower_number_of_equally_used_experts_stays() -> None:
     s = replace(LayerStatistics.zeros(4), count=torch.tensor([2, 2, 2, 2]), coactivation=2 * torch.eye(4).long())
     assert score_layer(criterion_named("ecc"), s, "0").tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["stun", "hc_smoe_clusters"])
+def test_of_two_equally_central_experts_the_lower_number_stays(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        rows = torch.randn(2, 5, generator=draw, dtype=torch.float64)
+        s = replace(
+            LayerStatistics.zeros(2, tiers=("replay",), hidden=5),
+            count=torch.tensor([3, 9]),
+            replay_tokens=torch.tensor([1]),
+            output_sum=rows,
+            router_gram=rows @ rows.T,
+        )
+        assert criterion_named(name).function(s, 1).keep == (0,)

@@ -69,14 +69,14 @@ def test_a_union_holds_the_best_of_each_and_an_intersection_what_all_rank_high()
 def test_an_intersection_goes_by_the_worst_rank_and_only_then_by_the_sum() -> None:
     s = replace(
         LayerStatistics.zeros(12),
-        count=torch.tensor([2, 12, 1, *range(3, 12)]),
-        gate_sum=torch.tensor([12.0, 1, 11, *range(2, 11)]).double(),
+        count=torch.tensor([2, 12, 1, *range(3, 12)]),  # the first is behind by 10 and 9, the next by 0 and 10
+        gate_sum=torch.tensor([3.0, 2, 1, *range(4, 13)]).double(),
     )
     pairs = zip(s.count.tolist(), s.gate_sum.tolist(), strict=True)
-    behind = {e: (12 - c, 1.05 * (12 - g)) for e, (c, g) in enumerate(pairs)}
+    behind = {e: (12 - c, 1.02 * (12 - g)) for e, (c, g) in enumerate(pairs)}
     order = sorted(behind, key=lambda e: (max(behind[e]), sum(behind[e])))
     for kept in range(1, 12):
-        chosen = criterion_named("intersection(usage, gate_mass*1.05)").function(s, kept).keep
+        chosen = criterion_named("intersection(usage, gate_mass*1.02)").function(s, kept).keep
         assert chosen == tuple(sorted(order[:kept]))
 
 
