@@ -376,3 +376,13 @@ def sha256(path: str | Path) -> str:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sized(nbytes: float) -> str:
+    """Bytes with a binary unit: 1536 -> "1.5 KiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while nbytes >= 1024 and power + 1 < len(units):
+        nbytes /= 1024
+        power += 1
+    return f"{nbytes:.0f} {units[power]}" if power == 0 else f"{nbytes:.1f} {units[power]}"

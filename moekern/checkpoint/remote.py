@@ -206,7 +206,8 @@ def download(
         missing = [name for name in sorted(names) if not (snapshot / name).exists()]
         size = sum(repository.sizes[name] for name in missing)
         free = shutil.disk_usage(cache).free
-        line = f"{repository}: {_gib(size)} to download in {len(missing)} files; {_gib(free)} free in {cache}"
+        wanted = f"{files.sized(size)} to download in {len(missing)} files"
+        line = f"{repository}: {wanted}; {files.sized(free)} free in {cache}"
         if missing and size + MARGIN > free:
             raise InputError(f"{line}; make room, or set HF_HOME to a folder on another disk")
         if missing:
@@ -269,7 +270,3 @@ def _bytes_in(folder: Path) -> int:
     except FileNotFoundError:
         return 0
     return total
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 1 << 28 else f"{size / 2**20:.1f} MiB"

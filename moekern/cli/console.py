@@ -35,6 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moekern.errors import InputError, printable
+from moekern.files import sized
 
 LOG_EVERY = 10.0  # seconds between plain progress lines
 JSON_EVERY = 1.0
@@ -263,7 +264,7 @@ def _bar(what: str, unit: str, tokens: int, stack: ExitStack) -> Step:
 
     def step(done: float, total: int) -> None:
         rate = counted.rate(done, time.monotonic())
-        told = f"{rate * tokens:,.0f} tokens/s" if tokens and rate else f"{size(rate)}/s" if sizes and rate else ""
+        told = f"{rate * tokens:,.0f} tokens/s" if tokens and rate else f"{sized(rate)}/s" if sizes and rate else ""
         bar.update(task, completed=done, total=total, told=told)
 
     return step
@@ -314,8 +315,8 @@ def _lines(tell: Callable[[Moment], None], every: float) -> Step:
 
 def _plain(what: str, unit: str, tokens: int, moment: Moment) -> str:
     done, total, seconds, rate = moment
-    shown = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:.3g}/{total} {unit}"
-    speed = f", {size(rate)}/s" if unit == "bytes" and rate else ""
+    shown = f"{sized(done)} of {sized(total)}" if unit == "bytes" else f"{done:.3g}/{total} {unit}"
+    speed = f", {sized(rate)}/s" if unit == "bytes" and rate else ""
     speed += f", {rate * tokens:,.0f} tokens/s a layer" if tokens and rate else ""
     left = f", {moment.left:.0f} s left" if moment.left and done < total else ""
     return f"{what}: {shown}{speed}, {seconds:.0f} s{left}"
@@ -349,13 +350,3 @@ def parsed_reserve(text: str, limit: int) -> int:
     if share:
         raise InputError(f"--reserve {text}: expected less than 100%")
     return parsed_size("--reserve", text)
-
-
-def size(nbytes: float) -> str:
-    """Bytes with a binary unit: 1536 -> "1.5 KiB"."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while nbytes >= 1024 and power + 1 < len(units):
-        nbytes /= 1024
-        power += 1
-    return f"{nbytes:.0f} {units[power]}" if power == 0 else f"{nbytes:.1f} {units[power]}"

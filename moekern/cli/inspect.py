@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moekern.cli.console import say, show, size
+from moekern.cli.console import say, show
 from moekern.cli.options import HeadersOf, Json, Revision, headers_of, result
+from moekern.files import sized
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
@@ -36,10 +37,10 @@ def show_overview(found: Overview) -> None:
             ("router", f"{found.score}, groups: {groups}"),
             ("MTP layers with experts", ", ".join(found.mtp_layers) or "none"),
             ("files, tensors", f"{found.shards}, {found.tensors}"),
-            ("size", size(found.total_bytes)),
-            ("routed experts", f"{size(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
-            ("their types", ", ".join(f"{name} {size(n)}" for name, n in found.dtypes.items())),
-            ("one expert of one layer", size(found.bytes_per_expert)),
+            ("size", sized(found.total_bytes)),
+            ("routed experts", f"{sized(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
+            ("their types", ", ".join(f"{name} {sized(n)}" for name, n in found.dtypes.items())),
+            ("one expert of one layer", sized(found.bytes_per_expert)),
             ("transformers can run it", "yes" if found.in_transformers else "no: it can be pruned, not calibrated"),
             *((("note", found.note),) if found.note else ()),
         ),
@@ -52,5 +53,5 @@ def show_overview(found: Overview) -> None:
     show(
         "kept experts a layer (any legal count works; eighths shown)",
         ("kept", "share", "size"),
-        [(n, f"{n / found.num_experts:.1%}", size(found.bytes_at(n))) for n in shares],
+        [(n, f"{n / found.num_experts:.1%}", sized(found.bytes_at(n))) for n in shares],
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekern.cli import console
-from moekern.cli.console import say, show, size
+from moekern.cli.console import say, show
 from moekern.cli.options import (
     RESERVE,
     AllowNonuniform,
@@ -37,7 +37,7 @@ from moekern.cli.options import (
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
-from moekern.files import check_document, check_new, check_place, is_written
+from moekern.files import check_document, check_new, check_place, is_written, sized
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
@@ -257,10 +257,10 @@ def fit_line(plan: Plan) -> str | None:
     fit = plan.provenance.get("fit")
     if not fit:
         return None
-    cache = f", KV cache {size(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
+    cache = f", KV cache {sized(fit['cache'])}" if fit["context"] else "; no KV cache is counted without --context"
     kept = fit.get("reserve", 0)
-    left = f", of which {size(kept)} are left to activations and to what an engine may not use (--reserve)"
-    return f"weights {size(fit['weights'])}{cache}; limit {size(fit['limit'])}{left if kept else ''}"
+    left = f", of which {sized(kept)} are left to activations and to what an engine may not use (--reserve)"
+    return f"weights {sized(fit['weights'])}{cache}; limit {sized(fit['limit'])}{left if kept else ''}"
 
 
 def _kept(plan: Plan) -> str:

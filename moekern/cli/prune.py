@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli import console
-from moekern.cli.console import say, show, size
+from moekern.cli.console import say, show
 from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision, folder_of, result
+from moekern.files import sized
 
 if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
@@ -109,16 +110,16 @@ def show_pruned(report: PruneReport) -> None:
         ("what", "before", "after"),
         (
             ("experts a layer", report.experts_before, report.experts_after),
-            ("bytes", size(report.bytes_in), size(report.bytes_out)),
+            ("bytes", sized(report.bytes_in), sized(report.bytes_out)),
             ("tensors", report.tensors_in, report.tensors_out),
             ("files", report.shards_in, report.shards_out),
         ),
     )
     ways = (("copied", report.copied), ("shared with the source", report.cloned), ("holes", report.holes),
             ("written by an earlier run", report.reused))  # fmt: skip
-    rate = f", {size((report.bytes_out - report.reused) / max(report.seconds, 1e-9))}/s"
+    rate = f", {sized((report.bytes_out - report.reused) / max(report.seconds, 1e-9))}/s"
     say(
-        "; ".join(f"{size(n)} {what}" for what, n in ways if n)
+        "; ".join(f"{sized(n)} {what}" for what, n in ways if n)
         + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
     )
     say(report.mtp)

@@ -17,7 +17,7 @@ def score(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Show every expert's score; higher is kept."""
+    """Show the best and the worst experts of each layer with their scores (--json: all of them); higher is kept."""
     check_statistics(statistics)
 
     from moekern.cli import pipeline

@@ -19,7 +19,7 @@ from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, mean_loss
-from moekern.files import check_new, scratch
+from moekern.files import check_new, scratch, sized
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
@@ -76,7 +76,7 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
     report = prune_to(MODEL, plan, pruned)
     console.say(
         f"pruned to {report.experts_after} of {report.experts_before} experts by {CHOSEN[0]}: "
-        f"{console.size(report.bytes_in)} -> {console.size(report.bytes_out)}"
+        f"{sized(report.bytes_in)} -> {sized(report.bytes_out)}"
     )
     verdict = verify_both(MODEL, plan, pruned, forward=True)
     if not console.as_json():

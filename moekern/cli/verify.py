@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moekern.cli.console import say, size
+from moekern.cli.console import say
 from moekern.cli.options import Device, Json, Model, Revision, TrustRemoteCode, compute_of, folder_of, result
 from moekern.errors import InputError
+from moekern.files import sized
 
 if TYPE_CHECKING:
     from moekern.cli.pipeline import Verdict
@@ -44,11 +45,14 @@ def verify(
 def show_verdict(found: Verdict) -> None:
     """Problems, or what was compared; what of the original belongs to no pruned checkpoint."""
     from moekern.checkpoint.contents import lines_left_out
+    from moekern.verification.tensors import MAX_PROBLEMS
 
     for problem in found.report.problems:
         say(f"wrong: {problem}")
+    if len(found.report.problems) == MAX_PROBLEMS:
+        say(f"only the first {MAX_PROBLEMS} are listed")
     if not found.report.problems:
-        say(f"bytes: {found.report.tensors_compared} tensors, {size(found.report.bytes_compared)} equal")
+        say(f"bytes: {found.report.tensors_compared} tensors, {sized(found.report.bytes_compared)} equal")
     if found.report.left_out:
         say(f"not taken from the original: {lines_left_out(found.report.left_out)}")
     if found.forward is not None:

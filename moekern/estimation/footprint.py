@@ -11,6 +11,7 @@ from moekern.architectures.config_keys import LAYER_KEYS, first, sections
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
+from moekern.files import sized
 
 CACHE_BYTES = 2  # of one number in the KV cache: 16 bits
 # Left as stored when --bits is given, as quantisers do: embeddings and the output layer (and routers, known by their
@@ -114,10 +115,10 @@ def largest_count(
         raise InputError(f"{checkpoint.folder}: no expert count is legal with these flags and targets")
     fitting = [n for n in counts if found.uniform(n) + cache + fit.reserve <= fit.limit]
     if not fitting:
-        least, cached = found.uniform(counts[0]) + cache, f", {_gib(cache)} of it KV cache" if cache else ""
-        cached += f"; {_gib(fit.reserve)} of the limit are kept by --reserve" if fit.reserve else ""
+        least, cached = found.uniform(counts[0]) + cache, f", {sized(cache)} of it KV cache" if cache else ""
+        cached += f"; {sized(fit.reserve)} of the limit are kept by --reserve" if fit.reserve else ""
         raise InputError(
-            f"--fit {_gib(fit.limit)}: nothing fits; the smallest this model gets is {_gib(least)}, with {counts[0]} "
+            f"--fit {sized(fit.limit)}: nothing fits; the smallest this model gets is {sized(least)}, with {counts[0]} "
             f"experts a layer{cached}"
         )
     return Fitted(fitting[-1], found.uniform(fitting[-1]), cache)
@@ -212,7 +213,3 @@ def _share(entry: TensorEntry, layer: MoeLayer, tensor: ExpertTensor, size: int)
         return 0
     rows = entry.shape[tensor.axis]
     return size * (rows - tensor.trailing) // rows if rows else 0
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**20 else f"{nbytes} bytes"

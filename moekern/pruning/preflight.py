@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moekern.errors import InputError
-from moekern.files import is_folder, standing, work_path
+from moekern.files import is_folder, sized, standing, work_path
 
 
 def check_space(target: Path, nbytes: int, files: int) -> None:
@@ -16,7 +16,7 @@ def check_space(target: Path, nbytes: int, files: int) -> None:
     status = os.statvfs(parent)
     free = status.f_bavail * status.f_frsize + sum(512 * found.st_blocks for found in there)
     if nbytes > free:
-        raise InputError(f"{target}: needs {nbytes / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB free")
+        raise InputError(f"{target}: needs {sized(nbytes)}, and {parent} has {sized(free)} free")
     inodes = status.f_favail + len(there)
     if status.f_files and files > inodes:
         raise InputError(f"{target}: needs {files} files, and {parent} has room for {inodes} (inodes)")

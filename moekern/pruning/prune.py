@@ -12,7 +12,7 @@ import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, add_note, check_type
-from moekern.files import check_new, fsync, is_folder, reason, standing, work_path
+from moekern.files import check_new, fsync, is_folder, reason, sized, standing, work_path
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.copying import (
@@ -367,4 +367,4 @@ def _state(target: Path) -> str:
     size = 0
     with suppress(OSError):
         size = sum(path.stat().st_size for path in shards)
-    return f"; {len(shards)} shards ({size / 2**30:.2f} GiB) stay in {work}: run the same command again to go on"
+    return f"; {len(shards)} shards ({sized(size)}) stay in {work}: run the same command again to go on"

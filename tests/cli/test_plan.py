@@ -284,7 +284,10 @@ WRONG = {
     "fit without a model": (("plan", "S", "--fit", "1GiB"), "add --model MODEL"),
     "fit of no size": (("plan", "S", "--fit", "big", "--model", "M"), "--fit big: expected a size"),
     "fit of nothing": (("plan", "S", "--fit", "0", "--model", "M"), "--fit: expected at least one byte"),
-    "nothing fits": (("plan", "S", "--fit", "1KiB", "--model", "M"), "nothing fits; the smallest this model gets is"),
+    "nothing fits": (
+        ("plan", "S", "--fit", "1KiB", "--model", "M"),
+        "--fit 1.0 KiB: nothing fits; the smallest this model gets is",
+    ),
     "bits without fit": (("plan", "S", "--keep", 4, "--bits", 4), "go with --fit"),
     "twice": (("plan", "S", "--keep", "0.5", "--keep", "50%"), "given twice"),
     "budget": (("plan", "S", "--keep", 4, "--budget", "fair"), "--budget fair: expected one of"),

@@ -21,6 +21,7 @@ import pytest
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline, whole_run
 from moekern.cli import tour as show
+from moekern.cli.verify import show_verdict
 from moekern.data.read import read_data
 from moekern.data.text import Text
 from moekern.demo import MODEL, TEXT
@@ -29,6 +30,7 @@ from moekern.measurement.recorder import Recorder
 from moekern.model.compute import Compute, check_device
 from moekern.plan.document import Plan
 from moekern.plan.several import Planning
+from moekern.verification.tensors import MAX_PROBLEMS, VerifyReport
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 
@@ -176,6 +178,14 @@ def test_sentences_of_a_table_are_wrapped_by_a_terminal_alone(monkeypatch: pytes
     assert reason in " ".join(" ".join(shown[Terminal]).split())
     assert any("2 GiB" in line and "the code of" in line for line in shown[Terminal])
     assert any(reason in line for line in shown[StringIO])
+
+
+def test_a_list_of_differences_that_is_cut_short_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for count in (MAX_PROBLEMS - 1, MAX_PROBLEMS):
+        show_verdict(pipeline.Verdict(VerifyReport(tuple(f"t{i}: missing" for i in range(count)), 0, 0), None))
+        said = capsys.readouterr().err.splitlines()
+        assert len([line for line in said if line.startswith("wrong: ")]) == count
+        assert ("only the first 100 are listed" in said) == (count == MAX_PROBLEMS)
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

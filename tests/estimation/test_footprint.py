@@ -8,6 +8,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.estimation.footprint import Fit, cache_bytes, footprint, largest_count
+from moekern.files import sized
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.router import count_problem
@@ -144,7 +145,7 @@ def test_the_largest_count_that_fits(tmp_path):
             assert (fitted.count, fitted.weights, fitted.cache) == (want, found.uniform(count), 0)
     least = found.uniform(2)
     with pytest.raises(
-        InputError, match=f"nothing fits; the smallest this model gets is {least} bytes, with 2 experts"
+        InputError, match=f"nothing fits; the smallest this model gets is {sized(least)}, with 2 experts"
     ):
         largest_count(checkpoint, layout, Fit(least - 1), range(2, 9))
     with pytest.raises(InputError, match="no expert count is legal"):
@@ -160,7 +161,7 @@ def test_the_cache_takes_its_part(tmp_path):
     size = footprint(checkpoint, layout).uniform(6)
     assert largest_count(checkpoint, layout, Fit(size + cache, None, 10, 2), range(2, 9)).count == 6
     assert largest_count(checkpoint, layout, Fit(size + cache - 1, None, 10, 2), range(2, 9)).count == 5
-    with pytest.raises(InputError, match=rf"smallest .*, {cache} bytes of it KV cache"):
+    with pytest.raises(InputError, match=rf"smallest .*, {sized(cache)} of it KV cache"):
         largest_count(checkpoint, layout, Fit(1, None, 10, 2), range(2, 9))
 
 
