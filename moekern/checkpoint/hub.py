@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -195,10 +197,24 @@ def _kept(name: str) -> Path:
 def _keep(repository: Repository, revision: str | None) -> None:
     """Keep a repository's list of files, by its commit, and the commit of the revision, for a hub that is away."""
     listing, ref = repository.beside(LISTING), _ref(repository.id, revision)
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    if not listing.exists():
-        files.write_bytes(listing, json.dumps({"sizes": dict(repository.sizes)}).encode())
-    files.write_bytes(ref, repository.commit.encode())
+    with alone_with(repository):
+        if not listing.exists():
+            files.write_bytes(listing, json.dumps({"sizes": dict(repository.sizes)}).encode())
+        files.write_bytes(ref, repository.commit.encode())
+
+
+@contextmanager
+def alone_with(repository: Repository) -> Iterator[None]:
+    """No other process keeps anything of the repository meanwhile: the parts of one command begin at once."""
+    path = repository.beside(".lock")
+    files.make_parents(path)
+    handle = files.open_plain(path, os.O_RDWR | os.O_CREAT)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _ref(name: str, revision: str | None) -> Path:

@@ -18,7 +18,7 @@ from moekern import files
 from moekern.checkpoint.contents import ADAPTER_WEIGHTS
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint, open_checkpoint, sampled
 from moekern.checkpoint.header import Shard, TensorEntry, header_length, parse_header
-from moekern.checkpoint.hub import Progress, Repository, Step, Tell, asking, broken_off
+from moekern.checkpoint.hub import Progress, Repository, Step, Tell, alone_with, asking, broken_off
 from moekern.checkpoint.strict_json import HEADER_CAP, read_start, shown
 from moekern.errors import InputError
 
@@ -38,9 +38,22 @@ def headers_of(repository: Repository, progress: Progress) -> Checkpoint:
     They are kept by commit in HF_HOME/moekern, so that the next command asks for none of them: there each file of the
     repository has a stand-in, of a shard as far as its header goes, else empty. Reading other bytes raises InputError.
     """
-    folder, sizes = repository.folder, repository.sizes
-    if CONFIG not in sizes:
+    folder = repository.folder
+    if CONFIG not in repository.sizes:
         raise InputError(f"{repository}: holds no {CONFIG}: not a checkpoint that moekern reads")
+    with alone_with(repository):
+        _keep_headers(repository, progress)
+        try:
+            found = open_checkpoint(folder, lambda path: _shard(repository, path))
+        except InputError as error:
+            again = f"read from what is kept of {repository}: remove {folder} to ask the hub again"
+            raise InputError(f"{error}; {again}", error.kind) from error
+    return replace(found, read_data=_sample_reader(repository, found))
+
+
+def _keep_headers(repository: Repository, progress: Progress) -> None:
+    """Stand-ins of all files, with what is read of them."""
+    folder, sizes = repository.folder, repository.sizes
     for name in sizes:
         _stand_in(folder, name)
     for name in (CONFIG, INDEX, PLAN_FILE):
@@ -59,12 +72,6 @@ def headers_of(repository: Repository, progress: Progress) -> Checkpoint:
     with progress(f"reading headers of {repository.id}", "files") as step:
         for done, _ in enumerate(_in_parallel(lambda name: _keep_header(repository, name), shards), 1):
             step(done, len(shards))
-    try:
-        found = open_checkpoint(folder, lambda path: _shard(repository, path))
-    except InputError as error:
-        again = f"read from what is kept of {repository}: remove {folder} to ask the hub again"
-        raise InputError(f"{error}; {again}", error.kind) from error
-    return replace(found, read_data=_sample_reader(repository, found))
 
 
 def _stand_in(folder: Path, name: str) -> None:
@@ -128,11 +135,12 @@ def _sample_reader(repository: Repository, checkpoint: Checkpoint) -> Callable[[
 
 def _samples(repository: Repository, checkpoint: Checkpoint) -> Iterable[tuple[tuple[str, int, int], bytes]]:
     places, path = sampled(checkpoint.tensors), repository.beside(".samples")
-    data = files.read_plain(path) if files.is_plain(path) else b""
-    if data[-32:] != hashlib.sha256(data[:-32]).digest() or len(data) != sum(size for _, _, size in places) + 32:
-        parts = _in_parallel(lambda place: _bytes_of(repository, place[0].shard, *place[1:]), places)
-        data = b"".join(parts)
-        files.write_bytes(path, data + hashlib.sha256(data).digest())
+    with alone_with(repository):
+        data = files.read_plain(path) if files.is_plain(path) else b""
+        if data[-32:] != hashlib.sha256(data[:-32]).digest() or len(data) != sum(size for _, _, size in places) + 32:
+            parts = _in_parallel(lambda place: _bytes_of(repository, place[0].shard, *place[1:]), places)
+            data = b"".join(parts)
+            files.write_bytes(path, data + hashlib.sha256(data).digest())
     at = 0
     for entry, start, size in places:
         yield (entry.name, start, size), data[at : at + size]

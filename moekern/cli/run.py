@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,23 +111,16 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
-    keeps = tuple(parse_keep(text) for text in keep or ())  # before torch is imported, or anything downloaded
-    if (fit is None) == (not keeps):
-        raise InputError("--keep, --fit: give one of the two")
-    if len(set(keeps)) < len(keeps):
-        raise InputError(f"--keep {', '.join(keep or ())}: the same is given twice")
+    keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
 
     from moekern.cli import whole_run
     from moekern.criteria import criterion_named
     from moekern.plan.guards import Guards
     from moekern.plan.several import Planning
     from moekern.plan.targets import parse_target
-    from moekern.pruning.work_folder import check_target
 
     criterion_named(criterion)
-    for folder in whole_run.out_folders(out, keeps or (0,)):
-        if not whole_run.has_run(folder, out):
-            check_target(folder)
+    whole_run.check_targets(out, keeps)
     planning = Planning(
         criteria=(criterion,), keeps=keeps, domains=tuple(domain) if domain else None, seed=seed,
         budget=budget_of(budget, None, normalise, "usage", 1, allow_nonuniform),
@@ -147,6 +141,16 @@ def run(
     result(done.document(), lambda: show_run(done, quality))
     if not done.good:
         raise typer.Exit(1)
+
+
+def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
+    """The counts, none with --fit. Raises InputError for both or neither, and for two that name the same folder."""
+    keeps = tuple(parse_keep(text) for text in texts)
+    if (fit is None) == (not keeps):
+        raise InputError("--keep, --fit: give one of the two")
+    if len({f"{keep:g}" for keep in keeps}) < len(keeps):
+        raise InputError(f"--keep {', '.join(texts)}: the same is given twice")
+    return keeps
 
 
 def _say_remarks(done: Run, planning: Planning) -> None:

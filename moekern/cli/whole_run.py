@@ -10,6 +10,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.plan import check_options
 from moekern.cli.prune import prune_to
@@ -106,9 +107,16 @@ class Run:
 
 
 def out_folders(out: Path, keeps: Sequence[float | int]) -> list[Path]:
-    """The folder of each count: `out` itself for one, OUT-0.5, OUT-64, ... for several."""
+    """The folder of each count: `out` itself for one (or none: --fit), OUT-0.5, OUT-64, ... for several."""
     check_name(out)
-    return [out] if len(keeps) == 1 else [out.with_name(f"{out.name}-{keep:g}") for keep in keeps]
+    return [out] if len(keeps) < 2 else [out.with_name(f"{out.name}-{keep:g}") for keep in keeps]
+
+
+def check_targets(out: Path, keeps: Sequence[float | int]) -> None:
+    """Raise InputError unless `run` can make, or go on with, the folder of each count. The model is not looked at."""
+    for folder in out_folders(out, keeps):
+        if not has_run(folder, out):
+            check_target(folder)
 
 
 def has_run(target: Path, out: Path) -> bool:
@@ -126,9 +134,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     check_options(checkpoint, planning)
     check_work(out)
     statistics_path = work_path(out) / "statistics.safetensors"
-    targets = out_folders(out, planning.keeps or (0,))
+    targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
-    _check_targets(checkpoint, layout, planning, [t for t, done in zip(targets, made, strict=True) if not done])
+    _check_room(checkpoint, layout, planning, targets, made)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     with working(out):
@@ -171,20 +179,22 @@ def _plan_path(out: Path, target: Path) -> Path:
     return work_path(out) / f"plan{target.name.removeprefix(out.name)}.json"
 
 
-def _check_targets(checkpoint: Checkpoint, layout: Layout, planning: Planning, targets: Sequence[Path]) -> None:
-    """Raise InputError for a target that cannot be made, and where there is no room for all of them."""
+def _check_room(
+    checkpoint: Checkpoint, layout: Layout, planning: Planning, targets: Sequence[Path], made: Sequence[bool]
+) -> None:
+    """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
     keeps = planning.keeps
     if planning.fit is not None:
         keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    missing = [(target, keep) for target, keep, done in zip(targets, keeps, made, strict=True) if not done]
     room, found = 0, overview(checkpoint)
-    for target in targets:
+    for target, keep in missing:
         check_target(target, checkpoint.folder)
-    if targets:
+        nbytes = found.bytes_at(kept_count(keep, layout.router))
+        room += room_needed(checkpoint, standing(target.parent), nbytes)
+    if missing:
         check_side_files(checkpoint)
-        for keep in keeps[: len(targets)]:
-            nbytes = found.bytes_at(kept_count(keep, layout.router))
-            room += room_needed(checkpoint, standing(targets[0].parent), nbytes)
-        check_space(targets[0], room, len(checkpoint.shards) * len(targets))
+        check_space(missing[0][0], room, len(checkpoint.shards) * len(missing))
 
 
 def _quality(
@@ -202,9 +212,9 @@ def _quality(
         "tokens": held.tokens,
         "dtype": compute.dtype_name,
     }
-    earlier = json.loads(path.read_bytes()) if is_plain(path) else {}
+    earlier = read_json(path) if is_plain(path) else {}
     rows: dict[str, Mapping[str, Any]] = {}
-    if isinstance(earlier, dict) and earlier.get("made_from") == made_from:
+    if earlier.get("made_from") == made_from:
         rows = earlier["losses"]  # original, and plans by their digests
     if not {ORIGINAL, *digests.values()} <= rows.keys():
         found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def test_the_second_command_asks_for_no_file(hub: Hub) -> None:
     assert hub.sent() == 0
     hub.down = 503
     assert headers().fingerprint == first
+
+
+def test_parts_that_begin_at_once_read_it_together(hub: Hub, source: Path) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        found = [each.result() for each in [pool.submit(lambda: headers().fingerprint) for _ in range(6)]]
+    assert set(found) == {open_checkpoint(source).fingerprint}
 
 
 def test_what_is_kept_of_a_shard_is_no_shard(hub: Hub) -> None:

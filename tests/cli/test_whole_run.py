@@ -42,13 +42,18 @@ def test_a_run_says_how_good_the_result_is_and_how_it_is_served(work: Path, tmp_
     assert held["made_from"]["tokens"] == {"a": 400}
 
 
-def test_the_losses_are_those_of_evaluate_and_are_kept(work: Path, tmp_path: Path) -> None:
+def test_the_losses_are_of_what_calibration_has_not_seen_and_are_kept(work: Path, tmp_path: Path) -> None:
     found = document(*run(work, "--keep", 4, "--out", tmp_path / "out"))
     (name,) = found["quality"].keys() - {"original"}  # type: ignore[attr-defined]
     assert name == str(tmp_path / "out")
     assert found["coverage"]["a"]["tokens"] == 3600  # type: ignore[index]
     again = document(*run(work, "--keep", 4, "--out", tmp_path / "out"))
     assert again["quality"] == found["quality"]
+    kept = tmp_path / "out.moekern" / "quality.json"
+    kept.write_text("{")
+    done = moekern(*run(work, "--keep", 4, "--out", tmp_path / "out"))
+    assert done.returncode == 2
+    assert f"moekern: {kept}: not valid JSON" in done.stderr
 
 
 def test_without_quality_nothing_is_held_back(work: Path, tmp_path: Path) -> None:
@@ -91,6 +96,7 @@ def test_what_plan_takes_run_takes(work: Path, tmp_path: Path) -> None:
         ((), "--keep, --fit: give one of the two"),
         (("--keep", 4, "--fit", "1GiB"), "--keep, --fit: give one of the two"),
         (("--keep", 4, "--keep", 4), "the same is given twice"),
+        (("--keep", "0.5", "--keep", "0.50000001"), "the same is given twice"),
         (("--keep", 4, "--bits", 4), "go with --fit"),
         (("--keep", 6, "--target", "sglang:ep=4"), "experts must be a multiple of ep=4"),
         (("--keep", 4, "--target", "sglangg"), "did you mean sglang?"),
