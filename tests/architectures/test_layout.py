@@ -212,6 +212,7 @@ def change(keys: dict[str, Any], name: str, shape: list[int] | None = None, new:
 
 FIRST = "model.layers.0.mlp."
 MTP_KEYS = moe_keys("mtp.layers.0.mlp.", GUD)
+DOGE = ("down_embed", "up_embed", "router_gate")
 REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "dense": (QWEN, {"model.layers.0.mlp.gate_proj.weight": ("BF16", [4, 4])}, "not a Mixture-of-Experts checkpoint"),
     "shared experts only": (
@@ -338,12 +339,11 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "only MTP": (QWEN, MTP_KEYS, "only its multi-token-prediction layers have experts"),
     "MTP twice": (QWEN, qwen_keys() | MTP_KEYS | moe_keys("mtp.0.mlp.", GUD), "are both layer mtp.0"),
     "doge": (
-        {"model_type": "doge"},
-        {f"{FIRST}{n}.weight": ("F32", [64, 8]) for n in ("down_embed", "up_embed", "router_gate")},
-        "doge models cannot be pruned: its experts are product keys",
-    ),
+        {"model_type": "doge"}, {f"{FIRST}{n}.weight": ("F32", [64, 8]) for n in DOGE},
+        "doge models cannot be pruned: its experts are product keys"),
     "grove_moe": (
-        QWEN | {"model_type": "grove_moe"}, qwen_keys() | moe_keys(FIRST, "chunk_experts.#.gate_proj|up_proj|down_proj", num_experts=4),
+        QWEN | {"model_type": "grove_moe"},
+        qwen_keys() | moe_keys(FIRST, "chunk_experts.#.gate_proj|up_proj|down_proj", num_experts=4),
         "grove_moe models cannot be pruned: each pair",
     ),
     "ernie4_5_vl_moe": (
