@@ -96,9 +96,10 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
     beyond SIZE_CAP, and beyond REPEAT_CAP for what is built or done so many times, or takes memory by its square."""
     queue: list[tuple[Path, Any]] = [((), config)]
     for path, value in queue:
-        if isinstance(value, (dict, list)):
-            items = value.items() if isinstance(value, dict) else ((path[-1], item) for item in value)
-            queue += (((*path, key) if isinstance(value, dict) else path, item) for key, item in items)
+        if isinstance(value, dict):
+            queue += (((*path, key), item) for key, item in value.items())
+        elif isinstance(value, list):
+            queue += ((path, item) for item in value)
         elif isinstance(value, (int, float)) and not FREE.search(path[-1]):
             cap = REPEAT_CAP if REPEATED.search(path[-1]) else SIZE_CAP
             if cap < abs(value) < math.inf:

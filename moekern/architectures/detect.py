@@ -34,13 +34,13 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
         raise InputError(f"{checkpoint.folder}: experts in several stacks: {', '.join(sorted(stacks))}")
 
     check_config(family, config, source)
-    num_layers = keys.first(config, keys.LAYER_KEYS, family.holder)
+    counted, num_layers = next(keys.values(config, keys.LAYER_KEYS, family.holder), ((), None))
     found = collect_layers(checkpoint, fitted, num_layers, trailing_rows(family, config))
     layers = by_key(checkpoint, [layer for layer in found if not layer.mtp])
     num_experts = largest_count(checkpoint, layers)
     count_paths = keys.check_counts(config, source, num_experts, {layer.num_experts for layer in layers.values()})
     if num_layers is not None and not family.stacks:
-        check_depth(places, stacks, num_layers, declared_mtp(config), source)
+        check_depth(places, stacks, num_layers, declared_mtp(config), f"{source}: {'.'.join(counted)}")
     prefixes = mtp_prefixes(family, places, stacks, num_layers)
     return Layout(
         family=replace(family, score=score(family, config)),
@@ -112,7 +112,7 @@ def mtp_missing(config: dict[str, Any], prefixes: Sequence[str]) -> Iterable[str
         yield f"{CONFIG}: {'.'.join(path)} is {count}, but the files hold {held or 'no'} MTP layers"
 
 
-def check_depth(places: Iterable[Place], stacks: Iterable[str], num_layers: int, mtp: int, source: str) -> None:
+def check_depth(places: Iterable[Place], stacks: Iterable[str], num_layers: int, mtp: int, where: str) -> None:
     """Raise InputError unless the tensors hold the layers that the config counts, and no ordinary ones beyond them.
 
     A layer beyond the last predicts further tokens: the config counts it, or it has a tensor that no other layer has.
@@ -127,8 +127,7 @@ def check_depth(places: Iterable[Place], stacks: Iterable[str], num_layers: int,
     if num_layers - 1 not in shapes or ordinary:
         last = max(shapes)
         raise InputError(
-            f"{source}: {keys.LAYER_KEYS[0]} is {num_layers}, but the tensors hold {last + 1} layers, the last of them "
-            f"{min(stacks)}.{last}"
+            f"{where} is {num_layers}, but the tensors hold {last + 1} layers, the last of them {min(stacks)}.{last}"
         )
 
 

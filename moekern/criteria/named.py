@@ -105,10 +105,10 @@ def _combined(text: str, combinator: str, arguments: list[str]) -> Criterion:
     kind, function = COMBINATORS[combinator], getattr(combine, combinator)
     if (kind == "domains" or combinator == "inverse") and len(parts) != 1:
         raise InputError(f"--criterion {text}: {combinator} takes one criterion")
-    chosen_whole = parts[0].criterion if combinator == "inverse" and parts[0].criterion.kind == "selector" else None
-    if chosen_whole is not None:
-        raise InputError(f"--criterion {text}: {chosen_whole.name} chooses a set as a whole, which has no other end")
-    if combinator == "inverse" and parts[0].criterion.name.startswith("inverse("):
+    first = parts[0].criterion
+    if combinator == "inverse" and first.kind == "selector":
+        raise InputError(f"--criterion {text}: {first.name} chooses a set as a whole, which has no other end")
+    if combinator == "inverse" and first.name.startswith("inverse("):
         raise InputError(f"--criterion {text}: the inverse of an inverse is the criterion itself")
     tiers = tuple(dict.fromkeys(tier for part in parts for tier in part.criterion.tiers))
     family: Family = "weight" if all(part.criterion.family == "weight" for part in parts) else "combined"

@@ -85,15 +85,15 @@ def hc_smoe(statistics: LayerStatistics) -> Tensor:
 
     Euclidean, as in the official code. Means are over the replayed tokens, on which every expert was run.
     """
-    return _covered(statistics, -distances(mean_outputs(statistics, "hc_smoe")), statistics.count)
+    return _covered(statistics, -distances(mean_output_gram(statistics, "hc_smoe")), statistics.count)
 
 
 def hc_smoe_cosine(statistics: LayerStatistics) -> Tensor:
     """-the largest cosine of mean outputs with a more used expert: `hc_smoe` (arXiv:2410.08589) by angle alone."""
-    return _covered(statistics, cosines(mean_outputs(statistics, "hc_smoe_cosine")), statistics.count)
+    return _covered(statistics, cosines(mean_output_gram(statistics, "hc_smoe_cosine")), statistics.count)
 
 
-def mean_outputs(statistics: LayerStatistics, criterion: str) -> Tensor:
+def mean_output_gram(statistics: LayerStatistics, criterion: str) -> Tensor:
     """[E, E] inner products of the experts' mean outputs over the replayed tokens."""
     need(statistics, criterion, "output_sum")
     means = statistics.output_sum / statistics.replay_tokens.clamp(min=1)

@@ -12,7 +12,7 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
 from moekern.criteria.needs import cosines, distances, idle_lowest, need
-from moekern.criteria.pairs import mean_outputs
+from moekern.criteria.pairs import mean_output_gram
 from moekern.criteria.selectors import Selection, select
 from moekern.statistics.layer import LayerStatistics
 
@@ -85,7 +85,7 @@ def hc_smoe_clusters(
     HC-SMoE merges a cluster; here all its members but the one nearest the centre are dropped. Distance: Euclidean, of
     the mean outputs over the replayed tokens, as in the official code. Scores: -squared distance from the centre.
     """
-    gram = mean_outputs(statistics, "hc_smoe_clusters")
+    gram = mean_output_gram(statistics, "hc_smoe_clusters")
     distance, value = distances(gram).cpu().numpy(), _to_centre(gram.cpu().numpy())
     return _one_of_each(distance, value, statistics, kept, groups, protected)
 
@@ -97,7 +97,7 @@ def hc_smoe_clusters_cosine(
 
     Scores: usage.
     """
-    gram = mean_outputs(statistics, "hc_smoe_clusters_cosine")
+    gram = mean_output_gram(statistics, "hc_smoe_clusters_cosine")
     distance = (1 - cosines(gram)).clamp(min=0).fill_diagonal_(0)
     count = statistics.count.cpu().numpy()
     return _one_of_each(

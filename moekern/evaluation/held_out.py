@@ -33,7 +33,7 @@ def held_back(data: TokenData) -> tuple[TokenData, TokenData]:
 
 def _chosen(lengths: list[int]) -> list[int]:
     """Which of the sequences are held back."""
-    count = 0 if len(lengths) < LEAST else max(1, int(len(lengths) * SHARE))
-    while count > 1 and count * max(lengths) > MOST:
-        count -= 1
+    if len(lengths) < LEAST:
+        return []
+    count = max(1, min(int(len(lengths) * SHARE), MOST // max(1, *lengths)))
     return [int((i + 0.5) * len(lengths) / count) for i in range(count)]

@@ -75,8 +75,8 @@ def add_token_counts(seen: Seen, context: BatchContext, sums: LayerStatistics, b
     E, V = sums.token_count.shape
     routed = (seen.ids >= 0) & (seen.ids < E)
     routed = routed if context.mask is None else routed & context.mask[:, None]
-    place = seen.ids.long() * V + token_ids.long()[:, None]
-    sums.token_count.add_(torch.bincount(place[routed], minlength=E * V).view(E, V))
+    place = (seen.ids.long() * V + token_ids.long()[:, None])[routed]
+    sums.token_count.view(-1).scatter_add_(0, place, torch.ones_like(place))
 
 
 def _token_ids(seen: Seen, context: BatchContext, tier: str) -> Tensor:

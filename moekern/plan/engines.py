@@ -45,8 +45,8 @@ BY_MODEL_TYPE = ("transformers", "mlx-lm")  # engines that choose by model_type,
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """What an engine's list says of a model. stops: None where the list does not decide."""
+class Finding:
+    """What an engine does not do with a model. stops: whether it does not run it; None where that is not known."""
 
     stops: bool | None
     text: str
@@ -80,7 +80,7 @@ def names_of(family: str) -> frozenset[str]:
     return frozenset({*kinds, *HUB_NAMES.get(row.name, ()), *(c for kind in kinds for c in classes.get(kind, ()))})
 
 
-def listed(engine: str, names: frozenset[str]) -> Listed | None:
+def listed(engine: str, names: frozenset[str]) -> Finding | None:
     """What the engine's list says of a model with these names; None where it has one of them.
 
     names: the class names and the model_type of a config.json, or all that its family may have; empty: not known.
@@ -88,7 +88,7 @@ def listed(engine: str, names: frozenset[str]) -> Listed | None:
     entry = registries()[engine]
     where = _where(entry)
     if not names:
-        return Listed(None, f"the model's class name is not known, and so not whether {where} loads it")
+        return Finding(None, f"the model's class name is not known, and so not whether {where} loads it")
     if engine == "transformers":
         return _transformers(entry, names)
     if engine == "ik_llama.cpp":
@@ -100,8 +100,8 @@ def listed(engine: str, names: frozenset[str]) -> Listed | None:
     tool = "its converter " if engine == "llama.cpp" else ""
     missing = _shown(names, types=engine in BY_MODEL_TYPE)
     if "note" in entry:
-        return Listed(None, f"no {missing} in the list that was read ({where}; {entry['note']})")
-    return Listed(True, f"{tool}does not know {missing} ({where})")
+        return Finding(None, f"no {missing} in the list that was read ({where}; {entry['note']})")
+    return Finding(True, f"{tool}does not know {missing} ({where})")
 
 
 def missing_keys(names: frozenset[str], keys: frozenset[str]) -> list[str]:
@@ -116,39 +116,39 @@ def _where(entry: Mapping[str, Any]) -> str:
     return f"{entry['version']} {'of' if 'dated' in entry else 'read'} {entry.get('dated', entry['read'])}"
 
 
-def _transformers(entry: Mapping[str, Any], names: frozenset[str]) -> Listed | None:
+def _transformers(entry: Mapping[str, Any], names: frozenset[str]) -> Finding | None:
     """The release that a model needs, where older ones that people still use do not have it."""
     types = _model_types(names)
     first = [entry["since"][name] for name in types if name in entry["since"]]
     if not first:
         missing = _shown(names, types=True)
-        return Listed(False, f"{entry['version']} has no class for {missing}; the checkpoint's own code is needed")
+        return Finding(False, f"{entry['version']} has no class for {missing}; the checkpoint's own code is needed")
     needed = min(first, key=release)
     if release(needed) <= release(entry["oldest"]):
         return None
-    return Listed(False, f"needs transformers >= {'.'.join(needed.split('.')[:2])}")
+    return Finding(False, f"needs transformers >= {'.'.join(needed.split('.')[:2])}")
 
 
-def _own_or_generic(engine: str, entry: Mapping[str, Any], names: frozenset[str], where: str) -> Listed:
+def _own_or_generic(engine: str, entry: Mapping[str, Any], names: frozenset[str], where: str) -> Finding:
     """Both engines take a class of transformers that they have no code for, if its attention can be replaced."""
     removed = [f"; removed after {entry['removed'][name]}" for name in sorted(names & set(entry.get("removed", ())))]
     missing = _shown(names, types=False)
     transformers = registries()["transformers"]
     able = {name for kind in transformers["replaceable"] for name in transformers["types"][kind]}
     if names & (able | set(entry.get("generic", ()))):
-        return Listed(False, f"has no {missing} of its own ({where}); falls back on transformers' code, slower")
-    return Listed(True, f"has no {missing} ({where}{removed[0] if removed else ''})")
+        return Finding(False, f"has no {missing} of its own ({where}); falls back on transformers' code, slower")
+    return Finding(True, f"has no {missing} ({where}{removed[0] if removed else ''})")
 
 
-def _ik_llama_cpp(entry: Mapping[str, Any], names: frozenset[str], where: str) -> Listed | None:
+def _ik_llama_cpp(entry: Mapping[str, Any], names: frozenset[str], where: str) -> Finding | None:
     """It loads files that llama.cpp's converter makes; its list is of their architectures."""
     converter = registries()["llama.cpp"]
     made = {converter["names"][name] for name in names & set(converter["names"])}
     if not made:
-        return Listed(True, f"llama.cpp's converter does not know {_shown(names, types=False)} ({_where(converter)})")
+        return Finding(True, f"llama.cpp's converter does not know {_shown(names, types=False)} ({_where(converter)})")
     if made & set(entry["names"]):
         return None
-    return Listed(True, f"does not know GGUF files of {', '.join(sorted(made))} ({where})")
+    return Finding(True, f"does not know GGUF files of {', '.join(sorted(made))} ({where})")
 
 
 def _model_types(names: frozenset[str]) -> set[str]:

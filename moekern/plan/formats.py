@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moekern.plan.engines import Listed, registries
+from moekern.plan.engines import Finding, registries
 
 NAME = re.compile(r"[\w.-]{1,100}")  # of a class, a model type or a method; anything else in a config is no name
 CT = "compressed-tensors"
@@ -56,15 +56,15 @@ UNREAD = ("fbgemm_fp8", "fp_quant", "torchao")
 RENAMED = {"vllm": {"auto-round": "inc"}, "transformers": {"bitsandbytes": "bitsandbytes_4bit"}}
 
 
-def format_finding(engine: str, family: str, known_as: frozenset[str], weights: str) -> Listed | None:
+def format_finding(engine: str, family: str, known_as: frozenset[str], weights: str) -> Finding | None:
     """Why the engine does not load experts stored as `weights`, or that this is not known; None where it does."""
     if not weights:
         return None
     stops = _stops(engine, family, known_as, weights)
     if stops is None:
-        return Listed(None, f"whether it reads experts stored as {weights} is not known")
+        return Finding(None, f"whether it reads experts stored as {weights} is not known")
     what = "llama.cpp's converter" if engine in ("llama.cpp", "ik_llama.cpp") else "it"
-    return Listed(True, f"{what} does not read experts stored as {weights}; dequantise them first") if stops else None
+    return Finding(True, f"{what} does not read experts stored as {weights}; dequantise them first") if stops else None
 
 
 def _stops(engine: str, family: str, known_as: frozenset[str], weights: str) -> bool | None:
@@ -112,13 +112,9 @@ def weight_format(config: Mapping[str, Any], experts: Iterable[str] = ()) -> str
         blocks = given.get("weight_block_size")
         if "weight_scale" in endings:
             return "fp8/weight_scale"
-        return (
-            "fp8/32x32"
-            if blocks == [32, 32]
-            else method
-            if blocks or "weight_scale_inv" not in endings
-            else "fp8/tensor"
-        )
+        if blocks == [32, 32]:
+            return "fp8/32x32"
+        return method if blocks or "weight_scale_inv" not in endings else "fp8/tensor"
     if method.startswith("modelopt"):
         nested = given.get("quantization")
         algorithm = (nested if isinstance(nested, dict) else given).get("quant_algo")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from moekern.plan.engines import Listed
+from moekern.plan.engines import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ CONVERTER: Mapping[str, Converter] = {
 MLX_LEAVES_OUT: Mapping[str, tuple[str, ...]] = {"deepseek_v3": ("model.layers.61",), "mellum": ()}
 
 
-def mtp_finding(engine: str, family: str, mtp: Mtp, count: int) -> Listed | None:
+def mtp_finding(engine: str, family: str, mtp: Mtp, count: int) -> Finding | None:
     """What the engine makes of the MTP layers of a model with `count` experts in the others; None: nothing to say."""
     others = [n for n in mtp.counts if n != count]
     differ = f"MTP layers have {max(others)} experts, the others {count}" if others else ""
@@ -60,26 +60,26 @@ def mtp_finding(engine: str, family: str, mtp: Mtp, count: int) -> Listed | None
     if engine == "mlx-lm" and family in MLX_LEAVES_OUT:
         known = MLX_LEAVES_OUT[family]
         left = [prefix for prefix in mtp.prefixes if not prefix.startswith(known)] if known else list(mtp.prefixes)
-        return Listed(True, f"has no place for MTP layers ({left[0]}*); prune with --mtp drop") if left else None
+        return Finding(True, f"has no place for MTP layers ({left[0]}*); prune with --mtp drop") if left else None
     if engine in ("vllm", "sglang") and differ:
-        return Listed(False, f"{differ}; run it without speculative decoding")
+        return Finding(False, f"{differ}; run it without speculative decoding")
     return None
 
 
-def _converted(family: str, mtp: Mtp, differ: str) -> Listed | None:
+def _converted(family: str, mtp: Mtp, differ: str) -> Finding | None:
     """The same for files that llama.cpp's converter makes."""
     mode = CONVERTER.get(family)
     if not mtp.prefixes:
         waits = "its converter waits for MTP layers, and there are none; convert with --no-mtp"
-        return Listed(False, waits) if mode is Converter.WAITS else None
+        return Finding(False, waits) if mode is Converter.WAITS else None
     if mode is None:
-        return Listed(None, f"what its converter makes of the MTP layers of {family} is not known")
+        return Finding(None, f"what its converter makes of the MTP layers of {family} is not known")
     if mode is Converter.STOPS:
-        return Listed(True, "its converter stops at MTP layers; prune with --mtp drop")
+        return Finding(True, "its converter stops at MTP layers; prune with --mtp drop")
     if mode is Converter.DENSE and mtp.counts:
-        return Listed(True, "its converter takes no experts in MTP layers; prune with --mtp drop")
+        return Finding(True, "its converter takes no experts in MTP layers; prune with --mtp drop")
     if not differ or mode is Converter.SKIPS:
         return None
     if mode is Converter.ALWAYS:
-        return Listed(True, f"{differ}; prune with --mtp prune or drop")
-    return Listed(False, f"{differ}; convert with --no-mtp")
+        return Finding(True, f"{differ}; prune with --mtp prune or drop")
+    return Finding(False, f"{differ}; convert with --no-mtp")

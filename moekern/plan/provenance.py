@@ -8,12 +8,10 @@ from typing import Any
 
 from moekern.plan.budgets import Budget
 from moekern.plan.choose import TIE
-from moekern.plan.document import NONUNIFORM, Plan
+from moekern.plan.document import NONUNIFORM, Plan, some_of
 from moekern.plan.targets import Target
 from moekern.router import keep_note
 from moekern.version import __version__
-
-NAMED = 8  # layers that a remark names
 
 
 def remarks(plan: Plan) -> list[str]:
@@ -32,8 +30,7 @@ def remarks(plan: Plan) -> list[str]:
 def _tie_note(what: str, keys: Sequence[str], layers: int) -> str | None:
     if not keys:
         return None
-    shown = ", ".join(keys[:NAMED]) + (" and others" if len(keys) > NAMED else "")
-    return f"{what} in {len(keys)} of {layers} layers ({shown}): the lowest expert numbers stay"
+    return f"{what} in {len(keys)} of {layers} layers ({some_of(keys)}): the lowest expert numbers stay"
 
 
 @dataclass(frozen=True)

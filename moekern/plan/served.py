@@ -10,9 +10,10 @@ from typing import Any
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.config_keys import model_types
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.plan.engines import Finding
 from moekern.plan.formats import name_in, weight_format
 from moekern.plan.mtp import Mtp
-from moekern.plan.targets import ENGINES, Finding, Served, Target, findings, nearest, runs
+from moekern.plan.targets import ENGINES, Served, Target, findings, nearest, runs
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moekern.plan.served import Report, verdict
-from moekern.plan.targets import Served, Target, findings, runs
+from moekern.plan.targets import Served, Target, findings
 
 CONVERTED = "python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf && llama-server -m {folder}.gguf"
 COMMANDS: Mapping[str, str] = {
@@ -56,10 +56,7 @@ def slower(counts: Mapping[str, int], served: Served, targets: Sequence[Target])
 
 
 def _nearest_whole(count: int, served: Served, target: Target) -> str:
-    whole = [
-        n
-        for n in range(1, served.router.num_experts + 1)
-        if runs(n, served, [target]) and not any(f.stops is False for f in findings(target, {"": n}, served))
-    ]
+    every = range(1, served.router.num_experts + 1)
+    whole = [n for n in every if all(found.stops is None for found in findings(target, {"": n}, served))]
     around = [*[n for n in whole if n < count][-1:], *[n for n in whole if n > count][:1]]
     return f"; nearest count without this: {' or '.join(map(str, around))}" if around else ""

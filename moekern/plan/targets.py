@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moekern.errors import InputError, nearest_name
-from moekern.plan.engines import Listed, listed, missing_keys, names_of
+from moekern.plan.engines import Finding, listed, missing_keys, names_of
 from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
 from moekern.router import Router, count_problem
@@ -68,9 +68,6 @@ class Rule:
     engines: tuple[str, ...]
     stops: bool
     broken: Callable[[int, Served, Target], str | None]
-
-
-Finding = Listed  # one broken rule: whether it stops the engine, None where that is not known, and its text
 
 
 def _power_of_two(n: int) -> bool:

@@ -211,6 +211,8 @@ def change(keys: dict[str, Any], name: str, shape: list[int] | None = None, new:
 
 
 FIRST = "model.layers.0.mlp."
+MTP_KEYS = moe_keys("mtp.layers.0.mlp.", GUD)
+DOGE = ("down_embed", "up_embed", "router_gate")
 REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "dense": (QWEN, {"model.layers.0.mlp.gate_proj.weight": ("BF16", [4, 4])}, "not a Mixture-of-Experts checkpoint"),
     "shared experts only": (
@@ -284,8 +286,7 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "alias disagrees": (QWEN | {"num_local_experts": 4}, qwen_keys(), "num_local_experts is 4, but the tensors hold 8"),
     "count is no number": (QWEN | {"num_experts": "8"}, qwen_keys(), "num_experts is '8'"),
     "counts of blocks": (
-        {"num_experts": 8, "num_experts_per_tok": 2, "block_configs": [{"block_type": "moe", "n_routed_experts": 8}]},
-        qwen_keys(),
+        QWEN | {"block_configs": [{"block_type": "moe", "n_routed_experts": 8}]}, qwen_keys(),
         "config.json: block_configs counts the experts of each block",
     ),
     "no count": ({"num_experts_per_tok": 2}, qwen_keys(), "config.json: no key gives the number of experts"),
@@ -301,6 +302,9 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "fewer layers than the tensors": (
         QWEN | {"num_hidden_layers": 3}, qwen_keys(6), "num_hidden_layers is 3, but the tensors hold 6 layers, "
     ),
+    "layers under another key": (
+        {"num_experts": 8, "num_experts_per_tok": 2, "n_layers": 3}, qwen_keys(6), ": n_layers is 3, but the tensors"
+    ),
     "no layers": (QWEN | {"num_hidden_layers": 0}, qwen_keys(), "only its multi-token-prediction layers have experts"),
     "negative layers": (QWEN | {"num_hidden_layers": -1}, qwen_keys(), "num_hidden_layers is -1, expected a whole"),
     "layers in quotes": (QWEN | {"num_hidden_layers": "2"}, qwen_keys(), "num_hidden_layers is '2', expected a whole"),
@@ -312,8 +316,8 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
         QWEN | {"text_config": {"num_experts_per_tok": 2.5}}, qwen_keys(), "text_config.num_experts_per_tok is 2.5, exp"
     ),
     "unknown score function": (
-        {"model_type": "cohere2_moe", "expert_selection_fn": "argmax"} | QWEN | {"model_type": "cohere2_moe"},
-        qwen_keys(), "expert_selection_fn is 'argmax', expected one of softmax"
+        QWEN | {"model_type": "cohere2_moe", "expert_selection_fn": "argmax"}, qwen_keys(),
+        "expert_selection_fn is 'argmax', expected one of softmax"
     ),
     "rows of no expert": (
         {"model_type": "longcat_flash", "num_layers": 1, "n_routed_experts": 8, "moe_topk": 2, "zero_expert_num": 99},
@@ -332,15 +336,11 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
         QWEN, qwen_keys() | moe_keys("other.layers.0.mlp.", GUD),
         "experts in several stacks: model.layers, other.layers",
     ),
-    "only MTP": (QWEN, moe_keys("mtp.layers.0.mlp.", GUD), "only its multi-token-prediction layers have experts"),
-    "MTP twice": (
-        QWEN, qwen_keys() | moe_keys("mtp.layers.0.mlp.", GUD) | moe_keys("mtp.0.mlp.", GUD), "are both layer mtp.0",
-    ),
+    "only MTP": (QWEN, MTP_KEYS, "only its multi-token-prediction layers have experts"),
+    "MTP twice": (QWEN, qwen_keys() | MTP_KEYS | moe_keys("mtp.0.mlp.", GUD), "are both layer mtp.0"),
     "doge": (
-        {"model_type": "doge"},
-        {f"{FIRST}{n}.weight": ("F32", [64, 8]) for n in ("down_embed", "up_embed", "router_gate")},
-        "doge models cannot be pruned: its experts are product keys",
-    ),
+        {"model_type": "doge"}, {f"{FIRST}{n}.weight": ("F32", [64, 8]) for n in DOGE},
+        "doge models cannot be pruned: its experts are product keys"),
     "grove_moe": (
         QWEN | {"model_type": "grove_moe"},
         qwen_keys() | moe_keys(FIRST, "chunk_experts.#.gate_proj|up_proj|down_proj", num_experts=4),
@@ -363,6 +363,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
+CHANGED = ["num_experts", "n_group", "topk_group", "num_experts_per_tok", "num_hidden_layers", "text_config"]
 JUNK = st.sampled_from(["experts", "gate", "0", "7", "99999999", "weight", "mlp", "mtp", "layers", "", "#", "{}", "é"])
 
 
@@ -371,9 +372,7 @@ JUNK = st.sampled_from(["experts", "gate", "0", "7", "99999999", "weight", "mlp"
     edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 6), JUNK), max_size=3),
     shape=st.lists(st.integers(0, 9), max_size=3),
     values=st.dictionaries(
-        st.sampled_from(
-            ["num_experts", "n_group", "topk_group", "num_experts_per_tok", "num_hidden_layers", "text_config"]
-        ),
+        st.sampled_from(CHANGED),
         st.one_of(st.integers(-2, 9), st.none(), st.text(max_size=3), st.lists(st.integers(0, 9), max_size=2)),
         max_size=2,
     ),

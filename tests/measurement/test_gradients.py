@@ -111,16 +111,24 @@ def close(name: str, got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=2e-4 * max(scale, 1e-6))
 
 
+def both_ways(
+    name: str, folder: Path, data: TokenData, whole_model: Callable[[str], Any]
+) -> tuple[Statistics, Callable[[list[Tensor]], dict[str, dict[str, Tensor]]]]:
+    """The gradient tier of `data` as it is streamed, and `whole` of a copy of the model, for any batches."""
+    model, layout = copy.deepcopy(whole_model(name)), find_layout(open_checkpoint(folder))
+    statistics = calibrate(folder, data, Compute(dtype=torch.float32), tiers=("gradient",))
+    return statistics, lambda batches: whole(model, layout, batches)
+
+
 @pytest.mark.parametrize("name", [name for name in CHECKED if name not in REFUSED])
 def test_gradients_are_those_of_a_whole_backward_pass(
     name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
 ) -> None:
     folder, data = family_checkpoint(name), data_of(name)
-    model, layout = copy.deepcopy(whole_model(name)), find_layout(open_checkpoint(folder))
-    statistics = calibrate(folder, data, Compute(dtype=torch.float32), tiers=("gradient",))
+    statistics, in_memory = both_ways(name, folder, data, whole_model)
     for domain in "ab":
         batches = [batch.input_ids for batch in data.batches if batch.domain == domain]
-        for key, want in whole(model, layout, batches).items():
+        for key, want in in_memory(batches).items():
             got = statistics.layers[key][domain]
             assert got.tiers == ("gradient",)
             for field in set(FIELDS) - set(JOINT):
@@ -134,11 +142,10 @@ def test_the_joint_gradient_is_that_of_all_text(
 ) -> None:
     """Criteria of all domains are those of one domain that holds all text; each domain is scored by its own."""
     folder, data = family_checkpoint(name), data_of(name)
-    model, layout = copy.deepcopy(whole_model(name)), find_layout(open_checkpoint(folder))
-    statistics = calibrate(folder, data, Compute(dtype=torch.float32), tiers=("gradient",))
+    statistics, in_memory = both_ways(name, folder, data, whole_model)
     one = TokenData(tuple(Batch("all", batch.input_ids) for batch in data.batches), {})
     united = calibrate(folder, one, Compute(dtype=torch.float32), tiers=("gradient",))
-    for key, want in whole(model, layout, [batch.input_ids for batch in data.batches]).items():
+    for key, want in in_memory([batch.input_ids for batch in data.batches]).items():
         total = statistics.layer(key)
         assert int(total.joint_gradients) == int(total.gradients) == 2
         for field in JOINT[1:]:

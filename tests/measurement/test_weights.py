@@ -260,26 +260,24 @@ def test_blocks_that_nothing_names_are_powers_of_two_or_equal_parts(numbers: int
         block_of(torch.empty(100, 64), torch.empty(60, 2))
 
 
-def test_a_router_that_is_no_numbers_is_refused(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    def spoil(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if name == "model.layers.1.mlp.gate.weight":
+@pytest.mark.parametrize(
+    ("name", "costly", "message"),
+    [
+        ("gate", False, "layer 1: expert 3: rows of the router are not finite"),
+        ("experts.2.up_proj", True, "layer 1: expert 2: its weights are not finite"),
+    ],
+)
+def test_what_is_no_number_is_refused(
+    name: str, costly: bool, message: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    def spoil(key: str, tensor: Tensor) -> dict[str, Tensor]:
+        if key == f"model.layers.1.mlp.{name}.weight":
             tensor[3, 5] = torch.nan
-        return {name: tensor}
+        return {key: tensor}
 
     folder = rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
-    with pytest.raises(InputError, match="layer 1: expert 3: rows of the router are not finite"):
-        weigh(folder, costly=False)
-
-
-def test_weights_that_are_no_numbers_are_refused(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    def spoil(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if name == "model.layers.1.mlp.experts.2.up_proj.weight":
-            tensor[3, 5] = torch.nan
-        return {name: tensor}
-
-    folder = rewrite(family_checkpoint("qwen3_moe"), tmp_path / "m", spoil)
-    with pytest.raises(InputError, match="layer 1: expert 2: its weights are not finite"):
-        weigh(folder)
+    with pytest.raises(InputError, match=message):
+        weigh(folder, costly=costly)
 
 
 def test_a_checkpoint_is_scored_and_planned_without_statistics(

@@ -55,7 +55,7 @@ def first_number(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def text(name: str, **more: int) -> TokenData:
+def text(name: str) -> TokenData:
     ids = families.input_ids(name, 4, 40, 1)
     ids[0, 0] = 0  # the row of the embeddings that is damaged
     return TokenData((Batch("text", ids),), {}, 4)

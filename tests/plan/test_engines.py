@@ -5,8 +5,9 @@ import re
 import pytest
 
 from moekern.architectures import FAMILIES
-from moekern.plan.engines import HUB_NAMES, Listed, listed, names_of, registries, release
+from moekern.plan.engines import HUB_NAMES, Finding, listed, names_of, registries, release
 from moekern.plan.targets import ENGINES
+from tests.helpers.findings import check_finding
 
 KNOWN = {  # family, engine -> whether it stops and words; None: the engine has it
     ("flex_olmo", "llama.cpp"): (True, "converter does not know FlexOlmoForCausalLM (0c1e57098 of 2026-10-01)"),
@@ -33,12 +34,7 @@ KNOWN = {  # family, engine -> whether it stops and words; None: the engine has 
 @pytest.mark.parametrize(("family", "engine"), KNOWN)
 def test_what_a_list_says(family: str, engine: str) -> None:
     said, expected = listed(engine, names_of(family)), KNOWN[family, engine]
-    if expected is None:
-        assert said is None
-    else:
-        assert said is not None
-        assert said.stops is expected[0]
-        assert expected[1] in said.text
+    check_finding(said, expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -64,7 +60,7 @@ def test_the_name_in_config_json_decides() -> None:
     """One family may have several, and an engine some of them."""
     assert listed("mistral.rs", frozenset({"PhiMoEForCausalLM", "phimoe"})) is None
     said = listed("llama.cpp", frozenset({"PhimoeForCausalLM", "phimoe"}))
-    assert said == Listed(True, "its converter does not know PhimoeForCausalLM (0c1e57098 of 2026-10-01)")
+    assert said == Finding(True, "its converter does not know PhimoeForCausalLM (0c1e57098 of 2026-10-01)")
 
 
 def test_a_class_of_remote_code_does_not_fall_back() -> None:

@@ -5,6 +5,7 @@ import pytest
 from moekern.architectures import FAMILIES
 from moekern.plan.engines import listed, names_of
 from moekern.plan.mtp import CONVERTER, MLX_LEAVES_OUT, Mtp, mtp_finding
+from tests.helpers.findings import check_finding
 
 NUMBERED, NAMED, GONE = ("model.layers.4.",), ("mtp.",), Mtp((), ())
 CASES = {  # engine, family, MTP layers beside others of 64 experts -> whether it stops, and words; None: nothing
@@ -45,12 +46,7 @@ CASES = {  # engine, family, MTP layers beside others of 64 experts -> whether i
 def test_mtp_modes_by_family(case: str) -> None:
     engine, family, mtp, expected = CASES[case]
     said = mtp_finding(engine, family, mtp, 64)
-    if expected is None:
-        assert said is None
-    else:
-        assert said is not None
-        assert said.stops is expected[0]
-        assert expected[1] in said.text
+    check_finding(said, expected)
 
 
 def test_the_converter_is_known_for_every_family_with_mtp_layers() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.plan.engines import registries
+from moekern.plan.engines import Finding, registries
 from moekern.plan.served import check_folder, served_as, verdict
-from moekern.plan.targets import ENGINES, Finding, parse_target
+from moekern.plan.targets import ENGINES, parse_target
 from moekern.pruning import prune
 from tests.helpers import synthetic
 from tests.helpers.in_flight import random_plan

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from moekern.plan.engines import Finding
 from moekern.plan.served import Report
 from moekern.plan.serving import serve_commands, slower
-from moekern.plan.targets import Finding, Served, parse_target
+from moekern.plan.targets import Served, parse_target
 from moekern.router import Router
 
 SOFTMAX = Served("qwen3_moe", "softmax", Router(128, 8))
