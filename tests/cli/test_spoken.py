@@ -56,7 +56,7 @@ def test_what_is_said_goes_to_the_log_too(work: Path, tmp_path: Path) -> None:
     )
 
 
-def test_verbose_tells_where_an_error_comes_from(work: Path, tmp_path: Path) -> None:
+def test_verbose_tells_where_an_error_comes_from(tmp_path: Path) -> None:
     done = moekern("inspect", tmp_path / "none", "-v")
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("moekern: ")
