@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from moekern import files
 from moekern.errors import InputError
 from tests.helpers.mounts import mounted
+from tests.helpers.planted import plant
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -145,22 +145,11 @@ def test_a_temporary_that_is_taken_away_does_not_become_the_target(tmp_path):
     assert list(tmp_path.iterdir()) == [files.temporary_path(tmp_path / "s")]  # which nobody here has written
 
 
-def plant(what, path, elsewhere):
-    elsewhere.write_bytes(b"elsewhere")
-    if what == "pipe":
-        os.mkfifo(path)
-    elif what == "folder":
-        path.mkdir()
-    elif what == "device":
-        path.symlink_to("/dev/null") if os.geteuid() else os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    else:
-        path.symlink_to(elsewhere if what == "link" else elsewhere.with_name("nowhere"))
-
-
 @pytest.mark.parametrize("what", ["link", "link to nothing", "pipe", "device", "folder"])
 def test_what_is_planted_at_the_name_of_a_temporary_or_lock_is_refused(tmp_path, what):
     elsewhere, work = tmp_path / "elsewhere", tmp_path / "work"
     work.mkdir()
+    elsewhere.write_bytes(b"elsewhere")
     plant(what, files.temporary_path(work / "s"), elsewhere)
     with pytest.raises(InputError, match="a link, pipe or other thing that moekern did not write stands there"):
         files.write_bytes(work / "s", b"x")
@@ -174,6 +163,7 @@ def test_what_is_planted_at_the_name_of_a_temporary_or_lock_is_refused(tmp_path,
 
 
 def test_files_are_opened_without_following_or_waiting(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"elsewhere")
     for what in ("link", "link to nothing", "pipe", "device", "folder"):
         plant(what, tmp_path / what, tmp_path / "elsewhere")
         for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND):

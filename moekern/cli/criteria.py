@@ -51,7 +51,7 @@ def criteria(
     result(rows, lambda: print(markdown(rows), end="") if as_markdown else show_criteria(rows, not (words or tier)))
 
 
-def show_criteria(rows: Sequence[Mapping[str, str]], all_of_them: bool = True) -> None:
+def show_criteria(rows: Sequence[Mapping[str, str]], all_of_them: bool) -> None:
     """Which to take; then by family the name, meaning, paper and, where it is not the routed one, tier."""
     from moekern.criteria.table import DEFAULT
 

@@ -179,17 +179,12 @@ def check_options(model: Path | Checkpoint, options: Planning) -> None:
     """Raise InputError for what headers alone tell to be wrong, before all weights of a checkpoint are read."""
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
-    from moekern.criteria.named import criterion_named
     from moekern.plan.served import served_as
+    from moekern.plan.several import check_planning
     from moekern.plan.targets import check_counts
     from moekern.router import kept_count
 
-    if (options.fit is None) == (not options.keeps):
-        raise InputError("--keep, --fit: give one of the two")
-    if options.fit is not None and options.model is None:
-        raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
-    for criterion in options.criteria:
-        criterion_named(criterion)
+    check_planning(options)
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = find_layout(checkpoint)
     served = served_as(layout, checkpoint.config)

@@ -23,7 +23,7 @@ PRESETS = {
         "open-r1/Mixture-of-Thoughts[code],open-r1/Mixture-of-Thoughts[math],open-r1/Mixture-of-Thoughts[science]"
     ),
 }
-_AMOUNT = re.compile(r"(?P<source>.+):(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<unit>[kKmM%]?)")
+_AMOUNT = re.compile(r"(?P<source>.+):(?P<number>\d{1,15}(?:\.\d+)?|\.\d+)(?P<unit>[kKmM%]?)")
 _HUB = re.compile(r"(?P<path>[^\[\]()]+?)(?:\[(?P<subset>[^\[\]]+)\])?(?:\((?P<split>[^()]+)\))?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -59,11 +59,11 @@ class Domain:
 
 def parse_tokens(text: str) -> int | None:
     """ "500k" is 500,000 tokens, "2M" 2,000,000, "all" None. Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kKmM]?)", text.strip())
     if text.strip() == "all":
         return None
     if not found or ("." in found[1] and not found[2]):
-        raise InputError(f"--tokens {text}: expected a number such as 500000, 500k or 2M, or all")
+        raise InputError(f"--tokens {text:.80}: expected a number such as 500000, 500k or 2M, or all")
     return round(float(found[1]) * _times(found[2])) if "." in found[1] else int(found[1]) * _times(found[2])
 
 
@@ -73,15 +73,15 @@ def _times(unit: str) -> int:
 
 def domains_of(specs: Sequence[str]) -> list[Domain]:
     """The domains that --data names. Raises InputError for what is not there, or is named twice."""
-    if not specs:
-        raise InputError("--data: expected at least one NAME=PATH, or a --preset")
     found = [domain for spec in specs for domain in _domains(spec)]
+    if not found:
+        raise InputError("--data: expected at least one NAME=PATH, or a --preset")
     if len(found) == 1 and not found[0].on_hub and "=" not in specs[0]:
         found = [replace(found[0], name=DEFAULT_DOMAIN)]
     names = [domain.name for domain in found]
-    if not all(name.isprintable() for name in names):
-        raise InputError(f"--data {found[0].path}: expected NAME=PATH with a plain name")
     for domain in found:
+        if not domain.name.isprintable():
+            raise InputError(f"--data {domain.path}: expected NAME=PATH with a plain name")
         if names.count(domain.name) > 1:
             raise InputError(
                 f"--data {domain.shown}: the domain {domain.name!r} is named twice; put both into one folder"
@@ -94,7 +94,7 @@ def _domains(spec: str) -> list[Domain]:
     source = rest if equals else spec
     if not source:
         raise InputError(f"--data {spec}: no path is given; expected NAME=PATH")
-    if equals and (not name or "/" in name or not name.isprintable()):
+    if equals and (not name or "/" in name):
         raise InputError(f"--data {spec}: expected NAME=PATH with a plain name")
     try:
         domain = _local(source, spec)
@@ -161,7 +161,7 @@ def budgets(domains: Sequence[Domain], tokens: int | None, sequence_length: int)
     for domain in domains:
         budget = fixed[domain.name]
         if budget is not None and budget < 2:
-            if domain.amount in (Amount(), Amount(share=domain.amount.share)):
+            if domain.amount.tokens is None and domain.amount.sequences is None:
                 raise InputError(f"--tokens {tokens}: expected at least 2 for each of {len(domains)} domains")
             raise InputError(f"--data {domain.name}: expected at least 2 tokens")
     return [fixed[domain.name] for domain in domains]

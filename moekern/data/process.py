@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import warnings
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -48,25 +49,25 @@ class TokenizerProcess:
         self.process.terminate()  # another process that was forked meanwhile may hold our end of the connection
         self.process.join()
 
-    def render(self, messages: Any, tools: Any = None, options: Any = None) -> str:
+    def render(self, messages: Any, tools: Any, options: Mapping[str, Any]) -> str:
         """The text of a conversation, which names tools, with options of the template.
 
         Raises Unreadable with what the template raised, and InputError where it takes too much: other conversations
         would too.
         """
-        return str(self._asked(SECONDS, (messages, tools, options or {})))
+        return str(self._asked(SECONDS, _rendered, messages, tools, options))
 
     def ids(self, text: str, special: bool = False) -> list[int]:
         """The token ids of a text, with those that the tokenizer puts around it where `special`.
 
         Raises InputError with what the tokenizer raised, and where it takes too much.
         """
-        found: list[int] = self._asked(PIECE_SECONDS, (text, special)).tolist()
+        found: list[int] = self._asked(PIECE_SECONDS, _ids, text, special).tolist()
         return found
 
-    def _asked(self, seconds: int, question: tuple[Any, ...]) -> Any:
+    def _asked(self, seconds: int, work: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            self.connection.send((seconds, question))
+            self.connection.send((seconds, work, arguments))
             answer, problem = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
@@ -99,13 +100,13 @@ def _serve(other: Connection, connection: Connection, tokenizer: Any) -> None:
     texts, left = 0, AT_FIRST
     while True:
         try:
-            seconds, question = connection.recv()
+            seconds, work, arguments = connection.recv()
         except EOFError:
             return
         before = _spent()
         resource.setrlimit(resource.RLIMIT_CPU, (int(before) + seconds, resource.RLIM_INFINITY))
-        answer, problem = _answer(tokenizer, question)
-        written = question[0] if len(question) == 2 else answer
+        answer, problem = _answer(tokenizer, work, arguments)
+        written = arguments[0] if work is _ids else answer
         texts += 1
         left += EACH_TEXT + EACH_CHARACTER * len(written) - (_spent() - before)
         if left < 0 and problem is None:
@@ -118,21 +119,21 @@ def _spent() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _answer(tokenizer: Any, question: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+def _answer(tokenizer: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Exception | None]:
     """What was asked for, or why there is none. A panic of a library in Rust is no Exception."""
     try:
-        return (_ids if len(question) == 2 else _rendered)(tokenizer, *question), None
+        return work(tokenizer, *arguments), None
     except InputError as error:
         return "", error
     except MemoryError:
         return "", InputError(f"takes more than {MEMORY} bytes")
     except BaseException as error:
-        if len(question) == 2:
+        if work is _ids:
             return "", InputError(f"fails: {first_line(error)}")
         return "", Unreadable(f"the chat template cannot render it: {first_line(error)}")
 
 
-def _rendered(tokenizer: Any, messages: Any, tools: Any, options: Any) -> str:
+def _rendered(tokenizer: Any, messages: Any, tools: Any, options: Mapping[str, Any]) -> str:
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
     if not isinstance(text, str) or len(text) > TEXT_CAP:
         raise InputError(f"gives no text of at most {TEXT_CAP} characters")

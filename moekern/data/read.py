@@ -53,9 +53,7 @@ def read_data(
     a line, by `tell` or as a warning; `strict` makes it an error.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
-    _check(sequence_length, batch_size, seed, thinking)
-    if chunk is not None and chunk < 1:
-        raise InputError(f"--chunk {chunk}: expected at least 1")
+    _check(sequence_length, batch_size, chunk, seed, thinking)
     domains = domains_of(specs)
     named = _columns(columns, domains)
     notes = Notes(tell)
@@ -89,11 +87,13 @@ def read_data(
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
 
 
-def _check(sequence_length: int, batch_size: int, seed: int, thinking: str) -> None:
+def _check(sequence_length: int, batch_size: int, chunk: int | None, seed: int, thinking: str) -> None:
     if sequence_length < 2:
         raise InputError(f"--sequence-length {sequence_length}: expected at least 2")
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: expected at least 1")
+    if chunk is not None and chunk < 1:
+        raise InputError(f"--chunk {chunk}: expected at least 1")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected 0 or more")
     if thinking not in THINKING:
@@ -176,7 +176,9 @@ def token_documents(
         if isinstance(document, Chat):
             left.parts.update(document.parts)
         if isinstance(document, Passage):
-            pieces = [ids] if document.begins else [*pieces, ids]
+            if document.begins:
+                pieces = []
+            pieces.append(ids)
             if not document.ends:
                 continue
             ids, pieces = np.concatenate(pieces), []

@@ -267,7 +267,7 @@ def _pieces(stream: BinaryIO) -> Iterator[str]:
         if at <= 0:
             text = text.removeprefix("\ufeff")
         held += newlines.decode(text, final=not chunk)
-        _check_text(text)
+        _check_bytes(chunk)
         if not chunk:
             break
         if len(held) > 2 * PIECE:
@@ -276,10 +276,6 @@ def _pieces(stream: BinaryIO) -> Iterator[str]:
             held = held[cut:]
     if held.strip():
         yield held
-
-
-def _check_text(text: str) -> None:
-    _check_bytes(b"\0" if "\0" in text else b"")
 
 
 def _check_bytes(data: bytes) -> None:
@@ -320,7 +316,7 @@ def _text_block(stream: BinaryIO, start: int, stop: int) -> Iterator[Item]:
         text = codecs.getincrementaldecoder("utf-8-sig" if not start else "utf-8")("strict").decode(piece)
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 text (byte {before + begin + error.start})") from error
-    _check_text(text)
+    _check_bytes(piece)
     if text.strip():
         yield Item("", Passage(text.replace("\r\n", "\n").replace("\r", "\n")), len(piece))
 

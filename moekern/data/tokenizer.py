@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,14 @@ class Tokenizer:
         text = self._rendered(chat)
         check_characters(text)
         ids, end = self._plain(text), tokenizer.eos_token_id if self.ended else None
+        return ids if end is None or text.rstrip().endswith(self._closing) else [*ids, end]
+
+    @cached_property
+    def _closing(self) -> tuple[str, ...]:
+        """The tokens that a template may end a conversation with."""
+        tokenizer = self.get()
         with self._guarded():
-            closing = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        return ids if end is None or text.rstrip().endswith(closing) else [*ids, end]
+            return tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
 
     def _check_carried(self, chat: Chat) -> None:
         """Say what a template passes over in silence."""

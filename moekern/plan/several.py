@@ -38,12 +38,19 @@ class Planning:
     fit: Fit | None = None
 
 
-def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
-    """Name -> plan. Nothing is written before all of them are made. Raises InputError."""
+def check_planning(options: Planning) -> None:
+    """Raise InputError for options that no statistics are needed to refuse."""
     if (options.fit is None) == (not options.keeps):
         raise InputError("--keep, --fit: give one of the two")
+    if options.fit is not None and options.model is None:
+        raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
     for criterion in options.criteria:
         criterion_named(criterion)
+
+
+def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
+    """Name -> plan. Nothing is written before all of them are made. Raises InputError."""
+    check_planning(options)
     layout = served = None
     keeps, fit = options.keeps, None
     if options.model is not None:
@@ -52,8 +59,6 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
         if options.fit is not None:
             fitted = fitted_count(checkpoint, layout, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
-    elif options.fit is not None:
-        raise InputError("--fit: needs the checkpoint, whose sizes it looks up: add --model MODEL")
     plans: dict[str, Plan] = {}
     for criterion, keep in product(options.criteria, keeps):
         stem = re.sub(r"[^\w.,()*-]+", "_", criterion).strip("_")

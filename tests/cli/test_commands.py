@@ -15,7 +15,7 @@ import pytest
 from moekern.criteria import CRITERIA
 from moekern.statistics.file import Statistics
 from tests.helpers import families
-from tests.helpers.commands import contents, document, moekern
+from tests.helpers.commands import contents, document, model_and_ids, moekern
 
 MakeCheckpoint = Callable[[str], Path]
 
@@ -23,9 +23,7 @@ MakeCheckpoint = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, token ids, statistics and a plan."""
-    folder = tmp_path_factory.mktemp("cli")
-    families.save("deepseek_v3", folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 600))
+    folder = model_and_ids(tmp_path_factory.mktemp("cli"), 600, "deepseek_v3")
     calibrate = ("calibrate", folder / "model", "--data", f"a={folder / 'ids.npy'}", "--sequence-length", 40)
     assert moekern(*calibrate, "--out", folder / "s.safetensors").returncode == 0
     assert moekern("plan", folder / "s.safetensors", "--keep", 4, "--out", folder / "plan.json").returncode == 0

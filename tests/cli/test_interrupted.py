@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from moekern import files
@@ -22,9 +20,9 @@ from moekern.calibration.calibrate import Job
 from moekern.cli import pipeline
 from moekern.cli.app import main
 from moekern.plan.document import LayerPlan, Plan
-from tests.helpers import families
-from tests.helpers.commands import contents, document, moekern
+from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.mounts import mounted
+from tests.helpers.planted import plant
 
 Command = Callable[[Path], tuple[object, ...]]
 
@@ -32,9 +30,7 @@ Command = Callable[[Path], tuple[object, ...]]
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, token ids, two statistics and a plan."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    families.save("qwen3_moe", folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 400))
+    folder = model_and_ids(tmp_path_factory.mktemp("interrupted"))
     for seed in (0, 1):
         assert moekern(*calibrate(folder, seed)(folder / f"s{seed}.safetensors")).returncode == 0
     assert moekern("plan", folder / "s0.safetensors", "--keep", 4, "--out", folder / "plan.json").returncode == 0
@@ -50,17 +46,8 @@ def calibrate(work: Path, seed: int = 0) -> Command:
 
 
 def run(work: Path, keep: int = 4) -> Command:
-    return lambda out: (
-        "run",
-        work / "model",
-        *text(work),
-        "--keep",
-        keep,
-        "--no-forward",
-        "--no-quality",
-        "--out",
-        out,
-    )
+    options = ("--keep", keep, "--no-forward", "--no-quality")
+    return lambda out: ("run", work / "model", *text(work), *options, "--out", out)
 
 
 def iterate(work: Path, rounds: int = 3) -> Command:
@@ -279,17 +266,6 @@ def test_a_target_that_is_another_s_is_refused_before_anything_is_measured(
     assert contents(tmp_path) == {n: d for n, d in made.items() if n.startswith("out/")} | {"out/config.json": b"{}"}
 
 
-def planted(what: str, path: Path, elsewhere: Path) -> None:
-    if what == "pipe":
-        os.mkfifo(path)
-    elif what == "device":
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    elif what == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to(elsewhere)
-
-
 @pytest.mark.parametrize("what", ["link", "pipe", "device", "folder"])
 @pytest.mark.parametrize(
     ("command", "name"),
@@ -310,8 +286,6 @@ def planted(what: str, path: Path, elsewhere: Path) -> None:
 def test_what_is_planted_is_not_followed_waited_for_or_removed(
     work: Path, tmp_path: Path, command: str, name: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if what == "device" and os.geteuid():
-        pytest.skip("needs root")
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "here" / "out"
     shutil.copy(work / ("s0.safetensors" if "statistics" in name or command == "calibrate" else "plan.json"), elsewhere)
     before = elsewhere.read_bytes()
@@ -319,7 +293,7 @@ def test_what_is_planted_is_not_followed_waited_for_or_removed(
     files.work_path(out).mkdir()
     path = (out.parent / name) if command == "calibrate" else (files.work_path(out) / name)
     path = path.parent.resolve() / path.name
-    planted(what, path, elsewhere)
+    plant(what, path, elsewhere)
     unmeasured(monkeypatch)
     assert f"{path}: a link, pipe or other thing that moekern did not write" in refused(*commands(work)[command](out))
     assert elsewhere.read_bytes() == before

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from greenlet import greenlet
 
@@ -21,16 +18,13 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.demo import MODEL
 from moekern.errors import InputError
-from tests.helpers import families
-from tests.helpers.commands import Done, moekern
+from tests.helpers.commands import Done, model_and_ids, moekern, signalled
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, token ids, statistics, a plan and the pruned model."""
-    folder = tmp_path_factory.mktemp("json")
-    families.save("qwen3_moe", folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 200))
+    folder = model_and_ids(tmp_path_factory.mktemp("json"), 200)
     commands: list[tuple[object, ...]] = [
         ("calibrate", folder / "model", *text(folder), "--out", folder / "s.safetensors"),
         ("plan", folder / "s.safetensors", "--keep", 4, "--out", folder / "plan.json"),
@@ -207,25 +201,9 @@ def test_what_moekern_did_not_expect_is_told_too(work: Path, monkeypatch: pytest
 def test_a_signal_is_an_error_too(number: signal.Signals, name: str, tmp_path: Path) -> None:
     layers = {key: {"keep": [0, 1, 2, 3]} for key in find_layout(open_checkpoint(MODEL)).layers}
     (tmp_path / "plan.json").write_text(json.dumps({"format": "moekern.plan/1", "layers": layers}))
-    script = """
-import signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from moekern.cli.app import main
-import moekern._C as _C
-def slow(*arguments):
-    print("writing", flush=True)
-    time.sleep(600)
-_C.write_file = slow
-main()
-"""
-    command = [sys.executable, "-c", script, "prune", str(MODEL), "plan.json", "--out", "o", "--json"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
-        assert done.stdout is not None
-        assert done.stdout.readline() == "writing\n"
-        done.send_signal(number)
-        _, errors = done.communicate(timeout=60)
+    done = signalled(number, tmp_path, "prune", MODEL, "plan.json", "--out", "o", "--json")
     assert done.returncode == 128 + number
-    assert json.loads(errors.splitlines()[-1]) == {"error": f"stopped by {name}", "kind": "interrupted"}
+    assert told(done)[-1] == {"error": f"stopped by {name}", "kind": "interrupted"}
 
 
 def test_the_mode_ends_with_the_command(work: Path) -> None:

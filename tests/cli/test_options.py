@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.helpers import families
-from tests.helpers.commands import contents, document, moekern
+from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.hub import COMMIT, Hub, client, serving
 
 ID = "someone/tiny-moe"
@@ -23,9 +22,7 @@ SHARD = ".safetensors"
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, token ids and a plan."""
-    folder = tmp_path_factory.mktemp("options")
-    families.save("qwen3_moe", folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 400))
+    folder = model_and_ids(tmp_path_factory.mktemp("options"))
     layers = {key: {"keep": [0, 3, 4, 7]} for key in "0123"}
     (folder / "plan.json").write_text(json.dumps({"format": "moekern.plan/1", "layers": layers}))
     return folder

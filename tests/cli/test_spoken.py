@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from moekern.cli import console
@@ -16,16 +15,12 @@ from moekern.cli.app import COMMANDS
 from moekern.criteria.table import CRITERIA, DEFAULT
 from moekern.model.compute import Compute
 from moekern.statistics.layer import TIERS
-from tests.helpers import families
-from tests.helpers.commands import document, moekern
+from tests.helpers.commands import document, model_and_ids, moekern
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("spoken")
-    families.save("qwen3_moe", folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 400))
-    return folder
+    return model_and_ids(tmp_path_factory.mktemp("spoken"))
 
 
 def calibrate(work: Path, out: Path, *more: object) -> tuple[object, ...]:
@@ -61,7 +56,7 @@ def test_what_is_said_goes_to_the_log_too(work: Path, tmp_path: Path) -> None:
     )
 
 
-def test_verbose_tells_where_an_error_comes_from(work: Path, tmp_path: Path) -> None:
+def test_verbose_tells_where_an_error_comes_from(tmp_path: Path) -> None:
     done = moekern("inspect", tmp_path / "none", "-v")
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("moekern: ")

@@ -32,6 +32,7 @@ from moekern.plan.document import Plan
 from moekern.plan.several import Planning
 from moekern.verification.tensors import MAX_PROBLEMS, VerifyReport
 from tests.helpers import ROOT
+from tests.helpers.commands import signalled
 from tests.helpers.measured import layer_statistics
 
 
@@ -220,24 +221,8 @@ def test_a_plan_cannot_take_the_place_of_the_original() -> None:
 )
 def test_a_stopped_command_says_so_and_leaves_nothing(number: signal.Signals, name: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(_plan().to_json())
-    script = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from moekern.cli.app import main
-import moekern._C as _C
-def slow(*arguments):
-    print("writing", flush=True)
-    time.sleep(600)
-_C.write_file = slow
-main()
-"""
-    command = [sys.executable, "-c", script, "prune", str(MODEL), "plan.json", "--out", "o"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
-        assert done.stdout is not None
-        assert done.stdout.readline() == "writing\n"
-        done.send_signal(number)
-        _, errors = done.communicate(timeout=60)
-    assert (done.returncode, errors) == (128 + number, f"moekern: stopped by {name}\n")
+    done = signalled(number, tmp_path, "prune", MODEL, "plan.json", "--out", "o")
+    assert (done.returncode, done.stderr) == (128 + number, f"moekern: stopped by {name}\n")
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 

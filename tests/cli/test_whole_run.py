@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.compute import Compute
-from tests.helpers import families
-from tests.helpers.commands import contents, document, moekern
+from tests.helpers.commands import contents, document, model_and_ids, moekern
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and token ids."""
-    folder = tmp_path_factory.mktemp("run")
-    families.save("qwen3_moe", folder / "model")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(16, 96, 4000))
-    return folder
+    return model_and_ids(tmp_path_factory.mktemp("run"), 4000)
 
 
 def run(work: Path, *more: object) -> tuple[object, ...]:

@@ -67,7 +67,9 @@ def test_what_a_text_names(spec: str, domains: list[Domain], here: Path) -> None
     ("specs", "reason"),
     [
         ([], "expected at least one NAME=PATH, or a --preset"),
+        ([","], "expected at least one NAME=PATH"),
         (["a="], "no path is given"),
+        pytest.param(["a=src:" + "9" * 5000], "no such file or folder|File name too long", id="5000 digits"),
         (["a/b=a.txt"], "plain name"),
         (["a=/nowhere/at/all"], "no such file or folder"),
         (["src/missing.jsonl"], "no such file or folder"),
@@ -112,7 +114,18 @@ def test_numbers_of_tokens(text: str, tokens: int | None) -> None:
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "2.5", "many", "-3", "3G"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "2.5",
+        "many",
+        "-3",
+        "3G",
+        pytest.param("9" * 5000, id="5000 digits"),
+        pytest.param("9" * 400 + ".5k", id="k"),
+    ],
+)
 def test_what_is_no_number_of_tokens(text: str) -> None:
     with pytest.raises(InputError, match="expected a number such as"):
         parse_tokens(text)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from moekern.errors import InputError
 from moekern.pruning.preflight import check_space
 from tests.helpers.faulty import Bench, benches_in_memory, finished, refused, resumed, snapshot, work_of, write_plan
+from tests.helpers.planted import plant
 
 FIFTH = "model-00005-of-00008.safetensors"
 
@@ -110,18 +110,16 @@ def test_without_a_manifest_nothing_says_whose_it_is(bench: Bench) -> None:
 
 
 def planted(what: str, path: Path, elsewhere: Path) -> None:
-    if what == "pipe":
-        os.mkfifo(path)
-    elif what == "device":
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    elif what == "second name":
+    if what == "second name":
         os.link(elsewhere / "mine.jsonl", path)
     elif what == "text":
         path.write_text("mine\n")
-    elif what == "folder":
-        (path / "mine").mkdir(parents=True)
+    elif what == "link to nothing":
+        path.symlink_to(elsewhere / "nowhere")
     else:
-        path.symlink_to(elsewhere if what == "link" else elsewhere / "nowhere")
+        plant(what, path, elsewhere)
+    if what == "folder":
+        (path / "mine").mkdir()
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -134,8 +132,6 @@ def test_what_is_planted_is_not_followed_waited_for_or_removed(bench: Bench, nam
         (elsewhere / "mine.safetensors").write_bytes(b"mine")
         before = snapshot(elsewhere)
         for what in ("link", "link to nothing", "pipe", "device", "second name", "text", "folder"):
-            if what == "device" and os.geteuid():
-                continue
             out = bench.fresh()
             interrupted(bench, out) if stopped else work_of(out).mkdir(parents=True)
             path = work_of(out) / name
