@@ -192,12 +192,11 @@ def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict
 def _header(
     checkpoint: Checkpoint, layout: Layout, data: TokenData, compute: Compute, tiers: tuple[str, ...]
 ) -> dict[str, Any]:
-    backends = backends_of(compute.device, compute.backend, tiers)
     return make_header(
         Source.of(checkpoint, layout),
         tokens=data.tokens,
         data=recipe_of(data, compute, tiers),
-        backend=backends,
+        backend=backends_of(compute.device, compute.backend, tiers),
         versions=versions(),
         dtype=compute.dtype_name,
         model=checkpoint.repository,

@@ -110,14 +110,13 @@ class Renamer:
     @cached_property
     def _others(self) -> tuple[str, ...]:
         """Names of all modules that lie in no numbered expert."""
-        stems = tuple(m.stem for m in self.modules)
         holders = set()
         for name in self.tensors:
             inside = next((stem for stem in _stems_of(name) if stem in self._stem_set), None)
             parts = (inside or name).rstrip(".").split(".")
             stop = len(parts) + 1 if inside else len(parts)
             holders |= {".".join(parts[:end]) for end in range(1, stop)}
-        return tuple(sorted(holders - {stem.rstrip(".") for stem in stems if not stem.endswith(".")}))
+        return tuple(sorted(holders - {stem.rstrip(".") for stem in self._stem_set if not stem.endswith(".")}))
 
     @cached_property
     def _stem_set(self) -> frozenset[str]:

@@ -60,9 +60,7 @@ def rewritten(text: str, modules: Sequence[ExpertModules], others: Iterable[str]
 
     others: names of the modules outside of experts. Raises Ambiguous.
     """
-    mark = next((mark for mark in MARKS if text.startswith(mark)), "")
-    body = text.removeprefix(mark)
-    wildcard = not mark and not REGEX_ONLY.search(body)
+    mark, body, wildcard = _parts(text)
     if (BLIND_WILDCARD if wildcard else BLIND).fullmatch(body):
         return (text,)
     readings = [picked(matches, modules) for matches in _readings(body, wildcard)]
@@ -75,9 +73,16 @@ def rewritten(text: str, modules: Sequence[ExpertModules], others: Iterable[str]
     outside = tuple(others or ())
     if any(matches(name) for matches in _readings(body, wildcard) for name in outside):
         raise Ambiguous("it matches modules outside of experts too")
-    new = _written(found[0], wanted, modules, wildcard)
+    new = _written(wanted, modules, wildcard)
     _check(new, wanted, modules, outside, wildcard)
     return tuple(f"{mark}{pattern}" for patterns in new.values() for pattern in patterns)
+
+
+def _parts(text: str) -> tuple[str, str, bool]:
+    """A pattern's mark, what stands behind it, and whether that is a wildcard."""
+    mark = next((mark for mark in MARKS if text.startswith(mark)), "")
+    body = text.removeprefix(mark)
+    return mark, body, not mark and not REGEX_ONLY.search(body)
 
 
 def _readings(body: str, wildcard: bool) -> list[Matches]:
@@ -94,8 +99,8 @@ def _readings(body: str, wildcard: bool) -> list[Matches]:
 
 def picks_any(text: str, modules: Sequence[ExpertModules]) -> bool:
     """Whether a pattern that `rewritten` has taken matches anything in numbered experts."""
-    body = text.removeprefix(next((mark for mark in MARKS if text.startswith(mark)), ""))
-    return any(picked(matches, modules) for matches in _readings(body, body == text and not REGEX_ONLY.search(body)))
+    _, body, wildcard = _parts(text)
+    return any(picked(matches, modules) for matches in _readings(body, wildcard))
 
 
 def picked(matches: Matches, modules: Sequence[ExpertModules]) -> Picked:
@@ -124,24 +129,23 @@ def _stands(found: Picked, modules: Sequence[ExpertModules]) -> bool:
     return all(numbers & modules[key[0]].new == wanted[key] for key, numbers in found.items())
 
 
-def _written(
-    found: Picked, wanted: Picked, modules: Sequence[ExpertModules], wildcard: bool
-) -> dict[int, tuple[str, ...]]:
+def _written(wanted: Picked, modules: Sequence[ExpertModules], wildcard: bool) -> dict[int, tuple[str, ...]]:
     """Position of the modules -> its patterns, one for each set of numbers."""
     groups: dict[int, dict[frozenset[int], dict[str, set[str]]]] = {}
     for (position, prefix, tail), numbers in wanted.items():
         if numbers:
             groups.setdefault(position, {}).setdefault(numbers, {}).setdefault(tail, set()).add(prefix)
     new = {}
+    write = _wildcards if wildcard else _expressions
     for position, sets in groups.items():
         patterns: list[str] = []
         for numbers, tails in sets.items():
             by_prefixes: dict[frozenset[str], list[str]] = {}
-            for tail, heads in tails.items():
-                by_prefixes.setdefault(frozenset(heads), []).append(tail)
+            for tail, found in tails.items():
+                by_prefixes.setdefault(frozenset(found), []).append(tail)
             for prefixes, ends in by_prefixes.items():
-                write = _wildcards if wildcard else _expressions
-                patterns += write(modules, position, prefixes, sorted(numbers), ends)
+                heads = [] if _anywhere(modules, position, prefixes) else sorted(prefixes)
+                patterns += write(modules[position], heads, sorted(numbers), ends)
         new[position] = tuple(patterns)
     return new
 
@@ -152,15 +156,9 @@ def _anywhere(modules: Sequence[ExpertModules], position: int, prefixes: frozens
     return prefixes == frozenset(m.prefixes) and not any(o is not m and o.bare.endswith(m.bare) for o in modules)
 
 
-def _expressions(
-    modules: Sequence[ExpertModules],
-    position: int,
-    prefixes: frozenset[str],
-    numbers: Sequence[int],
-    ends: Sequence[str],
-) -> Iterator[str]:
-    m = modules[position]
-    head = r"(?:.*\.)?" if _anywhere(modules, position, prefixes) else f"^{_either(sorted(prefixes))}"
+def _expressions(m: ExpertModules, heads: Sequence[str], numbers: Sequence[int], ends: Sequence[str]) -> Iterator[str]:
+    """heads: what may stand before the bare name; where there are none, anything may."""
+    head = f"^{_either(heads)}" if heads else r"(?:.*\.)?"
     if set(ends) == set(m.tails):
         tail = r"(?:\..*)?$"
     elif set(ends) == set(m.tails) - {""}:
@@ -170,19 +168,10 @@ def _expressions(
     yield f"{head}{_escaped(m.bare)}{_either(map(str, numbers))}{tail}"
 
 
-def _wildcards(
-    modules: Sequence[ExpertModules],
-    position: int,
-    prefixes: frozenset[str],
-    numbers: Sequence[int],
-    ends: Sequence[str],
-) -> Iterator[str]:
-    m = modules[position]
-    heads = ["*"] if _anywhere(modules, position, prefixes) else sorted(prefixes)
-    tails = list(ends)
-    if set(ends) >= set(m.tails) - {""}:
-        tails = [*([""] if "" in ends else []), ".*"]
-    yield from (f"{head}{m.bare}{number}{tail}" for head in heads for number in numbers for tail in tails)
+def _wildcards(m: ExpertModules, heads: Sequence[str], numbers: Sequence[int], ends: Sequence[str]) -> Iterator[str]:
+    """heads: as above."""
+    tails = [*([""] if "" in ends else []), ".*"] if set(ends) >= set(m.tails) - {""} else ends
+    yield from (f"{head}{m.bare}{number}{tail}" for head in heads or ["*"] for number in numbers for tail in tails)
 
 
 def _either(texts: Iterable[str]) -> str:
@@ -211,9 +200,8 @@ def _check(
             hits = picked(_any_of(reading), [modules[i] for i in near])
             got = {(near[i], prefix, tail): n & modules[near[i]].new for (i, prefix, tail), n in hits.items()}
             want = {key: numbers for key, numbers in wanted.items() if key[0] == position}
-            if {k: v for k, v in got.items() if v} != {k: v for k, v in want.items() if v}:
-                raise Ambiguous("no pattern was found that means the same in the pruned model")
-            if any(map(_any_of(reading), others)):
+            right = {k: v for k, v in got.items() if v} == {k: v for k, v in want.items() if v}
+            if not right or any(map(_any_of(reading), others)):
                 raise Ambiguous("no pattern was found that means the same in the pruned model")
 
 

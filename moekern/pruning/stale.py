@@ -28,7 +28,7 @@ def stale(
     if not name.lower().endswith(SETTINGS) or size > SETTINGS_CAP:
         return
     text = read_start(path, size)[0].decode(errors="replace")
-    if re.search(rf"\b(?:{COUNTS})[\"']?\s*[:=]\s*[\[\"'\s]*{layout.num_experts}\b(?!\.)", text):
+    if re.search(rf"\b(?:{COUNTS})[\"']?\s*[:=][\[\"'\s]*{layout.num_experts}\b(?!\.)", text):
         yield f"{name}: copied as it is, though it counts the original's {layout.num_experts} experts"
     if NUMBERED.search(text) or _lists_experts(path, text, config, layout, kept):
         yield f"{name}: copied as it is, though it names the original's experts by number"

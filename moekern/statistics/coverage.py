@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moekern.statistics.file import Statistics
@@ -24,17 +25,19 @@ class Coverage:
 
 
 def coverage(statistics: Statistics) -> dict[str, Coverage]:
-    """Domain -> its coverage; "all" stands for the domains together. One layer is read at a time."""
+    """Domain -> its coverage; "all" stands for the domains together, also where one is named so. One layer is read at a
+    time."""
     counts: dict[str, list[Tensor]] = {"all": []}
     for key in statistics.layers:
         parts = {name: statistics.part(key, name, ()).count for name in statistics.layers[key]}
-        for name, count in parts.items():
+        whole = torch.stack(list(parts.values())).sum(0)
+        for name, count in {**parts, "all": whole}.items():
             counts.setdefault(name, []).append(count)
-        counts["all"].append(sum(parts.values(), start=0 * next(iter(parts.values()))))
-    tokens: Mapping[str, int] = {"all": sum(statistics.header["tokens"].values()), **statistics.header["tokens"]}
+    tokens = statistics.header["tokens"]
+    tokens = {**tokens, "all": sum(tokens.values())}
     return {
         name: Coverage(
-            tokens.get(name, 0),
+            tokens[name],
             sum(len(count) for count in each),
             sum(int((count == 0).sum()) for count in each),
             sum(int((count < THIN).sum()) for count in each),

@@ -210,22 +210,21 @@ class LayerStatistics:
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """Sums of both; maxima by maximum, bits by or. Raises ValueError when sizes or measured tiers differ."""
-        problem = self.differs(other) or self.other_weights(other)
-        if problem:
-            raise ValueError(f"[LayerStatistics] add: {problem}")
-        return LayerStatistics(
-            **{f.name: MERGES[f.metadata["merge"]](getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        )
+        return self._united(other, ())
 
     def absorb(self, other: LayerStatistics) -> LayerStatistics:
         """The same as `+`, in this object's memory where that is possible: it must not be used any longer."""
+        return self._united(other, IN_PLACE)
+
+    def _united(self, other: LayerStatistics, in_place: Collection[str]) -> LayerStatistics:
+        """in_place: ways of merging whose results are written over this object's numbers."""
         problem = self.differs(other) or self.other_weights(other)
         if problem:
             raise ValueError(f"[LayerStatistics] add: {problem}")
         united = {}
         for f in fields(self):
             mine, theirs, merge = getattr(self, f.name), getattr(other, f.name), f.metadata["merge"]
-            into = {"out": mine} if merge in IN_PLACE else {}
+            into = {"out": mine} if merge in in_place else {}
             united[f.name] = MERGES[merge](mine, theirs, **into)
         return LayerStatistics(**united)
 

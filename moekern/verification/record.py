@@ -56,6 +56,8 @@ def record_problems(
         if os.path.lexists(folder / MANIFEST) and not os.path.lexists(folder / PLAN_FILE):
             yield f"{PLAN_FILE}: missing"
         return
+    if found.get("plan_sha256") != plan.digest:
+        return  # told before
     earlier = checkpoint.folder / PLAN_FILE
     want: dict[str, Any] = {
         "fingerprint": checkpoint.fingerprint,
@@ -66,8 +68,6 @@ def record_problems(
         "plan_sha256": plan.digest,
         **({"source": read_json(earlier)} if earlier.is_file() else {}),
     }
-    if found.get("plan_sha256") != plan.digest:
-        return  # told before
     for key in sorted(want.keys() | found.keys()):
         if json.dumps(want.get(key), sort_keys=True) != json.dumps(found.get(key), sort_keys=True):
             yield f"{PLAN_FILE}: {key} is not that of this source and plan"
@@ -101,5 +101,5 @@ def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection
             yield f"{MANIFEST}: {name} has another size"
         if line.get("plan") != plan.digest:
             yield f"{MANIFEST}: {name}: made from another plan"
-        if other := sorted(held[name] - set(shards[name])):
-            yield f"{MANIFEST}: {name} does not hold {other[0]}"
+        if other := held[name] - set(shards[name]):
+            yield f"{MANIFEST}: {name} does not hold {min(map(str, other))}"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from moekern.errors import InputError
-from moekern.estimation.overview import overview
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.config import dumped_like
 from moekern.pruning.prune import MANIFEST, PLAN_FILE, prune
@@ -233,28 +232,6 @@ def test_a_plan_may_name_the_mtp_layer(tmp_path):
     assert report.mtp.startswith("MTP layer 3: 4 experts kept, as planned")
     assert read(tmp_path / "out") == expected(tensors, keep)
     assert verify(folder, plan_of(keep), tmp_path / "out").problems == ()
-
-
-def test_a_model_without_mtp_says_so(tmp_path):
-    folder = write(tmp_path / "in", *deepseek_v3(mtp=False))
-    keep = {"1": (0, 3, 5, 6), "2": (1, 2, 4, 7)}
-    assert prune(folder, plan_of(keep), tmp_path / "out", mtp="drop").mtp == "no MTP layer has experts"
-
-
-@pytest.mark.parametrize("mtp", ["prune", "drop"])
-def test_mtp_layers_that_only_the_config_has_are_told(tmp_path, mtp):
-    config, tensors = deepseek_v3(mtp=False)
-    folder = write(tmp_path / "in", config | {"mtp_num_layers": 1}, tensors)
-    report = prune(folder, plan_of({"1": (0, 3, 5, 6), "2": (1, 2, 4, 7)}), tmp_path / "out", mtp=mtp)
-    first, *others = report.notes
-    assert first == "config.json: num_nextn_predict_layers is 1, but the files hold no MTP layers"
-    left = "config.json: may count the MTP layers that are gone; left as it is: mtp_num_layers"
-    assert others == ([left] if mtp == "drop" else [])
-    assert overview(folder).notes == report.notes[:1]
-    config, tensors = deepseek_v3()
-    folder = write(tmp_path / "one", config | {"num_nextn_predict_layers": 2}, tensors)
-    assert overview(folder).notes == ("config.json: num_nextn_predict_layers is 2, but the files hold 1 MTP layers",)
-    assert overview(write(tmp_path / "right", *deepseek_v3())).notes == ()
 
 
 @pytest.mark.parametrize("bad", [b"\xc0\x7f", b"\x80\xff"], ids=["nan", "inf"])

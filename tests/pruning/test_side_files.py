@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from moekern.errors import InputError
-from moekern.plan.document import LayerPlan, Plan
+from moekern.estimation.overview import overview
+from moekern.plan.document import LayerPlan, Mtp, Plan
 from moekern.pruning.model_card import notice, split_at
 from moekern.pruning.prune import prune
 from moekern.verification.tensors import verify
@@ -18,6 +19,7 @@ from tests.helpers.commands import moekern
 from tests.helpers.synthetic import deepseek_v3, qwen3, read, shard_bytes, tree, write
 
 PLAN = Plan({"0": LayerPlan((0, 2, 3, 7)), "1": LayerPlan((1, 4, 5, 6))}, {"criterion": "test"})
+MTP_PLAN = Plan({"1": LayerPlan((0, 3, 5, 6)), "2": LayerPlan((1, 2, 4, 7))})  # of deepseek_v3()
 
 
 @pytest.fixture
@@ -100,12 +102,6 @@ def test_a_model_pruned_twice_has_a_notice_for_each_plan(source: Path, tmp_path:
     assert verify(tmp_path / "once", again, tmp_path / "twice").problems == ()
 
 
-def test_a_settings_file_that_counts_the_originals_experts_is_named(source: Path, tmp_path: Path) -> None:
-    add(source, inference__small_dot_json='{"text": [{"n_routed_experts": 8}]}', other_dot_json='{"num_experts": 2}')
-    report = prune(source, PLAN, tmp_path / "out")
-    assert report.notes == ("inference/small.json: copied as it is, though it counts the original's 8 experts",)
-
-
 def test_a_link_out_of_the_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     (source / "special_tokens_map.json").symlink_to(tmp_path / "secret")
@@ -149,19 +145,39 @@ def test_a_side_file_that_changes_while_it_is_copied(
 def test_an_mtp_layer_that_no_index_names_comes_along(tmp_path: Path, shards: int) -> None:
     config, tensors = deepseek_v3()
     mtp = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
-    plan = Plan({"1": LayerPlan((0, 3, 5, 6)), "2": LayerPlan((1, 2, 4, 7))})
     whole = write(tmp_path / "whole", config, tensors)
-    prune(whole, plan, tmp_path / "want")
+    prune(whole, MTP_PLAN, tmp_path / "want")
     rest = {name: tensor for name, tensor in tensors.items() if name not in mtp}
     apart = write(tmp_path / "apart", config, rest, shards)
     (apart / "mtp.safetensors").write_bytes(shard_bytes(mtp, {"format": "pt"}))
-    report = prune(apart, plan, tmp_path / "out")
+    report = prune(apart, MTP_PLAN, tmp_path / "out")
     assert read(tmp_path / "out") == read(tmp_path / "want")
     assert any(note.startswith("mtp.safetensors: ") for note in report.notes)
     assert report.mtp.startswith("MTP layer 3: 4 experts kept")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
     assert any(name.startswith("model.layers.3.") for name in index)
-    assert verify(apart, plan, tmp_path / "out").problems == ()
+    assert verify(apart, MTP_PLAN, tmp_path / "out").problems == ()
+
+
+def test_a_model_without_mtp_says_so(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", *deepseek_v3(mtp=False))
+    assert prune(folder, MTP_PLAN, tmp_path / "out", mtp="drop").mtp == "no MTP layer has experts"
+
+
+@pytest.mark.parametrize("mtp", ["prune", "drop"])
+def test_mtp_layers_that_only_the_config_has_are_told(tmp_path: Path, mtp: Mtp) -> None:
+    config, tensors = deepseek_v3(mtp=False)
+    folder = write(tmp_path / "in", config | {"mtp_num_layers": 1}, tensors)
+    report = prune(folder, MTP_PLAN, tmp_path / "out", mtp=mtp)
+    first, *others = report.notes
+    assert first == "config.json: num_nextn_predict_layers is 1, but the files hold no MTP layers"
+    left = "config.json: may count the MTP layers that are gone; left as it is: mtp_num_layers"
+    assert others == ([left] if mtp == "drop" else [])
+    assert overview(folder).notes == report.notes[:1]
+    config, tensors = deepseek_v3()
+    folder = write(tmp_path / "one", config | {"num_nextn_predict_layers": 2}, tensors)
+    assert overview(folder).notes == ("config.json: num_nextn_predict_layers is 2, but the files hold 1 MTP layers",)
+    assert overview(write(tmp_path / "right", *deepseek_v3())).notes == ()
 
 
 def test_an_overlay_supersedes_in_the_pruned_model(source: Path, tmp_path: Path) -> None:

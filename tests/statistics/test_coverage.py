@@ -31,6 +31,11 @@ def test_counts_of_domains_and_of_all() -> None:
     assert found["all"] == Coverage(202 + THIN, 6, 1, 2)
 
 
+def test_a_domain_may_be_named_as_the_whole_is() -> None:
+    found = coverage(statistics({"all": [[0, 1]], "b": [[1, THIN]]}))
+    assert found["all"] == Coverage(2 + THIN, 2, 0, 1)
+
+
 def test_a_warning_where_too_many_are_thin() -> None:
     assert too_thin({"all": Coverage(1, 100, 5, 5)}) is None
     said = too_thin({"all": Coverage(1, 100, 0, 6)})

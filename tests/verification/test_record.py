@@ -24,12 +24,6 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def pruned(source: Path, tmp_path: Path) -> Path:
-    prune(source, PLAN, tmp_path / "out")
-    return tmp_path / "out"
-
-
 def change(path: Path, *keys: Any, to: Any) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.name == MANIFEST else []
     content: Any = lines or json.loads(path.read_text())
@@ -55,6 +49,7 @@ def change(path: Path, *keys: Any, to: Any) -> None:
         (MANIFEST, [0, "plan"], "0" * 64),
         (MANIFEST, [0, "shard"], "other.safetensors"),
         (MANIFEST, [0, "tensors", "other"], "0" * 32),
+        (MANIFEST, [0, "computed"], [1, "other"]),
         (INDEX, ["metadata", "total_parameters"], 1),
         (INDEX, ["metadata", "more"], 1),
         (INDEX, ["metadata"], "text"),

@@ -27,12 +27,6 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def pruned(source: Path, tmp_path: Path) -> Path:
-    prune(source, PLAN, tmp_path / "out")
-    return tmp_path / "out"
-
-
 def rewrite(folder: Path, name: str, change: Callable[[Tensors], None]) -> None:
     """Change the shard that holds the tensor."""
     path = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
