@@ -39,7 +39,7 @@ def reason(error: OSError) -> str:
 def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Iterator[Path]:
     """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
 
-        Folders that are missing above it are made. It is locked: a second process that is to write `path` meanwhile is
+    Folders that are missing above it are made. It is locked: a second process that is to write `path` meanwhile is
     refused. With `new`, `path` must not exist at the end either. With `keep`, a whole file that cannot get its name
     stays, for `recovered`. Raises InputError for that, where nothing can be made in the folder, and where `path` is
     there and no file.

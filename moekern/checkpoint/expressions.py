@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 MAX_REPEATS, MAX_LENGTH = 8, 4096  # of one expression; real ones have three and a hundred
+MAX_WIDE = 4  # repeats of more than digits; each multiplies the time by the length of the name
+DIGITS = re.compile(r"(?:\\d|\[0-9\])[*+]")
 
 
 class Endless(ValueError):
@@ -23,9 +25,8 @@ def compiled(text: str) -> re.Pattern[str] | None:
 
 def may_never_end(text: str) -> bool:
     """Whether an expression repeats a group that itself repeats or branches, or has many repeats."""
-    plain = re.sub(r"\\.", "x", text)
-    plain = re.sub(r"\[\]?[^\]]*\]", "x", plain)
-    if len(text) > MAX_LENGTH or len(re.findall(r"[*+{]", plain)) > MAX_REPEATS:
+    plain = _plain(text)
+    if len(text) > MAX_LENGTH or _repeats(plain) > MAX_REPEATS or _repeats(_plain(DIGITS.sub("x", text))) > MAX_WIDE:
         return True
     groups: list[bool] = []  # open ones: whether a repeat or a branch is in them
     for at, sign in enumerate(plain):
@@ -40,3 +41,12 @@ def may_never_end(text: str) -> bool:
             if groups:
                 groups[-1] |= inside
     return False
+
+
+def _plain(text: str) -> str:
+    """Without escapes and classes of characters, whose signs are none."""
+    return re.sub(r"\[\]?[^\]]*\]", "x", re.sub(r"\\.", "x", text))
+
+
+def _repeats(plain: str) -> int:
+    return len(re.findall(r"[*+{]", plain))
