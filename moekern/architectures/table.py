@@ -93,9 +93,7 @@ TWO_STACKS = {"stacks": ("encoder", "decoder"), "only_pruned": "it is an encoder
 FAMILIES: tuple[Family, ...] = (
     *rows("qwen3_moe qwen2_moe olmoe flex_olmo"),
     *rows("qwen3_next mellum", mtp="named"),
-    *rows(
-        "qwen3_5_moe=qwen3_5_moe_text=qwen3_6_moe=qwen3_6_moe_text qwen4_exp=qwen4_exp_text", mtp="named", **TEXT
-    ),
+    *rows("qwen3_5_moe=qwen3_5_moe_text=qwen3_6_moe=qwen3_6_moe_text qwen4_exp=qwen4_exp_text", mtp="named", **TEXT),
     Family("qwen3_vl_moe", experts="stacked", **TEXT),
     Family(
         "qwen3_omni_moe",
@@ -119,7 +117,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("lfm2_moe", block="feed_forward", experts="w123", bias="expert_bias", score="sigmoid"),
     Family("deepseek_v4", **V4),
     Family(
-        "deepseek_v41", also=("deepseek_v41_text",), note="its Engram tables are copied as they are", **V4, **TEXT, **REMOTE
+        "deepseek_v41",
+        also=("deepseek_v41_text",),
+        note="its Engram tables are copied as they are",
+        **V4,
+        **TEXT,
+        **REMOTE,
     ),
     Family(
         "mistral_large4",

@@ -34,7 +34,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from moekern.architectures import Layout
-from moekern.architectures.config_keys import check_sizes
+from moekern.architectures.config_keys import check_sizes, own_code
 from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
@@ -159,13 +159,17 @@ def open_loader(
     InputError when transformers knows no such model, and for one that is larger than the checkpoint's `tensors` can be.
     """
     source = str(folder / CONFIG)
-    check_sizes(read_json(folder / CONFIG), source)
+    given = read_json(folder / CONFIG)
+    check_sizes(given, source)
     try:
         config, quantizer, blocks, cls = _read_config(folder, trust_remote_code)
         wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     except InputError:
         raise
     except Exception as error:  # a config is anybody's, and so is what it makes transformers raise
+        if own_code(given) and not trust_remote_code:
+            what = "the code of its model lies beside the weights, and runs with --trust-remote-code alone"
+            raise InputError(f"{source}: {what}; inspect, prune and verify work without") from error
         raise InputError(f"{source}: transformers cannot read it: {first_line(error)}") from error
 
     def build(config: Any) -> Loader:

@@ -20,7 +20,7 @@ STYLES: Mapping[str, tuple[str, str, str]] = {
     "latent": ("block_sparse_moe", "w1 w3 w2", "kimi_k3"),
 }
 
-CONFIGURATION = '''
+CONFIGURATION = """
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -28,16 +28,16 @@ from transformers import PretrainedConfig
 class TinyConfig(PretrainedConfig):
     model_type = "{model_type}"
 
-    def __init__(self, vocab_size=96, hidden_size=32, num_hidden_layers=3, num_experts=6, num_experts_per_tok=2, **rest):
-        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+    def __init__(self, hidden_size=32, num_hidden_layers=3, num_experts=6, num_experts_per_tok=2, **rest):
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         super().__init__(**rest)
 
 
 Path("{marker}").touch()
-'''
+"""
 
-MODELING = '''
+MODELING = """
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -205,7 +205,7 @@ class TinyForCausalLM(PreTrainedModel):
 
     def forward(self, input_ids=None, use_cache=None, **rest):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids)))
-'''
+"""
 
 
 def write(folder: Path, style: str, *, change: tuple[str, str] = ("", ""), layers: int = 3) -> Path:
