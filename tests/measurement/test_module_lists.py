@@ -185,6 +185,16 @@ def test_gates_that_the_block_changes_are_those_that_it_applies(written: Write) 
     torch.testing.assert_close(halved.gate_sum, plain.gate_sum / 2)
 
 
+def test_scores_that_are_not_the_familys_are_not_measured(written: Write) -> None:
+    """The names of the tensors are those of a family that takes the softmax; this code takes another score."""
+    softmax = calibrate(written("in_place"), DATA, TRUSTED).layer("1")
+    sigmoid = calibrate(written("in_place", ("logits.softmax(-1)", "logits.sigmoid()")), DATA, TRUSTED).layer("1")
+    assert int(softmax.logit_tokens) == int(softmax.tokens)
+    assert int(sigmoid.logit_tokens) == 0 < int(sigmoid.tokens)
+    assert torch.equal(sigmoid.count, softmax.count)
+    assert float(sigmoid.gate_sum.sum()) > float(softmax.gate_sum.sum())
+
+
 def test_nothing_of_a_checkpoint_runs_without_the_flag(written: Write, tmp_path: Path) -> None:
     written_here = remote_code.write(tmp_path / "written", "sorted")
     folder = shutil.copytree(written_here, tmp_path / "model")  # of a name whose code no process has imported
