@@ -22,6 +22,7 @@ from moekern.kernels.reference import SCORES
 from moekern.measurement.batch import Outputs, steady
 from moekern.measurement.probe import Probe
 from moekern.model.expert_lists import LIST, expert_modules, list_router
+from moekern.model.finite import all_finite
 from moekern.model.masking import PRODUCTS
 
 Answer = Callable[[int, Tensor], Tensor]  # (expert, rows [n, H]) -> [n, H]
@@ -171,8 +172,11 @@ def sorted_rows(rows: Tensor, experts: Tensor, tokens: Tensor | None = None) -> 
 def adds_up(block: nn.Module, call: Call, seen: Run, choice: Choice, y: Tensor) -> bool:
     """Whether the block makes gates x outputs [T, H] of its experts' outputs: it returns them, or gives them to a part.
 
-    Within the roundings of K products and sums in the type of the outputs or of the gates.
+    Within the roundings of K products and sums in the type of the outputs or of the gates. Outputs that are not finite
+    add up to nothing that could be compared: the pass ends behind the layer, and says which weights made them so.
     """
+    if not all_finite(y):
+        return True
     T, K = choice.ids.shape
     gates = choice.gates.flatten()[choice.order].float()[:, None]
     want, size = (torch.zeros(T, y.shape[1], device=y.device) for _ in range(2))
@@ -242,7 +246,8 @@ def replayed(seen: Run) -> Answer:
 
 
 def run(block: nn.Module, call: Call, answer: Answer, *, silent: bool = False) -> Run:
-    """Run the block's own forward with `answer` in place of its experts; `silent` makes zeros of its other parts."""
+    """Run the block's own forward with `answer` in place of its experts; `silent` makes zeros of what its other parts
+    put out, but for numbers of experts, by which it may choose."""
     experts, router, seen = expert_modules(block), list_router(block), Run()
     assert experts is not None
     with ExitStack() as stack, _Products(len(experts)) as products:
@@ -253,7 +258,8 @@ def run(block: nn.Module, call: Call, answer: Answer, *, silent: bool = False) -
                 stack.callback(part.register_forward_pre_hook(products.begin).remove)
                 stack.callback(part.register_forward_hook(_keep_choice(seen, products)).remove)
             elif name != LIST:
-                stack.callback(part.register_forward_hook(_keep_part(seen, silent), with_kwargs=True).remove)
+                hook = _keep_part(seen, len(experts) if silent else None)
+                stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
         args, kwargs = call
         seen.out = type(block).forward(block, *args, **kwargs)
     seen.logits = products.found
@@ -309,13 +315,15 @@ def _keep_choice(seen: Run, products: _Products) -> Callable[..., None]:
     return hook
 
 
-def _keep_part(seen: Run, silent: bool) -> Callable[..., Any]:
+def _keep_part(seen: Run, silent: int | None) -> Callable[..., Any]:
+    """With `silent`, the number of experts, what a part puts out becomes zeros."""
+
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if seen.experts:
             seen.after += tensors((args, kwargs))
         else:
             seen.before += tensors(output)
-        return zeroed(output) if silent else None
+        return None if silent is None else zeroed(output, silent)
 
     return hook
 
@@ -334,11 +342,11 @@ def first_tensor(value: Any) -> Tensor | None:
     return next(tensors(value), None)
 
 
-def zeroed(value: Any) -> Any:
-    """Zeros in place of the floating-point tensors of nested tuples and lists."""
+def zeroed(value: Any, experts: int) -> Any:
+    """Zeros in place of the floating-point tensors of nested tuples and lists that hold no number for each expert."""
     if isinstance(value, Tensor):
-        return torch.zeros_like(value) if value.is_floating_point() else value
-    return type(value)(map(zeroed, value)) if type(value) in (tuple, list) else value
+        return torch.zeros_like(value) if value.is_floating_point() and value.shape[-1:] != (experts,) else value
+    return type(value)(zeroed(item, experts) for item in value) if type(value) in (tuple, list) else value
 
 
 def refusal(block: nn.Module, why: str) -> InputError:

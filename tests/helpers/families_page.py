@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moekern.architectures import FAMILIES, Family, family_named
+from moekern.model.expert_lists import NO_GRADIENT
 from tests.helpers import ROOT, families
 from tests.helpers.hub_names import HUB_FILES, experts_of, forms
 from tests.helpers.published import PUBLISHED
@@ -30,7 +31,6 @@ like it. `moekern inspect MODEL` says what runs it.
 
 """
 COLUMNS = ("family", "pruned", "run", "gradient", "quantised sources", "tests")
-LISTED = "no: experts in a list"
 
 
 def page() -> str:
@@ -46,7 +46,7 @@ def _cells(row: Family) -> tuple[str, ...]:
         return names, f"no: {row.refused}", "no", "no", "", _tests(row)
     note = f"; {row.note}" if row.note else ""
     run = "transformers" if row.transformers else "own code"
-    gradient = f"no: {row.no_gradient}" if row.no_gradient else "yes" if row.transformers else LISTED
+    gradient = f"no: {row.no_gradient}" if row.no_gradient else "yes" if row.transformers else f"no: {NO_GRADIENT}"
     if row.only_pruned:
         run, gradient = f"no: {row.only_pruned}", "no"
     return names, f"yes{note}", run, gradient, _quantised(row), _tests(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moekern.architectures import find_layout
@@ -153,7 +155,7 @@ def test_tiers_that_ask_the_block_again(written: Write) -> None:
     assert float(sums.layer("2").deletion_norm_sum.sum()) > 0
     plan = iterate(written("masks"), DATA, Method("gated_norm", 3, rounds=2), TRUSTED)
     assert all(len(layer.keep) == 3 for layer in plan.layers.values())
-    with pytest.raises(InputError, match="--tier gradient: Block keeps its experts in a list"):
+    with pytest.raises(InputError, match="--tier gradient: Block: its experts are in a list, one mod"):
         calibrate(written("sorted"), DATA, TRUSTED, tiers=("gradient",))
 
 
@@ -183,6 +185,18 @@ def test_gates_that_the_block_changes_are_those_that_it_applies(written: Write) 
     halved = calibrate(written("sorted", change), DATA, TRUSTED).layer("1")
     assert torch.equal(halved.count, plain.count)
     torch.testing.assert_close(halved.gate_sum, plain.gate_sum / 2)
+
+
+@pytest.mark.parametrize("style", ["sorted", "masks"])
+def test_an_expert_that_is_not_finite_is_named(style: str, written: Write, tmp_path: Path) -> None:
+    folder = shutil.copytree(written(style), tmp_path / style)
+    name = f"model.layers.2.{STYLES[style][0]}.experts.3.{STYLES[style][1].split()[1]}.weight"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][2, 5] = torch.nan
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(InputError, match=r"layer 2: .*experts\.3\.\w+\.weight is not finite for expert 3"):
+        calibrate(folder, DATA, TRUSTED)
 
 
 def test_scores_that_are_not_the_familys_are_not_measured(written: Write) -> None:
