@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import Family, family_named, find_layout
+from moekern.architectures import Family, built_by_transformers, family_named, find_layout
 from moekern.architectures.config_keys import model_types, own_code
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import shown
@@ -103,14 +103,13 @@ def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
     have the tensors of a family that transformers knows.
     """
     name = next(iter(model_types(config)), "")
-    row = family_named(name)
-    known = row is not None and row.transformers
+    known = built_by_transformers(name)
     if family.only_pruned:
         return known, "", family.only_pruned
     if known:
         return True, "transformers", ""
     if own_code(config):
         return False, "its own code", ""
-    if row is None:
+    if family_named(name) is None:
         return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
     return False, "", f"transformers has no class for model_type {shown(name)}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
+from moekern.calibration.observe import observe
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
@@ -133,6 +134,20 @@ def test_threads_and_batches_change_no_bit(style: str, written: Write) -> None:
         same(calibrate(written(style), TokenData(batches, {}), TRUSTED), one)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_model_in_memory_is_observed_alike(written: Write) -> None:
+    streamed = calibrate(written("latent"), DATA, TRUSTED)
+    model: Any = remote_code.load(written("latent"))
+    for domain in "ab":
+        with observe(model, domain=domain) as statistics:
+            for batch in DATA.batches:
+                if batch.domain == domain:
+                    model(batch.input_ids)
+        for key, domains in statistics.layers.items():
+            for name in ROUTED:
+                got, want = getattr(domains[domain], name), getattr(streamed.layers[key][domain], name)
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("style", STYLES)
