@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moekern.architectures import FAMILIES, Family, family_named
+from moekern.architectures import FAMILIES, Family, built_by_transformers, family_named
 from moekern.model.expert_lists import NO_GRADIENT
 from tests.helpers import ROOT, families
 from tests.helpers.hub_names import HUB_FILES, experts_of, forms
@@ -45,7 +45,8 @@ def _cells(row: Family) -> tuple[str, ...]:
     if row.refused:
         return names, f"no: {row.refused}", "no", "no", "", _tests(row)
     note = f"; {row.note}" if row.note else ""
-    run = "transformers" if row.transformers else "own code"
+    others = ", ".join(f"`{name}`" for name in (row.name, *row.also) if not built_by_transformers(name))
+    run = "own code" if not row.transformers else f"transformers; {others}: own code" if others else "transformers"
     gradient = f"no: {row.no_gradient}" if row.no_gradient else "yes" if row.transformers else f"no: {NO_GRADIENT}"
     if row.only_pruned:
         run, gradient = f"no: {row.only_pruned}", "no"

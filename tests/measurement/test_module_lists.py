@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.calibration.observe import observe
-from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import evaluate
@@ -241,4 +239,7 @@ def test_nothing_of_a_checkpoint_runs_without_the_flag(written: Write, tmp_path:
     assert not remote_code.marker(written_here).exists()
     assert moekern(*measuring, "--trust-remote-code").returncode == 0
     assert remote_code.marker(written_here).exists()
-    assert find_layout(open_checkpoint(tmp_path / "half")).num_experts == 3
+    trusted = ("--trust-remote-code", "--quiet")
+    assert moekern("verify", folder, plan, tmp_path / "half", "--forward", *trusted).returncode == 0
+    held = (plan, "--data", tmp_path / "ids.jsonl")
+    assert moekern("evaluate", folder, *held, *trusted).returncode == 0
