@@ -98,7 +98,6 @@ class Job:
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
-            store.expect(layerwise.embedding_size, -(-layerwise.vocab_size // 64))
             step = self._steps(layerwise)
             _FirstPass(self, layerwise, store, step).run()
             if "outliers" in self.tiers:
@@ -137,6 +136,10 @@ class _FirstPass(MeasuringPass):
             self.replay = Replay(layerwise.loader, job.layout, layers, self.flight, job.compute.backend)
             self.replay.check()
             self.samples = samples(self.data, job.replay_tokens)
+
+    def started(self) -> None:
+        super().started()
+        self.store.expect(self.layerwise.embedding_size, -(-self.layerwise.vocab_size // 64))
 
     def watched(self, probes: Mapping[str, Probe]) -> None:
         if self.replay is not None:

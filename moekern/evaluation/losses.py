@@ -21,7 +21,7 @@ from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.pruned_layers import LivePruner
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 
@@ -112,6 +112,9 @@ class _Compare(Pass[Task]):
         with self.applied:
             self.layerwise.run(self.tasks, self)
         return self.sums
+
+    def started(self) -> None:
+        self.sums.clear()
 
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits

@@ -246,6 +246,11 @@ class _Round(MeasuringPass):
         self.pruner = LivePruner(layerwise.loader, layerwise.layout)
         self.plans: dict[str, LayerPlan] = {}
 
+    def started(self) -> None:
+        super().started()
+        self.pruner.held.clear()
+        self.plans.clear()
+
     def loaded(self, layer: int) -> None:
         key = self.keys.get(layer)
         if key is not None and key in self.keeps:

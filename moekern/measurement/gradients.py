@@ -65,8 +65,8 @@ def measure_gradients(
         folder = stack.enter_context(scratch(spill or tempfile.gettempdir(), "spill"))
         decorated = [m for m in model.modules() if is_experts_module(m)]
         stack.enter_context(experts_implementation(decorated, "eager"))
-        back = Backward(layerwise, min(layerwise.moe_keys), Store(folder if spill else None))
-        back.forward(data.batches, loss, lambda i: step())
+        back = Backward(layerwise, min(layerwise.moe_keys), Store(folder if spill else None), data.batches, loss)
+        back.forward(lambda i: step())
         for i in back.layers():
             key = layerwise.moe_keys.get(i)
             if key is None:
@@ -90,7 +90,7 @@ def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping
 
 
 def _layer(
-    back: Backward, i: int, data: TokenData, E: int, folder: Path, in_memory: int
+    back: Backward[Batch], i: int, data: TokenData, E: int, folder: Path, in_memory: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Domain -> the fields of its gradient tier, for one layer whose weights are in memory."""
     layer = back.layerwise.layers[i]
@@ -114,7 +114,7 @@ def _layer(
 
 
 def _gradients_of(
-    back: Backward, i: int, data: TokenData, domain: str, parts: list[Matrix], totals: list[Tensor]
+    back: Backward[Batch], i: int, data: TokenData, domain: str, parts: list[Matrix], totals: list[Tensor]
 ) -> Tensor:
     """Add a domain's gradients to `totals`, one for each of `parts`; the sum of its gates' [E] is returned."""
     layer, E = back.layerwise.layers[i], len(totals[0])

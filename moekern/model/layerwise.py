@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +19,14 @@ from moekern.model.compute import Compute, check_device
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
-from moekern.model.suspended import Pass, run_suspended
+from moekern.model.states import States
+from moekern.model.stepwise import Beside, Stepwise, Tangled
+from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
+from moekern.model.walk import Pass, Way, walk
 
 Task = TypeVar("Task")
+_TANGLED: set[type] = set()  # models whose layers hand on more than hidden states, as far as they were met
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class LayerwiseModel:
     layers_name: str
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
     reader: LayerReader  # its groups are the decoder layers
+    returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
 
     @property
     def model(self) -> nn.Module:
@@ -69,23 +75,43 @@ class LayerwiseModel:
             raise InputError(f"{self.checkpoint.folder / CONFIG}: its model cannot compute: {reason}") from error
 
     def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
-        """Take all tasks through the model in one pass over its weights; see `run_suspended`.
+        """Take all tasks through the model in one pass over its weights; see `walk`.
 
-        Raises InputError for numbers that are not finite, naming the first layer where they are not and why.
+        Hidden states alone wait between layers, or, in a model whose layers hand on more, whole forward passes; where
+        this is found on the way, the pass begins again. Raises InputError for numbers that are not finite, naming the
+        first layer where they are not and why.
         """
+        kind = type(self.model)
+        if kind not in _TANGLED:
+            try:
+                self.run_stepwise(tasks, run)
+            except Tangled as found:
+                _TANGLED.add(kind)
+                warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
+        if kind in _TANGLED:
+            self._walk(tasks, run, Suspended(list(self.layers), run, self.device))
+
+    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
+        """The same with nothing kept but what layers are given. Raises Tangled where that is not enough."""
+        self._walk(tasks, run, self.stepwise(run))
+
+    def stepwise(self, run: Pass[Any]) -> Stepwise:
+        """A way through the layers that keeps hidden states and nothing else."""
+        return Stepwise(list(self.layers), run, States(), self.device, self.returns)
+
+    def _walk(self, tasks: Sequence[Task], run: Pass[Task], way: Way[Task]) -> None:
         last = len(self.layers) if run.stop_after is None else run.stop_after + 1
         self.reader.start(0)
         try:
-            run_suspended(
-                list(self.layers),
-                tasks,
-                run,
-                load=lambda i: self._load(i, i + 1 if i + 1 < last else None),
-                unload=self._unload,
-                device=self.device,
-            )
+            load = lambda i: self._load(i, i + 1 if i + 1 < last else None)  # noqa: E731
+            walk(list(self.layers), tasks, run, way, load=load, unload=self._unload)
         except NotFinite as found:
             raise self._refusal(found, run) from None
+        except Tangled as found:
+            logits = found.__cause__  # that are not finite may be so by the head's own weights
+            if isinstance(logits, NotFinite) and blamed_outside(self.model, self.layers_name, head=True):
+                raise self._refusal(logits, run) from None
+            raise
         finally:
             self.reader.cancel()
             for layer in self.layers:
