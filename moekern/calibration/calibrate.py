@@ -147,7 +147,7 @@ class _FirstPass(MeasuringPass):
 
     def done(self, layer: int) -> None:
         if self.replay is not None and layer in self.keys:
-            for domain, sums in self.recorder.sums[self.keys[layer]].items():
+            for domain, sums in self.recorder.unite(self.keys[layer]).items():
                 self.replay.finish(self.keys[layer], domain, sums)
         super().done(layer)
 
@@ -166,7 +166,7 @@ class _SecondPass(MeasuringPass):
     recorder: OutlierRecorder
 
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
-        again = OutlierRecorder(job.layout.family.score, backend=job.compute.backend)
+        again = OutlierRecorder(job.layout.family.score, ("outliers",), job.compute.backend)
         super().__init__(layerwise, job.data, again, step)
         self.store = store
 

@@ -52,6 +52,7 @@ class MeasuringPass(Pass[Task]):
         self.keys, self.tokens, self.through = layerwise.moe_keys, sum(data.tokens.values()), 0
         self.stop_after = max(self.keys)
         self.flight, self.open = InFlight(), ExitStack()
+        self.segments = self.data.segments
         self.samples: Mapping[int, Tensor] = {}  # batch number -> flat positions that are replayed
 
     def run(self) -> None:
@@ -74,7 +75,7 @@ class MeasuringPass(Pass[Task]):
         number, batch = task
         B, S = batch.input_ids.shape
         ids = batch.input_ids.reshape(-1).to(self.layerwise.device)
-        context = BatchContext(batch.domain, (B, S), token_ids=ids, sample=self.samples.get(number))
+        context = BatchContext(batch.domain, (B, S), None, ids, self.samples.get(number), self.segments[number])
         with self.flight.batch(context), few_tokens(B * S, self.layerwise.device):
             yield
         if layer >= 0:
