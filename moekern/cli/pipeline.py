@@ -90,7 +90,7 @@ def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Co
     """The same with its type settled. Device, type and memory are the first line of what the command says."""
     found = precision(compute, checkpoint, layout)
     compute = replace(compute, dtype=found.name)
-    console.open_with(f"{compute.described} {found.described}, {budget_of(compute).described}")
+    console.open_with(f"{compute.described}, {found.described}, {budget_of(compute).described}")
     return compute
 
 

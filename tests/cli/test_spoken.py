@@ -30,7 +30,7 @@ def calibrate(work: Path, out: Path, *more: object) -> tuple[object, ...]:
 def test_device_type_and_memory_are_the_first_line(work: Path, tmp_path: Path) -> None:
     done = moekern(*calibrate(work, tmp_path / "s", "--dtype", "fp32", "--memory", "1TiB"))
     first = done.stderr.splitlines()[0]
-    assert first.startswith(f"{Compute().described} in float32, up to ")
+    assert first.startswith(f"{Compute().described}, in float32, up to ")
     assert first.endswith(" GiB of memory")
     assert document(*calibrate(work, tmp_path / "t", "--dtype", "bf16"))["runs"][0]["dtype"] == "bfloat16"  # type: ignore[index]
 
