@@ -16,7 +16,9 @@ from moekern.cli.options import (
     Data,
     Device,
     DtypeOption,
+    GpuMemory,
     Json,
+    Memory,
     Model,
     Pack,
     Preset,
@@ -58,7 +60,9 @@ def calibrate(
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     tier: Tiers = None,
     criterion: Annotated[
         list[str] | None,
@@ -87,7 +91,10 @@ def calibrate(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),

@@ -25,8 +25,10 @@ from moekern.cli.options import (
     Domains,
     DtypeOption,
     FitOption,
+    GpuMemory,
     Json,
     Keeps,
+    Memory,
     Model,
     MtpOption,
     Normalise,
@@ -95,7 +97,9 @@ def run(
     allow_nonuniform: AllowNonuniform = False,
     target: Targets = None,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     protect_super: ProtectSuper = False,
     mtp: MtpOption = None,
     copy: CopyOption = CopyMode.auto,
@@ -135,7 +139,9 @@ def run(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=trust_remote_code
+    )
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
     _say_remarks(done, asked.planning)
     result(done.document(), lambda: show_run(done, quality))

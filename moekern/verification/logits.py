@@ -55,7 +55,7 @@ def compare_forward(
 ) -> ForwardVerdict:
     """Stream both models over `batches` (None: seeded random tokens) and compare logits.
 
-    No dtype in `compute` means float32, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
+    The dtype "auto" means float32 here, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)

@@ -51,7 +51,9 @@ run
   --allow-nonuniform = False
   --target* = None
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
   --protect-super = False
   --mtp = None
   --copy = auto
@@ -75,7 +77,9 @@ calibrate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
   --tier* = None
   --criterion* = None
   --spill = None
@@ -148,7 +152,9 @@ iterate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
   --backend = None
   --trust-remote-code = False
   --revision = None
@@ -171,7 +177,9 @@ evaluate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -198,6 +206,8 @@ verify
   PRUNED required
   --forward = False
   --device = auto
+  --memory = None
+  --gpu-memory = None
   --trust-remote-code = False
   --revision = None
   --json = False
