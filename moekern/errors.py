@@ -128,7 +128,12 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(f"not enough memory for {what} ({first_line(error)}); {remedy}", kind="memory") from error
+        raise out_of_memory(what, error, remedy) from error
+
+
+def out_of_memory(what: str, error: BaseException, remedy: str) -> InputError:
+    """The refusal for an allocation that failed."""
+    return InputError(f"not enough memory for {what} ({first_line(error)}); {remedy}", kind="memory")
 
 
 def add_note(error: BaseException, text: str) -> None:

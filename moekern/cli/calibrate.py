@@ -25,6 +25,7 @@ from moekern.cli.options import (
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -39,7 +40,7 @@ from moekern.cli.options import (
     say_unused,
     text_of,
 )
-from moekern.files import check_new
+from moekern.files import check_new, standing
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -63,14 +64,11 @@ def calibrate(
     dtype: DtypeOption = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     tier: Tiers = None,
     criterion: Annotated[
         list[str] | None,
         typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.", callback=check_criteria),
-    ] = None,
-    spill: Annotated[
-        Path | None,
-        typer.Option(help="With tier gradient: a folder for the layers' inputs, which else stay in memory."),
     ] = None,
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
@@ -93,12 +91,12 @@ def calibrate(
     )  # fmt: skip
     compute = compute_of(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
-        trust_remote_code=trust_remote_code,
+        spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, spill=spill,
+        replay_tokens=replay_tokens,
     )  # fmt: skip
     result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
 

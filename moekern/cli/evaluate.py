@@ -23,6 +23,7 @@ from moekern.cli.options import (
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -56,6 +57,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -69,7 +71,12 @@ def evaluate(
         strict=strict, pack=pack, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     compute = compute_of(
-        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=trust_remote_code
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
     )
     named = named_plans("evaluate", plans or [])
     losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)

@@ -26,6 +26,7 @@ from moekern.cli.options import (
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -40,6 +41,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.plan import show_plans
 from moekern.criteria.table import DEFAULT
+from moekern.files import standing
 from moekern.router import parse_keep
 
 
@@ -73,6 +75,7 @@ def iterate(
     dtype: DtypeOption = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -98,7 +101,7 @@ def iterate(
     )  # fmt: skip
     compute = compute_of(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
-        trust_remote_code=trust_remote_code,
+        spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
     for line in remarks(made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -217,6 +218,10 @@ Memory = Annotated[
     str | None,
     typer.Option(help="The most memory to take, as 24GiB. Default: what the machine, or its control group, has free."),
 ]
+Spill = Annotated[
+    Path | None,
+    typer.Option(help="A folder for what does not fit into memory. Default: beside the output, else the system's."),
+]
 GpuMemory = Annotated[str | None, typer.Option(help="The same of the GPU. Default: what it has free.")]
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
 BackendOption = Annotated[
@@ -302,6 +307,7 @@ def compute_of(
     backend: str | None = None,
     memory: str | None = None,
     gpu_memory: str | None = None,
+    spill: Path | None = None,
     trust_remote_code: bool,
     tell: bool = True,
 ) -> Compute:
@@ -313,8 +319,10 @@ def compute_of(
     from moekern.model.budget import budget_of
     from moekern.model.compute import Compute, check_device
 
+    if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
+        raise InputError(f"--spill {spill}: no folder that can be written to")
     check_device(device)
-    compute = Compute(device, dtype, backend, trust_remote_code, allowed, on_gpu)
+    compute = Compute(device, dtype, backend, trust_remote_code, allowed, on_gpu, spill)
     budget_of(compute)  # what cannot be allowed is found before a model is downloaded
     if tell:
         console.open_with(compute.described)

@@ -73,17 +73,14 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
-    spill: Path | None = None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
     backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
-    if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
-        raise InputError(f"--spill {spill}: no folder that can be written to")
     checkpoint = open_checkpoint(folder)
     compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out)
+    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out)
 
 
 def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Compute:
@@ -101,7 +98,6 @@ def measured(
     *,
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
-    spill: Path | None = None,
     out: Path,
 ) -> Statistics:
     """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name. The type
@@ -114,7 +110,7 @@ def measured(
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out, progress=step
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics

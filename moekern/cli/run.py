@@ -40,6 +40,7 @@ from moekern.cli.options import (
     Seed,
     SequenceLength,
     Sequences,
+    Spill,
     Strict,
     Targets,
     Thinking,
@@ -59,6 +60,7 @@ from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
+from moekern.files import standing
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def run(
     dtype: DtypeOption = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     protect_super: ProtectSuper = False,
     mtp: MtpOption = None,
     copy: CopyOption = CopyMode.auto,
@@ -140,7 +143,12 @@ def run(
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = compute_of(
-        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=trust_remote_code
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill or standing(out.parent),
+        trust_remote_code=trust_remote_code,
     )
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
     _say_remarks(done, asked.planning)

@@ -15,6 +15,7 @@ from moekern.cli.options import (
     Memory,
     Model,
     Revision,
+    Spill,
     TrustRemoteCode,
     compute_of,
     folder_of,
@@ -37,6 +38,7 @@ def verify(
     device: Device = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -47,7 +49,12 @@ def verify(
 
     made_by = Plan.load(plan)
     compute = compute_of(
-        device=device, memory=memory, gpu_memory=gpu_memory, trust_remote_code=trust_remote_code, tell=forward
+        device=device,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
+        tell=forward,
     )
     if not pruned.is_dir():
         raise InputError(f"{pruned}: no such folder")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,33 +19,11 @@ from torch import Tensor
 from moekern.errors import InputError
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.states import State
+from moekern.model.states import State, States
 from moekern.model.stepwise import Stepwise, Tangled
 from moekern.model.walk import Pass, hidden_of
 
 Task = TypeVar("Task")
-
-
-@dataclass
-class Store:
-    """States by name, in memory or, with a folder, in one file each."""
-
-    folder: Path | None = None
-    held: dict[str, State] = field(default_factory=dict)
-
-    def put(self, name: str, state: State) -> None:
-        own = State(state.hidden.detach(), state.beside).moved(torch.device("cpu"), copy=True)
-        if self.folder is None:
-            self.held[name] = own
-        else:
-            torch.save((own.hidden, dict(own.beside)), self.folder / name)
-
-    def pop(self, name: str) -> State:
-        if self.folder is None:
-            return self.held.pop(name)
-        state = State(*torch.load(self.folder / name))
-        (self.folder / name).unlink()
-        return state
 
 
 @dataclass
@@ -55,7 +32,7 @@ class Backward(Generic[Task]):
 
     layerwise: LayerwiseModel
     first: int
-    store: Store
+    store: States  # by (what it is, layer or -1, task)
     tasks: Sequence[Task]
     loss: Callable[[Task], Tensor]
     steps: Stepwise = field(init=False)
@@ -65,14 +42,14 @@ class Backward(Generic[Task]):
         run = _Forward(self, progress)
         with run.hooked():
             try:
-                self.layerwise.run_stepwise(list(enumerate(self.tasks)), run)
+                self.layerwise.run_stepwise(list(enumerate(self.tasks)), run, self.store)
             except Tangled as found:
                 raise self.refusal(found.layer) from None
 
     def layers(self) -> Iterator[int]:
         """Decoder layers from the last one to the first that is wanted, each with its weights in memory."""
         run = _Alone(self)
-        with self.layerwise.stepwise(run) as self.steps:
+        with self.layerwise.stepwise(run, self.store) as self.steps:
             yield from self.layerwise.visit(range(len(self.layerwise.layers) - 1, self.first - 1, -1))
 
     def through(self, i: int, task: int, wanted: Callable[[], Sequence[Tensor]]) -> list[Tensor | None]:
@@ -81,20 +58,20 @@ class Backward(Generic[Task]):
         Raises InputError where the layer does not hand on what the layer behind it was given.
         """
         device = self.layerwise.device
-        given = self.store.pop(f"input-{i}-{task}")
+        given = self.store.take(("input", i, task))
         hidden = given.hidden.to(device).requires_grad_()
-        upstream = self.store.pop(f"gradient-{task}").hidden.to(device)
+        upstream = self.store.take(("gradient", -1, task)).hidden.to(device)
         out = hidden_of(self.steps.only(i, self.tasks[task], State(hidden, given.beside)))
         asked = [hidden, *wanted()]
         found = torch.autograd.grad(out, asked, upstream.to(out.dtype).view_as(out), allow_unused=True)
         if i + 1 < len(self.layerwise.layers):
-            after = self.store.pop(f"next-{task}").hidden
+            after = self.store.take(("next", -1, task)).hidden
             if after.shape != out.shape or not _alike(out.detach().to("cpu"), after):
                 raise self.refusal(i + 1)
         if i > self.first:
             assert found[0] is not None
-            self.store.put(f"next-{task}", State(hidden, {}))
-            self.store.put(f"gradient-{task}", State(found[0], {}))
+            self.store.put(("next", -1, task), State(hidden, {}))
+            self.store.put(("gradient", -1, task), State(found[0], {}))
         return list(found[1:])
 
     def refusal(self, i: int) -> InputError:
@@ -133,7 +110,7 @@ class _Forward(Pass[tuple[int, Task]]):
             (gradient,) = torch.autograd.grad(total, self.leaves.pop(number))
         finally:
             torch.set_grad_enabled(False)
-        self.back.store.put(f"gradient-{number}", State(gradient, {}))
+        self.back.store.put(("gradient", -1, number), State(gradient, {}))
 
     @contextmanager
     def entering(self, task: tuple[int, Task], layer: int) -> Iterator[None]:
@@ -144,7 +121,7 @@ class _Forward(Pass[tuple[int, Task]]):
         if layer >= self.back.first:
             if any(value.is_floating_point() for value in state.beside.values()):
                 raise Tangled(layer)
-            self.back.store.put(f"input-{layer}-{task[0]}", state)
+            self.back.store.put(("input", layer, task[0]), state)
 
     def done(self, layer: int) -> None:
         self.progress(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ class Compute:
     trust_remote_code: bool = False
     memory: int | None = None  # bytes that the process may take; None: what is free, see `budget.budget_of`
     gpu_memory: int | None = None  # the same of the GPU
+    spill: Path | None = None  # a folder for what does not fit; None: the system's for temporary files
 
     @property
     def place(self) -> torch.device:

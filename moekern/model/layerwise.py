@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
-from moekern.errors import InputError, first_line, raised_here
+from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
+from moekern.model.budget import Budget, budget_of
 from moekern.model.compute import Compute, check_device
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.memory import return_freed_memory
@@ -25,6 +27,7 @@ from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
 
+WORK = 8
 Task = TypeVar("Task")
 _TANGLED: set[type] = set()  # models whose layers hand on more than hidden states, as far as they were met
 
@@ -45,6 +48,8 @@ class LayerwiseModel:
     layers_name: str
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
     reader: LayerReader  # its groups are the decoder layers
+    room: int  # bytes of memory for hidden states
+    spill: Path | None  # where they go beyond it
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
 
     @property
@@ -66,9 +71,13 @@ class LayerwiseModel:
         Raises InputError for what the model's own code raises: numbers of config.json that contradict each other.
         """
         model: Any = self.model
+        B, S = batch.input_ids.shape
         try:
             return model(input_ids=batch.input_ids.to(self.device), use_cache=False)
         except Exception as error:
+            if is_out_of_memory(error):
+                remedy = "fewer tokens at a time take less (--chunk, --batch-size, --sequence-length)"
+                raise out_of_memory(f"the forward pass of {B} x {S} tokens", error, remedy) from error
             if raised_here(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
@@ -84,20 +93,25 @@ class LayerwiseModel:
         kind = type(self.model)
         if kind not in _TANGLED:
             try:
-                self.run_stepwise(tasks, run)
+                with self.states() as states:
+                    self.run_stepwise(tasks, run, states)
             except Tangled as found:
                 _TANGLED.add(kind)
                 warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
         if kind in _TANGLED:
             self._walk(tasks, run, Suspended(list(self.layers), run, self.device))
 
-    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
+    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States) -> None:
         """The same with nothing kept but what layers are given. Raises Tangled where that is not enough."""
-        self._walk(tasks, run, self.stepwise(run))
+        self._walk(tasks, run, self.stepwise(run, states))
 
-    def stepwise(self, run: Pass[Any]) -> Stepwise:
+    def stepwise(self, run: Pass[Any], states: States) -> Stepwise:
         """A way through the layers that keeps hidden states and nothing else."""
-        return Stepwise(list(self.layers), run, States(), self.device, self.returns)
+        return Stepwise(list(self.layers), run, states, self.device, self.returns)
+
+    def states(self) -> States:
+        """A place for the hidden states of tasks, which takes what memory there is for them."""
+        return States(self.room, self.spill)
 
     def _walk(self, tasks: Sequence[Task], run: Pass[Task], way: Way[Task]) -> None:
         last = len(self.layers) if run.stop_after is None else run.stop_after + 1
@@ -152,7 +166,8 @@ class LayerwiseModel:
 
     def _load(self, i: int, after: int | None) -> None:
         """Fill layer i, whose reading was started, and start to read `after`."""
-        self.loader.load(self.reader.take(), self.device)
+        with memory_for(f"the weights of decoder layer {i}", "give more (--memory, --gpu-memory)"):
+            self.loader.load(self.reader.take(), self.device)
         self.reader.release(self.model)
         return_freed_memory()
         self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
@@ -177,6 +192,7 @@ def _outputs(experts: Sequence[int]) -> str:
 def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
     check_device(compute.device)
+    budget = budget_of(compute)
     if layout.family.stacks:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
     loader = open_loader(
@@ -195,9 +211,22 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     with LayerReader(checkpoint, layer_keys, place) as reader:
-        model = LayerwiseModel(checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader)
-        _fill_skeleton(model, skeleton)
+        room = _room(budget, loader, layers, reader)
+        model = LayerwiseModel(
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, compute.spill
+        )
+        with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
+            _fill_skeleton(model, skeleton)
         yield model
+
+
+def _room(budget: Budget, loader: Loader, layers: nn.ModuleList, reader: LayerReader) -> int:
+    """Bytes of the budget that are left for hidden states: without skeleton, the largest layer, the reader's buffer,
+    and a WORK-th part for what computing takes."""
+    largest = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    outside = sum(p.nbytes for p in loader.model.parameters()) - sum(p.nbytes for p in layers.parameters())
+    on_host = largest + outside if budget.gpu is None else 0
+    return max(0, budget.host - budget.host // WORK - on_host - reader.nbytes)
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:

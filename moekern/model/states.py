@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Any
@@ -52,43 +52,49 @@ class _Slot:
 
 
 class States:
-    """States by the task's number, on the CPU. Beyond `memory` bytes (None: no limit) they go to a file without a name
-    in `folder` (None: the system's folder for such), each to a place of its own."""
+    """States by name (a task's number), on the CPU. Beyond `memory` bytes (None: no limit) they go to a file that has
+    no name, in `folder` (None: the system's folder for such), each to a place of its own."""
 
     def __init__(self, memory: int | None = None, folder: Folder | None = None) -> None:
         self.memory, self.folder = memory, folder
-        self.held: dict[int, State] = {}
-        self.slots: dict[int, _Slot] = {}
+        self.held: dict[Hashable, State] = {}
+        self.slots: dict[Hashable, _Slot] = {}
         self.size = self.end = 0  # bytes in memory and in the file
         self.file: int | None = None
 
-    def put(self, number: int, state: State) -> None:
+    def put(self, name: Hashable, state: State) -> None:
         """Raises InputError where the file cannot take it."""
         own = State(_own(state.hidden), {path: _own(value) for path, value in state.beside.items()})
         if self.memory is None or self.size + own.nbytes <= self.memory:
-            self.held[number] = own
+            self.held[name] = own
             self.size += own.nbytes
             return
-        slot = self.slots.get(number)
+        slot = self.slots.get(name)
         room = slot.room if slot is not None and len(slot.room) >= own.nbytes else self._more(own.nbytes)
         start, places = room.start, []
         for path, value in ((None, own.hidden), *own.beside.items()):
             places.append((path, _Place(start, value.shape, value.dtype)))
             self._write(start, value)
             start += value.nbytes
-        self.slots[number] = _Slot(room, places)
+        self.slots[name] = _Slot(room, places)
 
-    def take(self, number: int) -> State:
+    def take(self, name: Hashable) -> State:
         """What was put; in memory it is held here no longer."""
-        if number in self.held:
-            state = self.held.pop(number)
+        if name in self.held:
+            state = self.held.pop(name)
             self.size -= state.nbytes
             return state
-        return self._read(self.slots[number])
+        return self._read(self.slots[name])
 
-    def copy(self, number: int) -> State:
+    def copy(self, name: Hashable) -> State:
         """A copy of what was put, which stays."""
-        return self.held[number].moved(CPU, copy=True) if number in self.held else self._read(self.slots[number])
+        return self.held[name].moved(CPU, copy=True) if name in self.held else self._read(self.slots[name])
+
+    def __enter__(self) -> States:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
     def clear(self) -> None:
         """Forget everything."""

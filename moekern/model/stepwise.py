@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekern.errors import InputError
+from moekern.errors import InputError, is_out_of_memory
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.states import Path, State, States
 from moekern.model.walk import BEFORE, HIDDEN, Pass, check_finite, hidden_of, out_of_step, taken
@@ -77,7 +77,6 @@ class Stepwise:
         for handle in self.handles:
             handle.remove()
         self._pass_over(0)
-        self.states.clear()
 
     def begin(self, number: int, task: Any) -> None:
         """Nothing is computed: the first layer's pass brings its own hidden states."""
@@ -119,7 +118,7 @@ class Stepwise:
 
     def _suspected(self, error: Exception) -> Exception:
         """The error itself where no layer has been passed over, or memory is the matter; else Tangled."""
-        if self.at == 0 or self.next <= self.at or _no_memory(error.__cause__):
+        if self.at == 0 or self.next <= self.at or (error.__cause__ is not None and is_out_of_memory(error.__cause__)):
             return error
         return Tangled(self.at)
 
@@ -201,10 +200,6 @@ class Stepwise:
             return nothing if beside is None else (nothing, *(_blank(each, self.device) for each in beside))
 
         return forward
-
-
-def _no_memory(error: BaseException | None) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:

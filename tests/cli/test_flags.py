@@ -54,6 +54,7 @@ run
   --dtype = auto
   --memory = None
   --gpu-memory = None
+  --spill = None
   --protect-super = False
   --mtp = None
   --copy = auto
@@ -80,9 +81,9 @@ calibrate
   --dtype = auto
   --memory = None
   --gpu-memory = None
+  --spill = None
   --tier* = None
   --criterion* = None
-  --spill = None
   --replay-tokens = 512
   --backend = None
   --trust-remote-code = False
@@ -155,6 +156,7 @@ iterate
   --dtype = auto
   --memory = None
   --gpu-memory = None
+  --spill = None
   --backend = None
   --trust-remote-code = False
   --revision = None
@@ -180,6 +182,7 @@ evaluate
   --dtype = auto
   --memory = None
   --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -208,6 +211,7 @@ verify
   --device = auto
   --memory = None
   --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False
