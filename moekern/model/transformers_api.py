@@ -307,7 +307,7 @@ def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
         name: index
         for target, index in _ROUTERS[model]
         for name, module in part.named_modules()
-        if isinstance(module, target) and expert_modules(module) is None
+        if expert_modules(module) is None and isinstance(module, target)
     }
 
 
