@@ -100,6 +100,7 @@ def plan(
     check_statistics(statistics)
 
     from moekern.cli.pipeline import statistics_of
+    from moekern.plan.agreement import doubt
     from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
@@ -123,7 +124,7 @@ def plan(
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
     for name, made in plans.items():
-        for line in (*remarks(made), *slower_with(made, header, options)):
+        for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}

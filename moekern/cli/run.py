@@ -156,16 +156,18 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
 def _say_remarks(done: Run, planning: Planning) -> None:
     """What has to be known of the text and the plans, for programs too."""
     from moekern.cli.plan import fit_line, slower_with
+    from moekern.plan.agreement import doubt
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
     from moekern.statistics.coverage import too_thin
     from moekern.statistics.file import Statistics
 
-    header = Statistics.load(done.statistics).header
+    statistics = Statistics.load(done.statistics)
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        for line in (*remarks(plan), *slower_with(plan, header, planning)):
+        told = (*remarks(plan), *filter(None, [doubt(statistics, plan)]))
+        for line in (*told, *slower_with(plan, statistics.header, planning)):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 
