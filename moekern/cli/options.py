@@ -144,6 +144,13 @@ Keeps = Annotated[
         "--keep", help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."
     ),
 ]
+UntilStable = Annotated[
+    float | None,
+    typer.Option(
+        help="Measure the text in growing parts, and stop where the sets that its two halves keep are so much alike "
+        "(Jaccard index, mean over layers), as 0.98."
+    ),
+]
 RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
 FitOption = Annotated[
     str | None,

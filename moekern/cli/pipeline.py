@@ -14,6 +14,7 @@ from typing import Any
 
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
+from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.criteria import criterion_named
@@ -72,16 +73,44 @@ def calibrate_to(
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
+    stable: Stable | None = None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
     if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
         raise InputError(f"--spill {spill}: no folder that can be written to")
     checkpoint = open_checkpoint(folder)
-    find_layout(checkpoint)
+    layout = find_layout(checkpoint)
+    if stable is not None:
+        stable.check(layout.router, wanted)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out)
+    return measured(
+        checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out, stable=stable
+    )
+
+
+def _measured_until(
+    checkpoint: Checkpoint, data: TokenData, compute: Compute, stable: Stable, tiers: Collection[str], out: Path
+) -> Statistics:
+    """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured."""
+    with working(out) as side:
+
+        def measure(part: TokenData, number: int) -> Statistics:
+            path = side / f"part-{number}.safetensors"
+            found = earlier_statistics(path, checkpoint, part, compute, tiers)
+            if found is None:
+                path.unlink(missing_ok=True)
+                found = measured(checkpoint, part, compute, tiers=tiers, out=path)
+            return found
+
+        until_stable(data, stable, measure, console.say).save(out, new=True)
+        for path in side.glob("part-*.safetensors"):
+            with suppress(InputError):  # what is no statistics file is not this program's
+                if is_plain(path) and Statistics.load(path):
+                    path.unlink()
+    return Statistics.load(out)
 
 
 def measured(
@@ -93,8 +122,14 @@ def measured(
     replay_tokens: int = REPLAY_TOKENS,
     spill: Path | None = None,
     out: Path,
+    stable: Stable | None = None,
 ) -> Statistics:
-    """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name."""
+    """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name.
+
+    With `stable`, as much of the text as it takes.
+    """
+    if stable is not None:
+        return _measured_until(checkpoint, data, compute, stable, tiers, out)
     with recovered(out) as left:
         whole = left is not None and _left_whole(left, checkpoint, data, compute, tiers)
         if left and not whole:

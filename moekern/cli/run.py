@@ -45,6 +45,7 @@ from moekern.cli.options import (
     Tiers,
     Tokens,
     TrustRemoteCode,
+    UntilStable,
     UnusedBatchSize,
     compute_of,
     folder_of,
@@ -90,6 +91,7 @@ def run(
     seed: Seed = 0,
     domain: Domains = None,
     tier: Tiers = None,
+    until_stable: UntilStable = None,
     budget: BudgetOption = "uniform",
     normalise: Normalise = "none",
     allow_nonuniform: AllowNonuniform = False,
@@ -128,8 +130,9 @@ def run(
         fit=fit_of(fit, bits, context, sequences, reserve),
     )  # fmt: skip
     asked = whole_run.Asked(
-        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality
-    )
+        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
+        until_stable=until_stable,
+    )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,

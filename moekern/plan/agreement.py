@@ -20,7 +20,7 @@ from moekern.router import Router, kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.halves import Half, NotKept, halves_of
 from moekern.statistics.header import router_of
-from moekern.statistics.layer import HALVES, LayerStatistics
+from moekern.statistics.layer import HALVED, HALVES, LayerStatistics
 
 ALL = "all"  # the domains together, also where one is named so
 MANY = 0.05  # of the experts
@@ -79,6 +79,15 @@ def doubt(statistics: Statistics, plan: Plan) -> str | None:
     return thin(found[ALL], chosen.name, sum(statistics.header["tokens"][name] for name in made["domains"]))
 
 
+def known_by_halves(criterion: str | Criterion) -> bool:
+    """Whether halves of the text hold what a criterion looks at. Raises InputError for one that nobody knows."""
+    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    blank = LayerStatistics.zeros(4, tiers=(HALVES, "weights"))
+    for name in HALVED:
+        getattr(blank, f"half_{name}").fill_(1)
+    return not _of_no_text(chosen) and bool(_by_halves(chosen, blank, "0", 2, 1))
+
+
 def mean_of(layers: Mapping[str, Agreement]) -> Agreement:
     """The mean over layers, of each number over those where it is known."""
 
@@ -127,15 +136,21 @@ def _agreement(criterion: Criterion, sums: LayerStatistics, key: str, count: int
         return Agreement(None, None, None, None)
     E, groups = router.num_experts, router.n_group
     undecided = _undecided(criterion, sums, key, count, groups)
-    halves = halves_of(sums)
-    try:
-        chosen = [_chosen(criterion, half, key, count, groups) for half in halves or ()]
-    except (NotKept, InputError):  # it looks at what is not kept by halves
-        chosen = []
+    chosen = _by_halves(criterion, sums, key, count, groups)
     if not chosen:
         return Agreement(None, None, None, undecided)
     (a, first), (b, second) = chosen
     return Agreement(len(a & b) / len(a | b), _correlation(first, second), len(a ^ b) / E, undecided)
+
+
+def _by_halves(
+    criterion: Criterion, sums: LayerStatistics, key: str, count: int, groups: int
+) -> list[tuple[frozenset[int], Tensor]]:
+    """What each half keeps, and its scores; nothing where that is not known."""
+    try:
+        return [_chosen(criterion, half, key, count, groups) for half in halves_of(sums) or ()]
+    except (NotKept, InputError):  # it looks at what is not kept by halves
+        return []
 
 
 def _chosen(criterion: Criterion, half: Half, key: str, count: int, groups: int) -> tuple[frozenset[int], Tensor]:

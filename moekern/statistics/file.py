@@ -218,8 +218,13 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         raise InputError("merge: expected at least one statistics file")
     for part in parts:
         check_type("merge", part, Statistics)
-    first = parts[0]
     _check_apart(parts)
+    return added(parts)
+
+
+def added(parts: Sequence[Statistics]) -> Statistics:
+    """As `merge`, of parts that are known to be of different text."""
+    first = parts[0]
     total: dict[str, dict[str, LayerStatistics]] = {key: {} for key in first.layers}
     for number, part in enumerate(parts, start=1):
         for name in IDENTITY:
