@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -15,7 +16,7 @@ from moekern.measurement.replay import sample
 from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 from moekern.statistics.layer import LayerStatistics
 
 Task = tuple[int, Batch]  # a batch and its number
@@ -47,6 +48,7 @@ class MeasuringPass(Pass[Task]):
 
     def __init__(self, layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, step: Steps) -> None:
         self.layerwise, self.data, self.recorder, self.step = layerwise, data.by_chunk(), recorder, step
+        self.unused, self.before = copy.deepcopy(recorder), step.done  # where the pass begins
         self.keys, self.tokens, self.through = layerwise.moe_keys, sum(data.tokens.values()), 0
         self.stop_after = max(self.keys)
         self.flight, self.open = InFlight(), ExitStack()
@@ -61,6 +63,9 @@ class MeasuringPass(Pass[Task]):
     def finished(self, key: str, sums: Sums) -> None:
         """All batches have gone through a layer, whose weights are still there: `sums`, on the CPU, are its own."""
         raise NotImplementedError
+
+    def started(self) -> None:
+        self.recorder, self.through, self.step.done = copy.deepcopy(self.unused), 0, self.before
 
     def forward(self, task: Task) -> None:
         self.layerwise.compute(task[1])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.enough import enough
+from moekern.cli.enough import enough, layer_teller
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -18,13 +18,16 @@ from moekern.cli.options import (
     Data,
     Device,
     DtypeOption,
+    GpuMemory,
     Json,
+    Memory,
     Model,
     Pack,
     Preset,
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -42,7 +45,7 @@ from moekern.cli.options import (
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
-from moekern.files import check_new
+from moekern.files import check_new, standing
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
@@ -64,15 +67,14 @@ def calibrate(
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     tier: Tiers = None,
     criterion: Annotated[
         list[str] | None,
         typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.", callback=check_criteria),
-    ] = None,
-    spill: Annotated[
-        Path | None,
-        typer.Option(help="With tier gradient: a folder for the layers' inputs, which else stay in memory."),
     ] = None,
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
@@ -101,11 +103,14 @@ def calibrate(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
+        spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, spill=spill, stable=stable,
+        replay_tokens=replay_tokens, stable=stable, told=layer_teller(judged, keep),
     )  # fmt: skip
     show_all(statistics, out, judged, keep)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moekern.cli.console import hint, say, show
+from moekern.cli.console import detail, hint, say, show
+from moekern.errors import InputError
 
 if TYPE_CHECKING:
     from moekern.plan.agreement import Agreement
@@ -42,6 +44,24 @@ def enough(statistics: Statistics, criterion: str, keep: str) -> tuple[dict[str,
         hint(thin(whole, criterion, covered["all"].tokens))
 
     return {"criterion": criterion, "keep": keep, "domains": document}, tell
+
+
+def layer_teller(criterion: str, keep: str) -> Callable[[Statistics], None]:
+    """Tells of one layer after the other, while they are measured."""
+    from moekern.plan.agreement import agreement
+    from moekern.router import parse_keep
+    from moekern.statistics.coverage import THIN, coverage
+
+    def tell(statistics: Statistics) -> None:
+        (key,) = statistics.layers
+        covered = coverage(statistics)["all"]
+        with suppress(InputError):  # a count that the router cannot work with is told at the end
+            found = agreement(statistics, criterion, parse_keep(keep))["all"][key]
+            alike = "not known" if found.kept is None else f"{found.kept:.3f}"
+            thin = f"{covered.thin} of {covered.experts} experts saw fewer than {THIN} tokens"
+            detail(f"layer {key}: {thin}; sets kept by the two halves of the text are alike to {alike}")
+
+    return tell
 
 
 def _documents(layers: dict[str, Agreement]) -> dict[str, Any]:

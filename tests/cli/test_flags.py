@@ -54,7 +54,10 @@ run
   --allow-nonuniform = False
   --target* = None
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --protect-super = False
   --mtp = None
   --copy = auto
@@ -78,10 +81,12 @@ calibrate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --tier* = None
   --criterion* = None
-  --spill = None
   --replay-tokens = 512
   --keep = 0.5
   --until-stable = None
@@ -153,7 +158,10 @@ iterate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --backend = None
   --trust-remote-code = False
   --revision = None
@@ -176,7 +184,10 @@ evaluate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -203,6 +214,9 @@ verify
   PRUNED required
   --forward = False
   --device = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False
