@@ -129,12 +129,14 @@ def verify_both(
 ) -> Verdict:
     """Bytes first; logits only of a checkpoint whose bytes are right."""
     check_device(compute.device)
+    checkpoint = open_checkpoint(folder)
+    console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
     with console.progress("verifying", "bytes") as step:
-        report = verify(folder, plan, pruned, mtp=mtp, progress=step)
+        report = verify(checkpoint, plan, pruned, mtp=mtp, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
     with console.progress("comparing logits") as step:
-        compared = compare_forward(folder, plan, pruned, compute=compute, progress=step)
+        compared = compare_forward(checkpoint, plan, pruned, compute=compute, progress=step)
     return Verdict(report, compared)
 
 
@@ -156,6 +158,9 @@ def losses_of(
     checkpoint: Checkpoint, data: TokenData, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
+    layout = find_layout(checkpoint)
+    for name, plan in plans.items():
+        console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, progress=step)
 

@@ -13,6 +13,7 @@ from moekern.kernels import Quantised, dequantize
 from moekern.kernels.quantised import E8M0, awq, block_of, block_sizes, gptq, mxfp4, nvfp4, pack_quantized, scaled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHT = "weight"  # the part that a weight stored as it is consists of
 CODES = ("weight", "weight_packed", "packed", "qweight", "blocks")
@@ -149,17 +150,20 @@ def _int4(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantised |
 
 
 def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor]) -> Quantised | None:
-    order, shape, zero = (parts.get(f"weight_{name}") for name in ("g_idx", "shape", "zero_point"))
-    if shape is None or not shape.numel():
+    shape, order, zero = (parts.get(f"weight_{name}") for name in ("shape", "g_idx", "zero_point"))
+    if shape is None or not shape.numel() or shape.dtype not in INTEGERS or not scale.ndim:
         return None
-    columns = int(shape.flatten()[-1])
-    if order is not None and bool((order.diff() < 0).any()):
-        # Columns of a group lie apart: every column gets its own scale, which is its group's.
-        if order.ndim != 1 or len(order) != columns or order.min() < 0 or order.max() >= scale.shape[-1]:
-            raise ValueError(f"weight_g_idx: expected {columns} groups from 0 to {scale.shape[-1] - 1}")
-        scale, zero = (None if t is None else t[..., order.long()].contiguous() for t in (scale, zero))
-        assert scale is not None
-    return pack_quantized(packed, scale, columns, zero)
+    columns, groups = int(shape.flatten()[-1]), scale.shape[-1]
+    if order is None or not bool((order.diff() < 0).any()):
+        return pack_quantized(packed, scale, columns, zero)
+    # Columns of a group lie apart: every column gets its own scale, which is its group's.
+    if order.dtype not in INTEGERS or order.shape != (columns,) or order.min() < 0 or order.max() >= groups:
+        raise ValueError(f"weight_g_idx: expected the groups of {columns} columns, from 0 to {groups - 1}")
+    if zero is not None and zero.shape[-1:] != (groups,):
+        raise ValueError(f"weight_zero_point: expected those of {groups} groups, got {_short(zero)}")
+    column = order.long()
+    own = None if zero is None else zero[..., column].contiguous()
+    return pack_quantized(packed, scale[..., column].contiguous(), columns, own)
 
 
 def _short(tensor: Tensor) -> str:

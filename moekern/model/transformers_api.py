@@ -173,7 +173,8 @@ class Loader:
             return parts[dequantised.WEIGHT]
         there = {part: tensor.to(device, non_blocking=True) for part, tensor in parts.items()}
         try:
-            return dequantised.dense(there, self.quantisation, self.dtype)
+            dtype = self.dtype if self.dtype in dequantised.FLOATS else torch.float32  # as which it is then cast
+            return dequantised.dense(there, self.quantisation, dtype)
         except ValueError as error:
             raise InputError(f"{key}: {first_line(error)}{TWIN}") from error
 
