@@ -36,6 +36,7 @@ from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute, check_device, dtype_hint
+from moekern.model.dequantised import inputs_line
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space
@@ -101,13 +102,19 @@ def measured(
             left.unlink()
     if whole:
         return Statistics.load(out)
-    console.hint(dtype_hint(checkpoint, compute))
+    _hint(checkpoint, compute)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
             checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
+
+
+def _hint(checkpoint: Checkpoint, compute: Compute) -> None:
+    """What a person should know before a model runs."""
+    console.hint(dtype_hint(checkpoint, compute))
+    console.hint(inputs_line(checkpoint.tensors))
 
 
 def backend_line(backends: Mapping[str, str]) -> str:
@@ -135,6 +142,7 @@ def verify_both(
         report = verify(checkpoint, plan, pruned, mtp=mtp, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
+    console.hint(inputs_line(checkpoint.tensors))
     with console.progress("comparing logits") as step:
         compared = compare_forward(checkpoint, plan, pruned, compute=compute, progress=step)
     return Verdict(report, compared)
@@ -150,7 +158,7 @@ def evaluate_plans(
     checkpoint = open_checkpoint(folder)
     find_layout(checkpoint)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    console.hint(dtype_hint(checkpoint, compute))
+    _hint(checkpoint, compute)
     return losses_of(checkpoint, data, compute, plans, what)
 
 
@@ -246,7 +254,7 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     layout = find_layout(checkpoint)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code) if measured else None
     if measured:
-        console.hint(dtype_hint(checkpoint, compute))
+        _hint(checkpoint, compute)
     experts = sum(layer.num_experts for layer in layout.layers.values())
     check_space(out, PLANNED * experts * method.rounds, method.rounds + 2)
     with working(out) as side, console.progress("measuring and planning") as step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ OF_INPUTS = ("input_scale", "input_global_scale", "qscale_act")  # of activation
 PART = re.compile(
     r"(?P<module>.*?)(?P<mark>[._])(?P<part>weight_packed|weight_scale_inv|weight_scale_2|weight_scale|"
     r"weight_global_scale|weight_zero_point|weight_shape|weight_g_idx|weight|scale_inv|scales|scale|blocks|packed|"
-    r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale)"
+    r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale|pre_quant_scale)"
 )
 COMMON = ("weight", "scale", "scales", "blocks", "packed")  # names that parameters of models have too
+METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")  # and all that begin with modelopt
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
@@ -36,6 +37,27 @@ def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 found: Mapping[str, Any] = place[key]
                 return found
     return {}
+
+
+def unread(config: Mapping[str, Any]) -> str | None:
+    """Why weights are not what their stored numbers say, by what config.json says of the format; None where they are.
+
+    A method that is not known may store them under any names, and one that rotates activations stores rotated ones.
+    """
+    method = str(config.get("quant_method", "")).replace("_tensors", "-tensors")
+    if method and method not in METHODS and not method.startswith("modelopt"):
+        return f"a forward pass over {method:.40} weights is not supported"
+    if config.get("transform_config"):
+        return "a forward pass with transforms of activations (transform_config) is not supported"
+    return None
+
+
+def inputs_line(names: Iterable[str]) -> str | None:
+    """That scales of activations are left out, where tensors of these names are such; None where none is."""
+    found = {name.rpartition(".")[2] for name in names} & {*OF_INPUTS}
+    if not found:
+        return None
+    return f"activations are not quantised: {', '.join(sorted(found))} of the checkpoint are not applied"
 
 
 def readings(name: str) -> Iterator[tuple[str, str]]:
@@ -83,6 +105,8 @@ def matrix_of(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor 
     for found in (codes, scales):
         if len(found) > 1:
             raise ValueError(f"{found[0]} and {found[1]} are both there, and one of them is the weight's")
+    if "pre_quant_scale" in parts:
+        raise ValueError("pre_quant_scale: weights for inputs that are scaled are not a layout that moekern reads")
     known = None
     if codes:
         known = _stored(parts, codes[0], parts[scales[0]] if scales else None, config)

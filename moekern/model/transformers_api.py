@@ -222,13 +222,16 @@ def open_loader(
 
 def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Mapping[str, Any], type[PreTrainedModel]]:
     """The config as transformers reads it, but of plain weights; what it says of stored ones; the model class."""
+    quantisation = dequantised.quantisation(read_json(folder / CONFIG))
+    if reason := dequantised.unread(quantisation):
+        raise InputError(f"{folder}: {reason}{TWIN}")
     with _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config(decoder=True)):
         for key in dequantised.QUANTIZATION_KEYS:
             if getattr(part, key, None) is not None:
                 delattr(part, key)
-    return config, dequantised.quantisation(read_json(folder / CONFIG)), _model_class(config, trust_remote_code)
+    return config, quantisation, _model_class(config, trust_remote_code)
 
 
 def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, tensors: int) -> None:

@@ -24,7 +24,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.model import transformers_api as api
 from moekern.model.compute import Compute
-from moekern.model.dequantised import dense, readings
+from moekern.model.dequantised import dense, inputs_line, readings
 from moekern.model.layerwise import open_layerwise
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
@@ -106,6 +106,14 @@ def test_in_memory_the_plain_twin_is_seen_doing_the_same(source: Sources, tmp_pa
     assert _same(calibrate(folder, data), seen)
 
 
+def test_gradients_are_those_of_the_plain_twin(source: Sources, tmp_path: Path) -> None:
+    stored, dense_twin = twins(source("qwen3_moe"), tmp_path, "compressed_nvfp4")
+    with using_threads(1):
+        got, want = (calibrate(f, _data("qwen3_moe"), tiers=["gradient"]) for f in (stored, dense_twin))
+    assert _same(got, want)
+    assert got.tiers == ("gradient",)
+
+
 def test_some_experts_may_be_plain(source: Sources, tmp_path: Path) -> None:
     stored, dense_twin = twins(source("qwen3_moe"), tmp_path, "compressed_int4", only="experts.1.")
     names = load_file(stored / "model.safetensors")
@@ -163,13 +171,14 @@ def test_logits_are_those_of_the_model_that_transformers_dequantises(
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith("compressed")])
 def test_weights_are_those_of_compressed_tensors(kind: str) -> None:
-    """Its own experts of NVFP4 transformers 5.23 does not divide by their global scale."""
+    """NVFP4 among them, whose experts transformers 5.23 does not divide by their global scale."""
     package = pytest.importorskip("compressed_tensors")
     make, config = FORMATS[kind]
-    if kind == "compressed_int4_ordered":
-        pytest.skip("its decompressor takes no order of columns")
-    scheme = package.quantization.QuantizationConfig.model_validate(dict(config)).config_groups["group_0"]
     parts, _ = make(16, 64, torch.Generator().manual_seed(3))
+    weights = dict(config["config_groups"]["group_0"]["weights"])
+    if parts.pop("weight_g_idx", None) is not None:  # its decompressor takes groups in order alone
+        weights |= {"symmetric": False, "actorder": None}
+    scheme = package.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     compressor = package.compressors.BaseCompressor.get_value_from_registry(config["format"])
     want = compressor.decompress(dict(parts), scheme)["weight"].bfloat16()
     assert torch.equal(dense(parts, config, torch.bfloat16), want)
@@ -243,6 +252,9 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {"qweight": _words(16, 2), "qzeros": _words(1, 2), "scales": torch.ones(1, 16)}, {"version": "gemv"},
         "are not a weight layout",
     ),
+    "inputs that are scaled": (
+        _fp8(weight_scale=torch.ones(1), pre_quant_scale=torch.ones(16)), {}, "pre_quant_scale",
+    ),
     "blocks alone": ({"blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8)}, {}, "are not a weight layout"),
 }  # fmt: skip
 
@@ -252,6 +264,31 @@ def test_parts_that_do_not_belong_together_are_refused(case: str) -> None:
     parts, config, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         dense(parts, config, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "torchao"}, "a forward pass over torchao weights is not supported"),
+        ({"quant_method": ["fp8"]}, "a forward pass over .* weights is not supported"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R3": {}}}},
+            "transforms of act",
+        ),
+    ],
+)
+def test_weights_that_are_not_what_their_numbers_say_are_refused(
+    config: dict[str, Any], message: str, source: Sources, tmp_path: Path
+) -> None:
+    folder = rewrite(source("qwen3_moe"), tmp_path / "m", lambda name, t: {name: t}, quantization_config=config)
+    with pytest.raises(InputError, match=f"{message}.*an unquantised twin"):
+        calibrate(folder, _data("qwen3_moe"))
+
+
+def test_scales_of_activations_that_are_left_out_are_told(source: Sources, tmp_path: Path) -> None:
+    names = open_checkpoint(twins(source("qwen3_moe"), tmp_path, "fp8_static")[0]).tensors
+    assert inputs_line(names) == "activations are not quantised: input_scale of the checkpoint are not applied"
+    assert inputs_line(open_checkpoint(source("qwen3_moe")).tensors) is None
 
 
 @pytest.mark.parametrize(
