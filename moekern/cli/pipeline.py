@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
+from moekern.architectures.quantisation import inputs_line
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
@@ -36,7 +37,6 @@ from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.compute import Compute, check_device, dtype_hint
-from moekern.model.dequantised import inputs_line
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space

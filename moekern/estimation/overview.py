@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moekern.architectures import find_layout
+from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.router import count_problem
 
@@ -80,7 +81,16 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         dtypes=dict(dtypes.most_common()),
         in_transformers=layout.family.transformers,
         note=layout.family.note,
-        notes=(*checkpoint.notes, *layout.notes, *refused),
+        notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *refused),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
     )
+
+
+def _running(checkpoint: Checkpoint) -> Iterator[str]:
+    """What stands in the way of a forward pass, or is left out of it, in the format of the weights."""
+    reason, line = unread(quantisation_of(checkpoint.config)), inputs_line(checkpoint.tensors)
+    if reason is not None:
+        yield f"{reason}: it can be pruned and verified, with a plan made on an unquantised twin too, not calibrated"
+    elif line is not None:
+        yield f"in a forward pass {line}"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, MoeLayer
+from moekern.architectures.quantisation import quantisation_of
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised, dequantize
-from moekern.model.dequantised import PART, WEIGHT, matrix_of, quantisation
+from moekern.model.dequantised import PART, WEIGHT, matrix_of
 from moekern.model.reader import read_experts
 
 Matrix = Tensor | Quantised
@@ -37,7 +38,7 @@ def projections(checkpoint: Checkpoint, layer: MoeLayer) -> dict[str, list[Matri
         experts = parts.setdefault(projection, [{} for _ in range(layer.num_experts)])
         for e, value in _of_experts(tensor, stored[tensor.name], layer.num_experts):
             experts[e][part] = value
-    config = quantisation(checkpoint.config)
+    config = quantisation_of(checkpoint.config)
     whole: dict[str, list[Matrix]] = {}
     for projection, experts in parts.items():
         try:

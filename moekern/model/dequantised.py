@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,46 +18,12 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHT = "weight"  # the part that a weight stored as it is consists of
 CODES = ("weight", "weight_packed", "packed", "qweight", "blocks")
 SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "qscale_weight")
-OF_INPUTS = ("input_scale", "input_global_scale", "qscale_act")  # of activations: not applied
 PART = re.compile(
     r"(?P<module>.*?)(?P<mark>[._])(?P<part>weight_packed|weight_scale_inv|weight_scale_2|weight_scale|"
     r"weight_global_scale|weight_zero_point|weight_shape|weight_g_idx|weight|scale_inv|scales|scale|blocks|packed|"
     r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale|pre_quant_scale)"
 )
 COMMON = ("weight", "scale", "scales", "blocks", "packed")  # names that parameters of models have too
-METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")  # and all that begin with modelopt
-QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
-
-
-def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the format that weights are stored in; empty for plain ones."""
-    for place in (config, config.get("text_config")):
-        for key in QUANTIZATION_KEYS:
-            if isinstance(place, dict) and isinstance(place.get(key), dict):
-                found: Mapping[str, Any] = place[key]
-                return found
-    return {}
-
-
-def unread(config: Mapping[str, Any]) -> str | None:
-    """Why weights are not what their stored numbers say, by what config.json says of the format; None where they are.
-
-    A method that is not known may store them under any names, and one that rotates activations stores rotated ones.
-    """
-    method = str(config.get("quant_method", "")).replace("_tensors", "-tensors")
-    if method and method not in METHODS and not method.startswith("modelopt"):
-        return f"a forward pass over {method:.40} weights is not supported"
-    if config.get("transform_config"):
-        return "a forward pass with transforms of activations (transform_config) is not supported"
-    return None
-
-
-def inputs_line(names: Iterable[str]) -> str | None:
-    """That scales of activations are left out, where tensors of these names are such; None where none is."""
-    found = {name.rpartition(".")[2] for name in names} & {*OF_INPUTS}
-    if not found:
-        return None
-    return f"activations are not quantised: {', '.join(sorted(found))} of the checkpoint are not applied"
 
 
 def readings(name: str) -> Iterator[tuple[str, str]]:

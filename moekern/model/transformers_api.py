@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import check_sizes
+from moekern.architectures.quantisation import OF_INPUTS, QUANTIZATION_KEYS, quantisation_of, unread
 from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
@@ -142,7 +143,7 @@ class Loader:
         weights: dict[str, dict[str, dict[str, Tensor]]] = {}  # parameter -> weight of the checkpoint -> its parts
         for key, tensor in tensors.items():
             weight, part, target = self._place(key)
-            if target is not None and part not in dequantised.OF_INPUTS:
+            if target is not None and part not in OF_INPUTS:
                 weights.setdefault(target, {}).setdefault(weight, {})[part] = tensor
         coded = {
             t: self.names[t].numel() for t, found in weights.items() if any(map(self._is_coded, found, found.values()))
@@ -222,13 +223,13 @@ def open_loader(
 
 def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Mapping[str, Any], type[PreTrainedModel]]:
     """The config as transformers reads it, but of plain weights; what it says of stored ones; the model class."""
-    quantisation = dequantised.quantisation(read_json(folder / CONFIG))
-    if reason := dequantised.unread(quantisation):
+    quantisation = quantisation_of(read_json(folder / CONFIG))
+    if reason := unread(quantisation):
         raise InputError(f"{folder}: {reason}{TWIN}")
     with _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config(decoder=True)):
-        for key in dequantised.QUANTIZATION_KEYS:
+        for key in QUANTIZATION_KEYS:
             if getattr(part, key, None) is not None:
                 delattr(part, key)
     return config, quantisation, _model_class(config, trust_remote_code)

@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moekern.architectures import find_layout
+from moekern.architectures.quantisation import inputs_line
 from moekern.calibration.calibrate import calibrate
 from moekern.calibration.observe import observe
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.estimation.overview import overview
 from moekern.model import transformers_api as api
 from moekern.model.compute import Compute
-from moekern.model.dequantised import dense, inputs_line, readings
+from moekern.model.dequantised import dense, readings
 from moekern.model.layerwise import open_layerwise
 from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
@@ -283,12 +285,14 @@ def test_weights_that_are_not_what_their_numbers_say_are_refused(
     folder = rewrite(source("qwen3_moe"), tmp_path / "m", lambda name, t: {name: t}, quantization_config=config)
     with pytest.raises(InputError, match=f"{message}.*an unquantised twin"):
         calibrate(folder, _data("qwen3_moe"))
+    assert [note for note in overview(folder).notes if re.search(f"{message}.*unquantised twin", note)]
 
 
 def test_scales_of_activations_that_are_left_out_are_told(source: Sources, tmp_path: Path) -> None:
     names = open_checkpoint(twins(source("qwen3_moe"), tmp_path, "fp8_static")[0]).tensors
     assert inputs_line(names) == "activations are not quantised: input_scale of the checkpoint are not applied"
     assert inputs_line(open_checkpoint(source("qwen3_moe")).tensors) is None
+    assert [note for note in overview(tmp_path / "fp8_static").notes if "input_scale" in note]
 
 
 @pytest.mark.parametrize(
