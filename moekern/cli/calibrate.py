@@ -16,13 +16,16 @@ from moekern.cli.options import (
     Data,
     Device,
     DtypeOption,
+    GpuMemory,
     Json,
+    Memory,
     Model,
     Pack,
     Preset,
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -37,7 +40,7 @@ from moekern.cli.options import (
     say_unused,
     text_of,
 )
-from moekern.files import check_new
+from moekern.files import check_new, standing
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -58,15 +61,14 @@ def calibrate(
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     tier: Tiers = None,
     criterion: Annotated[
         list[str] | None,
         typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.", callback=check_criteria),
-    ] = None,
-    spill: Annotated[
-        Path | None,
-        typer.Option(help="With tier gradient: a folder for the layers' inputs, which else stay in memory."),
     ] = None,
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
@@ -87,11 +89,14 @@ def calibrate(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
+        spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, spill=spill,
+        replay_tokens=replay_tokens,
     )  # fmt: skip
     result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
 

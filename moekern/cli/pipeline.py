@@ -8,11 +8,11 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -36,7 +36,9 @@ from moekern.files import (
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
-from moekern.model.compute import Compute, check_device, dtype_hint
+from moekern.model.budget import budget_of
+from moekern.model.compute import Compute, check_device
+from moekern.model.precision import precision
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space
@@ -72,17 +74,23 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
-    spill: Path | None = None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
     backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
-    if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
-        raise InputError(f"--spill {spill}: no folder that can be written to")
     checkpoint = open_checkpoint(folder)
-    find_layout(checkpoint)
+    compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out)
+    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out)
+
+
+def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Compute:
+    """The same with its type settled. Device, type and memory are the first line of what the command says."""
+    found = precision(compute, checkpoint, layout)
+    compute = replace(compute, dtype=found.name)
+    console.open_with(f"{compute.described}, {found.described}, {budget_of(compute).described}")
+    console.hint(inputs_line(checkpoint.tensors))
+    return compute
 
 
 def measured(
@@ -92,29 +100,22 @@ def measured(
     *,
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
-    spill: Path | None = None,
     out: Path,
 ) -> Statistics:
-    """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name."""
+    """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name. The type
+    that is computed in is settled."""
     with recovered(out) as left:
         whole = left is not None and _left_whole(left, checkpoint, data, compute, tiers)
         if left and not whole:
             left.unlink()
     if whole:
         return Statistics.load(out)
-    _hint(checkpoint, compute)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, spill=spill, out=out, progress=step
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
-
-
-def _hint(checkpoint: Checkpoint, compute: Compute) -> None:
-    """What a person should know before a model runs."""
-    console.hint(dtype_hint(checkpoint, compute))
-    console.hint(inputs_line(checkpoint.tensors))
 
 
 def backend_line(backends: Mapping[str, str]) -> str:
@@ -156,9 +157,8 @@ def evaluate_plans(
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
-    find_layout(checkpoint)
+    compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    _hint(checkpoint, compute)
     return losses_of(checkpoint, data, compute, plans, what)
 
 
@@ -252,9 +252,8 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
         raise InputError(f"--data, --domain: {method.criterion} looks at weights alone; leave the text out")
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
+    compute = told_compute(compute, checkpoint, layout) if measured else compute
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code) if measured else None
-    if measured:
-        _hint(checkpoint, compute)
     experts = sum(layer.num_experts for layer in layout.layers.values())
     check_space(out, PLANNED * experts * method.rounds, method.rounds + 2)
     with working(out) as side, console.progress("measuring and planning") as step:

@@ -25,8 +25,10 @@ from moekern.cli.options import (
     Domains,
     DtypeOption,
     FitOption,
+    GpuMemory,
     Json,
     Keeps,
+    Memory,
     Model,
     MtpOption,
     Normalise,
@@ -38,6 +40,7 @@ from moekern.cli.options import (
     Seed,
     SequenceLength,
     Sequences,
+    Spill,
     Strict,
     Targets,
     Thinking,
@@ -57,6 +60,7 @@ from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
+from moekern.files import standing
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
@@ -95,7 +99,10 @@ def run(
     allow_nonuniform: AllowNonuniform = False,
     target: Targets = None,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     protect_super: ProtectSuper = False,
     mtp: MtpOption = None,
     copy: CopyOption = CopyMode.auto,
@@ -135,7 +142,14 @@ def run(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill or standing(out.parent),
+        trust_remote_code=trust_remote_code,
+    )
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
     _say_remarks(done, asked.planning)
     result(done.document(), lambda: show_run(done, quality))

@@ -33,7 +33,7 @@ from moekern.files import (
     write_bytes,
 )
 from moekern.measurement.tiers import backends_of, wanted_tiers
-from moekern.model.compute import Compute
+from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.served import check_folder
 from moekern.plan.serving import serve_commands
@@ -137,6 +137,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
     _check_room(checkpoint, layout, planning, targets, made)
+    compute = pipeline.told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     with working(out):
@@ -161,7 +162,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             for plan, target, done in zip(plans, targets, made, strict=True)
         ]
     # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
-    plain = replace(compute, dtype=None)
+    plain = replace(compute, dtype=AUTO)
     results = [
         Result(
             path,

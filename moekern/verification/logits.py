@@ -19,7 +19,7 @@ from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 
@@ -55,7 +55,7 @@ def compare_forward(
 ) -> ForwardVerdict:
     """Stream both models over `batches` (None: seeded random tokens) and compare logits.
 
-    No dtype in `compute` means float32, in quantised checkpoints too. All logits are held on the CPU.
+    The dtype "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)

@@ -51,7 +51,10 @@ run
   --allow-nonuniform = False
   --target* = None
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --protect-super = False
   --mtp = None
   --copy = auto
@@ -75,10 +78,12 @@ calibrate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --tier* = None
   --criterion* = None
-  --spill = None
   --replay-tokens = 512
   --backend = None
   --trust-remote-code = False
@@ -148,7 +153,10 @@ iterate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --backend = None
   --trust-remote-code = False
   --revision = None
@@ -171,7 +179,10 @@ evaluate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -198,6 +209,9 @@ verify
   PRUNED required
   --forward = False
   --device = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False

@@ -21,6 +21,7 @@ from moekern.criteria import CRITERIA, score_layer
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.gradients import matrices, measure_gradients, watching_gates
+from moekern.model.budget import resident
 from moekern.model.compute import Compute
 from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import loader_of
@@ -170,7 +171,8 @@ def test_layers_that_hand_on_more_are_refused_by_name(name: str, family_checkpoi
 def test_files_in_place_of_memory_change_no_bit(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder, data = family_checkpoint("qwen3_moe"), data_of("qwen3_moe")
     plain = calibrate(folder, data, tiers=("gradient",))
-    spilled = calibrate(folder, data, tiers=("gradient",), spill=tmp_path)
+    held = resident()
+    spilled = calibrate(folder, data, Compute(memory=held + (1 << 20), spill=tmp_path), tiers=("gradient",))
     checkpoint = open_checkpoint(folder)
     with open_layerwise(checkpoint, find_layout(checkpoint)) as layerwise:
         paged: dict[tuple[str, str], Mapping[str, Tensor]] = {}
