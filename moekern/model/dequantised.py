@@ -144,11 +144,13 @@ def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor]) -> Quant
     if shape is None or not shape.numel() or shape.dtype not in INTEGERS or not scale.ndim:
         return None
     columns, groups = int(shape.flatten()[-1]), scale.shape[-1]
+    if order is not None and (order.dtype not in INTEGERS or order.shape != (columns,)):
+        raise ValueError(f"weight_g_idx: expected the groups of {columns} columns, got {_short(order)}")
     if order is None or not bool((order.diff() < 0).any()):
         return pack_quantized(packed, scale, columns, zero)
     # Columns of a group lie apart: every column gets its own scale, which is its group's.
-    if order.dtype not in INTEGERS or order.shape != (columns,) or order.min() < 0 or order.max() >= groups:
-        raise ValueError(f"weight_g_idx: expected the groups of {columns} columns, from 0 to {groups - 1}")
+    if order.min() < 0 or order.max() >= groups:
+        raise ValueError(f"weight_g_idx: expected the groups of columns, from 0 to {groups - 1}")
     if zero is not None and zero.shape[-1:] != (groups,):
         raise ValueError(f"weight_zero_point: expected those of {groups} groups, got {_short(zero)}")
     column = order.long()

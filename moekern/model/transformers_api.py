@@ -230,8 +230,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Mapping[st
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config(decoder=True)):
         for key in QUANTIZATION_KEYS:
-            if getattr(part, key, None) is not None:
-                delattr(part, key)
+            vars(part).pop(key, None)
     return config, quantisation, _model_class(config, trust_remote_code)
 
 

@@ -89,7 +89,7 @@ def test_logits_and_statistics_are_those_of_the_plain_twin(
     assert _same(calibrate(stored, _data(family)), calibrate(dense_twin, _data(family)))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["fp8_static", "mxfp4", "modelopt_nvfp4", "compressed_int4_ordered", "gptq"])
 def test_pruned_it_is_the_original_with_experts_masked(kind: str, source: Sources, tmp_path: Path) -> None:
     folder, data = twins(source("qwen3_moe"), tmp_path, kind)[0], _data("qwen3_moe")
     plan = make_plan(calibrate(folder, data), "gated_norm", keep=4)
@@ -114,6 +114,15 @@ def test_gradients_are_those_of_the_plain_twin(source: Sources, tmp_path: Path) 
         got, want = (calibrate(f, _data("qwen3_moe"), tiers=["gradient"]) for f in (stored, dense_twin))
     assert _same(got, want)
     assert got.tiers == ("gradient",)
+
+
+def test_the_text_model_may_name_the_format(source: Sources, tmp_path: Path) -> None:
+    """As Kimi-K2.5's config.json does; the size of blocks stands there alone."""
+    stored, dense_twin = twins(source("kimi_k25"), tmp_path, "fp8_block")
+    config = json.loads((stored / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (stored / "config.json").write_text(json.dumps(config))
+    assert torch.equal(_logits(stored, "kimi_k25"), _logits(dense_twin, "kimi_k25"))
 
 
 def test_some_experts_may_be_plain(source: Sources, tmp_path: Path) -> None:
@@ -242,7 +251,10 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "a shape that is no number": (PACKED | {"weight_shape": torch.tensor([torch.inf])}, {}, "are not a weight layout"),
     "groups that divide nothing": (PACKED | {"weight_scale": torch.ones(8, 3)}, {}, "groups that divide 16 columns"),
     "groups that are not there": (
-        PACKED | {"weight_g_idx": torch.arange(16).flip(0)}, {}, "weight_g_idx: expected the groups of 16 columns",
+        PACKED | {"weight_g_idx": torch.arange(16).flip(0)}, {}, "weight_g_idx: expected the groups of columns, from 0 to 1",
+    ),
+    "an order of no numbers": (
+        PACKED | {"weight_g_idx": torch.ones(16).to(torch.float8_e5m2)}, {}, "weight_g_idx: expected the groups of 16",
     ),
     "zero points of other groups": (
         PACKED | {"weight_g_idx": torch.tensor([0, 1] * 8), "weight_zero_point": _words(1, 1)}, {}, "weight_zero_point",
