@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.architectures.quantisation import inputs_line
 from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate, recipe_of
 from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -97,6 +98,7 @@ def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Co
     found = precision(compute, checkpoint, layout)
     compute = replace(compute, dtype=found.name)
     console.open_with(f"{compute.described}, {found.described}, {budget_of(compute).described}")
+    console.hint(inputs_line(checkpoint.tensors))
     return compute
 
 
@@ -171,12 +173,15 @@ def verify_both(
 ) -> Verdict:
     """Bytes first; logits only of a checkpoint whose bytes are right."""
     check_device(compute.device)
+    checkpoint = open_checkpoint(folder)
+    console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
     with console.progress("verifying", "bytes") as step:
-        report = verify(folder, plan, pruned, mtp=mtp, progress=step)
+        report = verify(checkpoint, plan, pruned, mtp=mtp, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
+    console.hint(inputs_line(checkpoint.tensors))
     with console.progress("comparing logits") as step:
-        compared = compare_forward(folder, plan, pruned, compute=compute, progress=step)
+        compared = compare_forward(checkpoint, plan, pruned, compute=compute, progress=step)
     return Verdict(report, compared)
 
 
@@ -197,6 +202,9 @@ def losses_of(
     checkpoint: Checkpoint, data: TokenData, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
+    layout = find_layout(checkpoint)
+    for name, plan in plans.items():
+        console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, progress=step)
 

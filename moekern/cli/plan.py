@@ -101,10 +101,12 @@ def plan(
 
     from moekern.cli.pipeline import statistics_of
     from moekern.plan.agreement import doubt
+    from moekern.plan.fits_model import TWIN
     from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
 
+    checkpoint = optional_headers(model, revision)
     options = Planning(
         criteria=tuple(criterion),
         keeps=keeps,
@@ -114,7 +116,7 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=optional_headers(model, revision),
+        model=checkpoint,
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
@@ -123,6 +125,8 @@ def plan(
     header, plans = measured.header, make_plans(measured, options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
+    if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
+        say(f"--model {checkpoint.name}: {TWIN}")
     for name, made in plans.items():
         for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
