@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -247,6 +248,28 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Print JSON instead of tables.", callback=console.set_json, is_eager=True),
 ]
+
+
+def parsed_size(flag: str, text: str) -> int:
+    """Bytes: "5GB" is 5e9, "512MiB" 512 * 2^20, "4096" itself. Raises InputError that names the flag."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise InputError(f"{flag} {text}: expected a size such as 5GB or 512MiB")
+    power = " KMGT".index(found[2].upper() or " ")
+    nbytes = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if nbytes >= 1 << 63:
+        raise InputError(f"{flag} {text:.80}: more bytes than there are")
+    return int(nbytes)
+
+
+def parsed_reserve(text: str, limit: int) -> int:
+    """Bytes: a share of `limit` ("15%"), or a size. Raises InputError that names --reserve."""
+    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text.strip())
+    if share and float(share[1]) < 100:
+        return int(limit * float(share[1]) / 100)
+    if share:
+        raise InputError(f"--reserve {text}: expected less than 100%")
+    return parsed_size("--reserve", text)
 
 
 def text_of(

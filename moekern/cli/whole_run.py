@@ -139,6 +139,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     _check_room(checkpoint, layout, planning, targets, made)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
+    console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
         for path in paths:
@@ -172,6 +173,18 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         for plan, path, report in zip(plans, paths, reports, strict=True)
     ]
     return Run(statistics_path, coverage(statistics), quality, results)
+
+
+def too_few(tokens: int, layout: Layout) -> str | None:
+    """The warning that text cannot give each expert THIN tokens, before anything is measured; None where it can."""
+    router = layout.router
+    each = tokens * router.top_k / router.num_experts
+    if each >= THIN:
+        return None
+    return (
+        f"warning: too little text: {tokens:,} tokens are about {each:.0f} for each of {router.num_experts} experts of "
+        f"a layer, and fewer than {THIN} say little; give more text, or raise --tokens"
+    )
 
 
 def _plan_path(out: Path, target: Path) -> Path:

@@ -26,6 +26,7 @@ WHOLE_PER_TOKEN = 8
 BLOCK = (1 << 11, 1 << 18)  # bytes of the parts that are drawn, at least and at most
 MOST_BLOCKS = 1 << 20
 TOKEN_BYTES = 4  # of text, about
+PAPERS = ("readme", "license", "licence", "copying", "notice", "changelog", "citation", "dataset_card", "datasheet")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
             raise InputError(f"--data {domain.name}={path} holds no file ending in {', '.join(FORMATS)}")
         if others:
             notes.say(f"{domain.name}: left out: {others.total():,} files of other kinds ({counted(others)})")
+        candidates = _without_papers(domain, candidates, notes)
     else:
         raise InputError(f"--data: {path} is a pipe or a device; give a file or a folder")
     files = []
@@ -91,6 +93,17 @@ def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
         except (Unreadable, OSError) as error:
             left.file(name, error if isinstance(error, Unreadable) else Unreadable(error.strerror or str(error)))
     return files
+
+
+def _without_papers(domain: Domain, files: list[Path], notes: Notes) -> list[Path]:
+    """Without what describes a folder of rows, which is none of its text."""
+    papers = [path for path in files if path.stem.lower() in PAPERS and FORMATS[plain_suffix(path)] == "text"]
+    if not papers or all(FORMATS[plain_suffix(path)] == "text" for path in files):
+        return files
+    named = ", ".join(str(path.relative_to(domain.path)) for path in papers[:3])
+    more = f" and {len(papers) - 3:,} more" if len(papers) > 3 else ""
+    notes.say(f"{domain.name}: left out: {named}{more}: beside files of rows; to read such a file, name it by itself")
+    return [path for path in files if path not in papers]
 
 
 def documents_of(reading: Reading, left: LeftOut, notes: Notes) -> Documents:
