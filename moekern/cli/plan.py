@@ -33,6 +33,8 @@ from moekern.cli.options import (
     Words,
     check_statistics,
     optional_headers,
+    parsed_reserve,
+    parsed_size,
     result,
 )
 from moekern.criteria.table import DEFAULT
@@ -176,8 +178,8 @@ def fit_of(limit: str | None, bits: float | None, context: int, sequences: int, 
         if bits is not None or context or sequences != 1 or reserve != RESERVE:
             raise InputError("--bits, --context, --sequences, --reserve: go with --fit")
         return None
-    nbytes = console.parsed_size("--fit", limit)
-    return Fit(nbytes, bits, context, sequences, console.parsed_reserve(reserve, nbytes))
+    nbytes = parsed_size("--fit", limit)
+    return Fit(nbytes, bits, context, sequences, parsed_reserve(reserve, nbytes))
 
 
 def check_options(model: Path | Checkpoint, options: Planning) -> None:

@@ -144,6 +144,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data = data if stable is None else stable.asked(data)
+    console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
         for path in paths:
@@ -190,6 +191,18 @@ def _stable(checkpoint: Checkpoint, layout: Layout, asked: Asked) -> Stable | No
     stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains)
     stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
     return stable
+
+
+def too_few(tokens: int, layout: Layout) -> str | None:
+    """The warning that text cannot give each expert THIN tokens, before anything is measured; None where it can."""
+    router = layout.router
+    each = tokens * router.top_k / router.num_experts
+    if each >= THIN:
+        return None
+    return (
+        f"warning: too little text: {tokens:,} tokens are about {each:.0f} for each of {router.num_experts} experts of "
+        f"a layer, and fewer than {THIN} say little; give more text, or raise --tokens"
+    )
 
 
 def _plan_path(out: Path, target: Path) -> Path:
