@@ -12,6 +12,8 @@ from moekern.files import sized
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
 
+RUN_BY = {"transformers": "transformers", "its own code": "its own code, with --trust-remote-code"}
+
 
 def inspect(model: HeadersOf, revision: Revision = None, as_json: Json = False) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
@@ -41,7 +43,8 @@ def show_overview(found: Overview) -> None:
             ("routed experts", f"{sized(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
             ("their types", ", ".join(f"{name} {sized(n)}" for name, n in found.dtypes.items())),
             ("one expert of one layer", sized(found.bytes_per_expert)),
-            ("transformers can run it", "yes" if found.in_transformers else "no: it can be pruned, not calibrated"),
+            ("run by", RUN_BY.get(found.run_by) or f"nothing: {found.not_run}; pruned, and verified by its bytes"),
+            *((("gradient tier", f"no: {found.no_gradient}"),) if found.no_gradient else ()),
             *((("note", found.note),) if found.note else ()),
         ),
     )

@@ -23,6 +23,7 @@ HUB_NAMES: Mapping[str, tuple[str, ...]] = {
     "bailing_moe": ("BailingMoeForCausalLM",),
     "bailing_moe_v2": ("BailingMoeV2ForCausalLM",),
     "deepseek": ("DeepseekForCausalLM",),
+    "deepseek_v41": ("DeepseekV41ForCausalLM",),
     "deepseek_vl_v2": ("DeepseekVLV2ForCausalLM",),
     "exaone_moe": ("ExaoneMoEForCausalLM",),
     "grok-1": ("Grok1ModelForCausalLM", "GrokForCausalLM"),

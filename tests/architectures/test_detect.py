@@ -134,6 +134,7 @@ HUB = """
     llada_moe  =  -  N  K  MLP  GUD  GATE  -
     kimi_k3  =  TEXT  N  num_experts_per_token  language_model.model.layers.#.block_sparse_moe.  W123  GATE  BIAS
     deepseek_v4  =  -  R  K  layers.#.ffn.  W123  GATE  gate.bias
+    deepseek_v41  =  TEXT  R  K  layers.#.ffn.  W123  GATE  gate.bias_vl
     mistral_large4  =  TEXT  R  K  layers.#.  W123  GATE  -
     step3p7  step3p5  -  M  moe_top_k  model.layers.#.moe.  BARE  GATE  router_bias
     muse_spark  =  TEXT  L  K  model.language_model.layers.#.mlp.  STACK  GATE  BIAS
