@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moekern.errors import InputError
-from moekern.measurement.batch import Outputs, steady
 from moekern.measurement.probe import Probe
 from moekern.model.expert_lists import LIST, expert_modules, list_router
+from moekern.model.experts import Outputs, steady
 from moekern.model.masking import PRODUCTS
 
 Answer = Callable[[int, Tensor], Tensor]  # (expert, rows [n, H]) -> [n, H]
@@ -72,7 +72,7 @@ def measured_block(self: Any, *args: Any, **kwargs: Any) -> Any:
     hidden = hidden.reshape(-1, hidden.shape[-1])
     choice, rows, y = described(self, call, seen, hidden, len(experts))
     probe.logits = seen.logits
-    probe.measure(rows, choice.ids, choice.gates, len(experts), outputs_of(experts, rows, choice, y))
+    probe.measure(rows, choice.ids, choice.gates, len(experts), steady(outputs_of(experts, rows, choice, y)))
     return seen.out
 
 

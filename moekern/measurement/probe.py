@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekern.measurement.batch import InFlight, Outputs, Seen, route, steady
+from moekern.measurement.batch import InFlight, Seen, route
 from moekern.measurement.recorder import Recorder
+from moekern.model.experts import Outputs
 
 
 @dataclass
@@ -48,7 +49,6 @@ class Probe:
         """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in batch.Seen."""
         logits, self.logits = self.logits, None
         norm, self.norm = self.norm, None
-        outputs = steady(outputs)
         if self.choosing:
             raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs, logits)
         self.ids = ids
