@@ -80,7 +80,8 @@ class MeasuringPass(Pass[Task]):
             yield
         if layer >= 0:
             self.through += B * S
-            self.step.within(self.through / (self.tokens * (2 if layer in self.twice else 1)))
+            runs = self.layerwise.visits(layer) * (2 if layer in self.twice else 1)
+            self.step.within(self.through / (self.tokens * runs))
 
     def loaded(self, layer: int) -> None:
         self.step.within(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekern.measurement.batch import InFlight, Seen, route
 from moekern.measurement.recorder import Recorder
-from moekern.model.experts import Outputs
+from moekern.model.experts import Asking, Outputs
 
 
 @dataclass
@@ -56,7 +56,10 @@ class Probe:
         if context is None:
             raise RuntimeError(f"layer {self.layer}: experts ran in no batch that was announced")
         routed = route(ids, num_experts, empty_slots=self.empty_slots, backend=backend)
-        y = outputs(routed.order // ids.shape[1], routed.offsets)
+        own = routed.order // ids.shape[1], routed.offsets
+        if isinstance(outputs, Asking):
+            outputs.ask([own, *self.recorder.further(logits, ids, routed, context)])
+        y = outputs(*own)
         seen = Seen(logits, ids, gates, routed, y, outputs, stream(norm, hidden, y), gates_applied)
         return self.recorder.measure(self.layer, seen, context)
 

@@ -56,7 +56,7 @@ class RowsApart:
     groups: Sequence[range]
     kept: States
     device: torch.device
-    requests: dict[int, Request] = field(default_factory=dict)  # by task
+    requests: dict[int, list[Request]] = field(default_factory=dict)  # by task
     task: int = 0
     held: Sequence[int] | None = None  # the original numbers of the experts that the layer has now; None: all
     steadily: bool = True
@@ -75,31 +75,31 @@ class RowsApart:
                 stack.enter_context(in_place(block, Combining()))
             yield
 
-    def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Outputs:
-        """As `experts.rows_of`: for the rows that are asked for first alone."""
+    def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Rows:
+        """As `experts.rows_of`."""
+        return Rows(self, hidden, of_rows, scales)
 
-        def rows(tokens: Tensor, offsets: Tensor) -> Tensor:
-            if self.asking:
-                self._ask(hidden, of_rows, scales, tokens, offsets)
-            return self._answer(hidden, offsets)
-
-        return rows
-
-    def _ask(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None, tokens: Tensor, offsets: Tensor) -> None:
-        if scales is not None:  # a row of its own for each expert
-            hidden, tokens = scaled(hidden, tokens, offsets, scales), torch.arange(len(tokens), device=tokens.device)
-        bounds = offsets.tolist()
-        held = range(len(bounds) - 1) if self.held is None else self.held
-        self.requests[self.task] = Request(of_rows, bounds, held, self.steadily, torch.get_num_threads())
-        self.kept.put(("asked", self.task), State(hidden, {TOKENS: tokens}))
+    def ask(self, rows: Rows, wanted: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keep what the task in flight asks for, and leave its pass."""
+        requests = []
+        for n, (tokens, offsets) in enumerate(wanted):
+            hidden, bounds = rows.hidden, offsets.tolist()
+            if rows.scales is not None:  # a row of its own for each expert
+                hidden = scaled(hidden, tokens, offsets, rows.scales)
+                tokens = torch.arange(len(tokens), device=tokens.device)
+            held = range(len(bounds) - 1) if self.held is None else self.held
+            requests.append(Request(rows.of_rows, bounds, held, self.steadily, torch.get_num_threads()))
+            self.kept.put(("asked", self.task, n), State(hidden, {TOKENS: tokens}))
+        self.requests[self.task] = requests
         raise Asked
 
-    def _answer(self, hidden: Tensor, offsets: Tensor) -> Tensor:
-        request = self.requests.pop(self.task, None)
-        if request is None or offsets.tolist() != list(request.offsets):
+    def answer(self, rows: Rows, n: int, offsets: Tensor) -> Tensor:
+        """The n-th of the task's requests."""
+        requests = self.requests[self.task]
+        if n >= len(requests) or offsets.tolist() != list(requests[n].offsets):
             raise InputError(MORE)
-        parts = [self.kept.take(("rows", self.task, g)).hidden for g in self._groups_of(request)]
-        return torch.cat(parts).to(self.device) if parts else hidden.new_zeros(0, hidden.shape[1])
+        parts = [self.kept.take(("rows", self.task, n, g)).hidden for g in self._groups_of(requests[n])]
+        return torch.cat(parts).to(self.device) if parts else rows.hidden.new_zeros(0, rows.hidden.shape[1])
 
     def _groups_of(self, request: Request) -> list[int]:
         rows = [request.within(experts)[0] for experts in self.groups]
@@ -107,29 +107,54 @@ class RowsApart:
 
     def compute(self, filled: Filled) -> None:
         """Run all rows that were asked for, group by group; afterwards tasks are answered."""
-        wanted = {task: self._groups_of(request) for task, request in self.requests.items()}
+        wanted = {
+            (task, n): self._groups_of(request)
+            for task, requests in self.requests.items()
+            for n, request in enumerate(requests)
+        }
         needed = sorted(set().union(*wanted.values()))
         threads = torch.get_num_threads()
         try:
             for g, layer in filled(needed):
                 module = experts_of(layer)
-                for task, own in wanted.items():
+                for (task, n), own in wanted.items():
                     if g in own:
-                        self.kept.put(("rows", task, g), State(self._rows(task, g, module), {}))
+                        self.kept.put(("rows", task, n, g), State(self._rows(task, n, g, module), {}))
         finally:
             torch.set_num_threads(threads)
         self.asking = False
 
-    def _rows(self, task: int, g: int, module: Any) -> Tensor:
-        """[n, H]: what a group of experts makes of its rows of one task."""
-        request = self.requests[task]
+    def _rows(self, task: int, n: int, g: int, module: Any) -> Tensor:
+        """[N, H]: what a group of experts makes of its rows of one request."""
+        request = self.requests[task][n]
         own, offsets = request.within(self.groups[g])
-        given = self.kept.copy(("asked", task)).moved(self.device)
+        given = self.kept.copy(("asked", task, n)).moved(self.device)
         tokens = given.beside[TOKENS][own]
         if torch.get_num_threads() != request.threads:
             torch.set_num_threads(request.threads)
         run = lambda tokens, offsets: request.of_rows(module, given.hidden[tokens], offsets)  # noqa: E731
         return (steady(run) if request.steadily else run)(tokens, offsets.to(self.device))
+
+
+@dataclass
+class Rows:
+    """As `experts.Asking`, of one call of a layer's experts."""
+
+    apart: RowsApart
+    hidden: Tensor
+    of_rows: RowOutputs
+    scales: Scales | None
+    answered: int = 0
+
+    def ask(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Leaves the pass where the rows are not there yet."""
+        if self.apart.asking:
+            self.apart.ask(self, wanted)
+
+    def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        self.ask([(tokens, offsets)])
+        self.answered += 1
+        return self.apart.answer(self, self.answered - 1, offsets)
 
 
 @dataclass

@@ -58,11 +58,14 @@ class Takes:
     @property
     def described(self) -> str:
         """For people."""
-        parts = (
-            f"{sized(self.outside)} outside of layers, {sized(self.weights)} for a layer, {sized(self.buffer)} to read"
-        )
-        groups = f", whose experts run in {self.groups} groups" if self.groups > 1 else ""
-        return f"{parts}{groups}; {sized(self.room)} left for hidden states"
+        groups = f"; experts run in {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.needs}, {sized(self.room)} are left for hidden states{groups}"
+
+    @property
+    def needs(self) -> str:
+        """What is resident, in words."""
+        layer = f"{sized(self.weights)} for the largest of them"
+        return f"{sized(self.outside)} outside of layers, {layer}, {sized(self.buffer)} for reading"
 
     def refusal(self, why: str) -> InputError:
         """The error for a model that does not fit, and why it cannot be made to."""
@@ -88,6 +91,7 @@ class ExpertGroups:
     cuts: dict[int, tuple[range, ...]] = field(default_factory=dict)  # of layers that are too large: their groups
     numbers: dict[tuple[int, int], int] = field(default_factory=dict)  # (layer, group) -> number in the reader
     smaller: dict[int, nn.ModuleList] = field(default_factory=dict)  # experts -> decoder layers on the meta device
+    obstacles: dict[int, str | None] = field(default_factory=dict)  # layer -> see `obstacle`
     divided: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> see `parameters`
 
     def of(self, i: int) -> MoeLayer:
@@ -95,6 +99,11 @@ class ExpertGroups:
 
     def obstacle(self, i: int) -> str | None:
         """Why the experts of a layer cannot be filled in groups; None where they can."""
+        if i not in self.obstacles:
+            self.obstacles[i] = self._obstacle(i)
+        return self.obstacles[i]
+
+    def _obstacle(self, i: int) -> str | None:
         if i not in self.keys:
             return "it has no experts"
         block, layer = experts_of(self.layers[i]), self.of(i)
@@ -104,8 +113,10 @@ class ExpertGroups:
             return f"it has {layer.num_experts} experts"
         if any(tensor.action == "slice" and tensor.axis for tensor in layer.of_role("expert")):
             return "experts lie on an inner axis of its tensors"
-        if not self.parameters(i):
-            return "none of its parameters is divided by experts along its first axis"
+        start, own = f"{self.layers_name}.{i}.", self.parameters(i)
+        for tensor in layer.of_role("expert"):
+            if (self.loader.model_key(tensor.name) or "").removeprefix(start) not in own:
+                return f"{tensor.name} is not divided by experts alone, or lies outside of their module"
         return None
 
     def parameters(self, i: int) -> frozenset[str]:
@@ -156,6 +167,8 @@ class ExpertGroups:
             buffer=max((stored[i] for i in alone), default=0),
         )
         if not fixed.within():
+            if not alone:
+                raise whole.refusal("what lies outside of layers is too large by itself")
             i = max(alone, key=lambda i: filled[i] + stored[i])
             raise whole.refusal(f"decoder layer {i} cannot be run in groups of experts: {self.obstacle(i)}")
         found = fixed

@@ -7,9 +7,9 @@ what becomes of them. Families that do not go through transformers' experts inte
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,20 @@ class Watcher(Protocol):
         """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in measurement.batch.Seen."""
 
 
+@runtime_checkable
+class Asking(Protocol):
+    """Outputs that are not computed when they are called for, and must be asked for before."""
+
+    def ask(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """These are the calls that will come. May leave the pass, to be asked the same again in another one."""
+
+    def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor: ...
+
+
 class Apart(Protocol):
     """Computes rows in another place than the layer; hangs on the experts' module as `_moekern_apart`."""
 
-    def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Outputs: ...
+    def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Asking: ...
 
 
 def rows_of(module: Any, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None = None) -> Outputs:

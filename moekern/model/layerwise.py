@@ -104,9 +104,8 @@ class LayerwiseModel:
                 warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
         if kind in _TANGLED:
             if self.groups.cuts:
-                raise self.takes.refusal(
-                    "its layers hand on more than hidden states, so experts cannot be run in groups"
-                )
+                why = "layers that hand on more than hidden states are not run in groups of experts"
+                raise self.takes.refusal(why)
             self._walk(tasks, run, Suspended(list(self.layers), run, self.device))
 
     def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States) -> None:
@@ -130,6 +129,11 @@ class LayerwiseModel:
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
         return States(self.takes.room, self.spill)
+
+    def check_whole(self, what: str) -> None:
+        """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
+        if self.groups.cuts:
+            raise self.takes.refusal(f"{what} is not measured of layers that are run in groups of experts")
 
     def visits(self, layer: int) -> int:
         """How often each task enters a layer in a pass: twice where its experts are run apart."""
