@@ -57,6 +57,7 @@ class MeasuringPass(Pass[Task]):
 
     def run(self) -> None:
         """The whole pass."""
+        self.layerwise.expect(self.tokens)
         with self.open:
             self.layerwise.run(list(enumerate(self.data.batches)), self)
 

@@ -110,6 +110,7 @@ class _Compare(Pass[Task]):
 
     def run(self) -> dict[tuple[str, str], Tensor]:
         """The whole pass; (plan, domain) -> sums over tokens."""
+        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
         with self.applied:
             self.layerwise.run(self.tasks, self)
         return self.sums

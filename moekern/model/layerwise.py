@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
+from moekern.files import sized
 from moekern.model.apart import Filled, RowsApart
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
@@ -31,6 +35,7 @@ from moekern.model.transformers_api import Loader, layer_index, open_loader, rou
 from moekern.model.walk import Pass, Way, walk
 
 Task = TypeVar("Task")
+LOG = logging.getLogger(__name__)
 _TANGLED: set[type] = set()  # models whose layers hand on more than hidden states, as far as they were met
 
 
@@ -55,6 +60,9 @@ class LayerwiseModel:
     spill: Path | None  # where they go beyond it
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
     spent: Spent = field(default_factory=Spent)
+    notes: list[str] = field(
+        default_factory=list
+    )  # said once the first layer is there
 
     @property
     def model(self) -> nn.Module:
@@ -129,6 +137,23 @@ class LayerwiseModel:
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
         return States(self.takes.room, self.spill)
+
+    def expect(self, tokens: int) -> None:
+        """Say what so many tokens will take. Raises InputError where the disk has no room for what memory has not."""
+        H, size = self.embedding_size, self.loader.dtype.itemsize
+        states = tokens * H * size
+        apart = tokens * (H * size + self.layout.router.top_k * (H * size + 8)) if self.groups.cuts else 0
+        beyond = max(0, states + apart - self.takes.room)
+        folder = self.spill or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+        rows = f" and {sized(apart)} of experts' rows" if apart else ""
+        what = f"{sized(states)} of hidden states{rows}"
+        if beyond > free:
+            room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
+            ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
+            raise InputError(f"{tokens} tokens take {what}: {room}; {ways}", kind="memory")
+        file = f", {sized(beyond)} of them in a file in {folder}" if beyond else ""
+        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
 
     def check_whole(self, what: str) -> None:
         """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
@@ -211,6 +236,8 @@ class LayerwiseModel:
             return_freed_memory()
         del tensors
         self._check_filled(i)
+        while self.notes:
+            LOG.info(self.notes.pop(0))
         after = self.groups.numbers.get((i, 0), after)
         if after is not None:
             self.reader.start(after)
@@ -263,6 +290,7 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)
         yield model
+        LOG.info(spent.described)
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
