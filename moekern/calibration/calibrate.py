@@ -104,6 +104,8 @@ class Job:
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+            if "gradient" in self.tiers:
+                layerwise.check_whole("--tier gradient")
             step = self._steps(layerwise)
             _FirstPass(self, layerwise, store, step).run()
             if "outliers" in self.tiers:
@@ -138,6 +140,7 @@ class _FirstPass(MeasuringPass):
         super().__init__(layerwise, job.data, job.recorder(layerwise), step)
         self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
+            layerwise.check_whole("--tier replay")
             layers = {key: layerwise.layers[i] for i, key in self.keys.items()}
             self.replay = Replay(layerwise.loader, job.layout, layers, self.flight, job.compute.backend)
             self.replay.check()

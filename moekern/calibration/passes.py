@@ -57,6 +57,7 @@ class MeasuringPass(Pass[Task]):
 
     def run(self) -> None:
         """The whole pass."""
+        self.layerwise.expect(self.tokens)
         with self.open:
             self.layerwise.run(list(enumerate(self.data.batches)), self)
 
@@ -80,7 +81,8 @@ class MeasuringPass(Pass[Task]):
             yield
         if layer >= 0:
             self.through += B * S
-            self.step.within(self.through / (self.tokens * (2 if layer in self.twice else 1)))
+            runs = self.layerwise.visits(layer) * (2 if layer in self.twice else 1)
+            self.step.within(self.through / (self.tokens * runs))
 
     def loaded(self, layer: int) -> None:
         self.step.within(0)

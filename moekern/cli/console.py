@@ -7,6 +7,7 @@ With --json a program reads instead: one document on standard output, and on sta
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 import shutil
@@ -121,14 +122,27 @@ def output(as_json: bool) -> Iterator[None]:
     """A command's mode until its flags are parsed, when `set_json` has the word; afterwards the mode is what it was."""
     global _mode
     before, _mode = _mode, Mode(as_json)
+    notes, words = logging.getLogger("moekern"), _Notes()
+    level = notes.level
+    notes.addHandler(words)
+    notes.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warning(warnings.showwarning)
             yield
     finally:
+        notes.removeHandler(words)
+        notes.setLevel(level)
         if _mode.log is not None:
             _mode.log.close()
         _mode = before
+
+
+class _Notes(logging.Handler):
+    """Says what the parts tell of how they go."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def _warning(as_text: Callable[..., None]) -> Callable[..., None]:

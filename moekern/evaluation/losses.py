@@ -110,6 +110,7 @@ class _Compare(Pass[Task]):
 
     def run(self) -> dict[tuple[str, str], Tensor]:
         """The whole pass; (plan, domain) -> sums over tokens."""
+        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
         with self.applied:
             self.layerwise.run(self.tasks, self)
         return self.sums
@@ -143,8 +144,9 @@ class _Compare(Pass[Task]):
                 self.applied.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
         yield
         self.through += 1
-        if layer >= 0 and self.through < len(self.tasks):
-            self.progress(layer + self.through / len(self.tasks), len(self.layerwise.layers))
+        total = len(self.tasks) * self.layerwise.visits(layer)
+        if layer >= 0 and self.through < total:
+            self.progress(layer + self.through / total, len(self.layerwise.layers))
 
     def loaded(self, layer: int) -> None:
         self.through = 0

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.files import scratch
-from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward
 from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
+from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module

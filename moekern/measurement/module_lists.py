@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from moekern.errors import InputError
 from moekern.kernels.reference import SCORES
-from moekern.measurement.batch import Outputs, steady
 from moekern.measurement.probe import Probe
 from moekern.model.expert_lists import LIST, expert_modules, list_router
+from moekern.model.experts import Outputs, steady
 from moekern.model.finite import all_finite
 from moekern.model.masking import PRODUCTS
 
@@ -74,7 +74,7 @@ def measured_block(self: Any, *args: Any, **kwargs: Any) -> Any:
     choice, rows, y = described(self, call, seen, len(experts))
     if seen.logits is not None and scored_by(probe.recorder.score, seen.logits, choice, y.dtype):
         probe.logits = seen.logits
-    probe.measure(rows, choice.ids, choice.gates, len(experts), outputs_of(experts, rows, choice, y))
+    probe.measure(rows, choice.ids, choice.gates, len(experts), steady(outputs_of(experts, rows, choice, y)))
     return seen.out
 
 

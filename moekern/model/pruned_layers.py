@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
 from moekern.model.expert_lists import LIST, blocks_with_lists
-from moekern.model.layerwise import drop
+from moekern.model.memory import drop
 from moekern.model.transformers_api import Loader, layers_with
 
 KEPT_ATTRIBUTES = ("hook", "forward")  # parts of the names of a module's own state that is not the layer's
