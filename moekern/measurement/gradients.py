@@ -24,6 +24,7 @@ from moekern.errors import InputError
 from moekern.files import scratch
 from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward
+from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
@@ -50,6 +51,8 @@ def measure_gradients(
     families whose layers hand on more than hidden states, and for heads that do not predict the next token.
     """
     model: Any = layerwise.model
+    for _, block in blocks_with_lists(model):
+        raise InputError(f"--tier gradient: {type(block).__name__}: {NO_GRADIENT}")
     model.requires_grad_(False)
     data = data.by_chunk()
 

@@ -193,8 +193,8 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
     check_device(compute.device)
     budget = budget_of(compute)
-    if layout.family.stacks:
-        raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
+    if layout.family.only_pruned:
+        raise InputError(f"{checkpoint.folder}: {layout.family.name} cannot be run: {layout.family.only_pruned}")
     loader = open_loader(
         checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout, len(checkpoint.tensors)
     )

@@ -27,17 +27,19 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from moekern.architectures import Layout
-from moekern.architectures.config_keys import check_sizes
+from moekern.architectures.config_keys import check_sizes, own_code
 from moekern.architectures.quantisation import OF_INPUTS, QUANTIZATION_KEYS, quantisation_of, unread
 from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
 from moekern.model import dequantised
+from moekern.model.expert_lists import blocks_with_lists, list_router
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
@@ -89,6 +91,7 @@ class Loader:
         Raises InputError when no module list holds MoE blocks.
         """
         names = [name for name, module in self.model.named_modules() if is_experts_module(module)]
+        names += (name for name, _ in blocks_with_lists(self.model))
         names += router_modules(self.model, self.model)
         lists = dict.fromkeys(filter(None, (_outermost_list(self.model, name) for name in names)))
         if not lists:
@@ -198,13 +201,17 @@ def open_loader(
     InputError when transformers knows no such model, and for one that is larger than the checkpoint's `tensors` can be.
     """
     source = str(folder / CONFIG)
-    check_sizes(read_json(folder / CONFIG), source)
+    given = read_json(folder / CONFIG)
+    check_sizes(given, source)
     try:
         config, quantisation, cls = _read_config(folder, trust_remote_code)
         wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     except InputError:
         raise
     except Exception as error:  # a config is anybody's, and so is what it makes transformers raise
+        if own_code(given) and not trust_remote_code:
+            what = "the code of its model lies beside the weights, and runs with --trust-remote-code alone"
+            raise InputError(f"{source}: {what}; inspect, prune and verify work without") from error
         raise InputError(f"{source}: transformers cannot read it: {first_line(error)}") from error
 
     def build(config: Any) -> Loader:
@@ -296,8 +303,8 @@ def _counting(config: Any, layout: Layout, count: int) -> Any:
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:
-    if trust_remote_code and getattr(config, "auto_map", None):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=True).__class__
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
     for name in config.architectures or ():
         cls = getattr(transformers, name, None)
         if cls is not None:
@@ -315,7 +322,8 @@ def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
     """Names within `part` of the routers of `model`, each with the index of the router logits in its output."""
     if model not in _ROUTERS:
         _ROUTERS[model] = _router_classes(model)
-    return {
+    found = {f"{name}.{list_router(block)}".lstrip("."): 0 for name, block in blocks_with_lists(part)}
+    return found | {
         name: index
         for target, index in _ROUTERS[model]
         for name, module in part.named_modules()

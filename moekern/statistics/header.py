@@ -14,8 +14,8 @@ from moekern.checkpoint.strict_json import check_depth, parse_json, shown
 from moekern.errors import InputError
 from moekern.router import Router
 
-FORMAT = "moekern.statistics/2"
-READABLE = (FORMAT, "moekern.statistics/1")
+FORMAT = "moekern.statistics/3"
+READABLE = (FORMAT, "moekern.statistics/2", "moekern.statistics/1")
 HEADER_KEY = "moekern"
 ROUTER = tuple(field.name for field in fields(Router))
 COUNT_CAP, DOMAIN_CAP = 1 << 16, 1 << 12  # experts; domains

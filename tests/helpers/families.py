@@ -21,6 +21,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moekern.architectures import family_named
+
 EXPERTS, TOP_K, LAYERS, HIDDEN, VOCAB = 8, 2, 4, 32, 96
 
 
@@ -242,11 +244,10 @@ UNBUILDABLE: Mapping[str, str] = {
     "nllb-moe": "encoder-decoder, two stacks with their own sparse steps",
     "switch_transformers": "encoder-decoder, two stacks with their own sparse steps",
 }
-NO_CALIBRATION: Mapping[str, str] = {
-    "diffusion_gemma": "no causal forward: the canvas is random and each decoder layer runs twice",
-    "ernie4_5_vl_moe": "two routers and two sets of experts share one numbering in each layer",
-    "qwen3_omni_moe": "the whole model has generate() only; its thinker is a family of its own",
-}
+# Families that cannot be run, or not be pruned, by their rows of the table.
+NO_CALIBRATION: frozenset[str] = frozenset(
+    name for name in NAMES.split() if (row := family_named(name.split("-")[0])) and (row.only_pruned or row.refused)
+)
 # The experts module is not called as (hidden, ids, weights) through ALL_EXPERTS_FUNCTIONS.
 NO_STANDARD_HOOK: Mapping[str, str] = {
     "dbrx": "DbrxFFN calls DbrxExperts with a dense score matrix",

@@ -162,6 +162,18 @@ def test_without_what_costs_much(family_checkpoint: MakeCheckpoint, tmp_path: Pa
             score_layer(CRITERIA[name], layer, "0")
 
 
+@pytest.mark.parametrize("costly", [False, True])
+def test_progress_goes_on_within_a_layer(costly: bool, family_checkpoint: MakeCheckpoint) -> None:
+    told: list[float] = []
+    layers = weigh(
+        family_checkpoint("mixtral"), costly=costly, progress=lambda done, total: told.append(done / total)
+    ).layers
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, 1)
+    assert len(set(told)) > 3 * 8 * len(layers)  # experts of every projection
+    assert max(b - a for a, b in zip(told, told[1:], strict=False)) < 1 / len(layers)
+
+
 @pytest.mark.parametrize("make", [fp8, mxfp4])
 def test_quantised_weights_count_as_what_they_stand_for(
     make: Callable[[Path, Path], Path], family_checkpoint: MakeCheckpoint, tmp_path: Path

@@ -251,7 +251,8 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "a shape that is no number": (PACKED | {"weight_shape": torch.tensor([torch.inf])}, {}, "are not a weight layout"),
     "groups that divide nothing": (PACKED | {"weight_scale": torch.ones(8, 3)}, {}, "groups that divide 16 columns"),
     "groups that are not there": (
-        PACKED | {"weight_g_idx": torch.arange(16).flip(0)}, {}, "weight_g_idx: expected the groups of columns",
+        PACKED | {"weight_g_idx": torch.arange(16).flip(0)}, {},
+        "weight_g_idx: expected the groups of columns, from 0 to 1",
     ),
     "an order of no numbers": (
         PACKED | {"weight_g_idx": torch.ones(16).to(torch.float8_e5m2)}, {}, "weight_g_idx: expected the groups of 16",
