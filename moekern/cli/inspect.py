@@ -29,7 +29,7 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint folder, a hub id, of which headers are read, or a statistics file.",
+            help="A checkpoint folder; a hub id, of which headers are read; or a statistics file: was the text enough?",
             callback=check_model_or_statistics,
         ),
     ],
@@ -40,7 +40,7 @@ def inspect(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Show layout, experts, bytes and what can be pruned, from headers alone; of statistics, if text was enough."""
+    """Show layout, experts, bytes and what can be pruned, from the headers alone."""
     if os.path.isfile(model):
         from moekern.statistics.file import Statistics
 

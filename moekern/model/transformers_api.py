@@ -39,7 +39,7 @@ from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
 from moekern.model import dequantised
-from moekern.model.expert_lists import blocks_with_lists, list_router
+from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
@@ -327,7 +327,7 @@ def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
         name: index
         for target, index in _ROUTERS[model]
         for name, module in part.named_modules()
-        if isinstance(module, target)
+        if expert_modules(module) is None and isinstance(module, target)
     }
 
 

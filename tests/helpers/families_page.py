@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moekern.architectures import FAMILIES, Family, built_by_transformers, family_named
+from moekern.architectures.quantisation import METHODS
 from moekern.model.expert_lists import NO_GRADIENT
 from tests.helpers import ROOT, families
 from tests.helpers.hub_names import HUB_FILES, experts_of, forms
@@ -17,7 +18,8 @@ of families (`moekern/architectures/table.py`) and the models and layouts of the
 - **pruned**: every tensor that belongs to one expert, or holds a row or a number for each, goes with its expert; all
   others are copied byte for byte, and `verify` reads both again.
 - **quantised sources**: forms of the experts in which the tests find each companion (scales, zero points, packed
-  shapes) with its expert, so that they are pruned as they are. Which of them can be run is said in the README.
+  shapes) with its expert, so that they are pruned as they are. A model is run from them, dequantised, where config.json
+  names the method METHODS or one of modelopt's.
 - **run**: calibrated, evaluated, `iterate`, `verify --forward`. *transformers*: transformers 5.23 builds the model.
   *own code*: where the checkpoint brings its model's code (`auto_map` of config.json), with `--trust-remote-code`;
   nothing of a checkpoint is executed without it. Blocks that keep their experts in a list, one module each, are
@@ -35,7 +37,7 @@ COLUMNS = ("family", "pruned", "run", "gradient", "quantised sources", "tests")
 
 def page() -> str:
     """The whole text."""
-    lines = [HEAD + _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines = [HEAD.replace("METHODS", ", ".join(METHODS)) + _line(COLUMNS), _line(["---"] * len(COLUMNS))]
     lines += (_line(_cells(row)) for row in sorted(FAMILIES, key=lambda row: row.name))
     return "\n".join(lines) + "\n"
 

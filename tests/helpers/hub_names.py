@@ -53,6 +53,7 @@ INDEXED = {
     "plain": ("weight",),
     "fp8": ("weight", "weight_scale_inv"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
     "int4": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     "nvfp4": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
     "mxfp4": ("weight", "scale"),

@@ -148,6 +148,31 @@ def test_a_model_in_memory_is_observed_alike(written: Write) -> None:
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_fp8_weights_are_measured_as_their_plain_twin(written: Write, tmp_path: Path) -> None:
+    """Blocks of 8 x 8 whose scales are powers of two, so that bfloat16 holds what they stand for."""
+    fp8, twin = (shutil.copytree(written("sorted"), tmp_path / name) for name in ("fp8", "twin"))
+    for path in sorted(fp8.glob("*.safetensors")):
+        coded, plain = dict[str, Tensor](), dict[str, Tensor]()
+        for name, weight in load_file(path).items():
+            coded[name] = plain[name] = weight if "gate.weight" in name else weight.bfloat16()
+            if ".experts." in name:
+                blocks = weight.unflatten(1, (-1, 8)).unflatten(0, (-1, 8))
+                scale = (blocks.abs().amax((1, 3)) / 448).log2().ceil().exp2()
+                codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+                coded |= {name: codes.reshape(weight.shape), f"{name}_scale_inv": scale}
+                plain[name] = (codes.float() * scale[:, None, :, None]).reshape(weight.shape).bfloat16()
+        save_file(coded, path, {"format": "pt"})
+        save_file(plain, twin / path.name, {"format": "pt"})
+        index = json.loads((fp8 / "model.safetensors.index.json").read_text())
+        index["weight_map"] |= dict.fromkeys(coded, path.name)
+        (fp8 / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    compute = Compute(dtype=torch.bfloat16, trust_remote_code=True)
+    same(calibrate(fp8, DATA, compute), calibrate(twin, DATA, compute))
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_the_whole_way(style: str, written: Write, tmp_path: Path) -> None:
     """Pruned in memory and on the disk alike, and equal to the original with the dropped experts masked."""
