@@ -128,7 +128,7 @@ def plan(
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
     if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
-        say(f"--model {checkpoint.name}: {TWIN}")
+        say(f"--model {checkpoint.name}: the statistics were {TWIN}")
     for name, made in plans.items():
         for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
