@@ -115,7 +115,7 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=optional_headers(model, revision),
+        model=optional_headers(model, revision) or (statistics if statistics.is_dir() else None),
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
@@ -133,13 +133,20 @@ def plan(
 
 
 def slower_with(plan: Plan, header: Mapping[str, Any], options: Planning) -> list[str]:
-    """What the targets do slower, or not at all, with a plan's counts."""
+    """What the targets do slower, or not at all, with a plan's counts; by config.json too, where it is known."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
+    from moekern.plan.served import served_as
     from moekern.plan.serving import slower
     from moekern.plan.targets import Served
     from moekern.statistics.header import router_of
 
     counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
-    return slower(counts, Served(header["family"], header["score"], router_of(header)), options.targets)
+    served = Served(header["family"], header["score"], router_of(header))
+    if options.model is not None and options.targets:
+        checkpoint = open_checkpoint(options.model) if isinstance(options.model, Path) else options.model
+        served = served_as(find_layout(checkpoint), checkpoint.config)
+    return slower(counts, served, options.targets)
 
 
 def budget_of(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
@@ -242,11 +249,25 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
         room = max(24, console.columns() - 20)
         rows.append((key, len(layer.keep), keep if len(keep) <= room else keep[: room - 3] + "..."))
     provenance = plan.provenance
-    title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
+    title = (
+        f"{paths[name]}: {with_tiers(provenance['criterion'])}, {_kept(plan)} of {provenance['num_experts']} experts"
+    )
     show(title, ("layer", "kept", "experts"), rows)
     console.hint(fit_line(plan))
     if isinstance(provenance["kept"], dict):
         say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+
+
+def with_tiers(criterion: str) -> str:
+    """A criterion, and which tiers of statistics it reads, where its name tells that."""
+    from moekern.criteria import criterion_named
+
+    try:
+        found = criterion_named(criterion)
+    except InputError:  # a function of a user's file
+        return criterion
+    names = found.tiers if found.family == "weight" else ("routed", *found.tiers)
+    return f"{criterion} (tier{'s' if len(names) > 1 else ''} {', '.join(names)})"
 
 
 def fit_line(plan: Plan) -> str | None:

@@ -61,7 +61,6 @@ from moekern.router import parse_keep
 
 if TYPE_CHECKING:
     from moekern.cli.whole_run import Run
-    from moekern.plan.several import Planning
 
 
 def run(
@@ -137,7 +136,7 @@ def run(
     )  # fmt: skip
     compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
-    _say_remarks(done, asked.planning)
+    _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))
     if not done.good:
         raise typer.Exit(1)
@@ -153,19 +152,17 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
-def _say_remarks(done: Run, planning: Planning) -> None:
+def _say_remarks(done: Run) -> None:
     """What has to be known of the text and the plans, for programs too."""
-    from moekern.cli.plan import fit_line, slower_with
+    from moekern.cli.plan import fit_line
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
     from moekern.statistics.coverage import too_thin
-    from moekern.statistics.file import Statistics
 
-    header = Statistics.load(done.statistics).header
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        for line in (*remarks(plan), *slower_with(plan, header, planning)):
+        for line in remarks(plan):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 

@@ -204,6 +204,23 @@ def test_counts_that_an_engine_runs_slower_are_told_with_the_nearest(work: Path,
     assert "vllm:ep=2: balancing (EPLB) needs a multiple of ep=2; nearest count without this: 4 or 8" in said
 
 
+@pytest.mark.parametrize("source", ["statistics", "statistics and model", "weights"])
+def test_what_only_the_models_config_tells_is_told_where_it_is_known(source: str, work: Path, tmp_path: Path) -> None:
+    """FP8 kernels take other counts, and ranks divide heads: a plan of statistics alone has seen neither."""
+    model = tmp_path / "model"
+    shutil.copytree(work / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    given = (work / "s.safetensors",) if source.startswith("statistics") else (model, "--criterion", "aimer")
+    given = (*given, "--model", model) if source.endswith("model") else given
+    known = source != "statistics"
+    done = moekern("plan", *given, "--keep", 6, "--target", "vllm", "--out", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert ("vllm: its TRT-LLM kernels for FP8 take multiples of 4; nearest" in done.stderr) is known
+    done = moekern("plan", *given, "--keep", 4, "--target", "vllm:tp=3", "--out", tmp_path / "ranks.json")
+    assert (done.returncode, "tp=3 does not divide the 4 attention heads" in done.stderr) == (2 * known, known)
+
+
 def test_targets_go_by_the_models_own_config(work: Path, tmp_path: Path) -> None:
     """Class names and weight formats are in no statistics: --model tells them."""
     model = tmp_path / "model"
