@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class InputError(ValueError):
 
     @property
     def kind(self) -> str:
-        """checkpoint, plan, statistics, data, option, target, device, or input for anything else."""
+        """checkpoint, plan, statistics, data, option, target, device, memory, or input for anything else."""
         if self._kind is not None:
             return self._kind
         if flag := FLAG.match(super().__str__()):
@@ -102,6 +103,37 @@ def raised_here(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What another library's exception says, cut to its first line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+MEMORY = re.compile(r"DefaultCPUAllocator|not enough memory|can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory to be had: Python's, the system's, or one of torch's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and MEMORY.search(first_line(error)) is not None
+
+
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """An allocation that fails inside becomes an InputError that says what it was for, and what makes it smaller.
+
+    The innermost of several has the word: it knows best.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(what, error, remedy) from error
+
+
+def out_of_memory(what: str, error: BaseException, remedy: str) -> InputError:
+    """The refusal for an allocation that failed."""
+    return InputError(f"not enough memory for {what} ({first_line(error)}); {remedy}", kind="memory")
 
 
 def add_note(error: BaseException, text: str) -> None:

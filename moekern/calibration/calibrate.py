@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.precision import settled
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
@@ -32,6 +33,8 @@ from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
+Finished = Callable[[str, Sums], object]  # a layer's key and sums
+Told = Callable[[Statistics], object]  # of one layer
 
 
 def calibrate(
@@ -41,18 +44,19 @@ def calibrate(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
-    spill: Path | None = None,
     out: str | Path | None = None,
     progress: Progress = lambda done, total: None,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
     Weights are in the checkpoint's dtype unless `compute` names another; at most the skeleton, two decoder layers and
     one layer's sums are resident. With `out`, each layer's sums go to that file when the layer is done; without, they
     are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
-    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`, with layers'
-    inputs in files under `spill` where it is given. `progress(done, total)` counts decoder layers over all
-    passes, and of the one at work the share of the text that has gone through it.
+    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`. What
+    does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
+    passes, and of the one at work the share of the text that has gone through it. `told` is given what the first pass
+    measured of a layer, as soon as it is done.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's.
@@ -69,9 +73,11 @@ def calibrate(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     check_data(data, checkpoint)
     layout = find_layout(checkpoint)
+    compute = settled(compute, checkpoint, layout)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, spill, progress)
+    tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell)
     if out is None:
         held = HeldStore()
         job.run(held)
@@ -92,19 +98,18 @@ class Job:
     compute: Compute
     tiers: tuple[str, ...]
     replay_tokens: int
-    spill: Path | None
     progress: Progress
+    told: Finished
 
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
-            store.expect(layerwise.embedding_size, -(-layerwise.vocab_size // 64))
             step = self._steps(layerwise)
             _FirstPass(self, layerwise, store, step).run()
             if "outliers" in self.tiers:
                 _SecondPass(self, layerwise, store, step).run()
             if "gradient" in self.tiers:
-                measure_gradients(layerwise, self.data, store.add, spill=self.spill, step=step)
+                measure_gradients(layerwise, self.data, store.add, step=step)
 
     def recorder(self, layerwise: LayerwiseModel) -> Recorder:
         """For the first pass."""
@@ -138,18 +143,23 @@ class _FirstPass(MeasuringPass):
             self.replay.check()
             self.samples = samples(self.data, job.replay_tokens)
 
+    def started(self) -> None:
+        super().started()
+        self.store.expect(self.layerwise.embedding_size, -(-self.layerwise.vocab_size // 64))
+
     def watched(self, probes: Mapping[str, Probe]) -> None:
         if self.replay is not None:
             self.open.enter_context(self.replay.watching(probes))
 
     def done(self, layer: int) -> None:
         if self.replay is not None and layer in self.keys:
-            for domain, sums in self.recorder.sums[self.keys[layer]].items():
+            for domain, sums in self.recorder.unite(self.keys[layer]).items():
                 self.replay.finish(self.keys[layer], domain, sums)
         super().done(layer)
 
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
+        self.job.told(key, sums)
         if "weights" in self.job.tiers:
             found = self.job.weights(key)
             for domain in sums:
@@ -163,7 +173,7 @@ class _SecondPass(MeasuringPass):
     recorder: OutlierRecorder
 
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
-        again = OutlierRecorder(job.layout.family.score, backend=job.compute.backend)
+        again = OutlierRecorder(job.layout.family.score, ("outliers",), job.compute.backend)
         super().__init__(layerwise, job.data, again, step)
         self.store = store
 

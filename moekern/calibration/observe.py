@@ -40,7 +40,9 @@ def observe(
 ) -> Iterator[Statistics]:
     """Measure every forward pass of a transformers model while the context is open.
 
-    Its outputs stay its own but for rounding: experts add up in another order than transformers has them.
+    Its outputs stay its own but for rounding: experts add up in another order than transformers has them. Each forward
+    pass is a segment of the text: `calibrate` gives the same sums of the same batches, as long as these are no more
+    than SEGMENTS chunks.
 
         with moekern.observe(model) as statistics:
             model(**inputs)
@@ -62,7 +64,7 @@ def observe(
     wanted = wanted_tiers(tiers, BY_BATCH, "observe")
     served = backends_of(next(decoder.parameters()).device.type, backend, wanted)
     recorder = Recorder(score(family, config), wanted, backend, words)
-    flight = InFlight(BatchContext(domain, (0, 0)))
+    flight = InFlight(BatchContext(domain, (0, 0), segment=-1))
     handle = model.register_forward_pre_hook(_announce(flight, domain, attention_mask), with_kwargs=True)
     header: dict[str, Any] = {}
     measured: dict[str, Mapping[str, LayerStatistics]] = {}
@@ -71,11 +73,11 @@ def observe(
             yield Statistics(header, measured)
     finally:
         handle.remove()
-    if not recorder.sums:
+    if not recorder.layers:
         raise InputError("observe: the model was not run while it was observed")
-    some = next(iter(recorder.sums.values()))[domain]
+    some = recorder.unite(recorder.layers[0])[domain]
     router = find_router(family, config, type(model).__name__, some.num_experts)
-    for key in list(recorder.sums):
+    for key in recorder.layers:
         measured[key] = recorder.take(key, router.top_k, lambda: _blamed(model, int(key)))  # noqa: B023
     fingerprint = open_checkpoint(checkpoint).fingerprint if checkpoint else ""
     header |= make_header(
@@ -100,7 +102,7 @@ def _blamed(model: PreTrainedModel, upto: int) -> str:
 
 
 def _announce(flight: InFlight, domain: str, fixed: Tensor | None) -> Any:
-    """A hook before the model's forward pass that says which tokens come."""
+    """A hook before the model's forward pass that says which tokens come: a segment of their own."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -111,6 +113,7 @@ def _announce(flight: InFlight, domain: str, fixed: Tensor | None) -> Any:
             (B, S),
             mask=_counted(fixed if fixed is not None else kwargs.get("attention_mask"), S, grown=fixed is None),
             token_ids=ids.reshape(-1) if isinstance(ids, Tensor) else None,
+            segment=-1 if flight.context is None else flight.context.segment + 1,
         )
 
     return hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -15,7 +16,7 @@ from moekern.measurement.replay import sample
 from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 from moekern.statistics.layer import LayerStatistics
 
 Task = tuple[int, Batch]  # a batch and its number
@@ -47,9 +48,11 @@ class MeasuringPass(Pass[Task]):
 
     def __init__(self, layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, step: Steps) -> None:
         self.layerwise, self.data, self.recorder, self.step = layerwise, data.by_chunk(), recorder, step
+        self.unused, self.before = copy.deepcopy(recorder), step.done  # where the pass begins
         self.keys, self.tokens, self.through = layerwise.moe_keys, sum(data.tokens.values()), 0
         self.stop_after = max(self.keys)
         self.flight, self.open = InFlight(), ExitStack()
+        self.segments = self.data.segments
         self.samples: Mapping[int, Tensor] = {}  # batch number -> flat positions that are replayed
 
     def run(self) -> None:
@@ -61,6 +64,9 @@ class MeasuringPass(Pass[Task]):
         """All batches have gone through a layer, whose weights are still there: `sums`, on the CPU, are its own."""
         raise NotImplementedError
 
+    def started(self) -> None:
+        self.recorder, self.through, self.step.done = copy.deepcopy(self.unused), 0, self.before
+
     def forward(self, task: Task) -> None:
         self.layerwise.compute(task[1])
 
@@ -69,7 +75,7 @@ class MeasuringPass(Pass[Task]):
         number, batch = task
         B, S = batch.input_ids.shape
         ids = batch.input_ids.reshape(-1).to(self.layerwise.device)
-        context = BatchContext(batch.domain, (B, S), token_ids=ids, sample=self.samples.get(number))
+        context = BatchContext(batch.domain, (B, S), None, ids, self.samples.get(number), self.segments[number])
         with self.flight.batch(context), few_tokens(B * S, self.layerwise.device):
             yield
         if layer >= 0:

@@ -31,7 +31,7 @@ from moekern.cli.prune import prune
 from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
-from moekern.errors import InputError, first_line, nearest_name, notes, speaking_flags
+from moekern.errors import InputError, first_line, is_out_of_memory, nearest_name, notes, speaking_flags
 from moekern.files import reason
 from moekern.version import __version__
 
@@ -212,6 +212,13 @@ def _run() -> None:
             console.fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            if console.verbose():
+                console.say("".join(traceback.format_exception(error)))
+            console.fail(
+                f"not enough memory ({first_line(error)}); --chunk, --batch-size and --memory make it less", "memory"
+            )
+            sys.exit(2)
         if not console.as_json():
             raise
         told = "".join(traceback.format_exception(error))

@@ -148,6 +148,14 @@ def say(text: str) -> None:
         _err.print(printable(text), markup=False)
 
 
+def detail(text: str) -> None:
+    """A line for programs, for the log, and with --verbose for a person."""
+    if _mode.as_json or _mode.verbose:
+        say(text)
+    else:
+        log(text)
+
+
 def fail(text: str, kind: str, **more: str) -> None:
     """The error that ends the command. Where nobody can read it any more, the exit code tells."""
     with suppress(OSError):

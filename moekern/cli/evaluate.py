@@ -14,13 +14,16 @@ from moekern.cli.options import (
     Data,
     Device,
     DtypeOption,
+    GpuMemory,
     Json,
+    Memory,
     Model,
     Pack,
     Preset,
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -51,7 +54,10 @@ def evaluate(
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -64,7 +70,14 @@ def evaluate(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
+    )
     named = named_plans("evaluate", plans or [])
     if not named:
         say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")

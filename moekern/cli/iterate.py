@@ -16,14 +16,17 @@ from moekern.cli.options import (
     Device,
     Domains,
     DtypeOption,
+    GpuMemory,
     Json,
     Keep,
+    Memory,
     Model,
     Pack,
     Preset,
     Revision,
     Seed,
     SequenceLength,
+    Spill,
     Strict,
     Thinking,
     ThinkingOption,
@@ -38,6 +41,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.plan import show_plans
 from moekern.criteria.table import DEFAULT
+from moekern.files import standing
 from moekern.router import parse_keep
 
 
@@ -68,7 +72,10 @@ def iterate(
     strict: Strict = False,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -92,7 +99,10 @@ def iterate(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
+        spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
     for line in remarks(made):
         say(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -36,13 +37,11 @@ class MtpMode(str, Enum):
 
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "auto"}
 
 
-def parse_dtype(text: str | None) -> str | None:
-    """torch's name of a type; None of none. Raises InputError."""
-    if text is None:
-        return None
+def parse_dtype(text: str) -> str:
+    """torch's name of a type, or auto. Raises InputError."""
     if text not in DTYPES:
         raise InputError(f"--dtype {text}: expected one of {', '.join(DTYPES)}{nearest_name(text, DTYPES)}")
     return DTYPES[text]
@@ -145,6 +144,13 @@ Keeps = Annotated[
         "--keep", help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."
     ),
 ]
+UntilStable = Annotated[
+    float | None,
+    typer.Option(
+        help="Measure the text in growing parts, and stop where the sets that its two halves keep are so much alike "
+        "(Jaccard index, mean over layers), as 0.98."
+    ),
+]
 RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
 FitOption = Annotated[
     str | None,
@@ -209,12 +215,22 @@ Device = Annotated[
     str, typer.Option(help="Where layers are computed: cpu, cuda, cuda:1, ... Default: cuda if there is one.")
 ]
 DtypeOption = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="Weights' type while computing: bf16, fp16, fp32 or torch's names. Default: the checkpoint's.",
+        help="Weights' type while computing: bf16, fp16, fp32 or torch's names. auto is the checkpoint's, or fp32 "
+        "where the CPU is slow at that and memory allows.",
         callback=parse_dtype, metavar="TYPE",
     ),
 ]  # fmt: skip
+Memory = Annotated[
+    str | None,
+    typer.Option(help="The most memory to take, as 24GiB. Default: what the machine, or its control group, has free."),
+]
+Spill = Annotated[
+    Path | None,
+    typer.Option(help="A folder for what does not fit into memory. Default: beside the output, else the system's."),
+]
+GpuMemory = Annotated[str | None, typer.Option(help="The same of the GPU. Default: what it has free.")]
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
 BackendOption = Annotated[
     str | None,
@@ -315,14 +331,29 @@ def say_unused(batch_size: int | None) -> None:
 
 
 def compute_of(
-    *, device: str, dtype: str | None = None, backend: str | None = None, trust_remote_code: bool, tell: bool = True
+    *,
+    device: str,
+    dtype: str = "auto",
+    backend: str | None = None,
+    memory: str | None = None,
+    gpu_memory: str | None = None,
+    spill: Path | None = None,
+    trust_remote_code: bool,
+    tell: bool = True,
 ) -> Compute:
     """How the options say that layers are computed; the first line of what the command says names the device
     (with `tell`)."""
+    allowed = None if memory is None else parsed_size("--memory", memory)
+    on_gpu = None if gpu_memory is None else parsed_size("--gpu-memory", gpu_memory)
+
+    from moekern.model.budget import budget_of
     from moekern.model.compute import Compute, check_device
 
+    if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
+        raise InputError(f"--spill {spill}: no folder that can be written to")
     check_device(device)
-    compute = Compute(device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    compute = Compute(device, dtype, backend, trust_remote_code, allowed, on_gpu, spill)
+    budget_of(compute)  # what cannot be allowed is found before a model is downloaded
     if tell:
         console.open_with(compute.described)
     return compute

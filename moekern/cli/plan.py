@@ -102,10 +102,13 @@ def plan(
     check_statistics(statistics)
 
     from moekern.cli.pipeline import statistics_of
+    from moekern.plan.agreement import doubt
+    from moekern.plan.fits_model import TWIN
     from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
 
+    checkpoint = optional_headers(model, revision)
     options = Planning(
         criteria=tuple(criterion),
         keeps=keeps,
@@ -115,7 +118,7 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=optional_headers(model, revision) or (statistics if statistics.is_dir() else None),
+        model=checkpoint or (statistics if statistics.is_dir() else None),
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
@@ -124,8 +127,10 @@ def plan(
     header, plans = measured.header, make_plans(measured, options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
+    if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
+        say(f"--model {checkpoint.name}: {TWIN}")
     for name, made in plans.items():
-        for line in (*remarks(made), *slower_with(made, header, options)):
+        for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}

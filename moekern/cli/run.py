@@ -25,8 +25,10 @@ from moekern.cli.options import (
     Domains,
     DtypeOption,
     FitOption,
+    GpuMemory,
     Json,
     Keeps,
+    Memory,
     Model,
     MtpOption,
     Normalise,
@@ -38,6 +40,7 @@ from moekern.cli.options import (
     Seed,
     SequenceLength,
     Sequences,
+    Spill,
     Strict,
     Targets,
     Thinking,
@@ -45,6 +48,7 @@ from moekern.cli.options import (
     Tiers,
     Tokens,
     TrustRemoteCode,
+    UntilStable,
     UnusedBatchSize,
     compute_of,
     folder_of,
@@ -57,6 +61,7 @@ from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
+from moekern.files import standing
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
@@ -89,12 +94,16 @@ def run(
     seed: Seed = 0,
     domain: Domains = None,
     tier: Tiers = None,
+    until_stable: UntilStable = None,
     budget: BudgetOption = "uniform",
     normalise: Normalise = "none",
     allow_nonuniform: AllowNonuniform = False,
     target: Targets = None,
     device: Device = "auto",
-    dtype: DtypeOption = None,
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     protect_super: ProtectSuper = False,
     mtp: MtpOption = None,
     copy: CopyOption = CopyMode.auto,
@@ -127,14 +136,22 @@ def run(
         fit=fit_of(fit, bits, context, sequences, reserve),
     )  # fmt: skip
     asked = whole_run.Asked(
-        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality
-    )
+        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
+        until_stable=until_stable,
+    )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    compute = compute_of(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill or standing(out.parent),
+        trust_remote_code=trust_remote_code,
+    )
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
     _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))
@@ -155,14 +172,17 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
 def _say_remarks(done: Run) -> None:
     """What has to be known of the text and the plans, for programs too."""
     from moekern.cli.plan import fit_line
+    from moekern.plan.agreement import doubt
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
     from moekern.statistics.coverage import too_thin
+    from moekern.statistics.file import Statistics
 
+    statistics = Statistics.load(done.statistics)
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        for line in remarks(plan):
+        for line in (*remarks(plan), *filter(None, [doubt(statistics, plan)])):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 

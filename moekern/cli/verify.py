@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import say
-from moekern.cli.options import Device, Json, Model, Revision, TrustRemoteCode, compute_of, folder_of, result
+from moekern.cli.options import (
+    Device,
+    GpuMemory,
+    Json,
+    Memory,
+    Model,
+    Revision,
+    Spill,
+    TrustRemoteCode,
+    compute_of,
+    folder_of,
+    result,
+)
 from moekern.errors import InputError
 from moekern.files import sized
 
@@ -24,6 +36,9 @@ def verify(
         bool, typer.Option("--forward", help="Also stream both models and compare logits with the masked original.")
     ] = False,
     device: Device = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -33,7 +48,14 @@ def verify(
     from moekern.plan.document import Plan
 
     made_by = Plan.load(plan)
-    compute = compute_of(device=device, trust_remote_code=trust_remote_code, tell=forward)
+    compute = compute_of(
+        device=device,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        spill=spill,
+        trust_remote_code=trust_remote_code,
+        tell=forward,
+    )
     if not pruned.is_dir():
         raise InputError(f"{pruned}: no such folder")
     verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward)

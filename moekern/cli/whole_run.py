@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
@@ -33,7 +34,7 @@ from moekern.files import (
     write_bytes,
 )
 from moekern.measurement.tiers import backends_of, wanted_tiers
-from moekern.model.compute import Compute
+from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.served import check_folder, served_as
 from moekern.plan.serving import serve_commands, slower
@@ -58,6 +59,7 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
+    until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -140,12 +142,15 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     if planning.fit is not None:
         keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
     _check_room(checkpoint, layout, keeps, targets, made)
+    stable = _stable(checkpoint, layout, asked)
+    compute = pipeline.told_compute(compute, checkpoint, layout)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
             counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
             _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
+    data = data if stable is None else stable.asked(data)
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
@@ -158,7 +163,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             check_new(targets[made.index(True)], folder=True)
         if statistics is None:
             statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
-            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path)
+            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable)
         plans = list(make_plans(statistics, planning).values())
         for plan, target in zip(plans, targets, strict=True):
             if planning.budget.kind != "uniform":
@@ -172,7 +177,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             for plan, target, done in zip(plans, targets, made, strict=True)
         ]
     # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
-    plain = replace(compute, dtype=None)
+    plain = replace(compute, dtype=AUTO)
     results = [
         Result(
             path,
@@ -183,6 +188,19 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         for plan, path, report in zip(plans, paths, reports, strict=True)
     ]
     return Run(statistics_path, coverage(statistics), quality, results)
+
+
+def _stable(checkpoint: Checkpoint, layout: Layout, asked: Asked) -> Stable | None:
+    """When the text is enough for each of the counts that are asked for; None where all of it is measured."""
+    planning = asked.planning
+    if asked.until_stable is None:
+        return None
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains)
+    stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
+    return stable
 
 
 def too_few(tokens: int, layout: Layout) -> str | None:

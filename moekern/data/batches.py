@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from moekern.errors import InputError, check_type
 
 DEFAULT_DOMAIN = "text"
 CHUNK_TOKENS = 2048  # of the sequences that are computed together, where nobody says how many
+SEGMENTS = 32  # of a domain, at most: sums of each are added up apart, and decide the bits of the whole
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class TokenData:
     """Batches and the recipe they were made by (any JSON: sources with the sha256 of their token ids, sequence length,
     chunk, seed); notes: what was said of the text, and of what of it was left out.
 
-    Statistics are computed, and added, `chunk` sequences at a time, in their order: this decides their bits, and
-    batches do not.
+    Statistics are computed, and added, `chunk` sequences at a time, in their order and by `segments`: this decides
+    their bits, and batches do not.
     """
 
     batches: tuple[Batch, ...]
@@ -63,12 +65,32 @@ class TokenData:
         return replace(self, batches=tuple(chunks))
 
     @property
+    def segments(self) -> tuple[int, ...]:
+        """The segment of its domain that each batch belongs to, where batches are chunks; see `segment_of`."""
+        total = Counter(batch.domain for batch in self.batches)
+        seen: Counter[str] = Counter()
+        found = []
+        for batch in self.batches:
+            found.append(segment_of(seen[batch.domain], total[batch.domain]))
+            seen[batch.domain] += 1
+        return tuple(found)
+
+    @property
     def tokens(self) -> dict[str, int]:
         """Tokens per domain."""
         totals: dict[str, int] = {}
         for batch in self.batches:
             totals[batch.domain] = totals.get(batch.domain, 0) + batch.input_ids.numel()
         return totals
+
+
+def segment_of(chunk: int, chunks: int) -> int:
+    """The segment of a domain that its chunk belongs to: min(SEGMENTS, chunks) of them, of about as many chunks each.
+
+    Sums of a segment are added up in order of its chunks, then those of the segments as `statistics.folding` has it.
+    Where each process takes whole segments, the bits do not depend on how many processes there are.
+    """
+    return chunk * min(SEGMENTS, chunks) // chunks
 
 
 def sequences_of(ids: np.ndarray, length: int, budget: int | None, rng: np.random.Generator) -> list[np.ndarray]:

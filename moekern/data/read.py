@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, batched, rows_of, sequences_of
+from moekern.data.batches import CHUNK_TOKENS, SEGMENTS, Batch, TokenData, batched, rows_of, sequences_of
 from moekern.data.hub import SHUFFLED
 from moekern.data.left_out import LeftOut, Notes
 from moekern.data.mixes import Domain, budgets, domains_of
@@ -82,6 +82,7 @@ def read_data(
         "sources": sources,
         "sequence_length": sequence_length,
         "chunk": chunk,
+        "segments": SEGMENTS,
         "tokens": tokens,
         "seed": seed,
         "thinking": thinking,

@@ -16,12 +16,13 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.data.text import check_data
-from moekern.errors import InputError, check_type
+from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 
@@ -78,13 +79,13 @@ def evaluate(
         raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     layout = find_layout(checkpoint)
     for plan in plans.values():
-        check_plan(plan, layout, checkpoint.fingerprint)
+        check_plan(plan, layout, checkpoint)
     tasks = [  # of each batch the original first: the others are held against it
         Task(name, number, plan, batch)
         for batch in data.batches
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
-    with open_layerwise(checkpoint, layout, compute) as layerwise:
+    with open_layerwise(checkpoint, layout, settled(compute, checkpoint, layout)) as layerwise:
         sums = _Compare(layerwise, tasks, progress).run()
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
@@ -113,13 +114,18 @@ class _Compare(Pass[Task]):
             self.layerwise.run(self.tasks, self)
         return self.sums
 
+    def started(self) -> None:
+        self.sums.clear()
+
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits
-        predicted = logits[:, :-1].float().log_softmax(-1)
-        if task.name == ORIGINAL:
-            self.original = predicted
-        assert self.original is not None
-        found = _compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
+        what = f"log probabilities of {logits.shape[0]} x {logits.shape[1]} tokens, {logits.shape[2]} for each"
+        with memory_for(what, "fewer sequences at a time take less (--batch-size), and so do shorter ones"):
+            predicted = logits[:, :-1].float().log_softmax(-1)
+            if task.name == ORIGINAL:
+                self.original = predicted
+            assert self.original is not None
+            found = _compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
         if not all_finite(found):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moekern.architectures import Layout, find_layout
+from moekern.architectures.twins import router_numbers
 from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -31,6 +32,7 @@ from moekern.measurement.tiers import BY_BATCH, backends_of
 from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.choose import choose_top
 from moekern.plan.document import LayerPlan, Plan
@@ -93,6 +95,7 @@ def iterate(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
+    compute = compute if data is None else settled(compute, checkpoint, layout)
     job = _job(checkpoint, layout, data, method, compute, progress)
     keeps = _taken_over(job, earlier)
     while True:
@@ -162,6 +165,7 @@ def _job(
         keep=method.keep,
         num_experts=layout.num_experts,
         seed=method.seed,
+        routers=router_numbers(checkpoint, layout),
     )
     measuring = {
         "backend": None if data is None else backends_of(compute.device, compute.backend),
@@ -245,6 +249,11 @@ class _Round(MeasuringPass):
         self.twice = [i for i in self.keys if i != self.stop_after] if job.method.reestimate else ()
         self.pruner = LivePruner(layerwise.loader, layerwise.layout)
         self.plans: dict[str, LayerPlan] = {}
+
+    def started(self) -> None:
+        super().started()
+        self.pruner.held.clear()
+        self.plans.clear()
 
     def loaded(self, layer: int) -> None:
         key = self.keys.get(layer)

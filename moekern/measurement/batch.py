@@ -24,6 +24,7 @@ class BatchContext:
     mask: Tensor | None = None  # [T] bool: the tokens that count; None: all
     token_ids: Tensor | None = None  # [T]
     sample: Tensor | None = None  # flat positions of the tokens that are replayed
+    segment: int = 0  # of its domain; see data.batches.segment_of
 
 
 @dataclass

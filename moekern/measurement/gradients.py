@@ -23,7 +23,8 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.files import scratch
 from moekern.measurement.watch import experts_of
-from moekern.model.backward import Backward, Store
+from moekern.model.backward import Backward
+from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
@@ -37,7 +38,6 @@ def measure_gradients(
     data: TokenData,
     add: Callable[[str, str, Mapping[str, Tensor]], None],
     *,
-    spill: Path | None = None,
     in_memory: int = IN_MEMORY,
     step: Callable[[], None] = lambda: None,
 ) -> None:
@@ -46,11 +46,13 @@ def measure_gradients(
     A chunk of sequences is computed at a time, whatever the batches.
 
     Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H
-    numbers of the model's dtype, in memory or in files under `spill`. Resident: one layer, its experts' gradients of
-    one batch, and G in float32, of one domain and of all (in files beyond `in_memory` bytes). Raises InputError for
+    numbers of the model's dtype, in memory or in a file beyond the budget. Resident: one layer, its experts' gradients
+    of one batch, and G in float32, of one domain and of all (in files beyond `in_memory` bytes). Raises InputError for
     families whose layers hand on more than hidden states, and for heads that do not predict the next token.
     """
     model: Any = layerwise.model
+    for _, block in blocks_with_lists(model):
+        raise InputError(f"--tier gradient: {type(block).__name__}: {NO_GRADIENT}")
     model.requires_grad_(False)
     data = data.by_chunk()
 
@@ -62,11 +64,12 @@ def measure_gradients(
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch(spill or tempfile.gettempdir(), "spill"))
+        folder = stack.enter_context(scratch(layerwise.spill or tempfile.gettempdir(), "spill"))
         decorated = [m for m in model.modules() if is_experts_module(m)]
         stack.enter_context(experts_implementation(decorated, "eager"))
-        back = Backward(layerwise, min(layerwise.moe_keys), Store(folder if spill else None))
-        back.forward(data.batches, loss, lambda i: step())
+        states = stack.enter_context(layerwise.states())
+        back = Backward(layerwise, min(layerwise.moe_keys), states, data.batches, loss)
+        back.forward(lambda i: step())
         for i in back.layers():
             key = layerwise.moe_keys.get(i)
             if key is None:
@@ -90,7 +93,7 @@ def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping
 
 
 def _layer(
-    back: Backward, i: int, data: TokenData, E: int, folder: Path, in_memory: int
+    back: Backward[Batch], i: int, data: TokenData, E: int, folder: Path, in_memory: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Domain -> the fields of its gradient tier, for one layer whose weights are in memory."""
     layer = back.layerwise.layers[i]
@@ -114,7 +117,7 @@ def _layer(
 
 
 def _gradients_of(
-    back: Backward, i: int, data: TokenData, domain: str, parts: list[Matrix], totals: list[Tensor]
+    back: Backward[Batch], i: int, data: TokenData, domain: str, parts: list[Matrix], totals: list[Tensor]
 ) -> Tensor:
     """Add a domain's gradients to `totals`, one for each of `parts`; the sum of its gates' [E] is returned."""
     layer, E = back.layerwise.layers[i], len(totals[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,28 +13,44 @@ from moekern.errors import InputError
 from moekern.measurement.batch import BatchContext, Seen
 from moekern.measurement.tiers import TABLE, add_outliers, chosen_sets
 from moekern.model.finite import all_finite, expert_list, wrong_experts
+from moekern.statistics.folding import Folding
 from moekern.statistics.layer import LayerStatistics, merge_rows
 
 MASKED = -1e4  # a logit that can be multiplied and added, and whose score is 0 in every type
 
 
+@dataclass(frozen=True)
+class Left:
+    """What one process has measured of a layer, for another one to fold."""
+
+    segments: Mapping[tuple[str, int], LayerStatistics]  # (domain, segment) -> sums
+    empty_slots: Mapping[str, int]  # domain -> counted slots without an expert
+
+
 @dataclass
 class Recorder:
-    """Adds what the probes see of a batch to the sums of its layer and domain."""
+    """Adds what the probes see of a batch to the sums of its layer and domain.
+
+    At most three copies of a domain's sums are held: the segment at work, and the two that segments before it add up
+    to (see `Folding`); of other domains one.
+    """
 
     score: str  # what a router's logit becomes
     tiers: Collection[str] = ()  # beside the routed one
     backend: str | None = None
     words: int = 0  # 64-bit words of a vocabulary
-    sums: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)
+    apart: bool = False  # hold every segment of a layer, for `leave`
+    sums: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)  # layer -> domain -> the whole
     empty_slots: dict[tuple[str, str], int] = field(default_factory=dict)
-    coalitions: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)  # of batches, not yet united
+    segments: dict[str, dict[tuple[str, int], LayerStatistics]] = field(default_factory=dict)  # that batches add to
+    coalitions: dict[str, list[Tensor]] = field(default_factory=dict)  # of the segment's batches, not yet united
+    folds: dict[str, dict[str, Folding]] = field(default_factory=dict)  # layer -> domain -> its segments so far
 
     def measure(self, layer: str, seen: Seen, context: BatchContext) -> Tensor:
         """Combine the experts' outputs into [T, H] and add them to the sums of `layer`."""
         ids, gates, routed, E = seen.ids, seen.gates, seen.routed, seen.num_experts
         mask = _mask(context, len(ids))
-        sums = self._sums(layer, context.domain, E, seen.y)
+        sums = self._segment(layer, context, E, seen.y)
         if routed.order.numel() < ids.numel():
             counted = ids if mask is None else ids[mask]
             key = (layer, context.domain)
@@ -45,7 +61,7 @@ class Recorder:
             logits, ids, gates, mask, sums.views(kernels.RouterSums), score=self.score, backend=self.backend
         )
         if "coalitions" in self.tiers:
-            self.coalitions.setdefault((layer, context.domain), []).append(chosen_sets(ids, mask, E))
+            self.coalitions.setdefault(layer, []).append(chosen_sets(ids, mask, E))
         for tier in self.tiers:
             add = TABLE[tier].add
             if add is not None:
@@ -62,19 +78,40 @@ class Recorder:
             backend=self.backend,
         )
 
+    @property
+    def layers(self) -> list[str]:
+        """The layers that hold sums here."""
+        return list(dict.fromkeys((*self.sums, *self.folds, *self.segments)))
+
     def unite(self, layer: str) -> dict[str, LayerStatistics]:
-        """Domain -> the sums so far, with the coalitions that were kept apart while batches came in."""
-        domains = self.sums.get(layer, {})
-        for domain, sums in domains.items():
-            parts = self.coalitions.pop((layer, domain), [])
-            if parts:
-                domains[domain] = replace(sums, coalitions=merge_rows(sums.coalitions, torch.cat(parts)))
-        return domains
+        """Domain -> the sums of all segments. The domain that was measured last takes no more batches."""
+        self._fold(layer)
+        del self.folds[layer]
+        return self.sums[layer]
+
+    def leave(self, layer: str) -> Left:
+        """What this process, which holds segments apart, has measured of a layer; it holds it no longer."""
+        self._unite_coalitions(layer)
+        counted = {domain: n for (key, domain), n in self.empty_slots.items() if key == layer}
+        for domain in counted:
+            del self.empty_slots[layer, domain]
+        return Left(self.segments.pop(layer, {}), counted)
+
+    def join(self, layer: str, parts: Iterable[Left]) -> None:
+        """As if all that other processes have measured of a layer had been measured here: the same bits.
+
+        Each segment must be of one of them, whole.
+        """
+        held = self.segments.setdefault(layer, {})
+        for part in parts:
+            held |= part.segments
+            for domain, n in part.empty_slots.items():
+                self.empty_slots[layer, domain] = self.empty_slots.get((layer, domain), 0) + n
 
     def overflowing(self, layer: str) -> list[int]:
         """The experts of a layer whose outputs are not finite, where their inputs are."""
         found: set[int] = set()
-        for sums in self.sums.get(layer, {}).values():
+        for sums in self._all(layer):
             if all_finite(sums.gate_sum) and all_finite(sums.entropy_sum):
                 found |= set(wrong_experts(sums.norm_sum))
         return sorted(found)
@@ -87,9 +124,8 @@ class Recorder:
         Raises RuntimeError when a counted token was not seen with exactly K slots, and InputError for sums that are not
         finite: it says which weight is `blamed`.
         """
-        self.unite(layer)
         taken = {}
-        for domain, sums in self.sums.pop(layer, {}).items():
+        for domain, sums in self.unite(layer).items():
             s = taken[domain] = sums.to("cpu")
             slots = int(s.count.sum()) + self.empty_slots.pop((layer, domain), 0)
             if slots != int(s.tokens) * top_k:
@@ -101,13 +137,20 @@ class Recorder:
             if problem:
                 reason = blamed() or "its numbers are infinite or too large to be added; try another type (--dtype)"
                 raise InputError(f"layer {layer}, domain {domain}: {problem}{_experts_of(s, problem)}: {reason}")
+        del self.sums[layer]
         return taken
 
-    def _sums(self, layer: str, domain: str, num_experts: int, y: Tensor) -> LayerStatistics:
-        domains = self.sums.setdefault(layer, {})
-        if domain not in domains:
+    def _segment(self, layer: str, context: BatchContext, num_experts: int, y: Tensor) -> LayerStatistics:
+        """The sums of the segment that a batch belongs to. A segment is whole when another one comes."""
+        key = context.domain, context.segment
+        held = self.segments.setdefault(layer, {})
+        if key not in held:
+            self._unite_coalitions(layer)
+            if not self.apart:
+                self._fold(layer, context.domain)
+                held = self.segments.setdefault(layer, {})
             H = y.shape[1]
-            domains[domain] = LayerStatistics.zeros(
+            held[key] = LayerStatistics.zeros(
                 num_experts,
                 H if "dimensions" in self.tiers else 0,
                 y.device,
@@ -115,18 +158,43 @@ class Recorder:
                 hidden=H,
                 words=self.words,
             )
-        return domains[domain]
+        return held[key]
+
+    def _unite_coalitions(self, layer: str) -> None:
+        parts = self.coalitions.pop(layer, [])
+        if parts:
+            held = self.segments[layer]
+            key, sums = next(reversed(held.items()))
+            held[key] = replace(sums, coalitions=merge_rows(sums.coalitions, torch.cat(parts)))
+
+    def _fold(self, layer: str, coming: str | None = None) -> None:
+        """Add the segments that are held to those before them; a domain is whole when another one is `coming`."""
+        self._unite_coalitions(layer)
+        folds, whole = self.folds.pop(layer, {}), self.sums.setdefault(layer, {})
+        held = self.segments.pop(layer, {})
+        for domain, segment in sorted(held, key=lambda key: key[1]):
+            if domain in whole:
+                raise RuntimeError(f"layer {layer}: text of domain {domain} came after that of another one")
+            folds.setdefault(domain, Folding()).add(segment, held[domain, segment])
+        whole |= {domain: fold.total() for domain, fold in folds.items() if domain != coming}
+        self.folds[layer] = {domain: fold for domain, fold in folds.items() if domain == coming}
+
+    def _all(self, layer: str) -> list[LayerStatistics]:
+        """All sums of a layer that are held."""
+        halves = [half for fold in self.folds.get(layer, {}).values() for half in fold.halves if half is not None]
+        return [*self.sums.get(layer, {}).values(), *halves, *self.segments.get(layer, {}).values()]
 
 
 @dataclass
 class OutlierRecorder(Recorder):
-    """A second pass over the same data: counts outliers by the sums of the `first`. Its own sums are not kept."""
+    """A second pass over the same data: counts outliers by the sums of the `first`. Its own other sums are not kept."""
 
     first: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)  # of the layer that runs
 
     def measure(self, layer: str, seen: Seen, context: BatchContext) -> Tensor:
         first = self.first[layer][context.domain]
-        add_outliers(seen, _mask(context, len(seen.ids)), first, first.outlier_sum)
+        own = self._segment(layer, context, seen.num_experts, seen.y)
+        add_outliers(seen, _mask(context, len(seen.ids)), first, own.outlier_sum)
         return super().measure(layer, seen, context)
 
     def take(
@@ -137,7 +205,7 @@ class OutlierRecorder(Recorder):
         for domain, sums in again.items():
             if not torch.equal(sums.count, first[domain].count.cpu()):
                 raise RuntimeError(f"layer {layer}, domain {domain}: the second pass did not route like the first")
-        return first
+        return {domain: replace(first[domain], outlier_sum=sums.outlier_sum) for domain, sums in again.items()}
 
 
 def _experts_of(sums: LayerStatistics, problem: str) -> str:

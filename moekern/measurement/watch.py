@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from moekern.errors import InputError
 from moekern.measurement.batch import InFlight
 from moekern.measurement.experts import ADAPTERS, NAME
+from moekern.measurement.module_lists import measured_block
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import Recorder
+from moekern.model.expert_lists import expert_modules
 from moekern.model.transformers_api import experts_implementation, is_experts_module, router_modules
 
 
@@ -43,12 +45,14 @@ def watching(
             probe = probes[key] = Probe(key, empty_slots, recorder, flight)
             block._moekern_probe = probe  # type: ignore[assignment]
             stack.callback(delattr, block, "_moekern_probe")
-            if type(block).__name__ in ADAPTERS:
-                block.forward = types.MethodType(ADAPTERS[type(block).__name__], block)
+            listed = expert_modules(block) is not None
+            if listed or type(block).__name__ in ADAPTERS:
+                forward = measured_block if listed else ADAPTERS[type(block).__name__]
+                block.forward = types.MethodType(forward, block)
                 stack.callback(delattr, block, "forward")
             else:
                 interfaced.append(block)
-            for path, index in router_modules(layer, model).items():
+            for path, index in () if listed else router_modules(layer, model).items():
                 handle = layer.get_submodule(path).register_forward_hook(_keep_logits(probe, index))
                 stack.callback(handle.remove)
             for child in layer.children():
@@ -61,7 +65,7 @@ def watching(
 def experts_of(layer: nn.Module) -> nn.Module | None:
     """The module of a decoder layer that moekern measures, if there is one."""
     for module in layer.modules():
-        if type(module).__name__ in ADAPTERS or is_experts_module(module):
+        if type(module).__name__ in ADAPTERS or is_experts_module(module) or expert_modules(module) is not None:
             return module
     return None
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, first_line
 
 FEW = 32  # tokens
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,12 @@ class Compute:
     """Where, in what type and by which kernels layers are computed, from the command line to the core."""
 
     device: str = "auto"  # or torch's name for one; auto: the first CUDA device where torch has one, else the CPU
-    dtype: str | torch.dtype | None = None  # a name such as "float32", or torch's; None: the checkpoint's
+    dtype: str | torch.dtype = AUTO  # a name such as "float32", or torch's; auto: see `precision.settled`
     backend: str | None = None  # of kernels; None: the best
     trust_remote_code: bool = False
+    memory: int | None = None  # bytes that the process may take; None: what is free, see `budget.budget_of`
+    gpu_memory: int | None = None  # the same of the GPU
+    spill: Path | None = None  # a folder for what does not fit; None: the system's for temporary files
 
     @property
     def place(self) -> torch.device:
@@ -39,9 +43,11 @@ class Compute:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """Raises InputError for a name that is none of torch's types."""
+        """None while the type is "auto". Raises InputError for a name that is none of torch's types."""
         if not isinstance(self.dtype, str):
             return self.dtype
+        if self.dtype == AUTO:
+            return None
         found = getattr(torch, self.dtype, None)
         if not isinstance(found, torch.dtype):
             raise InputError(f"--dtype {self.dtype}: no such type; expected a name such as float32 or bfloat16")
@@ -49,20 +55,8 @@ class Compute:
 
     @property
     def dtype_name(self) -> str | None:
-        """As artefacts name it."""
-        return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-
-
-def dtype_hint(checkpoint: Checkpoint, compute: Compute) -> str | None:
-    """bfloat16 products are emulated on CPUs without AVX-512: what is faster there, in a sentence."""
-    config = checkpoint.config
-    names = [
-        section.get(key) for section in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")
-    ]
-    slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    if compute.dtype is None and compute.place.type == "cpu" and slow and "bfloat16" in names:
-        return "this CPU computes bfloat16 slowly: --dtype float32 is several times faster for twice the memory"
-    return None
+        """As artefacts name it; None while the type is "auto"."""
+        return None if self.dtype in (AUTO, None) else str(self.dtype).removeprefix("torch.")
 
 
 def device_named(device: str) -> torch.device:

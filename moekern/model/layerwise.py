@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,15 +15,21 @@ from torch import nn
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
-from moekern.errors import InputError, first_line, raised_here
+from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
+from moekern.model.budget import Budget, budget_of
 from moekern.model.compute import Compute, check_device
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.memory import return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
-from moekern.model.suspended import Pass, run_suspended
+from moekern.model.states import States
+from moekern.model.stepwise import Beside, Stepwise, Tangled
+from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
+from moekern.model.walk import Pass, Way, walk
 
+WORK = 8
 Task = TypeVar("Task")
+_TANGLED: set[type] = set()  # models whose layers hand on more than hidden states, as far as they were met
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,9 @@ class LayerwiseModel:
     layers_name: str
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
     reader: LayerReader  # its groups are the decoder layers
+    room: int  # bytes of memory for hidden states
+    spill: Path | None  # where they go beyond it
+    returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
 
     @property
     def model(self) -> nn.Module:
@@ -60,32 +71,61 @@ class LayerwiseModel:
         Raises InputError for what the model's own code raises: numbers of config.json that contradict each other.
         """
         model: Any = self.model
+        B, S = batch.input_ids.shape
         try:
             return model(input_ids=batch.input_ids.to(self.device), use_cache=False)
         except Exception as error:
+            if is_out_of_memory(error):
+                remedy = "fewer tokens at a time take less (--chunk, --batch-size, --sequence-length)"
+                raise out_of_memory(f"the forward pass of {B} x {S} tokens", error, remedy) from error
             if raised_here(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"{self.checkpoint.folder / CONFIG}: its model cannot compute: {reason}") from error
 
     def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
-        """Take all tasks through the model in one pass over its weights; see `run_suspended`.
+        """Take all tasks through the model in one pass over its weights; see `walk`.
 
-        Raises InputError for numbers that are not finite, naming the first layer where they are not and why.
+        Hidden states alone wait between layers, or, in a model whose layers hand on more, whole forward passes; where
+        this is found on the way, the pass begins again. Raises InputError for numbers that are not finite, naming the
+        first layer where they are not and why.
         """
+        kind = type(self.model)
+        if kind not in _TANGLED:
+            try:
+                with self.states() as states:
+                    self.run_stepwise(tasks, run, states)
+            except Tangled as found:
+                _TANGLED.add(kind)
+                warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
+        if kind in _TANGLED:
+            self._walk(tasks, run, Suspended(list(self.layers), run, self.device))
+
+    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States) -> None:
+        """The same with nothing kept but what layers are given. Raises Tangled where that is not enough."""
+        self._walk(tasks, run, self.stepwise(run, states))
+
+    def stepwise(self, run: Pass[Any], states: States) -> Stepwise:
+        """A way through the layers that keeps hidden states and nothing else."""
+        return Stepwise(list(self.layers), run, states, self.device, self.returns)
+
+    def states(self) -> States:
+        """A place for the hidden states of tasks, which takes what memory there is for them."""
+        return States(self.room, self.spill)
+
+    def _walk(self, tasks: Sequence[Task], run: Pass[Task], way: Way[Task]) -> None:
         last = len(self.layers) if run.stop_after is None else run.stop_after + 1
         self.reader.start(0)
         try:
-            run_suspended(
-                list(self.layers),
-                tasks,
-                run,
-                load=lambda i: self._load(i, i + 1 if i + 1 < last else None),
-                unload=self._unload,
-                device=self.device,
-            )
+            load = lambda i: self._load(i, i + 1 if i + 1 < last else None)  # noqa: E731
+            walk(list(self.layers), tasks, run, way, load=load, unload=self._unload)
         except NotFinite as found:
             raise self._refusal(found, run) from None
+        except Tangled as found:
+            logits = found.__cause__  # that are not finite may be so by the head's own weights
+            if isinstance(logits, NotFinite) and blamed_outside(self.model, self.layers_name, head=True):
+                raise self._refusal(logits, run) from None
+            raise
         finally:
             self.reader.cancel()
             for layer in self.layers:
@@ -126,7 +166,8 @@ class LayerwiseModel:
 
     def _load(self, i: int, after: int | None) -> None:
         """Fill layer i, whose reading was started, and start to read `after`."""
-        self.loader.load(self.reader.take(), self.device)
+        with memory_for(f"the weights of decoder layer {i}", "give more (--memory, --gpu-memory)"):
+            self.loader.load(self.reader.take(), self.device)
         self.reader.release(self.model)
         return_freed_memory()
         self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
@@ -151,8 +192,9 @@ def _outputs(experts: Sequence[int]) -> str:
 def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
     check_device(compute.device)
-    if layout.family.stacks:
-        raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
+    budget = budget_of(compute)
+    if layout.family.only_pruned:
+        raise InputError(f"{checkpoint.folder}: {layout.family.name} cannot be run: {layout.family.only_pruned}")
     loader = open_loader(
         checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout, len(checkpoint.tensors)
     )
@@ -169,9 +211,22 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     with LayerReader(checkpoint, layer_keys, place) as reader:
-        model = LayerwiseModel(checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader)
-        _fill_skeleton(model, skeleton)
+        room = _room(budget, loader, layers, reader)
+        model = LayerwiseModel(
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, compute.spill
+        )
+        with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
+            _fill_skeleton(model, skeleton)
         yield model
+
+
+def _room(budget: Budget, loader: Loader, layers: nn.ModuleList, reader: LayerReader) -> int:
+    """Bytes of the budget that are left for hidden states: without skeleton, the largest layer, the reader's buffer,
+    and a WORK-th part for what computing takes."""
+    largest = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    outside = sum(p.nbytes for p in loader.model.parameters()) - sum(p.nbytes for p in layers.parameters())
+    on_host = largest + outside if budget.gpu is None else 0
+    return max(0, budget.host - budget.host // WORK - on_host - reader.nbytes)
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import masked_layer
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 
@@ -58,18 +58,17 @@ def compare_forward(
 
     `progress` counts the layers of both; the one at work by the share of batches that are through it.
 
-    No dtype in `compute` means float32, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
+    The dtype "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
-    quantised = "quantization_config" in str(before.config.keys() | (before.config.get("text_config") or {}).keys())
-    chosen = compute.torch_dtype or (torch.bfloat16 if quantised else torch.float32)
+    chosen = compute.torch_dtype or torch.float32
     logits: dict[str, list[Tensor]] = {}
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
         layout = find_layout(checkpoint)
         if applied is not None:
-            check_plan(applied, layout, checkpoint.fingerprint)
+            check_plan(applied, layout, checkpoint)
         with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
             tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]

@@ -230,6 +230,10 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     "router without experts": (
         QWEN, qwen_keys() | {"model.layers.2.mlp.gate.weight": ("BF16", [8, 32])}, r"layers.2: 0 blocks .* 1 routers",
     ),
+    "a bias alone in a layer": (
+        DEEPSEEK, moe_keys(FIRST, GUD, bias=BIAS) | {f"model.layers.1.mlp.{BIAS}": ("F32", [8])},
+        "layers.1: 0 blocks of experts, but 0 routers .gate.weight. for model.layers.1.mlp.gate.e_score_corr",
+    ),
     "unknown vector": (QWEN, qwen_keys() | {f"{FIRST}gate.new_bias": ("F32", [8])}, r"gate.new_bias \(1 keys"),
     "second set of experts": (
         QWEN, qwen_keys() | {f"{FIRST}more_experts.0.w.weight": ("F32", [8])}, r"more_experts.0.w.weight \(1 keys",

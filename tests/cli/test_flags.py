@@ -21,6 +21,8 @@ moekern
   --show-completion = None
 inspect
   MODEL required
+  --criterion = gated_norm
+  --keep = 0.5
   --revision = None
   --json = False
 run
@@ -46,12 +48,16 @@ run
   --seed = 0
   --domain* = None
   --tier* = None
+  --until-stable = None
   --budget = uniform
   --normalise = none
   --allow-nonuniform = False
   --target* = None
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --protect-super = False
   --mtp = None
   --copy = auto
@@ -75,11 +81,15 @@ calibrate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --tier* = None
   --criterion* = None
-  --spill = None
   --replay-tokens = 512
+  --keep = 0.5
+  --until-stable = None
   --backend = None
   --trust-remote-code = False
   --revision = None
@@ -148,7 +158,10 @@ iterate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --backend = None
   --trust-remote-code = False
   --revision = None
@@ -171,7 +184,10 @@ evaluate
   --strict = False
   --seed = 0
   --device = auto
-  --dtype = None
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -198,6 +214,9 @@ verify
   PRUNED required
   --forward = False
   --device = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
   --trust-remote-code = False
   --revision = None
   --json = False

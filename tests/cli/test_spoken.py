@@ -27,9 +27,11 @@ def calibrate(work: Path, out: Path, *more: object) -> tuple[object, ...]:
     return ("calibrate", work / "model", "--data", f"a={work / 'ids.npy'}", "--out", out, *more)
 
 
-def test_the_device_is_the_first_line(work: Path, tmp_path: Path) -> None:
-    done = moekern(*calibrate(work, tmp_path / "s", "--dtype", "fp32"))
-    assert done.stderr.splitlines()[0] == Compute().described
+def test_device_type_and_memory_are_the_first_line(work: Path, tmp_path: Path) -> None:
+    done = moekern(*calibrate(work, tmp_path / "s", "--dtype", "fp32", "--memory", "1TiB"))
+    first = done.stderr.splitlines()[0]
+    assert first.startswith(f"{Compute().described}, in float32, up to ")
+    assert first.endswith(" GiB of memory")
     assert document(*calibrate(work, tmp_path / "t", "--dtype", "bf16"))["runs"][0]["dtype"] == "bfloat16"  # type: ignore[index]
 
 

@@ -277,7 +277,7 @@ def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
     pipeline.calibrate_to(MODEL, text, compute, path, tiers=["routed"])
     data = text.read(checkpoint)
     assert pipeline.earlier_statistics(path, checkpoint, data, compute, ["routed"]) is not None
-    assert pipeline.earlier_statistics(path, checkpoint, data, replace(compute, dtype=None), ["routed"]) is None
+    assert pipeline.earlier_statistics(path, checkpoint, data, replace(compute, dtype="bfloat16"), ["routed"]) is None
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moekern.calibration.calibrate import calibrate
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import SEGMENTS, Batch, TokenData
 from moekern.demo import MODEL
 from moekern.errors import InputError
 from moekern.evaluation.losses import evaluate
@@ -47,3 +49,15 @@ def test_every_stage_looks_at_a_callers_batches(batch: Any) -> None:
     ):
         with pytest.raises(wanted[0], match=wanted[1]):
             stage()
+
+
+@given(st.lists(st.integers(1, 3 * SEGMENTS), min_size=1, max_size=3))
+def test_each_domain_is_cut_into_segments_of_about_one_size(counts: list[int]) -> None:
+    rows = tuple(Batch(str(d), torch.zeros(2 * n, 4, dtype=torch.int64)) for d, n in enumerate(counts))
+    data = TokenData(rows, {}, chunk=2).by_chunk()
+    for d, n in enumerate(counts):
+        found = [s for batch, s in zip(data.batches, data.segments, strict=True) if batch.domain == str(d)]
+        sizes = [found.count(s) for s in range(min(SEGMENTS, n))]
+        assert found == sorted(found)
+        assert sum(sizes) == len(found) == n
+        assert max(sizes) - min(sizes) <= 1

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from moekern.model.suspended import Pass
+from moekern.model.walk import Pass
 
 
 class Given(Pass[Any]):

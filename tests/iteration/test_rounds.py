@@ -175,7 +175,7 @@ def test_every_round_says_where_it_comes_from_as_other_plans_do(
         found = dict(plan.provenance)
         assert len(found.pop("earlier_rounds")) == done
         assert (found.pop("rounds"), found.pop("reestimate")) == (3, data is not None)
-        assert (found.pop("data"), found.pop("dtype")) == (data and data.recipe, None)
+        assert (found.pop("data"), found.pop("dtype")) == (data and data.recipe, data and "float32")
         assert (found.pop("backend") is None) == (data is None)
         assert found.pop("config") == open_checkpoint(source).config_sha256
         assert found == {**other.provenance, "kept": (6, 4, 2)[done]}

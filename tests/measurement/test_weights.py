@@ -27,6 +27,7 @@ from tests.helpers import families
 from tests.helpers.in_flight import Half
 from tests.helpers.quantised import fp8, mxfp4, rewrite
 from tests.helpers.quantised_layouts import LAYOUTS, indexed, write_spread
+from tests.helpers.quantised_models import plain, twins
 
 MakeCheckpoint = Callable[[str], Path]
 WEIGHTS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "weights"]
@@ -200,6 +201,17 @@ def test_quantised_weights_count_as_what_they_stand_for(
     assert int(sums.weight_count[3]) == len(flat)
     torch.testing.assert_close(sums.weight_abs_sum[3], flat.abs().sum(), rtol=1e-5, atol=0)
     torch.testing.assert_close(sums.weight_square_sum[3], flat.square().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "compressed_int4_ordered", "fp8_rows"])
+def test_what_a_format_stands_for_is_what_runs(kind: str, tmp_path: Path) -> None:
+    """The numbers of the plain twin that the model computes with; DeepSeek V4's FP4 are two codes in an int8."""
+    stored, dense = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, kind)
+    got, want = weigh(stored, costly=False).layer("1"), weigh(dense, costly=False).layer("1")
+    assert torch.equal(got.weight_count, want.weight_count)
+    # numbers of the twin are rounded to bfloat16
+    torch.testing.assert_close(got.weight_abs_sum, want.weight_abs_sum, rtol=1e-3, atol=0)
+    torch.testing.assert_close(got.weight_square_sum, want.weight_square_sum, rtol=1e-3, atol=0)
 
 
 REFUSED = {"odd": "not a weight layout that moekern reads", "f4": "which torch cannot hold"}

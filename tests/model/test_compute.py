@@ -13,7 +13,7 @@ def test_a_type_is_the_same_by_name_and_as_torchs() -> None:
     named, torchs = Compute(dtype="bfloat16"), Compute(dtype=torch.bfloat16)
     assert named.torch_dtype is torchs.torch_dtype is torch.bfloat16
     assert named.dtype_name == torchs.dtype_name == "bfloat16"
-    assert (Compute().torch_dtype, Compute().dtype_name) == (None, None)
+    assert (Compute().dtype, Compute().torch_dtype, Compute().dtype_name) == ("auto", None, None)
 
 
 @pytest.mark.parametrize("name", ["float31", "nn"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import InputError
+from moekern.model import layerwise as layerwise_module
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.model.suspended import run_suspended
+from moekern.model.states import State, States
+from moekern.model.stepwise import Stepwise, Tangled
+from moekern.model.suspended import Suspended
+from moekern.model.walk import Pass, Way, walk
 from tests.helpers import families
 from tests.helpers.passes import Given
 
 MakeCheckpoint = Callable[[str], Path]
+
+
+TANGLED = ("inkling2", "inkling2_text", "mistral_large4")  # layers find in shared places what others have left
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
@@ -36,13 +44,16 @@ def test_streamed_logits_and_hidden_states_are_the_whole_models(
         _, layers = layerwise.loader.decoder_layers()
         streamed_states: dict[tuple[int, int], torch.Tensor] = {}
         logits: dict[int, torch.Tensor] = {}
-        running: list[int] = []
+        running: list[tuple[int, int | None]] = []
 
         def forward(task: int) -> None:
             logits[task] = layerwise.model(input_ids=batches[task], use_cache=False).logits
 
         handles = [layer.register_forward_hook(_keep(streamed_states, i, running)) for i, layer in enumerate(layers)]
-        layerwise.run(range(3), Given(forward, lambda task, layer: _Now(running, task)))
+        layerwise_module._TANGLED.clear()
+        told = pytest.warns(UserWarning, match="more of the layers before it") if name in TANGLED else nullcontext()
+        with told:
+            layerwise.run(range(3), Given(forward, lambda task, layer: _Now(running, (task, layer))))
         for handle in handles:
             handle.remove()
         path = layerwise.layers_name
@@ -50,7 +61,7 @@ def test_streamed_logits_and_hidden_states_are_the_whole_models(
     layers = whole.get_submodule(path)
     handles = [layer.register_forward_hook(_keep(whole_states, i, running)) for i, layer in enumerate(layers)]
     for task, ids in enumerate(batches):
-        with torch.no_grad(), _Now(running, task):
+        with torch.no_grad(), _Now(running, (task, None)):
             assert torch.equal(logits[task], families.forward(whole, ids))
     for handle in handles:
         handle.remove()
@@ -60,9 +71,9 @@ def test_streamed_logits_and_hidden_states_are_the_whole_models(
 
 
 class _Now:
-    """Says which task is running."""
+    """Says which task is running, in which layer; None: in all."""
 
-    def __init__(self, running: list[int], task: int) -> None:
+    def __init__(self, running: list[tuple[int, int | None]], task: tuple[int, int | None]) -> None:
         self.running, self.task = running, task
 
     def __enter__(self) -> None:
@@ -72,10 +83,14 @@ class _Now:
         self.running.pop()
 
 
-def _keep(states: dict[tuple[int, int], torch.Tensor], layer: int, running: list[int]) -> Callable[..., None]:
+def _keep(
+    states: dict[tuple[int, int], torch.Tensor], layer: int, running: list[tuple[int, int | None]]
+) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        states[running[-1], layer] = hidden.detach().clone()
+        task, at = running[-1]
+        if at in (layer, None):
+            states[task, layer] = hidden.detach().clone()
 
     return hook
 
@@ -139,62 +154,62 @@ class _Stack(nn.Module):
         return x
 
 
-def test_all_tasks_pass_a_layer_between_its_load_and_its_unload() -> None:
-    stack, events = _Stack([0, 1, 2]), []
+WAYS: dict[str, Callable[[Any, Pass[Any]], Way[Any]]] = {
+    "stepwise": lambda layers, run: Stepwise(layers, run, States()),
+    "spilled": lambda layers, run: Stepwise(layers, run, States(0)),
+    "suspended": Suspended,
+}
+
+
+def _walk(
+    way: str,
+    stack: _Stack,
+    tasks: Any,
+    run: Pass[Any],
+    load: Callable[[int], None] = lambda i: None,
+    unload: Callable[[int], None] = lambda i: None,
+) -> None:
+    walk(stack.layers, tasks, run, WAYS[way](stack.layers, run), load=load, unload=unload)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_tasks_pass_a_layer_between_its_load_and_its_unload(way: str) -> None:
+    stack, events, now = _Stack([0, 1, 2]), list[str](), list[tuple[int, int | None]]()
     for i, layer in enumerate(stack.layers):
-        layer.register_forward_hook(lambda module, args, out, i=i: events.append(f"run {i}"))
-    run_suspended(
-        stack.layers,
-        "ab",
-        Given(lambda task: events.append(f"end {task}") if stack(torch.zeros(1)) is not None else None),
-        load=lambda i: events.append(f"load {i}"),
-        unload=lambda i: events.append(f"unload {i}"),
+        layer.register_forward_hook(
+            lambda module, args, out, i=i: events.append(f"run {i}") if now[-1][1] == i else None  # type: ignore[misc]
+        )
+    run = Given(
+        lambda task: events.append(f"end {task}") if stack(torch.zeros(1)) is not None else None,
+        lambda task, layer: _Now(now, (task, layer)),
     )
-    assert events == (
-        [
-            "load 0",
-            "run 0",
-            "run 0",
-            "unload 0",
-            "load 1",
-            "run 1",
-            "run 1",
-            "unload 1",
-            "load 2",
-            "run 2",
-            "end a",
-            "run 2",
-            "end b",
-            "unload 2",
-        ]
-    )
+    _walk(way, stack, "ab", run, lambda i: events.append(f"load {i}"), lambda i: events.append(f"unload {i}"))
+    once = lambda i: [f"load {i}", f"run {i}", f"run {i}", f"unload {i}"]  # noqa: E731
+    assert events == [*once(0), *once(1), "load 2", "run 2", "end a", "run 2", "end b", "unload 2"]
 
 
-def test_stopping_early_skips_the_rest_of_the_model() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_stopping_early_skips_the_rest_of_the_model(way: str) -> None:
     stack, seen = _Stack([0, 1, 2]), []
     for i, layer in enumerate(stack.layers):
         layer.register_forward_hook(lambda module, args, out, i=i: seen.append(i), prepend=True)
     ended: list[int] = []
-    run_suspended(
-        stack.layers,
-        [0],
-        Given(lambda task: ended.append(task) if stack(torch.zeros(1)) is not None else None, stop_after=1),
-        load=lambda i: None,
-        unload=lambda i: None,
-    )
-    assert seen == [0, 1]
+    run = Given(lambda task: ended.append(task) if stack(torch.zeros(1)) is not None else None, stop_after=1)
+    _walk(way, stack, [0], run)
+    assert max(seen) == seen[-1] == 1
     assert ended == []
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("order", [[0, 2, 1], [0, 1], [0, 0, 1, 2]])
-def test_layers_out_of_order_are_an_error(order: list[int]) -> None:
+def test_layers_out_of_order_are_an_error(order: list[int], way: str) -> None:
     stack = _Stack(order)
-    run = Given(lambda task: stack(torch.zeros(1)))
     with pytest.raises(RuntimeError, match="decoder layer"):
-        run_suspended(stack.layers, [0], run, load=lambda i: None, unload=lambda i: None)
+        _walk(way, stack, [0], Given(lambda task: stack(torch.zeros(1))))
 
 
-def test_an_error_in_one_task_ends_the_run_and_leaves_no_hooks() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_in_one_task_ends_the_run_and_leaves_nothing(way: str) -> None:
     stack = _Stack([0, 1, 2])
 
     def forward(task: int) -> None:
@@ -202,8 +217,83 @@ def test_an_error_in_one_task_ends_the_run_and_leaves_no_hooks() -> None:
         raise ValueError("after the last layer")
 
     with pytest.raises(ValueError, match="after the last layer"):
-        run_suspended(stack.layers, [0, 1], Given(forward), load=lambda i: None, unload=lambda i: None)
+        _walk(way, stack, [0, 1], Given(forward))
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in stack.layers)
+    assert not any("forward" in vars(layer) for layer in stack.layers)
+
+
+class _Shared(nn.Module):
+    """Layers that hand on more than hidden states, each in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers, self.how = nn.ModuleList(_Adds(i, how) for i in range(3)), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared: dict[str, torch.Tensor] = {}
+        first, integers = x, torch.zeros(1, dtype=torch.int64)
+        for layer in self.layers:
+            if self.how == "dictionary":
+                x = layer(x, shared)
+            elif self.how == "integers":
+                x, integers = layer(x, integers + 1)
+            elif self.how == "returned":
+                x, first = layer(x, first)
+            else:  # between layers
+                x = layer(x) + first
+                first = x
+        return x
+
+
+class _Adds(nn.Module):
+    def __init__(self, i: int, how: str) -> None:
+        super().__init__()
+        self.i, self.how = i, how
+
+    def forward(self, x: torch.Tensor, more: Any = None) -> Any:
+        if self.how == "dictionary":
+            y = x + more.get("x", 1)
+            more["x"] = y
+            return y
+        if self.how == "integers":
+            return x + more, more + self.i
+        return (x + more + self.i, x * 2) if self.how == "returned" else x * (self.i + 2)
+
+
+@pytest.mark.parametrize("how", ["dictionary", "integers", "between"])
+def test_layers_that_hand_on_more_are_noticed(how: str) -> None:
+    model = _Shared(how)
+    with pytest.raises(Tangled):
+        walk(
+            list(model.layers), [0], run := Given(lambda task: model(torch.ones(2))),
+            Stepwise(list(model.layers), run, States()), load=lambda i: None, unload=lambda i: None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_layers_return_to_one_another_goes_along(way: str) -> None:
+    model, found = _Shared("returned"), list[torch.Tensor]()
+    inputs = [torch.ones(2), torch.arange(3.0)]
+    run = Given(lambda task: found.append(model(inputs[task])))
+    _walk(way, model, [0, 1], run)  # type: ignore[arg-type]
+    for got, given in zip(found, inputs, strict=True):
+        assert torch.equal(got, model(given))
+
+
+@pytest.mark.parametrize("memory", [None, 0, 100])
+def test_states_come_back_as_they_were_put(memory: int | None, tmp_path: Path) -> None:
+    states, many = States(memory, tmp_path), torch.arange(60, dtype=torch.bfloat16).view(3, 20)
+    for number in range(3):
+        states.put(number, State(many[number : number + 1], {("mask", 1): torch.tensor([number])}))
+    for number in range(3):
+        for got in (states.copy(number), states.take(number)):
+            assert torch.equal(got.hidden, many[number : number + 1])
+            assert got.beside[("mask", 1)].tolist() == [number]
+        states.put(number, State(torch.full((1, 40), float(number)), {}))  # longer than its place
+    assert [float(states.take(number).hidden.sum()) for number in range(3)] == [0, 40, 80]
+    assert states.size == 0
+    states.clear()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_models_own_code_raises_is_the_configs_fault(

@@ -1,0 +1,148 @@
+"""What tasks hand on between two layers: in memory as far as it may be, else in a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path as Folder
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern.errors import InputError
+
+Path = tuple[Any, ...]  # of a tensor in nested arguments
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a decoder layer is given of the layers before it."""
+
+    hidden: Tensor
+    beside: Mapping[Path, Tensor]  # what else they have returned, by its place among the arguments
+
+    @property
+    def nbytes(self) -> int:
+        return self.hidden.nbytes + sum(value.nbytes for value in self.beside.values())
+
+    def moved(self, device: torch.device, *, copy: bool = False) -> State:
+        beside = {path: value.to(device, copy=copy) for path, value in self.beside.items()}
+        return State(self.hidden.to(device, copy=copy), beside)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in the file."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass
+class _Slot:
+    """Where a task's tensors lie in the file, hidden states first, and the room that they have there."""
+
+    room: range
+    places: list[tuple[Path | None, _Place]]
+
+
+class States:
+    """States by name (a task's number), on the CPU. Beyond `memory` bytes (None: no limit) they go to a file that has
+    no name, in `folder` (None: the system's folder for such), each to a place of its own."""
+
+    def __init__(self, memory: int | None = None, folder: Folder | None = None) -> None:
+        self.memory, self.folder = memory, folder
+        self.held: dict[Hashable, State] = {}
+        self.slots: dict[Hashable, _Slot] = {}
+        self.size = self.end = 0  # bytes in memory and in the file
+        self.file: int | None = None
+
+    def put(self, name: Hashable, state: State) -> None:
+        """Raises InputError where the file cannot take it."""
+        own = State(_own(state.hidden), {path: _own(value) for path, value in state.beside.items()})
+        if self.memory is None or self.size + own.nbytes <= self.memory:
+            self.held[name] = own
+            self.size += own.nbytes
+            return
+        slot = self.slots.get(name)
+        room = slot.room if slot is not None and len(slot.room) >= own.nbytes else self._more(own.nbytes)
+        start, places = room.start, []
+        for path, value in ((None, own.hidden), *own.beside.items()):
+            places.append((path, _Place(start, value.shape, value.dtype)))
+            self._write(start, value)
+            start += value.nbytes
+        self.slots[name] = _Slot(room, places)
+
+    def take(self, name: Hashable) -> State:
+        """What was put; in memory it is held here no longer."""
+        if name in self.held:
+            state = self.held.pop(name)
+            self.size -= state.nbytes
+            return state
+        return self._read(self.slots[name])
+
+    def copy(self, name: Hashable) -> State:
+        """A copy of what was put, which stays."""
+        return self.held[name].moved(CPU, copy=True) if name in self.held else self._read(self.slots[name])
+
+    def __enter__(self) -> States:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.held.clear()
+        self.slots.clear()
+        self.size = self.end = 0
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    def _more(self, nbytes: int) -> range:
+        self.end += nbytes
+        return range(self.end - nbytes, self.end)
+
+    def _write(self, start: int, value: Tensor) -> None:
+        data = _bytes_of(value)
+        try:
+            if self.file is None:
+                with tempfile.TemporaryFile(dir=self.folder) as file:
+                    self.file = os.dup(file.fileno())
+            while data:
+                written = os.pwrite(self.file, data, start)
+                data, start = data[written:], start + written
+        except OSError as error:
+            place = self.folder or tempfile.gettempdir()
+            raise InputError(f"{place}: no room for hidden states beyond --memory: {error.strerror}") from error
+
+    def _read(self, slot: _Slot) -> State:
+        (_, hidden), *beside = slot.places
+        return State(self._tensor(hidden), {path: self._tensor(place) for path, place in beside if path is not None})
+
+    def _tensor(self, place: _Place) -> Tensor:
+        assert self.file is not None
+        out = torch.empty(place.shape, dtype=place.dtype)
+        data, start = _bytes_of(out), place.start
+        while data:
+            got = os.preadv(self.file, [data], start)
+            if not got:
+                raise InputError("the file of hidden states ends early: something has cut it")
+            data, start = data[got:], start + got
+        return out
+
+
+def _own(value: Tensor) -> Tensor:
+    """The same numbers on the CPU, in memory of their own: a part of something larger must not keep it all."""
+    value = value.detach().to(CPU).contiguous()
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]
