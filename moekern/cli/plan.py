@@ -137,8 +137,9 @@ def plan(
     result(document, lambda: show_plans(plans, paths))
 
 
-def slower_with(plan: Plan, header: Mapping[str, Any], options: Planning) -> list[str]:
-    """What the targets do slower, or not at all, with a plan's counts; by config.json too, where it is known."""
+def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning) -> list[str]:
+    """What the targets do slower, or not at all, with a plan's counts: by the model of `options`, else by the header of
+    statistics."""
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.plan.served import served_as
@@ -147,10 +148,14 @@ def slower_with(plan: Plan, header: Mapping[str, Any], options: Planning) -> lis
     from moekern.statistics.header import router_of
 
     counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
-    served = Served(header["family"], header["score"], router_of(header))
-    if options.model is not None and options.targets:
+    if not options.targets:
+        return []
+    if options.model is not None:
         checkpoint = open_checkpoint(options.model) if isinstance(options.model, Path) else options.model
         served = served_as(find_layout(checkpoint), checkpoint.config)
+    else:
+        assert header is not None
+        served = Served(header["family"], header["score"], router_of(header))
     return slower(counts, served, options.targets)
 
 

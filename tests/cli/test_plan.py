@@ -221,6 +221,16 @@ def test_what_only_the_models_config_tells_is_told_where_it_is_known(source: str
     assert (done.returncode, "tp=3 does not divide the 4 attention heads" in done.stderr) == (2 * known, known)
 
 
+def test_iterate_is_held_to_targets_before_it_measures_and_tells_what_is_slower(work: Path, tmp_path: Path) -> None:
+    command = ("iterate", work / "model", "--data", f"a={work / 'a.npy'}", "--sequence-length", 30)
+    done = moekern(*command, "--keep", 6, "--target", "sglang:ep=4", "--out", tmp_path / "plan.json")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--keep 6: sglang:ep=4 would not run it: experts must be a multiple of ep=4" in done.stderr
+    done = moekern(*command, "--keep", 6, "--target", "vllm", "--out", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "vllm: its fused top-k kernel is made for" in done.stderr
+
+
 def test_targets_go_by_the_models_own_config(work: Path, tmp_path: Path) -> None:
     """Class names and weight formats are in no statistics: --model tells them."""
     model = tmp_path / "model"
