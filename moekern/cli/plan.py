@@ -199,13 +199,15 @@ def check_options(model: Path | Checkpoint, options: Planning) -> None:
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.plan.served import served_as
-    from moekern.plan.several import check_planning
+    from moekern.plan.several import check_planning, fitted_count
     from moekern.plan.targets import check_counts
     from moekern.router import kept_count
 
     check_planning(options)
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = find_layout(checkpoint)
+    if options.fit is not None:
+        fitted_count(checkpoint, layout, options, options.fit)
     served = served_as(layout, checkpoint.config)
     plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
     for keep in options.keeps if plain else ():

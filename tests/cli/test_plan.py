@@ -143,7 +143,7 @@ def test_check_says_where_a_checkpoint_runs(work: Path) -> None:
     [
         (("--keep", 99), "more than the 8 experts there are"),
         (("--keep", 4, "--target", "sglang:ep=3"), "experts must be a multiple of ep=3"),
-        (("--fit", "1GiB"), "add --model MODEL"),
+        (("--fit", "1KiB"), "--fit 1.0 KiB: nothing fits"),
         ((), "--keep, --fit: give one of the two"),
     ],
 )
