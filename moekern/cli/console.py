@@ -224,7 +224,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         heading = "\n".join(textwrap.wrap(name, width)) if kind == "number" else name
         table.add_column(Text(heading), justify="right" if kind == "number" else "left", width=width, overflow="fold")
     for row in cells:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths, strict=True)))
     console.width = max(console.width, sum(widths) + gaps, len(title))
     console.print(title, markup=False, style="bold")
     console.print(table)
@@ -243,6 +243,16 @@ def _narrowed(columns: Sequence[str], cells: list[list[str]], full: list[int], r
         widths[n] = min(full[n], max(LEAST_WIDTH, room // (len(others) - place)))
         room -= widths[n]
     return widths
+
+
+def _folded(cell: str, width: int) -> str:
+    """A path that is too long for its column, a line of it ending with a folder where one can."""
+    lines = []
+    while len(cell) > width and " " not in cell:
+        cut = cell.rfind("/", 0, width) + 1 or width
+        lines.append(cell[:cut])
+        cell = cell[cut:]
+    return "\n".join([*lines, cell])
 
 
 def _kind(column: int, cells: Sequence[str]) -> str:

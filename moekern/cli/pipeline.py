@@ -18,7 +18,7 @@ from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate, recipe
 from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.criteria import criterion_named
+from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
@@ -259,7 +259,11 @@ def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
     """
     for text in criteria:
         if criterion_named(text).family != "weight" and source.is_dir():
-            raise InputError(f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file")
+            alone = ", ".join(name for name, row in CRITERIA.items() if row.family == "weight")
+            raise InputError(
+                f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file; "
+                f"these need none: {alone}"
+            )
     if not source.is_dir():
         return Statistics.load(source)
     costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)

@@ -66,7 +66,6 @@ from moekern.router import parse_keep
 
 if TYPE_CHECKING:
     from moekern.cli.whole_run import Run
-    from moekern.plan.several import Planning
 
 
 def run(
@@ -154,7 +153,7 @@ def run(
         trust_remote_code=trust_remote_code,
     )
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
-    _say_remarks(done, asked.planning)
+    _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))
     if not done.good:
         raise typer.Exit(1)
@@ -170,9 +169,9 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
-def _say_remarks(done: Run, planning: Planning) -> None:
+def _say_remarks(done: Run) -> None:
     """What has to be known of the text and the plans, for programs too."""
-    from moekern.cli.plan import fit_line, slower_with
+    from moekern.cli.plan import fit_line
     from moekern.plan.agreement import doubt
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
@@ -183,8 +182,7 @@ def _say_remarks(done: Run, planning: Planning) -> None:
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        told = (*remarks(plan), *filter(None, [doubt(statistics, plan)]))
-        for line in (*told, *slower_with(plan, statistics.header, planning)):
+        for line in (*remarks(plan), *filter(None, [doubt(statistics, plan)])):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 

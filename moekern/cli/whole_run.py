@@ -13,7 +13,7 @@ from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
-from moekern.cli.plan import check_options
+from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
 from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
@@ -36,8 +36,8 @@ from moekern.files import (
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
-from moekern.plan.served import check_folder
-from moekern.plan.serving import serve_commands
+from moekern.plan.served import check_folder, served_as
+from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
@@ -138,9 +138,16 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    _check_room(checkpoint, layout, keeps, targets, made)
     stable = _stable(checkpoint, layout, asked)
-    _check_room(checkpoint, layout, planning, targets, made)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    if planning.budget.kind == "uniform":  # else counts are known with the plans
+        for target, keep in zip(targets, keeps, strict=True):
+            counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
+            _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data = data if stable is None else stable.asked(data)
@@ -158,6 +165,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
             statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable)
         plans = list(make_plans(statistics, planning).values())
+        for plan, target in zip(plans, targets, strict=True):
+            if planning.budget.kind != "uniform":
+                _say_of(target, slower_with(plan, statistics.header, planning), len(targets) > 1)
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
                 plan.save(path)
@@ -210,13 +220,16 @@ def _plan_path(out: Path, target: Path) -> Path:
     return work_path(out) / f"plan{target.name.removeprefix(out.name)}.json"
 
 
+def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
+    """What is to be said of a plan, with the folder that it is for where there are several."""
+    for line in lines:
+        console.say(f"{target}: {line}" if several else line)
+
+
 def _check_room(
-    checkpoint: Checkpoint, layout: Layout, planning: Planning, targets: Sequence[Path], made: Sequence[bool]
+    checkpoint: Checkpoint, layout: Layout, keeps: Sequence[float | int], targets: Sequence[Path], made: Sequence[bool]
 ) -> None:
     """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
-    keeps = planning.keeps
-    if planning.fit is not None:
-        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
     missing = [(target, keep) for target, keep, done in zip(targets, keeps, made, strict=True) if not done]
     room, found = 0, overview(checkpoint)
     for target, keep in missing:

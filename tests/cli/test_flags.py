@@ -147,6 +147,7 @@ iterate
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
+  --target* = None
   --preset = None
   --tokens = 1M
   --sequence-length = 2048
