@@ -18,7 +18,8 @@ from torch.nn import functional as F
 import moekern._C as _C
 from moekern import kernels
 from moekern.checkpoint.folder import Checkpoint
-from moekern.errors import InputError
+from moekern.data.batches import CHUNK_TOKENS
+from moekern.errors import InputError, memory_for
 from moekern.files import reason, told
 from moekern.model.reader import PAGE, THREADS
 from moekern.model.transformers_api import grouped_linear
@@ -87,7 +88,8 @@ def probe(checkpoint: Checkpoint, shapes: Shapes, out: Path) -> Rates:
     A temporary file without a name is written in the folder `out`. Raises InputError where that cannot be.
     """
     on_gpu = shapes.device.type != "cpu"
-    with torch.no_grad():
+    what, remedy = "measuring this machine at the model's shapes", "shorter sequences take less (--sequence-length)"
+    with torch.no_grad(), memory_for(what, remedy):
         return Rates(
             read=read_rate(checkpoint),
             write=Rate(write_rate(out), "B/s"),
@@ -96,7 +98,7 @@ def probe(checkpoint: Checkpoint, shapes: Shapes, out: Path) -> Rates:
             experts=Rate(experts_rate(shapes), "FLOP/s"),
             dense=Rate(dense_rate(shapes), "FLOP/s"),
             attention=Rate(1 / attention_seconds(shapes), "sequences/s"),
-            measuring=Rate(shapes.tokens / measuring_seconds(shapes), "tokens/s"),
+            measuring=Rate(measuring_rate(shapes), "tokens/s"),
         )
 
 
@@ -199,7 +201,7 @@ def experts_rate(shapes: Shapes) -> float:
 
 def dense_rate(shapes: Shapes) -> float:
     """Operations a second of T tokens through a matrix of up to H x H."""
-    T, H = shapes.tokens, shapes.hidden
+    T, H = min(shapes.tokens, CHUNK_TOKENS), shapes.hidden
     wide = max(16, min(H, int(shapes.most[1] / (2 * T * H))))
     weight, x = _numbers(shapes, wide, H), _numbers(shapes, T, H)
     return 2 * T * H * wide / seconds(lambda: F.linear(x, weight), shapes.device)
@@ -214,9 +216,9 @@ def attention_seconds(shapes: Shapes) -> float:
     return found * (shapes.sequence / length) ** 2
 
 
-def measuring_seconds(shapes: Shapes) -> float:
-    """Of the ops that take the routed tier's sums of T tokens."""
-    T, E, K = shapes.tokens, shapes.experts, shapes.top_k
+def measuring_rate(shapes: Shapes) -> float:
+    """Tokens a second of the ops that take the routed tier's sums."""
+    T, E, K = min(shapes.tokens, CHUNK_TOKENS), shapes.experts, shapes.top_k
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(shapes.device)
     gates, ids = logits.softmax(1).topk(K, dim=1)
     order, offsets = kernels.sort_by_expert(ids, E)
@@ -228,4 +230,4 @@ def measuring_seconds(shapes: Shapes) -> float:
         kernels.router_stats(logits, ids, gates, None, router)
         kernels.combine_and_measure(y, gates, ids, order, offsets, None, sums)
 
-    return seconds(run, shapes.device)
+    return T / seconds(run, shapes.device)
