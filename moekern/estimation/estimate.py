@@ -6,13 +6,14 @@ and attention itself; its bytes are read once a pass, while the layer before it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from moekern.architectures import Layout
-from moekern.architectures.config_keys import first
-from moekern.checkpoint.folder import Checkpoint
+from moekern.architectures.config_keys import SIZE_CAP, check_sizes, first
+from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import CHUNK_TOKENS
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
@@ -129,8 +130,10 @@ class Counted:
 def counted(checkpoint: Checkpoint, layout: Layout, compute: Compute, asked: Asked) -> Counted:
     """What the stages are made of. `compute` has its type settled.
 
-    Raises InputError where neither headers nor config tell the width of the hidden states.
+    Sizes that the probe computes with are those of tensors, or are held against them. Raises InputError for a size in
+    config.json that no model has.
     """
+    check_sizes(checkpoint.config, str(checkpoint.folder / CONFIG))
     sizes, dtype = sizes_of(checkpoint, layout), compute.torch_dtype
     assert dtype is not None
     by_place = {int(layer.prefix.rpartition(".")[2]): layer for layer in layout.layers.values()}
@@ -144,14 +147,17 @@ def counted(checkpoint: Checkpoint, layout: Layout, compute: Compute, asked: Ask
     def number(*names: str) -> int | None:
         return first(checkpoint.config, names, layout.family.holder)
 
-    hidden = number("hidden_size", "d_model", "n_embd")
-    if not hidden:
-        raise InputError(f"{checkpoint.folder}: config.json does not say how wide hidden states are (hidden_size)")
-    heads = number("num_attention_heads", "n_heads", "n_head") or 1
+    routers = [tensor for layer in layout.layers.values() for tensor in layer.of_role("router")]
+    hidden = number("hidden_size", "d_model", "n_embd") or 0
+    if not any(hidden in entry.shape for entry in checkpoint.tensors.values()):
+        hidden = max(math.prod(checkpoint.tensors[tensor.name].shape[1:]) for tensor in routers)
+    if not 1 <= hidden <= SIZE_CAP:
+        raise InputError(f"{checkpoint.folder}: {routers[0].name}: {hidden} is no width of hidden states")
+    heads = min(number("num_attention_heads", "n_heads", "n_head") or 1, hidden)
     routed = max(layers, key=lambda layer: layer.routed)
     inner = max(1, routed.routed // max(1, routed.experts) // (3 * hidden))
     latent = (number("qk_nope_head_dim") or 0) + (number("qk_rope_head_dim") or 0)
-    head_size = number("head_dim", "attention_head_dim") or latent or hidden // heads
+    head_size = min(number("head_dim", "attention_head_dim") or latent or hidden // heads, 16 * hidden // heads)
     chunk = max(1, CHUNK_TOKENS // asked.sequence) * asked.sequence
     shapes = Shapes(
         min(chunk, asked.tokens), min(asked.sequence, asked.tokens), hidden, inner, routed.experts,

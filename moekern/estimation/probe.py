@@ -63,6 +63,11 @@ class Shapes:
         return CPU if self.device.type == "cpu" else GPU
 
     @property
+    def timed(self) -> int:
+        """Tokens, so many that their routed rows are no more than the numbers of an experts block."""
+        return max(1, min(self.tokens, CHUNK_TOKENS, 4 * self.most[0] // (self.top_k * self.hidden)))
+
+    @property
     def rows(self) -> int:
         """Of one expert where all are chosen alike; as the measured experts fill them up."""
         return max(16, -(-self.tokens * self.top_k // self.experts // 8) * 8)
@@ -183,8 +188,8 @@ def _numbers(shapes: Shapes, *size: int) -> Tensor:
 
 def experts_rate(shapes: Shapes) -> float:
     """Operations a second of an experts block as it is called: as many experts as fit, each with its share of rows."""
-    H, inner = shapes.hidden, shapes.inner
     weights, operations = shapes.most
+    H, inner = shapes.hidden, max(1, min(shapes.inner, 4 * weights // (3 * shapes.hidden)))
     rows = max(1, min(shapes.rows, int(operations / (6 * H * inner))))
     count = max(1, min(shapes.experts, weights // (3 * H * inner), int(operations / (6 * rows * H * inner))))
     up, down = _numbers(shapes, count, 2 * inner, H), _numbers(shapes, count, H, inner)
@@ -201,7 +206,7 @@ def experts_rate(shapes: Shapes) -> float:
 
 def dense_rate(shapes: Shapes) -> float:
     """Operations a second of T tokens through a matrix of up to H x H."""
-    T, H = min(shapes.tokens, CHUNK_TOKENS), shapes.hidden
+    T, H = shapes.timed, shapes.hidden
     wide = max(16, min(H, int(shapes.most[1] / (2 * T * H))))
     weight, x = _numbers(shapes, wide, H), _numbers(shapes, T, H)
     return 2 * T * H * wide / seconds(lambda: F.linear(x, weight), shapes.device)
@@ -218,7 +223,7 @@ def attention_seconds(shapes: Shapes) -> float:
 
 def measuring_rate(shapes: Shapes) -> float:
     """Tokens a second of the ops that take the routed tier's sums."""
-    T, E, K = min(shapes.tokens, CHUNK_TOKENS), shapes.experts, shapes.top_k
+    T, E, K = shapes.timed, shapes.experts, shapes.top_k
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(shapes.device)
     gates, ids = logits.softmax(1).topk(K, dim=1)
     order, offsets = kernels.sort_by_expert(ids, E)

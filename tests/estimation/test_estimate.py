@@ -178,11 +178,26 @@ def test_what_cannot_be_asked(asked: dict[str, int], message: str) -> None:
         Asked(**asked)
 
 
-def test_a_width_that_config_does_not_say_is_asked_for(family_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "width"),
+    [("hidden_size", 1 << 20, None), ("head_dim", 1 << 20, 16), ("num_attention_heads", 1 << 20, 16)],
+)
+def test_the_probe_computes_with_nothing_that_config_alone_says(
+    key: str, value: int, width: int | None, family_checkpoint: MakeCheckpoint
+) -> None:
+    checkpoint = open_checkpoint(family_checkpoint("qwen3_moe"))
+    layout, asked = find_layout(checkpoint), Asked(tokens=512)
+    true = counted(checkpoint, layout, FLOAT32, asked).shapes
+    told = counted(replace(checkpoint, config={**checkpoint.config, key: value}), layout, FLOAT32, asked).shapes
+    assert told.hidden == true.hidden
+    assert told.heads * told.head_size <= (width or 1) * max(true.hidden, true.heads * true.head_size)
+
+
+def test_a_size_that_no_model_has_is_refused(family_checkpoint: MakeCheckpoint) -> None:
     checkpoint = open_checkpoint(family_checkpoint("qwen3_moe"))
     layout = find_layout(checkpoint)
-    config = {key: value for key, value in checkpoint.config.items() if key != "hidden_size"}
-    with pytest.raises(InputError, match=r"config.json does not say how wide hidden states are \(hidden_size\)"):
+    config = {**checkpoint.config, "vocab_size": 1 << 40}
+    with pytest.raises(InputError, match="config.json: vocab_size is .*, and no model has more"):
         counted(replace(checkpoint, config=config), layout, FLOAT32, Asked(tokens=1))
 
 

@@ -42,6 +42,12 @@ def test_rows_of_an_expert_are_filled_up_as_they_are_when_measured() -> None:
     assert [replace(SHAPES, tokens=tokens).rows for tokens in (8, 64, 80, 81)] == [16, 16, 24, 24]
 
 
+def test_wide_layers_are_timed_with_fewer_tokens() -> None:
+    wide = replace(SHAPES, tokens=1 << 20, hidden=1 << 20, top_k=8)
+    assert wide.timed * 8 << 20 <= 1 << 28
+    assert replace(SHAPES, tokens=1 << 20).timed == 2048
+
+
 def test_a_hole_says_nothing_of_a_disk(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(family_checkpoint("qwen3_moe"))
     assert read_rate(checkpoint).known == "measured"
