@@ -25,6 +25,21 @@ inspect
   --keep = 0.5
   --revision = None
   --json = False
+estimate
+  MODEL required
+  --tokens = 1M
+  --sequence-length = 2048
+  --domains = 1
+  --tier* = None
+  --keep = 0.5
+  --plans = 1
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --out = .
+  --revision = None
+  --json = False
 run
   MODEL required
   --out required
