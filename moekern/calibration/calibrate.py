@@ -17,13 +17,14 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.measurement.gradients import measure_gradients
+from moekern.measurement.gradients import STAGES, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
 from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
+from moekern.model.journal import Journal, Resume, opened, removed, text_key, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
 from moekern.statistics.file import Statistics
@@ -33,6 +34,7 @@ from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
+PASSES = ("first pass", "outliers", *STAGES)  # in this order
 
 
 def calibrate(
@@ -43,6 +45,7 @@ def calibrate(
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     out: str | Path | None = None,
+    resume: Resume | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
@@ -53,6 +56,8 @@ def calibrate(
     `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`. What
     does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
     passes, and of the one at work the share of the text that has gone through it.
+
+    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's.
@@ -78,8 +83,13 @@ def calibrate(
         job.run(held)
         return statistics_of(header, held, list(layout.layers))
     files.check_new(Path(out))
-    with file_store(out, header, experts, wanted) as store:
-        job.run(store)
+    with (
+        file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
+        opened(resume, job.key(header), PASSES) as journal,
+    ):
+        job.run(store, journal)
+    if resume is not None:
+        removed(resume.folder)
     return Statistics.load(out)
 
 
@@ -95,15 +105,38 @@ class Job:
     replay_tokens: int
     progress: Progress
 
-    def run(self, store: Store) -> None:
-        """Measure every tier into `store`."""
+    def run(self, store: Store, journal: Journal | None = None) -> None:
+        """Measure every tier into `store`, or what a stopped run has left to do."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
             step = self._steps(layerwise)
-            _FirstPass(self, layerwise, store, step).run()
-            if "outliers" in self.tiers:
-                _SecondPass(self, layerwise, store, step).run()
+            if journal is not None and journal.found is not None:
+                with undamaged(journal.folder):
+                    store.take_up(journal.found.kept["store"])
+                    step.done = int(journal.found.kept["steps"])
+            first, second = (None if journal is None else journal.stage(name) for name in PASSES[:2])
+            if first is None or not first.passed:
+                _FirstPass(self, layerwise, store, step).run(first)
+            if "outliers" in self.tiers and (second is None or not second.passed):
+                _SecondPass(self, layerwise, store, step).run(second)
             if "gradient" in self.tiers:
-                measure_gradients(layerwise, self.data, store.add, step=step)
+                kept = lambda: {"steps": step.done, "store": store.kept()}  # noqa: E731
+                measure_gradients(layerwise, self.data, store.add, step=step, journal=journal, kept=kept)
+
+    def key(self, header: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides the bits of what is measured, in words for people."""
+        sample = {"--replay-tokens": self.replay_tokens} if "replay" in self.tiers else {}
+        (run,) = header["runs"]
+        return {
+            "model": header["fingerprint"],
+            "config.json": self.checkpoint.config_sha256,
+            "text": {**text_key(self.data.by_chunk()), "recipe": run["data"]},
+            "--tier": " ".join(self.tiers),
+            **sample,
+            "--dtype": run["dtype"],
+            "--device": self.compute.place.type,
+            "kernels": run["backend"],
+            "versions": run["versions"],
+        }
 
     def recorder(self, layerwise: LayerwiseModel) -> Recorder:
         """For the first pass."""
@@ -151,6 +184,9 @@ class _FirstPass(MeasuringPass):
                 self.replay.finish(self.keys[layer], domain, sums)
         super().done(layer)
 
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "store": self.store.kept()}
+
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
         if "weights" in self.job.tiers:
@@ -169,6 +205,9 @@ class _SecondPass(MeasuringPass):
         again = OutlierRecorder(job.layout.family.score, ("outliers",), job.compute.backend)
         super().__init__(layerwise, job.data, again, step)
         self.store = store
+
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "store": self.store.kept()}
 
     def loaded(self, layer: int) -> None:
         if layer in self.keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -40,7 +42,7 @@ from moekern.cli.options import (
     say_unused,
     text_of,
 )
-from moekern.files import check_new, standing
+from moekern.files import check_new, is_folder, standing, state_path
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -74,11 +76,16 @@ def calibrate(
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
     ] = 512,
     backend: BackendOption = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
+    if os.path.lexists(out) and is_folder(state_path(out)):  # as of a run that was killed at its very end
+        from moekern.model.journal import clean_up
+
+        clean_up(out)
     check_new(out)  # before anything is downloaded, or torch is imported
 
     from moekern.cli import pipeline
@@ -96,7 +103,7 @@ def calibrate(
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens,
+        replay_tokens=replay_tokens, restart=restart,
     )  # fmt: skip
     result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
 

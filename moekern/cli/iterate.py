@@ -23,6 +23,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -77,6 +78,7 @@ def iterate(
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
     backend: BackendOption = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -103,7 +105,7 @@ def iterate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
+    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out, restart=restart)
     for line in remarks(made):
         say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

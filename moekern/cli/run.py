@@ -36,6 +36,7 @@ from moekern.cli.options import (
     Preset,
     ProtectSuper,
     Reserve,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -113,6 +114,7 @@ def run(
         bool,
         typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
     ] = True,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -135,8 +137,9 @@ def run(
         fit=fit_of(fit, bits, context, sequences, reserve),
     )  # fmt: skip
     asked = whole_run.Asked(
-        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality
-    )
+        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
+        restart=restart,
+    )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,

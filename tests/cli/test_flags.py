@@ -60,6 +60,7 @@ run
   --copy = auto
   --forward/--no-forward = True
   --quality/--no-quality = True
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -86,6 +87,7 @@ calibrate
   --criterion* = None
   --replay-tokens = 512
   --backend = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -158,6 +160,7 @@ iterate
   --gpu-memory = None
   --spill = None
   --backend = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -183,6 +186,7 @@ evaluate
   --memory = None
   --gpu-memory = None
   --spill = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
