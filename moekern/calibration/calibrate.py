@@ -34,7 +34,7 @@ from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
-PASSES = ("first pass", "outliers", *STAGES)  # in this order
+FIRST, SECOND = "first pass", "second pass"
 
 
 def calibrate(
@@ -85,7 +85,7 @@ def calibrate(
     files.check_new(Path(out))
     with (
         file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
-        opened(resume, job.key(header), PASSES) as journal,
+        opened(resume, job.key(header), job.passes) as journal,
     ):
         job.run(store, journal)
     if resume is not None:
@@ -113,14 +113,19 @@ class Job:
                 with undamaged(journal.folder):
                     store.take_up(journal.found.kept["store"])
                     step.done = int(journal.found.kept["steps"])
-            first, second = (None if journal is None else journal.stage(name) for name in PASSES[:2])
-            if first is None or not first.passed:
-                _FirstPass(self, layerwise, store, step).run(first)
-            if "outliers" in self.tiers and (second is None or not second.passed):
-                _SecondPass(self, layerwise, store, step).run(second)
+            for name, kind in ((FIRST, _FirstPass), (SECOND, _SecondPass)):
+                stage = None if journal is None else journal.stage(name)
+                if name in self.passes and (stage is None or not stage.passed):
+                    kind(self, layerwise, store, step).run(stage)
             if "gradient" in self.tiers:
                 kept = lambda: {"steps": step.done, "store": store.kept()}  # noqa: E731
                 measure_gradients(layerwise, self.data, store.add, step=step, journal=journal, kept=kept)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Names of what is run through the layers, in this order."""
+        again = (SECOND,) if "outliers" in self.tiers else ()
+        return (FIRST, *again, *(STAGES if "gradient" in self.tiers else ()))
 
     def key(self, header: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides the bits of what is measured, in words for people."""

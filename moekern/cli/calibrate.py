@@ -82,7 +82,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
-    if os.path.lexists(out) and is_folder(state_path(out)):  # as of a run that was killed at its very end
+    if out.name and os.path.lexists(out) and is_folder(state_path(out)):  # as of a run that was killed at its very end
         from moekern.model.journal import clean_up
 
         clean_up(out)

@@ -13,8 +13,17 @@ from typing import Any
 
 from tests.helpers.commands import Done, moekern
 
-WRITERS = ("journal.py", "state_files.py", "files.py", "store.py", "disk.py")  # modules that write down how far a run is
-_PRELOADED = ["tests.helpers.killed", "moekern.cli.pipeline", "moekern.cli.whole_run", "moekern.model"]
+WRITERS = (
+    "journal.py",
+    "state_files.py",
+    "files.py",
+    "store.py",
+    "disk.py",
+)  # modules that write down how far a run is
+_PRELOADED = [
+    "tests.helpers.killed", "moekern.cli.pipeline", "moekern.cli.whole_run", "moekern.checkpoint.remote",
+    "moekern.kernels.native", "torch._dynamo", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+]  # fmt: skip
 
 
 def command(arguments: tuple[object, ...], told: Path, kill_at: int | None = None, every: bool = True) -> Done | None:
