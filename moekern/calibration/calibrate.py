@@ -17,13 +17,14 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.measurement.gradients import measure_gradients
+from moekern.measurement.gradients import STAGES, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
 from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
+from moekern.model.journal import Journal, Resume, opened, removed, text_key, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
 from moekern.statistics.file import Statistics
@@ -35,6 +36,7 @@ from moekern.version import versions
 REPLAY_TOKENS = 512
 Finished = Callable[[str, Sums], object]  # a layer's key and sums
 Told = Callable[[Statistics], object]  # of one layer
+FIRST, SECOND = "first pass", "second pass"
 
 
 def calibrate(
@@ -45,6 +47,7 @@ def calibrate(
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     out: str | Path | None = None,
+    resume: Resume | None = None,
     progress: Progress = lambda done, total: None,
     told: Told = lambda layer: None,
 ) -> Statistics:
@@ -57,6 +60,8 @@ def calibrate(
     does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
     passes, and of the one at work the share of the text that has gone through it. `told` is given what the first pass
     measured of a layer, as soon as it is done.
+
+    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's.
@@ -83,8 +88,13 @@ def calibrate(
         job.run(held)
         return statistics_of(header, held, list(layout.layers))
     files.check_new(Path(out))
-    with file_store(out, header, experts, wanted) as store:
-        job.run(store)
+    with (
+        file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
+        opened(resume, job.key(header), job.passes) as journal,
+    ):
+        job.run(store, journal)
+    if resume is not None:
+        removed(resume.folder)
     return Statistics.load(out)
 
 
@@ -101,17 +111,45 @@ class Job:
     progress: Progress
     told: Finished
 
-    def run(self, store: Store) -> None:
-        """Measure every tier into `store`."""
+    def run(self, store: Store, journal: Journal | None = None) -> None:
+        """Measure every tier into `store`, or what a stopped run has left to do."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
             if "gradient" in self.tiers:
                 layerwise.check_whole("--tier gradient")
             step = self._steps(layerwise)
-            _FirstPass(self, layerwise, store, step).run()
-            if "outliers" in self.tiers:
-                _SecondPass(self, layerwise, store, step).run()
+            if journal is not None and journal.found is not None:
+                with undamaged(journal.folder):
+                    store.take_up(journal.found.kept["store"])
+                    step.done = int(journal.found.kept["steps"])
+            for name, kind in ((FIRST, _FirstPass), (SECOND, _SecondPass)):
+                stage = None if journal is None else journal.stage(name)
+                if name in self.passes and (stage is None or not stage.passed):
+                    kind(self, layerwise, store, step).run(stage)
             if "gradient" in self.tiers:
-                measure_gradients(layerwise, self.data, store.add, step=step)
+                kept = lambda: {"steps": step.done, "store": store.kept()}  # noqa: E731
+                measure_gradients(layerwise, self.data, store.add, step=step, journal=journal, kept=kept)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Names of what is run through the layers, in this order."""
+        again = (SECOND,) if "outliers" in self.tiers else ()
+        return (FIRST, *again, *(STAGES if "gradient" in self.tiers else ()))
+
+    def key(self, header: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides the bits of what is measured, in words for people."""
+        sample = {"--replay-tokens": self.replay_tokens} if "replay" in self.tiers else {}
+        (run,) = header["runs"]
+        return {
+            "model": header["fingerprint"],
+            "config.json": self.checkpoint.config_sha256,
+            "text": {**text_key(self.data.by_chunk()), "recipe": run["data"]},
+            "--tier": " ".join(self.tiers),
+            **sample,
+            "--dtype": run["dtype"],
+            "--device": self.compute.place.type,
+            "kernels": run["backend"],
+            "versions": run["versions"],
+        }
 
     def recorder(self, layerwise: LayerwiseModel) -> Recorder:
         """For the first pass."""
@@ -160,6 +198,9 @@ class _FirstPass(MeasuringPass):
                 self.replay.finish(self.keys[layer], domain, sums)
         super().done(layer)
 
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "store": self.store.kept()}
+
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
         self.job.told(key, sums)
@@ -179,6 +220,9 @@ class _SecondPass(MeasuringPass):
         again = OutlierRecorder(job.layout.family.score, ("outliers",), job.compute.backend)
         super().__init__(layerwise, job.data, again, step)
         self.store = store
+
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "store": self.store.kept()}
 
     def loaded(self, layer: int) -> None:
         if layer in self.keys:

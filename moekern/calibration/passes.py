@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from moekern.measurement.recorder import Recorder
 from moekern.measurement.replay import sample
 from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
+from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.walk import Pass
 from moekern.statistics.layer import LayerStatistics
@@ -55,11 +57,11 @@ class MeasuringPass(Pass[Task]):
         self.segments = self.data.segments
         self.samples: Mapping[int, Tensor] = {}  # batch number -> flat positions that are replayed
 
-    def run(self) -> None:
-        """The whole pass."""
+    def run(self, stage: Stage | None = None) -> None:
+        """The whole pass, or what a stopped run has left of it."""
         self.layerwise.expect(self.tokens)
         with self.open:
-            self.layerwise.run(list(enumerate(self.data.batches)), self)
+            self.layerwise.run(list(enumerate(self.data.batches)), self, stage)
 
     def finished(self, key: str, sums: Sums) -> None:
         """All batches have gone through a layer, whose weights are still there: `sums`, on the CPU, are its own."""
@@ -67,6 +69,13 @@ class MeasuringPass(Pass[Task]):
 
     def started(self) -> None:
         self.recorder, self.through, self.step.done = copy.deepcopy(self.unused), 0, self.before
+
+    def kept(self) -> dict[str, Any]:
+        return {"steps": self.step.done}
+
+    def restored(self, layer: int, kept: Any) -> None:
+        MeasuringPass.started(self)
+        self.step.done = int(kept["steps"])
 
     def forward(self, task: Task) -> None:
         self.layerwise.compute(task[1])

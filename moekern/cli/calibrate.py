@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -45,7 +47,7 @@ from moekern.cli.options import (
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
-from moekern.files import check_new, standing
+from moekern.files import check_new, is_folder, standing, state_path
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
@@ -84,11 +86,16 @@ def calibrate(
     ] = "0.5",
     until_stable: UntilStable = None,
     backend: BackendOption = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
+    if out.name and os.path.lexists(out) and is_folder(state_path(out)):  # as of a run that was killed at its very end
+        from moekern.model.journal import clean_up
+
+        clean_up(out)
     check_new(out)  # before anything is downloaded, or torch is imported
     parse_keep(keep)
 
@@ -110,7 +117,7 @@ def calibrate(
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, stable=stable, told=layer_teller(judged, keep),
+        replay_tokens=replay_tokens, stable=stable, restart=restart, told=layer_teller(judged, keep),
     )  # fmt: skip
     show_all(statistics, out, judged, keep)
 

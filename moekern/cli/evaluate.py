@@ -20,6 +20,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -58,6 +59,7 @@ def evaluate(
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -81,7 +83,7 @@ def evaluate(
     named = named_plans("evaluate", plans or [])
     if not named:
         say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
-    losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)
+    losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named, restart=restart)
     result(losses_document(losses), lambda: show_losses(losses))
 
 

@@ -23,6 +23,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -79,6 +80,7 @@ def iterate(
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
     backend: BackendOption = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -112,7 +114,7 @@ def iterate(
     options = Planning((criterion,), (share,), targets=targets, model=folder)
     if targets:
         check_options(folder, options)
-    made = pipeline.iterate_to(folder, text, compute, method, out)
+    made = pipeline.iterate_to(folder, text, compute, method, out, restart=restart)
     for line in (*remarks(made), *slower_with(made, None, options)):
         say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

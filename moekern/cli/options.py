@@ -257,6 +257,7 @@ BackendOption = Annotated[
     str | None,
     typer.Option(help=f"Kernels to use: {', '.join(BACKENDS)}; never another than the named one. Default: the best."),
 ]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, whatever a run that was stopped has left.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
 MtpOption = Annotated[
     MtpMode | None,

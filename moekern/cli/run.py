@@ -36,6 +36,7 @@ from moekern.cli.options import (
     Preset,
     ProtectSuper,
     Reserve,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -114,6 +115,7 @@ def run(
         bool,
         typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
     ] = True,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -137,7 +139,7 @@ def run(
     )  # fmt: skip
     asked = whole_run.Asked(
         planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        until_stable=until_stable,
+        until_stable=until_stable, restart=restart,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(

@@ -18,9 +18,10 @@ from moekern.cli.prune import prune_to
 from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
+from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.held_out import LEAST, held_back
-from moekern.evaluation.losses import ORIGINAL, Evaluation, Loss, losses_document, mean_loss
+from moekern.evaluation.losses import ORIGINAL, STATE, Evaluation, Loss, losses_document, mean_loss
 from moekern.files import (
     check_name,
     check_new,
@@ -35,6 +36,7 @@ from moekern.files import (
 )
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
+from moekern.model.journal import Resume, removed
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.served import check_folder, served_as
 from moekern.plan.serving import serve_commands, slower
@@ -60,6 +62,7 @@ class Asked:
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
     until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
+    restart: bool = False  # whatever a stopped run has left, text is measured anew
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -158,12 +161,19 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             is_plain(temporary_path(path))
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
-        statistics = pipeline.earlier_statistics(statistics_path, checkpoint, data, compute, tiers)
-        if statistics is None and any(made):
-            check_new(targets[made.index(True)], folder=True)
+        try:
+            statistics = pipeline.earlier_statistics(
+                statistics_path, checkpoint, data, compute, tiers, restart=asked.restart
+            )
+        except InputError:
+            _check_made(targets, made)  # which is the matter then
+            raise
         if statistics is None:
-            statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
-            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable)
+            _check_made(targets, made)
+            statistics_path.unlink(missing_ok=True)  # it is measured anew
+            statistics = pipeline.measured(
+                checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable, restart=asked.restart
+            )
         plans = list(make_plans(statistics, planning).values())
         for plan, target in zip(plans, targets, strict=True):
             if planning.budget.kind != "uniform":
@@ -171,7 +181,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
                 plan.save(path)
-        quality = _quality(checkpoint, held, compute, dict(zip(map(str, targets), plans, strict=True)), out)
+        named = dict(zip(map(str, targets), plans, strict=True))
+        quality = _quality(checkpoint, held, compute, named, out, asked.restart)
         reports = [
             prune_to(checkpoint, plan, target, mtp=asked.mtp, copy=asked.copy, again=done)
             for plan, target, done in zip(plans, targets, made, strict=True)
@@ -215,6 +226,12 @@ def too_few(tokens: int, layout: Layout) -> str | None:
     )
 
 
+def _check_made(targets: Sequence[Path], made: Sequence[bool]) -> None:
+    """Raise InputError for a target that is there, though what it would be made from is not."""
+    if any(made):
+        check_new(targets[made.index(True)], folder=True)
+
+
 def _plan_path(out: Path, target: Path) -> Path:
     """The plan of a target in the work folder: plan.json, or plan-0.5.json."""
     return work_path(out) / f"plan{target.name.removeprefix(out.name)}.json"
@@ -242,7 +259,12 @@ def _check_room(
 
 
 def _quality(
-    checkpoint: Checkpoint, held: TokenData, compute: Compute, plans: Mapping[str, Plan], out: Path
+    checkpoint: Checkpoint,
+    held: TokenData,
+    compute: Compute,
+    plans: Mapping[str, Plan],
+    out: Path,
+    restart: bool,
 ) -> Evaluation | None:
     """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
     if not held.batches:
@@ -261,9 +283,12 @@ def _quality(
     if earlier.get("made_from") == made_from:
         rows = earlier["losses"]  # original, and plans by their digests
     if not {ORIGINAL, *digests.values()} <= rows.keys():
-        found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")
+        resume = Resume(work_path(out), restart, console.say)
+        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, "evaluating held-out text")
         rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
         write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+        for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
+            removed(left)
     names = {ORIGINAL: ORIGINAL, **digests}
     return {name: {d: Loss(**loss) for d, loss in rows[key].items()} for name, key in names.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
+from moekern.model.journal import Resume, Stage, digest, opened, removed, text_key
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.version import versions
 
 ORIGINAL = "original"
+STATE = "moekern-evaluate-"  # and a digest: the folder of a run that is not done
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,16 @@ def evaluate(
     plans: Mapping[str, Plan],
     compute: Compute = Compute(),
     *,
+    resume: Resume | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
     that the plan makes.
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
-    predictions of one batch. Raises InputError for a plan that does not fit the model, and for data without batches.
+    predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
+    of its own for each model, text, plans and options. Raises InputError for a plan that does not fit the model, and
+    for data without batches.
     """
     check_type("plans", plans, Mapping)
     check_type("compute", compute, Compute)
@@ -85,13 +91,36 @@ def evaluate(
         for batch in data.batches
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
-    with open_layerwise(checkpoint, layout, settled(compute, checkpoint, layout)) as layerwise:
-        sums = _Compare(layerwise, tasks, progress).run()
+    compute = settled(compute, checkpoint, layout)
+    key = _key(checkpoint, data, plans, compute)
+    if resume is not None:
+        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
+    with (
+        opened(resume, key, ("evaluating",)) as journal,
+        open_layerwise(checkpoint, layout, compute) as layerwise,
+    ):
+        sums = _Compare(layerwise, tasks, progress).run(None if journal is None else journal.stage("evaluating"))
+    if journal is not None:
+        removed(journal.folder)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
         table[name][domain] = Loss(nll / count, kl / count, top1 / count, int(count))
     return table
+
+
+def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], compute: Compute) -> dict[str, Any]:
+    """All that decides the bits of losses, in words for people."""
+    return {
+        "model": checkpoint.fingerprint,
+        "config.json": checkpoint.config_sha256,
+        "text": text_key(data),
+        "plans": [(name, plan.digest) for name, plan in plans.items()],
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 class _Compare(Pass[Task]):
@@ -108,12 +137,20 @@ class _Compare(Pass[Task]):
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
         self.sums: dict[tuple[str, str], Tensor] = {}  # plan, domain -> as _compared gives them
 
-    def run(self) -> dict[tuple[str, str], Tensor]:
-        """The whole pass; (plan, domain) -> sums over tokens."""
+    def run(self, stage: Stage | None = None) -> dict[tuple[str, str], Tensor]:
+        """The whole pass, or what a stopped run has left of it; (plan, domain) -> sums over tokens."""
         self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
         with self.applied:
-            self.layerwise.run(self.tasks, self)
+            self.layerwise.run(self.tasks, self, stage)
         return self.sums
+
+    def kept(self) -> Any:
+        return [(name, domain, total.tolist()) for (name, domain), total in self.sums.items()]
+
+    def restored(self, layer: int, kept: Any) -> None:
+        self.sums = {
+            (name, domain): torch.tensor([float(x) for x in total], dtype=torch.float64) for name, domain, total in kept
+        }
 
     def started(self) -> None:
         self.sums.clear()

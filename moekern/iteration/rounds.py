@@ -31,6 +31,7 @@ from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of
 from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
+from moekern.model.journal import Resume, Stage, opened, text_key
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
@@ -82,13 +83,15 @@ def iterate(
     *,
     earlier: Sequence[Plan] = (),
     finished: Callable[[Plan], object] = lambda plan: None,
+    resume: Resume | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Plan:
     """The plan of the last round. Without re-estimation and with one round: that of `calibrate` and `make_plan`.
 
     Each round is one pass over the weights, at the memory of `calibrate`; with re-estimation a MoE layer computes each
     batch twice. `finished` is called with the plan of each round before the last; `earlier` are such plans of a run
-    that was stopped: those that are of this run are not made again. A criterion on weights alone takes no `data`.
+    that was stopped: those that are of this run are not made again, and with `resume` the round that it was in goes
+    on. A criterion on weights alone takes no `data`.
 
     Raises InputError for what calibrate and make_plan refuse, for rounds that would drop nothing, for layers of
     different sizes with a share to keep, for criteria that need more than a pass measures, and for missing data.
@@ -98,12 +101,15 @@ def iterate(
     compute = compute if data is None else settled(compute, checkpoint, layout)
     job = _job(checkpoint, layout, data, method, compute, progress)
     keeps = _taken_over(job, earlier)
-    while True:
-        plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps)
-        if len(keeps) + 1 == method.rounds:
-            return plan
-        finished(plan)
-        keeps.append({key: layer.keep for key, layer in plan.layers.items()})
+    rounds = [f"round {number}" for number in range(1, method.rounds + 1)]
+    with opened(None if data is None else resume, {} if data is None else _key(job, data, compute), rounds) as journal:
+        while True:
+            stage = None if journal is None else journal.stage(rounds[len(keeps)])
+            plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps, stage)
+            if len(keeps) + 1 == method.rounds:
+                return plan
+            finished(plan)
+            keeps.append({key: layer.keep for key, layer in plan.layers.items()})
 
 
 def needs_text(criterion: str) -> bool:
@@ -179,6 +185,23 @@ def _job(
     return Iteration(checkpoint, layout, method, chosen, counts, provenance, measuring, compute.backend, progress)
 
 
+def _key(job: Iteration, data: TokenData, compute: Compute) -> dict[str, Any]:
+    """All that decides the bits of the plan, in words for people."""
+    method, made = job.method, job.measuring
+    return {
+        "model": job.checkpoint.fingerprint,
+        "config.json": made["config"],
+        "text": {**text_key(data.by_chunk()), "recipe": made["data"]},
+        **{f"--{name}": getattr(method, name) for name in ("criterion", "keep", "rounds", "reestimate", "seed")},
+        "--domain": job.provenance.domains,
+        "plug-ins": made.get("plug_ins"),
+        "--dtype": made["dtype"],
+        "--device": compute.place.type,
+        "kernels": made["backend"],
+        "versions": versions(),
+    }
+
+
 def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
     """The plan of a round, which names what stayed after the rounds before it."""
     chosen = {key: layers[key] for key in job.layout.layers}
@@ -214,7 +237,9 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
     return _plan(job, layers, keeps)
 
 
-def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps]) -> Plan:
+def _streamed_round(
+    job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps], stage: Stage | None
+) -> Plan:
     model = Source.of(job.checkpoint, job.layout)
     backends = backends_of(compute.device, compute.backend)
 
@@ -232,7 +257,7 @@ def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Se
         total = max(layerwise.moe_keys) + 1
         step = Steps(job.progress, job.method.rounds * total, len(keeps) * total)
         measured = _Round(job, layerwise, data, choose, keeps[-1] if keeps else {}, step)
-        measured.run()
+        measured.run(stage)
     return _plan(job, measured.plans, keeps)
 
 
@@ -254,6 +279,18 @@ class _Round(MeasuringPass):
         super().started()
         self.pruner.held.clear()
         self.plans.clear()
+
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "plans": {key: (plan.keep, plan.scores) for key, plan in self.plans.items()}}
+
+    def restored(self, layer: int, kept: Any) -> None:
+        super().restored(layer, kept)
+        self.plans = {
+            key: LayerPlan(tuple(keep), None if scores is None else tuple(scores))
+            for key, (keep, scores) in kept["plans"].items()
+        }
+        if list(self.plans) != [key for i, key in self.keys.items() if i < layer]:
+            raise ValueError("plans of other layers")
 
     def loaded(self, layer: int) -> None:
         key = self.keys.get(layer)

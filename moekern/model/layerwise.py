@@ -25,6 +25,7 @@ from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
+from moekern.model.journal import ANEW, Position, Stage, undamaged
 from moekern.model.memory import drop, return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.spent import Spent
@@ -93,30 +94,36 @@ class LayerwiseModel:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"{self.checkpoint.folder / CONFIG}: its model cannot compute: {reason}") from error
 
-    def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
+    def run(self, tasks: Sequence[Task], run: Pass[Task], stage: Stage | None = None) -> None:
         """Take all tasks through the model in one pass over its weights; see `walk`.
 
         Hidden states alone wait between layers, or, in a model whose layers hand on more, whole forward passes; where
-        this is found on the way, the pass begins again. Raises InputError for numbers that are not finite, naming the
-        first layer where they are not and why.
+        this is found on the way, the pass begins again. With a `stage` it goes on where a stopped run was, and how far
+        it is is written down; whole forward passes cannot be. Raises InputError for numbers that are not finite, naming
+        the first layer where they are not and why.
         """
         kind = type(self.model)
-        if kind not in _TANGLED:
+        if kind not in _TANGLED or (stage is not None and stage.left is not None):
             try:
                 with self.states() as states:
-                    self.run_stepwise(tasks, run, states)
+                    self.run_stepwise(tasks, run, states, stage)
+                    return
             except Tangled as found:
                 _TANGLED.add(kind)
                 warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
-        if kind in _TANGLED:
-            if self.groups.cuts:
-                why = "layers that hand on more than hidden states are not run in groups of experts"
-                raise self.takes.refusal(why)
-            self._walk(tasks, run, Suspended(list(self.layers), run, self.device))
+        if self.groups.cuts:
+            why = "layers that hand on more than hidden states are not run in groups of experts"
+            raise self.takes.refusal(why)
+        if stage is not None:
+            stage.journal.tell(
+                "of whole forward passes nothing can be written down: a pass that is stopped begins anew"
+            )
+        self._walk(tasks, run, Suspended(list(self.layers), run, self.device), stage)
 
-    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States) -> None:
+    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States, stage: Stage | None = None) -> None:
         """The same with nothing kept but what layers are given. Raises Tangled where that is not enough."""
-        self._walk(tasks, run, self.stepwise(run, states))
+        left = None if stage is None else stage.left
+        self._walk(tasks, run, self.stepwise(run, states), stage, states, left)
 
     def stepwise(self, run: Pass[Any], states: States) -> Stepwise:
         """A way through the layers that keeps hidden states and nothing else."""
@@ -166,12 +173,39 @@ class LayerwiseModel:
         """The last layer that a pass runs."""
         return len(self.layers) - 1 if run.stop_after is None else run.stop_after
 
-    def _walk(self, tasks: Sequence[Task], run: Pass[Task], way: Way[Task]) -> None:
-        last = self._last(run)
-        self.reader.start(0)
+    def _walk(
+        self,
+        tasks: Sequence[Task],
+        run: Pass[Task],
+        way: Way[Task],
+        stage: Stage | None = None,
+        states: States | None = None,
+        left: Position | None = None,
+    ) -> None:
+        last = self._last(run) + 1
+        first = 0 if left is None else left.layer
+
+        def load(i: int) -> None:
+            self._load(i, i + 1 if i + 1 < last else None)
+
+        def start() -> None:
+            if stage is None or left is None:
+                run.started()
+            else:
+                self.take_over(stage, states, last)
+                with undamaged(stage.journal.folder):
+                    run.restored(first, left.kept)
+
+        def save(i: int) -> None:
+            if stage is not None:
+                stage.save(i + 1, last, states, run.kept, self.returns)
+
+        if first < last:
+            self.reader.start(first)
         try:
-            load = lambda i: self._load(i, i + 1 if i < last else None)  # noqa: E731
-            walk(list(self.layers), tasks, run, way, load=load, unload=self._unload)
+            walk(
+                list(self.layers), tasks, run, way, load=load, unload=self._unload, first=first, start=start, save=save
+            )
         except NotFinite as found:
             raise self._refusal(found, run) from None
         except Tangled as found:
@@ -183,6 +217,15 @@ class LayerwiseModel:
             self.reader.cancel()
             for layer in self.layers:
                 drop(layer)
+
+    def take_over(self, stage: Stage, states: States | None, of: int) -> None:
+        """What a stopped run has left of a stage of `of` layers. Raises InputError where it is of another number."""
+        left = stage.left
+        if left is None or left.of != of:
+            raise InputError(f"{stage.journal.folder}: what a stopped run has left is of other layers; {ANEW}")
+        if states is not None:
+            stage.take_over(states)
+        self.returns.update(left.returns)
 
     def blamed(self, layer: int, held: Sequence[int] | None = None) -> str | None:
         """Which weight of a decoder layer that is loaded is not finite, in words; None where all are finite.
@@ -210,9 +253,10 @@ class LayerwiseModel:
 
     def visit(self, order: Sequence[int]) -> Iterator[int]:
         """Fill these decoder layers in this order, one at a time; each is dropped when the next one is asked for."""
-        self.reader.start(order[0])
+        if order:
+            self.reader.start(order[0])
         try:
-            for i, after in zip(order, (*order[1:], None), strict=True):
+            for i, after in zip(order, (*order[1:], None)[: len(order)], strict=True):
                 self._load(i, after)
                 yield i
                 self._unload(i)

@@ -78,6 +78,7 @@ run
   --copy = auto
   --forward/--no-forward = True
   --quality/--no-quality = True
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -106,6 +107,7 @@ calibrate
   --keep = 0.5
   --until-stable = None
   --backend = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -179,6 +181,7 @@ iterate
   --gpu-memory = None
   --spill = None
   --backend = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -204,6 +207,7 @@ evaluate
   --memory = None
   --gpu-memory = None
   --spill = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
