@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moekern import files
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
+from moekern.calibration.sharing import check_tiers_of, deciding_threads, facts_of, header_of_part, kept_apart, share_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import TokenData
+from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.measurement.gradients import measure_gradients
@@ -29,7 +29,9 @@ from moekern.model.precision import settled
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
+from moekern.statistics.parts import load_part
 from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
+from moekern.team import Part
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
@@ -43,6 +45,7 @@ def calibrate(
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     out: str | Path | None = None,
+    part: Part | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
@@ -55,7 +58,9 @@ def calibrate(
     passes, and of the one at work the share of the text that has gone through it.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
-    change no bit, and neither does the number of threads, but for the gradient tier's.
+    change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
+    (`compute.team`, whose rank 0 alone has the sums). With `part`, one of several calibrations that know nothing of each
+    other, the segments of its share are kept apart, for `statistics.parts.merge_parts`.
     Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot
     be measured there.
     """
@@ -70,17 +75,26 @@ def calibrate(
     check_data(data, checkpoint)
     layout = find_layout(checkpoint)
     compute = settled(compute, checkpoint, layout)
+    check_tiers_of(wanted, compute.team, part)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress)
+    units: Sequence[Segment] | None = None
+    if part is not None:
+        share = share_of(data.by_chunk(), part)
+        header, units = header_of_part(header, part, share), list(kept_apart(share).values())
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, units)
+    if out is not None:
+        files.check_new(Path(out))
+    team = compute.team
+    team.together(calibrate, checkpoint.folder, data, compute, tiers=wanted, replay_tokens=replay_tokens, part=part)
+    team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
         job.run(held)
-        return statistics_of(header, held, list(layout.layers))
-    files.check_new(Path(out))
+        return statistics_of(header, held, list(layout.layers) if team.first else ())
     with file_store(out, header, experts, wanted) as store:
         job.run(store)
-    return Statistics.load(out)
+    return Statistics.load(out) if part is None else load_part(Path(out))
 
 
 @dataclass(frozen=True)
@@ -94,10 +108,11 @@ class Job:
     tiers: tuple[str, ...]
     replay_tokens: int
     progress: Progress
+    units: Sequence[Segment] | None = None  # segments of the text; None: all
 
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
-        with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+        with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             step = self._steps(layerwise)
             _FirstPass(self, layerwise, store, step).run()
             if "outliers" in self.tiers:
@@ -129,7 +144,7 @@ class _FirstPass(MeasuringPass):
     """Everything that one forward pass measures; and when a layer is done, the replay of a sample and its weights."""
 
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
-        super().__init__(layerwise, job.data, job.recorder(layerwise), step)
+        super().__init__(layerwise, job.data, job.recorder(layerwise), step, job.units)
         self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
             layers = {key: layerwise.layers[i] for i, key in self.keys.items()}
@@ -145,11 +160,15 @@ class _FirstPass(MeasuringPass):
         if self.replay is not None:
             self.open.enter_context(self.replay.watching(probes))
 
-    def done(self, layer: int) -> None:
-        if self.replay is not None and layer in self.keys:
-            for domain, sums in self.recorder.unite(self.keys[layer]).items():
-                self.replay.finish(self.keys[layer], domain, sums)
-        super().done(layer)
+    def unite(self, key: str) -> None:
+        super().unite(key)
+        if self.replay is not None:
+            self.replay.join(key, self.team.gather(self.replay.leave(key)), self.layerwise.device)
+
+    def united(self, key: str) -> None:
+        if self.replay is not None:
+            for domain, sums in self.recorder.unite(key).items():
+                self.replay.finish(key, domain, sums)
 
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
@@ -173,8 +192,12 @@ class _SecondPass(MeasuringPass):
     def loaded(self, layer: int) -> None:
         if layer in self.keys:
             key, device = self.keys[layer], self.layerwise.device
-            self.recorder.first[key] = {domain: s.to(device) for domain, s in self.store.layer(key).items()}
+            first = self.team.broadcast(self.store.layer(key) if self.team.first else {})
+            self.recorder.first[key] = {domain: s.to(device) for domain, s in first.items()}
         super().loaded(layer)
+
+    def settled(self, key: str) -> None:
+        self.recorder.first.pop(key, None)
 
     def finished(self, key: str, sums: Sums) -> None:
         for domain, s in sums.items():
@@ -182,14 +205,9 @@ class _SecondPass(MeasuringPass):
 
 
 def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
-    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters.
-
-    On a CPU, torch's 1, 2, 4, 8, ... threads share the work so that all of them round alike; see `steady`. That is not
-    so for other numbers, nor for gradients, whose sums over tokens are matrix products.
-    """
-    threads = torch.get_num_threads()
-    alike = compute.place.type != "cpu" or threads & (threads - 1) == 0
-    return dict(data.recipe) | ({} if alike and "gradient" not in tiers else {"threads": threads})
+    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters."""
+    threads = deciding_threads(compute, tiers)
+    return dict(data.recipe) | ({} if threads is None else {"threads": threads})
 
 
 def _header(

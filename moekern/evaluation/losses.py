@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekern.architectures import find_layout
+from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import Batch, TokenData, dealt
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
@@ -51,6 +52,7 @@ class Task:
     number: int  # of the plan, the original first
     plan: Plan | None
     batch: Batch
+    place: int  # of the batch
 
 
 def evaluate(
@@ -65,7 +67,8 @@ def evaluate(
     that the plan makes.
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
-    predictions of one batch. Raises InputError for a plan that does not fit the model, and for data without batches.
+    predictions of one batch. Several processes (`compute.team`) share the batches, and rank 0 has the losses: the same
+    bits. Raises InputError for a plan that does not fit the model, and for data without batches.
     """
     check_type("plans", plans, Mapping)
     check_type("compute", compute, Compute)
@@ -81,12 +84,23 @@ def evaluate(
     for plan in plans.values():
         check_plan(plan, layout, checkpoint.fingerprint)
     tasks = [  # of each batch the original first: the others are held against it
-        Task(name, number, plan, batch)
-        for batch in data.batches
+        Task(name, number, plan, batch, place)
+        for place, batch in enumerate(data.batches)
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
-    with open_layerwise(checkpoint, layout, settled(compute, checkpoint, layout)) as layerwise:
-        sums = _Compare(layerwise, tasks, progress).run()
+    compute = settled(compute, checkpoint, layout)
+    team = compute.team
+    team.together(evaluate, checkpoint.folder, data, plans, compute)
+    team.check_alike(facts_of(checkpoint, compute))
+    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
+    own = [task for task in tasks if owners[task.place] == team.rank]
+    with open_layerwise(checkpoint, layout, compute, team) as layerwise:
+        found = _Compare(layerwise, own, progress).run()
+    whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
+    sums: dict[tuple[str, str], Tensor] = {}
+    for task in tasks if team.first else ():  # in this order whatever ranks there are
+        key, one = (task.name, task.batch.domain), whole[task.place, task.number]
+        sums[key] = sums[key] + one if key in sums else one
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
@@ -106,10 +120,10 @@ class _Compare(Pass[Task]):
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[str, str], Tensor] = {}  # plan, domain -> as _compared gives them
+        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as _compared gives them
 
-    def run(self) -> dict[tuple[str, str], Tensor]:
-        """The whole pass; (plan, domain) -> sums over tokens."""
+    def run(self) -> dict[tuple[int, int], Tensor]:
+        """The whole pass; (batch, plan) -> sums over its tokens."""
         with self.applied:
             self.layerwise.run(self.tasks, self)
         return self.sums
@@ -130,8 +144,7 @@ class _Compare(Pass[Task]):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
             raise NotFinite(len(self.layerwise.layers))
-        key = task.name, task.batch.domain
-        self.sums[key] = self.sums[key] + found if key in self.sums else found
+        self.sums[task.place, task.number] = found
 
     @contextmanager
     def entering(self, task: Task, layer: int) -> Iterator[None]:

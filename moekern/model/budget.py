@@ -43,15 +43,17 @@ def budget_of(compute: Compute) -> Budget:
     Free is what the machine has. What the control group (of either version), one around it, and limits of the process
     (RLIMIT_AS, RLIMIT_DATA) leave is the most in either case. `gpu_memory` caps torch's allocator from here on; the
     context that CUDA itself keeps on a device, some hundred MB, comes on top. Raises InputError for less memory than
-    the process has before it reads a weight, and for `gpu_memory` on another device than a GPU.
+    the process has before it reads a weight, and for `gpu_memory` on another device than a GPU. Processes on one node
+    share what is allowed, or free, evenly.
     """
-    held = resident()
-    if compute.memory is not None and compute.memory <= held:
+    held, sharers = resident(), compute.team.local_size
+    if compute.memory is not None and compute.memory // sharers <= held:
         raise InputError(
             f"--memory {sized(compute.memory)}: the process has {sized(held)} before it reads a weight; allow more"
         )
-    host = _most(available()) if compute.memory is None else compute.memory - held
-    return Budget(min([host, *map(_most, (*groups_left(), *limits_left()))]), _gpu(compute))
+    host = _most(available() // sharers) if compute.memory is None else compute.memory // sharers - held
+    groups = (left // sharers for left in groups_left())
+    return Budget(min([host, *map(_most, (*groups, *limits_left()))]), _gpu(compute))
 
 
 def _most(free: int) -> int:

@@ -26,6 +26,7 @@ from moekern.model.stepwise import Beside, Stepwise, Tangled
 from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
+from moekern.team import ALONE, Team
 
 WORK = 8
 Task = TypeVar("Task")
@@ -50,6 +51,7 @@ class LayerwiseModel:
     reader: LayerReader  # its groups are the decoder layers
     room: int  # bytes of memory for hidden states
     spill: Path | None  # where they go beyond it
+    team: Team = ALONE  # the processes that take this pass, each with tasks of its own
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
 
     @property
@@ -118,18 +120,26 @@ class LayerwiseModel:
         self.reader.start(0)
         try:
             load = lambda i: self._load(i, i + 1 if i + 1 < last else None)  # noqa: E731
-            walk(list(self.layers), tasks, run, way, load=load, unload=self._unload)
+            walk(list(self.layers), tasks, run, way, load=load, unload=self._unload, met=self._meet)
         except NotFinite as found:
             raise self._refusal(found, run) from None
         except Tangled as found:
             logits = found.__cause__  # that are not finite may be so by the head's own weights
             if isinstance(logits, NotFinite) and blamed_outside(self.model, self.layers_name, head=True):
                 raise self._refusal(logits, run) from None
+            if not found.told:
+                self._meet(found.layer)
             raise
         finally:
             self.reader.cancel()
             for layer in self.layers:
                 drop(layer)
+
+    def _meet(self, tangled: int | None = None) -> None:
+        """All ranks have come through a layer; where one has found it `tangled`, all begin again."""
+        layers = [layer for layer in self.team.every(tangled) if layer is not None]
+        if layers and tangled is None:
+            raise Tangled(layers[0], told=True)
 
     def blamed(self, layer: int, held: Sequence[int] | None = None) -> str | None:
         """Which weight of a decoder layer that is loaded is not finite, in words; None where all are finite.
@@ -189,8 +199,11 @@ def _outputs(experts: Sequence[int]) -> str:
 
 
 @contextmanager
-def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
-    """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
+def open_layerwise(
+    checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute(), team: Team = ALONE
+) -> Iterator[LayerwiseModel]:
+    """Build the skeleton of a checkpoint's model, for all ranks of `team` at once. Raises InputError when transformers
+    cannot build or fill it."""
     check_device(compute.device)
     budget = budget_of(compute)
     if layout.family.stacks:
@@ -210,10 +223,10 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
         elif target is not None:
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
-    with LayerReader(checkpoint, layer_keys, place) as reader:
+    with LayerReader(checkpoint, layer_keys, place, team=team) as reader:
         room = _room(budget, loader, layers, reader)
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, compute.spill
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, compute.spill, team
         )
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)
@@ -230,7 +243,13 @@ def _room(budget: Budget, loader: Loader, layers: nn.ModuleList, reader: LayerRe
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
-    model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    if model.team.local_size == 1:
+        model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    else:
+        with LayerReader(model.checkpoint, [keys], torch.device("cpu"), team=model.team) as once:
+            once.start(0)
+            model.loader.load(once.take(), model.device)
+            once.release(model.model)
     module: Any = model.model
     module.tie_weights()
     inside = model.layers_name + "."

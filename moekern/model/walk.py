@@ -95,10 +95,12 @@ def walk(
     *,
     load: Callable[[int], None],
     unload: Callable[[int], None],
+    met: Callable[[], None] = lambda: None,
 ) -> None:
     """Take every task through `run.forward`, all of them in step, layer by layer.
 
-    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left. Raises
+    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left. `met()` is
+    called when this process's tasks have left a layer, and before anything is made of it. Raises
     NotFinite, with the weights of the layer still there, for hidden states that hold NaN or infinities.
     """
     last = len(layers) - 1 if run.stop_after is None else run.stop_after
@@ -114,9 +116,11 @@ def walk(
             if i in run.twice:
                 for number, task in numbered:
                     way.once(i, number, task)
+                met()
                 run.between(i)
             for number, task in numbered if i == last else grouped:
                 way.through(i, number, task)
+            met()
             run.done(i)
             unload(i)
 
