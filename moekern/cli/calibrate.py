@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import hint, say, show
 from moekern.cli.options import (
     BackendOption,
@@ -35,12 +36,12 @@ from moekern.cli.options import (
     UnusedBatchSize,
     check_criteria,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
 )
 from moekern.files import check_new, standing
+from moekern.team import Part
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -73,12 +74,17 @@ def calibrate(
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
     ] = 512,
+    part: Annotated[
+        str | None,
+        typer.Option(help="I/N: measure this share of the text only, for `merge` of all parts. Not set by torchrun."),
+    ] = None,
     backend: BackendOption = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
+    share = Part.parse(part) if part else None
     check_new(out)  # before anything is downloaded, or torch is imported
 
     from moekern.cli import pipeline
@@ -93,12 +99,22 @@ def calibrate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    compute = ranks.together(compute)
     statistics = pipeline.calibrate_to(
-        folder_of(model, revision), text, compute, out,
+        ranks.folder_of(model, revision, compute.team), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens,
+        replay_tokens=replay_tokens, part=share,
     )  # fmt: skip
-    result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
+    show_result = show_statistics if share is None else show_part
+    result({"out": str(out), **statistics.header}, lambda: show_result(statistics, out))
+
+
+def show_part(measured: Statistics, out: Path) -> None:
+    """What a part has measured, and what is to be done with it."""
+    own = measured.header["part"]
+    tokens = sum(measured.header["tokens"].values())
+    of = f"{len(measured.domains)} segments with {tokens} of {sum(own['tokens'].values())} tokens"
+    say(f"{out}: part {own['number']} of {own['of']}: {of}; `moekern merge` makes statistics of all parts")
 
 
 def show_statistics(measured: Statistics, out: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import show
 from moekern.cli.options import (
     BatchSize,
@@ -30,7 +31,6 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     compute_of,
-    folder_of,
     named_plans,
     result,
     text_of,
@@ -78,8 +78,9 @@ def evaluate(
         spill=spill,
         trust_remote_code=trust_remote_code,
     )
+    compute = ranks.together(compute)
     named = named_plans("evaluate", plans or [])
-    losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)
+    losses = pipeline.evaluate_plans(ranks.folder_of(model, revision, compute.team), text, compute, named)
     result(losses_document(losses), lambda: show_losses(losses))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import say
 from moekern.cli.options import (
     BackendOption,
@@ -34,7 +35,6 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
@@ -93,7 +93,6 @@ def iterate(
     from moekern.plan.provenance import remarks
 
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
-    pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -103,7 +102,9 @@ def iterate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
+    compute = ranks.together(compute)
+    pipeline.check_iterated(out)  # before anything is downloaded
+    made = pipeline.iterate_to(ranks.folder_of(model, revision, compute.team), text, compute, method, out)
     for line in remarks(made):
         say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}

@@ -43,6 +43,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
+from moekern.team import Part
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
 
@@ -73,6 +74,7 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
+    part: Part | None = None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
@@ -80,7 +82,7 @@ def calibrate_to(
     checkpoint = open_checkpoint(folder)
     compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out)
+    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, part=part)
 
 
 def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Compute:
@@ -99,6 +101,7 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
+    part: Part | None = None,
 ) -> Statistics:
     """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name. The type
     that is computed in is settled."""
@@ -110,7 +113,7 @@ def measured(
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, progress=step
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, part=part, progress=step
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics

@@ -100,6 +100,10 @@ class Ranks(Team):
                         kind="system",
                     )
 
+    @property
+    def speaks(self) -> bool:
+        return self.first or (self.rank == 1 and self.watch.unsaid)
+
     def lost(self, wait: float = 0) -> str | None:
         self.watch.found.wait(wait)
         return self.watch.lost

@@ -65,6 +65,11 @@ class Team:
     def check_alike(self, facts: Mapping[str, object]) -> None:
         """Raise InputError where two ranks do not have the same facts, which would make their sums another text's."""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells why the run ends."""
+        return True
+
     def lost(self, wait: float = 0) -> str | None:
         """Why the run cannot go on where another rank has died or failed; looked for during `wait` seconds."""
         return None

@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, rank: int, peers: Mapping[int, socket.socket], names: Mapping[int, str]) -> None:
         self.rank, self.peers, self.names = rank, dict(peers), names
         self.lost: str | None = None
+        self.unsaid = False  # rank 0 has died without a word
         self.found, self.ended, self.stopping = threading.Event(), threading.Event(), False
         self.lock = threading.Lock()
         self.main = threading.main_thread().ident
@@ -82,6 +83,7 @@ class Watch:
     def _lose(self, rank: int, word: Mapping[str, Any]) -> None:
         if "error" in word and self.ended.wait(GRACE):
             return
+        self.unsaid = not word and rank == 0
         name = self.names[rank]
         reason = f"{name}: {word['error']}" if "error" in word else f"{name} has died; the run ends on all ranks"
         with self.lock:
@@ -94,7 +96,7 @@ class Watch:
                 signal.pthread_kill(self.main, signal.SIGTERM)
         if not self.ended.wait(LAST):
             with suppress(OSError):
-                if self.rank <= 1:
+                if self.rank == 0 or (self.rank == 1 and self.unsaid):
                     print(f"moekern: {self.lost}", file=sys.stderr, flush=True)
             os._exit(2)
 
