@@ -48,6 +48,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
+from moekern.team import Part
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
 
@@ -78,6 +79,7 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
+    part: Part | None = None,
     stable: Stable | None = None,
     restart: bool = False,
     told: Told = lambda layer: None,
@@ -95,7 +97,7 @@ def calibrate_to(
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     return measured(
         checkpoint, data, compute,
-        tiers=tiers, replay_tokens=replay_tokens, out=out, stable=stable, restart=restart, told=told,
+        tiers=tiers, replay_tokens=replay_tokens, out=out, part=part, stable=stable, restart=restart, told=told,
     )  # fmt: skip
 
 
@@ -144,6 +146,7 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
+    part: Part | None = None,
     stable: Stable | None = None,
     restart: bool = False,
     told: Told = lambda layer: None,
@@ -166,6 +169,7 @@ def measured(
             replay_tokens=replay_tokens,
             out=out,
             resume=resume,
+            part=part,
             progress=step,
             told=told,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moekern.errors import InputError, first_line
+from moekern.team import ALONE, Team
 
 FEW = 32  # tokens
 AUTO = "auto"
@@ -26,20 +27,26 @@ class Compute:
     memory: int | None = None  # bytes that the process may take; None: what is free, see `budget.budget_of`
     gpu_memory: int | None = None  # the same of the GPU
     spill: Path | None = None  # a folder for what does not fit; None: the system's for temporary files
+    team: Team = ALONE  # the processes that share text and layers
 
     @property
     def place(self) -> torch.device:
-        """The device itself. Raises InputError for a name that is none of torch's."""
-        return device_named(self.device)
+        """The device itself: of several processes on a node each has its own GPU where none is named. Raises InputError
+        for a name that is none of torch's."""
+        found = device_named(self.device)
+        if self.team.local_size > 1 and found.type == "cuda" and self.device in ("auto", "cuda"):
+            return torch.device("cuda", self.team.local_rank)
+        return found
 
     @property
     def described(self) -> str:
         """Where layers are computed, for people."""
+        team = f", {self.team.described}" if self.team.described else ""
         if self.place.type == "cpu":
             threads = torch.get_num_threads()
-            return f"computing on the CPU, {threads} thread{'s' if threads > 1 else ''}"
+            return f"computing on the CPU, {threads} thread{'s' if threads > 1 else ''}{team}"
         name = f" ({torch.cuda.get_device_name(self.place)})" if self.place.type == "cuda" else ""
-        return f"computing on {self.place}{name}"
+        return f"computing on {self.place}{name}{team}"
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

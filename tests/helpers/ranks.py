@@ -1,0 +1,81 @@
+"""Processes as torchrun starts them, quickly: forked from one process in which the libraries are imported already."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.helpers.commands import Done
+
+PRELOADED = ["transformers", "torch.distributed", "moekern.cli.pipeline", "moekern.cli.whole_run"]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([*PRELOADED, __name__])
+
+Before = Callable[[int], None]  # (rank), in the process, before the command begins
+
+
+def started(folder: Path, size: int, arguments: Sequence[object], before: Before | None = None) -> list[multiprocessing.Process]:  # type: ignore[name-defined]  # fmt: skip
+    """One process for each rank, whose words go to files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    found = []
+    for rank in range(size):
+        process = _context.Process(target=_rank, args=(folder, rank, size, port, [str(a) for a in arguments], before))
+        process.start()
+        found.append(process)
+    return found
+
+
+def ended(folder: Path, processes: Sequence[multiprocessing.Process], seconds: float = 240) -> list[Done]:  # type: ignore[name-defined]  # fmt: skip
+    """How each has ended. Those that do not end in time are killed, which the code tells."""
+    for process in processes:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [
+        Done(process.exitcode or 0, (folder / f"{rank}.out").read_text(), (folder / f"{rank}.err").read_text())
+        for rank, process in enumerate(processes)
+    ]
+
+
+def torchrun(folder: Path, size: int, *arguments: object, before: Before | None = None) -> list[Done]:
+    """Run the command line in `size` processes."""
+    return ended(folder, started(folder, size, arguments, before))
+
+
+def _rank(folder: Path, rank: int, size: int, port: int, arguments: list[str], before: Before | None) -> None:
+    for name, stream in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    if size > 1:
+        ranks = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {name: str(value) for name, value in (ranks | place).items()}
+    import torch
+
+    from moekern.cli.app import main
+
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        if before is not None:
+            before(rank)
+        sys.argv = ["moekern", *arguments]
+        main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
