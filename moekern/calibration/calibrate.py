@@ -59,8 +59,8 @@ def calibrate(
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
-    (`compute.team`, whose rank 0 alone has the sums). With `part`, one of several calibrations that know nothing of each
-    other, the segments of its share are kept apart, for `statistics.parts.merge_parts`.
+    (`compute.team`, whose rank 0 alone has the sums). With `part`, one of several calibrations that know nothing of
+    each other, the segments of its share are kept apart, for `statistics.parts.merge_parts`.
     Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot
     be measured there.
     """

@@ -18,14 +18,18 @@ from moekern.team import Part, Team
 from moekern.version import versions
 
 
-def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None) -> None:
+def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None = None) -> None:
     """Raise InputError for a tier that needs all of the text in one process, or in one run."""
     for tier in tiers:
         by = TABLE[tier].by
         if by == "backward" and team.size > 1:
-            raise InputError(f"--tier {tier}: its sums are not split over processes; calibrate it in one, not by torchrun")
+            raise InputError(
+                f"--tier {tier}: its sums are not split over processes; calibrate it in one, not by torchrun"
+            )
         if by in ("backward", "second pass", "replay") and part is not None:
-            raise InputError(f"--tier {tier}: it needs all of the text, and --part {part.number}/{part.of} has a share of it; leave it out")
+            raise InputError(
+                f"--tier {tier}: it needs all of the text, and --part {part.number}/{part.of} has a share; leave it out"
+            )
 
 
 def deciding_threads(compute: Compute, tiers: Collection[str] = ()) -> int | None:
@@ -59,7 +63,9 @@ def share_of(data: TokenData, part: Part) -> list[Segment]:
     """The segments of one part. Raises InputError where there are fewer segments than parts."""
     units = data.units()
     if part.of > len(units):
-        raise InputError(f"--part {part.number}/{part.of}: the text has {len(units)} segments; make no more parts of it")
+        raise InputError(
+            f"--part {part.number}/{part.of}: the text has {len(units)} segments; make no more parts of it"
+        )
     owners = dealt([unit.tokens for unit in units], part.of)
     return [unit for unit, owner in zip(units, owners, strict=True) if owner == part.number - 1]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
+from moekern.calibration.sharing import check_tiers_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.criteria import criterion_named
@@ -78,7 +79,9 @@ def calibrate_to(
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team, part)
     checkpoint = open_checkpoint(folder)
     compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)

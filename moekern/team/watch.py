@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -152,5 +152,3 @@ def _kept(peer: socket.socket) -> socket.socket:
     for option, value in KEEPALIVE:
         peer.setsockopt(socket.IPPROTO_TCP, option, value)
     return peer
-
-

@@ -85,6 +85,7 @@ calibrate
   --tier* = None
   --criterion* = None
   --replay-tokens = 512
+  --part = None
   --backend = None
   --trust-remote-code = False
   --revision = None

@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.helpers.commands import Done
@@ -20,7 +21,7 @@ _context.set_forkserver_preload([*PRELOADED, __name__])
 Before = Callable[[int], None]  # (rank), in the process, before the command begins
 
 
-def started(folder: Path, size: int, arguments: Sequence[object], before: Before | None = None) -> list[multiprocessing.Process]:  # type: ignore[name-defined]  # fmt: skip
+def started(folder: Path, size: int, arguments: Sequence[object], before: Before | None = None) -> list[BaseProcess]:
     """One process for each rank, whose words go to files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("localhost", 0)) as free:
@@ -33,7 +34,7 @@ def started(folder: Path, size: int, arguments: Sequence[object], before: Before
     return found
 
 
-def ended(folder: Path, processes: Sequence[multiprocessing.Process], seconds: float = 240) -> list[Done]:  # type: ignore[name-defined]  # fmt: skip
+def ended(folder: Path, processes: Sequence[BaseProcess], seconds: float = 240) -> list[Done]:
     """How each has ended. Those that do not end in time are killed, which the code tells."""
     for process in processes:
         process.join(seconds)
