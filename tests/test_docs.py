@@ -130,7 +130,7 @@ def test_the_commands_for_several_machines_run(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv(variable, value)
     page = (DOCS / "machines.md").read_text()
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
-    lines = [line for line in blocks.splitlines() if not line.startswith("#")]
+    lines = [line for line in blocks.splitlines() if line and not line.startswith("#")]
     assert [line.split()[0] for line in lines].count("torchrun") == 5
     for line in lines:
         starter, _, command = line.rpartition("moekern ")
