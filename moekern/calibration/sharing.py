@@ -18,7 +18,7 @@ from moekern.team import Part, Team
 from moekern.version import versions
 
 
-def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None) -> None:
+def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None = None) -> None:
     """Raise InputError for a tier that needs all of the text in one process, or in one run."""
     for tier in tiers:
         by = TABLE[tier].by
@@ -28,7 +28,7 @@ def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None) -> Non
             )
         if by in ("backward", "second pass", "replay") and part is not None:
             raise InputError(
-                f"--tier {tier}: it needs all of the text, and --part {part.number}/{part.of} has a share of it; leave it out"
+                f"--tier {tier}: it needs all of the text, and --part {part.number}/{part.of} has a share; leave it out"
             )
 
 

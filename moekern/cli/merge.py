@@ -18,7 +18,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The statistics file to write.")],
     as_json: Json = False,
 ) -> None:
-    """Add statistics gathered in several runs, or make them of all parts of one; files that do not match are refused."""
+    """Add statistics gathered in several runs, or in all parts of one; files that do not match are refused."""
     check_new(out)
     check_statistics(*parts)
 

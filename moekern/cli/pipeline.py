@@ -16,6 +16,7 @@ from typing import Any
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
 from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate, recipe_of
+from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
@@ -89,6 +90,7 @@ def calibrate_to(
     check_work(out)
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team, part)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     if stable is not None:

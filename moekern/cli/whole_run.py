@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
@@ -132,7 +133,9 @@ def has_run(target: Path, out: Path) -> bool:
 def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Asked) -> Run:
     """Calibrate, plan, evaluate, prune, verify. What an earlier run with the same model and data left is used again."""
     tiers = asked.wanted
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)

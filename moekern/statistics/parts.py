@@ -37,6 +37,7 @@ class PartFile:
     part: Part
     whole: Mapping[str, Any]  # the header of the calibration
     segments: Segments
+    tokens: Mapping[str, int]  # of each segment, by its name in the file
     layers: StoredLayers
 
 
@@ -61,7 +62,7 @@ def open_part(path: Path) -> PartFile:
     problem = header_problem(whole) or ("" if named and 1 <= part.number <= part.of else "not as moekern writes it")
     if problem:
         raise InputError(f"{path}: header: part: {problem}")
-    return PartFile(path, part, whole, segments, layers)
+    return PartFile(path, part, whole, segments, header["tokens"], layers)
 
 
 def load_part(path: Path) -> Statistics:
@@ -124,7 +125,9 @@ def merge_parts(paths: Sequence[Path]) -> Statistics:
                 raise InputError(f"merge: {each.path}: of another calibration than {first.path}: its {what} differs")
     missing = [str(number) for number in range(1, first.part.of + 1) if number not in of]
     if missing:
-        raise InputError(f"merge: part {', '.join(missing)} of {first.part.of} is missing; give the files of all parts")
+        several = f"parts {', '.join(missing)} of {first.part.of} are" if len(missing) > 1 else ""
+        one = f"part {missing[0]} of {first.part.of} is"
+        raise InputError(f"merge: {several or one} missing; give the files of all parts")
     places = {d: _places(parts, d) for d in first.whole["domains"]}
     _check_whole(parts, places)
     sizes = {
@@ -144,7 +147,9 @@ def _check_whole(parts: Sequence[PartFile], places: Mapping[str, Sequence[tuple[
     """Raise InputError unless each segment is there once, and all have the same layers and sums."""
     first = parts[0]
     for domain, found in places.items():
-        if [number for number, *_ in found] != list(range(len(found))) or not found:
+        tokens = sum(part.tokens[name] for _, part, name in found)
+        whole = tokens == first.whole["tokens"][domain]
+        if [number for number, *_ in found] != list(range(len(found))) or not found or not whole:
             raise InputError(f"merge: the parts do not hold all segments of domain {domain} once")
     for part in parts:
         if set(part.layers) != set(first.layers):

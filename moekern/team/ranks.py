@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from moekern.errors import InputError, first_line
 from moekern.team.member import Member
@@ -131,8 +133,8 @@ def joined(member: Member) -> Ranks:
     torch.set_num_threads(torch.get_num_threads())  # before gloo has threads of its own
     address = os.environ.get("MASTER_ADDR", "localhost")
     try:
-        store, _, _ = next(dist.rendezvous("env://", member.rank, member.size, timeout=timedelta(seconds=MEETING)))
-        store = dist.PrefixStore("moekern", store)
+        store, _, _ = next(rendezvous("env://", member.rank, member.size, timeout=timedelta(seconds=MEETING)))
+        store = PrefixStore("moekern", store)
         host = f"{socket.gethostname()}"
         node = os.environ.get("GROUP_RANK", host)
         store.set(f"rank{member.rank}", f"{node}\n{host}")
@@ -150,7 +152,7 @@ def joined(member: Member) -> Ranks:
         nodes = {rank: numbered.index(node) for rank, (node, _) in enumerate(places)}
         watch = Watch(member.rank, peers, names)
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore("gloo", store), rank=member.rank, world_size=member.size, timeout=FOREVER
+            "gloo", store=PrefixStore("gloo", store), rank=member.rank, world_size=member.size, timeout=FOREVER
         )
         return Ranks(member, watch, nodes)
     except (RuntimeError, OSError) as error:

@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.helpers.commands import Done
@@ -20,20 +21,20 @@ _context.set_forkserver_preload([*PRELOADED, __name__])
 Before = Callable[[int], None]  # (rank), in the process, before the command begins
 
 
-def started(folder: Path, size: int, arguments: Sequence[object], before: Before | None = None) -> list[multiprocessing.Process]:  # type: ignore[name-defined]  # fmt: skip
+def started(folder: Path, size: int, arguments: Sequence[object], before: Before | None = None) -> list[BaseProcess]:
     """One process for each rank, whose words go to files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    found = []
+    found, place, words = list[BaseProcess](), Path.cwd(), [str(word) for word in arguments]
     for rank in range(size):
-        process = _context.Process(target=_rank, args=(folder, rank, size, port, [str(a) for a in arguments], before))
+        process = _context.Process(target=_rank, args=(place, folder, rank, size, port, words, before))
         process.start()
         found.append(process)
     return found
 
 
-def ended(folder: Path, processes: Sequence[multiprocessing.Process], seconds: float = 240) -> list[Done]:  # type: ignore[name-defined]  # fmt: skip
+def ended(folder: Path, processes: Sequence[BaseProcess], seconds: float = 240) -> list[Done]:
     """How each has ended. Those that do not end in time are killed, which the code tells."""
     for process in processes:
         process.join(seconds)
@@ -51,10 +52,13 @@ def torchrun(folder: Path, size: int, *arguments: object, before: Before | None 
     return ended(folder, started(folder, size, arguments, before))
 
 
-def _rank(folder: Path, rank: int, size: int, port: int, arguments: list[str], before: Before | None) -> None:
+def _rank(
+    cwd: Path, folder: Path, rank: int, size: int, port: int, arguments: list[str], before: Before | None
+) -> None:
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.chdir(cwd)
     if size > 1:
         ranks = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}

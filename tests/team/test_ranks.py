@@ -14,13 +14,14 @@ import pytest
 from moekern.data.batches import dealt
 from moekern.demo import MODEL, TEXT
 from moekern.statistics.layer import TIERS
-from tests.helpers.commands import Done, contents
+from tests.helpers.commands import Done, contents, model_and_ids
 from tests.helpers.ranks import ended, started, torchrun
 
 C, GERMAN = TEXT / "c" / "calibration.txt", TEXT / "german" / "calibration.txt"
 TEXTS = ["--data", f"c={C}:0.7", "--data", f"de={GERMAN}:0.3", "--tokens", 700, "--sequence-length", 32]
 WORDS = [*TEXTS, "--chunk", 1]
 FLOAT32 = ["--dtype", "float32"]
+pytestmark = pytest.mark.xdist_group("ranks")  # they are forked from one process
 SPLIT = [word for tier in TIERS if tier != "gradient" for word in ("--tier", tier)]
 
 
@@ -80,8 +81,21 @@ def test_run_makes_the_same_checkpoint(tmp_path: Path) -> None:
         assert (tmp_path / f"{size}.moekern" / "quality.json").exists()
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
     manifest = "moekern_manifest.jsonl"
-    assert one.pop(manifest) and two.pop(manifest)
+    assert one.pop(manifest)
+    assert two.pop(manifest)
     assert one == two
+
+
+def test_layers_that_hand_on_more_make_all_begin_again(tmp_path: Path) -> None:
+    """A rank without text does not see it by itself."""
+    model_and_ids(tmp_path, 12, "inkling2_text")
+    command = ["calibrate", tmp_path / "model", "--data", tmp_path / "ids.npy", "--sequence-length", 12, *FLOAT32]
+    for size in (1, 2):
+        done = torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s")
+        assert [each.returncode for each in done] == [0] * size, done
+        assert done[0].stderr.count("the pass begins again") == 1
+        assert "begins again" not in done[-1].stderr or size == 1
+    assert (tmp_path / "1.s").read_bytes() == (tmp_path / "2.s").read_bytes()
 
 
 def test_what_no_ranks_share_is_done_by_one(tmp_path: Path) -> None:
@@ -131,7 +145,9 @@ def test_a_rank_that_dies_ends_the_run(tmp_path: Path, failing: int, how: str) -
     assert [done[rank].returncode for rank in others] == [2, 2], done
     what = "has died; the run ends on all ranks" if how == "killed" else "RuntimeError: its disk is gone"
     told = [line for rank in others for line in done[rank].stderr.splitlines() if line.startswith("moekern: ")]
-    assert len(told) == 1 and told[0].startswith(f"moekern: rank {failing} (on ") and told[0].endswith(what), done
+    assert len(told) == 1, done
+    assert told[0].startswith(f"moekern: rank {failing} (on ")
+    assert told[0].endswith(what)
     assert not any("Traceback" in done[rank].stderr for rank in others)
     left = {path.name for path in tmp_path.iterdir()} - {"said"}
     assert left <= ({".s.moekern.tmp"} if failing == 0 and how == "killed" else set())
