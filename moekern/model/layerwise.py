@@ -60,9 +60,7 @@ class LayerwiseModel:
     spill: Path | None  # where they go beyond it
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
     spent: Spent = field(default_factory=Spent)
-    notes: list[str] = field(
-        default_factory=list
-    )  # said once the first layer is there
+    notes: list[str] = field(default_factory=list)  # said once the first layer is there
 
     @property
     def model(self) -> nn.Module:

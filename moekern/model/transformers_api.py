@@ -19,6 +19,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -229,10 +230,25 @@ def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, ten
 def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, quantizer: Any | None) -> PreTrainedModel:
     """A model in eval mode with meta parameters and real buffers."""
     with init_empty_weights(include_buffers=False), _quiet():
-        model = cls._from_config(config, dtype=dtype)
+        with _Unfilled():  # a stack of experts would be allocated before it is a parameter
+            model = cls._from_config(copy.deepcopy(config), dtype=dtype)
+        if any(buffer.is_meta for buffer in model.buffers()):
+            model = cls._from_config(config, dtype=dtype)
         if quantizer is not None:
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=None)
     return model.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """torch.empty, of which parameters are made, gives no memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.empty and given.get("device") is None:
+            given = {**given, "device": "meta"}
+        return func(*args, **given)
 
 
 def layers_with(loader: Loader, layout: Layout, count: int) -> nn.ModuleList:
