@@ -353,7 +353,19 @@ FAMILIES: tuple[Family, ...] = (
 
 BY_NAME: Mapping[str, Family] = {name: family for family in FAMILIES for name in (family.name, *family.also)}
 
+# Other names of families that transformers builds, for which it has no class: only a checkpoint's own code knows them.
+UNBUILT = frozenset((
+    "qwen3_6_moe", "qwen3_6_moe_text", "hunyuan", "minimax_text_01", "minimax_m1", "kimi_k2", "mimo_v2", "inkling",
+    "step3p7_text", "ernie4_5_moe_vl",
+))  # fmt: skip
+
 
 def family_named(model_type: str) -> Family | None:
     """The row of a model_type, of a whole model or of its text part."""
     return BY_NAME.get(model_type) or BY_NAME.get(model_type.removesuffix("_text"))
+
+
+def built_by_transformers(model_type: str) -> bool:
+    """Whether transformers has a class for this model_type, as far as the table knows."""
+    family = family_named(model_type)
+    return family is not None and family.transformers and model_type not in UNBUILT

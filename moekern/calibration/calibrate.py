@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
+Finished = Callable[[str, Sums], object]  # a layer's key and sums
+Told = Callable[[Statistics], object]  # of one layer
 
 
 def calibrate(
@@ -44,6 +46,7 @@ def calibrate(
     replay_tokens: int = REPLAY_TOKENS,
     out: str | Path | None = None,
     progress: Progress = lambda done, total: None,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
@@ -52,7 +55,8 @@ def calibrate(
     are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
     `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`. What
     does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
-    passes, and of the one at work the share of the text that has gone through it.
+    passes, and of the one at work the share of the text that has gone through it. `told` is given what the first pass
+    measured of a layer, as soon as it is done.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's.
@@ -72,7 +76,8 @@ def calibrate(
     compute = settled(compute, checkpoint, layout)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress)
+    tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell)
     if out is None:
         held = HeldStore()
         job.run(held)
@@ -94,6 +99,7 @@ class Job:
     tiers: tuple[str, ...]
     replay_tokens: int
     progress: Progress
+    told: Finished
 
     def run(self, store: Store) -> None:
         """Measure every tier into `store`."""
@@ -156,6 +162,7 @@ class _FirstPass(MeasuringPass):
 
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
+        self.job.told(key, sums)
         if "weights" in self.job.tiers:
             found = self.job.weights(key)
             for domain in sums:

@@ -54,7 +54,7 @@ def _spoken(
         typer.Option(
             "-v",
             "--verbose",
-            help="Show where an error comes from.",
+            help="Show where an error comes from, and more of what is measured.",
             callback=console.set_verbose,
             expose_value=False,
             is_eager=True,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.options import HeadersOf, Json, Revision, headers_of, result
+from moekern.cli.enough import enough
+from moekern.cli.options import CriterionOption, Json, Revision, check_model, headers_of, result
+from moekern.criteria.table import DEFAULT
 from moekern.files import sized
 
 if TYPE_CHECKING:
@@ -15,12 +20,39 @@ if TYPE_CHECKING:
 RUN_BY = {"transformers": "transformers", "its own code": "its own code, with --trust-remote-code"}
 
 
-def inspect(model: HeadersOf, revision: Revision = None, as_json: Json = False) -> None:
+def check_model_or_statistics(name: str) -> str:
+    """Raise InputError for what is neither a file, a folder nor a hub id."""
+    return name if os.path.isfile(name) else check_model(name)
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint folder; a hub id, of which headers are read; or a statistics file: was the text enough?",
+            callback=check_model_or_statistics,
+        ),
+    ],
+    criterion: CriterionOption = DEFAULT,
+    keep: Annotated[
+        str, typer.Option(help="Of a statistics file: the share or count at which halves of the text are compared.")
+    ] = "0.5",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
+    if os.path.isfile(model):
+        from moekern.statistics.file import Statistics
+
+        statistics = Statistics.load(model)
+        found, tell = enough(statistics, criterion, keep)
+        result({**statistics.header, "enough": found}, tell)
+        return
+
     from moekern.estimation.overview import overview
 
-    found = overview(headers_of(model, revision))
-    result(asdict(found), lambda: show_overview(found))
+    seen = overview(headers_of(model, revision))
+    result(asdict(seen), lambda: show_overview(seen))
 
 
 def show_overview(found: Overview) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -143,6 +144,13 @@ Keeps = Annotated[
         "--keep", help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."
     ),
 ]
+UntilStable = Annotated[
+    float | None,
+    typer.Option(
+        help="Measure the text in growing parts, and stop where the sets that its two halves keep are so much alike "
+        "(Jaccard index, mean over layers), as 0.98."
+    ),
+]
 RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
 FitOption = Annotated[
     str | None,
@@ -258,6 +266,28 @@ Json = Annotated[
 ]
 
 
+def parsed_size(flag: str, text: str) -> int:
+    """Bytes: "5GB" is 5e9, "512MiB" 512 * 2^20, "4096" itself. Raises InputError that names the flag."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise InputError(f"{flag} {text}: expected a size such as 5GB or 512MiB")
+    power = " KMGT".index(found[2].upper() or " ")
+    nbytes = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if nbytes >= 1 << 63:
+        raise InputError(f"{flag} {text:.80}: more bytes than there are")
+    return int(nbytes)
+
+
+def parsed_reserve(text: str, limit: int) -> int:
+    """Bytes: a share of `limit` ("15%"), or a size. Raises InputError that names --reserve."""
+    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text.strip())
+    if share and float(share[1]) < 100:
+        return int(limit * float(share[1]) / 100)
+    if share:
+        raise InputError(f"--reserve {text}: expected less than 100%")
+    return parsed_size("--reserve", text)
+
+
 def text_of(
     *,
     data: Sequence[str] | None,
@@ -313,8 +343,8 @@ def compute_of(
 ) -> Compute:
     """How the options say that layers are computed; the first line of what the command says names the device
     (with `tell`)."""
-    allowed = None if memory is None else console.parsed_size("--memory", memory)
-    on_gpu = None if gpu_memory is None else console.parsed_size("--gpu-memory", gpu_memory)
+    allowed = None if memory is None else parsed_size("--memory", memory)
+    on_gpu = None if gpu_memory is None else parsed_size("--gpu-memory", gpu_memory)
 
     from moekern.model.budget import budget_of
     from moekern.model.compute import Compute, check_device

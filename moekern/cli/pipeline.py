@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
+from moekern.architectures.quantisation import inputs_line
+from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate, recipe_of
+from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.criteria import criterion_named
@@ -73,14 +75,22 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
+    stable: Stable | None = None,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
     checkpoint = open_checkpoint(folder)
-    compute = told_compute(compute, checkpoint, find_layout(checkpoint))
+    layout = find_layout(checkpoint)
+    if stable is not None:
+        stable.check(layout.router, wanted)
+    compute = told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out)
+    return measured(
+        checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, stable=stable, told=told
+    )
 
 
 def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Compute:
@@ -88,7 +98,30 @@ def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Co
     found = precision(compute, checkpoint, layout)
     compute = replace(compute, dtype=found.name)
     console.open_with(f"{compute.described}, {found.described}, {budget_of(compute).described}")
+    console.hint(inputs_line(checkpoint.tensors))
     return compute
+
+
+def _measured_until(
+    checkpoint: Checkpoint, data: TokenData, compute: Compute, stable: Stable, tiers: Collection[str], out: Path
+) -> Statistics:
+    """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured."""
+    with working(out) as side:
+
+        def measure(part: TokenData, number: int) -> Statistics:
+            path = side / f"part-{number}.safetensors"
+            found = earlier_statistics(path, checkpoint, part, compute, tiers)
+            if found is None:
+                path.unlink(missing_ok=True)
+                found = measured(checkpoint, part, compute, tiers=tiers, out=path)
+            return found
+
+        until_stable(data, stable, measure, console.say).save(out, new=True)
+        for path in side.glob("part-*.safetensors"):
+            with suppress(InputError):  # what is no statistics file is not this program's
+                if is_plain(path) and Statistics.load(path):
+                    path.unlink()
+    return Statistics.load(out)
 
 
 def measured(
@@ -99,9 +132,14 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
+    stable: Stable | None = None,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name. The type
-    that is computed in is settled."""
+    that is computed in is settled. With `stable`, as much of the text as it takes; `told` is as `calibrate` has it.
+    """
+    if stable is not None:
+        return _measured_until(checkpoint, data, compute, stable, tiers, out)
     with recovered(out) as left:
         whole = left is not None and _left_whole(left, checkpoint, data, compute, tiers)
         if left and not whole:
@@ -110,7 +148,7 @@ def measured(
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, progress=step
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, progress=step, told=told
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
@@ -135,12 +173,15 @@ def verify_both(
 ) -> Verdict:
     """Bytes first; logits only of a checkpoint whose bytes are right."""
     check_device(compute.device)
+    checkpoint = open_checkpoint(folder)
+    console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
     with console.progress("verifying", "bytes") as step:
-        report = verify(folder, plan, pruned, mtp=mtp, progress=step)
+        report = verify(checkpoint, plan, pruned, mtp=mtp, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
+    console.hint(inputs_line(checkpoint.tensors))
     with console.progress("comparing logits") as step:
-        compared = compare_forward(folder, plan, pruned, compute=compute, progress=step)
+        compared = compare_forward(checkpoint, plan, pruned, compute=compute, progress=step)
     return Verdict(report, compared)
 
 
@@ -161,6 +202,9 @@ def losses_of(
     checkpoint: Checkpoint, data: TokenData, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
+    layout = find_layout(checkpoint)
+    for name, plan in plans.items():
+        console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, progress=step)
 

@@ -33,6 +33,8 @@ from moekern.cli.options import (
     Words,
     check_statistics,
     optional_headers,
+    parsed_reserve,
+    parsed_size,
     result,
 )
 from moekern.criteria.table import DEFAULT
@@ -100,10 +102,13 @@ def plan(
     check_statistics(statistics)
 
     from moekern.cli.pipeline import statistics_of
+    from moekern.plan.agreement import doubt
+    from moekern.plan.fits_model import TWIN
     from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
 
+    checkpoint = optional_headers(model, revision)
     options = Planning(
         criteria=tuple(criterion),
         keeps=keeps,
@@ -113,7 +118,7 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=optional_headers(model, revision),
+        model=checkpoint,
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
@@ -122,8 +127,10 @@ def plan(
     header, plans = measured.header, make_plans(measured, options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
+    if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
+        say(f"--model {checkpoint.name}: {TWIN}")
     for name, made in plans.items():
-        for line in (*remarks(made), *slower_with(made, header, options)):
+        for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
@@ -171,8 +178,8 @@ def fit_of(limit: str | None, bits: float | None, context: int, sequences: int, 
         if bits is not None or context or sequences != 1 or reserve != RESERVE:
             raise InputError("--bits, --context, --sequences, --reserve: go with --fit")
         return None
-    nbytes = console.parsed_size("--fit", limit)
-    return Fit(nbytes, bits, context, sequences, console.parsed_reserve(reserve, nbytes))
+    nbytes = parsed_size("--fit", limit)
+    return Fit(nbytes, bits, context, sequences, parsed_reserve(reserve, nbytes))
 
 
 def check_options(model: Path | Checkpoint, options: Planning) -> None:

@@ -48,6 +48,7 @@ from moekern.cli.options import (
     Tiers,
     Tokens,
     TrustRemoteCode,
+    UntilStable,
     UnusedBatchSize,
     compute_of,
     folder_of,
@@ -94,6 +95,7 @@ def run(
     seed: Seed = 0,
     domain: Domains = None,
     tier: Tiers = None,
+    until_stable: UntilStable = None,
     budget: BudgetOption = "uniform",
     normalise: Normalise = "none",
     allow_nonuniform: AllowNonuniform = False,
@@ -135,8 +137,9 @@ def run(
         fit=fit_of(fit, bits, context, sequences, reserve),
     )  # fmt: skip
     asked = whole_run.Asked(
-        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality
-    )
+        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
+        until_stable=until_stable,
+    )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -170,16 +173,18 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
 def _say_remarks(done: Run, planning: Planning) -> None:
     """What has to be known of the text and the plans, for programs too."""
     from moekern.cli.plan import fit_line, slower_with
+    from moekern.plan.agreement import doubt
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
     from moekern.statistics.coverage import too_thin
     from moekern.statistics.file import Statistics
 
-    header = Statistics.load(done.statistics).header
+    statistics = Statistics.load(done.statistics)
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        for line in (*remarks(plan), *slower_with(plan, header, planning)):
+        told = (*remarks(plan), *filter(None, [doubt(statistics, plan)]))
+        for line in (*told, *slower_with(plan, statistics.header, planning)):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 

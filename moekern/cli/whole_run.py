@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
@@ -58,6 +59,7 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
+    until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -136,10 +138,13 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
+    stable = _stable(checkpoint, layout, asked)
     _check_room(checkpoint, layout, planning, targets, made)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
+    data = data if stable is None else stable.asked(data)
+    console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
         for path in paths:
@@ -151,7 +156,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             check_new(targets[made.index(True)], folder=True)
         if statistics is None:
             statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
-            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path)
+            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable)
         plans = list(make_plans(statistics, planning).values())
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
@@ -173,6 +178,31 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         for plan, path, report in zip(plans, paths, reports, strict=True)
     ]
     return Run(statistics_path, coverage(statistics), quality, results)
+
+
+def _stable(checkpoint: Checkpoint, layout: Layout, asked: Asked) -> Stable | None:
+    """When the text is enough for each of the counts that are asked for; None where all of it is measured."""
+    planning = asked.planning
+    if asked.until_stable is None:
+        return None
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains)
+    stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
+    return stable
+
+
+def too_few(tokens: int, layout: Layout) -> str | None:
+    """The warning that text cannot give each expert THIN tokens, before anything is measured; None where it can."""
+    router = layout.router
+    each = tokens * router.top_k / router.num_experts
+    if each >= THIN:
+        return None
+    return (
+        f"warning: too little text: {tokens:,} tokens are about {each:.0f} for each of {router.num_experts} experts of "
+        f"a layer, and fewer than {THIN} say little; give more text, or raise --tokens"
+    )
 
 
 def _plan_path(out: Path, target: Path) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import Family, family_named, find_layout
+from moekern.architectures import Family, built_by_transformers, family_named, find_layout
 from moekern.architectures.config_keys import model_types, own_code
+from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import shown
 from moekern.router import count_problem
@@ -90,7 +91,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         not_run=not_run,
         no_gradient=layout.family.no_gradient,
         note=layout.family.note,
-        notes=(*checkpoint.notes, *layout.notes, *refused),
+        notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *refused),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
     )
@@ -103,14 +104,22 @@ def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
     have the tensors of a family that transformers knows.
     """
     name = next(iter(model_types(config)), "")
-    row = family_named(name)
-    known = row is not None and row.transformers
+    known = built_by_transformers(name)
     if family.only_pruned:
         return known, "", family.only_pruned
     if known:
         return True, "transformers", ""
     if own_code(config):
         return False, "its own code", ""
-    if row is None:
+    if family_named(name) is None:
         return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
     return False, "", f"transformers has no class for model_type {shown(name)}"
+
+
+def _running(checkpoint: Checkpoint) -> Iterator[str]:
+    """What stands in the way of a forward pass, or is left out of it, in the format of the weights."""
+    reason, line = unread(quantisation_of(checkpoint.config)), inputs_line(checkpoint.tensors)
+    if reason is not None:
+        yield f"{reason}: it can be pruned and verified, with a plan made on an unquantised twin too, not calibrated"
+    elif line is not None:
+        yield f"in a forward pass {line}"

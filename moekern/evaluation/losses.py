@@ -79,7 +79,7 @@ def evaluate(
         raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     layout = find_layout(checkpoint)
     for plan in plans.values():
-        check_plan(plan, layout, checkpoint.fingerprint)
+        check_plan(plan, layout, checkpoint)
     tasks = [  # of each batch the original first: the others are held against it
         Task(name, number, plan, batch)
         for batch in data.batches

@@ -23,7 +23,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.files import scratch
 from moekern.model.backward import Backward
-from moekern.model.expert_lists import blocks_with_lists
+from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.layerwise import LayerwiseModel
@@ -52,7 +52,7 @@ def measure_gradients(
     """
     model: Any = layerwise.model
     for _, block in blocks_with_lists(model):
-        raise InputError(f"--tier gradient: {type(block).__name__} keeps its experts in a list, one module each")
+        raise InputError(f"--tier gradient: {type(block).__name__}: {NO_GRADIENT}")
     model.requires_grad_(False)
     data = data.by_chunk()
 

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moekern.errors import InputError
+from moekern.kernels.reference import SCORES
 from moekern.measurement.probe import Probe
 from moekern.model.expert_lists import LIST, expert_modules, list_router
 from moekern.model.experts import Outputs, steady
+from moekern.model.finite import all_finite
 from moekern.model.masking import PRODUCTS
 
 Answer = Callable[[int, Tensor], Tensor]  # (expert, rows [n, H]) -> [n, H]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 ROUNDINGS = 8  # of a sum over K experts, beside one for each
+PIECE = 1024  # rows that are compared and added at a time
 
 
 @dataclass
@@ -68,27 +71,29 @@ def measured_block(self: Any, *args: Any, **kwargs: Any) -> Any:
     experts, call = expert_modules(self), (args, kwargs)
     assert experts is not None
     seen = run(self, call, computed(self, experts))
-    hidden = next(value for value in chain(args, kwargs.values()) if isinstance(value, Tensor))
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    choice, rows, y = described(self, call, seen, hidden, len(experts))
-    probe.logits = seen.logits
+    choice, rows, y = described(self, call, seen, len(experts))
+    if seen.logits is not None and scored_by(probe.recorder.score, seen.logits, choice, y.dtype):
+        probe.logits = seen.logits
     probe.measure(rows, choice.ids, choice.gates, len(experts), steady(outputs_of(experts, rows, choice, y)))
     return seen.out
 
 
-def described(block: nn.Module, call: Call, seen: Run, hidden: Tensor, E: int) -> tuple[Choice, Tensor, Tensor]:
+def described(block: nn.Module, call: Call, seen: Run, E: int) -> tuple[Choice, Tensor, Tensor]:
     """What a block did: which experts were chosen, the rows [T, H] that experts were given, and their outputs [N, H].
+
+    The rows are what the block was given or what one of its parts made of that.
 
     Raises InputError where ids and gates, as the router returned them or as the block shows them when it is asked,
     are not what it did.
     """
-    for choice in choices(block, call, seen, len(hidden), E):
-        for rows in (hidden, *seen.before):
-            place = places(seen, rows.reshape(-1, rows.shape[-1]), choice, E)
+    given = [value.reshape(-1, value.shape[-1]) for value in (*tensors(call), *seen.before) if value.ndim > 1]
+    for choice in choices(block, call, seen, len(given[0]), E):
+        for rows in given:
+            place = places(seen, rows, choice, E)
             if place is not None:
                 y = torch.cat(seen.outputs)[place]
                 if adds_up(block, call, seen, choice, y):
-                    return choice, rows.reshape(-1, rows.shape[-1]), y
+                    return choice, rows, y
     raise refusal(block, "what it does with its experts is not gates x outputs of the experts that its tokens choose")
 
 
@@ -148,7 +153,8 @@ def places(seen: Run, rows: Tensor, choice: Choice, E: int) -> Tensor | None:
     if not torch.equal(experts.bincount(minlength=E), choice.ids.flatten().bincount(minlength=E)):
         return None
     mine, theirs = sorted_rows(given, experts), sorted_rows(rows, choice.experts, choice.tokens)
-    if not torch.equal(given[mine], rows[choice.tokens[theirs]]):
+    pairs = zip(mine.split(PIECE), choice.tokens[theirs].split(PIECE), strict=True)
+    if not all(torch.equal(given[row], rows[token]) for row, token in pairs):
         return None
     place = torch.empty_like(mine)
     place[theirs] = mine
@@ -158,7 +164,7 @@ def places(seen: Run, rows: Tensor, choice: Choice, E: int) -> Tensor | None:
 def sorted_rows(rows: Tensor, experts: Tensor, tokens: Tensor | None = None) -> Tensor:
     """The order that puts rows (of `tokens`, where given) by expert, and within one by a number made of the row."""
     direction = torch.arange(1, rows.shape[-1] + 1, device=rows.device).double().cos()
-    keys = (rows.double() * direction).sum(1)
+    keys = torch.cat([(part.double() * direction).sum(1) for part in rows.split(PIECE)])
     by_key = (keys if tokens is None else keys[tokens]).sort(stable=True).indices
     return by_key[experts[by_key].sort(stable=True).indices]
 
@@ -166,13 +172,17 @@ def sorted_rows(rows: Tensor, experts: Tensor, tokens: Tensor | None = None) -> 
 def adds_up(block: nn.Module, call: Call, seen: Run, choice: Choice, y: Tensor) -> bool:
     """Whether the block makes gates x outputs [T, H] of its experts' outputs: it returns them, or gives them to a part.
 
-    Within the roundings of K products and sums in the type of the outputs or of the gates.
+    Within the roundings of K products and sums in the type of the outputs or of the gates. Outputs that are not finite
+    add up to nothing that could be compared: the pass ends behind the layer, and says which weights made them so.
     """
+    if not all_finite(y):
+        return True
     T, K = choice.ids.shape
-    share = choice.gates.flatten()[choice.order].float()[:, None] * y.float()
+    gates = choice.gates.flatten()[choice.order].float()[:, None]
     want, size = (torch.zeros(T, y.shape[1], device=y.device) for _ in range(2))
-    want.index_add_(0, choice.tokens, share)
-    size.index_add_(0, choice.tokens, share.abs())
+    for tokens, gate, part in zip(choice.tokens.split(PIECE), gates.split(PIECE), y.split(PIECE), strict=True):
+        want.index_add_(0, tokens, gate * part.float())
+        size.index_add_(0, tokens, (gate * part.float()).abs())
     again = run(block, call, replayed(seen), silent=True)
     eps = max(torch.finfo(value.dtype).eps for value in (y, choice.gates))
     room = (K + ROUNDINGS) * eps * size + torch.finfo(torch.float32).tiny
@@ -181,6 +191,17 @@ def adds_up(block: nn.Module, call: Call, seen: Run, choice: Choice, y: Tensor) 
         value.numel() == want.numel() and bool(((value.reshape_as(want).float() - want).abs() <= room).all())
         for value in made
     )
+
+
+def scored_by(score: str, logits: Tensor, choice: Choice, dtype: torch.dtype) -> bool:
+    """Whether a token's gates are to each other as the scores of its logits: a family is found by the names of tensors,
+    and code of its own may score otherwise. For 7 of 8 tokens, since scores of no size leave gates that are rounded."""
+    scores = SCORES[score](logits.float()).gather(1, choice.ids)
+    ratio = choice.gates.float() / scores
+    low, high = ratio.aminmax(dim=1)
+    eps = max(torch.finfo(kind).eps for kind in (dtype, choice.gates.dtype))
+    alike = (high - low) <= 16 * eps * high.abs()
+    return int(alike.sum()) * 8 >= len(alike) * 7
 
 
 def outputs_of(experts: nn.ModuleList, rows: Tensor, choice: Choice, y: Tensor) -> Outputs:
@@ -225,7 +246,8 @@ def replayed(seen: Run) -> Answer:
 
 
 def run(block: nn.Module, call: Call, answer: Answer, *, silent: bool = False) -> Run:
-    """Run the block's own forward with `answer` in place of its experts; `silent` makes zeros of its other parts."""
+    """Run the block's own forward with `answer` in place of its experts; `silent` makes zeros of what its other parts
+    put out, but for numbers of experts, by which it may choose."""
     experts, router, seen = expert_modules(block), list_router(block), Run()
     assert experts is not None
     with ExitStack() as stack, _Products(len(experts)) as products:
@@ -236,7 +258,8 @@ def run(block: nn.Module, call: Call, answer: Answer, *, silent: bool = False) -
                 stack.callback(part.register_forward_pre_hook(products.begin).remove)
                 stack.callback(part.register_forward_hook(_keep_choice(seen, products)).remove)
             elif name != LIST:
-                stack.callback(part.register_forward_hook(_keep_part(seen, silent), with_kwargs=True).remove)
+                hook = _keep_part(seen, len(experts) if silent else None)
+                stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
         args, kwargs = call
         seen.out = type(block).forward(block, *args, **kwargs)
     seen.logits = products.found
@@ -292,13 +315,15 @@ def _keep_choice(seen: Run, products: _Products) -> Callable[..., None]:
     return hook
 
 
-def _keep_part(seen: Run, silent: bool) -> Callable[..., Any]:
+def _keep_part(seen: Run, silent: int | None) -> Callable[..., Any]:
+    """With `silent`, the number of experts, what a part puts out becomes zeros."""
+
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if seen.experts:
             seen.after += tensors((args, kwargs))
         else:
             seen.before += tensors(output)
-        return zeroed(output) if silent else None
+        return None if silent is None else zeroed(output, silent)
 
     return hook
 
@@ -317,11 +342,11 @@ def first_tensor(value: Any) -> Tensor | None:
     return next(tensors(value), None)
 
 
-def zeroed(value: Any) -> Any:
-    """Zeros in place of the floating-point tensors of nested tuples and lists."""
+def zeroed(value: Any, experts: int) -> Any:
+    """Zeros in place of the floating-point tensors of nested tuples and lists that hold no number for each expert."""
     if isinstance(value, Tensor):
-        return torch.zeros_like(value) if value.is_floating_point() else value
-    return type(value)(map(zeroed, value)) if type(value) in (tuple, list) else value
+        return torch.zeros_like(value) if value.is_floating_point() and value.shape[-1:] != (experts,) else value
+    return type(value)(zeroed(item, experts) for item in value) if type(value) in (tuple, list) else value
 
 
 def refusal(block: nn.Module, why: str) -> InputError:

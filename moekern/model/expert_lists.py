@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 LIST = "experts"
+NO_GRADIENT = "its experts are in a list, one module each"
 ROUTER = re.compile(r"gate|router")
 
 

@@ -21,6 +21,8 @@ moekern
   --show-completion = None
 inspect
   MODEL required
+  --criterion = gated_norm
+  --keep = 0.5
   --revision = None
   --json = False
 run
@@ -46,6 +48,7 @@ run
   --seed = 0
   --domain* = None
   --tier* = None
+  --until-stable = None
   --budget = uniform
   --normalise = none
   --allow-nonuniform = False
@@ -85,6 +88,8 @@ calibrate
   --tier* = None
   --criterion* = None
   --replay-tokens = 512
+  --keep = 0.5
+  --until-stable = None
   --backend = None
   --trust-remote-code = False
   --revision = None

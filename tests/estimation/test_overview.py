@@ -20,6 +20,8 @@ OWN = {"auto_map": {"AutoConfig": "a.A", "AutoModelForCausalLM": "m.M"}}
         ({"model_type": "deepseek_v3"}, "transformers", ""),
         ({"model_type": "deepseek_v3", **OWN}, "transformers", ""),
         ({"model_type": "something_new", **OWN}, "its own code", ""),
+        ({"model_type": "kimi_k2", **OWN}, "its own code", ""),
+        ({"model_type": "kimi_k2"}, "", "transformers has no class for model_type 'kimi_k2'"),
         ({"model_type": "something_new", "auto_map": {"AutoTokenizer": "t.T"}}, "", "not known whether transformers"),
         ({"model_type": "deepseek_vl_v2"}, "", "transformers has no class for model_type 'deepseek_vl_v2'"),
         ({"model_type": "diffusion_gemma"}, "transformers", ""),  # its tensors are another family's

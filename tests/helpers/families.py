@@ -329,14 +329,17 @@ def _randomise(name: str, value: Tensor, generator: torch.Generator) -> None:
         value[-1] = -1.0
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, config: Callable[[], PreTrainedConfig] | None = None
+) -> PreTrainedModel:
     """A model of the family with random weights, in eval mode; the same seed gives the same weights.
 
     As after ``from_pretrained``, what the model class keeps strictly in float32 stays so under another ``dtype``.
     """
+    config = config or FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(name)(FAMILIES[name]())
+        model = model_class(name)(config())
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     for key, value in model.state_dict().items():
@@ -345,7 +348,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
             _randomise(key, value, generator)
     if dtype != torch.float32:
         with torch.device("meta"):
-            declared = model_class(name)._from_config(FAMILIES[name](), dtype=dtype).state_dict()
+            declared = model_class(name)._from_config(config(), dtype=dtype).state_dict()
         strict = "|".join(map(re.escape, model._keep_in_fp32_modules_strict or ())) or "(?!)"
         for key, value in model.state_dict(keep_vars=True).items():
             kept = re.search(rf"(^|\.)({strict})(\.|$)", key)

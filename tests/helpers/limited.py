@@ -1,6 +1,7 @@
-"""Calibrate, evaluate and iterate with a hard limit on the process's memory: python -m tests.helpers.limited FOLDER MB.
+"""Calibrate, evaluate or iterate with a hard limit on memory: python -m tests.helpers.limited STAGE FOLDER MB (0: none).
 
-The limit is set when everything is imported. Prints a JSON line: in how many groups experts ran, and the losses.
+The limit is set when everything is imported. Prints a JSON line: in how many groups experts ran, what came of it, and
+the most bytes that were resident.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +34,7 @@ def text(sequences: int) -> TokenData:
     return TokenData((Batch("text", ids),), {"seed": 0}, 2)
 
 
-def main(folder: Path, megabytes: int, sequences: int = 8) -> None:
+def main(stage: str, folder: Path, megabytes: int, sequences: int = 8) -> None:
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     with torch.no_grad():  # the libraries take their own share, once
@@ -42,24 +44,19 @@ def main(folder: Path, megabytes: int, sequences: int = 8) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with open_layerwise(checkpoint, layout, BFLOAT16) as model:
         groups = max(map(len, model.groups.cuts.values()), default=1)
-        print(model.takes.described, file=sys.stderr)
     data = text(sequences)
-    measured = calibrate(checkpoint, data, BFLOAT16, tiers=("dimensions",))
-    half = Plan({key: LayerPlan(tuple(range(0, layer.num_experts, 2))) for key, layer in layout.layers.items()})
-    losses = evaluate(checkpoint, data, {"half": half}, BFLOAT16)
-    plan = iterate(checkpoint, data, Method("reap", 0.5), BFLOAT16)
-    print(
-        json.dumps(
-            {
-                "groups": groups,
-                "norms": {key: measured.layer(key).norm_sum.tolist() for key in measured.layers},
-                "losses": {name: row["text"].nll for name, row in losses.items()},
-                "plan": plan.to_json(),
-                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-            }
-        )
-    )
+    if stage == "calibrate":
+        measured = calibrate(checkpoint, data, BFLOAT16, tiers=("dimensions",))
+        found: Any = {key: measured.layer(key).norm_sum.tolist() for key in measured.layers}
+    elif stage == "evaluate":
+        half = Plan({key: LayerPlan(tuple(range(0, layer.num_experts, 2))) for key, layer in layout.layers.items()})
+        losses = evaluate(checkpoint, data, {"half": half}, BFLOAT16)
+        found = {name: row["text"].nll for name, row in losses.items()}
+    else:
+        found = iterate(checkpoint, data, Method("reap", 0.5), BFLOAT16).to_json()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    print(json.dumps({"groups": groups, "found": found, "peak": peak}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

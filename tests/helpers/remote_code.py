@@ -96,6 +96,7 @@ class Block(nn.Module):
         inside = hidden // 2 if STYLE == "latent" else hidden
         self.experts = nn.ModuleList([Expert(inside, 24) for _ in range(config.num_experts)])
         self.gate = nn.Linear(hidden, config.num_experts, bias=False) if STYLE == "masks" else Gate(config)
+        self.scores = nn.Identity()
         if STYLE != "masks":
             self.shared_experts = Expert(hidden, 24)
         if STYLE == "latent":
@@ -145,7 +146,8 @@ class Block(nn.Module):
         return total
 
     def masks(self, x):
-        weights, ids = torch.topk(F.softmax(self.gate(x), dim=1, dtype=torch.float), self.top_k, dim=-1)
+        scores = self.scores(F.softmax(self.gate(x), dim=1, dtype=torch.float))
+        weights, ids = torch.topk(scores, self.top_k, dim=-1)
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
         total = torch.zeros_like(x)
         mask = F.one_hot(ids, num_classes=self.num_experts).permute(2, 1, 0)

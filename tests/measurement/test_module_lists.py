@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -10,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.calibration.observe import observe
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import evaluate
@@ -133,6 +134,45 @@ def test_threads_and_batches_change_no_bit(style: str, written: Write) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_model_in_memory_is_observed_alike(written: Write) -> None:
+    streamed = calibrate(written("latent"), DATA, TRUSTED)
+    model: Any = remote_code.load(written("latent"))
+    for domain in "ab":
+        with observe(model, domain=domain) as statistics:
+            for batch in DATA.batches:
+                if batch.domain == domain:
+                    model(batch.input_ids)
+        for key, domains in statistics.layers.items():
+            for name in ROUTED:
+                got, want = getattr(domains[domain], name), getattr(streamed.layers[key][domain], name)
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_fp8_weights_are_measured_as_their_plain_twin(written: Write, tmp_path: Path) -> None:
+    """Blocks of 8 x 8 whose scales are powers of two, so that bfloat16 holds what they stand for."""
+    fp8, twin = (shutil.copytree(written("sorted"), tmp_path / name) for name in ("fp8", "twin"))
+    for path in sorted(fp8.glob("*.safetensors")):
+        coded, plain = dict[str, Tensor](), dict[str, Tensor]()
+        for name, weight in load_file(path).items():
+            coded[name] = plain[name] = weight if "gate.weight" in name else weight.bfloat16()
+            if ".experts." in name:
+                blocks = weight.unflatten(1, (-1, 8)).unflatten(0, (-1, 8))
+                scale = (blocks.abs().amax((1, 3)) / 448).log2().ceil().exp2()
+                codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+                coded |= {name: codes.reshape(weight.shape), f"{name}_scale_inv": scale}
+                plain[name] = (codes.float() * scale[:, None, :, None]).reshape(weight.shape).bfloat16()
+        save_file(coded, path, {"format": "pt"})
+        save_file(plain, twin / path.name, {"format": "pt"})
+        index = json.loads((fp8 / "model.safetensors.index.json").read_text())
+        index["weight_map"] |= dict.fromkeys(coded, path.name)
+        (fp8 / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    compute = Compute(dtype=torch.bfloat16, trust_remote_code=True)
+    same(calibrate(fp8, DATA, compute), calibrate(twin, DATA, compute))
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_the_whole_way(style: str, written: Write, tmp_path: Path) -> None:
     """Pruned in memory and on the disk alike, and equal to the original with the dropped experts masked."""
@@ -153,7 +193,7 @@ def test_tiers_that_ask_the_block_again(written: Write) -> None:
     assert float(sums.layer("2").deletion_norm_sum.sum()) > 0
     plan = iterate(written("masks"), DATA, Method("gated_norm", 3, rounds=2), TRUSTED)
     assert all(len(layer.keep) == 3 for layer in plan.layers.values())
-    with pytest.raises(InputError, match="--tier gradient: Block keeps its experts in a list"):
+    with pytest.raises(InputError, match="--tier gradient: Block: its experts are in a list, one mod"):
         calibrate(written("sorted"), DATA, TRUSTED, tiers=("gradient",))
 
 
@@ -185,6 +225,28 @@ def test_gates_that_the_block_changes_are_those_that_it_applies(written: Write) 
     torch.testing.assert_close(halved.gate_sum, plain.gate_sum / 2)
 
 
+@pytest.mark.parametrize("style", ["sorted", "masks"])
+def test_an_expert_that_is_not_finite_is_named(style: str, written: Write, tmp_path: Path) -> None:
+    folder = shutil.copytree(written(style), tmp_path / style)
+    name = f"model.layers.2.{STYLES[style][0]}.experts.3.{STYLES[style][1].split()[1]}.weight"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][2, 5] = torch.nan
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(InputError, match=r"layer 2: .*experts\.3\.\w+\.weight is not finite for expert 3"):
+        calibrate(folder, DATA, TRUSTED)
+
+
+def test_scores_that_are_not_the_familys_are_not_measured(written: Write) -> None:
+    """The names of the tensors are those of a family that takes the softmax; this code takes another score."""
+    softmax = calibrate(written("in_place"), DATA, TRUSTED).layer("1")
+    sigmoid = calibrate(written("in_place", ("logits.softmax(-1)", "logits.sigmoid()")), DATA, TRUSTED).layer("1")
+    assert int(softmax.logit_tokens) == int(softmax.tokens)
+    assert int(sigmoid.logit_tokens) == 0 < int(sigmoid.tokens)
+    assert torch.equal(sigmoid.count, softmax.count)
+    assert float(sigmoid.gate_sum.sum()) > float(softmax.gate_sum.sum())
+
+
 def test_nothing_of_a_checkpoint_runs_without_the_flag(written: Write, tmp_path: Path) -> None:
     written_here = remote_code.write(tmp_path / "written", "sorted")
     folder = shutil.copytree(written_here, tmp_path / "model")  # of a name whose code no process has imported
@@ -202,4 +264,7 @@ def test_nothing_of_a_checkpoint_runs_without_the_flag(written: Write, tmp_path:
     assert not remote_code.marker(written_here).exists()
     assert moekern(*measuring, "--trust-remote-code").returncode == 0
     assert remote_code.marker(written_here).exists()
-    assert find_layout(open_checkpoint(tmp_path / "half")).num_experts == 3
+    trusted = ("--trust-remote-code", "--quiet")
+    assert moekern("verify", folder, plan, tmp_path / "half", "--forward", *trusted).returncode == 0
+    held = (plan, "--data", tmp_path / "ids.jsonl")
+    assert moekern("evaluate", folder, *held, *trusted).returncode == 0

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import deserialize
+from safetensors.numpy import save_file
 
 from moekern.architectures import find_layout
+from moekern.architectures.id_tables import replace_experts
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.data.batches import Batch, TokenData
 from moekern.pruning.prune import prune
+from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
+from tests.helpers import families
 from tests.helpers.in_flight import random_plan
 from tests.helpers.published import EXPERTS, PUBLISHED, write
 
@@ -75,10 +85,33 @@ def expected(source: Read, prefix: str, keep: tuple[int, ...]) -> Read:
 
 
 def remapped(ids: np.ndarray, keep: tuple[int, ...]) -> np.ndarray:
-    from moekern.architectures.id_tables import replace_experts
-
     got = replace_experts(ids, keep, EXPERTS)
     for old, new in zip(ids.tolist(), got.tolist(), strict=True):  # kept ones are renumbered, no token has one twice
         assert all(keep.index(e) == n for e, n in zip(old, new, strict=True) if e in keep)
         assert len(set(new)) == len(new)
     return got.astype("<i8")
+
+
+def test_a_bias_for_images_is_cut_and_text_runs_without_it(
+    family_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """DeepSeek V4 that sees: transformers builds its text model, which has no place for the second bias."""
+    folder = shutil.copytree(family_checkpoint("deepseek_v4"), tmp_path / "in")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    layers = find_layout(open_checkpoint(folder)).layers.values()
+    names = [t.name.replace(".weight", ".bias_vl") for layer in layers for t in layer.of_role("router")]
+    save_file({name: np.arange(EXPERTS, dtype="<f4") for name in names}, folder / "model-vl.safetensors")
+    index["weight_map"] |= dict.fromkeys(names, "model-vl.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    layout = find_layout(open_checkpoint(folder))
+    plan = random_plan(layout, seed=2)
+    prune(folder, plan, tmp_path / "out")
+    assert verify(folder, plan, tmp_path / "out").problems == ()
+    assert compare_forward(folder, plan, tmp_path / "out").equal
+    for i, name in enumerate(names):
+        want = np.array(plan.layers[str(i)].keep, "<f4").tobytes()
+        assert read(tmp_path / "out")[name] == ((EXPERTS // 2,), want)
+    data = TokenData((Batch("a", families.input_ids("deepseek_v4")),), {})
+    plain = calibrate(family_checkpoint("deepseek_v4"), data)
+    for key, domains in calibrate(folder, data).layers.items():
+        assert torch.equal(domains["a"].gated_norm_sum, plain.layers[key]["a"].gated_norm_sum)
