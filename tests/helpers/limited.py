@@ -1,4 +1,4 @@
-"""Calibrate, evaluate or iterate with a hard limit on memory: python -m tests.helpers.limited STAGE FOLDER MB (0: none).
+"""Calibrate, evaluate or iterate with a hard limit on memory: python -m tests.helpers.limited STAGE FOLDER MB; 0: none.
 
 The limit is set when everything is imported. Prints a JSON line: in how many groups experts ran, what came of it, and
 the most bytes that were resident.
