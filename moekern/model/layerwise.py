@@ -26,7 +26,7 @@ from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Position, Stage, undamaged
-from moekern.model.memory import drop, return_freed_memory
+from moekern.model.memory import drop, return_freed_memory, weights_apart
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.spent import Spent
 from moekern.model.states import States
@@ -287,7 +287,7 @@ class LayerwiseModel:
         with self.spent.waiting():
             tensors = self.reader.take()
         remedy = "give more (--memory, --gpu-memory)"
-        with memory_for(f"the weights of decoder layer {i}", remedy), self.spent.filling():
+        with memory_for(f"the weights of decoder layer {i}", remedy), self.spent.filling(), weights_apart():
             self.groups.fill_layer(i, tensors)
             self.reader.release(self.layers[i])
             return_freed_memory()
