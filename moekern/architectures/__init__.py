@@ -2,6 +2,8 @@
 
 from moekern.architectures.detect import find_layout
 from moekern.architectures.layout import ExpertTensor, Layout, MoeLayer
-from moekern.architectures.table import FAMILIES, Family, family_named
+from moekern.architectures.table import FAMILIES, Family, built_by_transformers, family_named
 
-__all__ = ["FAMILIES", "ExpertTensor", "Family", "Layout", "MoeLayer", "family_named", "find_layout"]
+__all__ = [
+    "FAMILIES", "ExpertTensor", "Family", "Layout", "MoeLayer", "built_by_transformers", "family_named", "find_layout",
+]  # fmt: skip

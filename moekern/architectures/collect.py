@@ -67,8 +67,9 @@ def finish(checkpoint: Checkpoint, family: Family, layer: Layer, trailing: int) 
     for name, found in layer.of_role("expert"):
         blocks.setdefault(found.block, []).append((name, found))
     routers = [name for name, _ in layer.of_role("router") if name.endswith("weight")]
-    if len(routers) != len(blocks):
+    if len(routers) != len(blocks) or not blocks:
         what = f"{len(blocks)} blocks of experts, but {len(routers)} routers ({family.router})"
+        what += f" for {layer.keys[0][0]}" if not routers else ""
         raise InputError(f"{checkpoint.folder}: {layer.prefix}: {what}")
 
     num_experts = checkpoint.tensors[routers[0]].shape[:1]

@@ -112,6 +112,12 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
+def own_code(config: Mapping[str, Any]) -> bool:
+    """Whether code that lies beside the weights says what the model computes."""
+    classes = config.get("auto_map")
+    return isinstance(classes, dict) and any(str(name).startswith("AutoModel") for name in classes)
+
+
 def check_counts(
     config: Mapping[str, Any], source: str, num_experts: int, in_layers: Collection[int] = ()
 ) -> tuple[Path, ...]:

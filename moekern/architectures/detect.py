@@ -9,7 +9,7 @@ from moekern.architectures.collect import collect_layers
 from moekern.architectures.fit import Fit, Place, find_places, fit
 from moekern.architectures.layout import Layout, MoeLayer
 from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
-from moekern.architectures.table import FAMILIES, Family
+from moekern.architectures.table import FAMILIES, Family, family_named
 from moekern.checkpoint.folder import CONFIG, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json, shown
 from moekern.errors import InputError
@@ -173,7 +173,8 @@ def trailing_rows(family: Family, config: dict[str, Any]) -> int:
 def find_router(family: Family, config: dict[str, Any], source: str, num_experts: int) -> Router:
     """What the config says about routing. Raises InputError, naming `source`, where it cannot be."""
     n_group, topk_group = groups(family, config, source, num_experts)
-    return Router(num_experts, top_k(family, config, source, num_experts), n_group, topk_group, family.group_top)
+    group_top = family.group_top or (1 if n_group == 1 else 2)
+    return Router(num_experts, top_k(family, config, source, num_experts), n_group, topk_group, group_top)
 
 
 def top_k(family: Family, config: dict[str, Any], source: str, num_experts: int) -> int:
@@ -189,8 +190,12 @@ def top_k(family: Family, config: dict[str, Any], source: str, num_experts: int)
 
 
 def groups(family: Family, config: dict[str, Any], source: str, num_experts: int) -> tuple[int, int]:
-    """n_group and topk_group; (1, 1) where routing has no groups."""
-    if not family.group_top:
+    """n_group and topk_group; (1, 1) where routing has no groups.
+
+    Those of config.json count for a model_type that the table does not have, whatever family its tensors fit.
+    """
+    named = any(family_named(name) for name in keys.model_types(config))
+    if named and not family.group_top:
         return 1, 1
     if family.group_if is not None:
         key, wanted = family.group_if

@@ -37,6 +37,8 @@ class Family:
     stacks: tuple[str, ...] = ()  # stacks with experts, where there is more than one
     transformers: bool = True  # transformers 5 can build it
     refused: str = ""  # why it is recognised but not pruned
+    only_pruned: str = ""  # why it is not run: not calibrated, not evaluated
+    no_gradient: str = ""  # why the gradient tier is not measured
     alternating: str = ""  # the projection, without "weight", whose rows of gate and up alternate; elsewhere up follows
     note: str = ""
 
@@ -66,18 +68,40 @@ STACKED: dict[str, Any] = {"experts": "stacked", "count": "num_local_experts"}
 GRANITE: dict[str, Any] = {**SPARSE, "experts": "linears", "router": "router.layer.weight|router.weight"}
 ROUTED: dict[str, Any] = {**STACKED, "router": "router.weight"}
 REMOTE: dict[str, Any] = {"transformers": False}
+V4: dict[str, Any] = {  # a second bias is added for the tokens of images
+    "block": "ffn|mlp",
+    "experts": "w123",
+    "bias": "|".join(f"gate.{name}{end}" for name in ("bias", "e_score_correction_bias") for end in ("", "_vl")),
+    "table": "gate.tid2eid",
+    "score": "sqrtsoftplus",
+    "count": "n_routed_experts",
+    "mtp": "named",
+}
+GEMMA4: dict[str, Any] = {
+    "block": "",
+    "experts": "stacked",
+    "router": "router.proj.weight",
+    "bias": "router.per_expert_scale",
+    "leave": "router.scale",
+    "score": "identity",
+    "top_k": "top_k_experts",
+    **TEXT,
+}
+MORE_THAN_HIDDEN = "its decoder layers hand on more than hidden states"
+TWO_STACKS = {"stacks": ("encoder", "decoder"), "only_pruned": "it is an encoder-decoder; only one stack can be run"}
 
 FAMILIES: tuple[Family, ...] = (
     *rows("qwen3_moe qwen2_moe olmoe flex_olmo"),
     *rows("qwen3_next mellum", mtp="named"),
-    *rows("qwen3_5_moe=qwen3_5_moe_text qwen4_exp=qwen4_exp_text", mtp="named", **TEXT),
+    *rows("qwen3_5_moe=qwen3_5_moe_text=qwen3_6_moe=qwen3_6_moe_text qwen4_exp=qwen4_exp_text", mtp="named", **TEXT),
     Family("qwen3_vl_moe", experts="stacked", **TEXT),
     Family(
         "qwen3_omni_moe",
-        also=("qwen3_omni_moe_thinker",),
         holder="thinker_config.text_config",
+        only_pruned="the whole model has generate() only; its thinker is a family of its own",
         note="the talker's experts are left alone",
     ),
+    Family("qwen3_omni_moe_thinker", **TEXT),
     Family("flint", score="sigmoid"),
     Family("cohere2_moe", score_key="expert_selection_fn"),
     Family("hunyuan_v1_moe", also=("hunyuan",), router="gate.wg.weight|gate.weight", top_k="moe_topk"),
@@ -91,17 +115,24 @@ FAMILIES: tuple[Family, ...] = (
         **{**W123, **V3, "count": "num_experts", "top_k": "num_experts_per_token", "groups": "num_expert_group"},
     ),
     Family("lfm2_moe", block="feed_forward", experts="w123", bias="expert_bias", score="sigmoid"),
+    Family("deepseek_v4", **V4),
     Family(
-        "deepseek_v4",
-        block="ffn|mlp",
-        experts="w123",
-        bias="gate.bias|gate.e_score_correction_bias",
-        table="gate.tid2eid",
-        score="sqrtsoftplus",
-        count="n_routed_experts",
-        mtp="named",
+        "deepseek_v41",
+        also=("deepseek_v41_text",),
+        note="its Engram tables are copied as they are",
+        **V4,
+        **TEXT,
+        **REMOTE,
     ),
-    Family("mistral_large4", block="|mlp", experts="w123", group_top=2, count="n_routed_experts", **TEXT),
+    Family(
+        "mistral_large4",
+        block="|mlp",
+        experts="w123",
+        group_top=2,
+        count="n_routed_experts",
+        no_gradient=MORE_THAN_HIDDEN,
+        **TEXT,
+    ),
     Family("mistral4", group_top=2, count="n_routed_experts"),
     Family(
         "deepseek_v2",
@@ -153,7 +184,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("nemotron_h", block="mixer", experts="up_down", mtp="named", **V3),
     Family("gpt_oss", bias="router.bias", alternating="gate_up_proj", **ROUTED),
-    Family("openai_privacy_filter", bias="router.bias", **ROUTED),
+    Family("openai_privacy_filter", bias="router.bias", no_gradient="it does not predict the next token", **ROUTED),
     Family("llama4", also=("llama4_text",), block="feed_forward", score="sigmoid", **ROUTED, **TEXT),
     Family(
         "dbrx",
@@ -180,17 +211,12 @@ FAMILIES: tuple[Family, ...] = (
         top_k="moe_topk",
         **TEXT,
     ),
+    Family("gemma4", also=("gemma4_text",), **GEMMA4),
     Family(
-        "gemma4",
-        also=("gemma4_text", "diffusion_gemma", "diffusion_gemma_text"),
-        block="",
-        experts="stacked",
-        router="router.proj.weight",
-        bias="router.per_expert_scale",
-        leave="router.scale",
-        score="identity",
-        top_k="top_k_experts",
-        **TEXT,
+        "diffusion_gemma",
+        also=("diffusion_gemma_text",),
+        only_pruned="it has no causal forward: its canvas is random, and each decoder layer runs twice",
+        **GEMMA4,
     ),
     Family(
         "zaya",
@@ -199,6 +225,7 @@ FAMILIES: tuple[Family, ...] = (
         bias="gate.balancing_biases",
         leave="gate.down_proj|gate.router_mlp|gate.router_states_scale",
         trailing=1,
+        no_gradient=MORE_THAN_HIDDEN,
         note="the row after the experts' skips the layer",
     ),
     Family(
@@ -222,6 +249,7 @@ FAMILIES: tuple[Family, ...] = (
         score="sigmoid",
         score_key="scoring_func",
         count="n_routed_experts",
+        no_gradient=MORE_THAN_HIDDEN,
         **TEXT,
     ),
     Family(
@@ -257,8 +285,8 @@ FAMILIES: tuple[Family, ...] = (
         router="router.classifier.weight",
         bias="router.classifier.bias",
         top_k="1",
-        stacks=("encoder", "decoder"),
-        note="encoder and decoder: pruned by a hand-written plan, not calibrated",
+        note="encoder and decoder: pruned by a hand-written plan",
+        **TWO_STACKS,
     ),
     *rows(
         "nllb-moe",
@@ -267,8 +295,8 @@ FAMILIES: tuple[Family, ...] = (
         router="router.classifier.weight",
         bias="router.classifier.bias",
         top_k="2",
-        stacks=("encoder", "decoder"),
-        note="encoder and decoder: pruned by a hand-written plan, not calibrated",
+        note="encoder and decoder: pruned by a hand-written plan",
+        **TWO_STACKS,
     ),
     Family(
         "ernie4_5_vl_moe",
@@ -325,7 +353,19 @@ FAMILIES: tuple[Family, ...] = (
 
 BY_NAME: Mapping[str, Family] = {name: family for family in FAMILIES for name in (family.name, *family.also)}
 
+# Other names of families that transformers builds, for which it has no class: only a checkpoint's own code knows them.
+UNBUILT = frozenset((
+    "qwen3_6_moe", "qwen3_6_moe_text", "hunyuan", "minimax_text_01", "minimax_m1", "kimi_k2", "mimo_v2", "inkling",
+    "step3p7_text", "ernie4_5_moe_vl",
+))  # fmt: skip
+
 
 def family_named(model_type: str) -> Family | None:
     """The row of a model_type, of a whole model or of its text part."""
     return BY_NAME.get(model_type) or BY_NAME.get(model_type.removesuffix("_text"))
+
+
+def built_by_transformers(model_type: str) -> bool:
+    """Whether transformers has a class for this model_type, as far as the table knows."""
+    family = family_named(model_type)
+    return family is not None and family.transformers and model_type not in UNBUILT

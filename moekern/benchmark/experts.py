@@ -19,9 +19,9 @@ from moekern.benchmark.inputs import MODELS, Layer, Routing, normal, routing
 from moekern.benchmark.records import Line
 from moekern.benchmark.timing import DEVICE, interleaved
 from moekern.measurement.batch import BatchContext, InFlight
-from moekern.measurement.experts import measured_experts
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import Recorder
+from moekern.model.experts import watched_experts
 from moekern.model.transformers_api import EXPERTS_FUNCTIONS
 
 # model -> transformers' module and experts class
@@ -127,6 +127,6 @@ def measured(
     def run() -> Tensor:
         block._moekern_probe = probe  # type: ignore[assignment]
         probe.logits = logits
-        return measured_experts(block, hidden, ids, gates)
+        return watched_experts(block, hidden, ids, gates)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from moekern.version import versions
 
 REPLAY_TOKENS = 512
 FIRST, SECOND = "first pass", "second pass"
+Finished = Callable[[str, Sums], object]  # a layer's key and sums
+Told = Callable[[Statistics], object]  # of one layer
 
 
 def calibrate(
@@ -47,6 +49,7 @@ def calibrate(
     out: str | Path | None = None,
     resume: Resume | None = None,
     progress: Progress = lambda done, total: None,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
@@ -55,7 +58,8 @@ def calibrate(
     are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
     `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`. What
     does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
-    passes, and of the one at work the share of the text that has gone through it.
+    passes, and of the one at work the share of the text that has gone through it. `told` is given what the first pass
+    measured of a layer, as soon as it is done.
 
     With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
 
@@ -77,7 +81,8 @@ def calibrate(
     compute = settled(compute, checkpoint, layout)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress)
+    tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell)
     if out is None:
         held = HeldStore()
         job.run(held)
@@ -104,10 +109,13 @@ class Job:
     tiers: tuple[str, ...]
     replay_tokens: int
     progress: Progress
+    told: Finished
 
     def run(self, store: Store, journal: Journal | None = None) -> None:
         """Measure every tier into `store`, or what a stopped run has left to do."""
         with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+            if "gradient" in self.tiers:
+                layerwise.check_whole("--tier gradient")
             step = self._steps(layerwise)
             if journal is not None and journal.found is not None:
                 with undamaged(journal.folder):
@@ -170,6 +178,7 @@ class _FirstPass(MeasuringPass):
         super().__init__(layerwise, job.data, job.recorder(layerwise), step)
         self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
+            layerwise.check_whole("--tier replay")
             layers = {key: layerwise.layers[i] for i, key in self.keys.items()}
             self.replay = Replay(layerwise.loader, job.layout, layers, self.flight, job.compute.backend)
             self.replay.check()
@@ -194,6 +203,7 @@ class _FirstPass(MeasuringPass):
 
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
+        self.job.told(key, sums)
         if "weights" in self.job.tiers:
             found = self.job.weights(key)
             for domain in sums:

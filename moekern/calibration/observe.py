@@ -19,7 +19,8 @@ from moekern.errors import InputError, check_type
 from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of, wanted_tiers
-from moekern.measurement.watch import experts_of, watching
+from moekern.measurement.watch import watching
+from moekern.model.experts import experts_of
 from moekern.model.finite import blamed_outside, blamed_weight, out_of_range
 from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import Statistics

@@ -59,6 +59,7 @@ class MeasuringPass(Pass[Task]):
 
     def run(self, stage: Stage | None = None) -> None:
         """The whole pass, or what a stopped run has left of it."""
+        self.layerwise.expect(self.tokens)
         with self.open:
             self.layerwise.run(list(enumerate(self.data.batches)), self, stage)
 
@@ -89,7 +90,8 @@ class MeasuringPass(Pass[Task]):
             yield
         if layer >= 0:
             self.through += B * S
-            self.step.within(self.through / (self.tokens * (2 if layer in self.twice else 1)))
+            runs = self.layerwise.visits(layer) * (2 if layer in self.twice else 1)
+            self.step.within(self.through / (self.tokens * runs))
 
     def loaded(self, layer: int) -> None:
         self.step.within(0)

@@ -26,6 +26,7 @@ THREADS, TRIES = 16, 4
 QUERY: Any = {"timeout": 30, "follow_redirects": True, "retry_on_exceptions": ()}
 NO_SHARDS = ("consolidated", ADAPTER_WEIGHTS)  # a second copy by its authors' name for it; an adapter
 LARGE, ONE_AT_A_TIME = 1 << 24, threading.Lock()  # bytes of a header: several of them would fill the memory
+FEW = 64  # bytes: as many as a router is asked for
 MARGIN = 1 << 30  # bytes of the disk that a download leaves free
 
 A = TypeVar("A")
@@ -120,13 +121,16 @@ def _in_parallel(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
 
 
 def _sample_reader(repository: Repository, checkpoint: Checkpoint) -> Callable[[Path, TensorEntry, int, int], bytes]:
-    """Reads what the fingerprint looks at, and refuses the rest; all of it is fetched when the first is asked for."""
+    """Reads what the fingerprint looks at, all of it when the first is asked for, and a few bytes elsewhere; refuses
+    the rest."""
     held: dict[tuple[str, int, int], bytes] = {}
 
     def read(path: Path, entry: TensorEntry, start: int, size: int) -> bytes:
         if not held:
             held.update(_samples(repository, checkpoint))
         if (entry.name, start, size) not in held:
+            if size <= FEW:
+                return _bytes_of(repository, entry.shard, start, size)
             raise InputError(f"{repository}: {entry.name}: only headers were read; its weights were not downloaded")
         return held[entry.name, start, size]
 

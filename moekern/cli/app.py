@@ -22,6 +22,7 @@ from moekern.cli.compare import compare
 from moekern.cli.convert import convert
 from moekern.cli.criteria import criteria
 from moekern.cli.demo import demo
+from moekern.cli.estimate import estimate
 from moekern.cli.evaluate import evaluate
 from moekern.cli.inspect import inspect
 from moekern.cli.iterate import iterate
@@ -54,7 +55,7 @@ def _spoken(
         typer.Option(
             "-v",
             "--verbose",
-            help="Show where an error comes from.",
+            help="Show where an error comes from, and more of what is measured.",
             callback=console.set_verbose,
             expose_value=False,
             is_eager=True,
@@ -145,6 +146,7 @@ def options(
 # In the order of the work: the function, and an example of its use.
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (inspect, "moekern inspect Qwen/Qwen3-30B-A3B"),
+    (estimate, "moekern estimate Qwen/Qwen3-30B-A3B --tokens 2M --keep 0.5"),
     (run, "moekern run MODEL --data prose=book.txt --keep 0.5 --out MODEL-pruned"),
     (calibrate, "moekern calibrate MODEL --data code=src/ --data prose=a.txt --tokens 500000 --out s.safetensors"),
     (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),

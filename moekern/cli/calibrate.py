@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moekern.cli.console import hint, say, show
+from moekern.cli.console import say, show
+from moekern.cli.enough import enough, layer_teller
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -34,6 +36,7 @@ from moekern.cli.options import (
     Tiers,
     Tokens,
     TrustRemoteCode,
+    UntilStable,
     UnusedBatchSize,
     check_criteria,
     compute_of,
@@ -42,7 +45,10 @@ from moekern.cli.options import (
     say_unused,
     text_of,
 )
+from moekern.criteria.table import DEFAULT
+from moekern.errors import InputError
 from moekern.files import check_new, is_folder, standing, state_path
+from moekern.router import parse_keep
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -75,6 +81,10 @@ def calibrate(
     replay_tokens: Annotated[
         int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
     ] = 512,
+    keep: Annotated[
+        str, typer.Option(help="The share or count at which halves of the text are compared; nothing is chosen yet.")
+    ] = "0.5",
+    until_stable: UntilStable = None,
     backend: BackendOption = None,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -87,11 +97,15 @@ def calibrate(
 
         clean_up(out)
     check_new(out)  # before anything is downloaded, or torch is imported
+    parse_keep(keep)
 
+    from moekern.calibration.stable import Stable
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
 
     say_unused(batch_size)
+    judged = criterion[0] if criterion else DEFAULT
+    stable = None if until_stable is None else Stable(until_stable, judged, (parse_keep(keep),))
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
@@ -103,15 +117,27 @@ def calibrate(
     statistics = pipeline.calibrate_to(
         folder_of(model, revision), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, restart=restart,
+        replay_tokens=replay_tokens, stable=stable, told=layer_teller(judged, keep), restart=restart,
     )  # fmt: skip
-    result({"out": str(out), **statistics.header}, lambda: show_statistics(statistics, out))
+    show_all(statistics, out, judged, keep)
+
+
+def show_all(statistics: Statistics, out: Path, criterion: str, keep: str) -> None:
+    """The header, how evenly tokens reach the experts, and whether they were enough."""
+    try:
+        found, tell = enough(statistics, criterion, keep)
+    except InputError as error:  # what was measured is there; this count cannot be compared
+        found, tell = {}, partial(say, f"whether the text was enough is not known: {error}")
+
+    def show_both() -> None:
+        show_statistics(statistics, out)
+        tell()
+
+    result({"out": str(out), **statistics.header, "enough": found}, show_both)
 
 
 def show_statistics(measured: Statistics, out: Path) -> None:
     """Tokens per domain and how evenly they reach the experts."""
-    from moekern.statistics.coverage import coverage, too_thin
-
     rows = []
     for key in measured.layers:
         s = measured.layer(key, tiers=())
@@ -119,7 +145,6 @@ def show_statistics(measured: Statistics, out: Path) -> None:
         idle = int((counts == 0).sum())
         mean_norm = float(s.norm_sum.sum() / counts.sum().clamp(min=1))
         rows.append((key, s.num_experts, idle, int(counts.min()), int(counts.max()), f"{mean_norm:.4g}"))
-    hint(too_thin(coverage(measured)))
     tokens: Mapping[str, int] = measured.header["tokens"]
     say("tokens: " + ", ".join(f"{name} {n}" for name, n in tokens.items()))
     show(str(out), ("layer", "experts", "idle", "fewest tokens", "most tokens", "mean output norm"), rows)

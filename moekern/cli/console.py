@@ -7,11 +7,12 @@ With --json a program reads instead: one document on standard output, and on sta
 from __future__ import annotations
 
 import json
+import logging
 import math
-import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from moekern.files import sized
 
 LOG_EVERY = 10.0  # seconds between plain progress lines
 JSON_EVERY = 1.0
+LEAST_WIDTH = 16  # of a column of names or sentences on a terminal
 
 Step = Callable[[float, int], None]  # (done, total)
 
@@ -120,14 +122,27 @@ def output(as_json: bool) -> Iterator[None]:
     """A command's mode until its flags are parsed, when `set_json` has the word; afterwards the mode is what it was."""
     global _mode
     before, _mode = _mode, Mode(as_json)
+    notes, words = logging.getLogger("moekern"), _Notes()
+    level = notes.level
+    notes.addHandler(words)
+    notes.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warning(warnings.showwarning)
             yield
     finally:
+        notes.removeHandler(words)
+        notes.setLevel(level)
         if _mode.log is not None:
             _mode.log.close()
         _mode = before
+
+
+class _Notes(logging.Handler):
+    """Says what the parts tell of how they go."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def _warning(as_text: Callable[..., None]) -> Callable[..., None]:
@@ -145,6 +160,14 @@ def say(text: str) -> None:
         _line({"note": text})
     else:
         _err.print(printable(text), markup=False)
+
+
+def detail(text: str) -> None:
+    """A line for programs, for the log, and with --verbose for a person."""
+    if _mode.as_json or _mode.verbose:
+        say(text)
+    else:
+        log(text)
 
 
 def fail(text: str, kind: str, **more: str) -> None:
@@ -185,28 +208,58 @@ def _finite(value: Any) -> Any:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; the first column is text, the others are numbers, or sentences, which a terminal
-    that is too narrow for them wraps."""
+    """A table on standard output; columns of names, of numbers, or of sentences. Where a terminal is too narrow,
+    headings and sentences are wrapped and long names folded: a number cut short cannot be read."""
     title = printable(title)
     cells = [[printable(str(cell)) for cell in row] for row in rows]
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        said = [row[number] for row in cells if number and _is_sentence(row[number])]
-        table.add_column(
-            Text(column),
-            justify="right" if number and not said else "left",
-            no_wrap=not said,
-            min_width=max((len(word) for text in said for word in text.split()), default=None),
-        )
-    for row in cells:
-        table.add_row(*map(Text, row))
     console = Console(highlight=False)
-    # A line that a narrow terminal wraps can be read; a number cut short cannot.
-    unbounded = console.options.update(width=1 << 16)
-    measured = console.measure(table, options=unbounded)
-    console.width = max(console.width, measured.minimum if console.is_terminal else measured.maximum, len(title))
+    # What goes elsewhere is as wide as it is.
+    full = [max(map(len, (name, *(row[n] for row in cells)))) for n, name in enumerate(columns)]
+    gaps = 3 * len(columns) - 1
+    fits = not console.is_terminal or sum(full) + gaps <= console.width
+    widths = full if fits else _narrowed(columns, cells, full, console.width - gaps)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for n, (name, width) in enumerate(zip(columns, widths, strict=True)):
+        kind = _kind(n, [row[n] for row in cells])
+        heading = "\n".join(textwrap.wrap(name, width)) if kind == "number" else name
+        table.add_column(Text(heading), justify="right" if kind == "number" else "left", width=width, overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths, strict=True)))
+    console.width = max(console.width, sum(widths) + gaps, len(title))
     console.print(title, markup=False, style="bold")
     console.print(table)
+
+
+def _narrowed(columns: Sequence[str], cells: list[list[str]], full: list[int], room: int) -> list[int]:
+    """Widths of columns: numbers keep theirs, names and sentences share what these leave of `room`."""
+    kinds = [_kind(n, [row[n] for row in cells]) for n in range(len(columns))]
+    widths = [
+        max(len(word) for word in (*name.split(), *(row[n] for row in cells))) if kind == "number" else 0
+        for n, (name, kind) in enumerate(zip(columns, kinds, strict=True))
+    ]
+    room -= sum(widths)
+    others = sorted((n for n, kind in enumerate(kinds) if kind != "number"), key=lambda n: full[n])
+    for place, n in enumerate(others):  # the shortest first: what it does not need is the others'
+        widths[n] = min(full[n], max(LEAST_WIDTH, room // (len(others) - place)))
+        room -= widths[n]
+    return widths
+
+
+def _folded(cell: str, width: int) -> str:
+    """A path that is too long for its column, a line of it ending with a folder where one can."""
+    lines = []
+    while len(cell) > width and " " not in cell:
+        cut = cell.rfind("/", 0, width) + 1 or width
+        lines.append(cell[:cut])
+        cell = cell[cut:]
+    return "\n".join([*lines, cell])
+
+
+def _kind(column: int, cells: Sequence[str]) -> str:
+    """ "name" for the first column and for words, "sentence" for several of them, else "number", lists of them too."""
+    if column and any(map(_is_sentence, cells)):
+        return "sentence"
+    return "name" if not column or any(cell[:1].isalpha() for cell in cells) else "number"
 
 
 def _is_sentence(cell: str) -> bool:
@@ -328,25 +381,3 @@ def _say_json(what: str, unit: str, moment: Moment) -> None:
         "seconds": round(moment.seconds, 3), "rate": round(moment.rate, 3), "seconds_left": moment.left,
     }  # fmt: skip
     _line(line)
-
-
-def parsed_size(flag: str, text: str) -> int:
-    """Bytes: "5GB" is 5e9, "512MiB" 512 * 2^20, "4096" itself. Raises InputError that names the flag."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not found or (found[3] and not found[2]):
-        raise InputError(f"{flag} {text}: expected a size such as 5GB or 512MiB")
-    power = " KMGT".index(found[2].upper() or " ")
-    nbytes = float(found[1]) * (1024 if found[3] else 1000) ** power
-    if nbytes >= 1 << 63:
-        raise InputError(f"{flag} {text:.80}: more bytes than there are")
-    return int(nbytes)
-
-
-def parsed_reserve(text: str, limit: int) -> int:
-    """Bytes: a share of `limit` ("15%"), or a size. Raises InputError that names --reserve."""
-    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text.strip())
-    if share and float(share[1]) < 100:
-        return int(limit * float(share[1]) / 100)
-    if share:
-        raise InputError(f"--reserve {text}: expected less than 100%")
-    return parsed_size("--reserve", text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moekern.cli.console import show
+from moekern.cli.console import say, show
 from moekern.cli.options import (
     BatchSize,
     Column,
@@ -81,6 +81,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     named = named_plans("evaluate", plans or [])
+    if not named:
+        say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
     losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named, restart=restart)
     result(losses_document(losses), lambda: show_losses(losses))
 

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.options import HeadersOf, Json, Revision, headers_of, result
+from moekern.cli.enough import enough
+from moekern.cli.options import CriterionOption, Json, Revision, check_model, headers_of, result
+from moekern.criteria.table import DEFAULT
 from moekern.files import sized
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
 
+RUN_BY = {"transformers": "transformers", "its own code": "its own code, with --trust-remote-code"}
 
-def inspect(model: HeadersOf, revision: Revision = None, as_json: Json = False) -> None:
+
+def check_model_or_statistics(name: str) -> str:
+    """Raise InputError for what is neither a file, a folder nor a hub id."""
+    return name if os.path.isfile(name) else check_model(name)
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint folder; a hub id, of which headers are read; or a statistics file: was the text enough?",
+            callback=check_model_or_statistics,
+        ),
+    ],
+    criterion: CriterionOption = DEFAULT,
+    keep: Annotated[
+        str, typer.Option(help="Of a statistics file: the share or count at which halves of the text are compared.")
+    ] = "0.5",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
+    if os.path.isfile(model):
+        from moekern.statistics.file import Statistics
+
+        statistics = Statistics.load(model)
+        found, tell = enough(statistics, criterion, keep)
+        result({**statistics.header, "enough": found}, tell)
+        return
+
     from moekern.estimation.overview import overview
 
-    found = overview(headers_of(model, revision))
-    result(asdict(found), lambda: show_overview(found))
+    seen = overview(headers_of(model, revision))
+    result(asdict(seen), lambda: show_overview(seen))
 
 
 def show_overview(found: Overview) -> None:
@@ -41,7 +75,8 @@ def show_overview(found: Overview) -> None:
             ("routed experts", f"{sized(found.routed_bytes)} ({found.routed_bytes / max(1, found.total_bytes):.1%})"),
             ("their types", ", ".join(f"{name} {sized(n)}" for name, n in found.dtypes.items())),
             ("one expert of one layer", sized(found.bytes_per_expert)),
-            ("transformers can run it", "yes" if found.in_transformers else "no: it can be pruned, not calibrated"),
+            ("run by", RUN_BY.get(found.run_by) or f"nothing: {found.not_run}; pruned, and verified by its bytes"),
+            *((("gradient tier", f"no: {found.no_gradient}"),) if found.no_gradient else ()),
             *((("note", found.note),) if found.note else ()),
         ),
     )

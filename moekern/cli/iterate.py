@@ -29,6 +29,7 @@ from moekern.cli.options import (
     SequenceLength,
     Spill,
     Strict,
+    Targets,
     Thinking,
     ThinkingOption,
     Tokens,
@@ -40,7 +41,7 @@ from moekern.cli.options import (
     say_unused,
     text_of,
 )
-from moekern.cli.plan import show_plans
+from moekern.cli.plan import check_options, show_plans, slower_with
 from moekern.criteria.table import DEFAULT
 from moekern.files import standing
 from moekern.router import parse_keep
@@ -62,6 +63,7 @@ def iterate(
         bool, typer.Option(help="Measure each layer behind the pruned layers before it, not behind whole ones.")
     ] = True,
     domain: Domains = None,
+    target: Targets = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -93,7 +95,10 @@ def iterate(
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.plan.provenance import remarks
+    from moekern.plan.several import Planning
+    from moekern.plan.targets import parse_target
 
+    targets = tuple(parse_target(text) for text in target or ())
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
     pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
@@ -105,8 +110,12 @@ def iterate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out, restart=restart)
-    for line in remarks(made):
+    folder = folder_of(model, revision)
+    options = Planning((criterion,), (share,), targets=targets, model=folder)
+    if targets:
+        check_options(folder, options)
+    made = pipeline.iterate_to(folder, text, compute, method, out, restart=restart)
+    for line in (*remarks(made), *slower_with(made, None, options)):
         say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
     result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

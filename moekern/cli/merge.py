@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moekern.cli.calibrate import show_statistics
-from moekern.cli.options import Json, check_statistics, result
+from moekern.cli.calibrate import show_all
+from moekern.cli.options import Json, check_statistics
+from moekern.criteria.table import DEFAULT
 from moekern.files import check_new
 
 
@@ -26,4 +27,4 @@ def merge(
 
     total = merged([Statistics.load(part) for part in parts])
     total.save(out, new=True)
-    result({"out": str(out), **total.header}, lambda: show_statistics(Statistics.load(out), out))
+    show_all(Statistics.load(out), out, DEFAULT, "0.5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -87,6 +88,23 @@ def check_targets(given: list[str] | None) -> list[str] | None:
     return given
 
 
+def check_data(given: list[str] | None) -> list[str] | None:
+    """Raise InputError for text that is not there."""
+    if given:
+        from moekern.data.mixes import domains_of
+
+        domains_of(given)
+    return given
+
+
+def check_tokens(text: str) -> str:
+    """Raise InputError for what is no number of tokens."""
+    from moekern.data.mixes import parse_tokens
+
+    parse_tokens(text)
+    return text
+
+
 class Mix(str, Enum):
     code = "code"
     general = "general"
@@ -143,6 +161,13 @@ Keeps = Annotated[
         "--keep", help="Experts kept in each layer: a share (0.5, 50%) or a count (64). Repeat it for several."
     ),
 ]
+UntilStable = Annotated[
+    float | None,
+    typer.Option(
+        help="Measure the text in growing parts, and stop where the sets that its two halves keep are so much alike "
+        "(Jaccard index, mean over layers), as 0.98."
+    ),
+]
 RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
 FitOption = Annotated[
     str | None,
@@ -175,11 +200,15 @@ Data = Annotated[
         help="SOURCE, NAME=SOURCE or NAME=SOURCE:AMOUNT: a file of text or rows, a folder of them, or a hub data set "
         "such as org/name[subset](split). AMOUNT: 200k or 2M tokens, 4096 sequences, 0.5 or 50% of --tokens. "
         "Repeatable.",
+        callback=check_data,
     ),
 ]
 Preset = Annotated[Mix | None, typer.Option("--preset", help="A mix of hub data sets: code, general or reasoning.")]
 Tokens = Annotated[
-    str, typer.Option(help="Tokens of the domains that name no amount, evenly shared: 500000, 500k, 2M or all.")
+    str,
+    typer.Option(
+        help="Tokens of the domains that name no amount, evenly shared: 500000, 500k, 2M or all.", callback=check_tokens
+    ),
 ]
 Column = Annotated[
     list[str] | None,
@@ -259,6 +288,28 @@ Json = Annotated[
 ]
 
 
+def parsed_size(flag: str, text: str) -> int:
+    """Bytes: "5GB" is 5e9, "512MiB" 512 * 2^20, "4096" itself. Raises InputError that names the flag."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise InputError(f"{flag} {text}: expected a size such as 5GB or 512MiB")
+    power = " KMGT".index(found[2].upper() or " ")
+    nbytes = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if nbytes >= 1 << 63:
+        raise InputError(f"{flag} {text:.80}: more bytes than there are")
+    return int(nbytes)
+
+
+def parsed_reserve(text: str, limit: int) -> int:
+    """Bytes: a share of `limit` ("15%"), or a size. Raises InputError that names --reserve."""
+    share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text.strip())
+    if share and float(share[1]) < 100:
+        return int(limit * float(share[1]) / 100)
+    if share:
+        raise InputError(f"--reserve {text}: expected less than 100%")
+    return parsed_size("--reserve", text)
+
+
 def text_of(
     *,
     data: Sequence[str] | None,
@@ -314,8 +365,8 @@ def compute_of(
 ) -> Compute:
     """How the options say that layers are computed; the first line of what the command says names the device
     (with `tell`)."""
-    allowed = None if memory is None else console.parsed_size("--memory", memory)
-    on_gpu = None if gpu_memory is None else console.parsed_size("--gpu-memory", gpu_memory)
+    allowed = None if memory is None else parsed_size("--memory", memory)
+    on_gpu = None if gpu_memory is None else parsed_size("--gpu-memory", gpu_memory)
 
     from moekern.model.budget import budget_of
     from moekern.model.compute import Compute, check_device

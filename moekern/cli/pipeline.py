@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import tempfile
@@ -14,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.calibrate import REPLAY_TOKENS, calibrate, recipe_of
+from moekern.architectures.quantisation import inputs_line
+from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
+from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.criteria import criterion_named
+from moekern.cli.earlier import earlier_statistics, left_whole
+from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
@@ -39,7 +41,7 @@ from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
-from moekern.model.journal import ANEW, Resume, clean_up, differences, removed
+from moekern.model.journal import Resume, clean_up, removed
 from moekern.model.precision import precision
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
@@ -76,16 +78,25 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
+    stable: Stable | None = None,
+    told: Told = lambda layer: None,
     restart: bool = False,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
     check_work(out)
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
     checkpoint = open_checkpoint(folder)
-    compute = told_compute(compute, checkpoint, find_layout(checkpoint))
+    layout = find_layout(checkpoint)
+    if stable is not None:
+        stable.check(layout.router, wanted)
+    compute = told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return measured(checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, restart=restart)
+    return measured(
+        checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, stable=stable, told=told,
+        restart=restart,
+    )  # fmt: skip
 
 
 def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Compute:
@@ -93,7 +104,36 @@ def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Co
     found = precision(compute, checkpoint, layout)
     compute = replace(compute, dtype=found.name)
     console.open_with(f"{compute.described}, {found.described}, {budget_of(compute).described}")
+    console.hint(inputs_line(checkpoint.tensors))
     return compute
+
+
+def _measured_until(
+    checkpoint: Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    stable: Stable,
+    tiers: Collection[str],
+    out: Path,
+    restart: bool,
+) -> Statistics:
+    """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured."""
+    with working(out) as side:
+
+        def measure(part: TokenData, number: int) -> Statistics:
+            path = side / f"part-{number}.safetensors"
+            found = earlier_statistics(path, checkpoint, part, compute, tiers, restart=restart)
+            if found is None:
+                path.unlink(missing_ok=True)
+                found = measured(checkpoint, part, compute, tiers=tiers, out=path, restart=restart)
+            return found
+
+        until_stable(data, stable, measure, console.say).save(out, new=True)
+        for path in side.glob("part-*.safetensors"):
+            with suppress(InputError):  # what is no statistics file is not this program's
+                if is_plain(path) and Statistics.load(path):
+                    path.unlink()
+    return Statistics.load(out)
 
 
 def measured(
@@ -104,18 +144,25 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
+    stable: Stable | None = None,
+    told: Told = lambda layer: None,
     restart: bool = False,
 ) -> Statistics:
     """Calibrate, and say how it goes; or go on where an earlier run was stopped, or take what it has measured and could
-    not give its name. The type that is computed in is settled."""
+    not give its name. The type that is computed in is settled. With `stable`, as much of the text as it takes; `told`
+    is as `calibrate` has it.
+    """
+    if stable is not None:
+        return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
     resume = Resume(state_path(out), restart, console.say)
-    if not restart and name_left(out, lambda left: _left_whole(left, checkpoint, data, compute, tiers)):
+    if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):
         removed(resume.folder)
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, resume=resume, progress=step
-        )
+            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, resume=resume, progress=step,
+            told=told,
+        )  # fmt: skip
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
 
@@ -139,12 +186,15 @@ def verify_both(
 ) -> Verdict:
     """Bytes first; logits only of a checkpoint whose bytes are right."""
     check_device(compute.device)
+    checkpoint = open_checkpoint(folder)
+    console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
     with console.progress("verifying", "bytes") as step:
-        report = verify(folder, plan, pruned, mtp=mtp, progress=step)
+        report = verify(checkpoint, plan, pruned, mtp=mtp, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
+    console.hint(inputs_line(checkpoint.tensors))
     with console.progress("comparing logits") as step:
-        compared = compare_forward(folder, plan, pruned, compute=compute, progress=step)
+        compared = compare_forward(checkpoint, plan, pruned, compute=compute, progress=step)
     return Verdict(report, compared)
 
 
@@ -177,77 +227,11 @@ def losses_of(
     what: str = "evaluating",
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
+    layout = find_layout(checkpoint)
+    for name, plan in plans.items():
+        console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, resume=resume, progress=step)
-
-
-def earlier_statistics(
-    path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str], *, restart: bool
-) -> Statistics | None:
-    """Statistics that an earlier run left; None where there are none, or all is measured anew.
-
-    Raises InputError for those of another model, config or text, or that were measured otherwise.
-    """
-    if not is_plain(path) or restart:
-        return None
-    found = Statistics.load(path)
-    _check_same(path, found, checkpoint, data, compute, tiers)
-    console.say(f"using the statistics of an earlier run: {path}")
-    return found
-
-
-def _check_same(
-    path: Path,
-    found: Statistics,
-    checkpoint: Checkpoint,
-    data: TokenData,
-    compute: Compute,
-    tiers: Collection[str],
-    exactly: bool = False,
-) -> None:
-    """Raise InputError unless statistics are what this calibration would measure, or (but for `exactly`) more."""
-    runs, wanted = found.header["runs"], wanted_tiers(tiers, TIERS, "calibrate")
-    backends = backends_of(compute.device, compute.backend, wanted)
-    run = runs[0] if len(runs) == 1 else {}
-    served = {op: name for op, name in dict(run.get("backend") or {}).items() if op in backends}
-    has = [tier for tier in found.tiers if exactly or tier in wanted]
-    differing = differences(
-        {
-            "model": found.header["fingerprint"],
-            "config.json": run.get("config"),
-            "text": run.get("data"),
-            "--tier": " ".join(has),
-            "--dtype": run.get("dtype"),
-            "kernels": served,
-        },
-        {
-            "model": checkpoint.fingerprint,
-            "config.json": checkpoint.config_sha256,
-            "text": json.loads(json.dumps(recipe_of(data, compute, wanted))),
-            "--tier": " ".join(wanted),
-            "--dtype": compute.dtype_name,
-            "kernels": backends,
-        },
-    )
-    if differing:
-        raise InputError(
-            f"{path}: of an earlier run, with another {differing}; give the same again and it is used, or {ANEW}",
-            kind="option",
-        )
-
-
-def _left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
-    """Whether the unnamed file of a stopped calibration is whole. Raises InputError for that of another one."""
-    try:
-        found = Statistics.load(left)
-    except InputError:  # its header is written last
-        return False
-    wanted = wanted_tiers(tiers, TIERS, "calibrate")
-    _check_same(left, found, checkpoint, data, compute, wanted, exactly=True)
-    if "replay" in wanted:  # nothing in the file says of how many tokens
-        return False
-    console.say(f"using what an earlier run has measured: {left}")
-    return True
 
 
 def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
@@ -257,7 +241,11 @@ def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
     """
     for text in criteria:
         if criterion_named(text).family != "weight" and source.is_dir():
-            raise InputError(f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file")
+            alone = ", ".join(name for name, row in CRITERIA.items() if row.family == "weight")
+            raise InputError(
+                f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file; "
+                f"these need none: {alone}"
+            )
     if not source.is_dir():
         return Statistics.load(source)
     costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)

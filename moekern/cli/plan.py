@@ -33,6 +33,8 @@ from moekern.cli.options import (
     Words,
     check_statistics,
     optional_headers,
+    parsed_reserve,
+    parsed_size,
     result,
 )
 from moekern.criteria.table import DEFAULT
@@ -100,10 +102,13 @@ def plan(
     check_statistics(statistics)
 
     from moekern.cli.pipeline import statistics_of
+    from moekern.plan.agreement import doubt
+    from moekern.plan.fits_model import TWIN
     from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
 
+    checkpoint = optional_headers(model, revision)
     options = Planning(
         criteria=tuple(criterion),
         keeps=keeps,
@@ -113,7 +118,7 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=optional_headers(model, revision),
+        model=checkpoint or (statistics if statistics.is_dir() else None),
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
@@ -122,22 +127,36 @@ def plan(
     header, plans = measured.header, make_plans(measured, options)
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
+    if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
+        say(f"--model {checkpoint.name}: the statistics were {TWIN}")
     for name, made in plans.items():
-        for line in (*remarks(made), *slower_with(made, header, options)):
+        for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
     result(document, lambda: show_plans(plans, paths))
 
 
-def slower_with(plan: Plan, header: Mapping[str, Any], options: Planning) -> list[str]:
-    """What the targets do slower, or not at all, with a plan's counts."""
+def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning) -> list[str]:
+    """What the targets do slower, or not at all, with a plan's counts: by the model of `options`, else by the header of
+    statistics."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
+    from moekern.plan.served import served_as
     from moekern.plan.serving import slower
     from moekern.plan.targets import Served
     from moekern.statistics.header import router_of
 
     counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
-    return slower(counts, Served(header["family"], header["score"], router_of(header)), options.targets)
+    if not options.targets:
+        return []
+    if options.model is not None:
+        checkpoint = open_checkpoint(options.model) if isinstance(options.model, Path) else options.model
+        served = served_as(find_layout(checkpoint), checkpoint.config)
+    else:
+        assert header is not None
+        served = Served(header["family"], header["score"], router_of(header))
+    return slower(counts, served, options.targets)
 
 
 def budget_of(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
@@ -171,8 +190,8 @@ def fit_of(limit: str | None, bits: float | None, context: int, sequences: int, 
         if bits is not None or context or sequences != 1 or reserve != RESERVE:
             raise InputError("--bits, --context, --sequences, --reserve: go with --fit")
         return None
-    nbytes = console.parsed_size("--fit", limit)
-    return Fit(nbytes, bits, context, sequences, console.parsed_reserve(reserve, nbytes))
+    nbytes = parsed_size("--fit", limit)
+    return Fit(nbytes, bits, context, sequences, parsed_reserve(reserve, nbytes))
 
 
 def check_options(model: Path | Checkpoint, options: Planning) -> None:
@@ -180,13 +199,15 @@ def check_options(model: Path | Checkpoint, options: Planning) -> None:
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.plan.served import served_as
-    from moekern.plan.several import check_planning
+    from moekern.plan.several import check_planning, fitted_count
     from moekern.plan.targets import check_counts
     from moekern.router import kept_count
 
     check_planning(options)
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = find_layout(checkpoint)
+    if options.fit is not None:
+        fitted_count(checkpoint, layout, options, options.fit)
     served = served_as(layout, checkpoint.config)
     plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
     for keep in options.keeps if plain else ():
@@ -240,11 +261,25 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
         room = max(24, console.columns() - 20)
         rows.append((key, len(layer.keep), keep if len(keep) <= room else keep[: room - 3] + "..."))
     provenance = plan.provenance
-    title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
+    title = (
+        f"{paths[name]}: {with_tiers(provenance['criterion'])}, {_kept(plan)} of {provenance['num_experts']} experts"
+    )
     show(title, ("layer", "kept", "experts"), rows)
     console.hint(fit_line(plan))
     if isinstance(provenance["kept"], dict):
         say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+
+
+def with_tiers(criterion: str) -> str:
+    """A criterion, and which tiers of statistics it reads, where its name tells that."""
+    from moekern.criteria import criterion_named
+
+    try:
+        found = criterion_named(criterion)
+    except InputError:  # a function of a user's file
+        return criterion
+    names = found.tiers if found.family == "weight" else ("routed", *found.tiers)
+    return f"{criterion} (tier{'s' if len(names) > 1 else ''} {', '.join(names)})"
 
 
 def fit_line(plan: Plan) -> str | None:

@@ -11,7 +11,7 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show
-from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision, folder_of, result
+from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision, folder_of, parsed_size, result
 from moekern.files import sized
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def prune(
     from moekern.plan.document import Plan
     from moekern.pruning.work_folder import Part, check_target
 
-    limit = None if max_shard_size is None else console.parsed_size("--max-shard-size", max_shard_size)
+    limit = None if max_shard_size is None else parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()
     chosen = Plan.load(plan)
     if share is None or not is_folder(out):  # before anything is downloaded; a part may come late

@@ -49,6 +49,7 @@ from moekern.cli.options import (
     Tiers,
     Tokens,
     TrustRemoteCode,
+    UntilStable,
     UnusedBatchSize,
     compute_of,
     folder_of,
@@ -66,7 +67,6 @@ from moekern.router import parse_keep
 
 if TYPE_CHECKING:
     from moekern.cli.whole_run import Run
-    from moekern.plan.several import Planning
 
 
 def run(
@@ -95,6 +95,7 @@ def run(
     seed: Seed = 0,
     domain: Domains = None,
     tier: Tiers = None,
+    until_stable: UntilStable = None,
     budget: BudgetOption = "uniform",
     normalise: Normalise = "none",
     allow_nonuniform: AllowNonuniform = False,
@@ -138,7 +139,7 @@ def run(
     )  # fmt: skip
     asked = whole_run.Asked(
         planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        restart=restart,
+        until_stable=until_stable, restart=restart,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
@@ -154,7 +155,7 @@ def run(
         trust_remote_code=trust_remote_code,
     )
     done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
-    _say_remarks(done, asked.planning)
+    _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))
     if not done.good:
         raise typer.Exit(1)
@@ -170,19 +171,20 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
-def _say_remarks(done: Run, planning: Planning) -> None:
+def _say_remarks(done: Run) -> None:
     """What has to be known of the text and the plans, for programs too."""
-    from moekern.cli.plan import fit_line, slower_with
+    from moekern.cli.plan import fit_line
+    from moekern.plan.agreement import doubt
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
     from moekern.statistics.coverage import too_thin
     from moekern.statistics.file import Statistics
 
-    header = Statistics.load(done.statistics).header
+    statistics = Statistics.load(done.statistics)
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        for line in (*remarks(plan), *slower_with(plan, header, planning)):
+        for line in (*remarks(plan), *filter(None, [doubt(statistics, plan)])):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 

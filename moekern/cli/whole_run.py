@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
-from moekern.cli.plan import check_options
+from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
 from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
@@ -37,8 +38,8 @@ from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
 from moekern.model.journal import Resume, removed
 from moekern.plan.document import Mtp, Plan
-from moekern.plan.served import check_folder
-from moekern.plan.serving import serve_commands
+from moekern.plan.served import check_folder, served_as
+from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
@@ -61,6 +62,7 @@ class Asked:
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
     restart: bool = False  # whatever a stopped run has left, text is measured anew
+    until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -139,10 +141,20 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
-    _check_room(checkpoint, layout, planning, targets, made)
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    _check_room(checkpoint, layout, keeps, targets, made)
+    stable = _stable(checkpoint, layout, asked)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    if planning.budget.kind == "uniform":  # else counts are known with the plans
+        for target, keep in zip(targets, keeps, strict=True):
+            counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
+            _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
+    data = data if stable is None else stable.asked(data)
+    console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
         for path in paths:
@@ -160,9 +172,12 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             _check_made(targets, made)
             statistics_path.unlink(missing_ok=True)  # it is measured anew
             statistics = pipeline.measured(
-                checkpoint, data, compute, tiers=tiers, out=statistics_path, restart=asked.restart
+                checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable, restart=asked.restart
             )
         plans = list(make_plans(statistics, planning).values())
+        for plan, target in zip(plans, targets, strict=True):
+            if planning.budget.kind != "uniform":
+                _say_of(target, slower_with(plan, statistics.header, planning), len(targets) > 1)
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
                 plan.save(path)
@@ -192,18 +207,46 @@ def _check_made(targets: Sequence[Path], made: Sequence[bool]) -> None:
         check_new(targets[made.index(True)], folder=True)
 
 
+def _stable(checkpoint: Checkpoint, layout: Layout, asked: Asked) -> Stable | None:
+    """When the text is enough for each of the counts that are asked for; None where all of it is measured."""
+    planning = asked.planning
+    if asked.until_stable is None:
+        return None
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains)
+    stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
+    return stable
+
+
+def too_few(tokens: int, layout: Layout) -> str | None:
+    """The warning that text cannot give each expert THIN tokens, before anything is measured; None where it can."""
+    router = layout.router
+    each = tokens * router.top_k / router.num_experts
+    if each >= THIN:
+        return None
+    return (
+        f"warning: too little text: {tokens:,} tokens are about {each:.0f} for each of {router.num_experts} experts of "
+        f"a layer, and fewer than {THIN} say little; give more text, or raise --tokens"
+    )
+
+
 def _plan_path(out: Path, target: Path) -> Path:
     """The plan of a target in the work folder: plan.json, or plan-0.5.json."""
     return work_path(out) / f"plan{target.name.removeprefix(out.name)}.json"
 
 
+def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
+    """What is to be said of a plan, with the folder that it is for where there are several."""
+    for line in lines:
+        console.say(f"{target}: {line}" if several else line)
+
+
 def _check_room(
-    checkpoint: Checkpoint, layout: Layout, planning: Planning, targets: Sequence[Path], made: Sequence[bool]
+    checkpoint: Checkpoint, layout: Layout, keeps: Sequence[float | int], targets: Sequence[Path], made: Sequence[bool]
 ) -> None:
     """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
-    keeps = planning.keeps
-    if planning.fit is not None:
-        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
     missing = [(target, keep) for target, keep, done in zip(targets, keeps, made, strict=True) if not done]
     room, found = 0, overview(checkpoint)
     for target, keep in missing:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekern.data.mixes import DEFAULT_DOMAIN as DEFAULT_DOMAIN
 from moekern.errors import InputError, check_type
 
-DEFAULT_DOMAIN = "text"
 CHUNK_TOKENS = 2048  # of the sequences that are computed together, where nobody says how many
 SEGMENTS = 32  # of a domain, at most: sums of each are added up apart, and decide the bits of the whole
 

@@ -36,6 +36,23 @@ class Notes:
 
 
 @dataclass
+class HeldNotes:
+    """Lines that are told when what they are of is used, if it is."""
+
+    lines: list[tuple[bool, str]] = field(default_factory=list)  # with whether something was left out
+
+    def say(self, line: str) -> None:
+        self.lines.append((False, line))
+
+    def warn(self, line: str) -> None:
+        self.lines.append((True, line))
+
+    def tell(self, notes: Notes) -> None:
+        for left_out, line in self.lines:
+            (notes.warn if left_out else notes.say)(line)
+
+
+@dataclass
 class LeftOut:
     """Counts of what a domain's text had that was not used. strict: the first of it is an error."""
 

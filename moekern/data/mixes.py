@@ -1,4 +1,7 @@
-"""Which text, as a person writes it: NAME=SOURCE:AMOUNT, mixes of data sets, and mixes that have names."""
+"""Which text, as a person writes it: NAME=SOURCE:AMOUNT, mixes of data sets, and mixes that have names.
+
+It needs no torch: what is wrong with --data is known before that is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.data.readers import COMPRESSED, FORMATS, plain_suffix
 from moekern.errors import InputError
 
+DEFAULT_DOMAIN = "text"
 # Data sets of the hub with about equal shares of --tokens. code: the six that published REAP models were calibrated on.
 PRESETS = {
     "code": (
@@ -24,6 +27,7 @@ PRESETS = {
     ),
 }
 _AMOUNT = re.compile(r"(?P<source>.+):(?P<number>\d{1,15}(?:\.\d+)?|\.\d+)(?P<unit>[kKmM%]?)")
+_AMOUNTS = "an amount is a number of sequences (4096), of tokens with a unit (200k, 2M), or a share (0.5, 50%)"
 _HUB = re.compile(r"(?P<path>[^\[\]()]+?)(?:\[(?P<subset>[^\[\]]+)\])?(?:\((?P<split>[^()]+)\))?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -137,9 +141,17 @@ def _hub(source: str, spec: str) -> Domain:
     there = Path(found["path"]).is_dir() if found and named else False
     a_file = plain_suffix(Path(path)) in FORMATS or Path(path).parent.is_dir() and Path(path).parent != Path(".")
     if not found or not (there or (_HUB_ID.fullmatch(found["path"]) and not a_file)):
+        before, _, amount_text = path.rpartition(":")
+        if before and (Path(before).exists() or _is_hub(before)):
+            raise InputError(f"--data {spec}: {amount_text!r:.40} is no amount of {before}: {_AMOUNTS}")
         raise InputError(f"--data {spec}: no such file or folder: {path}")
     name = "-".join(word for word in (Path(found["path"]).name, found["subset"], found["split"]) if word)
     return Domain(name, found["path"], amount, True, found["subset"], found["split"])
+
+
+def _is_hub(path: str) -> bool:
+    found = _HUB.fullmatch(path)
+    return bool(found and _HUB_ID.fullmatch(found["path"]))
 
 
 def budgets(domains: Sequence[Domain], tokens: int | None, sequence_length: int) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template at work in a process of their own: both are programs of its author."""
+"""The checkpoint's tokenizer and chat template at work in processes of their own: both are programs of its author."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import resource
 import signal
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,11 +22,60 @@ from moekern.errors import InputError, first_line
 
 SECONDS = 5  # of computing, for one conversation; up to one less, since the limit counts whole ones
 PIECE_SECONDS = 30  # for the ids of one piece of text
-MEMORY = 1 << 30  # bytes, beyond what this process has
+MEMORY = 1 << 30  # bytes of each process, beyond what this one has
 TEXT_CAP = 1 << 24  # characters of one conversation
 IDS_EACH, IDS_MORE = 64, 1 << 10  # token ids that a character may become, and a text beyond that
 # Seconds of computing for all texts: so many to begin with, and what each text and each of its characters add.
 AT_FIRST, EACH_TEXT, EACH_CHARACTER = 60.0, 0.1, 5e-5
+
+Result = TypeVar("Result")
+
+
+class Account:
+    """Seconds of computing that texts have taken in all processes, against what they may take together."""
+
+    def __init__(self) -> None:
+        self.lock, self.texts, self.spent, self.allowed = Lock(), 0, 0.0, AT_FIRST
+
+    def add(self, characters: int, seconds: float) -> None:
+        """Count one text. Raises InputError where all of them have taken too long."""
+        with self.lock:
+            self.texts += 1
+            self.spent += seconds
+            self.allowed += EACH_TEXT + EACH_CHARACTER * characters
+            if self.spent > self.allowed:
+                raise InputError(f"is too slow: {self.spent:.0f} s of computing for {self.texts:,} texts")
+
+
+class TokenizerProcesses:
+    """`count` processes of one tokenizer, which share the work; each does one thing at a time."""
+
+    def __init__(self, tokenizer: Any, count: int) -> None:
+        account = Account()
+        self.all = [TokenizerProcess(tokenizer, account) for _ in range(count)]  # while there are no threads
+        self.threads = ThreadPoolExecutor(count)
+        self.idle: SimpleQueue[TokenizerProcess] = SimpleQueue()
+        for process in self.all:
+            self.idle.put(process)
+
+    def submit(self, work: Callable[[TokenizerProcess], Result]) -> Future[Result]:
+        """Have some work done with the next process that is idle."""
+        return self.threads.submit(self._with_one, work)
+
+    def _with_one(self, work: Callable[[TokenizerProcess], Result]) -> Result:
+        process = self.idle.get()
+        try:
+            return work(process)
+        finally:
+            self.idle.put(process)
+
+    def close(self) -> None:
+        """End all processes, whatever they are doing."""
+        for process in self.all:
+            process.end()
+        self.threads.shutdown(cancel_futures=True)
+        for process in self.all:
+            process.connection.close()
 
 
 class TokenizerProcess:
@@ -33,7 +85,8 @@ class TokenizerProcess:
     tokenizer's normalizer may make gigabytes of a word, and its expressions may never come to an end.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, account: Account) -> None:
+        self.account = account
         ours, theirs = multiprocessing.Pipe()
         fork = multiprocessing.get_context("fork")  # the tokenizer is there already
         self.connection = ours
@@ -43,9 +96,8 @@ class TokenizerProcess:
             self.process.start()
         theirs.close()
 
-    def close(self) -> None:
-        """End the process."""
-        self.connection.close()
+    def end(self) -> None:
+        """End the process; a thread that waits for its answer is told so."""
         self.process.terminate()  # another process that was forked meanwhile may hold our end of the connection
         self.process.join()
 
@@ -57,21 +109,24 @@ class TokenizerProcess:
         """
         return str(self._asked(SECONDS, _rendered, messages, tools, options))
 
-    def ids(self, text: str, special: bool = False) -> list[int]:
-        """The token ids of a text, with those that the tokenizer puts around it where `special`.
+    def ids(self, text: str, special: bool = False) -> np.ndarray:
+        """The token ids [N] int64 of a text, with those that the tokenizer puts around it where `special`.
 
         Raises InputError with what the tokenizer raised, and where it takes too much.
         """
-        found: list[int] = self._asked(PIECE_SECONDS, _ids, text, special).tolist()
+        found: np.ndarray = self._asked(PIECE_SECONDS, _ids, text, special)
         return found
 
     def _asked(self, seconds: int, work: Callable[..., Any], *arguments: Any) -> Any:
         try:
             self.connection.send((seconds, work, arguments))
-            answer, problem = self.connection.recv()
+            answer, problem, spent = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             raise InputError(_end(self.process.exitcode, seconds)) from None
+        if isinstance(problem, InputError):
+            raise problem
+        self.account.add(len(arguments[0] if work is _ids else answer), spent)
         if problem is not None:
             raise problem
         return answer
@@ -97,7 +152,6 @@ def _serve(other: Connection, connection: Connection, tokenizer: Any) -> None:
         pages = int(file.read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    texts, left = 0, AT_FIRST
     while True:
         try:
             seconds, work, arguments = connection.recv()
@@ -106,12 +160,7 @@ def _serve(other: Connection, connection: Connection, tokenizer: Any) -> None:
         before = _spent()
         resource.setrlimit(resource.RLIMIT_CPU, (int(before) + seconds, resource.RLIM_INFINITY))
         answer, problem = _answer(tokenizer, work, arguments)
-        written = arguments[0] if work is _ids else answer
-        texts += 1
-        left += EACH_TEXT + EACH_CHARACTER * len(written) - (_spent() - before)
-        if left < 0 and problem is None:
-            problem = InputError(f"is too slow: {_spent():.0f} s of computing for {texts:,} texts")
-        connection.send((answer, problem))
+        connection.send((answer, problem, _spent() - before))
 
 
 def _spent() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,14 +14,15 @@ import torch
 
 from moekern.data.batches import CHUNK_TOKENS, SEGMENTS, Batch, TokenData, batched, rows_of, sequences_of
 from moekern.data.hub import SHUFFLED
-from moekern.data.left_out import LeftOut, Notes, Unreadable
+from moekern.data.left_out import LeftOut, Notes
 from moekern.data.mixes import Domain, budgets, domains_of
-from moekern.data.rows import Chat, Passage
-from moekern.data.sources import Documents, Reading, documents_of, read_document
+from moekern.data.sources import Documents, Reading, documents_of
+from moekern.data.stream import token_documents
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError
 
 THINKING = ("on", "off", "row")
+TELL_EVERY = 10.0  # seconds of reading
 
 
 def read_data(
@@ -57,18 +59,18 @@ def read_data(
     domains = domains_of(specs)
     named = _columns(columns, domains)
     notes = Notes(tell)
-    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking, notes=notes)
+    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking)
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
-    for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
-        reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
-        left = LeftOut(domain.name, strict)
-        with closing(tokenizer):
+    with closing(tokenizer):
+        for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
+            reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
+            left = LeftOut(domain.name, strict)
             sequences = _sequences(reading, tokenizer, left, notes)
-        _check_vocabulary(sequences, vocab_size, domain)
-        sources[domain.name] = _source(reading, sequences, left)
-        batches += [Batch(domain.name, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
+            _check_vocabulary(sequences, vocab_size, domain)
+            sources[domain.name] = _source(reading, sequences, left)
+            batches += [Batch(domain.name, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
     longest = max(batch.input_ids.shape[1] for batch in batches)
     if max_positions is not None and longest > max_positions:
         notes.warn(
@@ -116,13 +118,8 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
     """The sequences of a domain. Says what was left out, and of how much text they are."""
     domain, length, budget = reading.domain, reading.sequence_length, reading.budget
     documents = documents_of(reading, left, notes)
-    parts: list[np.ndarray] = []
-    total = 0
-    for ids in token_documents(documents, reading, tokenizer, left):
-        parts.append(ids if reading.pack else ids[:length])
-        total += len(parts[-1])
-        if documents.drawn and budget is not None and total >= budget:
-            break
+    parts = list(_told(token_documents(documents, reading, tokenizer, left, notes), reading, notes))
+    total = sum(map(len, parts))
     generator = np.random.default_rng(reading.seed)
     if reading.pack:
         whole = np.concatenate([np.empty(0, np.int64), *parts])
@@ -141,6 +138,18 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
     return sequences
 
 
+def _told(parts: Iterator[np.ndarray], reading: Reading, notes: Notes) -> Iterator[np.ndarray]:
+    """The same; every few seconds it is told how many tokens there are. This is no note of the text."""
+    last, total = time.monotonic(), 0
+    for ids in parts:
+        total += len(ids)
+        if notes.tell is not None and time.monotonic() - last >= TELL_EVERY:
+            last = time.monotonic()
+            most = f", of which {reading.budget:,} are used" if reading.budget and total > reading.budget else ""
+            notes.tell(f"{reading.domain.name}: reading text: {total:,} tokens{most}")
+        yield ids
+
+
 def _how_much(reading: Reading, documents: Documents, used: int, total: int) -> str:
     """Tokens that are used, where there are more, or fewer than were asked for; else nothing."""
     own = reading.domain.amount.tokens or reading.domain.amount.sequences
@@ -154,36 +163,6 @@ def _how_much(reading: Reading, documents: Documents, used: int, total: int) -> 
     if own and reading.pack and used + 1 < (reading.budget or 0):
         return f"{used:,} tokens, fewer than the {reading.budget:,} that it was asked for"
     return ""
-
-
-def token_documents(
-    documents: Documents, reading: Reading, tokenizer: Tokenizer, left: LeftOut
-) -> Iterator[np.ndarray]:
-    """The token ids [N] int64 of each document, its special tokens included; what cannot be read is counted in `left`.
-
-    A file of text that is not UTF-8 to its end is left out whole, unless parts of a larger text are drawn.
-    """
-    pieces: list[np.ndarray] = []
-    for name, item in documents.items:
-        document = read_document(name, item, reading.column, left)
-        if document is None:
-            pieces = []
-            continue
-        try:
-            ids = tokenizer.ids(document)
-        except Unreadable as error:
-            left.row(name, item.where, error)
-            continue
-        if isinstance(document, Chat):
-            left.parts.update(document.parts)
-        if isinstance(document, Passage):
-            if document.begins:
-                pieces = []
-            pieces.append(ids)
-            if not document.ends:
-                continue
-            ids, pieces = np.concatenate(pieces), []
-        yield ids
 
 
 def _source(reading: Reading, sequences: Sequence[np.ndarray], left: LeftOut) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ WHOLE_PER_TOKEN = 8
 BLOCK = (1 << 11, 1 << 18)  # bytes of the parts that are drawn, at least and at most
 MOST_BLOCKS = 1 << 20
 TOKEN_BYTES = 4  # of text, about
+PAPERS = ("readme", "license", "licence", "copying", "notice", "changelog", "citation", "dataset_card", "datasheet")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
             raise InputError(f"--data {domain.name}={path} holds no file ending in {', '.join(FORMATS)}")
         if others:
             notes.say(f"{domain.name}: left out: {others.total():,} files of other kinds ({counted(others)})")
+        candidates = _without_papers(domain, candidates, notes)
     else:
         raise InputError(f"--data: {path} is a pipe or a device; give a file or a folder")
     files = []
@@ -93,6 +95,17 @@ def files_of(domain: Domain, left: LeftOut, notes: Notes) -> list[File]:
     return files
 
 
+def _without_papers(domain: Domain, files: list[Path], notes: Notes) -> list[Path]:
+    """Without what describes a folder of rows, which is none of its text."""
+    papers = [path for path in files if path.stem.lower() in PAPERS and FORMATS[plain_suffix(path)] == "text"]
+    if not papers or all(FORMATS[plain_suffix(path)] == "text" for path in files):
+        return files
+    named = ", ".join(str(path.relative_to(domain.path)) for path in papers[:3])
+    more = f" and {len(papers) - 3:,} more" if len(papers) > 3 else ""
+    notes.say(f"{domain.name}: left out: {named}{more}: beside files of rows; to read such a file, name it by itself")
+    return [path for path in files if path not in papers]
+
+
 def documents_of(reading: Reading, left: LeftOut, notes: Notes) -> Documents:
     """Rows, passages and ids of a domain: all of them in their order, or those that a budget is drawn from.
 
@@ -107,22 +120,21 @@ def documents_of(reading: Reading, left: LeftOut, notes: Notes) -> Documents:
         return Documents(((reading.domain.shown, item) for item in rows), seed is not None)
     files = files_of(reading.domain, left, notes)
     if reading.most is None or _is_small(files, reading):
-        return Documents(_everything(files, reading.column, left), False)
+        return Documents(_everything(files, reading.column), False)
     return Documents(_drawn(files, reading, left, notes), True, sum(file.path.stat().st_size for file in files))
 
 
-def _everything(files: list[File], column: str | None, left: LeftOut) -> Iterator[tuple[str, Item]]:
+def _everything(files: list[File], column: str | None) -> Iterator[tuple[str, Item]]:
     for file in files:
-        yield from _guarded(file, read_all(file, column), left)
+        yield from _guarded(file, read_all(file, column))
 
 
-def _guarded(file: File, items: Iterator[Item], left: LeftOut) -> Iterator[tuple[str, Item]]:
-    """Items, until the file turns out to be unreadable."""
+def _guarded(file: File, items: Iterator[Item]) -> Iterator[tuple[str, Item]]:
+    """Items, until the file turns out to be unreadable; then why."""
     try:
         for item in items:
             yield file.name, item
     except Unreadable as error:
-        left.file(file.name, error)
         yield file.name, Item("", error)
 
 
@@ -133,13 +145,13 @@ def _is_small(files: list[File], reading: Reading) -> bool:
         if most < 0:
             return False
         if not file.seekable:
-            most -= sum(item.size for item in _start(file, reading.column, most, LeftOut("")))
+            most -= sum(item.size for item in _start(file, reading.column, most))
     return most >= 0
 
 
-def _start(file: File, column: str | None, most: int, left: LeftOut, group: int | None = None) -> Iterator[Item]:
+def _start(file: File, column: str | None, most: int, group: int | None = None) -> Iterator[Item]:
     """The items of a file, or of a row group, up to the one that goes beyond `most` bytes."""
-    for _, item in _guarded(file, read_all(file, column, group), left):
+    for _, item in _guarded(file, read_all(file, column, group)):
         yield item
         most -= item.size
         if most < 0:
@@ -162,8 +174,8 @@ def _drawn(files: list[File], reading: Reading, left: LeftOut, notes: Notes) -> 
         if file.name in bad:
             continue
         start = block * size
-        for name, item in _guarded(file, read_block(file, start, min(start + size, file.size)), left):
-            if isinstance(item.value, Unreadable) and not item.where:
+        for name, item in _guarded(file, read_block(file, start, min(start + size, file.size))):
+            if is_file(item):
                 bad.add(name)
             yield name, item
 
@@ -181,7 +193,9 @@ def _from_starts(
             break
         file, group = starts[n]
         got = 0
-        for item in _start(file, reading.column, min(share, most), left, group):
+        for item in _start(file, reading.column, min(share, most), group):
+            if is_file(item):  # said though the place that it was drawn for may not be reached
+                left.file(file.name, item.value)
             got += item.size
             yield file.name, item._replace(value=Passage(item.value.text)) if isinstance(item.value, Passage) else item
         most -= got
@@ -194,18 +208,17 @@ def _from_starts(
         )
 
 
-def read_document(name: str, item: Item, column: str | None, left: LeftOut) -> Document | None:
-    """The document of a row; None where it is left out."""
+def is_file(item: Item) -> bool:
+    """Whether an item says that the rest of its file cannot be read."""
+    return isinstance(item.value, Unreadable) and not item.where
+
+
+def document_in(item: Item, column: str | None) -> Document | Unreadable | InputError:
+    """The document of an item, or why there is none."""
     value: Any = item.value
-    if isinstance(value, (Passage, np.ndarray)):
+    if isinstance(value, (Passage, np.ndarray, Unreadable, InputError)):
         return value
-    if isinstance(value, Unreadable) and not item.where:  # a file, which has been counted
-        return None
-    left.rows[name] += 1
     try:
-        if isinstance(value, Unreadable):
-            raise value
         return document_of(value, column)
     except Unreadable as error:
-        left.row(name, item.where, error)
-        return None
+        return error

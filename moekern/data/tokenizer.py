@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moekern.checkpoint.pointers import A_POINTER, is_pointer
 from moekern.checkpoint.strict_json import regular_size
-from moekern.data.left_out import Notes, Unreadable
-from moekern.data.process import TokenizerProcess
+from moekern.data.left_out import HeldNotes, Unreadable
+from moekern.data.process import TokenizerProcess, TokenizerProcesses
 from moekern.data.readers import PIECE, cut_of
 from moekern.data.rows import Chat, Document, Passage, check_characters
 from moekern.errors import InputError, first_line
@@ -29,28 +30,28 @@ SETTINGS = (
     "chat_template.json",
 )
 SETTINGS_CAP, FILE_CAP = 4 << 20, 256 << 20  # bytes, where real ones have up to 1 and 40 MB
+MOST_PROCESSES = 8
+
+
+class Tokens(NamedTuple):
+    """The ids [N] int64 of a document, or why there are none, and what is to be said of it."""
+
+    ids: np.ndarray | Unreadable | InputError
+    notes: HeldNotes
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer, opened when the first text needs it.
+    """The checkpoint's tokenizer, opened when the first text needs it, at work in a process for each core.
 
     With `ended`, a text ends with the end-of-text token that keeps it apart from the next. thinking: "on", "off", or
     "row" as rows say.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        trust_remote_code: bool,
-        *,
-        ended: bool = True,
-        thinking: str = "row",
-        notes: Notes | None = None,
-    ) -> None:
-        self.folder, self.trust_remote_code, self.ended = folder, trust_remote_code, ended
-        self.thinking, self.notes = thinking, notes or Notes()
+    def __init__(self, folder: Path, trust_remote_code: bool, *, ended: bool = True, thinking: str = "row") -> None:
+        self.folder, self.trust_remote_code, self.ended, self.thinking = folder, trust_remote_code, ended, thinking
+        self.count = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)  # of processes
         self.loaded: Any = None
-        self.process: TokenizerProcess | None = None
+        self.processes: TokenizerProcesses | None = None
         self.around: tuple[list[int], list[int]] = ([], [])  # ids that the tokenizer puts before and behind a text
 
     def get(self) -> Any:
@@ -62,7 +63,7 @@ class Tokenizer:
                 loaded = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
                 # Without tokenizer files transformers makes an empty one from config.json's model_type.
                 if len(loaded) <= len(loaded.all_special_tokens):
-                    raise self._unusable("its vocabulary is empty")
+                    raise self.unusable("its vocabulary is empty")
             self.loaded = loaded
             self.around = self._around()
         return self.loaded
@@ -75,106 +76,135 @@ class Tokenizer:
         except (InputError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            raise self._unusable(first_line(error)) from error
+            raise self.unusable(first_line(error)) from error
 
-    def _apart(self) -> TokenizerProcess:
-        """The process that the tokenizer works in, begun when it is first needed."""
-        if self.process is None:
-            self.process = TokenizerProcess(self.get())
-        return self.process
+    def _apart(self) -> TokenizerProcesses:
+        """The processes that the tokenizer works in, begun when they are first needed."""
+        if self.processes is None:
+            self.processes = TokenizerProcesses(self.get(), self.count)
+        return self.processes
 
-    def _unusable(self, reason: str) -> InputError:
+    def unusable(self, reason: str) -> InputError:
+        """The error for a tokenizer that cannot be had or does not work."""
         instead = "give token ids instead (.npy, or JSONL with input_ids)"
         return InputError(f"{self.folder}: no usable tokenizer; {instead}: {reason}")
 
     def close(self) -> None:
-        """End the process that texts have begun."""
-        if self.process is not None:
-            self.process.close()
-            self.process = None
+        """End the processes that texts have begun."""
+        if self.processes is not None:
+            self.processes.close()
+            self.processes = None
 
     def _check_files(self) -> None:
         """Raise InputError for a file that was not fetched, or that transformers would read for minutes or for ever."""
         if not self.folder.is_dir():
-            raise self._unusable("no such folder")
+            raise self.unusable("no such folder")
         for path in sorted(self.folder.iterdir()):
             if path.suffix in SUFFIXES and not path.is_dir():
                 if is_pointer(path):
-                    raise self._unusable(f"{path.name}: {A_POINTER}")
+                    raise self.unusable(f"{path.name}: {A_POINTER}")
                 cap = SETTINGS_CAP if path.name in SETTINGS else FILE_CAP
                 if (size := regular_size(path)) > cap:
-                    raise self._unusable(f"{path.name}: {size} bytes, more than the limit of {cap}")
+                    raise self.unusable(f"{path.name}: {size} bytes, more than the limit of {cap}")
 
-    def ids(self, document: Document) -> np.ndarray:
-        """Token ids [N] int64. Raises Unreadable for what the chat template cannot render."""
-        if isinstance(document, np.ndarray):
-            return document
-        ids = self.encode(document) if isinstance(document, Passage) else self.chat(document)
-        return np.asarray(ids, dtype=np.int64)
+    def start(self, documents: Sequence[Document]) -> Callable[[], list[Tokens]]:
+        """Have documents tokenised; what is returned waits for their ids, in their order, up to the first InputError.
 
-    def encode(self, passage: Passage) -> list[int]:
-        """A text with the tokenizer's own begin token where it begins, and one end-of-text token where it ends."""
-        tokenizer = self.get()
-        before, behind = self.around
-        ids = self._plain(passage.text)
-        if passage.begins and ids[: len(before)] != before:  # text may have been written by a template
-            ids = [*before, *ids]
-        if not passage.ends:
-            return ids
-        if behind and ids[-len(behind) :] != behind:
-            ids = [*ids, *behind]
-        end = tokenizer.eos_token_id if self.ended else None
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        Raises InputError where there is no tokenizer, unless all are ids already.
+        """
+        if all(isinstance(document, np.ndarray) for document in documents):
+            return lambda: [Tokens(ids, HeldNotes()) for ids in documents if isinstance(ids, np.ndarray)]
+        self.get()
+        return self._apart().submit(partial(self._tokens, documents)).result
 
-    def _plain(self, text: str) -> list[int]:
-        """Without special tokens but those that are written in the text, piece by piece."""
-        ids: list[int] = []
-        for piece in _pieces(text):
-            ids += self._piece(piece)
-        return ids
-
-    def _piece(self, text: str, special: bool = False) -> list[int]:
-        try:
-            return self._apart().ids(text, special)
-        except InputError as error:
-            raise self._unusable(f"it {error}") from error
+    def _tokens(self, documents: Sequence[Document], process: TokenizerProcess) -> list[Tokens]:
+        """Where one is refused, what comes behind it is not looked at."""
+        found: list[Tokens] = []
+        for document in documents:
+            notes = HeldNotes()
+            try:
+                found.append(Tokens(Writing(self, process, notes).ids(document), notes))
+            except Unreadable as error:
+                found.append(Tokens(error, notes))
+            except InputError as error:
+                return [*found, Tokens(error, notes)]
+        return found
 
     def _around(self) -> tuple[list[int], list[int]]:
         """The ids that the tokenizer adds before and behind a text."""
-        plain, whole = self._piece("a"), self._piece("a", special=True)
+        plain, whole = self._apart().submit(self._marked).result()
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
         return [], []
 
-    def chat(self, chat: Chat) -> list[int]:
+    def _marked(self, process: TokenizerProcess) -> tuple[list[int], list[int]]:
+        """The ids of a text without, and with, what the tokenizer puts around it."""
+        writing = Writing(self, process, HeldNotes())
+        return writing.piece("a").tolist(), writing.piece("a", special=True).tolist()
+
+    @cached_property
+    def closing(self) -> tuple[str, ...]:
+        """The tokens that a template may end a conversation with."""
+        with self._guarded():
+            return tuple({*self.loaded.all_special_tokens, *self.loaded.get_added_vocab()})
+
+
+class Writing:
+    """A document on its way to ids, in a process. A tokenizer that was opened is only read here."""
+
+    def __init__(self, tokenizer: Tokenizer, process: TokenizerProcess, notes: HeldNotes) -> None:
+        self.tokenizer, self.process, self.notes = tokenizer, process, notes
+        self.end = tokenizer.loaded.eos_token_id if tokenizer.ended else None
+
+    def ids(self, document: Document) -> np.ndarray:
+        """Token ids [N] int64. Raises Unreadable for what the chat template cannot render."""
+        if isinstance(document, np.ndarray):
+            return document
+        return self.passage(document) if isinstance(document, Passage) else self.chat(document)
+
+    def passage(self, passage: Passage) -> np.ndarray:
+        """A text with the tokenizer's own begin token where it begins, and one end-of-text token where it ends."""
+        before, behind = self.tokenizer.around
+        ids = self.plain(passage.text)
+        if passage.begins and ids[: len(before)].tolist() != before:  # text may have been written by a template
+            ids = _joined(before, ids)
+        if not passage.ends:
+            return ids
+        if behind and ids[-len(behind) :].tolist() != behind:
+            ids = _joined(ids, behind)
+        return ids if self.end is None or (len(ids) and ids[-1] == self.end) else _joined(ids, [self.end])
+
+    def plain(self, text: str) -> np.ndarray:
+        """Without special tokens but those that are written in the text, piece by piece."""
+        return _joined(*map(self.piece, _pieces(text)))
+
+    def piece(self, text: str, special: bool = False) -> np.ndarray:
+        try:
+            return self.process.ids(text, special)
+        except InputError as error:
+            raise self.tokenizer.unusable(f"it {error}") from error
+
+    def chat(self, chat: Chat) -> np.ndarray:
         """A conversation as the template writes it, which has all its special tokens.
 
         Raises Unreadable with what the template raised, and InputError where it takes too much.
         An end-of-text token follows only where the template ends with no token of the kind.
         """
-        tokenizer = self.get()
-        if not tokenizer.chat_template:
+        if not self.tokenizer.loaded.chat_template:
             if chat.plain is None:
                 raise Unreadable("the tokenizer has no chat template")
             self.notes.say("the tokenizer has no chat template: questions and answers are joined by a blank line")
-            return self.encode(Passage(chat.plain))
+            return self.passage(Passage(chat.plain))
         self._check_carried(chat)
         text = self._rendered(chat)
         check_characters(text)
-        ids, end = self._plain(text), tokenizer.eos_token_id if self.ended else None
-        return ids if end is None or text.rstrip().endswith(self._closing) else [*ids, end]
-
-    @cached_property
-    def _closing(self) -> tuple[str, ...]:
-        """The tokens that a template may end a conversation with."""
-        tokenizer = self.get()
-        with self._guarded():
-            return tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        ids = self.plain(text)
+        return ids if self.end is None or text.rstrip().endswith(self.tokenizer.closing) else _joined(ids, [self.end])
 
     def _check_carried(self, chat: Chat) -> None:
         """Say what a template passes over in silence."""
-        template = str(self.get().chat_template)
+        template = str(self.tokenizer.loaded.chat_template)
         for key in CARRIED:
             given = chat.tools if key == "tools" else any(message.get(key) for message in chat.messages)
             if given and key not in template:
@@ -191,15 +221,20 @@ class Tokenizer:
         return text
 
     def _render(self, messages: Sequence[dict[str, Any]], chat: Chat) -> str:
-        tokenizer, options = self.get(), dict(chat.options)
-        if self.thinking != "row":
-            options |= dict.fromkeys(THINKING, self.thinking == "on")
-            if not any(name in str(tokenizer.chat_template) for name in THINKING):
-                self.notes.warn(f"--thinking {self.thinking}: the chat template does not ask for it; nothing changes")
+        tokenizer, options = self.tokenizer, dict(chat.options)
+        if tokenizer.thinking != "row":
+            options |= dict.fromkeys(THINKING, tokenizer.thinking == "on")
+            if not any(name in str(tokenizer.loaded.chat_template) for name in THINKING):
+                said = f"--thinking {tokenizer.thinking}: the chat template does not ask for it; nothing changes"
+                self.notes.warn(said)
         try:
-            return self._apart().render(list(messages), chat.tools, options)
+            return self.process.render(list(messages), chat.tools, options)
         except InputError as error:
-            raise InputError(f"{self.folder}: the chat template {error}") from error
+            raise InputError(f"{tokenizer.folder}: the chat template {error}") from error
+
+
+def _joined(*parts: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
 
 def _pieces(text: str) -> Iterator[str]:

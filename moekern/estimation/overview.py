@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moekern.architectures import find_layout
+from moekern.architectures import Family, built_by_transformers, family_named, find_layout
+from moekern.architectures.config_keys import model_types, own_code
+from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.checkpoint.strict_json import shown
 from moekern.router import count_problem
 
 
@@ -33,7 +37,10 @@ class Overview:
     routed_bytes: int  # routed experts of the main decoder
     bytes_per_expert: int  # one expert of one layer, on average
     dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
-    in_transformers: bool  # transformers has the model class, so it can be calibrated
+    in_transformers: bool  # transformers has the model class
+    run_by: str  # what calibrates and evaluates it: "transformers", "its own code", or "" for nothing that is known
+    not_run: str  # why nothing does
+    no_gradient: str  # why the gradient tier is not measured, where that is known
     note: str  # what is special about the family
     notes: tuple[str, ...]  # what files and config.json leave open or say wrong, and what keeps it from being pruned
     left_out: Mapping[str, str]  # files that a pruned checkpoint will not have -> why
@@ -60,6 +67,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
     routed = sum(dtypes.values())
     refused = (f"{name!r}: {wrong}" for name, wrong in checkpoint.contents.refused.items())
     counts = range(1, layout.num_experts + 1)
+    known, run_by, not_run = running(layout.family, checkpoint.config)
     return Overview(
         folder=str(checkpoint.folder),
         model=checkpoint.name,
@@ -78,9 +86,40 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         routed_bytes=routed,
         bytes_per_expert=routed // max(1, sum(layer.num_experts for layer in layout.layers.values())),
         dtypes=dict(dtypes.most_common()),
-        in_transformers=layout.family.transformers,
+        in_transformers=known,
+        run_by=run_by,
+        not_run=not_run,
+        no_gradient=layout.family.no_gradient,
         note=layout.family.note,
-        notes=(*checkpoint.notes, *layout.notes, *refused),
+        notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *refused),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
     )
+
+
+def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
+    """Whether transformers has the model's class, what can run it, and why nothing can.
+
+    A layout is found from the keys of tensors, and a model is built by the model_type of its config.json: a new one may
+    have the tensors of a family that transformers knows.
+    """
+    name = next(iter(model_types(config)), "")
+    known = built_by_transformers(name)
+    if family.only_pruned:
+        return known, "", family.only_pruned
+    if known:
+        return True, "transformers", ""
+    if own_code(config):
+        return False, "its own code", ""
+    if family_named(name) is None:
+        return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
+    return False, "", f"transformers has no class for model_type {shown(name)}"
+
+
+def _running(checkpoint: Checkpoint) -> Iterator[str]:
+    """What stands in the way of a forward pass, or is left out of it, in the format of the weights."""
+    reason, line = unread(quantisation_of(checkpoint.config)), inputs_line(checkpoint.tensors)
+    if reason is not None:
+        yield f"{reason}: it can be pruned and verified, with a plan made on an unquantised twin too, not calibrated"
+    elif line is not None:
+        yield f"in a forward pass {line}"

@@ -85,7 +85,7 @@ def evaluate(
         raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     layout = find_layout(checkpoint)
     for plan in plans.values():
-        check_plan(plan, layout, checkpoint.fingerprint)
+        check_plan(plan, layout, checkpoint)
     tasks = [  # of each batch the original first: the others are held against it
         Task(name, number, plan, batch)
         for batch in data.batches
@@ -139,6 +139,7 @@ class _Compare(Pass[Task]):
 
     def run(self, stage: Stage | None = None) -> dict[tuple[str, str], Tensor]:
         """The whole pass, or what a stopped run has left of it; (plan, domain) -> sums over tokens."""
+        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
         with self.applied:
             self.layerwise.run(self.tasks, self, stage)
         return self.sums
@@ -180,8 +181,9 @@ class _Compare(Pass[Task]):
                 self.applied.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
         yield
         self.through += 1
-        if layer >= 0 and self.through < len(self.tasks):
-            self.progress(layer + self.through / len(self.tasks), len(self.layerwise.layers))
+        total = len(self.tasks) * self.layerwise.visits(layer)
+        if layer >= 0 and self.through < total:
+            self.progress(layer + self.through / total, len(self.layerwise.layers))
 
     def loaded(self, layer: int) -> None:
         self.through = 0

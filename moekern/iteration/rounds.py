@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moekern.architectures import Layout, find_layout
+from moekern.architectures.twins import router_numbers
 from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -170,6 +171,7 @@ def _job(
         keep=method.keep,
         num_experts=layout.num_experts,
         seed=method.seed,
+        routers=router_numbers(checkpoint, layout),
     )
     measuring = {
         "backend": None if data is None else backends_of(compute.device, compute.backend),

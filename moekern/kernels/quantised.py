@@ -89,7 +89,7 @@ def block_of(weight: Tensor, scale: Tensor, sizes: Sequence[tuple[int, int]] = (
     """
     if scale.ndim < 2:
         return None
-    (R, C), (S, Q) = weight.shape, scale.shape
+    (R, C), (S, Q) = weight.shape[-2:], scale.shape[-2:]
     for size in sizes:
         if (-(-R // size[0]), -(-C // size[1])) == (S, Q):
             return size

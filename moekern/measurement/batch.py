@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moekern import kernels
-
-Outputs = Callable[[Tensor, Tensor], Tensor]
-FEW, EVEN = 16, 8  # rows of an expert on a CPU: at least so many, and a multiple of these; see `steady`
+from moekern.model.experts import Outputs
 
 
 @dataclass(frozen=True)
@@ -79,26 +76,3 @@ def route(topk_idx: Tensor, num_experts: int, *, empty_slots: bool, backend: str
     """Group the slots of topk_idx [T, K] by expert, stably. Where slots may be empty, these get no row."""
     order, offsets = kernels.sort_by_expert(topk_idx, num_experts, backend=backend)
     return Routed(order[: int(offsets[-1])] if empty_slots else order, offsets)
-
-
-def steady(outputs: Outputs) -> Outputs:
-    """The same outputs, with the same bits whatever the number of threads.
-
-    On a CPU, torch's threads share the rows of a product and the numbers of an activation; where a share ends in the
-    middle of a vector its last numbers are rounded by other instructions, and a product of few rows takes other roads.
-    So each expert's rows are filled up with its last one, to a multiple of EVEN and to FEW at least, which 2, 4, 8 ...
-    threads share evenly, and what comes of the filling is left out.
-    """
-
-    def padded(tokens: Tensor, offsets: Tensor) -> Tensor:
-        counts = offsets.diff()
-        wanted = torch.where(counts > 0, (counts.clamp(min=FEW) + EVEN - 1) // EVEN * EVEN, 0)
-        if tokens.device.type != "cpu" or torch.equal(wanted, counts):
-            return outputs(tokens, offsets)
-        begin = torch.cat([offsets[:1], wanted.cumsum(0)])
-        expert = torch.arange(len(counts)).repeat_interleave(wanted)
-        within = torch.arange(len(expert)) - begin[expert]
-        source = offsets[expert] + torch.minimum(within, counts[expert] - 1)
-        return outputs(tokens[source], begin)[within < counts[expert]]
-
-    return padded

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.files import scratch
-from moekern.measurement.watch import experts_of
 from moekern.model.backward import Backward
+from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
+from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.journal import Journal
 from moekern.model.layerwise import LayerwiseModel
@@ -55,6 +56,8 @@ def measure_gradients(
     families whose layers hand on more than hidden states, and for heads that do not predict the next token.
     """
     model: Any = layerwise.model
+    for _, block in blocks_with_lists(model):
+        raise InputError(f"--tier gradient: {type(block).__name__}: {NO_GRADIENT}")
     model.requires_grad_(False)
     data = data.by_chunk()
 

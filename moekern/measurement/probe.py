@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekern.measurement.batch import InFlight, Outputs, Seen, route, steady
+from moekern.measurement.batch import InFlight, Seen, route
 from moekern.measurement.recorder import Recorder
+from moekern.model.experts import Asking, Outputs
 
 
 @dataclass
@@ -48,7 +49,6 @@ class Probe:
         """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in batch.Seen."""
         logits, self.logits = self.logits, None
         norm, self.norm = self.norm, None
-        outputs = steady(outputs)
         if self.choosing:
             raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs, logits)
         self.ids = ids
@@ -56,7 +56,10 @@ class Probe:
         if context is None:
             raise RuntimeError(f"layer {self.layer}: experts ran in no batch that was announced")
         routed = route(ids, num_experts, empty_slots=self.empty_slots, backend=backend)
-        y = outputs(routed.order // ids.shape[1], routed.offsets)
+        own = routed.order // ids.shape[1], routed.offsets
+        if isinstance(outputs, Asking):
+            outputs.ask([own, *self.recorder.further(logits, ids, routed, context)])
+        y = outputs(*own)
         seen = Seen(logits, ids, gates, routed, y, outputs, stream(norm, hidden, y), gates_applied)
         return self.recorder.measure(self.layer, seen, context)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.errors import InputError
-from moekern.measurement.batch import BatchContext, Seen
-from moekern.measurement.tiers import TABLE, add_outliers, chosen_sets
+from moekern.measurement.batch import BatchContext, Routed, Seen
+from moekern.measurement.tiers import TABLE, add_outliers, by_logits, chosen_sets, rows_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.statistics.folding import Folding
 from moekern.statistics.layer import LayerStatistics, merge_rows
@@ -77,6 +77,16 @@ class Recorder:
             residual=seen.residual,
             backend=self.backend,
         )
+
+    def further(
+        self, logits: Tensor | None, ids: Tensor, routed: Routed, context: BatchContext
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What `measure` will ask of `Seen.outputs`: tokens and offsets of rows that are not the model's own."""
+        if "reap" not in self.tiers or logits is None:
+            return []
+        E = len(routed.offsets) - 1
+        _, missing = by_logits(_added_up(logits[:, :E].contiguous()), ids, routed, _mask(context, len(ids)))
+        return [rows_of(missing)] if bool(missing.any()) else []
 
     @property
     def layers(self) -> list[str]:

@@ -19,8 +19,8 @@ from moekern.architectures import Layout
 from moekern.errors import InputError
 from moekern.measurement.batch import InFlight
 from moekern.measurement.probe import Chosen, Probe
-from moekern.measurement.watch import experts_of
 from moekern.model.compute import few_tokens
+from moekern.model.experts import experts_of
 from moekern.model.masking import masked_layer
 from moekern.model.transformers_api import Loader, router_modules
 from moekern.statistics.layer import LayerStatistics

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.errors import InputError, nearest_name
-from moekern.measurement.batch import BatchContext, Seen
+from moekern.measurement.batch import BatchContext, Routed, Seen
 from moekern.model.compute import check_device, device_named
 from moekern.statistics.layer import TIERS, LayerStatistics
 
@@ -116,17 +116,31 @@ def add_reap(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: 
     sums.renormalised_norm_sum.add_(weighed[counted].sum(0))
     if seen.logits is None:
         return
-    chosen = torch.zeros(T, E, dtype=torch.bool, device=norm.device)
-    chosen.scatter_(1, seen.logits.topk(min(K, E), dim=1).indices, True)
-    chosen &= counted[:, None]
-    missing = chosen & dense.isnan()
+    chosen, missing = by_logits(seen.logits, seen.ids, seen.routed, context.mask)
     expert, token = missing.T.nonzero(as_tuple=True)
     if len(token):
-        offsets = torch.cat([expert.new_zeros(1), missing.sum(0).cumsum(0)])
-        dense[token, expert] = norms(seen.outputs(token, offsets))
+        dense[token, expert] = norms(seen.outputs(*rows_of(missing)))
     gate = seen.logits.double().softmax(1)
     sums.compat_count.add_(chosen.sum(0))
     sums.compat_gated_norm_sum.add_(torch.where(chosen, gate * dense, 0).sum(0))
+
+
+def by_logits(logits: Tensor, ids: Tensor, routed: Routed, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[T, E] bool, twice: the counted tokens' K largest logits [T, E], and those of them that are not the choice."""
+    (T, E), K = logits.shape, ids.shape[1]
+    chosen = torch.zeros(T, E, dtype=torch.bool, device=logits.device)
+    chosen.scatter_(1, logits.topk(min(K, E), dim=1).indices, True)
+    if mask is not None:
+        chosen &= mask[:, None]
+    missing = chosen.clone()
+    missing[routed.order // K, ids.long().reshape(-1)[routed.order]] = False
+    return chosen, missing
+
+
+def rows_of(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and offsets, as `Seen.outputs` takes them, of the places that are set in [T, E]."""
+    ends = wanted.sum(0).cumsum(0)
+    return wanted.T.nonzero(as_tuple=True)[1], torch.cat([ends.new_zeros(1), ends])
 
 
 def add_outliers(seen: Seen, mask: Tensor | None, first: LayerStatistics, total: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 
 from moekern.errors import InputError
 from moekern.measurement.batch import InFlight
-from moekern.measurement.experts import ADAPTERS, NAME
+from moekern.measurement.module_lists import measured_block
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import Recorder
-from moekern.model.transformers_api import experts_implementation, is_experts_module, router_modules
+from moekern.model.expert_lists import expert_modules
+from moekern.model.experts import experts_of, in_place
+from moekern.model.transformers_api import router_modules
 
 
 @contextmanager
@@ -32,7 +33,6 @@ def watching(
     moekern has no way to see.
     """
     with ExitStack() as stack:
-        interfaced: list[nn.Module] = []
         probes: dict[str, Probe] = {}
         for key, layer in layers.items():
             block = experts_of(layer)
@@ -41,29 +41,15 @@ def watching(
             if hasattr(block, "_moekern_probe"):
                 raise InputError(f"layer {key}: its experts are observed already; leave that context first")
             probe = probes[key] = Probe(key, empty_slots, recorder, flight)
-            block._moekern_probe = probe  # type: ignore[assignment]
-            stack.callback(delattr, block, "_moekern_probe")
-            if type(block).__name__ in ADAPTERS:
-                block.forward = types.MethodType(ADAPTERS[type(block).__name__], block)
-                stack.callback(delattr, block, "forward")
-            else:
-                interfaced.append(block)
-            for path, index in router_modules(layer, model).items():
+            listed = expert_modules(block) is not None
+            stack.enter_context(in_place(block, probe, measured_block if listed else None))
+            for path, index in () if listed else router_modules(layer, model).items():
                 handle = layer.get_submodule(path).register_forward_hook(_keep_logits(probe, index))
                 stack.callback(handle.remove)
             for child in layer.children():
                 if "Norm" in type(child).__name__:
                     stack.callback(child.register_forward_hook(_keep_norm(probe)).remove)
-        stack.enter_context(experts_implementation(interfaced, NAME))
         yield probes
-
-
-def experts_of(layer: nn.Module) -> nn.Module | None:
-    """The module of a decoder layer that moekern measures, if there is one."""
-    for module in layer.modules():
-        if type(module).__name__ in ADAPTERS or is_experts_module(module):
-            return module
-    return None
 
 
 def _keep_logits(probe: Probe, index: int) -> Callable[..., None]:

@@ -32,37 +32,51 @@ def weigh(
     *,
     costly: bool = True,
     backend: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Statistics of the weights tier, with no tokens. `costly` adds stable ranks and inner products between experts.
 
     Resident: one layer as it is stored, and with `costly` one of its projections in bfloat16 or wider. Quantised
-    weights count as what they stand for. `progress(done, total)` counts layers. Raises InputError for a checkpoint that
-    is not a MoE or stores its experts in a layout that moekern does not know as numbers.
+    weights count as what they stand for. `progress(done, total)` counts layers, the one at work by its share.
+
+    Raises InputError for a checkpoint that is not a MoE or stores its experts in a layout that moekern does not know as
+    numbers.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    layers = {}
-    for done, (key, layer) in enumerate(layout.layers.items(), start=1):
-        layers[key] = {NO_TEXT: weigh_layer(checkpoint, layout, layer, costly=costly, backend=backend)}
-        progress(done, len(layout.layers))
+    layers, total = {}, len(layout.layers)
+    for done, (key, layer) in enumerate(layout.layers.items()):
+        within = lambda share, done=done: progress(done + share, total)  # noqa: E731
+        progress(done, total)
+        sums = weigh_layer(checkpoint, layout, layer, costly=costly, backend=backend, within=within)
+        layers[key] = {NO_TEXT: sums}
+        progress(done + 1, total)
     return Statistics(_header(checkpoint, layout, backend), layers)
 
 
 def weigh_layer(
-    checkpoint: Checkpoint, layout: Layout, layer: MoeLayer, *, costly: bool = True, backend: str | None = None
+    checkpoint: Checkpoint,
+    layout: Layout,
+    layer: MoeLayer,
+    *,
+    costly: bool = True,
+    backend: str | None = None,
+    within: Callable[[float], None] = lambda share: None,
 ) -> LayerStatistics:
     """The weights tier of one layer. All matrices of an expert count as one, but for the stable rank: the mean of
-    gate's, up's and down's, whether the checkpoint stores gate and up apart or in one tensor."""
+    gate's, up's and down's, whether the checkpoint stores gate and up apart or in one tensor. `within` is told
+    which share of the layer is done."""
     E = layer.num_experts
     sums, ranks, number = kernels.weight_sums(E), torch.zeros(E, dtype=torch.float64), 0
     gram = torch.zeros(E, E, dtype=torch.float64) if costly else torch.zeros(0, 0, dtype=torch.float64)
     stored = projections(checkpoint, layer)
-    for name, experts in stored.items():
-        others = [matrices[0].shape for other, matrices in stored.items() if other != name]
+    matrices = 0.5 if costly else 1.0  # of the work on a projection; the rest is inner products
+    for place, (name, experts) in enumerate(stored.items()):
+        others = [alike[0].shape for other, alike in stored.items() if other != name]
         axis, fused = fused_axis(experts[0].shape, others), layout.family.alternating
         alternating = bool(fused) and name.endswith(fused)
         number += 1 if axis is None else 2
+        part_of = _between(within, place / len(stored), (place + 1) / len(stored))
         for e, matrix in enumerate(experts):
             kernels.weight_stats(matrix, kernels.of_expert(sums, e), backend=backend)
             if not sums.abs_sum[e].isfinite():
@@ -70,8 +84,9 @@ def weigh_layer(
             if costly:
                 for part in (matrix,) if axis is None else parted(matrix, axis, alternating):
                     ranks[e] += kernels.stable_rank(part)[0]
+            part_of(matrices * (e + 1) / E)
         if costly:
-            gram += _gram(experts, backend)
+            gram += _gram(experts, backend, _between(part_of, matrices, 1))
     if not number:
         raise InputError(f"{checkpoint.folder}: layer {layer.key}: its experts have no weights that moekern can read")
     router = _router(checkpoint, layer)
@@ -89,7 +104,12 @@ def weigh_layer(
     )
 
 
-def _gram(experts: list[Matrix], backend: str | None) -> Tensor:
+def _between(within: Callable[[float], None], low: float, high: float) -> Callable[[float], None]:
+    """What tells of the share of a part that is from `low` to `high` of the whole."""
+    return lambda share: within(low + share * (high - low))
+
+
+def _gram(experts: list[Matrix], backend: str | None, within: Callable[[float], None]) -> Tensor:
     """[E, E] inner products of the flattened matrices."""
     dense = [kernels.dequantize(m, torch.bfloat16) if isinstance(m, Quantised) else m for m in experts]
     sums = kernels.similarity_sums(len(dense))
@@ -98,6 +118,7 @@ def _gram(experts: list[Matrix], backend: str | None) -> Tensor:
     for start in range(0, rows, step):
         tile = torch.stack([matrix[start : start + step] for matrix in dense])
         kernels.similarity(tile, None, sums, backend=backend)
+        within(min(1.0, (start + step) / rows))
     return sums.gram_sum
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from moekern.model.expert_lists import LIST
 
 NAMED = 8  # experts that a message names
 
@@ -94,7 +97,13 @@ def _of_router(name: str, routers: Collection[str]) -> bool:
 
 
 def _expert_rows(name: str, value: Tensor, routers: Collection[str], experts: int) -> Sequence[Tensor]:
-    """The part of each expert, along the first axis; nothing for a tensor that is not divided by experts."""
+    """The part of each expert, along the first axis; nothing for a tensor that is not divided by experts.
+
+    Of a tensor that is one expert's own, all, in that expert's place.
+    """
+    own = re.search(rf"(?:^|\.){LIST}\.(\d+)\.", name)
+    if own is not None:
+        return [value if e == int(own[1]) else value[:0] for e in range(experts)]
     stacked = "experts" in name.split(".") or value.ndim == 3
     if not (stacked or _of_router(name, routers)) or not experts or len(value) < experts:
         return ()

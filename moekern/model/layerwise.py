@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,20 +19,24 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
-from moekern.model.budget import Budget, budget_of
+from moekern.files import sized
+from moekern.model.apart import Filled, RowsApart
+from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
+from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Position, Stage, undamaged
-from moekern.model.memory import return_freed_memory
+from moekern.model.memory import drop, return_freed_memory
 from moekern.model.reader import LayerReader, read_tensors
+from moekern.model.spent import Spent
 from moekern.model.states import States
 from moekern.model.stepwise import Beside, Stepwise, Tangled
 from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
 
-WORK = 8
 Task = TypeVar("Task")
+LOG = logging.getLogger(__name__)
 _TANGLED: set[type] = set()  # models whose layers hand on more than hidden states, as far as they were met
 
 
@@ -49,9 +56,12 @@ class LayerwiseModel:
     layers_name: str
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
     reader: LayerReader  # its groups are the decoder layers
-    room: int  # bytes of memory for hidden states
+    groups: ExpertGroups
+    takes: Takes  # memory, and what of it is left
     spill: Path | None  # where they go beyond it
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
+    spent: Spent = field(default_factory=Spent)
+    notes: list[str] = field(default_factory=list)  # said once the first layer is there
 
     @property
     def model(self) -> nn.Module:
@@ -101,10 +111,11 @@ class LayerwiseModel:
             except Tangled as found:
                 _TANGLED.add(kind)
                 warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
+        if self.groups.cuts:
+            why = "layers that hand on more than hidden states are not run in groups of experts"
+            raise self.takes.refusal(why)
         if stage is not None:
-            stage.journal.tell(
-                "of whole forward passes nothing can be written down: a pass that is stopped begins anew"
-            )
+            stage.journal.tell("of whole forward passes nothing is written down: a pass that is stopped begins anew")
         self._walk(tasks, run, Suspended(list(self.layers), run, self.device), stage)
 
     def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States, stage: Stage | None = None) -> None:
@@ -114,11 +125,51 @@ class LayerwiseModel:
 
     def stepwise(self, run: Pass[Any], states: States) -> Stepwise:
         """A way through the layers that keeps hidden states and nothing else."""
-        return Stepwise(list(self.layers), run, states, self.device, self.returns)
+        last = self._last(run)
+
+        def apart(i: int, final: bool) -> tuple[RowsApart, Filled] | None:
+            if i not in self.groups.cuts:
+                return None
+            then = (i + 1 if i < last else None) if final else self.groups.numbers[i, 0]
+            kept = States(max(0, self.takes.room - states.size), self.spill)
+            rows = RowsApart(self.groups.cuts[i], kept, self.device)
+            return rows, lambda wanted: self.groups.filled(i, wanted, self.reader, then)
+
+        return Stepwise(list(self.layers), run, states, self.device, self.returns, apart)
 
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
-        return States(self.room, self.spill)
+        return States(self.takes.room, self.spill)
+
+    def expect(self, tokens: int) -> None:
+        """Say what so many tokens will take. Raises InputError where the disk has no room for what memory has not."""
+        H, size = self.embedding_size, self.loader.dtype.itemsize
+        states = tokens * H * size
+        apart = tokens * (H * size + self.layout.router.top_k * (H * size + 8)) if self.groups.cuts else 0
+        beyond = max(0, states + apart - self.takes.room)
+        folder = self.spill or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+        rows = f" and {sized(apart)} of experts' rows" if apart else ""
+        what = f"{sized(states)} of hidden states{rows}"
+        if beyond > free:
+            room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
+            ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
+            raise InputError(f"{tokens} tokens take {what}: {room}; {ways}", kind="memory")
+        file = f", {sized(beyond)} of them in a file in {folder}" if beyond else ""
+        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+
+    def check_whole(self, what: str) -> None:
+        """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
+        if self.groups.cuts:
+            raise self.takes.refusal(f"{what} is not measured of layers that are run in groups of experts")
+
+    def visits(self, layer: int) -> int:
+        """How often each task enters a layer in a pass: twice where its experts are run apart."""
+        return 2 if layer in self.groups.cuts else 1
+
+    def _last(self, run: Pass[Any]) -> int:
+        """The last layer that a pass runs."""
+        return len(self.layers) - 1 if run.stop_after is None else run.stop_after
 
     def _walk(
         self,
@@ -129,25 +180,25 @@ class LayerwiseModel:
         states: States | None = None,
         left: Position | None = None,
     ) -> None:
-        last = len(self.layers) if run.stop_after is None else run.stop_after + 1
+        last = self._last(run)
         first = 0 if left is None else left.layer
 
         def load(i: int) -> None:
-            self._load(i, i + 1 if i + 1 < last else None)
+            self._load(i, i + 1 if i < last else None)
 
         def start() -> None:
             if stage is None or left is None:
                 run.started()
             else:
-                self.take_over(stage, states, last)
+                self.take_over(stage, states, last + 1)
                 with undamaged(stage.journal.folder):
                     run.restored(first, left.kept)
 
         def save(i: int) -> None:
             if stage is not None:
-                stage.save(i + 1, last, states, run.kept, self.returns)
+                stage.save(i + 1, last + 1, states, run.kept, self.returns)
 
-        if first < last:
+        if first <= last:
             self.reader.start(first)
         try:
             walk(
@@ -181,7 +232,11 @@ class LayerwiseModel:
         """
         key, module = self.moe_keys.get(layer), self.layers[layer]
         every = range(self.layout.layers[key].num_experts) if key is not None else ()
-        return blamed_weight(module, router_modules(module, self.model), every if held is None else held)
+        found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
+        cuts = self.groups.cuts.get(layer, ())
+        for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None) if found is None else ():
+            found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
+        return found
 
     def _refusal(self, found: NotFinite, run: Pass[Any]) -> InputError:
         """The error for numbers that are not finite, while the weights are there that may have made them so."""
@@ -209,12 +264,21 @@ class LayerwiseModel:
                 drop(layer)
 
     def _load(self, i: int, after: int | None) -> None:
-        """Fill layer i, whose reading was started, and start to read `after`."""
-        with memory_for(f"the weights of decoder layer {i}", "give more (--memory, --gpu-memory)"):
-            self.loader.load(self.reader.take(), self.device)
-        self.reader.release(self.model)
-        return_freed_memory()
-        self._check_filled(f"{self.layers_name}.{i}.", self.layers[i])
+        """Fill layer i, whose reading was started, and start to read `after`; of a layer that is cut, its experts wait,
+        and the first group of them is read instead."""
+        self.reader.begin(i)
+        with self.spent.waiting():
+            tensors = self.reader.take()
+        remedy = "give more (--memory, --gpu-memory)"
+        with memory_for(f"the weights of decoder layer {i}", remedy), self.spent.filling():
+            self.groups.fill_layer(i, tensors)
+            self.reader.release(self.layers[i])
+            return_freed_memory()
+        del tensors
+        self._check_filled(i)
+        while self.notes:
+            LOG.info(self.notes.pop(0))
+        after = self.groups.numbers.get((i, 0), after)
         if after is not None:
             self.reader.start(after)
 
@@ -222,10 +286,11 @@ class LayerwiseModel:
         drop(self.layers[i])
         return_freed_memory()
 
-    def _check_filled(self, prefix: str, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            if parameter.is_meta:
-                raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {prefix}{name}")
+    def _check_filled(self, i: int) -> None:
+        wait = self.groups.parameters(i) if i in self.groups.cuts else ()
+        for name, parameter in self.layers[i].named_parameters():
+            if parameter.is_meta and name not in wait:
+                raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {self.layers_name}.{i}.{name}")
 
 
 def _outputs(experts: Sequence[int]) -> str:
@@ -237,8 +302,8 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
     """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
     check_device(compute.device)
     budget = budget_of(compute)
-    if layout.family.stacks:
-        raise InputError(f"{checkpoint.folder}: {layout.family.name} is an encoder-decoder; only one stack can be run")
+    if layout.family.only_pruned:
+        raise InputError(f"{checkpoint.folder}: {layout.family.name} cannot be run: {layout.family.only_pruned}")
     loader = open_loader(
         checkpoint.folder, compute.torch_dtype, compute.trust_remote_code, layout, len(checkpoint.tensors)
     )
@@ -254,23 +319,18 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
         elif target is not None:
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
-    with LayerReader(checkpoint, layer_keys, place) as reader:
-        room = _room(budget, loader, layers, reader)
+    spent = Spent()
+    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, place, spent)
+    takes = groups.divide(layer_keys, budget)
+    with LayerReader(checkpoint, groups.reading(layer_keys), place) as reader:
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, compute.spill
-        )
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, compute.spill,
+            spent=spent,
+        )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)
         yield model
-
-
-def _room(budget: Budget, loader: Loader, layers: nn.ModuleList, reader: LayerReader) -> int:
-    """Bytes of the budget that are left for hidden states: without skeleton, the largest layer, the reader's buffer,
-    and a WORK-th part for what computing takes."""
-    largest = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
-    outside = sum(p.nbytes for p in loader.model.parameters()) - sum(p.nbytes for p in layers.parameters())
-    on_host = largest + outside if budget.gpu is None else 0
-    return max(0, budget.host - budget.host // WORK - on_host - reader.nbytes)
+        LOG.info(spent.described)
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
@@ -289,11 +349,3 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 part._buffers[name] = buffer.to(device)
-
-
-def drop(layer: nn.Module) -> None:
-    """Put the layer's parameters back on the meta device; buffers stay: they are small, and not all are in the file."""
-    for part in layer.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -1,7 +1,10 @@
-"""Give freed memory back to the system."""
+"""Let weights go, and give freed memory back to the system."""
 
 import ctypes
 from collections.abc import Callable
+
+import torch
+from torch import nn
 
 
 def _malloc_trim() -> Callable[[int], int] | None:
@@ -22,3 +25,11 @@ def return_freed_memory() -> None:
     """
     if _trim is not None:
         _trim(0)
+
+
+def drop(layer: nn.Module) -> None:
+    """Put the layer's parameters back on the meta device; buffers stay: they are small, and not all are in the file."""
+    for part in layer.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
-from moekern.model.layerwise import drop
+from moekern.model.expert_lists import LIST, blocks_with_lists
+from moekern.model.memory import drop
 from moekern.model.transformers_api import Loader, layers_with
 
 KEPT_ATTRIBUTES = ("hook", "forward")  # parts of the names of a module's own state that is not the layer's
@@ -91,8 +92,9 @@ def prune_live(
     rank = {expert: i for i, expert in enumerate(before)}
     places = torch.tensor([rank[expert] for expert in after])
     parts = dict(module.named_modules())
+    lists = [f"{name}.{LIST}.".lstrip(".") for name, _ in blocks_with_lists(smaller)]
     for path, part in smaller.named_modules():
-        old: Any = parts[path]
+        old: Any = parts[_before(path, lists, places)]
         for kind in (part._parameters, part._buffers):
             for name, value in list(kind.items()):
                 source = getattr(old, name)
@@ -106,6 +108,15 @@ def prune_live(
     for name, state in vars(smaller).items():
         if not any(word in name for word in KEPT_ATTRIBUTES):
             module.__dict__[name] = state
+
+
+def _before(path: str, lists: Sequence[str], places: Tensor) -> str:
+    """What was the name of a module of the smaller layer: in a list of experts, the number that its expert had."""
+    for start in lists:
+        if path.startswith(start):
+            number, dot, rest = path.removeprefix(start).partition(".")
+            return f"{start}{int(places[int(number)])}{dot}{rest}"
+    return path
 
 
 def _cut(value: Tensor, shape: torch.Size, places: Tensor, experts: int) -> Tensor:

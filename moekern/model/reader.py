@@ -87,16 +87,21 @@ class LayerReader:
     """Reads groups of tensors (a decoder layer's) one after the other, each in the background, into one buffer.
 
     `start(i)` begins to read group i, `take()` waits and gives its tensors, `release(model)` ends their use: then the
-    next may start. Memory: the bytes of the largest group, and less than two pages for every run of neighbours in a
-    file; allocated at the first start, freed on exit, pinned if `device` is a CUDA device. The tensors lie in memory as
-    they do in the file, so they are to be copied from, not to compute with.
+    next may start. A group names tensors, or entries that are parts of tensors. Memory: the bytes of the largest group,
+    and less than two pages for every run of neighbours in a file; allocated at the first start, freed on exit, pinned
+    if `device` is a CUDA device. The tensors lie in memory as they do in the file, so they are to be copied from, not
+    to compute with.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, groups: Sequence[Iterable[str]], device: torch.device, threads: int = THREADS
+        self,
+        checkpoint: Checkpoint,
+        groups: Sequence[Iterable[str | TensorEntry]],
+        device: torch.device,
+        threads: int = THREADS,
     ) -> None:
         self.checkpoint, self.device, self.threads, self.paths = checkpoint, device, threads, _paths(checkpoint)
-        self.groups = [_place([checkpoint.tensors[name] for name in names]) for names in groups]
+        self.groups = [_place([_entry(checkpoint, each) for each in names]) for names in groups]
         self.nbytes = max((place + entry.nbytes for group in self.groups for entry, place in group), default=0)
         self.buffer: Tensor | None = None  # [nbytes] uint8
         self._reading: tuple[int, Future[None]] | None = None
@@ -125,6 +130,12 @@ class LayerReader:
         ranges = [_whole(self.paths, entry, base + place) for entry, place in self.groups[i]]
         self._cancelled = False
         self._reading = i, self._pool.submit(_read, self.checkpoint, ranges, self.threads, self._check)
+
+    def begin(self, i: int) -> None:
+        """As `start`, where group i is not the one that is being read; what else is being read is forgotten."""
+        if self._reading is None or self._reading[0] != i:
+            self.cancel()
+            self.start(i)
 
     def take(self) -> dict[str, Tensor]:
         """The tensors of the group whose reading was started, valid until the next start. Errors as `read_tensors`."""
@@ -155,6 +166,10 @@ class LayerReader:
     def _check(self, nbytes: int) -> None:
         if self._cancelled:
             raise RuntimeError("reading was cancelled")
+
+
+def _entry(checkpoint: Checkpoint, each: str | TensorEntry) -> TensorEntry:
+    return checkpoint.tensors[each] if isinstance(each, str) else each
 
 
 def _page_aligned(nbytes: int, device: torch.device) -> Tensor:

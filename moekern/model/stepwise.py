@@ -14,12 +14,14 @@ must be suspended instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moekern.errors import InputError, is_out_of_memory
+from moekern.model.apart import Asked, Filled, RowsApart
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.states import Path, State, States
 from moekern.model.walk import BEFORE, HIDDEN, Pass, check_finite, hidden_of, out_of_step, taken
@@ -49,6 +51,7 @@ class Stepwise:
         states: States,
         device: torch.device | None = None,
         returns: dict[int, Beside] | None = None,
+        apart: Callable[[int, bool], tuple[RowsApart, Filled] | None] = lambda layer, last: None,
     ) -> None:
         self.layers, self.run, self.states = layers, run, states
         self.device = torch.device("cpu") if device is None else device
@@ -65,6 +68,10 @@ class Stepwise:
         self.leave = False  # behind the layer
         self.grad = False  # autograd is wanted in the layer
         self.output: Any = None
+        self.make_apart = apart  # of a layer that is too large: its experts' rows, and what fills its experts
+        self.apart: RowsApart | None = None  # of the layer that runs
+        self.number = 0  # of the task
+        self.installed = ExitStack()  # in the layer, while it runs
 
     def __enter__(self) -> Stepwise:
         self.handles = []
@@ -77,18 +84,38 @@ class Stepwise:
         for handle in self.handles:
             handle.remove()
         self._pass_over(0)
+        self._forget()
 
     def begin(self, number: int, task: Any) -> None:
         """Nothing is computed: the first layer's pass brings its own hidden states."""
 
+    def before(self, layer: int, tasks: Sequence[tuple[int, Any]], *, last: bool) -> None:
+        """Where the layer is too large, its experts' rows are computed first, a group of experts at a time."""
+        self._forget()
+        made = self.make_apart(layer, last)
+        if made is None:
+            return
+        self.apart, filled = made
+        for number, task in tasks:
+            self.once(layer, number, task)
+        self.apart.compute(filled)
+
+    def _forget(self) -> None:
+        """The rows of a layer that has run."""
+        if self.apart is not None:
+            self.apart.kept.clear()
+            self.apart = None
+
     def through(self, layer: int, number: int, task: Any) -> None:
         state = None if layer == 0 else self.states.take(number)
+        self.number = number
         found = self._pass(layer, task, state, leave=layer == self.run.stop_after)
         if isinstance(found, State):
             self.states.put(number, found)
 
     def once(self, layer: int, number: int, task: Any) -> None:
         state = None if layer == 0 else self.states.copy(number)  # layers may change what they are given
+        self.number = number
         self._pass(layer, task, state, leave=True)
 
     def only(self, layer: int, task: Any, state: State) -> Any:
@@ -100,16 +127,18 @@ class Stepwise:
         self.at, self.next, self.task, self.state, self.leave, self.grad = layer, 0, task, state, leave, grad
         self._pass_over(layer)
         try:
-            with self.run.entering(task, layer):
-                self.run.forward(task)
-        except _Door:
-            return self.output
+            with self.run.entering(task, layer):  # which goes on to its end when the pass is left
+                try:
+                    self.run.forward(task)
+                except (_Door, Asked):
+                    return self.output
         except NotFinite as found:
             found.task = task
             raise self._suspected(found) if found.layer >= len(self.layers) else found from found
         except InputError as error:  # a model's own code may miss what layers before it would have made
             raise self._suspected(error) if error.__cause__ is not None else error from error.__cause__
         finally:
+            self.installed.close()
             self.state = self.output = None
             self.handed = []
         if self.next < len(self.layers):
@@ -142,6 +171,8 @@ class Stepwise:
             if i not in self.checked:
                 _check_given(i, args, kwargs)
                 self.shared = _contents(_others(args, kwargs))
+            if self.apart is not None:
+                self.installed.enter_context(self.apart.installed(module, self.number, self.run.held(i)))
             torch.set_grad_enabled(self.grad)
             return args, kwargs
 

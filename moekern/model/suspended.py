@@ -60,6 +60,9 @@ class Suspended:
         self.lanes[number] = greenlet(_body(self.run.forward))
         self._resume(number, BEFORE, task, 0, task)
 
+    def before(self, layer: int, tasks: Sequence[tuple[int, Any]], *, last: bool) -> None:
+        """Nothing: a pass goes through a layer whole."""
+
     def through(self, layer: int, number: int, task: Any) -> None:
         last = layer == len(self.layers) - 1 or layer == self.run.stop_after
         self._resume(number, layer, task, DONE if last else layer + 1)

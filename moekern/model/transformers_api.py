@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,39 +27,56 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
 from moekern.architectures import Layout
-from moekern.architectures.config_keys import check_sizes
+from moekern.architectures.config_keys import check_sizes, own_code
+from moekern.architectures.quantisation import OF_INPUTS, QUANTIZATION_KEYS, quantisation_of, unread
 from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError, first_line
-from moekern.kernels.dequantize import dequantize
-from moekern.kernels.quantised import E8M0, block_of, block_sizes, scaled
+from moekern.model import dequantised
+from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+TWIN = "; prune and verify work, and so does a plan that was made on an unquantised twin of the model"
 grouped_linear = _grouped_linear
 EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
 
 
 @dataclass(frozen=True)
 class Loader:
-    """A model on the meta device and transformers' own way of filling it from checkpoint tensors."""
+    """A model on the meta device and transformers' own way of filling it from checkpoint tensors.
+
+    Quantised weights are made plain before, so that the model is the one that plain weights have.
+    """
 
     model: PreTrainedModel
     mapping: list[Any]  # transformers' ordered renamings and converters for this model
     names: Mapping[str, Tensor]  # the model's own state dict: what a renamed key must be found in
     dtype: torch.dtype
-    quantizer: Any | None
-    blocks: Sequence[tuple[int, int]] = ()  # of the scales of FP8 weights, as config.json names them
+    quantisation: Mapping[str, Any] = field(default_factory=dict)  # what config.json says of stored weights
 
     def model_key(self, key: str) -> str | None:
-        """The model's name for a checkpoint key (of the first target, where one key fills several); None if unknown."""
+        """The model's name for a checkpoint key (of the first target, where one key fills several); None if unknown.
+
+        The parts of a quantised weight (codes, scales, ...) are all known by the weight's name.
+        """
+        return self._place(key)[2]
+
+    def _place(self, key: str) -> tuple[str, str, str | None]:
+        """The plain weight that a checkpoint tensor is a part of, which part, and the model's name for the weight."""
+        for weight, part in dequantised.readings(key):
+            target = self._renamed(weight)
+            if target is not None:
+                return weight, part, target
+        return key, dequantised.WEIGHT, None
+
+    def _renamed(self, key: str) -> str | None:
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
         prefix = self.model.base_model_prefix
@@ -74,6 +91,7 @@ class Loader:
         Raises InputError when no module list holds MoE blocks.
         """
         names = [name for name, module in self.model.named_modules() if is_experts_module(module)]
+        names += (name for name, _ in blocks_with_lists(self.model))
         names += router_modules(self.model, self.model)
         lists = dict.fromkeys(filter(None, (_outermost_list(self.model, name) for name in names)))
         if not lists:
@@ -96,19 +114,23 @@ class Loader:
         return places
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Convert checkpoint tensors and put them into the model.
+        """Convert checkpoint tensors and put them into the model, quantised ones a few weights at a time: beside what
+        is loaded there are as many dequantised bytes as the largest of them has.
 
         Raises InputError for a shape that config.json does not imply and for a tensor that cannot be converted.
         """
+        for plain in self._plain(tensors, device):
+            self._load(plain, device)
+
+    def _load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         config = LoadStateDictConfig(
             device_map={"": device},
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
-            hf_quantizer=self.quantizer,
             weight_mapping=copy.deepcopy(self.mapping),
         )
         with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, self._without_cut_blocks(tensors), config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys, key=str)[0]
             raise InputError(f"{name}: the checkpoint holds shape {tuple(got)}, config.json implies {tuple(expected)}")
@@ -116,31 +138,54 @@ class Loader:
             name, reason = sorted(info.conversion_errors.items())[0]
             raise InputError(f"{name}: transformers could not convert it: {str(reason).splitlines()[0]}")
 
-    def _without_cut_blocks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with FP8 weights dequantised whose last blocks are cut short, as those of 576 rows in blocks of 128.
+    def _plain(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[Mapping[str, Tensor]]:
+        """The same tensors with quantised ones dequantised; what fills one parameter of the model comes together."""
+        if not any(dequantised.is_coded(key, tensor) for key, tensor in tensors.items()):
+            yield tensors
+            return
+        weights: dict[str, dict[str, dict[str, Tensor]]] = {}  # parameter -> weight of the checkpoint -> its parts
+        for key, tensor in tensors.items():
+            weight, part, target = self._place(key)
+            if target is not None and part not in OF_INPUTS:
+                weights.setdefault(target, {}).setdefault(weight, {})[part] = tensor
+        coded = {
+            t: self.names[t].numel() for t, found in weights.items() if any(map(self._is_coded, found, found.values()))
+        }
+        yield {key: parts[dequantised.WEIGHT] for t in weights if t not in coded for key, parts in weights[t].items()}
+        batch, held = dict[str, Tensor](), 0
+        for target, size in sorted(coded.items(), key=lambda item: -item[1]):
+            if held and held + size > max(coded.values()):
+                yield batch
+                batch, held = {}, 0
+            batch |= {key: self._dense(key, parts, device) for key, parts in weights.pop(target).items()}
+            held += size
+        if batch:
+            yield batch
 
-        transformers takes blocks for equal parts: where that is no whole number it refuses, else it misplaces them.
-        """
-        found = dict(tensors)
-        for name, scale in tensors.items():
-            key = name.removesuffix("_scale_inv")
-            weight = tensors.get(key)
-            if key == name or weight is None or weight.dtype not in FLOAT8 or weight.ndim != 2 or scale.ndim != 2:
-                continue
-            try:
-                block = block_of(weight, scale, self.blocks)
-                if block is not None and any(n > b and n % b for n, b in zip(weight.shape, block, strict=True)):
-                    exponents = scale.view(E8M0) if scale.dtype == torch.uint8 else scale
-                    found[key] = dequantize(scaled(weight, exponents, block), self.dtype)
-                    del found[name]
-            except ValueError as error:
-                raise InputError(f"{name}: {error}") from error
-        return found
+    def _is_coded(self, key: str, parts: Mapping[str, Tensor]) -> bool:
+        """Whether a weight's numbers are to be made of its parts. FP8 alone is codes where config.json says so."""
+        weight = parts.get(dequantised.WEIGHT)
+        if weight is None or len(parts) > 1:
+            return True
+        if weight.dtype in dequantised.FLOAT8:
+            return bool(self.quantisation)
+        target = self.names.get(self._place(key)[2] or "")
+        return not weight.is_floating_point() and target is not None and target.is_floating_point()
+
+    def _dense(self, key: str, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        if not self._is_coded(key, parts):
+            return parts[dequantised.WEIGHT]
+        there = {part: tensor.to(device, non_blocking=True) for part, tensor in parts.items()}
+        try:
+            dtype = self.dtype if self.dtype in dequantised.FLOATS else torch.float32  # as which it is then cast
+            return dequantised.dense(there, self.quantisation, dtype)
+        except ValueError as error:
+            raise InputError(f"{key}: {first_line(error)}{TWIN}") from error
 
 
 def loader_of(model: PreTrainedModel) -> Loader:
     """The loader of a model already in memory, for its names of checkpoint keys."""
-    return Loader(model, get_model_conversion_mapping(model), model.state_dict(), model.dtype, None)
+    return Loader(model, get_model_conversion_mapping(model), model.state_dict(), model.dtype)
 
 
 def open_loader(
@@ -156,45 +201,44 @@ def open_loader(
     InputError when transformers knows no such model, and for one that is larger than the checkpoint's `tensors` can be.
     """
     source = str(folder / CONFIG)
-    check_sizes(read_json(folder / CONFIG), source)
+    given = read_json(folder / CONFIG)
+    check_sizes(given, source)
     try:
-        config, quantizer, blocks, cls = _read_config(folder, trust_remote_code)
+        config, quantisation, cls = _read_config(folder, trust_remote_code)
         wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     except InputError:
         raise
     except Exception as error:  # a config is anybody's, and so is what it makes transformers raise
+        if own_code(given) and not trust_remote_code:
+            what = "the code of its model lies beside the weights, and runs with --trust-remote-code alone"
+            raise InputError(f"{source}: {what}; inspect, prune and verify work without") from error
         raise InputError(f"{source}: transformers cannot read it: {first_line(error)}") from error
 
     def build(config: Any) -> Loader:
         try:
             _check_room(cls, copy.deepcopy(config), wanted, tensors)
-            model = _empty_model(cls, config, wanted, quantizer)
+            model = _empty_model(cls, config, wanted)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         except Exception as error:
             raise InputError(f"{source}: no model can be built from it: {first_line(error)}") from error
-        mapping = get_model_conversion_mapping(model, None, quantizer)
-        return Loader(model, mapping, model.state_dict(), wanted, quantizer, blocks)
+        return Loader(model, get_model_conversion_mapping(model), model.state_dict(), wanted, quantisation)
 
     loader = build(copy.deepcopy(config))
     return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
 
 
-def _read_config(
-    folder: Path, trust_remote_code: bool
-) -> tuple[Any, Any | None, list[tuple[int, int]], type[PreTrainedModel]]:
-    """The config as transformers reads it, the quantizer that makes plain weights of stored ones, the blocks of their
-    scales, the model class."""
+def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Mapping[str, Any], type[PreTrainedModel]]:
+    """The config as transformers reads it, but of plain weights; what it says of stored ones; the model class."""
+    quantisation = quantisation_of(read_json(folder / CONFIG))
+    if reason := unread(quantisation):
+        raise InputError(f"{folder}: {reason}{TWIN}")
     with _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    quantization = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(decoder=True), "quantization_config", None
-    )
-    quantizer, blocks = None, list[tuple[int, int]]()
-    if quantization is not None:
-        blocks = block_sizes(quantization if isinstance(quantization, dict) else vars(quantization))
-        quantizer, config, _ = get_hf_quantizer(config, _dequantized(folder, quantization), {"": "cpu"}, True, {})
-    return config, quantizer, blocks, _model_class(config, trust_remote_code)
+    for part in (config, config.get_text_config(decoder=True)):
+        for key in QUANTIZATION_KEYS:
+            vars(part).pop(key, None)
+    return config, quantisation, _model_class(config, trust_remote_code)
 
 
 def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, tensors: int) -> None:
@@ -219,20 +263,16 @@ def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, ten
         raise InputError(f"its model has buffers of {nbytes} bytes beside its weights, more than {BUFFERS_CAP}")
 
 
-def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, quantizer: Any | None) -> PreTrainedModel:
+def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A model in eval mode with meta parameters and real buffers."""
     with init_empty_weights(include_buffers=False), _quiet():
         model = cls._from_config(config, dtype=dtype)
-        if quantizer is not None:
-            quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=None)
     return model.eval()
 
 
 def layers_with(loader: Loader, layout: Layout, count: int) -> nn.ModuleList:
     """The decoder layers of the same model with `count` experts in each MoE layer: parameters on the meta device."""
-    model = _empty_model(
-        type(loader.model), _counting(loader.model.config, layout, count), loader.dtype, loader.quantizer
-    )
+    model = _empty_model(type(loader.model), _counting(loader.model.config, layout, count), loader.dtype)
     name, _ = loader.decoder_layers()
     return _module_list(model, name)
 
@@ -262,22 +302,9 @@ def _counting(config: Any, layout: Layout, count: int) -> Any:
     return changed
 
 
-def _dequantized(folder: Path, quantization: Any) -> Any:
-    """The quantisation config that makes transformers hand out plain weights; InputError where it cannot."""
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method == "fp8":
-        return transformers.FineGrainedFP8Config(dequantize=True)
-    if method == "mxfp4":
-        return transformers.Mxfp4Config(dequantize=True)
-    raise InputError(
-        f"{folder}: a forward pass over {method} weights is not supported, only over fp8 and mxfp4; calibrate an "
-        "unquantised twin of the model and remove provenance.fingerprint from its plan to prune this one with it"
-    )
-
-
 def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:
-    if trust_remote_code and getattr(config, "auto_map", None):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=True).__class__
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], config._name_or_path)
     for name in config.architectures or ():
         cls = getattr(transformers, name, None)
         if cls is not None:
@@ -295,11 +322,12 @@ def router_modules(part: nn.Module, model: nn.Module) -> dict[str, int]:
     """Names within `part` of the routers of `model`, each with the index of the router logits in its output."""
     if model not in _ROUTERS:
         _ROUTERS[model] = _router_classes(model)
-    return {
+    found = {f"{name}.{list_router(block)}".lstrip("."): 0 for name, block in blocks_with_lists(part)}
+    return found | {
         name: index
         for target, index in _ROUTERS[model]
         for name, module in part.named_modules()
-        if isinstance(module, target)
+        if expert_modules(module) is None and isinstance(module, target)
     }
 
 

@@ -87,6 +87,9 @@ class Way(Protocol[Task]):
     def begin(self, number: int, task: Task) -> None:
         """Before the first layer is loaded."""
 
+    def before(self, layer: int, tasks: Sequence[tuple[int, Task]], *, last: bool) -> None:
+        """All these tasks are about to run a layer that is loaded, in this order; `last`: not to run it again."""
+
     def through(self, layer: int, number: int, task: Task) -> None:
         """Take a task through a layer, to the door of the next one or to the end."""
 
@@ -124,10 +127,13 @@ def walk(
             load(i)
             run.loaded(i)
             if i in run.twice:
+                way.before(i, numbered, last=False)
                 for number, task in numbered:
                     way.once(i, number, task)
                 run.between(i)
-            for number, task in numbered if i == last else grouped:
+            ordered = numbered if i == last else grouped
+            way.before(i, ordered, last=True)
+            for number, task in ordered:
                 way.through(i, number, task)
             run.done(i)
             unload(i)

@@ -6,6 +6,7 @@ from itertools import combinations
 
 from torch import Tensor
 
+from moekern.architectures.twins import same_routers
 from moekern.errors import InputError
 from moekern.plan.document import Plan
 from moekern.statistics.file import Statistics
@@ -67,7 +68,8 @@ def compare(plans: Mapping[str, Plan], statistics: Statistics | None = None) -> 
 def dropped(name: str, plan: Plan, statistics: Statistics) -> Dropped:
     """What `plan` drops of what was measured. Raises InputError for another model's plan."""
     made_for = plan.provenance.get("fingerprint")
-    if made_for is not None and made_for != statistics.header["fingerprint"]:
+    twin = same_routers(plan.provenance.get("routers"), statistics.header.get("routers"))
+    if made_for is not None and made_for != statistics.header["fingerprint"] and not twin:
         raise InputError(f"{name}: made for another model than the statistics (fingerprint {str(made_for)[:12]})")
     for key in statistics.layers:
         if key not in plan.layers:

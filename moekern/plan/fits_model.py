@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from moekern.architectures.layout import Layout
+from moekern.architectures.twins import router_numbers, same_routers
+from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
 from moekern.router import Router, count_problem, nearest_counts
+
+TWIN = "made on a twin of this model: the same layers, experts and routers, stored otherwise"
 
 
 class Layer(Protocol):
@@ -28,20 +33,17 @@ class Model(Protocol):
     def mtp(self) -> Mapping[str, Layer]: ...
 
 
-def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan") -> None:
-    """Raise InputError unless `plan` can be executed on the model that `layout` and `fingerprint` describe.
+def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str = "plan") -> str | None:
+    """Raise InputError unless `plan` can be executed on the model of `layout`, a checkpoint or its fingerprint.
 
-    Refused: another model's plan; an unknown or missing layer; a number out of range or twice; scores that are not one
-    an expert; a count the router cannot work with; groups that keep different numbers of experts, and layers that do
-    unless the plan's provenance allows it. Raises TypeError for anything but a plan.
+    A twin of the plan's model, the same layers, experts and routers in another format, is as good as the model itself;
+    the line that is returned then says so. Refused: another model's plan; an unknown or missing layer; a number out of
+    range or twice; scores that are not one an expert; a count the router cannot work with; groups that keep different
+    numbers of experts, and layers that do unless the plan's provenance allows it. Raises TypeError for anything but a
+    plan.
     """
     check_type("plan", plan, Plan)
-    made_for = plan.provenance.get("fingerprint")
-    if made_for is not None and made_for != fingerprint:
-        raise InputError(
-            f"{source}: made for another model (fingerprint {str(made_for)[:12]}, this checkpoint has "
-            f"{fingerprint[:12]}); plan again from its own statistics, or, for a twin, remove provenance.fingerprint"
-        )
+    note = _check_model(plan, layout, model, source)
     known = {**layout.layers, **layout.mtp}
     for key in plan.layers:
         if key not in known:
@@ -54,7 +56,7 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
     for key, layer in plan.layers.items():
         _check_layer(layer, layout.router.of(known[key].num_experts), f"{source}: layer {key}")
     if plan.provenance.get(NONUNIFORM) is True:
-        return
+        return note
     first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())
     for key, layer in plan.layers.items():
         if len(layer.keep) != kept:
@@ -63,6 +65,23 @@ def check_plan(plan: Plan, layout: Model, fingerprint: str, source: str = "plan"
                 "one expert count for all layers, so keep the same number everywhere, or plan with --allow-nonuniform "
                 f"(in a plan of your own: provenance.{NONUNIFORM}: true)"
             )
+    return note
+
+
+def _check_model(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> str | None:
+    """A line where the plan was made on a twin. Raises InputError where it was made on another model."""
+    fingerprint, made_for = model if isinstance(model, str) else model.fingerprint, plan.provenance.get("fingerprint")
+    if made_for is None or made_for == fingerprint:
+        return None
+    prints = f"fingerprint {str(made_for)[:12]}, this checkpoint has {fingerprint[:12]}"
+    if isinstance(model, Checkpoint) and isinstance(layout, Layout):
+        theirs = plan.provenance.get("routers")
+        if theirs and same_routers(theirs, router_numbers(model, layout)):
+            return f"{source}: {TWIN}"
+    raise InputError(
+        f"{source}: made for another model ({prints}), and not for a twin of this one, which has the same routers; "
+        "plan again from its own statistics, or, for a plan that knows no routers, remove provenance.fingerprint"
+    )
 
 
 def _check_layer(layer: LayerPlan, router: Router, where: str) -> None:

@@ -134,7 +134,7 @@ def convert(
         if tool != "moekern":
             raise InputError(f"--to {tool}: its names are those of the model's modules: add --model MODEL")
         return plan.to_json()
-    check_plan(plan, layout, checkpoint.fingerprint, str(path))
+    check_plan(plan, layout, checkpoint, str(path))
     if tool == TOOLS[1] and layout.mtp:
         plan = _with_mtp(plan, layout, kept(checkpoint, layout, plan), str(path))
     if tool != "moekern":

@@ -95,6 +95,7 @@ def make_plan(
         budget=asked,
         marked=marked.provenance,
         targets=targets,
+        routers=statistics.header.get("routers", {}),
     ).document(counts)
     ties = {} if chosen.kind in SETS else ties_of(plans, router.n_group, marked)
     given = {"mtp": mtp, "fit": None if fit is None else dict(fit), "ties": ties or None}

@@ -50,23 +50,28 @@ class Provenance:
     budget: Budget = field(default_factory=Budget)
     marked: Mapping[str, Any] = field(default_factory=dict)
     targets: Sequence[Target] = ()
+    routers: Mapping[str, str] = field(default_factory=dict)  # by which a twin of the model is known
 
     def document(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """As a plan holds it, with the experts that each layer keeps."""
         uniform = len(set(counts.values())) == 1
-        return {
-            "moekern": __version__,
-            "fingerprint": self.fingerprint,
-            "statistics": self.statistics,
-            "criterion": self.criterion,
-            "domains": list(self.domains),
-            "keep": self.keep,
-            "kept": next(iter(counts.values())) if uniform else dict(counts),
-            "num_experts": self.num_experts,
-            "tie": TIE,
-            "seed": self.seed,
-            "protect_super": self.marked.get("protect_super", False),
-            "budget": {name: value for name, value in asdict(self.budget).items() if name != "allow_nonuniform"},
-            "guards": {name: value for name, value in self.marked.items() if name != "protect_super"},
-            "targets": [str(target) for target in self.targets],
-        } | ({} if uniform else {NONUNIFORM: True})
+        return (
+            {
+                "moekern": __version__,
+                "fingerprint": self.fingerprint,
+                "statistics": self.statistics,
+                "criterion": self.criterion,
+                "domains": list(self.domains),
+                "keep": self.keep,
+                "kept": next(iter(counts.values())) if uniform else dict(counts),
+                "num_experts": self.num_experts,
+                "tie": TIE,
+                "seed": self.seed,
+                "protect_super": self.marked.get("protect_super", False),
+                "budget": {name: value for name, value in asdict(self.budget).items() if name != "allow_nonuniform"},
+                "guards": {name: value for name, value in self.marked.items() if name != "protect_super"},
+                "targets": [str(target) for target in self.targets],
+            }
+            | ({} if uniform else {NONUNIFORM: True})
+            | ({"routers": dict(self.routers)} if self.routers else {})
+        )

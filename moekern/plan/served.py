@@ -13,6 +13,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.plan.engines import Finding
 from moekern.plan.formats import name_in, weight_format
 from moekern.plan.mtp import Mtp
+from moekern.plan.shards import shards_of
 from moekern.plan.targets import ENGINES, Served, Target, findings, nearest, runs
 
 
@@ -80,4 +81,5 @@ def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
     experts = (tensor.name for layer in layout.layers.values() for tensor in layer.of_role("expert"))
     weights = weight_format(config, experts)
     known_as, keys = frozenset(names | kinds), frozenset(config)
-    return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys)
+    shards = shards_of(config, layout.family.holder)
+    return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys, shards)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from moekern.architectures import Layout, find_layout
+from moekern.architectures.twins import router_numbers, same_routers
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import criterion_named
 from moekern.errors import InputError
@@ -76,12 +77,16 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
 
 def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoint, Layout]:
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    if checkpoint.fingerprint != statistics.header["fingerprint"]:
-        raise InputError(
-            f"--model {checkpoint.name}: the statistics were measured on another model (fingerprint "
-            f"{statistics.header['fingerprint'][:12]}, this checkpoint has {checkpoint.fingerprint[:12]})"
-        )
-    return checkpoint, find_layout(checkpoint)
+    layout, measured = find_layout(checkpoint), statistics.header
+    if checkpoint.fingerprint == measured["fingerprint"]:
+        return checkpoint, layout
+    known = measured.get("routers")
+    if known and same_routers(known, router_numbers(checkpoint, layout)):
+        return checkpoint, layout
+    raise InputError(
+        f"--model {checkpoint.name}: the statistics were measured on another model (fingerprint "
+        f"{measured['fingerprint'][:12]}, this checkpoint has {checkpoint.fingerprint[:12]}), and no twin of it"
+    )
 
 
 def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:

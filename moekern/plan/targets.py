@@ -16,6 +16,7 @@ from moekern.errors import InputError, nearest_name
 from moekern.plan.engines import Finding, listed, missing_keys, names_of
 from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
+from moekern.plan.shards import Shards, heads_problem, width_problem
 from moekern.router import Router, count_problem
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "ik_llama.cpp", "mlx-lm", "mistral.rs")
@@ -42,7 +43,7 @@ class Served:
 
     names: the class names and the model_type of its config.json; where these are not known, all that the family may
     have. quantization: the format of its weights, as `formats.weight_format` names it; "" if none is known.
-    keys: those of config.json's root; empty where it was not seen.
+    keys: those of config.json's root; empty where it was not seen. shards: what tensor parallelism divides.
     """
 
     family: str
@@ -51,6 +52,7 @@ class Served:
     names: frozenset[str] = frozenset()
     quantization: str = ""
     keys: frozenset[str] = frozenset()
+    shards: Shards = Shards()
 
     @property
     def known_as(self) -> frozenset[str]:
@@ -100,6 +102,12 @@ RULES: tuple[Rule, ...] = (
         ("vllm", "sglang"), True,
         lambda n, model, target: _when(target.tp > n, f"tp={target.tp} needs at least as many experts"),
     ),
+    # Attention in vllm/model_executor/models (vllm/config/model.py asks for the heads first), and in sglang/srt/models:
+    # assertions on heads, and on key-value heads, of which ranks have copies where there are fewer than ranks.
+    Rule(PARALLEL, True, lambda n, model, target: heads_problem(model.shards, target.tp)),
+    # fused_moe/layer.py of both: intermediate_size % tp_size; quantization/fp8.py of both: what a rank has of gate and
+    # up by block_n. With ep vLLM shards no expert; SGLang spreads each over tp / ep ranks.
+    Rule(PARALLEL, True, lambda n, model, target: width_problem(model.shards, _expert_ranks(target))),
     # fused_moe/moe_align_block_size: the count rounded up to a warp of 32 must stay below 1024 threads.
     Rule(
         ("vllm",), True,
@@ -276,6 +284,13 @@ def _broken(target: Target, count: int, served: Served) -> list[Finding]:
     weights = format_finding(target.engine, served.family, served.known_as, served.quantization)
     told = [found for found in (model, weights) if found]
     return [*told, *(Finding(rule.stops, text) for rule, text in texts if text)]
+
+
+def _expert_ranks(target: Target) -> int:
+    """Ranks that share each expert."""
+    if target.ep == 1:
+        return target.tp
+    return max(1, target.tp // target.ep) if target.engine == "sglang" else 1
 
 
 def _listed(numbers: frozenset[int]) -> str:

@@ -7,9 +7,9 @@ from copy import deepcopy
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.quantisation import QUANTIZATION_KEYS
 from moekern.pruning.expert_names import Renamer
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # Quantisers also leave their settings in files of their own; these may name experts too.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "quantization_config.json")
 

@@ -162,7 +162,7 @@ def prune(
         clean_up(target)
     else:
         check_target(target, checkpoint.folder)
-    check_plan(plan, layout, checkpoint.fingerprint)
+    twin = check_plan(plan, layout, checkpoint)
     mtp = planned_mtp(plan) if mtp is None else mtp
     _check_options(mtp, copy, checksum, max_shard_size)
     kept = kept_experts(checkpoint, layout, plan, mtp)
@@ -200,7 +200,12 @@ def prune(
         already=already,
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
-        notes=(*checkpoint.notes, *layout.notes, *(note for file in side for note in file.notes)),
+        notes=(
+            *filter(None, [twin]),
+            *checkpoint.notes,
+            *layout.notes,
+            *(note for file in side for note in file.notes),
+        ),
         seconds=time.perf_counter() - start,
     )
 

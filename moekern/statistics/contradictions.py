@@ -44,6 +44,19 @@ def contradiction(sums: LayerStatistics, top_k: int) -> str | None:
         pairs: Tensor = getattr(sums, name)
         if pairs.numel() and ((pairs - pairs.T).abs() > ROUNDING * pairs.abs().max()).any():
             return f"{name}: not symmetric"
+    return _halves_problem(sums)
+
+
+def _halves_problem(sums: LayerStatistics) -> str | None:
+    """Why what is kept by halves of the text is not the whole's; None where it is, or where it is not kept."""
+    for name in sums.halved if sums.half_tokens.numel() else ():
+        whole, half = getattr(sums, name), getattr(sums, f"half_{name}")
+        if len(half) != 2:
+            return f"half_{name}: missing beside half_tokens"
+        both = half.amax(0) if name == "max_abs" else half[0] + half[1]
+        room = ROUNDING * float(whole.abs().max()) if whole.is_floating_point() else 0
+        if ((both - whole).abs() > room).any():
+            return f"half_{name}: the two halves do not make {name}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moekern.statistics.disk import (
     open_layers,
 )
 from moekern.statistics.header import IDENTITY, header_problem, merged_header
-from moekern.statistics.layer import TIERS, LayerStatistics
+from moekern.statistics.layer import TIERS, UNKNOWN, LayerStatistics
 
 COLUMNS = ("count", "gate_sum", "norm_sum", "gated_norm_sum")  # of to_rows
 
@@ -218,8 +218,13 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         raise InputError("merge: expected at least one statistics file")
     for part in parts:
         check_type("merge", part, Statistics)
-    first = parts[0]
     _check_apart(parts)
+    return added(parts)
+
+
+def added(parts: Sequence[Statistics]) -> Statistics:
+    """As `merge`, of parts that are known to be of different text."""
+    first = parts[0]
     total: dict[str, dict[str, LayerStatistics]] = {key: {} for key in first.layers}
     for number, part in enumerate(parts, start=1):
         for name in IDENTITY:
@@ -274,7 +279,11 @@ def _unite(total: dict[str, LayerStatistics], added: Mapping[str, LayerStatistic
         if problem:
             raise InputError(f"{where}: {problem}; compared with part 1")
         mine = total.get(domain, sizes)
-        # Weights that only some parts have looked at, and coalitions that only some have seen, are in the sum.
-        total[domain] = replace(
-            mine, **{name: value for name, value in sizes.tensors().items() if not getattr(mine, name).numel()}
-        )
+        # Weights that only some parts have looked at, and coalitions that only some have seen, are in the sum; halves
+        # of the text that only some know are not.
+        total[domain] = replace(mine, **{
+            f.name: theirs
+            for f in fields(sizes)
+            for theirs in (getattr(sizes, f.name),)
+            if not (theirs if f.metadata["merge"] in UNKNOWN else getattr(mine, f.name)).numel()
+        })  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from moekern.statistics.layer import LayerStatistics
+import torch
+
+from moekern.statistics.layer import HALVED, LayerStatistics
 
 
 @dataclass
@@ -26,7 +28,9 @@ class Folding:
         self.halves[segment % 2] = sums if half is None else half.absorb(sums)
 
     def total(self) -> LayerStatistics:
-        """Both halves together; nothing can be added any longer."""
+        """Both halves together, and of each what is kept apart; nothing can be added any longer."""
         even, odd = self.halves
         assert even is not None, "no domain is without a segment 0"
-        return even if odd is None else even.absorb(odd)
+        other = even.like() if odd is None else odd
+        apart = {f"half_{name}": torch.stack([getattr(half, name) for half in (even, other)]) for name in HALVED}
+        return replace(even if odd is None else even.absorb(odd), **apart)

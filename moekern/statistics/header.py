@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.twins import router_numbers
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.strict_json import check_depth, parse_json, shown
 from moekern.errors import InputError
 from moekern.router import Router
 
-FORMAT = "moekern.statistics/2"
-READABLE = (FORMAT, "moekern.statistics/1")
+FORMAT = "moekern.statistics/3"
+READABLE = (FORMAT, "moekern.statistics/2", "moekern.statistics/1")
 HEADER_KEY = "moekern"
 ROUTER = tuple(field.name for field in fields(Router))
 COUNT_CAP, DOMAIN_CAP = 1 << 16, 1 << 12  # experts; domains
@@ -30,10 +31,12 @@ class Source:
     family: str
     score: str
     router: Router
+    routers: Mapping[str, str] = field(default_factory=dict, compare=False)  # by which a twin is known
 
     @staticmethod
     def of(checkpoint: Checkpoint, layout: Layout) -> Source:
-        return Source(checkpoint.fingerprint, layout.family.name, layout.family.score, layout.router)
+        family, routers = layout.family, router_numbers(checkpoint, layout)
+        return Source(checkpoint.fingerprint, family.name, family.score, layout.router, routers)
 
 
 def make_header(
@@ -62,6 +65,7 @@ def make_header(
         "family": source.family,
         "score": source.score,
         **asdict(source.router),
+        **({"routers": dict(source.routers)} if source.routers else {}),
         "domains": list(tokens),
         "tokens": dict(tokens),
         "runs": [run],
@@ -119,6 +123,9 @@ def header_problem(header: Mapping[str, Any]) -> str | None:
         return "tokens: expected one count for each domain"
     if any(type(n) is not int or n < 0 for n in tokens.values()):
         return f"tokens: expected counts, got {shown(tokens)}"
+    routers = header.get("routers", {})
+    if not isinstance(routers, dict) or not all(isinstance(text, str) for text in routers.values()):
+        return f"routers: expected a string for each layer, got {shown(routers)}"
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         return "runs: expected a list of objects"
     return None

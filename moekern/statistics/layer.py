@@ -19,6 +19,7 @@ Views = TypeVar("Views")
 TIERS = (
     "dimensions", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "replay", "gradient", "weights"
 )  # fmt: skip
+HALVES = "halves"  # a tier of its own to whoever reads: what is kept by halves of the text, always measured
 SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
 
 
@@ -44,6 +45,12 @@ def _added_by(kind: type[Any], name: str, *, tier: str = "routed", negative: boo
 
 
 _router, _experts = partial(_added_by, RouterSums), partial(_added_by, ExpertSums)
+
+
+def _halves(name: str, *, negative: bool = False, merge: str = "halves") -> Any:
+    """A sum of the routed tier over the even and over the odd segments of the text; see `statistics.folding`."""
+    sum = {**declared(RouterSums), **declared(ExpertSums)}[name]
+    return _sum(f"2? {sum.shape}", HALVES, dtype=sum.dtype, negative=negative, merge=merge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +83,24 @@ class LayerStatistics:
     pair_sum: Tensor = _experts("pair_sum", negative=True)
     residual_sum: Tensor = _experts("residual_sum", negative=True)
     residual_tokens: Tensor = _experts("residual_tokens")
+
+    # What of these has a number an expert, or one in all, for each half of the text apart: empty where it is not known.
+    half_tokens: Tensor = _halves("tokens")
+    half_logit_tokens: Tensor = _halves("logit_tokens")
+    half_count: Tensor = _halves("count")
+    half_top1_count: Tensor = _halves("top1_count")
+    half_gate_sum: Tensor = _halves("gate_sum", negative=True)
+    half_gate_square_sum: Tensor = _halves("gate_square_sum")
+    half_score_sum: Tensor = _halves("score_sum", negative=True)
+    half_entropy_sum: Tensor = _halves("entropy_sum", negative=True)
+    half_margin_sum: Tensor = _halves("margin_sum", negative=True)
+    half_norm_sum: Tensor = _halves("norm_sum")
+    half_norm_square_sum: Tensor = _halves("norm_square_sum")
+    half_gated_norm_sum: Tensor = _halves("gated_norm_sum", negative=True)
+    half_gated_norm_square_sum: Tensor = _halves("gated_norm_square_sum")
+    half_max_abs: Tensor = _halves("max_abs", merge="half maxima")
+    half_residual_sum: Tensor = _halves("residual_sum", negative=True)
+    half_residual_tokens: Tensor = _halves("residual_tokens")
 
     square_sum: Tensor = _experts("square_sum", tier="dimensions")
     value_sum: Tensor = _experts("value_sum", negative=True, tier="dimensions")
@@ -130,6 +155,11 @@ class LayerStatistics:
         return self.count.shape[0]
 
     @property
+    def halved(self) -> tuple[str, ...]:
+        """The fields that are kept by halves of the text too."""
+        return HALVED
+
+    @property
     def dimensions(self) -> int:
         """H, or 0 when per-dimension sums were not taken."""
         return self.square_sum.shape[1]
@@ -154,11 +184,11 @@ class LayerStatistics:
         """Nothing seen yet. `dimensions` = H asks for that tier; the others are named in `tiers`.
 
         `words` is the 64-bit words of a vocabulary of V = 64 x words ids, `hidden` the H of the replay tier where
-        `dimensions` is 0.
+        `dimensions` is 0. Halves of the text are not known unless HALVES is named.
         """
         subsets = 1 << num_experts if num_experts <= SUBSETS else 0
         size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "S": subsets, "C": 0, "M": 0}
-        size |= {"W": words, "V": 64 * words}
+        size |= {"W": words, "V": 64 * words, "2": 2}
         wanted = {"routed", *tiers, *(["dimensions"] if dimensions else [])}
 
         def zero(f: Field[Any]) -> Tensor:
@@ -233,7 +263,7 @@ class LayerStatistics:
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             merge = f.metadata["merge"]
-            if merge == "rows" or (merge in ("same", "alike") and not (mine.numel() and theirs.numel())):
+            if merge == "rows" or (merge in ONE_SIDED and not (mine.numel() and theirs.numel())):
                 continue
             if mine.shape == theirs.shape:
                 continue
@@ -252,7 +282,7 @@ class LayerStatistics:
 
     def shape_problem(self) -> str | None:
         """The first field whose type or shape is not what it should be, with the reason; None when all is well."""
-        size = {"1": 1, "E": self.num_experts if self.count.ndim == 1 else -1}
+        size = {"1": 1, "2": 2, "E": self.num_experts if self.count.ndim == 1 else -1}
         for f in fields(self):
             problem = _shape_problem(f, getattr(self, f.name), size)
             if problem:
@@ -330,4 +360,10 @@ MERGES: dict[str, Callable[..., Tensor]] = {
     "same": lambda a, b: a if a.numel() else b,
     "alike": lambda a, b: a if torch.equal(a, b) else torch.zeros_like(a if a.numel() else b),
     "rows": merge_rows,
+    # Halves that one side does not know are not known of both.
+    "halves": lambda a, b: a + b if a.numel() and b.numel() else a[:0],
+    "half maxima": lambda a, b: torch.maximum(a, b) if a.numel() and b.numel() else a[:0],
 }
+ONE_SIDED = ("same", "alike", "halves", "half maxima")  # may be measured on one side only
+UNKNOWN = ("halves", "half maxima")  # and are then not known of both
+HALVED = tuple(f.name.removeprefix("half_") for f in fields(LayerStatistics) if f.metadata["tier"] == HALVES)

@@ -16,7 +16,7 @@ from moekern import files
 from moekern.errors import InputError
 from moekern.statistics.disk import Layers, StatisticsWriter
 from moekern.statistics.file import Statistics
-from moekern.statistics.layer import LayerStatistics
+from moekern.statistics.layer import HALVES, LayerStatistics
 
 
 class Store(Protocol):
@@ -126,7 +126,7 @@ class FileStore:
         sizes = {}
         for key, E in self.experts.items():
             tiers, dimensions = self.tiers, H if "dimensions" in self.tiers else 0
-            some = LayerStatistics.zeros(E, dimensions, "meta", tiers=tiers, hidden=H, words=words)
+            some = LayerStatistics.zeros(E, dimensions, "meta", tiers=(*tiers, HALVES), hidden=H, words=words)
             if "coalitions" in tiers:
                 some = replace(some, coalitions=torch.empty(1, K + 1, dtype=torch.int64, device="meta"))
             sizes[key] = dict.fromkeys(self.header["domains"], some)

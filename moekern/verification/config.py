@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.quantisation import QUANTIZATION_KEYS
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError
 from moekern.plan.document import some_of
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.record import without_folder
 from moekern.verification.settings import Modules, names_experts, renamed_settings, same_settings
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 def config_problems(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.passes import Progress, Steps
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import check_type
@@ -51,26 +52,29 @@ def compare_forward(
     batches: tuple[Batch, ...] | None = None,
     *,
     compute: Compute = Compute(),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> ForwardVerdict:
     """Stream both models over `batches` (None: seeded random tokens) and compare logits.
 
-    The dtype "auto" means float32 here, or bfloat16 for a quantised checkpoint. All logits are held on the CPU.
+    `progress` counts the layers of both; the one at work by the share of batches that are through it.
+
+    The dtype "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
-    quantised = "quantization_config" in str(before.config.keys() | (before.config.get("text_config") or {}).keys())
-    chosen = compute.torch_dtype or (torch.bfloat16 if quantised else torch.float32)
+    chosen = compute.torch_dtype or torch.float32
     logits: dict[str, list[Tensor]] = {}
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
         layout = find_layout(checkpoint)
         if applied is not None:
-            check_plan(applied, layout, checkpoint.fingerprint)
+            check_plan(applied, layout, checkpoint)
         with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
             tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]
-            run_masked(layerwise, tasks, _keep(logits.setdefault(side, [])), progress)
+            layers = len(layerwise.layers)
+            step = Steps(progress, 2 * layers, 0 if applied is not None else layers)
+            run_masked(layerwise, tasks, _keep(logits.setdefault(side, [])), step)
     return _verdict(logits["masked"], logits["pruned"], chosen)
 
 
@@ -123,8 +127,8 @@ def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, .
 class _Masked(Pass[MaskedTask]):
     """Every task with its own experts masked."""
 
-    def __init__(self, layerwise: LayerwiseModel, taken: Taken, progress: Callable[[int, int], None]) -> None:
-        self.layerwise, self.taken, self.progress = layerwise, taken, progress
+    def __init__(self, layerwise: LayerwiseModel, tasks: int, taken: Taken, step: Steps) -> None:
+        self.layerwise, self.tasks, self.taken, self.step, self.through = layerwise, tasks, taken, step, 0
 
     def forward(self, task: MaskedTask) -> None:
         logits = self.layerwise.compute(task.batch).logits
@@ -135,21 +139,28 @@ class _Masked(Pass[MaskedTask]):
     def name(self, task: MaskedTask) -> str:
         return f"the {task.name} model"
 
-    def entering(self, task: MaskedTask, layer: int) -> AbstractContextManager[Any]:
+    @contextmanager
+    def entering(self, task: MaskedTask, layer: int) -> Iterator[None]:
+        with self._masked(task, layer):
+            yield
+        if layer >= 0:
+            self.through += 1
+            self.step.within(self.through / self.tasks)
+
+    def _masked(self, task: MaskedTask, layer: int) -> AbstractContextManager[Any]:
         model, key = self.layerwise, self.layerwise.moe_keys.get(layer)
         if key is None:
             return nullcontext()
         return masked_layer(model.loader, model.layout.layers[key], model.layers[layer], task.dropped.get(key, ()))
 
+    def loaded(self, layer: int) -> None:
+        self.step.within(0)
+
     def done(self, layer: int) -> None:
-        self.progress(layer + 1, len(self.layerwise.layers))
+        self.through = 0
+        self.step()
 
 
-def run_masked(
-    layerwise: LayerwiseModel,
-    tasks: list[MaskedTask],
-    taken: Taken,
-    progress: Callable[[int, int], None] = lambda finished, total: None,
-) -> None:
+def run_masked(layerwise: LayerwiseModel, tasks: list[MaskedTask], taken: Taken, step: Steps) -> None:
     """Run tasks through the model, each with its own experts masked, and hand logits [B, S, V] to `taken`."""
-    layerwise.run(tasks, _Masked(layerwise, taken, progress))
+    layerwise.run(tasks, _Masked(layerwise, len(tasks), taken, step))

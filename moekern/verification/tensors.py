@@ -78,7 +78,7 @@ def verify(
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    check_plan(plan, layout, checkpoint.fingerprint)
+    check_plan(plan, layout, checkpoint)
     folder = Path(pruned)
     if not os.path.isdir(folder):
         return VerifyReport((f"{folder}: no such folder",), 0, 0)

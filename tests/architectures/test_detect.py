@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from moekern.architectures import FAMILIES, Layout, family_named
+from moekern.architectures import FAMILIES, Family, Layout, family_named
 from moekern.architectures.patterns import SCHEMES
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from tests.helpers import families
-from tests.helpers.layouts import BIAS, GUD, STACK, W123, layout_of, moe_keys, write_checkpoint
+from tests.helpers.hub_names import HUB_FILES, experts_of, forms
+from tests.helpers.layouts import layout_of, moe_keys, write_checkpoint
 
 MORE_EXPERTS = 12
 
@@ -111,63 +112,12 @@ def test_family_that_transformers_builds(name: str, family_checkpoint: Callable[
     assert layout_of(more.folder)[1].num_experts == MORE_EXPERTS
 
 
-# Hub files that differ from what transformers writes, and the families that transformers cannot build. Columns: family,
-# model_type, config section, count and top-k keys, then prefix and names as moe_keys takes them.
-WORDS = {
-    "-": "", "TEXT": "text_config", "N": "num_experts", "L": "num_local_experts", "R": "n_routed_experts",
-    "M": "moe_num_experts", "K": "num_experts_per_tok", "MLP": "model.layers.#.mlp.", "GATE": "gate.weight",
-    "BIAS": BIAS, "SPARSE": "model.layers.#.block_sparse_moe.",
-    "EXPERTS": "moe_num_primary_experts", "ACTIVE": "moe_num_active_primary_experts",
-    "GUD": GUD, "W123": W123, "STACK": STACK, "BARE": "gate_proj|up_proj|down_proj",
-}  # fmt: skip
-HUB = """
-    bailing_moe  =  -  N  K  MLP  GUD  GATE  -
-    bailing_moe_v2  =  -  N  K  MLP  GUD  GATE  gate.expert_bias
-    deepseek  =  -  R  K  MLP  GUD  GATE  -
-    deepseek_vl_v2  =  language_config  R  K  language.model.layers.#.mlp.  GUD  GATE  BIAS
-    arctic  =  -  L  K  SPARSE  W123  GATE  -
-    grok-1  =  -  N  K  transformer.decoder_layer.#.  moe.#.linear|linear_v|linear_1  router.weight  -
-    grok-2  git  -  L  K  SPARSE  W123  GATE  -
-    step3_text  step3_vl  TEXT  M  moe_top_k  model.layers.#.moe.  BARE  GATE  -
-    pangu_ultra_moe  =  -  R  K  MLP  GUD  GATE  e_score_correction_bias
-    smallthinker  =  -  EXPERTS  ACTIVE  SPARSE  experts.#.gate|up|down  primary_router.weight  -
-    llada_moe  =  -  N  K  MLP  GUD  GATE  -
-    kimi_k3  =  TEXT  N  num_experts_per_token  language_model.model.layers.#.block_sparse_moe.  W123  GATE  BIAS
-    deepseek_v4  =  -  R  K  layers.#.ffn.  W123  GATE  gate.bias
-    mistral_large4  =  TEXT  R  K  layers.#.  W123  GATE  -
-    step3p7  step3p5  -  M  moe_top_k  model.layers.#.moe.  BARE  GATE  router_bias
-    muse_spark  =  TEXT  L  K  model.language_model.layers.#.mlp.  STACK  GATE  BIAS
-    openai_privacy_filter  =  -  L  K  MLP  STACK  router.weight  router.bias
-    qwen3_omni_moe  =  thinker_config.text_config  N  K  thinker.model.layers.#.mlp.  GUD  GATE  -
-    kimi_k25  =  TEXT  R  K  language_model.model.layers.#.mlp.  GUD  GATE  BIAS
-    inkling2  =  TEXT  R  K  model.llm.layers.#.mlp.  experts.w13_weight|w2_weight  GATE  gate.bias
-    llama4  =  TEXT  L  K  language_model.model.layers.#.feed_forward.  GUD  router.weight  -
-    gemma4  =  TEXT  N  top_k_experts  model.language_model.layers.#.  GUD  router.proj.weight  router.per_expert_scale
-    qwen3_5_moe  =  TEXT  N  K  model.language_model.layers.#.mlp.  STACK  GATE  -
-    glm4v_moe  =  TEXT  R  K  model.language_model.layers.#.mlp.  GUD  GATE  BIAS
-    glm5_next  =  TEXT  R  K  model.language_model.layers.#.mlp.  GUD  GATE  BIAS
-    hunyuan_v1_moe  hunyuan  -  N  moe_topk  MLP  GUD  gate.wg.weight  -
-    switch_transformers  =  -  N  -  decoder.block.#.layer.2.mlp.  experts.expert_#.wi|wo  router.classifier.weight  -
-    nllb-moe  =  -  N  -  model.encoder.layers.#.ffn.  experts.expert_#.fc1|fc2  router.classifier.weight  -
-"""
-HUB_FILES = [[WORDS.get(word, word) for word in line.split()] for line in HUB.strip().splitlines()]
-INDEXED = {
-    "plain": ("weight",),
-    "fp8": ("weight", "weight_scale_inv"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "int4": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    "nvfp4": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
-    "mxfp4": ("weight", "scale"),
-}
-STACKED = {"plain": ("",), "weight": ("weight",), "fp8": ("weight", "weight_scale_inv")}
-
-
 @pytest.mark.parametrize(
     ("row", "suffixes"),
     [
         pytest.param(row, suffixes, id=f"{row[0]}-{quantised}")
         for row in HUB_FILES
-        for quantised, suffixes in (INDEXED if "#" in row[6] else STACKED).items()
+        for quantised, suffixes in forms(row[6]).items()
     ],
 )
 def test_family_known_from_its_hub_files(row: list[str], suffixes: tuple[str, ...], tmp_path: Path) -> None:
@@ -198,6 +148,24 @@ def test_family_known_from_its_hub_files(row: list[str], suffixes: tuple[str, ..
         for layer in [*layout.layers.values(), *layout.mtp.values()]
         for t in layer.of_role("expert")
     ) == number * 8 * (16 * 32 * 2)
+
+
+@pytest.mark.parametrize("row", [row for row in FAMILIES if not row.refused], ids=lambda row: row.name)
+def test_quantised_experts_of_every_family(row: Family, tmp_path: Path) -> None:
+    """With the row's own names, which other tests hold against models: each companion is found with its expert."""
+    experts = experts_of(row)
+    start = f"model.{'decoder.' if row.stacks else ''}layers.1.{row.block.split('|')[-1]}.".replace("..", ".")
+    first = {field: getattr(row, field).split("|")[0] for field in ("router", "bias", "count", "top_k")}
+    bias = "" if first["bias"].startswith("/") else first["bias"]
+    for form, suffixes in forms(experts).items():
+        keys = moe_keys(start, experts, first["router"], bias, suffixes=suffixes)
+        config: dict[str, Any] = {"model_type": row.name, "num_hidden_layers": 2, first["count"]: 8, first["top_k"]: 2}
+        if isinstance(row.trailing, int) and row.trailing:
+            keys[start + first["router"]] = ("BF16", [8 + row.trailing, 32])
+        _, layout = layout_of(write_checkpoint(tmp_path / form, config, keys))
+        found = [t for t in layout.layers["decoder.1" if row.stacks else "1"].tensors if t.role == "expert"]
+        assert layout.family.name == row.name
+        assert {t.name for t in found} == {key for key in keys if key not in (start + first["router"], start + bias)}
 
 
 def test_families_of_remote_code_are_all_here() -> None:

@@ -197,6 +197,14 @@ def test_groups_of_deepseek_v2(tmp_path: Path, method: str | None, groups: tuple
     assert layout.router == Router(8, 2, *groups)
 
 
+@pytest.mark.parametrize(("name", "groups"), [("something_new", (4, 2, 2)), ("qwen3_moe", (1, 1, 1))])
+def test_groups_of_a_model_that_is_not_known(tmp_path: Path, name: str, groups: tuple[int, ...]) -> None:
+    """Its tensors fit a family without groups; what config.json says counts, since its code may choose by them."""
+    config = QWEN | {"model_type": name, "n_group": 4, "topk_group": 2}
+    _, layout = layout_of(write_checkpoint(tmp_path, config, qwen_keys()))
+    assert layout.router == Router(8, 2, *groups)
+
+
 def test_count_keys_everywhere(tmp_path: Path) -> None:
     config = QWEN | {"num_local_experts": 8, "n_routed_experts": None, "text_config": {"moe_num_experts": [8, 8]}}
     config |= {"quantization_config": {"num_experts": 3}, "vision_config": {"num_experts": 4}}
@@ -229,6 +237,10 @@ REFUSED: Mapping[str, tuple[Any, Any, str]] = {
     ),
     "router without experts": (
         QWEN, qwen_keys() | {"model.layers.2.mlp.gate.weight": ("BF16", [8, 32])}, r"layers.2: 0 blocks .* 1 routers",
+    ),
+    "a bias alone in a layer": (
+        DEEPSEEK, moe_keys(FIRST, GUD, bias=BIAS) | {f"model.layers.1.mlp.{BIAS}": ("F32", [8])},
+        "layers.1: 0 blocks of experts, but 0 routers .gate.weight. for model.layers.1.mlp.gate.e_score_corr",
     ),
     "unknown vector": (QWEN, qwen_keys() | {f"{FIRST}gate.new_bias": ("F32", [8])}, r"gate.new_bias \(1 keys"),
     "second set of experts": (

@@ -21,6 +21,23 @@ moekern
   --show-completion = None
 inspect
   MODEL required
+  --criterion = gated_norm
+  --keep = 0.5
+  --revision = None
+  --json = False
+estimate
+  MODEL required
+  --tokens = 1M
+  --sequence-length = 2048
+  --domains = 1
+  --tier* = None
+  --keep = 0.5
+  --plans = 1
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --out = .
   --revision = None
   --json = False
 run
@@ -46,6 +63,7 @@ run
   --seed = 0
   --domain* = None
   --tier* = None
+  --until-stable = None
   --budget = uniform
   --normalise = none
   --allow-nonuniform = False
@@ -86,6 +104,8 @@ calibrate
   --tier* = None
   --criterion* = None
   --replay-tokens = 512
+  --keep = 0.5
+  --until-stable = None
   --backend = None
   --restart = False
   --trust-remote-code = False
@@ -144,6 +164,7 @@ iterate
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
+  --target* = None
   --preset = None
   --tokens = 1M
   --sequence-length = 2048

@@ -21,6 +21,7 @@ import pytest
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline, whole_run
 from moekern.cli import tour as show
+from moekern.cli.options import parsed_size
 from moekern.cli.verify import show_verdict
 from moekern.data.read import read_data
 from moekern.data.text import Text
@@ -107,7 +108,7 @@ def test_a_device_that_is_none_is_named(device: str) -> None:
 @pytest.mark.parametrize("text", ["1" * 400, "9" * 30 + "GB", "nan", "-1", "", "1e5"])
 def test_a_size_that_is_none_is_named(text: str) -> None:
     with pytest.raises(InputError, match="^--fit"):
-        console.parsed_size("--fit", text)
+        parsed_size("--fit", text)
 
 
 def test_names_reach_the_terminal_without_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +163,23 @@ def test_tables_are_neither_cut_short_nor_read_as_markup(capsys: pytest.CaptureF
 class Terminal(StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_a_terminal_folds_long_names_and_headings_and_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    names = [f"a-folder-of-plans/{'x' * 60}/{n}.json" for n in range(2)]
+    rows = [(*names, "0.123", "0.456 (layer 12)", "12.34%"), (*names[::-1], "1.123", "0.456 (layer 2)", "99.99%")]
+    with redirect_stdout(Terminal()) as stream:
+        console.show("t", ("plan", "and", "kept by both of them", "the lowest of all", "share of the text"), rows)
+    shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in stream.getvalue().splitlines()]
+    assert max(map(len, shown)) <= 80
+    assert "…" not in "".join(shown)
+    for cell in rows[0][2:]:
+        assert any(cell in line for line in shown)
+    end = next(line.index(" and ") for line in shown if " and " in line)
+    assert names[0] in "".join(line[1:end].strip() for line in shown)
 
 
 def test_sentences_of_a_table_are_wrapped_by_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,10 @@ def test_without_quality_nothing_is_held_back(work: Path, tmp_path: Path) -> Non
 def test_too_little_text_is_a_warning(work: Path, tmp_path: Path) -> None:
     done = moekern(*run(work, "--keep", 4, "--tokens", 10, "--out", tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    assert "warning: too little text" in done.stderr
+    early, late = (
+        done.stderr.index(f"warning: too little text: {words}") for words in ("10 tokens", "32 of 32 experts")
+    )
+    assert early < done.stderr.index("kernels: ") < late
     assert "quality: not measured (no domain has the 4 sequences" in done.stderr
 
 
@@ -83,6 +86,20 @@ def test_what_plan_takes_run_takes(work: Path, tmp_path: Path) -> None:
     assert found["pruned"]["experts_after"] == 4  # type: ignore[index]
     assert found["pruned"]["copy"] == "stream"  # type: ignore[index]
     assert found["serve"].keys() == {"sglang:ep=4"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("more", "times"), [(("--keep", 6), 1), (("--keep", 5, "--keep", 6), 2), (("--fit", "1GiB", "--bits", 4), 0)]
+)
+def test_counts_that_an_engine_runs_slower_are_told_before_anything_is_measured(
+    work: Path, tmp_path: Path, more: tuple[object, ...], times: int
+) -> None:
+    done = moekern(*run(work, *more, "--target", "vllm", "--no-quality", "--out", tmp_path / "o"))
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stderr.partition("kernels: ")
+    words = "vllm: its fused top-k kernel is made for"
+    assert (before.count(words), after.count(words)) == (times, 0)
+    assert before.count("nearest count without this: 4 or 8") == times
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ def test_what_a_text_names(spec: str, domains: list[Domain], here: Path) -> None
         (["src/missing"], "no such file or folder"),
         (["a.txt,missing"], "no such file or folder: missing"),
         (["a=a.txt", "a=src"], "named twice"),
+        (["chats=src:20q"], "'20q' is no amount of src: an amount is a number of sequences"),
+        (["src:20 k"], "'20 k' is no amount of src"),
+        (["src:-5"], "'-5' is no amount of src"),
+        (["a.txt:10,src:1e6"], "src:1e6: '1e6' is no amount of src"),
+        (["org/name[part]:20q"], r"'20q' is no amount of org/name\[part\]"),
+        (["a=missing:20q"], "no such file or folder: missing:20q"),
         (["a.txt:2.0"], "a share of --tokens is more than 0 and at most 1"),
     ],
 )

@@ -18,7 +18,7 @@ from moekern.data.batches import TokenData
 from moekern.data.read import read_data
 from moekern.demo import MODEL
 from moekern.errors import InputError
-from tests.helpers.text import folder_of, lines, shown
+from tests.helpers.text import folder_of, lines, read, shown
 
 WORDS = "Experts that no token needs can go. " * 40
 
@@ -307,6 +307,37 @@ def _memory(what: str) -> float:
     found = re.search(rf"Vm{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1024
+
+
+def test_what_describes_a_folder_of_rows_is_left_out_and_told(tmp_path: Path) -> None:
+    folder, chats, code = folder_of(tmp_path / "model"), tmp_path / "chats", tmp_path / "code"
+    for name, text in {
+        "README.md": "about",
+        "part/a.jsonl": '{"text": "row"}',
+        "LICENSE.txt": "law",
+        "b.md": "b",
+    }.items():
+        for each in (chats, *([code] if name.endswith("md") else ())):
+            (each / name).parent.mkdir(parents=True, exist_ok=True)
+            (each / name).write_text(text)
+    text, said = read(folder, chats)
+    assert text == "<s>b</s><s>row</s>"
+    assert said == [
+        "text: left out: LICENSE.txt, README.md: beside files of rows; to read such a file, name it by itself"
+    ]
+    assert read(folder, code) == ("<s>about</s><s>b</s>", [])
+    assert read(folder, chats / "README.md") == ("<s>about</s>", [])
+
+
+def test_long_reading_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rows, told = folder_of(tmp_path / "model"), tmp_path / "d.jsonl", list[str]()
+    rows.write_text("\n".join([json.dumps({"text": "x" * 98})] * 3))
+    monkeypatch.setattr("moekern.data.read.TELL_EVERY", 0.0)
+    data = read_data([f"a={rows}"], folder, tokens=150, sequence_length=50, tell=told.append)
+    said = ["a: reading text: 100 tokens"]
+    said += [f"a: reading text: {n} tokens, of which 150 are used" for n in (200, 300)]
+    assert told == [*said, "a: 150 tokens of 300 (--tokens)"]
+    assert data.notes == ("a: 150 tokens of 300 (--tokens)",)
 
 
 def test_a_pickled_array_is_not_opened(tmp_path: Path) -> None:

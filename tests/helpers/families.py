@@ -21,6 +21,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moekern.architectures import family_named
+
 EXPERTS, TOP_K, LAYERS, HIDDEN, VOCAB = 8, 2, 4, 32, 96
 
 
@@ -242,11 +244,10 @@ UNBUILDABLE: Mapping[str, str] = {
     "nllb-moe": "encoder-decoder, two stacks with their own sparse steps",
     "switch_transformers": "encoder-decoder, two stacks with their own sparse steps",
 }
-NO_CALIBRATION: Mapping[str, str] = {
-    "diffusion_gemma": "no causal forward: the canvas is random and each decoder layer runs twice",
-    "ernie4_5_vl_moe": "two routers and two sets of experts share one numbering in each layer",
-    "qwen3_omni_moe": "the whole model has generate() only; its thinker is a family of its own",
-}
+# Families that cannot be run, or not be pruned, by their rows of the table.
+NO_CALIBRATION: frozenset[str] = frozenset(
+    name for name in NAMES.split() if (row := family_named(name.split("-")[0])) and (row.only_pruned or row.refused)
+)
 # The experts module is not called as (hidden, ids, weights) through ALL_EXPERTS_FUNCTIONS.
 NO_STANDARD_HOOK: Mapping[str, str] = {
     "dbrx": "DbrxFFN calls DbrxExperts with a dense score matrix",
@@ -328,14 +329,17 @@ def _randomise(name: str, value: Tensor, generator: torch.Generator) -> None:
         value[-1] = -1.0
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, config: Callable[[], PreTrainedConfig] | None = None
+) -> PreTrainedModel:
     """A model of the family with random weights, in eval mode; the same seed gives the same weights.
 
     As after ``from_pretrained``, what the model class keeps strictly in float32 stays so under another ``dtype``.
     """
+    config = config or FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(name)(FAMILIES[name]())
+        model = model_class(name)(config())
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     for key, value in model.state_dict().items():
@@ -344,7 +348,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
             _randomise(key, value, generator)
     if dtype != torch.float32:
         with torch.device("meta"):
-            declared = model_class(name)._from_config(FAMILIES[name](), dtype=dtype).state_dict()
+            declared = model_class(name)._from_config(config(), dtype=dtype).state_dict()
         strict = "|".join(map(re.escape, model._keep_in_fp32_modules_strict or ())) or "(?!)"
         for key, value in model.state_dict(keep_vars=True).items():
             kept = re.search(rf"(^|\.)({strict})(\.|$)", key)

@@ -63,14 +63,14 @@ def moe_keys(
 ) -> dict[str, tuple[str, list[int]]]:
     """Keys of one block: `experts` such as "experts.#.w1|w2|w3"; without "#" the experts are stacked on axis 0.
 
-    An empty suffix leaves the projection's name as it is.
+    An empty suffix leaves the projection's name as it is, one that begins with "_" is a part of it.
     """
     head, _, last = experts.rpartition(".")
     names = [f"{head}.{name}" if head else name for name in last.split("|")]
     keys: dict[str, tuple[str, list[int]]] = {}
     for name in names:
         for suffix in suffixes:
-            full = f"{prefix}{name}.{suffix}" if suffix else f"{prefix}{name}"
+            full = f"{prefix}{name}.{suffix}" if suffix and suffix[0] != "_" else f"{prefix}{name}{suffix}"
             if "#" in name:
                 keys |= {full.replace("#", str(e)): ("BF16", [16, 32]) for e in range(num_experts)}
             else:

@@ -10,6 +10,7 @@ import torch
 
 from moekern.router import Router
 from moekern.statistics.file import Statistics
+from moekern.statistics.folding import Folding
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS, LayerStatistics
 
@@ -74,6 +75,14 @@ def _drawn(seed, experts, dimensions, tokens, idle, top_k):
         gate, score = torch.rand(top_k, generator=draw), torch.rand(experts, generator=draw)
         add_token(s, ids.tolist(), gate.tolist(), y, score.double())
     return s
+
+
+def with_halves(even, odd):
+    """The sums of two halves of a text, and what is kept of each apart. Takes both over."""
+    fold = Folding()
+    fold.add(0, even)
+    fold.add(1, odd)
+    return fold.total()
 
 
 def with_tiers(s, seed=0, tokens=40):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekern.architectures import Layout, find_layout
+from moekern.architectures import Layout, family_named, find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.criteria import CRITERIA, score_layer
@@ -34,9 +34,8 @@ MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS
 FIELDS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "gradient"]
 JOINT = [name for name in FIELDS if name.startswith("joint_")]
-# Their decoder layers hand on more than hidden states, or their head is no language model's.
-REFUSED = ("inkling2", "inkling2_text", "mistral_large4", "openai_privacy_filter", "zaya")
 CHECKED = [name for name in families.FAMILIES if name not in families.NO_CALIBRATION]
+REFUSED = [name for name in CHECKED if (row := family_named(name.split("-")[0])) and row.no_gradient]
 
 
 def data_of(name: str) -> TokenData:

@@ -14,7 +14,7 @@ from moekern.data.batches import SEGMENTS, segment_of
 from moekern.measurement.batch import BatchContext, Seen, route
 from moekern.measurement.recorder import OutlierRecorder, Recorder
 from moekern.statistics.layer import LayerStatistics
-from tests.helpers.measured import assert_same
+from tests.helpers.measured import assert_same, with_halves
 
 E, K, H, T = 5, 2, 4, 6
 TIERS = ("dimensions", "coalitions", "reap", "vocabulary", "token_counts")
@@ -88,7 +88,7 @@ def test_the_order_of_adding_is_that_of_segments() -> None:
     """Sums of three segments in float64: the first and the third are added first."""
     text = _text({"a": 3})
     singles = [_alone([Chunk("a", 0, chunk.seed, chunk.empty)])["a"] for chunk in text]
-    assert_same(_alone(text)["a"], (singles[0] + singles[2]) + singles[1])
+    assert_same(_alone(text)["a"], with_halves(singles[0] + singles[2], singles[1]))
 
 
 def test_no_more_than_three_copies_of_a_domain_are_held() -> None:

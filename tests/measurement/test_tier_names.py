@@ -12,14 +12,14 @@ from moekern import kernels
 from moekern.errors import InputError
 from moekern.measurement.tiers import BY_BATCH, TABLE, wanted_tiers
 from moekern.statistics.file import Statistics
-from moekern.statistics.layer import TIERS, LayerStatistics
+from moekern.statistics.layer import HALVES, TIERS, LayerStatistics
 from tests.helpers.commands import moekern as command
 
 MakeCheckpoint = Callable[[str], Path]
 
 
 def test_the_table_is_whole() -> None:
-    assert set(TABLE) == set(TIERS) == {f.metadata["tier"] for f in fields(LayerStatistics)} - {"routed"}
+    assert set(TABLE) == set(TIERS) == {f.metadata["tier"] for f in fields(LayerStatistics)} - {"routed", HALVES}
     assert {op for tier in TABLE.values() for op in tier.ops} <= set(kernels.OPS)
     assert {other for tier in TABLE.values() for other in tier.implies} <= set(TABLE)
     assert BY_BATCH == ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")

@@ -22,9 +22,9 @@ from moekern.criteria import CRITERIA
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.replay import sample
-from moekern.measurement.watch import experts_of
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
+from moekern.model.experts import experts_of
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import Statistics, merge

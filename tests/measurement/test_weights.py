@@ -27,6 +27,7 @@ from tests.helpers import families
 from tests.helpers.in_flight import Half
 from tests.helpers.quantised import fp8, mxfp4, rewrite
 from tests.helpers.quantised_layouts import LAYOUTS, indexed, write_spread
+from tests.helpers.quantised_models import plain, twins
 
 MakeCheckpoint = Callable[[str], Path]
 WEIGHTS = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] == "weights"]
@@ -161,6 +162,18 @@ def test_without_what_costs_much(family_checkpoint: MakeCheckpoint, tmp_path: Pa
             score_layer(CRITERIA[name], layer, "0")
 
 
+@pytest.mark.parametrize("costly", [False, True])
+def test_progress_goes_on_within_a_layer(costly: bool, family_checkpoint: MakeCheckpoint) -> None:
+    told: list[float] = []
+    layers = weigh(
+        family_checkpoint("mixtral"), costly=costly, progress=lambda done, total: told.append(done / total)
+    ).layers
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, 1)
+    assert len(set(told)) > 3 * 8 * len(layers)  # experts of every projection
+    assert max(b - a for a, b in zip(told, told[1:], strict=False)) < 1 / len(layers)
+
+
 @pytest.mark.parametrize("make", [fp8, mxfp4])
 def test_quantised_weights_count_as_what_they_stand_for(
     make: Callable[[Path, Path], Path], family_checkpoint: MakeCheckpoint, tmp_path: Path
@@ -188,6 +201,17 @@ def test_quantised_weights_count_as_what_they_stand_for(
     assert int(sums.weight_count[3]) == len(flat)
     torch.testing.assert_close(sums.weight_abs_sum[3], flat.abs().sum(), rtol=1e-5, atol=0)
     torch.testing.assert_close(sums.weight_square_sum[3], flat.square().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "compressed_int4_ordered", "fp8_rows"])
+def test_what_a_format_stands_for_is_what_runs(kind: str, tmp_path: Path) -> None:
+    """The numbers of the plain twin that the model computes with; DeepSeek V4's FP4 are two codes in an int8."""
+    stored, dense = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, kind)
+    got, want = weigh(stored, costly=False).layer("1"), weigh(dense, costly=False).layer("1")
+    assert torch.equal(got.weight_count, want.weight_count)
+    # numbers of the twin are rounded to bfloat16
+    torch.testing.assert_close(got.weight_abs_sum, want.weight_abs_sum, rtol=1e-3, atol=0)
+    torch.testing.assert_close(got.weight_square_sum, want.weight_square_sum, rtol=1e-3, atol=0)
 
 
 REFUSED = {"odd": "not a weight layout that moekern reads", "f4": "which torch cannot hold"}

@@ -30,17 +30,12 @@ def test_the_version_is_in_the_range_that_was_checked() -> None:
 
 
 def test_signatures() -> None:
-    assert _parameters(api.get_model_conversion_mapping)[:3] == ["model", "key_mapping", "hf_quantizer"]
+    assert _parameters(api.get_model_conversion_mapping)[0] == "model"
     assert _parameters(api.rename_source_key)[:5] == [
         "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict",
     ]  # fmt: skip
     assert _parameters(api.convert_and_load_state_dict_in_model)[:3] == ["model", "state_dict", "load_config"]
-    assert {"device_map", "dtype", "dtype_plan", "hf_quantizer", "weight_mapping"} <= set(
-        _parameters(api.LoadStateDictConfig)
-    )
-    assert _parameters(api.get_hf_quantizer)[:5] == [
-        "config", "quantization_config", "device_map", "weights_only", "user_agent",
-    ]  # fmt: skip
+    assert {"device_map", "dtype", "dtype_plan", "weight_mapping"} <= set(_parameters(api.LoadStateDictConfig))
     assert _parameters(api.grouped_linear) == ["input", "weight", "offs", "bias", "is_transposed"]
     assert "moekern" not in api.EXPERTS_FUNCTIONS or callable(api.EXPERTS_FUNCTIONS["moekern"])
 

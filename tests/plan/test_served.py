@@ -10,6 +10,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan.engines import Finding, registries
 from moekern.plan.served import check_folder, served_as, verdict
+from moekern.plan.shards import Shards, shards_of
 from moekern.plan.targets import ENGINES, parse_target
 from moekern.pruning import prune
 from tests.helpers import synthetic
@@ -90,6 +91,30 @@ def test_a_config_as_transformers_5_saves_it(tmp_path: Path) -> None:
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta")}
     (folder / "config.json").write_text(json.dumps(config))
     assert told(folder, "mlx-lm") == (False, "its code needs rope_theta in config.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"num_key_value_heads": 2, "moe_intermediate_size": 48}, Shards(4, 2, 48)),
+        ({"intermediate_size": 96}, Shards(4, 4, 96)),
+        ({"kv_lora_rank": 8, "num_key_value_heads": 2}, Shards(4)),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}, Shards(4, 4, block=16)),
+        ({"num_attention_heads": None}, Shards()),
+        ({"num_attention_heads": "four", "num_key_value_heads": -1}, Shards()),
+    ],
+)
+def test_what_ranks_share_is_read_from_the_text_models_config(more: dict[str, Any], expected: Shards) -> None:
+    config = {"num_attention_heads": 4, **more}
+    assert shards_of(config, "") == expected
+    assert shards_of({"vision_config": {"num_attention_heads": 5}, "text_config": config}, "text_config") == expected
+
+
+def test_ranks_that_heads_cannot_be_spread_over_are_refused(tmp_path: Path) -> None:
+    numbers = {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 48}
+    folder = qwen_like(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM", **numbers)
+    assert told(folder, "vllm:tp=4") == (True, "")
+    assert told(folder, "vllm:tp=3") == (False, "tp=3 does not divide the 4 attention heads")
 
 
 def test_the_weights_format_counts(tmp_path: Path) -> None:

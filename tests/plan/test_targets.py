@@ -7,6 +7,7 @@ import pytest
 from moekern.errors import InputError
 from moekern.plan.make import make_plan
 from moekern.plan.mtp import Mtp
+from moekern.plan.shards import Shards
 from moekern.plan.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
 from moekern.router import Router, count_problem
 from tests.helpers.measured import model_statistics
@@ -18,6 +19,7 @@ V4 = Served("deepseek_v4", "sqrtsoftplus", Router(256, 6))
 REMOTE = Served("arctic", "softmax", Router(128, 2))
 GROUPED = Served("x", "sigmoid", Router(330, 8, 33, 8, 2))
 GPT_OSS = Served("gpt_oss", "softmax", Router(32, 4), frozenset({"gpt_oss", "GptOssForCausalLM"}))
+SHARDED = replace(QWEN, shards=Shards(heads=64, kv_heads=4, width=1536, block=128))
 FP8 = Served("qwen3_moe", "softmax", Router(128, 8), quantization="fp8")
 
 BROKEN = {  # target, model, count, whether it stops, words of the finding
@@ -25,6 +27,16 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "groups": ("sglang", V3, 100, True, "not a multiple of the router's 8 groups"),
     "tp": ("vllm:tp=64", QWEN, 48, True, "tp=64 needs at least as many experts"),
     "tp of sglang": ("sglang:tp=64", QWEN, 48, True, "tp=64 needs at least as many experts"),
+    "heads": ("vllm:tp=3", SHARDED, 64, True, "tp=3 does not divide the 64 attention heads"),
+    "heads of sglang": ("sglang:tp=3", SHARDED, 64, True, "tp=3 does not divide the 64 attention heads"),
+    "key-value heads": (
+        "vllm:tp=8", replace(QWEN, shards=Shards(64, 12)), 64, True, "neither divides the 12 key-value heads nor",
+    ),
+    "copies of key-value heads": (
+        "sglang:tp=8", replace(QWEN, shards=Shards(64, 3)), 64, True, "divides the 3 key-value heads nor",
+    ),
+    "width": ("vllm:tp=32", replace(QWEN, shards=Shards(64, 64, 48)), 64, True, "do not divide an expert's 48"),
+    "blocks": ("vllm:tp=8", SHARDED, 64, True, "1536 rows over 8 ranks are no whole blocks of 128"),
     "992": ("vllm", WIDE, 993, True, "at most 992"),
     "softplus": ("vllm", V4, 144, True, "sqrt-softplus router takes 1, 2, 4, 8, 16, 32, 64, 128, 192"),
     "v4 divides": ("vllm:tp=3", V4, 128, False, "deepseek_v4 code needs a multiple of tp=3"),
@@ -82,6 +94,14 @@ def test_no_rule_is_forgotten_here():
 def test_a_plain_half_runs_everywhere(engine):
     assert findings(Target(engine), {"0": 64, "1": 64}, QWEN) == []
     assert runs(128, V3, [Target(engine)])
+
+
+@pytest.mark.parametrize(
+    "text", ["vllm:tp=4", "vllm:tp=2", "vllm:tp=8,ep=8", "sglang:tp=4", "sglang:tp=8,ep=2", "transformers", "llama.cpp"]
+)
+def test_heads_are_copied_and_experts_stay_whole_where_the_engine_does_so(text: str) -> None:
+    """Four key-value heads serve eight ranks; with ep an expert is on one rank of vLLM, and on tp / ep of SGLang."""
+    assert not [finding for finding in findings(parse_target(text), {"0": 64}, SHARDED) if finding.stops]
 
 
 def test_gpt_oss_as_published_and_before_its_config_was_seen() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekern.statistics.folding import Folding
+from moekern.statistics.layer import HALVED
 from tests.helpers.measured import assert_same, layer_statistics, with_tiers
 
 
@@ -18,6 +21,8 @@ def test_even_and_odd_segments_add_up_in_order(numbers: set[int]) -> None:
     halves = [[parts[n] for n in sorted(parts) if n % 2 == parity] for parity in (0, 1)]
     sums = [sum(half[1:], half[0]) for half in halves if half]
     want = sum(sums[1:], sums[0])
+    apart = sums if len(sums) == 2 else [sums[0], sums[0].like()]
+    want = replace(want, **{f"half_{n}": torch.stack([getattr(half, n) for half in apart]) for n in HALVED})
     fold = Folding()
     for n in sorted(parts):
         fold.add(n, with_tiers(layer_statistics(n), n))

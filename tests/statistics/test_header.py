@@ -20,7 +20,7 @@ from tests.helpers.measured import layer_statistics
 DEEPSEEK = Source("f" * 64, "deepseek_v3", "sigmoid", Router(8, 2, 2, 1, 2))
 BYTES = (
     '{"domains": ["prose", "code"], "family": "deepseek_v3", "fingerprint": "' + "f" * 64 + '", '
-    '"format": "moekern.statistics/2", "group_top": 2, "n_group": 2, "num_experts": 8, '
+    '"format": "moekern.statistics/3", "group_top": 2, "n_group": 2, "num_experts": 8, '
     '"runs": [{"backend": {"router_stats": "native"}, "data": "caf\u00e9", "dtype": "float32", '
     '"versions": {"torch": "2"}}], "score": "sigmoid", "tokens": {"code": 3, "prose": 40}, "top_k": 2, "topk_group": 1}'
 )

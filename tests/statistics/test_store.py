@@ -13,7 +13,7 @@ import pytest
 from moekern.errors import InputError
 from moekern.statistics.file import Statistics
 from moekern.statistics.store import FileStore, file_store
-from tests.helpers.measured import E, H, header, layer_statistics
+from tests.helpers.measured import E, H, header, layer_statistics, with_halves
 from tests.helpers.mounts import mounted
 
 DOMAINS = ("prose", "code")
@@ -27,7 +27,8 @@ def stored(path: Path, layers: int = 2) -> Iterator[FileStore]:
 
 
 def put(store: FileStore, layer: int) -> None:
-    store.put(str(layer), {domain: layer_statistics(seed) for seed, domain in enumerate(DOMAINS)})
+    sums = {d: with_halves(layer_statistics(seed), layer_statistics(9 + seed)) for seed, d in enumerate(DOMAINS)}
+    store.put(str(layer), sums)
 
 
 @pytest.mark.parametrize("expected", [None, H, 3 * H])

@@ -81,6 +81,20 @@ def test_a_wrong_checkpoint_is_not_equal(family_checkpoint: MakeCheckpoint, tmp_
     assert not compare_forward(source, other, tmp_path / "out", batches).equal
 
 
+def test_progress_is_that_of_both_models_and_within_their_layers(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source, told = family_checkpoint("qwen3_moe"), list[tuple[float, int]]()
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    prune(source, plan, tmp_path / "out")
+    batches = tuple(Batch("d", families.input_ids("qwen3_moe", 1, 8, seed)) for seed in range(4))
+    compare_forward(source, plan, tmp_path / "out", batches, progress=lambda done, total: told.append((done, total)))
+    (total,) = {total for _, total in told}
+    shares = [done for done, _ in told]
+    assert shares == sorted(shares)
+    assert set(shares) == {quarter / 4 for quarter in range(4 * total + 1)}
+
+
 def test_masking_a_router_that_makes_no_such_logits_is_an_error(family_checkpoint: MakeCheckpoint) -> None:
     source = family_checkpoint("qwen3_moe")
     layout, model = find_layout(open_checkpoint(source)), families.load(source)

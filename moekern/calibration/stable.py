@@ -1,0 +1,110 @@
+"""Text in growing parts, until its halves agree about what is kept.
+
+A pass sees all its text in one layer before it sees the next, so it cannot stop half-way through the text. Instead the
+first part of every domain is measured in all layers, and as long as the halves of what was measured do not agree, a
+part as large as all before it. Sums of parts add up, so no token is computed twice; but each part is a pass over the
+weights, which are read once for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moekern.data.batches import TokenData
+from moekern.errors import InputError
+from moekern.measurement.tiers import TABLE
+from moekern.plan.agreement import ALL, agreement, known_by_halves, mean_of
+from moekern.router import Router, kept_count
+from moekern.statistics.file import Statistics, added
+
+PARTS = 16  # the first part is this share of a domain's chunks, and at least LEAST
+LEAST = 2  # chunks, of which each half of the text has one
+
+
+@dataclass(frozen=True)
+class Stable:
+    """Text is enough when the sets that its two halves keep have a Jaccard index of `threshold`, in the mean over
+    layers, all `domains` (None: all) together, for each of `keeps`.
+
+    Raises InputError for a threshold that is no share, and for a criterion that halves of the text do not know.
+    """
+
+    threshold: float
+    criterion: str
+    keeps: tuple[float | int, ...]
+    domains: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"--until-stable {self.threshold:g}: expected a share above 0 and up to 1, such as 0.98")
+        if not known_by_halves(self.criterion):
+            raise InputError(
+                f"--until-stable: what {self.criterion} keeps is not known of halves of the text: it needs more than a "
+                "number an expert of the routed tier; leave it out, or name another --criterion"
+            )
+
+    def check(self, router: Router, tiers: Collection[str]) -> None:
+        """Raise InputError for a count that the router cannot work with, and for tiers of which parts do not add up to
+        what one pass would measure."""
+        for keep in self.keeps:
+            kept_count(keep, router)
+        for tier in tiers:
+            if tier != "routed" and TABLE[tier].by not in ("batch", "weights"):
+                raise InputError(f"--until-stable: --tier {tier} is measured of the whole text at once; leave one out")
+
+    def asked(self, data: TokenData) -> TokenData:
+        """The text, with a recipe that says when it is to end."""
+        told = {"threshold": self.threshold, "criterion": self.criterion, "keep": list(self.keeps)}
+        told |= {} if self.domains is None else {"domains": list(self.domains)}
+        return replace(data, recipe={**data.recipe, "until_stable": told})
+
+    def agreed(self, statistics: Statistics) -> float:
+        """The least index of the keeps; 0 where a half has seen no text."""
+        found = (agreement(statistics, self.criterion, keep, domains=self.domains)[ALL] for keep in self.keeps)
+        return min(mean_of(layers).kept or 0.0 for layers in found)
+
+
+def parts_of(data: TokenData) -> Iterator[TokenData]:
+    """The text cut into parts by chunks, each about as large as all before it: of every domain what follows what was
+    taken. Their recipes say which chunks they are."""
+    whole = data.by_chunk()
+    of = {domain: [b for b in whole.batches if b.domain == domain] for domain in whole.tokens}
+    stops = {domain: max(LEAST, -(-len(chunks) // PARTS)) for domain, chunks in of.items()}
+    starts = dict.fromkeys(of, 0)
+    while any(starts[domain] < len(chunks) for domain, chunks in of.items()):
+        taken = {d: [starts[d], min(stops[d], len(chunks))] for d, chunks in of.items() if starts[d] < len(chunks)}
+        batches = tuple(batch for domain, (start, stop) in taken.items() for batch in of[domain][start:stop])
+        yield replace(data, batches=batches, recipe={**data.recipe, "part": taken})
+        starts, stops = stops, {domain: 2 * stop for domain, stop in stops.items()}
+
+
+def until_stable(
+    data: TokenData,
+    stable: Stable,
+    measure: Callable[[TokenData, int], Statistics],
+    tell: Callable[[str], object] = lambda line: None,
+) -> Statistics:
+    """The sums of as many parts of the text as it takes; `measure(part, number)` measures one.
+
+    The header has one run, whose recipe is that of the whole text, and `chunks` of each domain that were measured.
+    """
+    whole, held, used = sum(data.tokens.values()), list[Statistics](), dict[str, int]()
+    data = stable.asked(data)
+    for number, part in enumerate(parts_of(data)):
+        held.append(measure(part, number))
+        used |= {domain: stop for domain, (_, stop) in part.recipe["part"].items()}
+        total = added(held)
+        tokens, agreed = sum(total.header["tokens"].values()), stable.agreed(total)
+        enough = agreed >= stable.threshold
+        then = "that is enough" if enough else "more is measured" if tokens < whole else "there is no more"
+        tell(
+            f"{tokens} of {whole} tokens: sets kept by the two halves of the text are alike to {agreed:.3f} (Jaccard, "
+            f"mean over layers); {then}"
+        )
+        if enough:
+            break
+    run = held[0].header["runs"][0]
+    recipe: dict[str, Any] = {name: value for name, value in run["data"].items() if name != "part"}
+    return Statistics({**total.header, "runs": [{**run, "data": recipe, "chunks": used}]}, total.layers)

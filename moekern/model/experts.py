@@ -1,0 +1,248 @@
+"""How experts are called and computed: the function that is called instead of a model's own experts, for every family.
+
+It runs the routed rows only, with the exact ids and gates that the model uses, and leaves it to the module's `Watcher`
+what becomes of them. Families that do not go through transformers' experts interface get an adapter.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moekern.model.expert_lists import expert_modules
+from moekern.model.transformers_api import (
+    EXPERTS_FUNCTIONS,
+    experts_implementation,
+    grouped_linear,
+    is_experts_module,
+)
+
+NAME = "moekern"
+FEW, EVEN = 16, 8  # rows of an expert on a CPU: at least so many, and a multiple of these; see `steady`
+
+Outputs = Callable[[Tensor, Tensor], Tensor]  # (tokens [N], offsets [E + 1]) -> y [N, H]
+RowOutputs = Callable[[Any, Tensor, Tensor], Tensor]  # (module, rows [N, H] grouped by expert, offsets [E + 1]) -> y
+Scales = Callable[[Tensor, Tensor], Tensor]  # (tokens [N], offsets [E + 1]) -> [N], which rows are multiplied by
+
+
+class Watcher(Protocol):
+    """What is done with a call of a layer's experts; hangs on their module as `_moekern_probe`."""
+
+    empty_slots: bool  # the model may hand out ids that are no expert
+
+    def measure(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        num_experts: int,
+        outputs: Outputs,
+        *,
+        gates_applied: bool = False,
+    ) -> Tensor:
+        """Run the routed rows of hidden [T, H] and combine them, [T, H]. `outputs` is as in measurement.batch.Seen."""
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """Outputs that are not computed when they are called for, and must be asked for before."""
+
+    def ask(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """These are the calls that will come. May leave the pass, to be asked the same again in another one."""
+
+    def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor: ...
+
+
+class Apart(Protocol):
+    """Computes rows in another place than the layer; hangs on the experts' module as `_moekern_apart`."""
+
+    def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Asking: ...
+
+
+def rows_of(module: Any, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None = None) -> Outputs:
+    """What the experts make of any rows of hidden [T, H]; see `steady`."""
+    apart: Apart | None = getattr(module, "_moekern_apart", None)
+    if apart is not None:
+        return apart.outputs(hidden, of_rows, scales)
+    return steady(lambda tokens, offsets: of_rows(module, scaled(hidden, tokens, offsets, scales), offsets))
+
+
+def scaled(hidden: Tensor, tokens: Tensor, offsets: Tensor, scales: Scales | None) -> Tensor:
+    """The rows [N, H] that experts are given."""
+    rows = hidden[tokens]
+    return rows if scales is None else rows * scales(tokens, offsets)[:, None]
+
+
+@torch.no_grad()
+def watched_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Drop-in for transformers' experts functions: the routed rows only, in the watcher's hands."""
+    return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _interface)
+
+
+def _watched(self: Any, hidden: Tensor, ids: Tensor, gates: Tensor, num_experts: int, of_rows: RowOutputs) -> Tensor:
+    watcher: Watcher = self._moekern_probe
+    if watcher.empty_slots:
+        ids = torch.where(gates == 0, -1, ids)
+    return watcher.measure(hidden, ids, gates, num_experts, rows_of(self, hidden, of_rows)).to(hidden.dtype)
+
+
+def _interface(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+    """Outputs of rows grouped by expert, from the attributes transformers sets on every experts class it decorates."""
+    sizes = offsets.diff()
+    ends = offsets[1:].to(torch.int32)
+
+    def bias(name: str) -> Tensor | None:
+        return getattr(self, name).repeat_interleave(sizes, dim=0, output_size=len(rows)) if self.has_bias else None
+
+    if self.has_gate:
+        up = grouped_linear(rows, self.gate_up_proj, ends, bias("gate_up_proj_bias"), self.is_transposed)
+        inner = self._apply_gate(up)
+    else:
+        inner = self.act_fn(grouped_linear(rows, self.up_proj, ends, bias("up_proj_bias"), self.is_transposed))
+    y = grouped_linear(inner, self.down_proj, ends, bias("down_proj_bias"), self.is_transposed)
+    return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+
+@torch.no_grad()
+def _step3p7(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _step3p7_rows)
+
+
+def _step3p7_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets[1:].to(torch.int32)
+    return grouped_linear(self._apply_gate(grouped_linear(rows, self.gate_up_proj, ends)), self.down_proj, ends)
+
+
+@torch.no_grad()
+def _longcat_flash(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Ids from the number of routed experts on are identity experts: they add gate x input and are not counted."""
+    identity = (top_k_weights * (top_k_index >= self.num_routed_experts)).sum(1, keepdim=True)
+    routed = _watched(self, hidden_states, top_k_index, top_k_weights, self.num_routed_experts, _longcat_rows)
+    return routed + (hidden_states * identity).to(hidden_states.dtype)
+
+
+def _longcat_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets[1:].to(torch.int32)
+    gate, up = grouped_linear(rows, self.gate_up_proj[: self.num_routed_experts], ends).chunk(2, dim=-1)
+    return grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
+
+
+@torch.no_grad()
+def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    flat = hidden_states.reshape(-1, self.hidden_size)
+    return _watched(self, flat, top_k_index, top_k_weights, self.num_experts, _dbrx_rows).view_as(hidden_states)
+
+
+def _dbrx_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets[1:].to(torch.int32)
+    w1, v1, w2 = (
+        w.view(self.num_experts, self.ffn_hidden_size, self.hidden_size)
+        for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2)
+    )
+    inner = self.mlp.activation_fn(grouped_linear(rows, w1, ends)) * grouped_linear(rows, v1, ends)
+    return grouped_linear(inner, w2, ends, is_transposed=True)
+
+
+@torch.no_grad()
+def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Llama 4 scales the expert's input by its gate, so the outputs already are the gated contributions."""
+    hidden = hidden_states.reshape(-1, self.hidden_dim)
+    scores, logits = self.router(hidden)
+    ids = logits.topk(self.top_k, dim=1).indices
+    gate_of = torch.sigmoid(logits.float()).to(logits.dtype)  # the gate of every expert, were it chosen
+
+    def scales(tokens: Tensor, offsets: Tensor) -> Tensor:
+        expert = torch.arange(self.num_experts, device=hidden.device).repeat_interleave(offsets.diff())
+        return gate_of[tokens, expert]
+
+    gates, outputs = scores.gather(1, ids), rows_of(self, hidden, _llama4_rows, scales)
+    out = self._moekern_probe.measure(hidden, ids, gates, self.num_experts, outputs, gates_applied=True)
+    return self.shared_expert(hidden) + out.to(hidden.dtype), logits
+
+
+def _llama4_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets[1:].to(torch.int32)
+    gate, up = grouped_linear(rows, self.experts.gate_up_proj, ends, is_transposed=True).chunk(2, dim=-1)
+    return grouped_linear(up * self.experts.act_fn(gate), self.experts.down_proj, ends, is_transposed=True)
+
+
+@torch.no_grad()
+def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
+    hidden = layer_input.reshape(-1, layer_input.shape[-1])
+    logits = self.router(hidden)[-1]
+    top, ids = logits.topk(self.router.top_k, dim=1)
+    gates = F.softmax(top, dim=1).type_as(hidden)
+    outputs = rows_of(self, hidden, _jetmoe_rows)
+    out = self._moekern_probe.measure(hidden, ids, gates, self.router.num_experts, outputs)
+    return out.to(layer_input.dtype).view_as(layer_input) + self.bias  # type: ignore[no-any-return]
+
+
+def _jetmoe_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
+    sizes = offsets.diff().tolist()
+    gate, up = self.input_linear(rows, sizes).chunk(2, dim=-1)
+    return self.output_linear(self.activation(gate) * up, sizes)  # type: ignore[no-any-return]
+
+
+ADAPTERS: dict[str, Callable[..., Any]] = {
+    "DbrxExperts": _dbrx,
+    "JetMoeMoE": _jetmoe,
+    "Llama4TextMoe": _llama4,
+    "LongcatFlashExperts": _longcat_flash,
+    "Step3p7Experts": _step3p7,
+}
+EXPERTS_FUNCTIONS.register(NAME, watched_experts)
+
+
+def experts_of(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer whose calls can be watched, if there is one."""
+    for module in layer.modules():
+        if type(module).__name__ in ADAPTERS or is_experts_module(module) or expert_modules(module) is not None:
+            return module
+    return None
+
+
+@contextmanager
+def in_place(block: nn.Module, watcher: Watcher, forward: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Let a layer's experts be run by the functions of this module, in a watcher's hands, while the context is open.
+
+    `forward` is of blocks that have one of their own kind.
+    """
+    with ExitStack() as stack:
+        block._moekern_probe = watcher  # type: ignore[assignment]
+        stack.callback(delattr, block, "_moekern_probe")
+        forward = forward or ADAPTERS.get(type(block).__name__)
+        if forward is None:
+            stack.enter_context(experts_implementation([block], NAME))
+        else:
+            block.forward = types.MethodType(forward, block)
+            stack.callback(delattr, block, "forward")
+        yield
+
+
+def steady(outputs: Outputs) -> Outputs:
+    """The same outputs, with the same bits whatever the number of threads.
+
+    On a CPU, torch's threads share the rows of a product and the numbers of an activation; where a share ends in the
+    middle of a vector its last numbers are rounded by other instructions, and a product of few rows takes other roads.
+    So each expert's rows are filled up with its last one, to a multiple of EVEN and to FEW at least, which 2, 4, 8 ...
+    threads share evenly, and what comes of the filling is left out.
+    """
+
+    def padded(tokens: Tensor, offsets: Tensor) -> Tensor:
+        counts = offsets.diff()
+        wanted = torch.where(counts > 0, (counts.clamp(min=FEW) + EVEN - 1) // EVEN * EVEN, 0)
+        if tokens.device.type != "cpu" or torch.equal(wanted, counts):
+            return outputs(tokens, offsets)
+        begin = torch.cat([offsets[:1], wanted.cumsum(0)])
+        expert = torch.arange(len(counts)).repeat_interleave(wanted)
+        within = torch.arange(len(expert)) - begin[expert]
+        source = offsets[expert] + torch.minimum(within, counts[expert] - 1)
+        return outputs(tokens[source], begin)[within < counts[expert]]
+
+    return padded
