@@ -15,8 +15,7 @@ from pathlib import Path
 from moekern.errors import InputError
 
 CHUNK = 1 << 20
-WORK = ".moekern"  # behind the name of a target, the name of its work folder
-LOCK = "work.lock"  # in a work folder: `run` or `iterate` is at work
+WORK, LOCK = ".moekern", "work.lock"  # a work folder's name is its target's and this; in it: a process is at work
 
 
 @contextmanager
@@ -287,14 +286,14 @@ def remove_left(path: Path) -> bool:
     handle = _taken_up(path, os.O_RDONLY)
     if handle is None:
         return not os.path.lexists(path)
-    _remove_claimed(handle, path)
-    os.close(handle)
+    with os.fdopen(handle):
+        _remove_claimed(handle, path)
     return True
 
 
 def _remove_claimed(handle: int, path: Path) -> None:
-    if is_still(handle, path):
-        with suppress(OSError):
+    with suppress(OSError):
+        if is_still(handle, path):
             path.unlink()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import tempfile
@@ -15,11 +14,12 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
-from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate, recipe_of
+from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
 from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
+from moekern.cli.earlier import earlier_statistics, left_whole
 from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
@@ -42,7 +42,7 @@ from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
-from moekern.model.journal import ANEW, Resume, clean_up, differences, removed
+from moekern.model.journal import Resume, clean_up, removed
 from moekern.model.precision import precision
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
@@ -159,7 +159,7 @@ def measured(
     if stable is not None:
         return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
     resume = Resume(state_path(out), restart, console.say)
-    if not restart and name_left(out, lambda left: _left_whole(left, checkpoint, data, compute, tiers)):
+    if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):
         removed(resume.folder)
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
@@ -244,75 +244,6 @@ def losses_of(
         console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, resume=resume, progress=step)
-
-
-def earlier_statistics(
-    path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str], *, restart: bool
-) -> Statistics | None:
-    """Statistics that an earlier run left; None where there are none, or all is measured anew.
-
-    Raises InputError for those of another model, config or text, or that were measured otherwise.
-    """
-    if not is_plain(path) or restart:
-        return None
-    found = Statistics.load(path)
-    _check_same(path, found, checkpoint, data, compute, tiers)
-    console.say(f"using the statistics of an earlier run: {path}")
-    return found
-
-
-def _check_same(
-    path: Path,
-    found: Statistics,
-    checkpoint: Checkpoint,
-    data: TokenData,
-    compute: Compute,
-    tiers: Collection[str],
-    exactly: bool = False,
-) -> None:
-    """Raise InputError unless statistics are what this calibration would measure, or (but for `exactly`) more."""
-    runs, wanted = found.header["runs"], wanted_tiers(tiers, TIERS, "calibrate")
-    backends = backends_of(compute.device, compute.backend, wanted)
-    run = runs[0] if len(runs) == 1 else {}
-    served = {op: name for op, name in dict(run.get("backend") or {}).items() if op in backends}
-    has = [tier for tier in found.tiers if exactly or tier in wanted]
-    differing = differences(
-        {
-            "model": found.header["fingerprint"],
-            "config.json": run.get("config"),
-            "text": run.get("data"),
-            "--tier": " ".join(has),
-            "--dtype": run.get("dtype"),
-            "kernels": served,
-        },
-        {
-            "model": checkpoint.fingerprint,
-            "config.json": checkpoint.config_sha256,
-            "text": json.loads(json.dumps(recipe_of(data, compute, wanted))),
-            "--tier": " ".join(wanted),
-            "--dtype": compute.dtype_name,
-            "kernels": backends,
-        },
-    )
-    if differing:
-        raise InputError(
-            f"{path}: of an earlier run, with another {differing}; give the same again and it is used, or {ANEW}",
-            kind="option",
-        )
-
-
-def _left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
-    """Whether the unnamed file of a stopped calibration is whole. Raises InputError for that of another one."""
-    try:
-        found = Statistics.load(left)
-    except InputError:  # its header is written last
-        return False
-    wanted = wanted_tiers(tiers, TIERS, "calibrate")
-    _check_same(left, found, checkpoint, data, compute, wanted, exactly=True)
-    if "replay" in wanted:  # nothing in the file says of how many tokens
-        return False
-    console.say(f"using what an earlier run has measured: {left}")
-    return True
 
 
 def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:

@@ -14,6 +14,7 @@ from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
+from moekern.cli.earlier import earlier_statistics
 from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
 from moekern.criteria import criterion_named
@@ -165,9 +166,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
         try:
-            statistics = pipeline.earlier_statistics(
-                statistics_path, checkpoint, data, compute, tiers, restart=asked.restart
-            )
+            statistics = earlier_statistics(statistics_path, checkpoint, data, compute, tiers, restart=asked.restart)
         except InputError:
             _check_made(targets, made)  # which is the matter then
             raise

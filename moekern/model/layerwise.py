@@ -117,9 +117,7 @@ class LayerwiseModel:
             why = "layers that hand on more than hidden states are not run in groups of experts"
             raise self.takes.refusal(why)
         if stage is not None:
-            stage.journal.tell(
-                "of whole forward passes nothing can be written down: a pass that is stopped begins anew"
-            )
+            stage.journal.tell("of whole forward passes nothing is written down: a pass that is stopped begins anew")
         self._walk(tasks, run, Suspended(list(self.layers), run, self.device), stage)
 
     def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States, stage: Stage | None = None) -> None:
@@ -188,25 +186,25 @@ class LayerwiseModel:
         states: States | None = None,
         left: Position | None = None,
     ) -> None:
-        last = self._last(run) + 1
+        last = self._last(run)
         first = 0 if left is None else left.layer
 
         def load(i: int) -> None:
-            self._load(i, i + 1 if i + 1 < last else None)
+            self._load(i, i + 1 if i < last else None)
 
         def start() -> None:
             if stage is None or left is None:
                 run.started()
             else:
-                self.take_over(stage, states, last)
+                self.take_over(stage, states, last + 1)
                 with undamaged(stage.journal.folder):
                     run.restored(first, left.kept)
 
         def save(i: int) -> None:
             if stage is not None:
-                stage.save(i + 1, last, states, run.kept, self.returns)
+                stage.save(i + 1, last + 1, states, run.kept, self.returns)
 
-        if first < last:
+        if first <= last:
             self.reader.start(first)
         try:
             walk(
