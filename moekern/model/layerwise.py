@@ -225,8 +225,10 @@ def open_layerwise(
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     with LayerReader(checkpoint, layer_keys, place, team=team) as reader:
         room = _room(budget, loader, layers, reader)
+        there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
+        spill = compute.spill if there else None
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, compute.spill, team
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, room, spill, team
         )
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)
