@@ -340,10 +340,12 @@ def open_layerwise(
     spent = Spent()
     groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, place, spent)
     takes = groups.divide(layer_keys, budget)
+    there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
+    spill = compute.spill if there else None
     with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, compute.spill,
-            team, spent=spent,
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team,
+            spent=spent,
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)
