@@ -255,15 +255,27 @@ def opened(resume: Resume | None, key: Mapping[str, Any], stages: Sequence[str])
         else:
             _remove_files(resume.folder)  # without a position they are nothing
         try:
-            yield journal
-        except BaseException as error:
-            if journal.position is not None:
-                add_note(error, f"the same command goes on {journal.position.described}")
-            raise
+            with _told_how_to_go_on(journal):
+                yield journal
         finally:
             journal.saved.close()
             if not files.is_plain(resume.position):
                 removed(resume.folder)
+
+
+@contextmanager
+def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
+    """Whatever ends the run meanwhile says what becomes of its work."""
+    try:
+        yield
+    except BaseException as error:
+        if journal.position is None:
+            raise
+        then = f"the same command goes on {journal.position.described}"
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; {then}", error.kind) from error
+        add_note(error, then)
+        raise
 
 
 @contextmanager
@@ -281,7 +293,7 @@ def undamaged(folder: Path) -> Iterator[None]:
 def _locked(resume: Resume) -> Iterator[bool]:
     """Whether the folder is there, made if need be, this user's own, and no other process's."""
     folder, handle = resume.folder, None
-    for path in (folder.parent, folder):
+    for path in (folder.parent, folder) if _in_work_folder(folder) else (folder,):
         if os.path.lexists(path) and not files.is_folder(path):
             raise InputError(f"{path}: is no folder, and it is written there how far a run is; move it away")
     try:
@@ -320,12 +332,17 @@ def _remove_files(folder: Path) -> None:
 def removed(folder: Path) -> None:
     """Remove what this program has written into a folder, and it, and the work folder around it, where nothing is left
     there. Nothing happens where it is not there, or a link."""
-    if files.is_folder(folder.parent) and files.is_folder(folder):
+    if files.is_folder(folder) and not (_in_work_folder(folder) and folder.parent.is_symlink()):
         _remove_files(folder)
         with suppress(OSError):
             folder.rmdir()
-            if folder.parent.suffix == files.WORK:
+            if _in_work_folder(folder):
                 folder.parent.rmdir()
+
+
+def _in_work_folder(folder: Path) -> bool:
+    """The folder around it is moekern's too, and no place that a person has named."""
+    return folder.parent.suffix == files.WORK
 
 
 def clean_up(target: Path) -> None:
