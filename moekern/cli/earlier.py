@@ -14,7 +14,8 @@ from moekern.errors import InputError
 from moekern.files import is_plain
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import Compute
-from moekern.model.journal import ANEW, clean_up, differences
+from moekern.model.journal import ANEW, clean_up
+from moekern.model.position import differences
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 

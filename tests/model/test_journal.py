@@ -16,8 +16,9 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.model import journal
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, differences, opened
+from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import LayerwiseModel
+from moekern.model.position import differences
 from moekern.model.state_files import StateFiles, write_states
 from moekern.model.states import State, States
 from tests.helpers import families
