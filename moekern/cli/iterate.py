@@ -92,6 +92,8 @@ def iterate(
     from moekern.iteration.rounds import Method
     from moekern.plan.provenance import remarks
 
+    if ranks.helping() is None:
+        pipeline.check_iterated(out)  # before anything is downloaded
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
     say_unused(batch_size)
     text = text_of(
@@ -103,7 +105,6 @@ def iterate(
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     compute = ranks.together(compute)
-    pipeline.check_iterated(out)  # before anything is downloaded
     made = pipeline.iterate_to(ranks.folder_of(model, revision, compute.team), text, compute, method, out)
     for line in remarks(made):
         say(line)
