@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-regression bench-streaming bench-scale fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-regression bench-streaming bench-ranks bench-scale fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -24,6 +24,7 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.measuring
 
 # Every criterion on the model that ships, three seeds: about twenty minutes. Lines go to OUT=, and are gone on with there.
 bench-criteria: $(VENV)/.ready
@@ -39,6 +40,10 @@ bench-streaming: $(VENV)/.ready
 	$(BIN)/python -m bench.streaming scale
 	$(BIN)/python -m bench.streaming dense
 	$(BIN)/python -m bench.reading
+
+# calibrate in one process and in two, on two cores.
+bench-ranks: $(VENV)/.ready
+	$(BIN)/python -m bench.ranks
 
 # All of calibration's machinery on a 1T model of holes, in 8 GB: half an hour.
 bench-scale: $(VENV)/.ready

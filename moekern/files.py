@@ -8,14 +8,14 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moekern.errors import InputError
 
 CHUNK = 1 << 20
-LOCK = "work.lock"  # in a work folder: `run` or `iterate` is at work
+WORK, LOCK = ".moekern", "work.lock"  # a work folder's name is its target's and this; in it: a process is at work
 
 
 @contextmanager
@@ -36,13 +36,16 @@ def reason(error: OSError) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Iterator[Path]:
+def replacing(
+    path: str | Path, *, new: bool = False, keep: bool = False, position: Path | None = None
+) -> Iterator[Path]:
     """A new empty file beside `path`. When the block ends well it is fsynced and renamed to `path`, else removed.
 
     Folders that are missing above it are made. It is locked: a second process that is to write `path` meanwhile is
     refused. With `new`, `path` must not exist at the end either. With `keep`, a whole file that cannot get its name
-    stays, for `recovered`. Raises InputError for that, where nothing can be made in the folder, and where `path` is
-    there and no file.
+    stays, for `name_left`. `position` is a file that says how far an unfinished one is: such a one stays while that is
+    there, and what a stopped process left is taken up as it is. Raises InputError for what cannot get its name, where
+    nothing can be made in the folder, and where `path` is there and no file.
     """
     target = Path(path)
     check_place(target, "")
@@ -53,20 +56,20 @@ def replacing(path: str | Path, *, new: bool = False, keep: bool = False) -> Ite
     temporary, kept = temporary_path(target), False
     make_parents(target)
     with told(target):
-        handle = claimed(temporary, target)
+        handle = claimed(temporary, target, again=position is not None)
     try:
         with told(target):
             yield temporary
+        kept = keep  # until it has its name
         try:
             _give_name(handle, temporary, target, new)
         except InputError as error:
-            kept = keep and is_still(handle, temporary)
-            if not kept:
+            if not (keep and is_still(handle, temporary)):
                 raise
             again = f"it is whole in {temporary}: run the same command again to go on"
             raise InputError(f"{error}; {again}", error.kind) from error
     finally:
-        if not kept:
+        if not kept and not (position is not None and os.path.lexists(position)):
             _remove_claimed(handle, temporary)
         os.close(handle)
 
@@ -82,22 +85,16 @@ def _give_name(handle: int, temporary: Path, target: Path, new: bool) -> None:
         fsync(target.parent)
 
 
-@contextmanager
-def recovered(path: Path) -> Iterator[Path | None]:
-    """What `replacing` with `keep` has left of a new file, locked, or None. It gets its name when the block ends well
-    and has not removed it. Its contents are the caller's to check."""
+def name_left(path: Path, is_whole: Callable[[Path], bool]) -> bool:
+    """Give a new file that `replacing` has left its name, where it is there, nobody writes it, and it `is_whole`."""
     temporary = temporary_path(path)
-    handle = open_plain(temporary, os.O_RDWR) if is_plain(temporary) else None
-    try:
-        if handle is None or not locked(handle) or not is_still(handle, temporary):
-            yield None
-            return
-        yield temporary
-        if is_still(handle, temporary):
+    handle = _taken_up(temporary)
+    if handle is None:
+        return False
+    with os.fdopen(handle):
+        if whole := is_whole(temporary):
             _give_name(handle, temporary, path, new=True)
-    finally:
-        if handle is not None:
-            os.close(handle)
+        return whole
 
 
 def write_bytes(path: str | Path, data: bytes, *, new: bool = False) -> bool:
@@ -189,10 +186,14 @@ def temporary_path(target: Path) -> Path:
 
 
 def work_path(target: Path) -> Path:
-    """The folder beside a target in which all that is not yet done of it, or that it was made from, is kept: `run`'s
-    statistics and plan, `iterate`'s rounds, the checkpoint that `prune` writes. Each removes what is its own, and the
-    folder when nothing is left in it."""
-    return target.with_name(f"{target.name}.moekern")
+    """The folder beside a target for all that is not yet done of it, or that it was made from: `run`'s statistics and
+    plan, rounds, states, the checkpoint that `prune` writes. Each removes its own, and the folder when it is empty."""
+    return target.with_name(f"{target.name}{WORK}")
+
+
+def state_path(target: Path) -> Path:
+    """The folder in it that says how far a run is, for the next one to go on from."""
+    return work_path(target) / "state"
 
 
 def check_work(target: Path) -> None:
@@ -251,10 +252,13 @@ def _folder(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def claimed(path: Path, target: Path) -> int:
+def claimed(path: Path, target: Path, *, again: bool = False) -> int:
     """A new file that is locked for this process, open for writing, for what becomes `target`; what a killed process
-    left at its name is removed. Raises InputError when another process holds it, or it is no file of this program."""
+    left at its name is removed, or taken (`again`). Raises InputError when another process holds it, or it is no file
+    of this program."""
     while True:
+        if again and (left := _taken_up(path)) is not None:
+            return left
         with suppress(FileExistsError):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             if locked(handle) and is_still(handle, path):
@@ -266,22 +270,30 @@ def claimed(path: Path, target: Path) -> int:
             raise InputError(f"{target}: another process is writing it, in {path}; wait for it or stop it")
 
 
+def _taken_up(path: Path, flags: int = os.O_RDWR) -> int | None:
+    """The file of a process that was killed, locked; None where there is none."""
+    with suppress(FileNotFoundError):
+        if is_plain(path):
+            handle = open_plain(path, flags)
+            if locked(handle) and is_still(handle, path):
+                return handle
+            os.close(handle)
+    return None
+
+
 def remove_left(path: Path) -> bool:
     """Remove the file of a process that was killed; False when a process still holds it."""
-    with suppress(FileNotFoundError):
-        handle = open_plain(path, os.O_RDONLY)
-        try:
-            if not locked(handle):
-                return False
-            _remove_claimed(handle, path)
-        finally:
-            os.close(handle)
+    handle = _taken_up(path, os.O_RDONLY)
+    if handle is None:
+        return not os.path.lexists(path)
+    with os.fdopen(handle):
+        _remove_claimed(handle, path)
     return True
 
 
 def _remove_claimed(handle: int, path: Path) -> None:
-    if is_still(handle, path):
-        with suppress(OSError):
+    with suppress(OSError):
+        if is_still(handle, path):
             path.unlink()
 
 

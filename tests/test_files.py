@@ -207,16 +207,38 @@ def test_a_whole_file_that_cannot_get_its_name_is_taken_up(tmp_path):
     with pytest.raises(InputError, match=f"s: exists already.*it is whole in {temporary}: run the same command again"):
         write()
     target.rmdir()
-    with files.recovered(target) as left:
-        assert left == temporary
-        with files.recovered(target) as second:  # as another process would
-            assert second is None
+    assert not files.name_left(target, lambda left: False)
+    assert [path.name for path in tmp_path.iterdir()] == [temporary.name]
+
+    def looked_into(left):
+        assert not files.name_left(target, lambda left: pytest.fail("two at once"))  # as another process would
+        return left == temporary
+
+    assert files.name_left(target, looked_into)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"measured")]
-    with files.recovered(target) as left:
-        assert left is None
+    assert not files.name_left(target, lambda left: True)
     with pytest.raises(RuntimeError), files.replacing(tmp_path / "t", keep=True):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_an_unfinished_file_is_taken_up_while_a_position_is_there(tmp_path):
+    target, position = tmp_path / "s", tmp_path / "position"
+
+    def stopped(text):
+        with suppress(KeyboardInterrupt), files.replacing(target, new=True, position=position) as mine:
+            mine.write_bytes(mine.read_bytes() + text)
+            raise KeyboardInterrupt
+
+    stopped(b"none")
+    assert list(tmp_path.iterdir()) == []
+    position.touch()
+    stopped(b"one ")
+    stopped(b"two ")
+    with files.replacing(target, new=True, position=position) as mine:
+        mine.write_bytes(mine.read_bytes() + b"three")
+    assert target.read_bytes() == b"one two three"
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "position"}
 
 
 def test_a_folder_for_one_process(tmp_path):

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moekern import files
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
+from moekern.calibration.sharing import check_tiers_of, deciding_threads, facts_of, header_of_part, kept_apart, share_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import TokenData
+from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.files import sized
-from moekern.measurement.gradients import measure_gradients
+from moekern.measurement.gradients import STAGES, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
 from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
+from moekern.model.journal import Journal, Resume, opened, removed, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
+from moekern.statistics.parts import load_part
 from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
+from moekern.team import Part
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
 Finished = Callable[[str, Sums], object]  # a layer's key and sums
 Told = Callable[[Statistics], object]  # of one layer
+FIRST, SECOND = "first pass", "second pass"
 
 
 def calibrate(
@@ -46,6 +51,8 @@ def calibrate(
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     out: str | Path | None = None,
+    resume: Resume | None = None,
+    part: Part | None = None,
     progress: Progress = lambda done, total: None,
     told: Told = lambda layer: None,
 ) -> Statistics:
@@ -59,8 +66,12 @@ def calibrate(
     total)` counts decoder layers over all passes, and of the one at work the share of the text that has gone through
     it. `told` is given what the first pass measured of a layer, as soon as it is done.
 
+    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
+
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
-    change no bit, and neither does the number of threads, but for the gradient tier's.
+    change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
+    (`compute.team`, whose rank 0 alone has the sums). With `part`, one of several calibrations that know nothing of
+    each other, the segments of its share are kept apart, for `statistics.parts.merge_parts`.
     Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot
     be measured there.
     """
@@ -75,18 +86,34 @@ def calibrate(
     check_data(data, checkpoint)
     layout = find_layout(checkpoint)
     compute = settled(compute, checkpoint, layout)
+    check_tiers_of(wanted, compute.team, part)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
     tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell)
+    units: Sequence[Segment] | None = None
+    if part is not None:
+        share = share_of(data.by_chunk(), part)
+        header, units = header_of_part(header, part, share), list(kept_apart(share).values())
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell, units)
+    if out is not None:
+        files.check_new(Path(out))
+    team = compute.team
+    team.together(calibrate, checkpoint.folder, data, compute, tiers=wanted, replay_tokens=replay_tokens, part=part)
+    team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
         job.run(held)
-        return statistics_of(header, held, list(layout.layers))
-    files.check_new(Path(out))
-    with file_store(out, header, experts, wanted) as store:
-        job.run(store)
-    return Statistics.load(out)
+        return statistics_of(header, held, list(layout.layers) if team.first else ())
+    if team.size > 1:
+        resume = None
+    with (
+        file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
+        opened(resume, job.key(header, part), job.passes) as journal,
+    ):
+        job.run(store, journal)
+    if resume is not None:
+        removed(resume.folder)
+    return Statistics.load(out) if part is None else load_part(Path(out))
 
 
 @dataclass(frozen=True)
@@ -101,21 +128,52 @@ class Job:
     replay_tokens: int
     progress: Progress
     told: Finished
+    units: Sequence[Segment] | None = None  # segments of the text; None: all
 
-    def run(self, store: Store) -> None:
-        """Measure every tier into `store`."""
-        with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+    def run(self, store: Store, journal: Journal | None = None) -> None:
+        """Measure every tier into `store`, or what a stopped run has left to do."""
+        with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             if "gradient" in self.tiers:
                 layerwise.check_whole("--tier gradient")
-                kept, tokens = len(layerwise.layers) - min(layerwise.moe_keys) + 1, sum(self.data.tokens.values())
-                nbytes = kept * tokens * layerwise.embedding_size * layerwise.loader.dtype.itemsize
-                layerwise.check_room(nbytes, f"--tier gradient: inputs of {kept} layers take {sized(nbytes)}")
+                inputs, tokens = len(layerwise.layers) - min(layerwise.moe_keys) + 1, sum(self.data.tokens.values())
+                nbytes = inputs * tokens * layerwise.embedding_size * layerwise.loader.dtype.itemsize
+                layerwise.check_room(nbytes, f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}")
             step = self._steps(layerwise)
-            _FirstPass(self, layerwise, store, step).run()
-            if "outliers" in self.tiers:
-                _SecondPass(self, layerwise, store, step).run()
+            if journal is not None and journal.found is not None:
+                with undamaged(journal.folder):
+                    store.take_up(journal.found.kept["store"])
+                    step.done = int(journal.found.kept["steps"])
+            for name, kind in ((FIRST, _FirstPass), (SECOND, _SecondPass)):
+                stage = None if journal is None else journal.stage(name)
+                if name in self.passes and (stage is None or not stage.passed):
+                    kind(self, layerwise, store, step).run(stage)
             if "gradient" in self.tiers:
-                measure_gradients(layerwise, self.data, store.add, step=step)
+                kept = lambda: {"steps": step.done, "store": store.kept()}  # noqa: E731
+                measure_gradients(layerwise, self.data, store.add, step=step, journal=journal, kept=kept)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Names of what is run through the layers, in this order."""
+        again = (SECOND,) if "outliers" in self.tiers else ()
+        return (FIRST, *again, *(STAGES if "gradient" in self.tiers else ()))
+
+    def key(self, header: Mapping[str, Any], part: Part | None = None) -> dict[str, Any]:
+        """All that decides the bits of what is measured, in words for people."""
+        share = {} if part is None else {"--part": str(part)}
+        sample = {"--replay-tokens": self.replay_tokens} if "replay" in self.tiers else {}
+        (run,) = header["runs"]
+        return {
+            "model": header["fingerprint"],
+            "config.json": self.checkpoint.config_sha256,
+            "text": {**text_key(self.data.by_chunk()), "recipe": run["data"]},
+            "--tier": " ".join(self.tiers),
+            **sample,
+            **share,
+            "--dtype": run["dtype"],
+            "--device": self.compute.place.type,
+            "kernels": run["backend"],
+            "versions": run["versions"],
+        }
 
     def recorder(self, layerwise: LayerwiseModel) -> Recorder:
         """For the first pass."""
@@ -141,7 +199,7 @@ class _FirstPass(MeasuringPass):
     """Everything that one forward pass measures; and when a layer is done, the replay of a sample and its weights."""
 
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
-        super().__init__(layerwise, job.data, job.recorder(layerwise), step)
+        super().__init__(layerwise, job.data, job.recorder(layerwise), step, job.units)
         self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
             layerwise.check_whole("--tier replay")
@@ -158,11 +216,18 @@ class _FirstPass(MeasuringPass):
         if self.replay is not None:
             self.open.enter_context(self.replay.watching(probes))
 
-    def done(self, layer: int) -> None:
-        if self.replay is not None and layer in self.keys:
-            for domain, sums in self.recorder.unite(self.keys[layer]).items():
-                self.replay.finish(self.keys[layer], domain, sums)
-        super().done(layer)
+    def unite(self, key: str) -> None:
+        super().unite(key)
+        if self.replay is not None:
+            self.replay.join(key, self.team.gather(self.replay.leave(key)), self.layerwise.device)
+
+    def united(self, key: str) -> None:
+        if self.replay is not None:
+            for domain, sums in self.recorder.unite(key).items():
+                self.replay.finish(key, domain, sums)
+
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "store": self.store.kept()}
 
     def finished(self, key: str, sums: Sums) -> None:
         self.store.put(key, sums)
@@ -184,11 +249,18 @@ class _SecondPass(MeasuringPass):
         super().__init__(layerwise, job.data, again, step)
         self.store = store
 
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "store": self.store.kept()}
+
     def loaded(self, layer: int) -> None:
         if layer in self.keys:
             key, device = self.keys[layer], self.layerwise.device
-            self.recorder.first[key] = {domain: s.to(device) for domain, s in self.store.layer(key).items()}
+            first = self.team.broadcast(self.store.layer(key) if self.team.first else {})
+            self.recorder.first[key] = {domain: s.to(device) for domain, s in first.items()}
         super().loaded(layer)
+
+    def settled(self, key: str) -> None:
+        self.recorder.first.pop(key, None)
 
     def finished(self, key: str, sums: Sums) -> None:
         for domain, s in sums.items():
@@ -196,14 +268,9 @@ class _SecondPass(MeasuringPass):
 
 
 def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
-    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters.
-
-    On a CPU, torch's 1, 2, 4, 8, ... threads share the work so that all of them round alike; see `steady`. That is not
-    so for other numbers, nor for gradients, whose sums over tokens are matrix products.
-    """
-    threads = torch.get_num_threads()
-    alike = compute.place.type != "cpu" or threads & (threads - 1) == 0
-    return dict(data.recipe) | ({} if alike and "gradient" not in tiers else {"threads": threads})
+    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters."""
+    threads = deciding_threads(compute, tiers)
+    return dict(data.recipe) | ({} if threads is None else {"threads": threads})
 
 
 def _header(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import say, show
 from moekern.cli.options import (
     BatchSize,
@@ -20,6 +21,7 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -30,7 +32,6 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     compute_of,
-    folder_of,
     named_plans,
     result,
     text_of,
@@ -58,6 +59,7 @@ def evaluate(
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -78,10 +80,12 @@ def evaluate(
         spill=spill,
         trust_remote_code=trust_remote_code,
     )
+    compute = ranks.together(compute)
     named = named_plans("evaluate", plans or [])
     if not named:
         say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
-    losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named)
+    folder = ranks.folder_of(model, revision, compute.team)
+    losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
     result(losses_document(losses), lambda: show_losses(losses))
 
 

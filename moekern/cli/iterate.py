@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import say
 from moekern.cli.options import (
     BackendOption,
@@ -23,23 +24,24 @@ from moekern.cli.options import (
     Model,
     Pack,
     Preset,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
     Spill,
     Strict,
+    Targets,
     Thinking,
     ThinkingOption,
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
 )
-from moekern.cli.plan import show_plans
+from moekern.cli.plan import check_options, show_plans, slower_with
 from moekern.criteria.table import DEFAULT
 from moekern.files import standing
 from moekern.router import parse_keep
@@ -61,6 +63,7 @@ def iterate(
         bool, typer.Option(help="Measure each layer behind the pruned layers before it, not behind whole ones.")
     ] = True,
     domain: Domains = None,
+    target: Targets = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -77,6 +80,7 @@ def iterate(
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
     backend: BackendOption = None,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -84,16 +88,19 @@ def iterate(
     """Calibrate and plan at once: layers are pruned in memory as they stream by, so that later ones are measured behind
     them.
 
-    A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
+    A round is one pass over the weights. Rounds that are done, and the layer that the next one has come to, stay
+    in OUT.moekern/, and the same command goes on there.
     """
     share = parse_keep(keep)  # before torch is imported
 
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.plan.provenance import remarks
+    from moekern.plan.several import Planning
+    from moekern.plan.targets import parse_target
 
+    targets = tuple(parse_target(text) for text in target or ())
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
-    pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -103,8 +110,14 @@ def iterate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = pipeline.iterate_to(folder_of(model, revision), text, compute, method, out)
-    for line in remarks(made):
+    compute = ranks.together(compute)
+    pipeline.check_iterated(out)  # before anything is downloaded
+    folder = ranks.folder_of(model, revision, compute.team)
+    options = Planning((criterion,), (share,), targets=targets, model=folder)
+    if targets:
+        check_options(folder, options)
+    made = pipeline.iterate_to(folder, text, compute, method, out, restart=restart)
+    for line in (*remarks(made), *slower_with(made, None, options)):
         say(line)
     document = {"out": str(out), "digest": made.digest, **made.provenance}
     result(document, lambda: show_plans({method.criterion: made}, {method.criterion: out}))

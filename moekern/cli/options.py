@@ -88,6 +88,23 @@ def check_targets(given: list[str] | None) -> list[str] | None:
     return given
 
 
+def check_data(given: list[str] | None) -> list[str] | None:
+    """Raise InputError for text that is not there."""
+    if given:
+        from moekern.data.mixes import domains_of
+
+        domains_of(given)
+    return given
+
+
+def check_tokens(text: str) -> str:
+    """Raise InputError for what is no number of tokens."""
+    from moekern.data.mixes import parse_tokens
+
+    parse_tokens(text)
+    return text
+
+
 class Mix(str, Enum):
     code = "code"
     general = "general"
@@ -183,11 +200,15 @@ Data = Annotated[
         help="SOURCE, NAME=SOURCE or NAME=SOURCE:AMOUNT: a file of text or rows, a folder of them, or a hub data set "
         "such as org/name[subset](split). AMOUNT: 200k or 2M tokens, 4096 sequences, 0.5 or 50% of --tokens. "
         "Repeatable.",
+        callback=check_data,
     ),
 ]
 Preset = Annotated[Mix | None, typer.Option("--preset", help="A mix of hub data sets: code, general or reasoning.")]
 Tokens = Annotated[
-    str, typer.Option(help="Tokens of the domains that name no amount, evenly shared: 500000, 500k, 2M or all.")
+    str,
+    typer.Option(
+        help="Tokens of the domains that name no amount, evenly shared: 500000, 500k, 2M or all.", callback=check_tokens
+    ),
 ]
 Column = Annotated[
     list[str] | None,
@@ -236,6 +257,7 @@ BackendOption = Annotated[
     str | None,
     typer.Option(help=f"Kernels to use: {', '.join(BACKENDS)}; never another than the named one. Default: the best."),
 ]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, whatever a run that was stopped has left.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]
 MtpOption = Annotated[
     MtpMode | None,

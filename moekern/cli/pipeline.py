@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +14,13 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
-from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate, recipe_of
+from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
+from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
-from moekern.criteria import criterion_named
+from moekern.cli.earlier import earlier_statistics, left_whole
+from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
@@ -28,8 +30,9 @@ from moekern.files import (
     check_work,
     is_folder,
     is_plain,
-    recovered,
+    name_left,
     remove_left,
+    state_path,
     temporary_path,
     work_path,
     working,
@@ -39,12 +42,14 @@ from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.measurement.weights import weigh
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
+from moekern.model.journal import Resume, clean_up, removed
 from moekern.model.precision import precision
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
+from moekern.team import Part
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
 
@@ -75,13 +80,17 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
+    part: Part | None = None,
     stable: Stable | None = None,
+    restart: bool = False,
     told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
+    check_work(out)
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team, part)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     if stable is not None:
@@ -89,8 +98,9 @@ def calibrate_to(
     compute = told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     return measured(
-        checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, stable=stable, told=told
-    )
+        checkpoint, data, compute,
+        tiers=tiers, replay_tokens=replay_tokens, out=out, part=part, stable=stable, restart=restart, told=told,
+    )  # fmt: skip
 
 
 def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Compute:
@@ -103,17 +113,23 @@ def told_compute(compute: Compute, checkpoint: Checkpoint, layout: Layout) -> Co
 
 
 def _measured_until(
-    checkpoint: Checkpoint, data: TokenData, compute: Compute, stable: Stable, tiers: Collection[str], out: Path
+    checkpoint: Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    stable: Stable,
+    tiers: Collection[str],
+    out: Path,
+    restart: bool,
 ) -> Statistics:
     """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured."""
     with working(out) as side:
 
         def measure(part: TokenData, number: int) -> Statistics:
             path = side / f"part-{number}.safetensors"
-            found = earlier_statistics(path, checkpoint, part, compute, tiers)
+            found = earlier_statistics(path, checkpoint, part, compute, tiers, restart=restart)
             if found is None:
                 path.unlink(missing_ok=True)
-                found = measured(checkpoint, part, compute, tiers=tiers, out=path)
+                found = measured(checkpoint, part, compute, tiers=tiers, out=path, restart=restart)
             return found
 
         until_stable(data, stable, measure, console.say).save(out, new=True)
@@ -132,23 +148,32 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
+    part: Part | None = None,
     stable: Stable | None = None,
+    restart: bool = False,
     told: Told = lambda layer: None,
 ) -> Statistics:
-    """Calibrate, and say how it goes; or take what an earlier run has measured and could not give its name. The type
-    that is computed in is settled. With `stable`, as much of the text as it takes; `told` is as `calibrate` has it.
-    """
+    """Calibrate, and say how it goes; or go on where an earlier run was stopped, or take what it has measured and could
+    not give its name. The type that is computed in is settled. With `stable`, as much of the text as it takes; `told`
+    is as `calibrate` has it."""
     if stable is not None:
-        return _measured_until(checkpoint, data, compute, stable, tiers, out)
-    with recovered(out) as left:
-        whole = left is not None and _left_whole(left, checkpoint, data, compute, tiers)
-        if left and not whole:
-            left.unlink()
-    if whole:
+        return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
+    resume = Resume(state_path(out), restart, console.say)
+    if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):
+        removed(resume.folder)
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, progress=step, told=told
+            checkpoint,
+            data,
+            compute,
+            tiers=tiers,
+            replay_tokens=replay_tokens,
+            out=out,
+            resume=resume,
+            part=part,
+            progress=step,
+            told=told,
         )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
@@ -186,7 +211,13 @@ def verify_both(
 
 
 def evaluate_plans(
-    folder: Path, text: Text, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
+    folder: Path,
+    text: Text,
+    compute: Compute,
+    plans: Mapping[str, Plan],
+    what: str = "evaluating",
+    *,
+    restart: bool = False,
 ) -> Evaluation:
     """Held-out loss of the original and of plans applied on the fly."""
     if ORIGINAL in plans:
@@ -195,61 +226,24 @@ def evaluate_plans(
     checkpoint = open_checkpoint(folder)
     compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    return losses_of(checkpoint, data, compute, plans, what)
+    resume = Resume(compute.spill or Path(tempfile.gettempdir()), restart, console.say)
+    return losses_of(checkpoint, data, compute, plans, resume, what)
 
 
 def losses_of(
-    checkpoint: Checkpoint, data: TokenData, compute: Compute, plans: Mapping[str, Plan], what: str = "evaluating"
+    checkpoint: Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    plans: Mapping[str, Plan],
+    resume: Resume,
+    what: str = "evaluating",
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
     layout = find_layout(checkpoint)
     for name, plan in plans.items():
         console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
-        return evaluate(checkpoint, data, plans, compute, progress=step)
-
-
-def earlier_statistics(
-    path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]
-) -> Statistics | None:
-    """Statistics an earlier run left, if they measured the same tokens of the same model and config; else None."""
-    if not is_plain(path):
-        return None
-    found = Statistics.load(path)
-    if not _same(found, checkpoint, data, compute, tiers):
-        console.say(f"{path}: of another model, config or text, or measured otherwise: measured anew")
-        return None
-    console.say(f"using the statistics of an earlier run: {path}")
-    return found
-
-
-def _same(found: Statistics, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
-    """Whether statistics are what this calibration would measure, or more."""
-    runs = found.header["runs"]
-    backends = backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
-    return (
-        found.header["fingerprint"] == checkpoint.fingerprint
-        and len(runs) == 1
-        and runs[0].get("config") == checkpoint.config_sha256
-        and runs[0].get("dtype") == compute.dtype_name
-        and runs[0].get("data") == json.loads(json.dumps(recipe_of(data, compute, tiers)))
-        and set(tiers) <= {"routed", *found.tiers}
-        and backends.items() <= dict(runs[0].get("backend") or {}).items()
-    )
-
-
-def _left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
-    """Whether the unnamed file of a stopped calibration is whole, and of this one."""
-    try:
-        found = Statistics.load(left)
-    except InputError:  # its header is written last
-        return False
-    wanted = wanted_tiers(tiers, TIERS, "calibrate")
-    same = _same(found, checkpoint, data, compute, wanted) and set(found.tiers) == set(wanted) - {"routed"}
-    same = same and "replay" not in wanted  # nothing in the file says of how many tokens
-    if same:
-        console.say(f"using what an earlier run has measured: {left}")
-    return same
+        return evaluate(checkpoint, data, plans, compute, resume=resume, progress=step)
 
 
 def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
@@ -259,7 +253,11 @@ def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
     """
     for text in criteria:
         if criterion_named(text).family != "weight" and source.is_dir():
-            raise InputError(f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file")
+            alone = ", ".join(name for name, row in CRITERIA.items() if row.family == "weight")
+            raise InputError(
+                f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file; "
+                f"these need none: {alone}"
+            )
     if not source.is_dir():
         return Statistics.load(source)
     costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
@@ -270,6 +268,7 @@ def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
 def check_iterated(out: Path) -> None:
     """Raise InputError unless `iterate` can make the plan `out`."""
     check_work(out)
+    clean_up(out)
     if os.path.lexists(out) and is_folder(work_path(out)):
         with working(out) as side:
             if _made_from(side, out):  # by a run that was killed when it had saved the plan
@@ -277,8 +276,9 @@ def check_iterated(out: Path) -> None:
     check_new(out)
 
 
-def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path) -> Plan:
-    """Choose experts and save the plan. Rounds that are done stay in OUT.moekern/ until the last one is."""
+def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: Path, *, restart: bool = False) -> Plan:
+    """Choose experts and save the plan. Rounds that are done, and how far the next one is, stay in OUT.moekern/ until
+    the last one is."""
     check_iterated(out)
     backends_of(compute.device, compute.backend)
     measured = needs_text(method.criterion)
@@ -298,12 +298,14 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
             data,
             method,
             compute,
-            earlier=_left(side, method.rounds),
+            earlier=[] if restart else _left(side, method.rounds),
             finished=lambda done: done.save(_round(side, len(done.provenance["earlier_rounds"]) + 1)),
+            resume=Resume(state_path(out), restart, console.say),
             progress=step,
         )
         check_plan(plan, layout, checkpoint.fingerprint)
         plan.save(out, new=True)
+        removed(state_path(out))
         _remove_rounds(side)
     return plan
 

@@ -118,7 +118,7 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=checkpoint,
+        model=checkpoint or (statistics if statistics.is_dir() else None),
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
     if statistics.is_dir():
@@ -128,7 +128,7 @@ def plan(
     paths = destinations(out, list(plans))
     save_plans(plans, paths)
     if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
-        say(f"--model {checkpoint.name}: {TWIN}")
+        say(f"--model {checkpoint.name}: the statistics were {TWIN}")
     for name, made in plans.items():
         for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
@@ -137,14 +137,26 @@ def plan(
     result(document, lambda: show_plans(plans, paths))
 
 
-def slower_with(plan: Plan, header: Mapping[str, Any], options: Planning) -> list[str]:
-    """What the targets do slower, or not at all, with a plan's counts."""
+def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning) -> list[str]:
+    """What the targets do slower, or not at all, with a plan's counts: by the model of `options`, else by the header of
+    statistics."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
+    from moekern.plan.served import served_as
     from moekern.plan.serving import slower
     from moekern.plan.targets import Served
     from moekern.statistics.header import router_of
 
     counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
-    return slower(counts, Served(header["family"], header["score"], router_of(header)), options.targets)
+    if not options.targets:
+        return []
+    if options.model is not None:
+        checkpoint = open_checkpoint(options.model) if isinstance(options.model, Path) else options.model
+        served = served_as(find_layout(checkpoint), checkpoint.config)
+    else:
+        assert header is not None
+        served = Served(header["family"], header["score"], router_of(header))
+    return slower(counts, served, options.targets)
 
 
 def budget_of(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
@@ -187,13 +199,15 @@ def check_options(model: Path | Checkpoint, options: Planning) -> None:
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.plan.served import served_as
-    from moekern.plan.several import check_planning
+    from moekern.plan.several import check_planning, fitted_count
     from moekern.plan.targets import check_counts
     from moekern.router import kept_count
 
     check_planning(options)
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = find_layout(checkpoint)
+    if options.fit is not None:
+        fitted_count(checkpoint, layout, options, options.fit)
     served = served_as(layout, checkpoint.config)
     plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
     for keep in options.keeps if plain else ():
@@ -247,11 +261,25 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
         room = max(24, console.columns() - 20)
         rows.append((key, len(layer.keep), keep if len(keep) <= room else keep[: room - 3] + "..."))
     provenance = plan.provenance
-    title = f"{paths[name]}: {provenance['criterion']}, {_kept(plan)} of {provenance['num_experts']} experts"
+    title = (
+        f"{paths[name]}: {with_tiers(provenance['criterion'])}, {_kept(plan)} of {provenance['num_experts']} experts"
+    )
     show(title, ("layer", "kept", "experts"), rows)
     console.hint(fit_line(plan))
     if isinstance(provenance["kept"], dict):
         say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+
+
+def with_tiers(criterion: str) -> str:
+    """A criterion, and which tiers of statistics it reads, where its name tells that."""
+    from moekern.criteria import criterion_named
+
+    try:
+        found = criterion_named(criterion)
+    except InputError:  # a function of a user's file
+        return criterion
+    names = found.tiers if found.family == "weight" else ("routed", *found.tiers)
+    return f"{criterion} (tier{'s' if len(names) > 1 else ''} {', '.join(names)})"
 
 
 def fit_line(plan: Plan) -> str | None:

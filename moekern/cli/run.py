@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import hint, say
 from moekern.cli.options import (
     RESERVE,
@@ -36,6 +37,7 @@ from moekern.cli.options import (
     Preset,
     ProtectSuper,
     Reserve,
+    Restart,
     Revision,
     Seed,
     SequenceLength,
@@ -51,7 +53,6 @@ from moekern.cli.options import (
     UntilStable,
     UnusedBatchSize,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
@@ -66,7 +67,6 @@ from moekern.router import parse_keep
 
 if TYPE_CHECKING:
     from moekern.cli.whole_run import Run
-    from moekern.plan.several import Planning
 
 
 def run(
@@ -115,11 +115,13 @@ def run(
         bool,
         typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
     ] = True,
+    restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
+    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/, and after a kill the same command
+    goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
 
     from moekern.cli import whole_run
@@ -138,7 +140,7 @@ def run(
     )  # fmt: skip
     asked = whole_run.Asked(
         planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        until_stable=until_stable,
+        until_stable=until_stable, restart=restart,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
@@ -153,8 +155,9 @@ def run(
         spill=spill or standing(out.parent),
         trust_remote_code=trust_remote_code,
     )
-    done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
-    _say_remarks(done, asked.planning)
+    compute = ranks.together(compute)
+    done = whole_run.run_stages(ranks.folder_of(model, revision, compute.team), text, compute, out, asked)
+    _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))
     if not done.good:
         raise typer.Exit(1)
@@ -170,9 +173,9 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
-def _say_remarks(done: Run, planning: Planning) -> None:
+def _say_remarks(done: Run) -> None:
     """What has to be known of the text and the plans, for programs too."""
-    from moekern.cli.plan import fit_line, slower_with
+    from moekern.cli.plan import fit_line
     from moekern.plan.agreement import doubt
     from moekern.plan.document import Plan
     from moekern.plan.provenance import remarks
@@ -183,8 +186,7 @@ def _say_remarks(done: Run, planning: Planning) -> None:
     for made in done.results:
         plan = Plan.load(made.plan)
         hint(fit_line(plan))
-        told = (*remarks(plan), *filter(None, [doubt(statistics, plan)]))
-        for line in (*told, *slower_with(plan, statistics.header, planning)):
+        for line in (*remarks(plan), *filter(None, [doubt(statistics, plan)])):
             say(line if len(done.results) == 1 else f"{made.pruned.out}: {line}")
     hint(too_thin(done.coverage))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from moekern.cli import console
 from moekern.cli.console import show
 from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, check_statistics, result
+from moekern.cli.plan import with_tiers
 from moekern.criteria.table import DEFAULT
 
 
@@ -36,4 +37,4 @@ def show_scores(criterion: str, layers: Mapping[str, Sequence[float]]) -> None:
         ends = max(2, min(8, (console.columns() - 16) // 22))  # a score takes up to 11 columns
         short = listed if len(listed) <= 2 * ends else [*listed[:ends], "...", *listed[-ends:]]
         rows.append((key, " ".join(short)))
-    show(f"{criterion}, best first (expert:score)", ("layer", "experts"), rows)
+    show(f"{with_tiers(criterion)}, best first (expert:score)", ("layer", "experts"), rows)

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
-from moekern.cli.plan import check_options
+from moekern.cli.earlier import earlier_statistics
+from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
 from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
+from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.held_out import LEAST, held_back
-from moekern.evaluation.losses import ORIGINAL, Evaluation, Loss, losses_document, mean_loss
+from moekern.evaluation.losses import ORIGINAL, STATE, Evaluation, Loss, losses_document, mean_loss
 from moekern.files import (
     check_name,
     check_new,
@@ -35,9 +38,10 @@ from moekern.files import (
 )
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
+from moekern.model.journal import Resume, removed
 from moekern.plan.document import Mtp, Plan
-from moekern.plan.served import check_folder
-from moekern.plan.serving import serve_commands
+from moekern.plan.served import check_folder, served_as
+from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
@@ -60,6 +64,7 @@ class Asked:
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
     until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
+    restart: bool = False  # whatever a stopped run has left, text is measured anew
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -129,7 +134,9 @@ def has_run(target: Path, out: Path) -> bool:
 def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Asked) -> Run:
     """Calibrate, plan, evaluate, prune, verify. What an earlier run with the same model and data left is used again."""
     tiers = asked.wanted
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
@@ -138,9 +145,16 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
+    keeps = planning.keeps
+    if planning.fit is not None:
+        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    _check_room(checkpoint, layout, keeps, targets, made)
     stable = _stable(checkpoint, layout, asked)
-    _check_room(checkpoint, layout, planning, targets, made)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    if planning.budget.kind == "uniform":  # else counts are known with the plans
+        for target, keep in zip(targets, keeps, strict=True):
+            counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
+            _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data = data if stable is None else stable.asked(data)
@@ -151,17 +165,26 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             is_plain(temporary_path(path))
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
-        statistics = pipeline.earlier_statistics(statistics_path, checkpoint, data, compute, tiers)
-        if statistics is None and any(made):
-            check_new(targets[made.index(True)], folder=True)
+        try:
+            statistics = earlier_statistics(statistics_path, checkpoint, data, compute, tiers, restart=asked.restart)
+        except InputError:
+            _check_made(targets, made)  # which is the matter then
+            raise
         if statistics is None:
-            statistics_path.unlink(missing_ok=True)  # of other text, or otherwise measured
-            statistics = pipeline.measured(checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable)
+            _check_made(targets, made)
+            statistics_path.unlink(missing_ok=True)  # it is measured anew
+            statistics = pipeline.measured(
+                checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable, restart=asked.restart
+            )
         plans = list(make_plans(statistics, planning).values())
+        for plan, target in zip(plans, targets, strict=True):
+            if planning.budget.kind != "uniform":
+                _say_of(target, slower_with(plan, statistics.header, planning), len(targets) > 1)
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
                 plan.save(path)
-        quality = _quality(checkpoint, held, compute, dict(zip(map(str, targets), plans, strict=True)), out)
+        named = dict(zip(map(str, targets), plans, strict=True))
+        quality = _quality(checkpoint, held, compute, named, out, asked.restart)
         reports = [
             prune_to(checkpoint, plan, target, mtp=asked.mtp, copy=asked.copy, again=done)
             for plan, target, done in zip(plans, targets, made, strict=True)
@@ -205,18 +228,27 @@ def too_few(tokens: int, layout: Layout) -> str | None:
     )
 
 
+def _check_made(targets: Sequence[Path], made: Sequence[bool]) -> None:
+    """Raise InputError for a target that is there, though what it would be made from is not."""
+    if any(made):
+        check_new(targets[made.index(True)], folder=True)
+
+
 def _plan_path(out: Path, target: Path) -> Path:
     """The plan of a target in the work folder: plan.json, or plan-0.5.json."""
     return work_path(out) / f"plan{target.name.removeprefix(out.name)}.json"
 
 
+def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
+    """What is to be said of a plan, with the folder that it is for where there are several."""
+    for line in lines:
+        console.say(f"{target}: {line}" if several else line)
+
+
 def _check_room(
-    checkpoint: Checkpoint, layout: Layout, planning: Planning, targets: Sequence[Path], made: Sequence[bool]
+    checkpoint: Checkpoint, layout: Layout, keeps: Sequence[float | int], targets: Sequence[Path], made: Sequence[bool]
 ) -> None:
     """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
-    keeps = planning.keeps
-    if planning.fit is not None:
-        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
     missing = [(target, keep) for target, keep, done in zip(targets, keeps, made, strict=True) if not done]
     room, found = 0, overview(checkpoint)
     for target, keep in missing:
@@ -229,7 +261,12 @@ def _check_room(
 
 
 def _quality(
-    checkpoint: Checkpoint, held: TokenData, compute: Compute, plans: Mapping[str, Plan], out: Path
+    checkpoint: Checkpoint,
+    held: TokenData,
+    compute: Compute,
+    plans: Mapping[str, Plan],
+    out: Path,
+    restart: bool,
 ) -> Evaluation | None:
     """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
     if not held.batches:
@@ -248,9 +285,12 @@ def _quality(
     if earlier.get("made_from") == made_from:
         rows = earlier["losses"]  # original, and plans by their digests
     if not {ORIGINAL, *digests.values()} <= rows.keys():
-        found = pipeline.losses_of(checkpoint, held, compute, plans, "evaluating held-out text")
+        resume = Resume(work_path(out), restart, console.say)
+        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, "evaluating held-out text")
         rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
         write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+        for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
+            removed(left)
     names = {ORIGINAL: ORIGINAL, **digests}
     return {name: {d: Loss(**loss) for d, loss in rows[key].items()} for name, key in names.items()}
 

@@ -1,4 +1,7 @@
-"""Which text, as a person writes it: NAME=SOURCE:AMOUNT, mixes of data sets, and mixes that have names."""
+"""Which text, as a person writes it: NAME=SOURCE:AMOUNT, mixes of data sets, and mixes that have names.
+
+It needs no torch: what is wrong with --data is known before that is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moekern.data.batches import DEFAULT_DOMAIN
 from moekern.data.readers import COMPRESSED, FORMATS, plain_suffix
 from moekern.errors import InputError
 
+DEFAULT_DOMAIN = "text"
 # Data sets of the hub with about equal shares of --tokens. code: the six that published REAP models were calibrated on.
 PRESETS = {
     "code": (

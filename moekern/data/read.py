@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError
 
 THINKING = ("on", "off", "row")
+TELL_EVERY = 10.0  # seconds of reading
 
 
 def read_data(
@@ -116,7 +118,7 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
     """The sequences of a domain. Says what was left out, and of how much text they are."""
     domain, length, budget = reading.domain, reading.sequence_length, reading.budget
     documents = documents_of(reading, left, notes)
-    parts = list(token_documents(documents, reading, tokenizer, left, notes))
+    parts = list(_told(token_documents(documents, reading, tokenizer, left, notes), reading, notes))
     total = sum(map(len, parts))
     generator = np.random.default_rng(reading.seed)
     if reading.pack:
@@ -134,6 +136,18 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
     if told:
         notes.say(f"{domain.name}: {told}")
     return sequences
+
+
+def _told(parts: Iterator[np.ndarray], reading: Reading, notes: Notes) -> Iterator[np.ndarray]:
+    """The same; every few seconds it is told how many tokens there are. This is no note of the text."""
+    last, total = time.monotonic(), 0
+    for ids in parts:
+        total += len(ids)
+        if notes.tell is not None and time.monotonic() - last >= TELL_EVERY:
+            last = time.monotonic()
+            most = f", of which {reading.budget:,} are used" if reading.budget and total > reading.budget else ""
+            notes.tell(f"{reading.domain.name}: reading text: {total:,} tokens{most}")
+        yield ids
 
 
 def _how_much(reading: Reading, documents: Documents, used: int, total: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekern.architectures import find_layout
+from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import Batch, TokenData, dealt
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
+from moekern.model.journal import Resume, Stage, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.version import versions
 
 ORIGINAL = "original"
+STATE = "moekern-evaluate-"  # and a digest: the folder of a run that is not done
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Task:
     number: int  # of the plan, the original first
     plan: Plan | None
     batch: Batch
+    place: int  # of the batch
 
 
 def evaluate(
@@ -59,13 +65,17 @@ def evaluate(
     plans: Mapping[str, Plan],
     compute: Compute = Compute(),
     *,
+    resume: Resume | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
     that the plan makes.
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
-    predictions of one batch. Raises InputError for a plan that does not fit the model, and for data without batches.
+    predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
+    of its own for each model, text, plans and options. Several processes (`compute.team`) share the batches, and rank 0
+    has the losses: the same bits. Raises InputError for a plan that does not fit the model, and for data without
+    batches.
     """
     check_type("plans", plans, Mapping)
     check_type("compute", compute, Compute)
@@ -81,17 +91,52 @@ def evaluate(
     for plan in plans.values():
         check_plan(plan, layout, checkpoint)
     tasks = [  # of each batch the original first: the others are held against it
-        Task(name, number, plan, batch)
-        for batch in data.batches
+        Task(name, number, plan, batch, place)
+        for place, batch in enumerate(data.batches)
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
-    with open_layerwise(checkpoint, layout, settled(compute, checkpoint, layout)) as layerwise:
-        sums = _Compare(layerwise, tasks, progress).run()
+    compute = settled(compute, checkpoint, layout)
+    team = compute.team
+    team.together(evaluate, checkpoint.folder, data, plans, compute)
+    team.check_alike(facts_of(checkpoint, compute))
+    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
+    own = [task for task in tasks if owners[task.place] == team.rank]
+    key = _key(checkpoint, data, plans, compute)
+    if team.size > 1:
+        resume = None
+    if resume is not None:
+        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
+    with (
+        opened(resume, key, ("evaluating",)) as journal,
+        open_layerwise(checkpoint, layout, compute, team) as layerwise,
+    ):
+        found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
+    whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
+    sums: dict[tuple[str, str], Tensor] = {}
+    for task in tasks if team.first else ():  # in this order whatever ranks there are
+        place, one = (task.name, task.batch.domain), whole[task.place, task.number]
+        sums[place] = sums[place] + one if place in sums else one
+    if journal is not None:
+        removed(journal.folder)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
         table[name][domain] = Loss(nll / count, kl / count, top1 / count, int(count))
     return table
+
+
+def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], compute: Compute) -> dict[str, Any]:
+    """All that decides the bits of losses, in words for people."""
+    return {
+        "model": checkpoint.fingerprint,
+        "config.json": checkpoint.config_sha256,
+        "text": text_key(data),
+        "plans": [(name, plan.digest) for name, plan in plans.items()],
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 class _Compare(Pass[Task]):
@@ -106,14 +151,23 @@ class _Compare(Pass[Task]):
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[str, str], Tensor] = {}  # plan, domain -> as _compared gives them
+        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as _compared gives them
 
-    def run(self) -> dict[tuple[str, str], Tensor]:
-        """The whole pass; (plan, domain) -> sums over tokens."""
+    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
+        """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its tokens."""
         self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
         with self.applied:
-            self.layerwise.run(self.tasks, self)
+            self.layerwise.run(self.tasks, self, stage)
         return self.sums
+
+    def kept(self) -> Any:
+        return [(place, number, total.tolist()) for (place, number), total in self.sums.items()]
+
+    def restored(self, layer: int, kept: Any) -> None:
+        self.sums = {
+            (place, number): torch.tensor([float(x) for x in total], dtype=torch.float64)
+            for place, number, total in kept
+        }
 
     def started(self) -> None:
         self.sums.clear()
@@ -131,8 +185,7 @@ class _Compare(Pass[Task]):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
             raise NotFinite(len(self.layerwise.layers))
-        key = task.name, task.batch.domain
-        self.sums[key] = self.sums[key] + found if key in self.sums else found
+        self.sums[task.place, task.number] = found
 
     @contextmanager
     def entering(self, task: Task, layer: int) -> Iterator[None]:

@@ -21,6 +21,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.architectures.twins import router_numbers
 from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
+from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.criteria.named import plug_ins
@@ -31,7 +32,9 @@ from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of
 from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
+from moekern.model.journal import Resume, Stage, opened
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.choose import choose_top
@@ -82,13 +85,15 @@ def iterate(
     *,
     earlier: Sequence[Plan] = (),
     finished: Callable[[Plan], object] = lambda plan: None,
+    resume: Resume | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Plan:
     """The plan of the last round. Without re-estimation and with one round: that of `calibrate` and `make_plan`.
 
     Each round is one pass over the weights, at the memory of `calibrate`; with re-estimation a MoE layer computes each
     batch twice. `finished` is called with the plan of each round before the last; `earlier` are such plans of a run
-    that was stopped: those that are of this run are not made again. A criterion on weights alone takes no `data`.
+    that was stopped: those that are of this run are not made again, and with `resume` the round that it was in goes
+    on. A criterion on weights alone takes no `data`.
 
     Raises InputError for what calibrate and make_plan refuse, for rounds that would drop nothing, for layers of
     different sizes with a share to keep, for criteria that need more than a pass measures, and for missing data.
@@ -97,13 +102,19 @@ def iterate(
     layout = find_layout(checkpoint)
     compute = compute if data is None else settled(compute, checkpoint, layout)
     job = _job(checkpoint, layout, data, method, compute, progress)
+    if data is not None:
+        compute.team.together(iterate, checkpoint.folder, data, method, compute, earlier=earlier)
+        compute.team.check_alike(facts_of(checkpoint, compute))
     keeps = _taken_over(job, earlier)
-    while True:
-        plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps)
-        if len(keeps) + 1 == method.rounds:
-            return plan
-        finished(plan)
-        keeps.append({key: layer.keep for key, layer in plan.layers.items()})
+    rounds = [f"round {number}" for number in range(1, method.rounds + 1)]
+    with opened(None if data is None else resume, {} if data is None else _key(job, data, compute), rounds) as journal:
+        while True:
+            stage = None if journal is None else journal.stage(rounds[len(keeps)])
+            plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps, stage)
+            if len(keeps) + 1 == method.rounds:
+                return plan
+            finished(plan)
+            keeps.append({key: layer.keep for key, layer in plan.layers.items()})
 
 
 def needs_text(criterion: str) -> bool:
@@ -179,6 +190,23 @@ def _job(
     return Iteration(checkpoint, layout, method, chosen, counts, provenance, measuring, compute.backend, progress)
 
 
+def _key(job: Iteration, data: TokenData, compute: Compute) -> dict[str, Any]:
+    """All that decides the bits of the plan, in words for people."""
+    method, made = job.method, job.measuring
+    return {
+        "model": job.checkpoint.fingerprint,
+        "config.json": made["config"],
+        "text": {**text_key(data.by_chunk()), "recipe": made["data"]},
+        **{f"--{name}": getattr(method, name) for name in ("criterion", "keep", "rounds", "reestimate", "seed")},
+        "--domain": job.provenance.domains,
+        "plug-ins": made.get("plug_ins"),
+        "--dtype": made["dtype"],
+        "--device": compute.place.type,
+        "kernels": made["backend"],
+        "versions": versions(),
+    }
+
+
 def _plan(job: Iteration, layers: Mapping[str, LayerPlan], keeps: Sequence[Keeps]) -> Plan:
     """The plan of a round, which names what stayed after the rounds before it."""
     chosen = {key: layers[key] for key in job.layout.layers}
@@ -214,7 +242,9 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
     return _plan(job, layers, keeps)
 
 
-def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps]) -> Plan:
+def _streamed_round(
+    job: Iteration, data: TokenData, compute: Compute, keeps: Sequence[Keeps], stage: Stage | None
+) -> Plan:
     model = Source.of(job.checkpoint, job.layout)
     backends = backends_of(compute.device, compute.backend)
 
@@ -228,11 +258,11 @@ def _streamed_round(job: Iteration, data: TokenData, compute: Compute, keeps: Se
         # The scores of survivors would be one for each of them, not of the original experts.
         return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
 
-    with open_layerwise(job.checkpoint, job.layout, compute) as layerwise:
+    with open_layerwise(job.checkpoint, job.layout, compute, compute.team) as layerwise:
         total = max(layerwise.moe_keys) + 1
         step = Steps(job.progress, job.method.rounds * total, len(keeps) * total)
         measured = _Round(job, layerwise, data, choose, keeps[-1] if keeps else {}, step)
-        measured.run()
+        measured.run(stage)
     return _plan(job, measured.plans, keeps)
 
 
@@ -255,6 +285,18 @@ class _Round(MeasuringPass):
         self.pruner.held.clear()
         self.plans.clear()
 
+    def kept(self) -> dict[str, Any]:
+        return {**super().kept(), "plans": {key: (plan.keep, plan.scores) for key, plan in self.plans.items()}}
+
+    def restored(self, layer: int, kept: Any) -> None:
+        super().restored(layer, kept)
+        self.plans = {
+            key: LayerPlan(tuple(keep), None if scores is None else tuple(scores))
+            for key, (keep, scores) in kept["plans"].items()
+        }
+        if list(self.plans) != [key for i, key in self.keys.items() if i < layer]:
+            raise ValueError("plans of other layers")
+
     def loaded(self, layer: int) -> None:
         key = self.keys.get(layer)
         if key is not None and key in self.keeps:
@@ -263,8 +305,7 @@ class _Round(MeasuringPass):
 
     def between(self, layer: int) -> None:
         key = self.keys[layer]
-        self.finished(key, self.taken(layer))
-        self.open.close()
+        self.conclude(layer)
         self.pruner.prune(key, self.plans[key].keep)
         # Watched the second time too, so that the experts are computed alike; what they add up is thrown away.
         self.watch(layer, self._recorder(self.layerwise, ()))
@@ -273,9 +314,13 @@ class _Round(MeasuringPass):
         return self.pruner.held.get(self.keys.get(layer, ""))
 
     def finished(self, key: str, sums: Sums) -> None:
-        if key not in self.plans:
-            held = self.keeps.get(key, tuple(range(self.layerwise.layout.layers[key].num_experts)))
-            self.plans[key] = self.choose(key, sums, held)
+        held = self.keeps.get(key, tuple(range(self.layerwise.layout.layers[key].num_experts)))
+        self.plans[key] = self.choose(key, sums, held)
+
+    def settled(self, key: str) -> None:
+        plan = self.team.broadcast(self.plans.get(key))
+        assert plan is not None
+        self.plans[key] = plan
 
     def _recorder(self, layerwise: LayerwiseModel, tiers: Sequence[str]) -> Recorder:
         words = -(-layerwise.vocab_size // 64)

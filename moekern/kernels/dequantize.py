@@ -23,9 +23,12 @@ def dequantize(weight: Quantised, dtype: torch.dtype = torch.bfloat16, *, backen
     if dtype not in FLOATS:
         raise ValueError(f"[{op}] dtype: expected {' or '.join(map(short, FLOATS))}, got {short(dtype)}")
     name = backend_for(op, weight.codes.device.type, backend)
-    dense: Tensor = implementation(name, "dequantize")(weight, dtype)
-    if weight.transposed:  # one expert at a time: torch copies a transposed matrix in blocks, but not a stack of them
-        stack, dense = dense, dense.new_empty(len(dense), weight.columns, weight.rows)
-        for to, matrix in zip(dense, stack, strict=True):
-            to.copy_(matrix.T)
+    if not weight.transposed:
+        dense: Tensor = implementation(name, "dequantize")(weight, dtype)
+        return dense if weight.stacked else dense[0]
+    # The result lies below what it is made from, which then leaves no hole in the heap.
+    dense = torch.empty(len(weight.codes), weight.columns, weight.rows, dtype=dtype, device=weight.codes.device)
+    # One expert at a time: torch copies a transposed matrix in blocks, but not a stack of them.
+    for to, matrix in zip(dense, implementation(name, "dequantize")(weight, dtype), strict=True):
+        to.copy_(matrix.T)
     return dense if weight.stacked else dense[0]

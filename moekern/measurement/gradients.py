@@ -26,10 +26,12 @@ from moekern.model.backward import Backward
 from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
+from moekern.model.journal import Journal
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
+STAGES = ("gradients, forward", "gradients, backward")
 COLUMNS = 1 << 22  # numbers of all experts' G that are looked at together
 
 
@@ -40,10 +42,13 @@ def measure_gradients(
     *,
     in_memory: int = IN_MEMORY,
     step: Callable[[], None] = lambda: None,
+    journal: Journal | None = None,
+    kept: Callable[[], Any] = lambda: None,
 ) -> None:
     """`add(layer key, domain, fields)` the gradient tier of every layer. `step()` after every layer, forward and back.
 
-    A chunk of sequences is computed at a time, whatever the batches.
+    A chunk of sequences is computed at a time, whatever the batches. With a `journal` it goes on where a stopped run
+    was; `kept` is what must be known beside this pass.
 
     Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H
     numbers of the model's dtype, in memory or in a file beyond the budget. Resident: one layer, its experts' gradients
@@ -68,9 +73,11 @@ def measure_gradients(
         decorated = [m for m in model.modules() if is_experts_module(m)]
         stack.enter_context(experts_implementation(decorated, "eager"))
         states = stack.enter_context(layerwise.states())
-        back = Backward(layerwise, min(layerwise.moe_keys), states, data.batches, loss)
-        back.forward(lambda i: step())
-        for i in back.layers():
+        back = Backward(layerwise, min(layerwise.moe_keys), states, data.batches, loss, kept)
+        forward, backward = (None if journal is None else journal.stage(name) for name in STAGES)
+        if forward is None or not forward.passed:
+            back.forward(lambda i: step(), forward)
+        for i in back.layers(backward):
             key = layerwise.moe_keys.get(i)
             if key is None:
                 for number in range(len(data.batches)):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moekern.errors import InputError
 from moekern.model.finite import NotFinite, all_finite
+from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.states import State, States
 from moekern.model.stepwise import Stepwise, Tangled
@@ -35,22 +36,31 @@ class Backward(Generic[Task]):
     store: States  # by (what it is, layer or -1, task)
     tasks: Sequence[Task]
     loss: Callable[[Task], Tensor]
+    kept: Callable[[], Any] = lambda: None  # what another process must know that goes on with this
     steps: Stepwise = field(init=False)
 
-    def forward(self, progress: Callable[[int], None]) -> None:
+    def forward(self, progress: Callable[[int], None], stage: Stage | None = None) -> None:
         """Keep the layers' inputs, and the gradient of the loss by the last layer's output."""
         run = _Forward(self, progress)
         with run.hooked():
             try:
-                self.layerwise.run_stepwise(list(enumerate(self.tasks)), run, self.store)
+                self.layerwise.run_stepwise(list(enumerate(self.tasks)), run, self.store, stage)
             except Tangled as found:
                 raise self.refusal(found.layer) from None
 
-    def layers(self) -> Iterator[int]:
-        """Decoder layers from the last one to the first that is wanted, each with its weights in memory."""
-        run = _Alone(self)
+    def layers(self, stage: Stage | None = None) -> Iterator[int]:
+        """Decoder layers from the last one to the first that is wanted, each with its weights in memory; with a `stage`
+        from the one that a stopped run was in."""
+        run, order = _Alone(self), range(len(self.layerwise.layers) - 1, self.first - 1, -1)
+        done = 0
+        if stage is not None and stage.left is not None:
+            self.layerwise.take_over(stage, self.store, len(order))
+            done = stage.left.layer
         with self.layerwise.stepwise(run, self.store) as self.steps:
-            yield from self.layerwise.visit(range(len(self.layerwise.layers) - 1, self.first - 1, -1))
+            for i in self.layerwise.visit(order[done:]):
+                yield i
+                if stage is not None:
+                    stage.save(order[0] - i + 1, len(order), self.store, self.kept, self.layerwise.returns)
 
     def through(self, i: int, task: int, wanted: Callable[[], Sequence[Tensor]]) -> list[Tensor | None]:
         """One task's way back through layer i: gradients of `wanted()`, asked for when the layer has run.
@@ -121,7 +131,10 @@ class _Forward(Pass[tuple[int, Task]]):
         if layer >= self.back.first:
             if any(value.is_floating_point() for value in state.beside.values()):
                 raise Tangled(layer)
-            self.back.store.put(("input", layer, task[0]), state)
+            self.back.store.put(("input", layer, task[0]), state, lasting=True)
+
+    def kept(self) -> Any:
+        return self.back.kept()
 
     def done(self, layer: int) -> None:
         self.progress(layer)

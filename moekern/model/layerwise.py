@@ -21,11 +21,13 @@ from moekern.data.batches import Batch
 from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
 from moekern.files import sized
 from moekern.model.apart import Filled, RowsApart
-from moekern.model.budget import budget_of
+from moekern.model.budget import budget_of, least
 from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
+from moekern.model.journal import ANEW, Stage, undamaged
 from moekern.model.memory import drop, return_freed_memory, weights_apart
+from moekern.model.position import Position
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.spent import Spent
 from moekern.model.states import States
@@ -33,6 +35,7 @@ from moekern.model.stepwise import Beside, Stepwise, Tangled
 from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
+from moekern.team import ALONE, Team
 
 Task = TypeVar("Task")
 LOG = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class LayerwiseModel:
     groups: ExpertGroups
     takes: Takes  # memory, and what of it is left
     spill: Path | None  # where they go beyond it
+    team: Team = ALONE  # the processes that take this pass, each with tasks of its own
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
     spent: Spent = field(default_factory=Spent)
     notes: list[str] = field(default_factory=list)  # said once the first layer is there
@@ -94,30 +98,34 @@ class LayerwiseModel:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"{self.checkpoint.folder / CONFIG}: its model cannot compute: {reason}") from error
 
-    def run(self, tasks: Sequence[Task], run: Pass[Task]) -> None:
+    def run(self, tasks: Sequence[Task], run: Pass[Task], stage: Stage | None = None) -> None:
         """Take all tasks through the model in one pass over its weights; see `walk`.
 
         Hidden states alone wait between layers, or, in a model whose layers hand on more, whole forward passes; where
-        this is found on the way, the pass begins again. Raises InputError for numbers that are not finite, naming the
-        first layer where they are not and why.
+        this is found on the way, the pass begins again. With a `stage` it goes on where a stopped run was, and how far
+        it is is written down; whole forward passes cannot be. Raises InputError for numbers that are not finite, naming
+        the first layer where they are not and why.
         """
         kind = type(self.model)
-        if kind not in _TANGLED:
+        if kind not in _TANGLED or (stage is not None and stage.left is not None):
             try:
                 with self.states() as states:
-                    self.run_stepwise(tasks, run, states)
+                    self.run_stepwise(tasks, run, states, stage)
+                    return
             except Tangled as found:
                 _TANGLED.add(kind)
                 warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
-        if kind in _TANGLED:
-            if self.groups.cuts:
-                why = "layers that hand on more than hidden states are not run in groups of experts"
-                raise self.takes.refusal(why)
-            self._walk(tasks, run, Suspended(list(self.layers), run, self.device))
+        if self.groups.cuts:
+            why = "layers that hand on more than hidden states are not run in groups of experts"
+            raise self.takes.refusal(why)
+        if stage is not None:
+            stage.journal.tell("of whole forward passes nothing is written down: a pass that is stopped begins anew")
+        self._walk(tasks, run, Suspended(list(self.layers), run, self.device), stage)
 
-    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States) -> None:
+    def run_stepwise(self, tasks: Sequence[Task], run: Pass[Task], states: States, stage: Stage | None = None) -> None:
         """The same with nothing kept but what layers are given. Raises Tangled where that is not enough."""
-        self._walk(tasks, run, self.stepwise(run, states))
+        left = None if stage is None else stage.left
+        self._walk(tasks, run, self.stepwise(run, states), stage, states, left)
 
     def stepwise(self, run: Pass[Any], states: States) -> Stepwise:
         """A way through the layers that keeps hidden states and nothing else."""
@@ -129,9 +137,13 @@ class LayerwiseModel:
             then = (i + 1 if i < last else None) if final else self.groups.numbers[i, 0]
             kept = States(max(0, self.takes.room - states.size), self.spill)
             rows = RowsApart(self.groups.cuts[i], kept, self.device)
-            return rows, lambda wanted: self.groups.filled(i, wanted, self.reader, then)
+            return rows, lambda wanted: self.groups.filled(i, self._by_any(wanted), self.reader, then)
 
         return Stepwise(list(self.layers), run, states, self.device, self.returns, apart)
+
+    def _by_any(self, groups: Sequence[int]) -> list[int]:
+        """Groups of experts that some rank of the node wants: all of its ranks read them together."""
+        return sorted({group for each in self.team.every_on_node(list(groups)) for group in each})
 
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
@@ -171,23 +183,68 @@ class LayerwiseModel:
         """The last layer that a pass runs."""
         return len(self.layers) - 1 if run.stop_after is None else run.stop_after
 
-    def _walk(self, tasks: Sequence[Task], run: Pass[Task], way: Way[Task]) -> None:
+    def _walk(
+        self,
+        tasks: Sequence[Task],
+        run: Pass[Task],
+        way: Way[Task],
+        stage: Stage | None = None,
+        states: States | None = None,
+        left: Position | None = None,
+    ) -> None:
         last = self._last(run)
-        self.reader.start(0)
+        first = 0 if left is None else left.layer
+
+        def load(i: int) -> None:
+            self._load(i, i + 1 if i < last else None)
+
+        def start() -> None:
+            if stage is None or left is None:
+                run.started()
+            else:
+                self.take_over(stage, states, last + 1)
+                with undamaged(stage.journal.folder):
+                    run.restored(first, left.kept)
+
+        def save(i: int) -> None:
+            if stage is not None:
+                stage.save(i + 1, last + 1, states, run.kept, self.returns)
+
+        if first <= last:
+            self.reader.start(first)
         try:
-            load = lambda i: self._load(i, i + 1 if i < last else None)  # noqa: E731
-            walk(list(self.layers), tasks, run, way, load=load, unload=self._unload)
+            walk(
+                list(self.layers), tasks, run, way,
+                load=load, unload=self._unload, first=first, start=start, save=save, met=self._meet,
+            )  # fmt: skip
         except NotFinite as found:
             raise self._refusal(found, run) from None
         except Tangled as found:
             logits = found.__cause__  # that are not finite may be so by the head's own weights
             if isinstance(logits, NotFinite) and blamed_outside(self.model, self.layers_name, head=True):
                 raise self._refusal(logits, run) from None
+            if not found.told:
+                self._meet(found.layer)
             raise
         finally:
             self.reader.cancel()
             for layer in self.layers:
                 drop(layer)
+
+    def take_over(self, stage: Stage, states: States | None, of: int) -> None:
+        """What a stopped run has left of a stage of `of` layers. Raises InputError where it is of another number."""
+        left = stage.left
+        if left is None or left.of != of:
+            raise InputError(f"{stage.journal.folder}: what a stopped run has left is of other layers; {ANEW}")
+        if states is not None:
+            stage.take_over(states)
+        self.returns.update(left.returns)
+
+    def _meet(self, tangled: int | None = None) -> None:
+        """All ranks have come through a layer; where one has found it `tangled`, all begin again."""
+        layers = [layer for layer in self.team.every(tangled) if layer is not None]
+        if layers and tangled is None:
+            raise Tangled(layers[0], told=True)
 
     def blamed(self, layer: int, held: Sequence[int] | None = None) -> str | None:
         """Which weight of a decoder layer that is loaded is not finite, in words; None where all are finite.
@@ -197,7 +254,7 @@ class LayerwiseModel:
         key, module = self.moe_keys.get(layer), self.layers[layer]
         every = range(self.layout.layers[key].num_experts) if key is not None else ()
         found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
-        cuts = self.groups.cuts.get(layer, ())
+        cuts = self.groups.cuts.get(layer, ()) if self.team.local_size == 1 else ()  # others would have to read too
         for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None) if found is None else ():
             found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
         return found
@@ -215,9 +272,10 @@ class LayerwiseModel:
 
     def visit(self, order: Sequence[int]) -> Iterator[int]:
         """Fill these decoder layers in this order, one at a time; each is dropped when the next one is asked for."""
-        self.reader.start(order[0])
+        if order:
+            self.reader.start(order[0])
         try:
-            for i, after in zip(order, (*order[1:], None), strict=True):
+            for i, after in zip(order, (*order[1:], None)[: len(order)], strict=True):
                 self._load(i, after)
                 yield i
                 self._unload(i)
@@ -261,10 +319,13 @@ def _outputs(experts: Sequence[int]) -> str:
 
 
 @contextmanager
-def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
-    """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
+def open_layerwise(
+    checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute(), team: Team = ALONE
+) -> Iterator[LayerwiseModel]:
+    """Build the skeleton of a checkpoint's model, for all ranks of `team` at once. Raises InputError when transformers
+    cannot build or fill it."""
     check_device(compute.device)
-    budget = budget_of(compute)
+    budget = least(team.every_on_node(budget_of(compute)))  # ranks of a node read the same groups of experts
     if layout.family.only_pruned:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} cannot be run: {layout.family.only_pruned}")
     loader = open_loader(
@@ -285,9 +346,11 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
     spent = Spent()
     groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, place, spent)
     takes = groups.divide(layer_keys, budget)
-    with LayerReader(checkpoint, groups.reading(layer_keys), place) as reader:
+    there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
+    spill = compute.spill if there else None
+    with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, compute.spill,
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team,
             spent=spent,
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
@@ -297,7 +360,13 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
-    model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    if model.team.local_size == 1:
+        model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    else:
+        with LayerReader(model.checkpoint, [keys], torch.device("cpu"), team=model.team) as once:
+            once.start(0)
+            model.loader.load(once.take(), model.device)
+            once.release(model.model)
     module: Any = model.model
     module.tie_weights()
     inside = model.layers_name + "."

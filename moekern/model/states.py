@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Any
@@ -61,9 +61,17 @@ class States:
         self.slots: dict[Hashable, _Slot] = {}
         self.size = self.end = 0  # bytes in memory and in the file
         self.file: int | None = None
+        self.there: dict[Hashable, bool] = {}  # what was put and not taken -> whether it never changes
+        self.saved: Mapping[Hashable, State] = {}  # what a stopped run has left, read when it is taken
 
-    def put(self, name: Hashable, state: State) -> None:
-        """Raises InputError where the file cannot take it."""
+    def take_over(self, saved: Mapping[Hashable, State], lasting: Collection[Hashable] = ()) -> None:
+        """As if all that a stopped run has left had been put; some of it is `lasting`."""
+        self.saved = saved
+        self.there |= {name: name in lasting for name in saved}
+
+    def put(self, name: Hashable, state: State, *, lasting: bool = False) -> None:
+        """`lasting`: nothing else will be put by this name. Raises InputError where the file cannot take it."""
+        self.there[name] = lasting
         own = State(_own(state.hidden), {path: _own(value) for path, value in state.beside.items()})
         if self.memory is None or self.size + own.nbytes <= self.memory:
             self.held[name] = own
@@ -80,15 +88,27 @@ class States:
 
     def take(self, name: Hashable) -> State:
         """What was put; in memory it is held here no longer."""
-        if name in self.held:
-            state = self.held.pop(name)
+        state = self.look(name)
+        del self.there[name]
+        if self.held.pop(name, None) is not None:
             self.size -= state.nbytes
-            return state
-        return self._read(self.slots[name])
+        return state
 
     def copy(self, name: Hashable) -> State:
         """A copy of what was put, which stays."""
-        return self.held[name].moved(CPU, copy=True) if name in self.held else self._read(self.slots[name])
+        return self.look(name).moved(CPU, copy=True) if name in self.held else self.look(name)
+
+    def look(self, name: Hashable) -> State:
+        """What was put and stays: not to be changed."""
+        if name in self.held:
+            return self.held[name]
+        return self._read(self.slots[name]) if name in self.slots else self.saved[name]
+
+    def nbytes(self, name: Hashable) -> int:
+        """About the bytes of what this process has put."""
+        if name in self.held:
+            return self.held[name].nbytes
+        return len(self.slots[name].room) if name in self.slots else 0
 
     def __enter__(self) -> States:
         return self
@@ -100,6 +120,8 @@ class States:
         """Forget everything."""
         self.held.clear()
         self.slots.clear()
+        self.there.clear()
+        self.saved = {}
         self.size = self.end = 0
         if self.file is not None:
             os.close(self.file)
@@ -110,7 +132,7 @@ class States:
         return range(self.end - nbytes, self.end)
 
     def _write(self, start: int, value: Tensor) -> None:
-        data = _bytes_of(value)
+        data = bytes_of(value)
         try:
             if self.file is None:
                 with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -129,7 +151,7 @@ class States:
     def _tensor(self, place: _Place) -> Tensor:
         assert self.file is not None
         out = torch.empty(place.shape, dtype=place.dtype)
-        data, start = _bytes_of(out), place.start
+        data, start = bytes_of(out), place.start
         while data:
             got = os.preadv(self.file, [data], start)
             if not got:
@@ -144,5 +166,6 @@ def _own(value: Tensor) -> Tensor:
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
-def _bytes_of(value: Tensor) -> memoryview:
+def bytes_of(value: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU whose numbers lie one after another."""
     return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type,unused-ignore]

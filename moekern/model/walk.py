@@ -31,6 +31,13 @@ class Pass(Generic[Task]):
     def started(self) -> None:
         """The pass begins, or begins again from the first layer: nothing has been seen yet."""
 
+    def kept(self) -> Any:
+        """What a run that goes on behind the layer that is done must know of this pass, as JSON."""
+
+    def restored(self, layer: int, kept: Any) -> None:
+        """In the place of `started`: the pass goes on with a layer, and this is what it had `kept` in front of it."""
+        self.started()
+
     def forward(self, task: Task) -> None:
         """One task's whole forward pass: begun anew for every layer or not, always the same."""
         raise NotImplementedError
@@ -98,33 +105,43 @@ def walk(
     *,
     load: Callable[[int], None],
     unload: Callable[[int], None],
+    first: int = 0,
+    start: Callable[[], None] | None = None,
+    save: Callable[[int], None] = lambda i: None,
+    met: Callable[[], None] = lambda: None,
 ) -> None:
     """Take every task through `run.forward`, all of them in step, layer by layer.
 
-    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left. Raises
-    NotFinite, with the weights of the layer still there, for hidden states that hold NaN or infinities.
+    `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left, and then
+    `save(i)` may write down how far the pass is. With `first` it goes on with that layer, for which the way has the
+    states of all tasks, and `start` stands for `run.started`. `met()` is called when this process's tasks have left a
+    layer, and before anything is made of it. Raises NotFinite, with the weights of the layer still there, for hidden
+    states that hold NaN or infinities.
     """
     last = len(layers) - 1 if run.stop_after is None else run.stop_after
     numbered = list(enumerate(tasks))
     grouped = sorted(numbered, key=lambda each: run.group(each[1]))
     with torch.no_grad(), way:
-        run.started()
+        (start or run.started)()
         for number, task in numbered:
             way.begin(number, task)
-        for i in range(last + 1):
+        for i in range(first, last + 1):
             load(i)
             run.loaded(i)
             if i in run.twice:
                 way.before(i, numbered, last=False)
                 for number, task in numbered:
                     way.once(i, number, task)
+                met()
                 run.between(i)
             ordered = numbered if i == last else grouped
             way.before(i, ordered, last=True)
             for number, task in ordered:
                 way.through(i, number, task)
+            met()
             run.done(i)
             unload(i)
+            save(i)
 
 
 def out_of_step(got: int | None, expected: int, task: object) -> RuntimeError:

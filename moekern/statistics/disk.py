@@ -242,6 +242,7 @@ class StatisticsWriter:
     written: set[str] = field(default_factory=set)
     start: int = 0  # of the data
     end: int = 0
+    left: Mapping[str, Any] | None = None  # what a stopped process had `kept`: its file goes on
 
     def __post_init__(self) -> None:
         lists: list[TensorEntry] = []
@@ -254,7 +255,34 @@ class StatisticsWriter:
             self.entries[name], at = entry, entry.stop
         self.start = len(self._text([*self.entries.values(), *lists]))
         self.end = at
+        if self.left is not None:
+            self._take_up(self.left)
+            return
+        os.truncate(self.file.fileno(), 0)
         files.reserve(self.file.fileno(), self.start + at)
+
+    def kept(self) -> dict[str, Any]:
+        """What a process must know, as JSON, that goes on with the file if this one is stopped; all that was written is
+        on the disk now."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        lists = [
+            (e.name, *e.shape)
+            for e in self.entries.values()
+            if FIELDS[e.name.rpartition("/")[2]].metadata["merge"] == "rows"
+        ]
+        return {"written": sorted(self.written), "lists": lists}
+
+    def _take_up(self, left: Mapping[str, Any]) -> None:
+        """Raises ValueError where the file is not what is `left`."""
+        for name, rows, columns in left["lists"]:
+            stop = self.end + rows * columns * BYTES
+            self.entries[name] = TensorEntry(name, DTYPES[torch.int64], (rows, columns), "", self.end, stop)
+            self.end = stop
+        self.written = set(left["written"])
+        if not self.written <= self.entries.keys() or os.fstat(self.file.fileno()).st_size < self.start + self.end:
+            raise ValueError("the statistics that go with it are not there")
+        os.truncate(self.file.fileno(), self.start + self.end)  # lists that came after it
 
     def _planned(self) -> Iterator[tuple[str, Tensor, str]]:
         for key in sorted(self.sizes, key=natural):

@@ -34,6 +34,12 @@ class Store(Protocol):
     def layer(self, key: str) -> dict[str, LayerStatistics]:
         """Domain -> what was put."""
 
+    def kept(self) -> Any:
+        """What another process must know, as JSON, to go on with what was put, which is on the disk now."""
+
+    def take_up(self, left: Any) -> None:
+        """Go on with what a stopped process had `kept`. Raises ValueError, or the like, where that cannot be."""
+
 
 @dataclass(frozen=True)
 class HeldStore:
@@ -53,6 +59,12 @@ class HeldStore:
     def layer(self, key: str) -> dict[str, LayerStatistics]:
         return dict(self.layers[key])
 
+    def kept(self) -> Any:
+        raise NotImplementedError("what is held is gone with the process")
+
+    def take_up(self, left: Any) -> None:
+        raise NotImplementedError("what is held is gone with the process")
+
 
 @dataclass
 class FileStore:
@@ -69,8 +81,10 @@ class FileStore:
     experts: Mapping[str, int]  # layer key -> E
     tiers: Collection[str]
     writer: StatisticsWriter | None = None
+    expected: tuple[int, int] = (0, 0)
 
     def expect(self, hidden: int, words: int) -> None:
+        self.expected = hidden, words
         with files.told(self.path):
             self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words))
 
@@ -93,6 +107,15 @@ class FileStore:
         assert self.writer is not None
         return {domain: self.writer.read(key, domain) for domain in self.header["domains"]}
 
+    def kept(self) -> Any:
+        assert self.writer is not None
+        with files.told(self.path):
+            return {"expected": self.expected, **self.writer.kept()}
+
+    def take_up(self, left: Any) -> None:
+        hidden, words = self.expected = tuple(left["expected"])
+        self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words), left=left)
+
     def _check_there(self) -> None:
         """Raise InputError when nobody could find the numbers any more: better now than after the last layer."""
         if os.fstat(self.file.fileno()).st_nlink == 0:
@@ -112,10 +135,17 @@ class FileStore:
 
 @contextmanager
 def file_store(
-    path: str | Path, header: Mapping[str, Any], experts: Mapping[str, int], tiers: Collection[str]
+    path: str | Path,
+    header: Mapping[str, Any],
+    experts: Mapping[str, int],
+    tiers: Collection[str],
+    position: Path | None = None,
 ) -> Iterator[FileStore]:
-    """A store whose file appears at `path`, where nothing is, when the context ends well, whole or not at all."""
-    with files.replacing(path, new=True, keep=True) as temporary, temporary.open("r+b") as file:
+    """A store whose file appears at `path`, where nothing is, when the context ends well, whole or not at all.
+
+    While a `position` is there, a file that says how far a run is, the unfinished one stays for the next run.
+    """
+    with files.replacing(path, new=True, keep=True, position=position) as temporary, temporary.open("r+b") as file:
         store = FileStore(Path(path), file, header, experts, tiers)
         yield store
         if store.writer is None:

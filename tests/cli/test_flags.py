@@ -25,6 +25,21 @@ inspect
   --keep = 0.5
   --revision = None
   --json = False
+estimate
+  MODEL required
+  --tokens = 1M
+  --sequence-length = 2048
+  --domains = 1
+  --tier* = None
+  --keep = 0.5
+  --plans = 1
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --out = .
+  --revision = None
+  --json = False
 run
   MODEL required
   --out required
@@ -63,6 +78,7 @@ run
   --copy = auto
   --forward/--no-forward = True
   --quality/--no-quality = True
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -90,7 +106,9 @@ calibrate
   --replay-tokens = 512
   --keep = 0.5
   --until-stable = None
+  --part = None
   --backend = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -147,6 +165,7 @@ iterate
   --rounds = 1
   --reestimate/--no-reestimate = True
   --domain* = None
+  --target* = None
   --preset = None
   --tokens = 1M
   --sequence-length = 2048
@@ -163,6 +182,7 @@ iterate
   --gpu-memory = None
   --spill = None
   --backend = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False
@@ -188,6 +208,7 @@ evaluate
   --memory = None
   --gpu-memory = None
   --spill = None
+  --restart = False
   --trust-remote-code = False
   --revision = None
   --json = False

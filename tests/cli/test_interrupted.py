@@ -112,7 +112,7 @@ def test_room_for_statistics_is_taken_before_the_first_layer(
     work: Path, full: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = sys.modules["moekern.calibration.calibrate"]  # the package has a function of that name
-    monkeypatch.setattr(stage, "_FirstPass", lambda *arguments: pytest.fail("it was measured"))
+    monkeypatch.setattr(stage._FirstPass, "loaded", lambda *arguments: pytest.fail("it was measured"))
     assert "bytes are needed" in refused(*calibrate(work)(full / "out"))
 
 
@@ -172,10 +172,10 @@ def test_what_appears_meanwhile_is_not_written_over(
     """Another process has made the same target between the check and the end."""
     out, claimed = tmp_path / "out", files.claimed
 
-    def late(path: Path, target: Path) -> int:
+    def late(path: Path, target: Path, **options: bool) -> int:
         if target == out:
             out.write_bytes(b"other")
-        return claimed(path, target)
+        return claimed(path, target, **options)
 
     monkeypatch.setattr(files, "claimed", late)
     assert f"--out {out}: exists already" in refused(*commands(work)[name](out))
@@ -212,14 +212,30 @@ def test_what_was_measured_is_kept_where_it_cannot_get_its_name(work: Path, tmp_
     assert not files.temporary_path(statistics).exists()
 
 
-@pytest.mark.parametrize("what", ["other text", "another tier", "half", "nothing"])
-def test_what_a_stopped_run_left_of_something_else_is_measured_anew(work: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["text", "--tier"])
+def test_what_a_stopped_run_has_measured_otherwise_is_refused_or_begun_anew(
+    work: Path, tmp_path: Path, what: str
+) -> None:
     out, command = tmp_path / "out", calibrate(work)
     left = files.temporary_path(out)
-    if what == "another tier":
+    if what == "--tier":
         assert moekern(*command(left), "--tier", "weights").returncode == 0
     else:
-        shutil.copy(work / f"s{int(what == 'other text')}.safetensors", left)
+        shutil.copy(work / "s1.safetensors", left)
+    before = contents(tmp_path)
+    line = refused(*command(out))
+    assert line.startswith(f"moekern: {left}: of an earlier run, with another {what} (")
+    assert "--restart begins anew" in line
+    assert contents(tmp_path) == before
+    assert moekern(*command(out), "--restart").returncode == 0
+    assert contents(tmp_path) == {"out": (work / "s0.safetensors").read_bytes()}
+
+
+@pytest.mark.parametrize("what", ["half", "nothing"])
+def test_what_a_stopped_run_left_of_no_use_is_measured_anew(work: Path, tmp_path: Path, what: str) -> None:
+    out, command = tmp_path / "out", calibrate(work)
+    left = files.temporary_path(out)
+    shutil.copy(work / "s0.safetensors", left)
     if what == "half":
         left.write_bytes(bytes(8) + left.read_bytes()[8:])
     elif what == "nothing":
@@ -361,9 +377,11 @@ def test_statistics_of_another_config_are_not_used(work: Path, tmp_path: Path, w
     if what != "seed":
         config, options = json.loads((model / "config.json").read_text()), ()
         (model / "config.json").write_text(json.dumps({**config, what: 1}))
-    done = moekern(*command(out, *options))
+    line = refused(*command(out, *options))
+    assert f"{out}.moekern/statistics.safetensors: of an earlier run, with another " in line
+    assert ("text (" if what == "seed" else "config.json") in line
+    done = moekern(*command(out, *options), "--restart")
     assert done.returncode == 0, done.stderr
-    assert "of another model, config or text, or measured otherwise: measured anew" in done.stderr
     assert moekern(*command(fresh, *options)).returncode == 0
     assert contents(files.work_path(out)) == contents(files.work_path(fresh))
     assert contents(out) == contents(fresh)

@@ -143,7 +143,7 @@ def test_check_says_where_a_checkpoint_runs(work: Path) -> None:
     [
         (("--keep", 99), "more than the 8 experts there are"),
         (("--keep", 4, "--target", "sglang:ep=3"), "experts must be a multiple of ep=3"),
-        (("--fit", "1GiB"), "add --model MODEL"),
+        (("--fit", "1KiB"), "--fit 1.0 KiB: nothing fits"),
         ((), "--keep, --fit: give one of the two"),
     ],
 )
@@ -202,6 +202,33 @@ def test_counts_that_an_engine_runs_slower_are_told_with_the_nearest(work: Path,
     arguments = ("plan", work / "s.safetensors", "--keep", 7, "--target", "vllm:ep=2", "--out", tmp_path / "plan.json")
     said = moekern(*arguments).stderr
     assert "vllm:ep=2: balancing (EPLB) needs a multiple of ep=2; nearest count without this: 4 or 8" in said
+
+
+@pytest.mark.parametrize("source", ["statistics", "statistics and model", "weights"])
+def test_what_only_the_models_config_tells_is_told_where_it_is_known(source: str, work: Path, tmp_path: Path) -> None:
+    """FP8 kernels take other counts, and ranks divide heads: a plan of statistics alone has seen neither."""
+    model = tmp_path / "model"
+    shutil.copytree(work / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    given = (work / "s.safetensors",) if source.startswith("statistics") else (model, "--criterion", "aimer")
+    given = (*given, "--model", model) if source.endswith("model") else given
+    known = source != "statistics"
+    done = moekern("plan", *given, "--keep", 6, "--target", "vllm", "--out", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert ("vllm: its TRT-LLM kernels for FP8 take multiples of 4; nearest" in done.stderr) is known
+    done = moekern("plan", *given, "--keep", 4, "--target", "vllm:tp=3", "--out", tmp_path / "ranks.json")
+    assert (done.returncode, "tp=3 does not divide the 4 attention heads" in done.stderr) == (2 * known, known)
+
+
+def test_iterate_is_held_to_targets_before_it_measures_and_tells_what_is_slower(work: Path, tmp_path: Path) -> None:
+    command = ("iterate", work / "model", "--data", f"a={work / 'a.npy'}", "--sequence-length", 30)
+    done = moekern(*command, "--keep", 6, "--target", "sglang:ep=4", "--out", tmp_path / "plan.json")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--keep 6: sglang:ep=4 would not run it: experts must be a multiple of ep=4" in done.stderr
+    done = moekern(*command, "--keep", 6, "--target", "vllm", "--out", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "vllm: its fused top-k kernel is made for" in done.stderr
 
 
 def test_targets_go_by_the_models_own_config(work: Path, tmp_path: Path) -> None:

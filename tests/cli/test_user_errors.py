@@ -21,6 +21,7 @@ import pytest
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline, whole_run
 from moekern.cli import tour as show
+from moekern.cli.earlier import earlier_statistics
 from moekern.cli.options import parsed_size
 from moekern.cli.verify import show_verdict
 from moekern.data.read import read_data
@@ -276,8 +277,11 @@ def test_statistics_in_another_dtype_are_not_used_again(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     pipeline.calibrate_to(MODEL, text, compute, path, tiers=["routed"])
     data = text.read(checkpoint)
-    assert pipeline.earlier_statistics(path, checkpoint, data, compute, ["routed"]) is not None
-    assert pipeline.earlier_statistics(path, checkpoint, data, replace(compute, dtype="bfloat16"), ["routed"]) is None
+    same = (path, checkpoint, data)
+    assert earlier_statistics(*same, compute, ["routed"], restart=False) is not None
+    assert earlier_statistics(*same, compute, ["routed"], restart=True) is None
+    with pytest.raises(InputError, match=r"with another --dtype \(float32 then, bfloat16 now\); give the same again"):
+        earlier_statistics(*same, replace(compute, dtype="bfloat16"), ["routed"], restart=False)
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path: Path) -> None:

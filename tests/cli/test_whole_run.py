@@ -89,6 +89,20 @@ def test_what_plan_takes_run_takes(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "times"), [(("--keep", 6), 1), (("--keep", 5, "--keep", 6), 2), (("--fit", "1GiB", "--bits", 4), 0)]
+)
+def test_counts_that_an_engine_runs_slower_are_told_before_anything_is_measured(
+    work: Path, tmp_path: Path, more: tuple[object, ...], times: int
+) -> None:
+    done = moekern(*run(work, *more, "--target", "vllm", "--no-quality", "--out", tmp_path / "o"))
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stderr.partition("kernels: ")
+    words = "vllm: its fused top-k kernel is made for"
+    assert (before.count(words), after.count(words)) == (times, 0)
+    assert before.count("nearest count without this: 4 or 8") == times
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
         ((), "--keep, --fit: give one of the two"),

@@ -329,6 +329,17 @@ def test_what_describes_a_folder_of_rows_is_left_out_and_told(tmp_path: Path) ->
     assert read(folder, chats / "README.md") == ("<s>about</s>", [])
 
 
+def test_long_reading_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rows, told = folder_of(tmp_path / "model"), tmp_path / "d.jsonl", list[str]()
+    rows.write_text("\n".join([json.dumps({"text": "x" * 98})] * 3))
+    monkeypatch.setattr("moekern.data.read.TELL_EVERY", 0.0)
+    data = read_data([f"a={rows}"], folder, tokens=150, sequence_length=50, tell=told.append)
+    said = ["a: reading text: 100 tokens"]
+    said += [f"a: reading text: {n} tokens, of which 150 are used" for n in (200, 300)]
+    assert told == [*said, "a: 150 tokens of 300 (--tokens)"]
+    assert data.notes == ("a: 150 tokens of 300 (--tokens)",)
+
+
 def test_a_pickled_array_is_not_opened(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="not a readable .npy"):

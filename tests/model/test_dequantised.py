@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -33,7 +34,7 @@ from moekern.pruning.prune import prune
 from moekern.statistics.file import Statistics
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
-from tests.helpers import families
+from tests.helpers import families, remote_code
 from tests.helpers.passes import Given
 from tests.helpers.quantised import rewrite
 from tests.helpers.quantised_models import FORMATS, plain, twins
@@ -125,6 +126,19 @@ def test_the_text_model_may_name_the_format(source: Sources, tmp_path: Path) -> 
     assert torch.equal(_logits(stored, "kimi_k25"), _logits(dense_twin, "kimi_k25"))
 
 
+def test_code_of_its_own_computes_with_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = remote_code.write(tmp_path / "own", "masks")
+    found = twins(source, tmp_path, "compressed_int4")
+    for folder in found:
+        for code in source.glob("*.py"):
+            shutil.copy(code, folder)
+    compute = Compute(dtype="bfloat16", trust_remote_code=True)
+    got, want = (calibrate(folder, _data("mixtral"), compute) for folder in found)
+    assert _same(got, want)
+
+
 def test_some_experts_may_be_plain(source: Sources, tmp_path: Path) -> None:
     stored, dense_twin = twins(source("qwen3_moe"), tmp_path, "compressed_int4", only="experts.1.")
     names = load_file(stored / "model.safetensors")
@@ -193,6 +207,24 @@ def test_weights_are_those_of_compressed_tensors(kind: str) -> None:
     compressor = package.compressors.BaseCompressor.get_value_from_registry(config["format"])
     want = compressor.decompress(dict(parts), scheme)["weight"].bfloat16()
     assert torch.equal(dense(parts, config, torch.bfloat16), want)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 1, 1), (3, 32), (3, 32, 1), (3, 1, 64), (3, 2, 4)])
+def test_scales_of_a_stack_are_those_of_its_experts(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 32, 64, generator=generator).to(torch.float8_e4m3fn)
+    scale = 1 + torch.rand(shape, generator=generator)
+    grid = scale.reshape(*shape, *[1] * (3 - len(shape))) if shape else scale
+    rows, columns = (1, 1) if grid.ndim < 3 else (n // s for n, s in zip((32, 64), grid.shape[1:], strict=True))
+    spread = grid if grid.ndim < 3 else grid.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+    got = dense({"weight": weight, "scale": scale}, {}, torch.float32)
+    assert torch.equal(got, weight.float() * spread)
+
+
+def test_a_stack_of_bytes_has_scales_of_powers_of_two() -> None:
+    """MXFP8, as in Inkling 2's experts."""
+    weight, scale = torch.ones(2, 8, 64).to(torch.float8_e4m3fn), torch.full((2, 8, 2), 130, dtype=torch.uint8)
+    assert torch.equal(dense({"weight": weight, "weight_scale": scale}, {}, torch.float32), torch.full((2, 8, 64), 8.0))
 
 
 def test_names_of_parts_lead_to_the_weight() -> None:

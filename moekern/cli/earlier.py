@@ -1,0 +1,90 @@
+"""Statistics that an earlier run left: used where they are what this one would measure, else refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from moekern.calibration.calibrate import recipe_of
+from moekern.checkpoint.folder import Checkpoint
+from moekern.cli import console
+from moekern.data.batches import TokenData
+from moekern.errors import InputError
+from moekern.files import is_plain
+from moekern.measurement.tiers import backends_of, wanted_tiers
+from moekern.model.compute import Compute
+from moekern.model.journal import ANEW, clean_up
+from moekern.model.position import differences
+from moekern.statistics.file import Statistics
+from moekern.statistics.layer import TIERS
+
+
+def earlier_statistics(
+    path: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str], *, restart: bool
+) -> Statistics | None:
+    """Statistics that an earlier run left; None where there are none, or all is measured anew.
+
+    Raises InputError for those of another model, config or text, or that were measured otherwise.
+    """
+    if not is_plain(path) or restart:
+        return None
+    found = Statistics.load(path)
+    _check_same(path, found, checkpoint, data, compute, tiers)
+    clean_up(path)
+    console.say(f"using the statistics of an earlier run: {path}")
+    return found
+
+
+def _check_same(
+    path: Path,
+    found: Statistics,
+    checkpoint: Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    tiers: Collection[str],
+    exactly: bool = False,
+) -> None:
+    """Raise InputError unless statistics are what this calibration would measure, or (but for `exactly`) more."""
+    runs, wanted = found.header["runs"], wanted_tiers(tiers, TIERS, "calibrate")
+    backends = backends_of(compute.device, compute.backend, wanted)
+    run = runs[0] if len(runs) == 1 else {}
+    served = {op: name for op, name in dict(run.get("backend") or {}).items() if op in backends}
+    has = [tier for tier in found.tiers if exactly or tier in wanted]
+    differing = differences(
+        {
+            "model": found.header["fingerprint"],
+            "config.json": run.get("config"),
+            "text": run.get("data"),
+            "--tier": " ".join(has),
+            "--dtype": run.get("dtype"),
+            "kernels": served,
+        },
+        {
+            "model": checkpoint.fingerprint,
+            "config.json": checkpoint.config_sha256,
+            "text": json.loads(json.dumps(recipe_of(data, compute, wanted))),
+            "--tier": " ".join(wanted),
+            "--dtype": compute.dtype_name,
+            "kernels": backends,
+        },
+    )
+    if differing:
+        raise InputError(
+            f"{path}: of an earlier run, with another {differing}; give the same again and it is used, or {ANEW}",
+            kind="option",
+        )
+
+
+def left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:
+    """Whether the unnamed file of a stopped calibration is whole. Raises InputError for that of another one."""
+    try:
+        found = Statistics.load(left)
+    except InputError:  # its header is written last
+        return False
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    _check_same(left, found, checkpoint, data, compute, wanted, exactly=True)
+    if "replay" in wanted:  # nothing in the file says of how many tokens
+        return False
+    console.say(f"using what an earlier run has measured: {left}")
+    return True

@@ -1,0 +1,142 @@
+"""The command `estimate`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moekern.cli.console import say, show
+from moekern.cli.options import (
+    Device,
+    DtypeOption,
+    GpuMemory,
+    HeadersOf,
+    Json,
+    Memory,
+    Revision,
+    SequenceLength,
+    Tiers,
+    compute_of,
+    headers_of,
+    result,
+)
+from moekern.errors import InputError
+from moekern.files import sized
+from moekern.router import parse_keep
+
+if TYPE_CHECKING:
+    from moekern.estimation.estimate import Figure, Stage
+
+
+def estimate(
+    model: HeadersOf,
+    tokens: Annotated[str, typer.Option(help="Tokens of text: 500000, 500k or 2M.")] = "1M",
+    sequence_length: SequenceLength = 2048,
+    domains: Annotated[int, typer.Option(help="Domains of the text, which are kept apart.")] = 1,
+    tier: Tiers = None,
+    keep: Annotated[str, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64).")] = "0.5",
+    plans: Annotated[int, typer.Option(help="Plans that are evaluated beside the original.")] = 1,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    out: Annotated[Path, typer.Option(help="A folder on the disk that results go to, which is measured.")] = Path(),
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Time, memory and disk of calibrate, evaluate and prune, before any of it is done.
+
+    From headers and config alone, so that a hub id is enough, and from ten seconds of measuring this machine.
+    """
+    share, count = parse_keep(keep), _count(tokens)
+    if not (out.is_dir() and os.access(out, os.W_OK | os.X_OK)):
+        raise InputError(f"--out {out}: no folder that can be written to; name one on the disk that results go to")
+
+    from moekern.architectures import find_layout
+    from moekern.estimation.estimate import Asked, counted
+    from moekern.estimation.estimate import estimate as estimated
+    from moekern.estimation.probe import probe
+    from moekern.model.budget import budget_of, resident
+    from moekern.model.precision import precision
+    from moekern.router import kept_count
+
+    compute = compute_of(
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=False, tell=False
+    )
+    asked = Asked(count, sequence_length, domains, tuple(tier or ()), share, plans)
+    checkpoint = headers_of(model, revision)
+    layout = find_layout(checkpoint)
+    kept_count(share, layout.router)
+    found = precision(compute, checkpoint, layout)
+    compute = replace(compute, dtype=found.name)
+    held, started, budget = resident(), _seconds_since_start(), budget_of(compute)
+    say(f"{compute.described}, {found.described}, {budget.described}; measuring this machine")
+    stated = counted(checkpoint, layout, compute, asked)
+    rates = probe(checkpoint, stated.shapes, out)
+    stages = estimated(checkpoint, layout, stated, rates, asked, budget, held=held, started=started)
+    document: dict[str, Any] = {
+        "model": checkpoint.name, "tokens": count, "device": str(compute.place), "dtype": found.name,
+        "memory": budget.host, "gpu_memory": budget.gpu,
+        "rates": {name: None if rate is None else rate._asdict() for name, rate in vars(rates).items()},
+        "stages": {stage.name: stage.document() for stage in stages},
+    }  # fmt: skip
+    result(document, lambda: show_estimate(checkpoint.name, count, stages, document["rates"]))
+
+
+def _count(text: str) -> int:
+    from moekern.data.mixes import parse_tokens
+
+    count = parse_tokens(text)
+    if count is None:
+        raise InputError("--tokens all: an estimate needs a number, such as 2M")
+    return count
+
+
+def _seconds_since_start() -> float:
+    """Of this process, which has imported what the stages import."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def show_estimate(
+    model: str, tokens: int, stages: Sequence[Stage], rates: Mapping[str, Mapping[str, Any] | None]
+) -> None:
+    """A row a stage; then what the figures are made of, and how each is known."""
+    rows = [
+        (s.name, _time(s.seconds.value), s.bound, sized(s.memory.value),
+         "-" if s.gpu_memory is None else sized(s.gpu_memory.value), sized(s.disk.value))
+        for s in stages
+    ]  # fmt: skip
+    show(f"{model}, {tokens} tokens", ("stage", "time", "most of it", "memory", "GPU memory", "disk"), rows)
+    parts = [
+        (stage.name, name, part.name, shown(part.value), part.known)
+        for stage in stages
+        for name, figure, shown in _figures(stage)
+        for part in figure.parts
+        if part.value
+    ]
+    show("what the figures are made of", ("stage", "figure", "part", "value", "known by"), parts)
+    measured = [(name, f"{r['value']:.3g} {r['unit']}", r["known"]) for name, r in rates.items() if r is not None]
+    show("this machine", ("what", "rate", "known by"), measured)
+    for stage in stages:
+        for note in stage.notes:
+            say(f"{stage.name}: {note}")
+
+
+def _figures(stage: Stage) -> list[tuple[str, Figure, Any]]:
+    found = [("time", stage.seconds, _time), ("memory", stage.memory, sized), ("GPU memory", stage.gpu_memory, sized),
+             ("disk", stage.disk, sized)]  # fmt: skip
+    return [(name, figure, shown) for name, figure, shown in found if figure is not None]
+
+
+def _time(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

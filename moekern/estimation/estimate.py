@@ -1,0 +1,375 @@
+"""What a stage takes before it is run: time, memory and disk, from headers, config and a probe of this machine.
+
+A layer's operations are twice the weights that a token uses (attention, router, shared experts, K of E routed experts)
+and attention itself; its bytes are read once a pass, while the layer before it computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moekern.architectures import Layout
+from moekern.architectures.config_keys import SIZE_CAP, check_sizes, first
+from moekern.checkpoint.folder import CONFIG, Checkpoint
+from moekern.data.batches import CHUNK_TOKENS
+from moekern.errors import InputError
+from moekern.estimation.overview import overview
+from moekern.estimation.probe import Known, Rates, Shapes
+from moekern.files import sized
+from moekern.model.budget import Budget
+from moekern.model.compute import Compute
+from moekern.model.sizes import Size, size_of, sizes_of
+from moekern.router import kept_count
+from moekern.statistics.layer import LayerStatistics
+
+COPIES = 2  # of a layer's parameters: experts are stacked, then gate and up are joined; assumed
+TOUCHED = 20  # times that norms, residuals and rotations write a layer's hidden states; assumed
+LOGITS = 14  # times that evaluation writes the logits of a batch in float32; assumed
+HELD_LOGITS = 6  # of them, that are held at the same time; assumed
+BACKWARD = 4  # forward passes that the gradient tier is worth: one, and one with its backward pass; assumed
+PRUNING = 150 << 20  # bytes of memory that `prune` takes, whatever the model; assumed
+REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
+STAGES = ("calibrate", "evaluate", "prune")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a figure, and how it is known."""
+
+    name: str
+    value: float
+    known: Known
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Seconds or bytes: the sum of its parts."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def value(self) -> float:
+        return sum(part.value for part in self.parts)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"value": self.value, "parts": [asdict(part) for part in self.parts]}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one command takes. bound: what most of its time goes to."""
+
+    name: str
+    seconds: Figure
+    memory: Figure
+    gpu_memory: Figure | None
+    disk: Figure
+    bound: str
+    notes: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """As JSON data."""
+        found = {name: getattr(self, name) for name in ("seconds", "memory", "gpu_memory", "disk")}
+        figures = {name: None if figure is None else figure.document() for name, figure in found.items()}
+        return {**figures, "bound": self.bound, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be done with the model."""
+
+    tokens: int
+    sequence: int = 2048
+    domains: int = 1
+    tiers: Collection[str] = ()
+    keep: float | int = 0.5
+    plans: int = 1
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--tokens", self.tokens), ("--sequence-length", self.sequence), ("--domains", self.domains),
+        ):  # fmt: skip
+            if value < 1:
+                raise InputError(f"{flag} {value}: expected 1 or more")
+        if self.plans < 0:
+            raise InputError(f"--plans {self.plans}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Of one decoder layer, from headers alone."""
+
+    size: Size
+    experts: int  # E, 0 in a layer without
+    routed: int  # weights of all E experts
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What headers and config say of a model."""
+
+    layers: Sequence[Layer]
+    skeleton: Size
+    shapes: Shapes
+    vocabulary: int  # V
+
+    @property
+    def upto(self) -> int:
+        """How many layers calibration runs: none behind the last one with experts."""
+        return max(i for i, layer in enumerate(self.layers) if layer.experts) + 1
+
+    @property
+    def itemsize(self) -> int:
+        return self.shapes.dtype.itemsize
+
+
+def counted(checkpoint: Checkpoint, layout: Layout, compute: Compute, asked: Asked) -> Counted:
+    """What the stages are made of. `compute` has its type settled.
+
+    Sizes that the probe computes with are those of tensors, or are held against them. Raises InputError for a size in
+    config.json that no model has.
+    """
+    check_sizes(checkpoint.config, str(checkpoint.folder / CONFIG))
+    sizes, dtype = sizes_of(checkpoint, layout), compute.torch_dtype
+    assert dtype is not None
+    by_place = {int(layer.prefix.rpartition(".")[2]): layer for layer in layout.layers.values()}
+    layers = []
+    for i, size in sizes.layers.items():
+        moe = by_place.get(i)
+        names = () if moe is None else {tensor.name for tensor in moe.of_role("expert")}
+        inside = sum((size_of(checkpoint.tensors[name]) for name in names), Size())
+        layers.append(Layer(size, 0 if moe is None else moe.num_experts, inside.weights))
+
+    def number(*names: str) -> int | None:
+        return first(checkpoint.config, names, layout.family.holder)
+
+    routers = [tensor for layer in layout.layers.values() for tensor in layer.of_role("router")]
+    hidden = number("hidden_size", "d_model", "n_embd") or 0
+    if not any(hidden in entry.shape for entry in checkpoint.tensors.values()):
+        hidden = max(math.prod(checkpoint.tensors[tensor.name].shape[1:]) for tensor in routers)
+    if not 1 <= hidden <= SIZE_CAP:
+        raise InputError(f"{checkpoint.folder}: {routers[0].name}: {hidden} is no width of hidden states")
+    heads = min(number("num_attention_heads", "n_heads", "n_head") or 1, hidden)
+    routed = max(layers, key=lambda layer: layer.routed)
+    inner = max(1, routed.routed // max(1, routed.experts) // (3 * hidden))
+    latent = (number("qk_nope_head_dim") or 0) + (number("qk_rope_head_dim") or 0)
+    head_size = min(number("head_dim", "attention_head_dim") or latent or hidden // heads, 16 * hidden // heads)
+    chunk = max(1, CHUNK_TOKENS // asked.sequence) * asked.sequence
+    shapes = Shapes(
+        min(chunk, asked.tokens), min(asked.sequence, asked.tokens), hidden, inner, routed.experts,
+        layout.router.top_k, heads, head_size, dtype, compute.place,
+    )  # fmt: skip
+    return Counted(layers, sizes.skeleton, shapes, number("vocab_size") or 0)
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    model: Counted,
+    rates: Rates,
+    asked: Asked,
+    budget: Budget,
+    *,
+    held: int = 0,
+    started: float = 0.0,
+) -> tuple[Stage, ...]:
+    """Calibrate, evaluate, prune. `held` are the bytes that a process has before it reads a weight, `started` the
+    seconds that it needs to get there."""
+    job = _Job(checkpoint, layout, model, rates, asked, budget, Part("the process itself", held, "measured"),
+               Part("start", started, "measured" if started else "assumed"))  # fmt: skip
+    return job.calibrate(), job.evaluate(), job.prune()
+
+
+@dataclass(frozen=True)
+class _Job:
+    checkpoint: Checkpoint
+    layout: Layout
+    model: Counted
+    rates: Rates
+    asked: Asked
+    budget: Budget
+    process: Part
+    start: Part
+
+    def calibrate(self) -> Stage:
+        tiers, upto = self.asked.tiers, self.model.upto
+        forward = [self.layer_seconds(layer, measured=True) for layer in self.model.layers[:upto]]
+        passes = [forward] * (2 if "outliers" in tiers else 1)
+        if "gradient" in tiers:
+            every = [self.layer_seconds(layer, measured=False) for layer in self.model.layers]
+            passes += [every, [(BACKWARD - 1) * each for each in every]]
+        more = [Part("replay", self.replay_seconds(), "assumed")] if "replay" in tiers else []
+        if "weights" in tiers:
+            more.append(Part("weights, read again", self.read_seconds(self.model.layers[:upto]), self.rates.read.known))
+        sums = [self.sums(layer) for layer in self.model.layers if layer.experts]
+        inputs = len(self.model.layers) * self.hidden if "gradient" in tiers else 0
+        working = [
+            Part("hidden states", self.hidden + 8 * self.asked.tokens, "counted"),
+            *([Part("inputs of all layers, or --spill", inputs, "counted")] if inputs else []),
+        ]
+        device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
+        return self.stage(
+            "calibrate", passes, more, working, device, Figure((Part("statistics", sum(sums), "counted"),))
+        )
+
+    def evaluate(self) -> Stage:
+        model, shapes, plans = self.model, self.model.shapes, self.asked.plans
+        cut = [Part("a layer cut to a plan", self.kept * self.largest.weights * model.itemsize, "counted")]
+        logits = shapes.sequence * model.vocabulary * 4
+        working = [Part("hidden states", (1 + plans) * self.hidden + 8 * self.asked.tokens, "counted")]
+        device = [
+            *(cut if plans else []),
+            Part("logits of a batch", HELD_LOGITS * logits, "assumed"),
+            Part("activations", self.activations() * shapes.sequence / shapes.tokens, "assumed"),
+        ]
+        each = [
+            (1 + plans) * self.layer_seconds(layer, measured=False)
+            + plans * self.kept * layer.size.weights * model.itemsize / self.rates.fill.value
+            for layer in model.layers
+        ]
+        tokens = self.asked.tokens * (1 + plans)
+        head = 2 * tokens * shapes.hidden * model.vocabulary / self.rates.dense.value
+        head += LOGITS * tokens * model.vocabulary * 4 / self.rates.fill.value
+        more = [Part("logits and losses", head, "assumed")]
+        return self.stage("evaluate", [each], more, working, device, Figure(()))
+
+    def prune(self) -> Stage:
+        kept = overview(self.checkpoint).bytes_at(kept_count(self.asked.keep, self.layout.router))
+        slower = min(self.rates.read, self.rates.write, key=lambda rate: rate.value)
+        return Stage(
+            "prune",
+            Figure((Part("copying", kept / slower.value, slower.known),)),
+            Figure((Part("the process itself", PRUNING, "assumed"),)),
+            None,
+            Figure((Part("the checkpoint", kept, "counted"),)),
+            "disk",
+            ("less time and disk where the file system shares blocks (--copy reflink)",),
+        )
+
+    def stage(
+        self, name: str, passes: Sequence[Sequence[float]], more: Sequence[Part], working: Sequence[Part],
+        device: Sequence[Part], disk: Figure,
+    ) -> Stage:  # fmt: skip
+        """One that takes passes over the layers, of so many seconds each: a layer is read while the one before it
+        computes, then filled."""
+        layers = self.model.layers
+        reads = [self.read_seconds([layer]) for layer in layers]
+        waiting = (
+            sum(_waits(reads, computing) for computing in passes) + self.model.skeleton.stored / self.rates.read.value
+        )
+        computing, reading = sum(map(sum, passes)), sum(sum(reads[: len(each)]) for each in passes)
+        filling = sum(self.fill_seconds(layer.size) for each in passes for layer in layers[: len(each)])
+        seconds = (
+            self.start,
+            Part("computing", computing, "measured"),
+            Part("making parameters", filling + self.fill_seconds(self.model.skeleton), "assumed"),
+            Part("waiting for the disk", waiting, self.rates.read.known),
+            *more,
+        )
+        parts = {"compute": computing + sum(part.value for part in more), "disk": reading, "memory": filling}
+        if self.rates.transfer is not None:
+            parts["transfer"] = parts.pop("memory")
+        memory, on_gpu = self.resident(working, device)
+        spilled, notes = self.within(memory, working)
+        notes = (*self.obstacles(), *notes)
+        return Stage(
+            name, Figure(seconds), memory, on_gpu, Figure((*disk.parts, *spilled)),
+            max(parts, key=parts.__getitem__), notes,
+        )  # fmt: skip
+
+    def resident(self, working: Sequence[Part], device: Sequence[Part]) -> tuple[Figure, Figure | None]:
+        """Memory of the host, and of the GPU where there is one."""
+        size = self.model.itemsize
+        weights = [
+            Part("skeleton", self.model.skeleton.weights * size, "counted"),
+            Part("a layer's parameters", self.largest.weights * size, "counted"),
+        ]
+        buffer = Part("a layer as it is stored", self.largest.stored, "counted")
+        if self.budget.gpu is None:
+            return Figure((self.process, *weights, buffer, *working, *device)), None
+        return Figure((self.process, buffer, *working)), Figure((*weights, *device))
+
+    def within(self, memory: Figure, working: Sequence[Part]) -> tuple[list[Part], tuple[str, ...]]:
+        """What goes to the disk where memory is less than a stage would take, and what happens then."""
+        room = self.budget.host + self.process.value
+        if memory.value <= room:
+            return [], ()
+        movable = sum(part.value for part in working)
+        spilled = min(movable, memory.value - room)
+        notes = [f"{sized(memory.value)} are more than the {sized(room)} there are: hidden states go to a file"]
+        if memory.value - movable > room:
+            notes.append("a layer is run in groups of experts")
+        return [Part("hidden states in a file", spilled, "counted")], ("; ".join(notes),)
+
+    def obstacles(self) -> Iterator[str]:
+        """What keeps the model from being run, or comes before it is."""
+        family = self.layout.family
+        if not family.transformers or family.stacks:
+            yield f"{family.name} models cannot be run, only pruned"
+        if self.rates.read.known == "assumed":
+            yield f"the download of {sized(self.checkpoint.nbytes)} is not counted, and the disk's speed is assumed"
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of one hidden state of every token."""
+        return self.asked.tokens * self.model.shapes.hidden * self.model.itemsize
+
+    @property
+    def largest(self) -> Size:
+        layers = [layer.size for layer in self.model.layers]
+        return Size(max(size.stored for size in layers), max(size.weights for size in layers))
+
+    @property
+    def kept(self) -> float:
+        """Share of the experts."""
+        return kept_count(self.asked.keep, self.layout.router) / self.layout.num_experts
+
+    def layer_seconds(self, layer: Layer, *, measured: bool) -> float:
+        """Computing a layer for all tokens."""
+        shapes, rates = self.model.shapes, self.rates
+        filled = shapes.rows * shapes.experts / (shapes.tokens * shapes.top_k)  # rows for each routed one
+        used = layer.routed * shapes.top_k / layer.experts if layer.experts else 0
+        token = 2 * used * filled / rates.experts.value + 2 * (layer.size.weights - layer.routed) / rates.dense.value
+        token += TOUCHED * shapes.hidden * self.model.itemsize / rates.fill.value
+        token += 1 / rates.measuring.value if measured and layer.experts else 0
+        return self.asked.tokens * token + self.asked.tokens / shapes.sequence / rates.attention.value
+
+    def replay_seconds(self) -> float:
+        tokens = min(self.asked.tokens, REPLAYED * self.asked.domains)
+        return sum(2 * tokens * layer.routed / self.rates.experts.value for layer in self.model.layers)
+
+    def read_seconds(self, layers: Iterable[Layer]) -> float:
+        return sum(layer.size.stored for layer in layers) / self.rates.read.value
+
+    def fill_seconds(self, size: Size) -> float:
+        if self.rates.transfer is not None:
+            return size.stored / self.rates.transfer.value
+        return COPIES * size.weights * self.model.itemsize / self.rates.fill.value
+
+    def sums(self, layer: Layer) -> int:
+        """Bytes of a layer's sums, of all domains."""
+        words = -(-self.model.vocabulary // 64)
+        hidden = self.model.shapes.hidden
+        dimensions = hidden if {"dimensions", "outliers"} & set(self.asked.tiers) else 0
+        held = LayerStatistics.zeros(
+            layer.experts, dimensions, "meta", tiers=tuple(self.asked.tiers), hidden=hidden, words=words
+        )
+        return self.asked.domains * sum(value.nbytes for value in held.tensors().values())
+
+    def activations(self) -> float:
+        """Bytes that a layer holds at a time while it computes a chunk: its routed rows, and what is T rows long."""
+        s = self.model.shapes
+        rows = max(s.tokens * s.top_k, s.rows * s.experts)
+        return (rows * 3 * (s.hidden + s.inner) + s.tokens * (8 * s.hidden + 4 * s.heads * s.head_size)) * (
+            self.model.itemsize
+        )
+
+
+def _waits(reads: Sequence[float], computing: Sequence[float]) -> float:
+    """Seconds that nothing is computed because the next layer is still being read."""
+    following = reads[1 : len(computing)]
+    return reads[0] + sum(max(0.0, read - spent) for read, spent in zip(following, computing, strict=False))

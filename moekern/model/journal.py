@@ -1,0 +1,311 @@
+"""How far a run through the layers is, written down after a layer, so that the same command goes on from there.
+
+A folder holds the states of all tasks in front of a layer (`state_files`), in two files in turn, and `position.json`,
+which names them: the stage and the layer, what else the stage must know, and the key, all that decides the bits. It is
+written last, under another name first, so that a process that is killed at any moment leaves the position before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moekern import files
+from moekern.errors import InputError, add_note
+from moekern.model.position import OWN, Position, differences
+from moekern.model.state_files import StateFiles, write_states
+from moekern.model.states import States
+from moekern.model.stepwise import Beside
+
+FORMAT = "moekern.position/1"
+POSITION = "position.json"
+SHARE = 20  # of the time of a run, one part in so many goes into this at the most, but for the first time
+SPARE = 16  # of the room on the disk, one part in so many is left alone
+ANEW = "--restart begins anew"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run that may be stopped writes down how far it is; with `restart` it does not go on from there."""
+
+    folder: Path
+    restart: bool = False
+    tell: Callable[[str], None] = warnings.warn
+
+    @property
+    def position(self) -> Path:
+        """The file that is there as long as there is something to go on from."""
+        return self.folder / POSITION
+
+
+class Journal:
+    """A locked folder. `found` is what a stopped run has left there, `saved` its states; `position` is the last one
+    that was written down."""
+
+    def __init__(self, resume: Resume, key: Mapping[str, Any], stages: Sequence[str]) -> None:
+        self.folder, self.tell, self.stages = resume.folder, resume.tell, tuple(stages)
+        self.key: Mapping[str, Any] = json.loads(json.dumps(key))
+        self.writer = 0  # of several processes
+        self.saved = StateFiles(())
+        self.found = self.position = self._read()
+        self.lasting: dict[str, set[Any]] = {}  # file -> names of states that never change
+        if self.position is not None:
+            with undamaged(self.folder):
+                self.saved = StateFiles([self.folder / name for name in self.position.files])
+            for name in self.position.files:
+                if name.startswith("lasting"):
+                    self.lasting[name] = self.saved.names(self.folder / name)
+        self.off = False
+        self.ended, self.cost = time.monotonic(), 0.0
+
+    def stage(self, name: str) -> Stage:
+        """One of the stages, which follow one another."""
+        return Stage(self, name)
+
+    def save(self, position: Position, states: States | None) -> None:
+        """Write down a position; `states` (None: nothing) are what goes on from there."""
+        before = () if self.position is None else self.position.files
+        names = [] if states is None else list(states.there)
+        lasting = [n for n in names if states is not None and states.there[n]]
+        known = {name: held for name, held in self.lasting.items() if not held.isdisjoint(lasting)}
+        new = [n for n in lasting if not any(n in held for held in known.values())]
+        parts = {
+            self._free("lasting", before): new,
+            self._free("states", before): [n for n in names if n not in lasting],
+        }
+        parts = {name: part for name, part in parts.items() if part}
+        try:
+            if states is not None:
+                self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
+            for name, part in parts.items():
+                assert states is not None
+                (self.folder / name).unlink(missing_ok=True)
+                write_states(self.folder / name, states, part)
+            position = replace(position, files=(*known, *parts))
+            document = {"format": FORMAT, "key": self.key, "stages": self.stages, **position.document()}
+            files.write_bytes(self.folder / POSITION, json.dumps(document).encode())
+        except (OSError, InputError, TypeError) as error:
+            self._give_up(files.reason(error) if isinstance(error, OSError) else str(error), parts)
+            return
+        self.position, self.lasting = position, known | {n: set(new) for n in parts if n.startswith("lasting")}
+        self._drop([name for name in before if name not in position.files])
+
+    def _free(self, kind: str, taken: Sequence[str]) -> str:
+        """A name that the last position does not need."""
+        return next(name for i in range(len(taken) + 1) if (name := f"{kind}-{i}.{self.writer}") not in taken)
+
+    def _check_room(self, nbytes: int) -> None:
+        found = os.statvfs(self.folder)
+        free = found.f_bavail * found.f_frsize
+        if nbytes > free - free // SPARE:
+            raise InputError(f"{files.sized(nbytes)} are needed and {files.sized(free)} free")
+
+    def _give_up(self, why: str, parts: Mapping[str, Any]) -> None:
+        self.off = True
+        self._drop(parts)
+        then = "begins anew" if self.position is None else f"goes on {self.position.described}"
+        self.tell(f"{self.folder}: it is not written down how far this run is ({why}); if it is stopped, it {then}")
+
+    def _drop(self, names: Iterator[str] | Sequence[str] | Mapping[str, Any]) -> None:
+        paths = [self.folder / name for name in names]
+        self.saved.close(paths)
+        for path in paths:
+            with suppress(OSError):
+                path.unlink()
+
+    def _read(self) -> Position | None:
+        path = self.folder / POSITION
+        if not files.is_plain(path):
+            return None
+        with undamaged(self.folder):
+            found = json.loads(files.read_plain(path))
+            if found.pop("format") != FORMAT:
+                raise ValueError("another format")
+            key = found.pop("key")
+            del found["stages"]
+            position = Position.of_document(found)
+            differing = differences(key, self.key)
+        if differing or position.stage not in self.stages:
+            other = differing or f"stage {position.stage}"
+            raise InputError(
+                f"{self.folder}: a stopped run is kept there, with another {other}; give the same again and it goes on "
+                f"{position.described}, or {ANEW}",
+                kind="option",
+            )
+        return position
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the passes of a run."""
+
+    journal: Journal
+    name: str
+
+    @property
+    def passed(self) -> bool:
+        """A stopped run was in a later one."""
+        at, stages = self.journal.found, self.journal.stages
+        return at is not None and stages.index(self.name) < stages.index(at.stage)
+
+    @property
+    def left(self) -> Position | None:
+        """Where in this stage a stopped run was."""
+        at = self.journal.found
+        return at if at is not None and at.stage == self.name else None
+
+    def take_over(self, states: States) -> None:
+        """Let `states` have what a stopped run has left."""
+        lasting = {name for held in self.journal.lasting.values() for name in held}
+        states.take_over(self.journal.saved, lasting)
+
+    def save(
+        self,
+        layer: int,
+        of: int,
+        states: States | None,
+        kept: Callable[[], Any],
+        returns: Mapping[int, Beside],
+    ) -> None:
+        """Layers up to `layer` - 1 are done: write that down, where the last time is long enough ago, or it is the end.
+
+        What is `kept` must be on the disk when it is told. States None: they cannot be written down.
+        """
+        journal, start = self.journal, time.monotonic()
+        if layer < of and (states is None or start - journal.ended < SHARE * journal.cost):
+            return
+        if not journal.off:
+            position = Position(self.name, layer, of, kept(), dict(returns), ())
+            journal.save(position, states)
+            journal.ended = time.monotonic()
+            journal.cost = journal.ended - start
+
+
+@contextmanager
+def opened(resume: Resume | None, key: Mapping[str, Any], stages: Sequence[str]) -> Iterator[Journal | None]:
+    """The journal of a run whose bits `key` decides, by words that a person knows; None where there is none to be had.
+
+    Raises InputError where another run, or something strange, is kept there. What is there stays when the block fails,
+    and until it is `removed`.
+    """
+    if resume is None:
+        yield None
+        return
+    with _locked(resume) as there:
+        if not there:
+            yield None
+            return
+        _check_own(resume.folder)
+        if resume.restart:
+            _remove_files(resume.folder)
+        journal = Journal(resume, key, stages)
+        if journal.position is not None:
+            resume.tell(f"going on {journal.position.described}, where a stopped run was")
+        else:
+            _remove_files(resume.folder)  # without a position they are nothing
+        try:
+            with _told_how_to_go_on(journal):
+                yield journal
+        finally:
+            journal.saved.close()
+            if not files.is_plain(resume.position):
+                removed(resume.folder)
+
+
+@contextmanager
+def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
+    """Whatever ends the run meanwhile says what becomes of its work."""
+    try:
+        yield
+    except BaseException as error:
+        if journal.position is None:
+            raise
+        then = f"the same command goes on {journal.position.described}"
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; {then}", error.kind) from error
+        add_note(error, then)
+        raise
+
+
+@contextmanager
+def undamaged(folder: Path) -> Iterator[None]:
+    """What is read there and cannot be becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RecursionError) as error:
+        raise InputError(f"{folder}: what a stopped run has left there is damaged ({error}); {ANEW}") from error
+
+
+@contextmanager
+def _locked(resume: Resume) -> Iterator[bool]:
+    """Whether the folder is there, made if need be, this user's own, and no other process's."""
+    folder, handle = resume.folder, None
+    for path in (folder.parent, folder) if _in_work_folder(folder) else (folder,):
+        if os.path.lexists(path) and not files.is_folder(path):
+            raise InputError(f"{path}: is no folder, and it is written there how far a run is; move it away")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if os.fstat(handle).st_uid != os.getuid():
+            raise InputError(f"{folder}: belongs to another user; name another place (--spill)")
+        free, why = files.locked(handle), "another process is at work there"
+    except OSError as error:
+        free, why = False, files.reason(error)
+    if not free:
+        resume.tell(f"{folder}: not usable ({why}); if this run is stopped, it begins anew")
+    try:
+        yield free
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _check_own(folder: Path) -> None:
+    """Raise InputError for a link, a pipe or a folder by the name of a file of this program's."""
+    for name in sorted(os.listdir(folder)):
+        if OWN.fullmatch(name):
+            files.is_plain(folder / name)
+
+
+def _remove_files(folder: Path) -> None:
+    with suppress(OSError):
+        names = [name for name in os.listdir(folder) if OWN.fullmatch(name)]
+        for name in sorted(names, key=lambda name: name != POSITION):  # without it the others are nothing
+            with suppress(OSError, InputError):
+                if files.is_plain(folder / name):
+                    (folder / name).unlink()
+
+
+def removed(folder: Path) -> None:
+    """Remove what this program has written into a folder, and it, and the work folder around it, where nothing is left
+    there. Nothing happens where it is not there, or a link."""
+    if files.is_folder(folder) and not (_in_work_folder(folder) and folder.parent.is_symlink()):
+        _remove_files(folder)
+        with suppress(OSError):
+            folder.rmdir()
+            if _in_work_folder(folder):
+                folder.parent.rmdir()
+
+
+def _in_work_folder(folder: Path) -> bool:
+    """The folder around it is moekern's too, and no place that a person has named."""
+    return folder.parent.suffix == files.WORK
+
+
+def clean_up(target: Path) -> None:
+    """Remove what a process left that was killed between giving `target` its name and removing this itself."""
+    folder = files.state_path(target)
+    with suppress(InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        if files.is_plain(target) and files.is_folder(folder) and files.is_plain(folder / POSITION):
+            found = json.loads(files.read_plain(folder / POSITION))
+            if found["stage"] == found["stages"][-1] and found["layer"] == found["of"]:
+                removed(folder)
