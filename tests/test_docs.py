@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from moekern.demo import MODEL, TEXT
 from tests.helpers import ROOT
 from tests.helpers.commands import moekern
 from tests.helpers.measured import layer_statistics
+from tests.helpers.ranks import torchrun
 
 DOCS = ROOT / "docs"
 
@@ -76,6 +78,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 PAGES = {page.name: commands(page) for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+del PAGES["machines.md"]  # below
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
 FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
 
@@ -84,12 +87,9 @@ def test_the_pages_hold_commands() -> None:
     assert len(PAGES["README.md"]) > 20
 
 
-@pytest.mark.parametrize("page", [page for page, found in PAGES.items() if found])
-def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they stand, one after another, where every model's name is the model that ships and files hold little text."""
-    monkeypatch.chdir(tmp_path)
-    names = re.findall(r"(?:Qwen|MODEL)[\w./-]*", " ".join(" ".join(command) for command in PAGES[page]))
-    for name in {name for name in names if name == "MODEL" or "/" in name}:
+def little_text(models: Iterable[str]) -> str:
+    """Put what the pages speak of into the current folder; the text."""
+    for name in models:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(MODEL)
     text = "".join(path.read_text()[:4000] for path in sorted((TEXT / "c").iterdir())[:4])
@@ -97,6 +97,15 @@ def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     Path("held-out.txt").write_text(text[:3000])
+    return text
+
+
+@pytest.mark.parametrize("page", [page for page, found in PAGES.items() if found])
+def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, one after another, where every model's name is the model that ships and files hold little text."""
+    monkeypatch.chdir(tmp_path)
+    names = re.findall(r"(?:Qwen|MODEL)[\w./-]*", " ".join(" ".join(command) for command in PAGES[page]))
+    text = little_text({name for name in names if name == "MODEL" or "/" in name})
     Path("held-out.jsonl").write_text(json.dumps({"text": text[:3000]}) + "\n")
     Path("sharegpt.json").write_text(json.dumps([{"text": text[:3000]}]))  # the tokenizer has no template of chats
     for number in (1, 2):
@@ -110,3 +119,30 @@ def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch:
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         done = moekern(*(word for given in command for word in sorted(glob(given)) or [given]))
         assert done.returncode == 0, f"moekern {shlex.join(command)}: {done.stderr}"
+
+
+@pytest.mark.xdist_group("ranks")
+def test_the_commands_for_several_machines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of torchrun in two processes, those of an array in two jobs, on the model that ships."""
+    monkeypatch.chdir(tmp_path)
+    little_text(["MODEL"])
+    for variable, value in (("SLURM_ARRAY_TASK_COUNT", "2"), ("SLURM_ARRAY_TASK_ID", "0")):
+        monkeypatch.setenv(variable, value)
+    page = (DOCS / "machines.md").read_text()
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    lines = [line for line in blocks.splitlines() if line and not line.startswith("#")]
+    assert [line.split()[0] for line in lines].count("torchrun") == 5
+    for line in lines:
+        starter, _, command = line.rpartition("moekern ")
+        for job in range(2 if "SLURM" in command else 1):
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+            words = subprocess.run(
+                ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+            ).stdout.split("\n")[:-1]
+            out = Path(words[words.index("--out") + 1]) if "--out" in words else None
+            if out is not None and out.is_file():  # of an earlier block
+                out.unlink()
+            small = ["--sequence-length", "64", "--tokens", "600"] if "--data" in words else []
+            words = [word for word in words if not re.fullmatch("--tokens|2M|200k", word)]
+            done = torchrun(tmp_path / "said", 2, *words, *small) if starter else [moekern(*words, *small)]
+            assert [each.returncode for each in done] == [0] * len(done), (line, done)

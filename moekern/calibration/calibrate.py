@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moekern import files
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
+from moekern.calibration.sharing import check_tiers_of, deciding_threads, facts_of, header_of_part, kept_apart, share_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import TokenData
+from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
+from moekern.files import sized
 from moekern.measurement.gradients import STAGES, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
@@ -31,13 +32,15 @@ from moekern.model.precision import settled
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
+from moekern.statistics.parts import load_part
 from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
+from moekern.team import Part
 from moekern.version import versions
 
 REPLAY_TOKENS = 512
-FIRST, SECOND = "first pass", "second pass"
 Finished = Callable[[str, Sums], object]  # a layer's key and sums
 Told = Callable[[Statistics], object]  # of one layer
+FIRST, SECOND = "first pass", "second pass"
 
 
 def calibrate(
@@ -49,23 +52,26 @@ def calibrate(
     replay_tokens: int = REPLAY_TOKENS,
     out: str | Path | None = None,
     resume: Resume | None = None,
+    part: Part | None = None,
     progress: Progress = lambda done, total: None,
     told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
-    Weights are in the checkpoint's dtype unless `compute` names another; at most the skeleton, two decoder layers and
-    one layer's sums are resident. With `out`, each layer's sums go to that file when the layer is done; without, they
-    are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
-    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`. What
-    does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
-    passes, and of the one at work the share of the text that has gone through it. `told` is given what the first pass
-    measured of a layer, as soon as it is done.
+    Weights are in the checkpoint's dtype unless `compute` names another; at most the skeleton, two decoder layers, of
+    layers larger than the budget a group of experts, and one layer's sums are resident. With `out`, each layer's sums
+    go to that file when the layer is done; without, they are held. "outliers" takes "dimensions" along and a second
+    pass over the data; "replay" runs all experts on `replay_tokens` tokens of each domain; "gradient" takes a forward
+    and a backward pass, see `gradients`. What does not fit into memory goes to files, see `Compute`. `progress(done,
+    total)` counts decoder layers over all passes, and of the one at work the share of the text that has gone through
+    it. `told` is given what the first pass measured of a layer, as soon as it is done.
 
     With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
-    change no bit, and neither does the number of threads, but for the gradient tier's.
+    change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
+    (`compute.team`, whose rank 0 alone has the sums). With `part`, one of several calibrations that know nothing of
+    each other, the segments of its share are kept apart, for `statistics.parts.merge_parts`.
     Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot
     be measured there.
     """
@@ -80,23 +86,34 @@ def calibrate(
     check_data(data, checkpoint)
     layout = find_layout(checkpoint)
     compute = settled(compute, checkpoint, layout)
+    check_tiers_of(wanted, compute.team, part)
     header = _header(checkpoint, layout, data, compute, wanted)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
     tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell)
+    units: Sequence[Segment] | None = None
+    if part is not None:
+        share = share_of(data.by_chunk(), part)
+        header, units = header_of_part(header, part, share), list(kept_apart(share).values())
+    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell, units)
+    if out is not None:
+        files.check_new(Path(out))
+    team = compute.team
+    team.together(calibrate, checkpoint.folder, data, compute, tiers=wanted, replay_tokens=replay_tokens, part=part)
+    team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
         job.run(held)
-        return statistics_of(header, held, list(layout.layers))
-    files.check_new(Path(out))
+        return statistics_of(header, held, list(layout.layers) if team.first else ())
+    if team.size > 1:
+        resume = None
     with (
         file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
-        opened(resume, job.key(header), job.passes) as journal,
+        opened(resume, job.key(header, part), job.passes) as journal,
     ):
         job.run(store, journal)
     if resume is not None:
         removed(resume.folder)
-    return Statistics.load(out)
+    return Statistics.load(out) if part is None else load_part(Path(out))
 
 
 @dataclass(frozen=True)
@@ -111,12 +128,16 @@ class Job:
     replay_tokens: int
     progress: Progress
     told: Finished
+    units: Sequence[Segment] | None = None  # segments of the text; None: all
 
     def run(self, store: Store, journal: Journal | None = None) -> None:
         """Measure every tier into `store`, or what a stopped run has left to do."""
-        with open_layerwise(self.checkpoint, self.layout, self.compute) as layerwise:
+        with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             if "gradient" in self.tiers:
                 layerwise.check_whole("--tier gradient")
+                inputs, tokens = len(layerwise.layers) - min(layerwise.moe_keys) + 1, sum(self.data.tokens.values())
+                nbytes = inputs * tokens * layerwise.embedding_size * layerwise.loader.dtype.itemsize
+                layerwise.check_room(nbytes, f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}")
             step = self._steps(layerwise)
             if journal is not None and journal.found is not None:
                 with undamaged(journal.folder):
@@ -136,8 +157,9 @@ class Job:
         again = (SECOND,) if "outliers" in self.tiers else ()
         return (FIRST, *again, *(STAGES if "gradient" in self.tiers else ()))
 
-    def key(self, header: Mapping[str, Any]) -> dict[str, Any]:
+    def key(self, header: Mapping[str, Any], part: Part | None = None) -> dict[str, Any]:
         """All that decides the bits of what is measured, in words for people."""
+        share = {} if part is None else {"--part": str(part)}
         sample = {"--replay-tokens": self.replay_tokens} if "replay" in self.tiers else {}
         (run,) = header["runs"]
         return {
@@ -146,6 +168,7 @@ class Job:
             "text": {**text_key(self.data.by_chunk()), "recipe": run["data"]},
             "--tier": " ".join(self.tiers),
             **sample,
+            **share,
             "--dtype": run["dtype"],
             "--device": self.compute.place.type,
             "kernels": run["backend"],
@@ -176,7 +199,7 @@ class _FirstPass(MeasuringPass):
     """Everything that one forward pass measures; and when a layer is done, the replay of a sample and its weights."""
 
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
-        super().__init__(layerwise, job.data, job.recorder(layerwise), step)
+        super().__init__(layerwise, job.data, job.recorder(layerwise), step, job.units)
         self.job, self.store, self.replay = job, store, None
         if "replay" in job.tiers:
             layerwise.check_whole("--tier replay")
@@ -193,11 +216,15 @@ class _FirstPass(MeasuringPass):
         if self.replay is not None:
             self.open.enter_context(self.replay.watching(probes))
 
-    def done(self, layer: int) -> None:
-        if self.replay is not None and layer in self.keys:
-            for domain, sums in self.recorder.unite(self.keys[layer]).items():
-                self.replay.finish(self.keys[layer], domain, sums)
-        super().done(layer)
+    def unite(self, key: str) -> None:
+        super().unite(key)
+        if self.replay is not None:
+            self.replay.join(key, self.team.gather(self.replay.leave(key)), self.layerwise.device)
+
+    def united(self, key: str) -> None:
+        if self.replay is not None:
+            for domain, sums in self.recorder.unite(key).items():
+                self.replay.finish(key, domain, sums)
 
     def kept(self) -> dict[str, Any]:
         return {**super().kept(), "store": self.store.kept()}
@@ -228,8 +255,12 @@ class _SecondPass(MeasuringPass):
     def loaded(self, layer: int) -> None:
         if layer in self.keys:
             key, device = self.keys[layer], self.layerwise.device
-            self.recorder.first[key] = {domain: s.to(device) for domain, s in self.store.layer(key).items()}
+            first = self.team.broadcast(self.store.layer(key) if self.team.first else {})
+            self.recorder.first[key] = {domain: s.to(device) for domain, s in first.items()}
         super().loaded(layer)
+
+    def settled(self, key: str) -> None:
+        self.recorder.first.pop(key, None)
 
     def finished(self, key: str, sums: Sums) -> None:
         for domain, s in sums.items():
@@ -237,14 +268,9 @@ class _SecondPass(MeasuringPass):
 
 
 def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
-    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters.
-
-    On a CPU, torch's 1, 2, 4, 8, ... threads share the work so that all of them round alike; see `steady`. That is not
-    so for other numbers, nor for gradients, whose sums over tokens are matrix products.
-    """
-    threads = torch.get_num_threads()
-    alike = compute.place.type != "cpu" or threads & (threads - 1) == 0
-    return dict(data.recipe) | ({} if alike and "gradient" not in tiers else {"threads": threads})
+    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters."""
+    threads = deciding_threads(compute, tiers)
+    return dict(data.recipe) | ({} if threads is None else {"threads": threads})
 
 
 def _header(

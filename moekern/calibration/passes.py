@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import Batch, Segment, TokenData, dealt
 from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.probe import Probe
-from moekern.measurement.recorder import Recorder
+from moekern.measurement.recorder import Left, Recorder
 from moekern.measurement.replay import sample
 from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
@@ -45,27 +45,44 @@ class Steps:
 class MeasuringPass(Pass[Task]):
     """Takes all text to the last layer with experts, a chunk at a time; a subclass says what becomes of a layer's sums.
 
-    A layer's sums leave the recorder, and the device, when the layer is done.
+    A layer's sums leave the recorder, and the device, when the layer is done. Each rank of the model's team takes
+    segments of its own, and rank 0 adds them all up. `units` are the segments (None: all of the text).
     """
 
-    def __init__(self, layerwise: LayerwiseModel, data: TokenData, recorder: Recorder, step: Steps) -> None:
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        data: TokenData,
+        recorder: Recorder,
+        step: Steps,
+        units: Sequence[Segment] | None = None,
+    ) -> None:
         self.layerwise, self.data, self.recorder, self.step = layerwise, data.by_chunk(), recorder, step
+        self.team, self.units = layerwise.team, self.data.units() if units is None else units
+        self.owners = dealt([unit.tokens for unit in self.units], self.team.size)
+        own = [u for u, owner in zip(self.units, self.owners, strict=True) if owner == self.team.rank]
+        self.unit_of = {chunk: unit for unit in own for chunk in unit.chunks}
+        recorder.apart = self.team.size > 1
         self.unused, self.before = copy.deepcopy(recorder), step.done  # where the pass begins
-        self.keys, self.tokens, self.through = layerwise.moe_keys, sum(data.tokens.values()), 0
+        self.keys, self.tokens, self.through = layerwise.moe_keys, sum(unit.tokens for unit in own), 0
         self.stop_after = max(self.keys)
         self.flight, self.open = InFlight(), ExitStack()
-        self.segments = self.data.segments
         self.samples: Mapping[int, Tensor] = {}  # batch number -> flat positions that are replayed
 
     def run(self, stage: Stage | None = None) -> None:
         """The whole pass, or what a stopped run has left of it."""
         self.layerwise.expect(self.tokens)
         with self.open:
-            self.layerwise.run(list(enumerate(self.data.batches)), self, stage)
+            tasks = [(number, self.data.batches[number]) for number in sorted(self.unit_of)]
+            self.layerwise.run(tasks, self, stage)
 
     def finished(self, key: str, sums: Sums) -> None:
-        """All batches have gone through a layer, whose weights are still there: `sums`, on the CPU, are its own."""
+        """All batches have gone through a layer, whose weights are still there: `sums`, on the CPU, are its own. Said
+        to rank 0."""
         raise NotImplementedError
+
+    def settled(self, key: str) -> None:
+        """Rank 0 has made of a layer's sums what it makes of them. Said to every rank."""
 
     def started(self) -> None:
         self.recorder, self.through, self.step.done = copy.deepcopy(self.unused), 0, self.before
@@ -85,7 +102,8 @@ class MeasuringPass(Pass[Task]):
         number, batch = task
         B, S = batch.input_ids.shape
         ids = batch.input_ids.reshape(-1).to(self.layerwise.device)
-        context = BatchContext(batch.domain, (B, S), None, ids, self.samples.get(number), self.segments[number])
+        unit = self.unit_of[number]
+        context = BatchContext(unit.domain, (B, S), None, ids, self.samples.get(number), unit.number)
         with self.flight.batch(context), few_tokens(B * S, self.layerwise.device):
             yield
         if layer >= 0:
@@ -111,11 +129,39 @@ class MeasuringPass(Pass[Task]):
         """A layer's probes are in place."""
 
     def done(self, layer: int) -> None:
+        if layer in self.keys and layer not in self.twice:
+            self.conclude(layer)
         self.open.close()
-        if layer in self.keys:
-            self.finished(self.keys[layer], self.taken(layer))
         self.through = 0
         self.step()
+
+    def conclude(self, layer: int) -> None:
+        """All tasks have gone through a layer with experts, which are still watched: its sums are added up."""
+        key = self.keys[layer]
+        if self.team.size > 1:
+            self.unite(key)
+        if self.team.first:
+            self.united(key)
+        self.open.close()
+        if self.team.first:
+            self.finished(key, self.taken(layer))
+        self.settled(key)
+
+    def unite(self, key: str) -> None:
+        """Rank 0 gets what all ranks have measured of a layer, a segment at a time and in order; the others lose it."""
+        left = self.recorder.leave(key)
+        counted = self.team.gather(left.empty_slots)
+        for unit, owner in zip(self.units, self.owners, strict=True):
+            name = unit.domain, unit.number
+            if self.team.rank == owner != 0:
+                self.team.send(left.segments[name].to("cpu"))
+            elif self.team.first:
+                sums = left.segments[name] if owner == 0 else self.team.receive(owner).to(self.layerwise.device)
+                self.recorder.join(key, [Left({name: sums}, {})], in_order=True)
+        self.recorder.join(key, [Left({}, each) for each in counted])
+
+    def united(self, key: str) -> None:
+        """Rank 0 has what all ranks have measured of a layer, which nothing has looked at yet."""
 
     def taken(self, layer: int) -> Sums:
         """The sums of a layer whose weights are there; see `Recorder.take`."""

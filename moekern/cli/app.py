@@ -7,14 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from moekern.cli import console
+from moekern.cli import console, ranks
 from moekern.cli.bench import bench
 from moekern.cli.calibrate import calibrate
 from moekern.cli.check import check
@@ -34,6 +34,7 @@ from moekern.cli.score import score
 from moekern.cli.verify import verify
 from moekern.errors import InputError, first_line, is_out_of_memory, nearest_name, notes, speaking_flags
 from moekern.files import reason
+from moekern.team import Member, current
 from moekern.version import __version__
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer may bring its own copy of
@@ -182,8 +183,10 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars are no JSON
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor are its warnings
     try:
-        with console.output(asked), speaking_flags():
-            _run()
+        helping = _helping(asked)
+        if helping is None or ranks.is_needed():
+            with console.output(asked, silent=helping is not None), speaking_flags(), _stdout(helping):
+                _run(helping)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -198,31 +201,69 @@ def _open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
-def _run() -> None:
+def _helping(asked: bool) -> Member | None:
+    try:
+        return ranks.helping()
+    except InputError as error:
+        with console.output(asked):
+            console.fail(str(error), error.kind)
+        sys.exit(2)
+
+
+@contextmanager
+def _stdout(helping: Member | None) -> Iterator[None]:
+    """Results are those of rank 0: what a process that helps it prints leads nowhere."""
+    if helping is None:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _run(helping: Member | None) -> None:
+    """The command. Other ranks learn how it has ended; of an error that they share, one speaks."""
+
+    def fail(text: str, kind: str, **more: str) -> None:
+        met = current().size > 1  # where the ranks have not met, the first of a node speaks
+        if helping is None or (current().speaks if met else helping.local_rank == 0):
+            console.fail(text, kind, **more)
+        current().end(text)
+
     try:
         app(prog_name="moekern")
     except (InputError, OSError) as error:
         text, kind = (str(error), error.kind) if isinstance(error, InputError) else (reason(error), "system")
         if console.verbose():
             console.say("".join(traceback.format_exception(error)))
-        console.fail(" ".join(text.split()), kind)
+        _fail_lost(fail)
+        fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # which typer answers with 1
+            current().end("nobody reads what it says")
             sys.exit(128 + signal.SIGPIPE)
         if end.code in STOPPED:
-            console.fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
+            _fail_lost(fail, wait=1.0)
+            fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
+        current().end(None if end.code in (None, 0, 1) else "")
         raise
     except Exception as error:
         if is_out_of_memory(error):
             if console.verbose():
                 console.say("".join(traceback.format_exception(error)))
-            console.fail(
-                f"not enough memory ({first_line(error)}); --chunk, --batch-size and --memory make it less", "memory"
-            )
+            fail(f"not enough memory ({first_line(error)}); --chunk, --batch-size and --memory make it less", "memory")
             sys.exit(2)
         if not console.as_json():
+            current().end(f"{type(error).__name__}: {first_line(error)}")
             raise
         told = "".join(traceback.format_exception(error))
-        console.fail(f"{type(error).__name__}: {first_line(error)}", "internal", traceback=told)
+        fail(f"{type(error).__name__}: {first_line(error)}", "internal", traceback=told)
         sys.exit(1)
+
+
+def _fail_lost(fail: Callable[[str, str], None], wait: float = 0) -> None:
+    """Where another rank has died or failed, this is why the command ends, and not what came of it."""
+    lost = current().lost(wait)
+    if lost is not None:
+        fail(lost, "system")
+        sys.exit(2)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import say, show
 from moekern.cli.enough import enough, layer_teller
 from moekern.cli.options import (
@@ -40,7 +41,6 @@ from moekern.cli.options import (
     UnusedBatchSize,
     check_criteria,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
@@ -49,6 +49,7 @@ from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
 from moekern.files import check_new, is_folder, standing, state_path
 from moekern.router import parse_keep
+from moekern.team import Part
 
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
@@ -85,6 +86,10 @@ def calibrate(
         str, typer.Option(help="The share or count at which halves of the text are compared; nothing is chosen yet.")
     ] = "0.5",
     until_stable: UntilStable = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="I/N: measure this share of the text only, for `merge` of all parts. Not set by torchrun."),
+    ] = None,
     backend: BackendOption = None,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -92,6 +97,11 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Stream text through the model one layer at a time and measure its experts."""
+    share = Part.parse(part) if part else None
+    if share is not None and until_stable is not None:
+        raise InputError(
+            "--until-stable: how much text is enough shows on all of it, and --part has a share; leave one out"
+        )
     if out.name and os.path.lexists(out) and is_folder(state_path(out)):  # as of a run that was killed at its very end
         from moekern.model.journal import clean_up
 
@@ -114,12 +124,16 @@ def calibrate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    compute = ranks.together(compute)
     statistics = pipeline.calibrate_to(
-        folder_of(model, revision), text, compute, out,
+        ranks.folder_of(model, revision, compute.team), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, stable=stable, told=layer_teller(judged, keep), restart=restart,
+        replay_tokens=replay_tokens, part=share, stable=stable, restart=restart, told=layer_teller(judged, keep),
     )  # fmt: skip
-    show_all(statistics, out, judged, keep)
+    if share is None:
+        show_all(statistics, out, judged, keep)
+    else:
+        result({"out": str(out), **statistics.header}, lambda: show_part(statistics, out))
 
 
 def show_all(statistics: Statistics, out: Path, criterion: str, keep: str) -> None:
@@ -134,6 +148,14 @@ def show_all(statistics: Statistics, out: Path, criterion: str, keep: str) -> No
         tell()
 
     result({"out": str(out), **statistics.header, "enough": found}, show_both)
+
+
+def show_part(measured: Statistics, out: Path) -> None:
+    """What a part has measured, and what is to be done with it."""
+    own = measured.header["part"]
+    tokens = sum(measured.header["tokens"].values())
+    of = f"{len(measured.domains)} segments with {tokens} of {sum(own['tokens'].values())} tokens"
+    say(f"{out}: part {own['number']} of {own['of']}: {of}; `moekern merge` makes statistics of all parts")
 
 
 def show_statistics(measured: Statistics, out: Path) -> None:

@@ -52,6 +52,7 @@ class Mode:
     """What of the process's words is shown and how: of the process, since greenlets and threads say things too."""
 
     as_json: bool = False
+    silent: bool = False  # another process of the team speaks: nothing at all
     quiet: bool = False  # nothing but results and errors
     verbose: bool = False  # where an error comes from, too
     log: TextIO | None = None  # what is said, with the time
@@ -59,6 +60,11 @@ class Mode:
 
 
 _mode = Mode()
+
+
+def silent() -> bool:
+    """Whether another process speaks for this one."""
+    return _mode.silent
 
 
 def as_json() -> bool:
@@ -91,7 +97,7 @@ def set_verbose(value: bool) -> bool:
 
 def set_log(path: Path | None) -> Path | None:
     """Append what is said to a file; the callback of --log-file. Raises InputError where it cannot be opened."""
-    if path is not None:
+    if path is not None and not _mode.silent:
         try:
             _mode.log = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -118,10 +124,10 @@ def _open() -> None:
 
 
 @contextmanager
-def output(as_json: bool) -> Iterator[None]:
+def output(as_json: bool, silent: bool = False) -> Iterator[None]:
     """A command's mode until its flags are parsed, when `set_json` has the word; afterwards the mode is what it was."""
     global _mode
-    before, _mode = _mode, Mode(as_json)
+    before, _mode = _mode, Mode(as_json, silent)
     notes, words = logging.getLogger("moekern"), _Notes()
     level = notes.level
     notes.addHandler(words)
@@ -129,6 +135,8 @@ def output(as_json: bool) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warning(warnings.showwarning)
+            if silent:
+                warnings.simplefilter("ignore")
             yield
     finally:
         notes.removeHandler(words)
@@ -154,7 +162,7 @@ def say(text: str) -> None:
     """A line for a person, on standard error so that standard output stays data."""
     _open()
     log(text)
-    if _mode.quiet:
+    if _mode.quiet or _mode.silent:
         return
     if _mode.as_json:
         _line({"note": text})
@@ -280,7 +288,7 @@ def progress(what: str, unit: str = "layers", tokens: int = 0) -> Iterator[Step]
     """
     to_log = _lines(lambda moment: log(_plain(what, unit, tokens, moment)), LOG_EVERY)
     with ExitStack() as stack:
-        if _mode.quiet:
+        if _mode.quiet or _mode.silent:
             shown: Step = lambda done, total: None  # noqa: E731
         elif as_json():
             shown = _lines(lambda moment: _say_json(what, unit, moment), JSON_EVERY)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import say, show
 from moekern.cli.options import (
     BatchSize,
@@ -31,7 +32,6 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     compute_of,
-    folder_of,
     named_plans,
     result,
     text_of,
@@ -80,10 +80,12 @@ def evaluate(
         spill=spill,
         trust_remote_code=trust_remote_code,
     )
+    compute = ranks.together(compute)
     named = named_plans("evaluate", plans or [])
     if not named:
         say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
-    losses = pipeline.evaluate_plans(folder_of(model, revision), text, compute, named, restart=restart)
+    folder = ranks.folder_of(model, revision, compute.team)
+    losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
     result(losses_document(losses), lambda: show_losses(losses))
 
 

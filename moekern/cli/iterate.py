@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import say
 from moekern.cli.options import (
     BackendOption,
@@ -36,7 +37,6 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UnusedBatchSize,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
@@ -101,7 +101,6 @@ def iterate(
 
     targets = tuple(parse_target(text) for text in target or ())
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
-    pipeline.check_iterated(out)  # before anything is downloaded
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -111,7 +110,9 @@ def iterate(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    folder = folder_of(model, revision)
+    compute = ranks.together(compute)
+    pipeline.check_iterated(out)  # before anything is downloaded
+    folder = ranks.folder_of(model, revision, compute.team)
     options = Planning((criterion,), (share,), targets=targets, model=folder)
     if targets:
         check_options(folder, options)

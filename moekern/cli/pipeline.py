@@ -15,6 +15,7 @@ from typing import Any
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
 from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
+from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
@@ -48,6 +49,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
+from moekern.team import Part
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
 
@@ -78,15 +80,17 @@ def calibrate_to(
     *,
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
+    part: Part | None = None,
     stable: Stable | None = None,
-    told: Told = lambda layer: None,
     restart: bool = False,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Measure and save. Everything that can be wrong with the input is found before the model is touched."""
     check_new(out)
     check_work(out)
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team, part)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     if stable is not None:
@@ -94,8 +98,8 @@ def calibrate_to(
     compute = told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     return measured(
-        checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, stable=stable, told=told,
-        restart=restart,
+        checkpoint, data, compute,
+        tiers=tiers, replay_tokens=replay_tokens, out=out, part=part, stable=stable, restart=restart, told=told,
     )  # fmt: skip
 
 
@@ -144,14 +148,14 @@ def measured(
     tiers: Collection[str],
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
+    part: Part | None = None,
     stable: Stable | None = None,
-    told: Told = lambda layer: None,
     restart: bool = False,
+    told: Told = lambda layer: None,
 ) -> Statistics:
     """Calibrate, and say how it goes; or go on where an earlier run was stopped, or take what it has measured and could
     not give its name. The type that is computed in is settled. With `stable`, as much of the text as it takes; `told`
-    is as `calibrate` has it.
-    """
+    is as `calibrate` has it."""
     if stable is not None:
         return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
     resume = Resume(state_path(out), restart, console.say)
@@ -160,9 +164,17 @@ def measured(
         return Statistics.load(out)
     with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
         statistics = calibrate(
-            checkpoint, data, compute, tiers=tiers, replay_tokens=replay_tokens, out=out, resume=resume, progress=step,
+            checkpoint,
+            data,
+            compute,
+            tiers=tiers,
+            replay_tokens=replay_tokens,
+            out=out,
+            resume=resume,
+            part=part,
+            progress=step,
             told=told,
-        )  # fmt: skip
+        )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
     from moekern.plan.document import Mtp, Plan
     from moekern.pruning.prune import Checksum, Copy, PruneReport
-    from moekern.pruning.work_folder import Part
+    from moekern.team import Part
 
 
 class ChecksumKind(str, Enum):
@@ -58,7 +58,8 @@ def prune(
     """
     from moekern.files import is_folder
     from moekern.plan.document import Plan
-    from moekern.pruning.work_folder import Part, check_target
+    from moekern.pruning.work_folder import check_target
+    from moekern.team import Part
 
     limit = None if max_shard_size is None else parsed_size("--max-shard-size", max_shard_size)
     share = Part.parse(part) if part else Part.of_torchrun()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moekern.cli import ranks
 from moekern.cli.console import hint, say
 from moekern.cli.options import (
     RESERVE,
@@ -52,7 +53,6 @@ from moekern.cli.options import (
     UntilStable,
     UnusedBatchSize,
     compute_of,
-    folder_of,
     result,
     say_unused,
     text_of,
@@ -155,7 +155,8 @@ def run(
         spill=spill or standing(out.parent),
         trust_remote_code=trust_remote_code,
     )
-    done = whole_run.run_stages(folder_of(model, revision), text, compute, out, asked)
+    compute = ranks.together(compute)
+    done = whole_run.run_stages(ranks.folder_of(model, revision, compute.team), text, compute, out, asked)
     _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))
     if not done.good:

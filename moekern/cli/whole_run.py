@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
+from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
@@ -62,8 +63,8 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
-    restart: bool = False  # whatever a stopped run has left, text is measured anew
     until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
+    restart: bool = False  # whatever a stopped run has left, text is measured anew
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -133,7 +134,9 @@ def has_run(target: Path, out: Path) -> bool:
 def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Asked) -> Run:
     """Calibrate, plan, evaluate, prune, verify. What an earlier run with the same model and data left is used again."""
     tiers = asked.wanted
-    backends_of(compute.device, compute.backend, wanted_tiers(tiers, TIERS, "calibrate"))
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    backends_of(compute.device, compute.backend, wanted)
+    check_tiers_of(wanted, compute.team)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
@@ -200,12 +203,6 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     return Run(statistics_path, coverage(statistics), quality, results)
 
 
-def _check_made(targets: Sequence[Path], made: Sequence[bool]) -> None:
-    """Raise InputError for a target that is there, though what it would be made from is not."""
-    if any(made):
-        check_new(targets[made.index(True)], folder=True)
-
-
 def _stable(checkpoint: Checkpoint, layout: Layout, asked: Asked) -> Stable | None:
     """When the text is enough for each of the counts that are asked for; None where all of it is measured."""
     planning = asked.planning
@@ -229,6 +226,12 @@ def too_few(tokens: int, layout: Layout) -> str | None:
         f"warning: too little text: {tokens:,} tokens are about {each:.0f} for each of {router.num_experts} experts of "
         f"a layer, and fewer than {THIN} say little; give more text, or raise --tokens"
     )
+
+
+def _check_made(targets: Sequence[Path], made: Sequence[bool]) -> None:
+    """Raise InputError for a target that is there, though what it would be made from is not."""
+    if any(made):
+        check_new(targets[made.index(True)], folder=True)
 
 
 def _plan_path(out: Path, target: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,14 @@ class TokenData:
             seen[batch.domain] += 1
         return tuple(found)
 
+    def units(self) -> list[Segment]:
+        """All segments of the text, where batches are chunks: domain by domain, and in their order."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for number, (batch, segment) in enumerate(zip(self.batches, self.segments, strict=True)):
+            found.setdefault((batch.domain, segment), []).append(number)
+        size = [batch.input_ids.numel() for batch in self.batches]
+        return [Segment(d, n, tuple(chunks), sum(size[c] for c in chunks)) for (d, n), chunks in found.items()]
+
     @property
     def tokens(self) -> dict[str, int]:
         """Tokens per domain."""
@@ -82,6 +90,26 @@ class TokenData:
         for batch in self.batches:
             totals[batch.domain] = totals.get(batch.domain, 0) + batch.input_ids.numel()
         return totals
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Chunks of a domain that add up by themselves, and that one process takes whole."""
+
+    domain: str
+    number: int
+    chunks: tuple[int, ...]  # numbers of batches
+    tokens: int
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[int]:
+    """For each piece of work of so many tokens the rank that does it: the largest first, each to the rank with the
+    least so far. Rank 0 has some where any has."""
+    owners, load = [0] * len(sizes), [0] * ranks
+    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
+        owners[piece] = load.index(min(load))
+        load[owners[piece]] += sizes[piece]
+    return owners
 
 
 def segment_of(chunk: int, chunks: int) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekern.architectures import find_layout
+from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import Batch, TokenData, dealt
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
@@ -55,6 +56,7 @@ class Task:
     number: int  # of the plan, the original first
     plan: Plan | None
     batch: Batch
+    place: int  # of the batch
 
 
 def evaluate(
@@ -71,8 +73,9 @@ def evaluate(
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
     predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
-    of its own for each model, text, plans and options. Raises InputError for a plan that does not fit the model, and
-    for data without batches.
+    of its own for each model, text, plans and options. Several processes (`compute.team`) share the batches, and rank 0
+    has the losses: the same bits. Raises InputError for a plan that does not fit the model, and for data without
+    batches.
     """
     check_type("plans", plans, Mapping)
     check_type("compute", compute, Compute)
@@ -88,19 +91,31 @@ def evaluate(
     for plan in plans.values():
         check_plan(plan, layout, checkpoint)
     tasks = [  # of each batch the original first: the others are held against it
-        Task(name, number, plan, batch)
-        for batch in data.batches
+        Task(name, number, plan, batch, place)
+        for place, batch in enumerate(data.batches)
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
     compute = settled(compute, checkpoint, layout)
+    team = compute.team
+    team.together(evaluate, checkpoint.folder, data, plans, compute)
+    team.check_alike(facts_of(checkpoint, compute))
+    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
+    own = [task for task in tasks if owners[task.place] == team.rank]
     key = _key(checkpoint, data, plans, compute)
+    if team.size > 1:
+        resume = None
     if resume is not None:
         resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
     with (
         opened(resume, key, ("evaluating",)) as journal,
-        open_layerwise(checkpoint, layout, compute) as layerwise,
+        open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
-        sums = _Compare(layerwise, tasks, progress).run(None if journal is None else journal.stage("evaluating"))
+        found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
+    whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
+    sums: dict[tuple[str, str], Tensor] = {}
+    for task in tasks if team.first else ():  # in this order whatever ranks there are
+        place, one = (task.name, task.batch.domain), whole[task.place, task.number]
+        sums[place] = sums[place] + one if place in sums else one
     if journal is not None:
         removed(journal.folder)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
@@ -136,21 +151,22 @@ class _Compare(Pass[Task]):
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[str, str], Tensor] = {}  # plan, domain -> as _compared gives them
+        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as _compared gives them
 
-    def run(self, stage: Stage | None = None) -> dict[tuple[str, str], Tensor]:
-        """The whole pass, or what a stopped run has left of it; (plan, domain) -> sums over tokens."""
+    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
+        """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its tokens."""
         self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
         with self.applied:
             self.layerwise.run(self.tasks, self, stage)
         return self.sums
 
     def kept(self) -> Any:
-        return [(name, domain, total.tolist()) for (name, domain), total in self.sums.items()]
+        return [(place, number, total.tolist()) for (place, number), total in self.sums.items()]
 
     def restored(self, layer: int, kept: Any) -> None:
         self.sums = {
-            (name, domain): torch.tensor([float(x) for x in total], dtype=torch.float64) for name, domain, total in kept
+            (place, number): torch.tensor([float(x) for x in total], dtype=torch.float64)
+            for place, number, total in kept
         }
 
     def started(self) -> None:
@@ -169,8 +185,7 @@ class _Compare(Pass[Task]):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
             raise NotFinite(len(self.layerwise.layers))
-        key = task.name, task.batch.domain
-        self.sums[key] = self.sums[key] + found if key in self.sums else found
+        self.sums[task.place, task.number] = found
 
     @contextmanager
     def entering(self, task: Task, layer: int) -> Iterator[None]:

@@ -21,6 +21,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.architectures.twins import router_numbers
 from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
+from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.criteria.named import plug_ins
@@ -101,6 +102,9 @@ def iterate(
     layout = find_layout(checkpoint)
     compute = compute if data is None else settled(compute, checkpoint, layout)
     job = _job(checkpoint, layout, data, method, compute, progress)
+    if data is not None:
+        compute.team.together(iterate, checkpoint.folder, data, method, compute, earlier=earlier)
+        compute.team.check_alike(facts_of(checkpoint, compute))
     keeps = _taken_over(job, earlier)
     rounds = [f"round {number}" for number in range(1, method.rounds + 1)]
     with opened(None if data is None else resume, {} if data is None else _key(job, data, compute), rounds) as journal:
@@ -254,7 +258,7 @@ def _streamed_round(
         # The scores of survivors would be one for each of them, not of the original experts.
         return LayerPlan(tuple(held[e] for e in layer.keep), None if keeps else layer.scores)
 
-    with open_layerwise(job.checkpoint, job.layout, compute) as layerwise:
+    with open_layerwise(job.checkpoint, job.layout, compute, compute.team) as layerwise:
         total = max(layerwise.moe_keys) + 1
         step = Steps(job.progress, job.method.rounds * total, len(keeps) * total)
         measured = _Round(job, layerwise, data, choose, keeps[-1] if keeps else {}, step)
@@ -301,8 +305,7 @@ class _Round(MeasuringPass):
 
     def between(self, layer: int) -> None:
         key = self.keys[layer]
-        self.finished(key, self.taken(layer))
-        self.open.close()
+        self.conclude(layer)
         self.pruner.prune(key, self.plans[key].keep)
         # Watched the second time too, so that the experts are computed alike; what they add up is thrown away.
         self.watch(layer, self._recorder(self.layerwise, ()))
@@ -311,9 +314,13 @@ class _Round(MeasuringPass):
         return self.pruner.held.get(self.keys.get(layer, ""))
 
     def finished(self, key: str, sums: Sums) -> None:
-        if key not in self.plans:
-            held = self.keeps.get(key, tuple(range(self.layerwise.layout.layers[key].num_experts)))
-            self.plans[key] = self.choose(key, sums, held)
+        held = self.keeps.get(key, tuple(range(self.layerwise.layout.layers[key].num_experts)))
+        self.plans[key] = self.choose(key, sums, held)
+
+    def settled(self, key: str) -> None:
+        plan = self.team.broadcast(self.plans.get(key))
+        assert plan is not None
+        self.plans[key] = plan
 
     def _recorder(self, layerwise: LayerwiseModel, tiers: Sequence[str]) -> Recorder:
         words = -(-layerwise.vocab_size // 64)

@@ -107,14 +107,16 @@ class Recorder:
             del self.empty_slots[layer, domain]
         return Left(self.segments.pop(layer, {}), counted)
 
-    def join(self, layer: str, parts: Iterable[Left]) -> None:
+    def join(self, layer: str, parts: Iterable[Left], *, in_order: bool = False) -> None:
         """As if all that other processes have measured of a layer had been measured here: the same bits.
 
-        Each segment must be of one of them, whole.
+        Each segment must be of one of them, whole. Parts that come `in_order`, domain by domain and their segments
+        rising, are added up as they come; others are held.
         """
-        held = self.segments.setdefault(layer, {})
         for part in parts:
-            held |= part.segments
+            self.segments.setdefault(layer, {}).update(part.segments)
+            if in_order and part.segments:
+                self._fold(layer, next(iter(part.segments))[0])
             for domain, n in part.empty_slots.items():
                 self.empty_slots[layer, domain] = self.empty_slots.get((layer, domain), 0) + n
 

@@ -6,7 +6,7 @@ with experts masked as `model.masking` does, and left as soon as its router has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from moekern.model.compute import few_tokens
 from moekern.model.experts import experts_of
 from moekern.model.masking import masked_layer
 from moekern.model.transformers_api import Loader, router_modules
+from moekern.model.walk import moved
 from moekern.statistics.layer import LayerStatistics
 
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
@@ -40,6 +41,18 @@ def sample(tokens: Sequence[int], size: int) -> list[Tensor]:
     return rows
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of one batch: what the block was called with for them, and the experts that were chosen."""
+
+    segment: int  # of its domain
+    call: Any
+    ids: Tensor
+
+    def moved(self, device: torch.device) -> Sample:
+        return Sample(self.segment, moved(self.call, device), self.ids.to(device))
+
+
 @dataclass
 class Replay:
     """Samples of the layers that run: of each batch the tokens that its context names."""
@@ -50,7 +63,7 @@ class Replay:
     flight: InFlight
     backend: str | None = None
     probes: Mapping[str, Probe] = field(default_factory=dict)
-    samples: dict[tuple[str, str], list[tuple[Any, Tensor]]] = field(default_factory=dict)
+    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)  # in the order of the text
 
     def check(self) -> None:
         """Raise InputError, before anything is run, for a family that cannot be replayed."""
@@ -79,18 +92,35 @@ class Replay:
             if context is not None and context.sample is not None and len(context.sample) and ids is not None:
                 rows = context.sample.to(ids.device)
                 call = _sliced((args, kwargs), context.shape, rows)
-                self.samples.setdefault((key, context.domain), []).append((call, ids[rows]))
+                kept = self.samples.setdefault((key, context.domain), [])
+                kept.append(Sample(context.segment, call, ids[rows]))
 
         return hook
+
+    def leave(self, key: str) -> dict[str, list[Sample]]:
+        """Domain -> what this process has sampled of a layer, on the CPU; it holds it no longer."""
+        found = {domain: kept for (layer, domain), kept in self.samples.items() if layer == key}
+        for domain in found:
+            del self.samples[key, domain]
+        return {domain: [each.moved(torch.device("cpu")) for each in kept] for domain, kept in found.items()}
+
+    def join(self, key: str, parts: Iterable[Mapping[str, list[Sample]]], device: torch.device) -> None:
+        """As if all that other processes have sampled of a layer had been sampled here."""
+        for part in parts:
+            for domain, kept in part.items():
+                self.samples.setdefault((key, domain), []).extend(each.moved(device) for each in kept)
+        for (layer, _), kept in self.samples.items():
+            if layer == key:
+                kept.sort(key=lambda each: each.segment)  # each segment is of one process, in order
 
     def finish(self, key: str, domain: str, sums: LayerStatistics) -> None:
         """Add the replay of what was sampled of one domain in a layer, whose weights must be loaded."""
         kept = self.samples.pop((key, domain), [])
         if not kept:
             return
-        call = _joined([call for call, _ in kept])
+        call = _joined([each.call for each in kept])
         chosen = self._choose(key, call)
-        seen = torch.cat([ids for _, ids in kept])
+        seen = torch.cat([each.ids for each in kept])
         # Products of another shape round differently, so a near tie may go the other way; a wrong call changes most.
         same = seen.shape == chosen.ids.shape and (seen.sort(1).values == chosen.ids.sort(1).values).all(1)
         if not torch.as_tensor(same).sum() * 8 >= len(seen) * 7:

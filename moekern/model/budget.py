@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,21 +37,29 @@ class Budget:
         return f"up to {sized(self.host)} of memory{gpu}"
 
 
+def least(budgets: Sequence[Budget]) -> Budget:
+    """What each of several processes has."""
+    gpus = [budget.gpu for budget in budgets if budget.gpu is not None]
+    return Budget(min(budget.host for budget in budgets), min(gpus, default=None))
+
+
 def budget_of(compute: Compute) -> Budget:
     """What `compute` allows, less what the process holds; where it allows nothing, what is free but for a sixteenth.
 
     Free is what the machine has. What the control group (of either version), one around it, and limits of the process
     (RLIMIT_AS, RLIMIT_DATA) leave is the most in either case. `gpu_memory` caps torch's allocator from here on; the
     context that CUDA itself keeps on a device, some hundred MB, comes on top. Raises InputError for less memory than
-    the process has before it reads a weight, and for `gpu_memory` on another device than a GPU.
+    the process has before it reads a weight, and for `gpu_memory` on another device than a GPU. Processes on one node
+    share what is allowed, or free, evenly.
     """
-    held = resident()
-    if compute.memory is not None and compute.memory <= held:
+    held, sharers = resident(), compute.team.local_size
+    if compute.memory is not None and compute.memory // sharers <= held:
         raise InputError(
             f"--memory {sized(compute.memory)}: the process has {sized(held)} before it reads a weight; allow more"
         )
-    host = _most(available()) if compute.memory is None else compute.memory - held
-    return Budget(min([host, *map(_most, (*groups_left(), *limits_left()))]), _gpu(compute))
+    host = _most(available() // sharers) if compute.memory is None else compute.memory // sharers - held
+    groups = (left // sharers for left in groups_left())
+    return Budget(min([host, *map(_most, (*groups, *limits_left()))]), _gpu(compute))
 
 
 def _most(free: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moekern.errors import InputError, first_line
+from moekern.team import ALONE, Member, Team
 
 FEW = 32  # tokens
 AUTO = "auto"
@@ -26,6 +27,7 @@ class Compute:
     memory: int | None = None  # bytes that the process may take; None: what is free, see `budget.budget_of`
     gpu_memory: int | None = None  # the same of the GPU
     spill: Path | None = None  # a folder for what does not fit; None: the system's for temporary files
+    team: Team = ALONE  # the processes that share text and layers
 
     @property
     def place(self) -> torch.device:
@@ -35,11 +37,12 @@ class Compute:
     @property
     def described(self) -> str:
         """Where layers are computed, for people."""
+        team = f", {self.team.described}" if self.team.described else ""
         if self.place.type == "cpu":
             threads = torch.get_num_threads()
-            return f"computing on the CPU, {threads} thread{'s' if threads > 1 else ''}"
+            return f"computing on the CPU, {threads} thread{'s' if threads > 1 else ''}{team}"
         name = f" ({torch.cuda.get_device_name(self.place)})" if self.place.type == "cuda" else ""
-        return f"computing on {self.place}{name}"
+        return f"computing on {self.place}{name}{team}"
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -61,11 +64,15 @@ class Compute:
 
 def device_named(device: str) -> torch.device:
     """The device that `device` names, there or not; "auto" is the first CUDA device where torch has one, else the CPU.
+    Of several processes on a node each has a CUDA device of its own, unless `device` numbers one.
 
     Raises InputError for a name that is none of torch's.
     """
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    member = Member.of_torchrun()
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if device == "auto" or (device == "cuda" and member is not None):
+        return torch.device("cuda", member.local_rank if member is not None else 0)
     try:
         return torch.device(device)
     except Exception as error:
@@ -74,7 +81,14 @@ def device_named(device: str) -> torch.device:
 
 def check_device(device: str) -> None:
     """Raise InputError for a device torch does not know or does not have."""
-    place = device_named(device)
+    place, member = device_named(device), Member.of_torchrun()
+    if member is not None and place.type == "cuda" and device in ("auto", "cuda"):
+        gpus = torch.cuda.device_count()
+        if member.local_size > gpus:
+            raise InputError(
+                f"--device {device}: {member.local_size} processes on a node with {gpus} GPUs; start no more than it "
+                "has (--nproc_per_node), or number one for all"
+            )
     try:
         torch.empty(1, device=place)
     except Exception as error:  # each of torch's devices raises its own

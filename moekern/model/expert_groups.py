@@ -18,13 +18,14 @@ from moekern.files import sized
 from moekern.model.budget import Budget
 from moekern.model.expert_lists import expert_modules
 from moekern.model.experts import experts_of
-from moekern.model.memory import drop, return_freed_memory
+from moekern.model.memory import drop, return_freed_memory, weights_apart
 from moekern.model.reader import LayerReader
 from moekern.model.sizes import Size, size_of
 from moekern.model.spent import Spent
 from moekern.model.transformers_api import Loader, layers_with
 
 WORK = 8  # of a budget, one part in so many is for what computing takes
+KERNELS = 1 << 27  # bytes, and so many at least, if no more than half: libraries keep code for each shape of product
 SLACK = 1 << 14  # bytes of a buffer between tensors
 PIECE = 1 << 27  # bytes of weights that are converted together: what conversion needs beside its result
 
@@ -298,7 +299,7 @@ class ExpertGroups:
             with self.spent.waiting():
                 tensors = reader.take()
             what = f"experts {self.cuts[i][g].start} to {self.cuts[i][g].stop - 1} of decoder layer {i}"
-            with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling():
+            with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling(), weights_apart():
                 small = self.fill(i, self.cuts[i][g], tensors)
                 reader.release(small)
                 return_freed_memory()
@@ -316,7 +317,7 @@ class ExpertGroups:
 
 
 def _less_work(budget: int) -> int:
-    return budget - budget // WORK
+    return budget - max(budget // WORK, min(budget // 2, KERNELS))
 
 
 def _put(layer: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter:

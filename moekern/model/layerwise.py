@@ -21,12 +21,12 @@ from moekern.data.batches import Batch
 from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
 from moekern.files import sized
 from moekern.model.apart import Filled, RowsApart
-from moekern.model.budget import budget_of
+from moekern.model.budget import budget_of, least
 from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Stage, undamaged
-from moekern.model.memory import drop, return_freed_memory
+from moekern.model.memory import drop, return_freed_memory, weights_apart
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.spent import Spent
@@ -35,6 +35,7 @@ from moekern.model.stepwise import Beside, Stepwise, Tangled
 from moekern.model.suspended import Suspended
 from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
+from moekern.team import ALONE, Team
 
 Task = TypeVar("Task")
 LOG = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class LayerwiseModel:
     """The skeleton (everything outside the decoder layers) is resident; a decoder layer is while it computes.
 
     In memory beside the skeleton: the parameters of the layer that computes, and the reader's one buffer (the file
-    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from.
+    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from. Of a
+    layer that is cut: its parameters without experts, one group of experts, and the buffer for the largest of these.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +62,7 @@ class LayerwiseModel:
     groups: ExpertGroups
     takes: Takes  # memory, and what of it is left
     spill: Path | None  # where they go beyond it
+    team: Team = ALONE  # the processes that take this pass, each with tasks of its own
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
     spent: Spent = field(default_factory=Spent)
     notes: list[str] = field(default_factory=list)  # said once the first layer is there
@@ -134,9 +137,13 @@ class LayerwiseModel:
             then = (i + 1 if i < last else None) if final else self.groups.numbers[i, 0]
             kept = States(max(0, self.takes.room - states.size), self.spill)
             rows = RowsApart(self.groups.cuts[i], kept, self.device)
-            return rows, lambda wanted: self.groups.filled(i, wanted, self.reader, then)
+            return rows, lambda wanted: self.groups.filled(i, self._by_any(wanted), self.reader, then)
 
         return Stepwise(list(self.layers), run, states, self.device, self.returns, apart)
+
+    def _by_any(self, groups: Sequence[int]) -> list[int]:
+        """Groups of experts that some rank of the node wants: all of its ranks read them together."""
+        return sorted({group for each in self.team.every_on_node(list(groups)) for group in each})
 
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
@@ -147,17 +154,21 @@ class LayerwiseModel:
         H, size = self.embedding_size, self.loader.dtype.itemsize
         states = tokens * H * size
         apart = tokens * (H * size + self.layout.router.top_k * (H * size + 8)) if self.groups.cuts else 0
-        beyond = max(0, states + apart - self.takes.room)
-        folder = self.spill or Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free
         rows = f" and {sized(apart)} of experts' rows" if apart else ""
         what = f"{sized(states)} of hidden states{rows}"
+        beyond = self.check_room(states + apart, f"{tokens} tokens take {what}")
+        file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
+        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+
+    def check_room(self, nbytes: int, what: str) -> int:
+        """How many of so many bytes memory has no room for. Raises InputError where the disk has none for them."""
+        beyond, folder = max(0, nbytes - self.takes.room), self.spill or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
         if beyond > free:
             room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
             ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
-            raise InputError(f"{tokens} tokens take {what}: {room}; {ways}", kind="memory")
-        file = f", {sized(beyond)} of them in a file in {folder}" if beyond else ""
-        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+            raise InputError(f"{what}: {room}; {ways}", kind="memory")
+        return beyond
 
     def check_whole(self, what: str) -> None:
         """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
@@ -203,14 +214,17 @@ class LayerwiseModel:
             self.reader.start(first)
         try:
             walk(
-                list(self.layers), tasks, run, way, load=load, unload=self._unload, first=first, start=start, save=save
-            )
+                list(self.layers), tasks, run, way,
+                load=load, unload=self._unload, first=first, start=start, save=save, met=self._meet,
+            )  # fmt: skip
         except NotFinite as found:
             raise self._refusal(found, run) from None
         except Tangled as found:
             logits = found.__cause__  # that are not finite may be so by the head's own weights
             if isinstance(logits, NotFinite) and blamed_outside(self.model, self.layers_name, head=True):
                 raise self._refusal(logits, run) from None
+            if not found.told:
+                self._meet(found.layer)
             raise
         finally:
             self.reader.cancel()
@@ -226,6 +240,12 @@ class LayerwiseModel:
             stage.take_over(states)
         self.returns.update(left.returns)
 
+    def _meet(self, tangled: int | None = None) -> None:
+        """All ranks have come through a layer; where one has found it `tangled`, all begin again."""
+        layers = [layer for layer in self.team.every(tangled) if layer is not None]
+        if layers and tangled is None:
+            raise Tangled(layers[0], told=True)
+
     def blamed(self, layer: int, held: Sequence[int] | None = None) -> str | None:
         """Which weight of a decoder layer that is loaded is not finite, in words; None where all are finite.
 
@@ -234,7 +254,7 @@ class LayerwiseModel:
         key, module = self.moe_keys.get(layer), self.layers[layer]
         every = range(self.layout.layers[key].num_experts) if key is not None else ()
         found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
-        cuts = self.groups.cuts.get(layer, ())
+        cuts = self.groups.cuts.get(layer, ()) if self.team.local_size == 1 else ()  # others would have to read too
         for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None) if found is None else ():
             found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
         return found
@@ -271,7 +291,7 @@ class LayerwiseModel:
         with self.spent.waiting():
             tensors = self.reader.take()
         remedy = "give more (--memory, --gpu-memory)"
-        with memory_for(f"the weights of decoder layer {i}", remedy), self.spent.filling():
+        with memory_for(f"the weights of decoder layer {i}", remedy), self.spent.filling(), weights_apart():
             self.groups.fill_layer(i, tensors)
             self.reader.release(self.layers[i])
             return_freed_memory()
@@ -299,10 +319,13 @@ def _outputs(experts: Sequence[int]) -> str:
 
 
 @contextmanager
-def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute()) -> Iterator[LayerwiseModel]:
-    """Build the skeleton of a checkpoint's model. Raises InputError when transformers cannot build or fill it."""
+def open_layerwise(
+    checkpoint: Checkpoint, layout: Layout, compute: Compute = Compute(), team: Team = ALONE
+) -> Iterator[LayerwiseModel]:
+    """Build the skeleton of a checkpoint's model, for all ranks of `team` at once. Raises InputError when transformers
+    cannot build or fill it."""
     check_device(compute.device)
-    budget = budget_of(compute)
+    budget = least(team.every_on_node(budget_of(compute)))  # ranks of a node read the same groups of experts
     if layout.family.only_pruned:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} cannot be run: {layout.family.only_pruned}")
     loader = open_loader(
@@ -323,9 +346,11 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
     spent = Spent()
     groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, place, spent)
     takes = groups.divide(layer_keys, budget)
-    with LayerReader(checkpoint, groups.reading(layer_keys), place) as reader:
+    there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
+    spill = compute.spill if there else None
+    with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, compute.spill,
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team,
             spent=spent,
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
@@ -335,7 +360,13 @@ def open_layerwise(checkpoint: Checkpoint, layout: Layout, compute: Compute = Co
 
 
 def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
-    model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    if model.team.local_size == 1:
+        model.loader.load(read_tensors(model.checkpoint, keys), model.device)
+    else:
+        with LayerReader(model.checkpoint, [keys], torch.device("cpu"), team=model.team) as once:
+            once.start(0)
+            model.loader.load(once.take(), model.device)
+            once.release(model.model)
     module: Any = model.model
     module.tie_weights()
     inside = model.layers_name + "."

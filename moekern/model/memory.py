@@ -1,20 +1,32 @@
-"""Let weights go, and give freed memory back to the system."""
+"""Take no memory for weights before they are there, keep them apart, let them go, and give freed memory back."""
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+MMAP_THRESHOLD = -3  # of mallopt
+LARGE = 1 << 20  # bytes
+USUAL = 32 << 20  # bytes: to which glibc raises its own threshold
 
 
-def _malloc_trim() -> Callable[[int], int] | None:
+def _libc() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
         return None
 
 
-_trim = _malloc_trim()
+def _of_libc(name: str) -> Callable[..., int] | None:
+    return getattr(_libc(), name, None)
+
+
+_trim, _mallopt = _of_libc("malloc_trim"), _of_libc("mallopt")
 
 
 def return_freed_memory() -> None:
@@ -27,9 +39,38 @@ def return_freed_memory() -> None:
         _trim(0)
 
 
+@contextmanager
+def weights_apart() -> Iterator[None]:
+    """What is allocated in the context gets pages of its own where it is LARGE, with glibc: they go when it is freed.
+
+    In the heap, what is allocated later lies above it, and holes stay. Where a person has set the threshold
+    (MALLOC_MMAP_THRESHOLD_), that one holds.
+    """
+    if _mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    _mallopt(MMAP_THRESHOLD, LARGE)
+    try:
+        yield
+    finally:
+        _mallopt(MMAP_THRESHOLD, USUAL)
+
+
 def drop(layer: nn.Module) -> None:
     """Put the layer's parameters back on the meta device; buffers stay: they are small, and not all are in the file."""
     for part in layer.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+class Unfilled(TorchFunctionMode):
+    """torch.empty, of which parameters are made, gives no memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.empty and given.get("device") is None:
+            given = {**given, "device": "meta"}
+        return func(*args, **given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -20,6 +21,7 @@ from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
+from moekern.team import ALONE, Team
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -91,6 +93,9 @@ class LayerReader:
     and less than two pages for every run of neighbours in a file; allocated at the first start, freed on exit, pinned
     if `device` is a CUDA device. The tensors lie in memory as they do in the file, so they are to be copied from, not
     to compute with.
+
+    Ranks of `team` on one node share the buffer, and the first of them reads; all must call the same methods in the
+    same order.
     """
 
     def __init__(
@@ -99,8 +104,10 @@ class LayerReader:
         groups: Sequence[Iterable[str | TensorEntry]],
         device: torch.device,
         threads: int = THREADS,
+        team: Team = ALONE,
     ) -> None:
         self.checkpoint, self.device, self.threads, self.paths = checkpoint, device, threads, _paths(checkpoint)
+        self.team, self.reads = team, True
         self.groups = [_place([_entry(checkpoint, each) for each in names]) for names in groups]
         self.nbytes = max((place + entry.nbytes for group in self.groups for entry, place in group), default=0)
         self.buffer: Tensor | None = None  # [nbytes] uint8
@@ -125,9 +132,11 @@ class LayerReader:
         """Begin to read group i. The group taken before must have been released."""
         assert self._reading is None
         if self.buffer is None:
-            self.buffer = _page_aligned(self.nbytes, self.device)
+            self.buffer, self.reads = _shared(self.nbytes, self.device, self.team)
+        self.team.meet_on_node()  # nobody looks at the group before any longer
         base = self.buffer.data_ptr()
-        ranges = [_whole(self.paths, entry, base + place) for entry, place in self.groups[i]]
+        group = self.groups[i] if self.reads else []
+        ranges = [_whole(self.paths, entry, base + place) for entry, place in group]
         self._cancelled = False
         self._reading = i, self._pool.submit(_read, self.checkpoint, ranges, self.threads, self._check)
 
@@ -143,6 +152,7 @@ class LayerReader:
         assert self.buffer is not None
         i, reading = self._reading
         reading.result()
+        self.team.meet_on_node()
         self._reading = None
         return {entry.name: _view(self.buffer, entry, place) for entry, place in self.groups[i]}
 
@@ -172,9 +182,53 @@ def _entry(checkpoint: Checkpoint, each: str | TensorEntry) -> TensorEntry:
     return checkpoint.tensors[each] if isinstance(each, str) else each
 
 
-def _page_aligned(nbytes: int, device: torch.device) -> Tensor:
-    """[nbytes] uint8. Not torch's pinned memory: its allocator rounds sizes up to powers of two and keeps them."""
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _shared(nbytes: int, device: torch.device, team: Team) -> tuple[Tensor, bool]:
+    """A buffer that the ranks of a node share, and whether this rank is the one that reads into it. Where they cannot
+    share one, each has its own and reads, and that is told."""
+    if team.local_size == 1:
+        return _page_aligned(nbytes, device), True
+    handle, place, problem = -1, "", ""
+    try:
+        if team.local_rank == 0:
+            handle, place = _memory_file(nbytes)
+    except OSError as error:
+        problem = f"{error.strerror}"
+    place = team.every_on_node(place)[0]
+    try:
+        if team.local_rank > 0 and place:
+            handle = os.open(place, os.O_RDWR)
+    except OSError as error:
+        problem = f"{error.strerror}"
+    problems = [each for each in team.every_on_node(problem) if each]
+    try:
+        if not problems:
+            return _page_aligned(nbytes, device, handle), team.local_rank == 0
+    finally:
+        if handle >= 0:
+            os.close(handle)
+    warnings.warn(
+        f"the {team.local_size} processes of a node cannot share memory ({problems[0]}): each reads all weights",
+        stacklevel=2,
+    )
+    return _page_aligned(nbytes, device), True
+
+
+def _memory_file(nbytes: int) -> tuple[int, str]:
+    """A file in memory with room for so many bytes, and where other processes of this user can open it."""
+    handle = os.memfd_create("moekern-layer")
+    try:
+        os.posix_fallocate(handle, 0, max(nbytes, 1))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle, f"/proc/{os.getpid()}/fd/{handle}"
+
+
+def _page_aligned(nbytes: int, device: torch.device, handle: int = -1) -> Tensor:
+    """[nbytes] uint8, of an open file or, where `handle` is -1, of no file. Not torch's pinned memory: its allocator
+    rounds sizes up to powers of two and keeps them."""
+    kind = mmap.MAP_SHARED if handle >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(handle, max(nbytes, 1), flags=kind)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults
         memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)

@@ -32,9 +32,9 @@ Beside = list[tuple[torch.dtype, int] | None] | None
 class Tangled(Exception):
     """A decoder layer is given more of the layers before it than hidden states."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, told: bool = False) -> None:
         super().__init__(f"decoder layer {layer} is given more of the layers before it than hidden states")
-        self.layer = layer
+        self.layer, self.told = layer, told  # by another process
 
 
 class _Door(BaseException):

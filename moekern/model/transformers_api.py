@@ -37,9 +37,10 @@ from moekern.architectures.config_keys import check_sizes, own_code
 from moekern.architectures.quantisation import OF_INPUTS, QUANTIZATION_KEYS, quantisation_of, unread
 from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
-from moekern.errors import InputError, first_line
+from moekern.errors import MEMORY, InputError, first_line
 from moekern.model import dequantised
 from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
+from moekern.model.memory import Unfilled
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
@@ -136,6 +137,8 @@ class Loader:
             raise InputError(f"{name}: the checkpoint holds shape {tuple(got)}, config.json implies {tuple(expected)}")
         if info.conversion_errors:
             name, reason = sorted(info.conversion_errors.items())[0]
+            if MEMORY.search(str(reason)):
+                raise MemoryError(f"converting {name}")
             raise InputError(f"{name}: transformers could not convert it: {str(reason).splitlines()[0]}")
 
     def _plain(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[Mapping[str, Tensor]]:
@@ -266,7 +269,10 @@ def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, ten
 def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A model in eval mode with meta parameters and real buffers."""
     with init_empty_weights(include_buffers=False), _quiet():
-        model = cls._from_config(config, dtype=dtype)
+        with Unfilled():  # a stack of experts would be allocated before it is a parameter
+            model = cls._from_config(copy.deepcopy(config), dtype=dtype)
+        if any(buffer.is_meta for buffer in model.buffers()):
+            model = cls._from_config(config, dtype=dtype)
     return model.eval()
 
 

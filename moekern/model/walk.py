@@ -108,13 +108,15 @@ def walk(
     first: int = 0,
     start: Callable[[], None] | None = None,
     save: Callable[[int], None] = lambda i: None,
+    met: Callable[[], None] = lambda: None,
 ) -> None:
     """Take every task through `run.forward`, all of them in step, layer by layer.
 
     `load(i)` fills layer i before the first task enters it, `unload(i)` drops it after the last one left, and then
     `save(i)` may write down how far the pass is. With `first` it goes on with that layer, for which the way has the
-    states of all tasks, and `start` stands for `run.started`. Raises NotFinite, with the weights of the layer still
-    there, for hidden states that hold NaN or infinities.
+    states of all tasks, and `start` stands for `run.started`. `met()` is called when this process's tasks have left a
+    layer, and before anything is made of it. Raises NotFinite, with the weights of the layer still there, for hidden
+    states that hold NaN or infinities.
     """
     last = len(layers) - 1 if run.stop_after is None else run.stop_after
     numbered = list(enumerate(tasks))
@@ -130,11 +132,13 @@ def walk(
                 way.before(i, numbered, last=False)
                 for number, task in numbered:
                     way.once(i, number, task)
+                met()
                 run.between(i)
             ordered = numbered if i == last else grouped
             way.before(i, ordered, last=True)
             for number, task in ordered:
                 way.through(i, number, task)
+            met()
             run.done(i)
             unload(i)
             save(i)

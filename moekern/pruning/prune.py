@@ -33,7 +33,8 @@ from moekern.pruning.pieces import Piece, made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
-from moekern.pruning.work_folder import Part, Record, WorkFolder, check_target, clean_up, is_made, open_work
+from moekern.pruning.work_folder import Record, WorkFolder, check_target, clean_up, is_made, open_work
+from moekern.team import Part
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Part", "PruneReport", "prune"]
 

@@ -9,7 +9,6 @@ are not followed, pipes not waited for, and nothing is removed whose name or con
 import fcntl
 import json
 import os
-import re
 import shutil
 import stat
 import time
@@ -35,43 +34,12 @@ from moekern.files import (
 )
 from moekern.pruning.pieces import Range
 from moekern.pruning.side_files import SideFile
+from moekern.team import Part
 
 MANIFESTS = ("manifest.jsonl", "manifest.*-of-*.jsonl")  # of a run without parts; of each part
 LOCKS = "part-*-of-*.lock"
 BEGINNING = b'{"shard": "'  # of every manifest that has a line
 PATIENCE = 10.0  # seconds that a part waits for a process that is about to finish the output
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of `of` processes that share the work, counted from 1."""
-
-    number: int
-    of: int
-
-    def __str__(self) -> str:
-        return f"{self.number}-of-{self.of}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """The part that "2/4" names. Raises InputError."""
-        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise InputError(f"--part {text}: expected I/N, I from 1 to N, such as 1/4")
-        return cls(int(found[1]), int(found[2]))
-
-    @classmethod
-    def of_torchrun(cls) -> "Part | None":
-        """The part of a process that torchrun has started, if it has started several. Raises InputError for a rank that
-        cannot be."""
-        rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
-        if "TORCHELASTIC_RUN_ID" not in os.environ or size == "1":
-            return None
-        if not re.fullmatch("[0-9]{1,6}/[0-9]{1,6}", f"{rank}/{size}") or int(rank) >= int(size):
-            raise InputError(
-                f"RANK={rank} and WORLD_SIZE={size} are no rank of torchrun's; name the part with --part I/N"
-            )
-        return cls(int(rank) + 1, int(size))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moekern.statistics.disk import (
     layer_problem,
     open_layers,
 )
-from moekern.statistics.header import IDENTITY, header_problem, merged_header
+from moekern.statistics.header import IDENTITY, PART, header_problem, merged_header
 from moekern.statistics.layer import TIERS, UNKNOWN, LayerStatistics
 
 COLUMNS = ("count", "gate_sum", "norm_sum", "gated_norm_sum")  # of to_rows
@@ -109,7 +109,7 @@ class Statistics:
 
     def own(self, part: LayerStatistics) -> LayerStatistics:
         """The sums of a part, to be added to: what was read for this is nobody else's, what is held is copied."""
-        read = isinstance(self.layers, (StoredLayers, MergedLayers))
+        read = isinstance(self.layers, (StoredLayers, MadeLayers))
         return part if read else LayerStatistics(**{name: value.clone() for name, value in part.tensors().items()})
 
     def part(self, key: str, domain: str, tiers: Sequence[str] | None = None) -> LayerStatistics:
@@ -148,16 +148,31 @@ class Statistics:
         """
         if not os.path.isfile(path := Path(path)):
             raise InputError(f"{path}: no such statistics file")
-        return Statistics(*open_layers(path))
+        header, layers = open_layers(path)
+        if PART in header:
+            raise InputError(f"{path}: one part of a calibration by parts; merge all of them first")
+        return Statistics(header, layers)
 
 
 def sizes_of(layers: Layers) -> Layers:
     """The shapes of all sums: of a file's, without reading them."""
     if isinstance(layers, StoredLayers):
         return {key: layer.sizes for key, layer in layers.items()}
-    if isinstance(layers, MergedLayers):
+    if isinstance(layers, MadeLayers):
         return layers.sizes
     return {key: {domain: sums.to("meta") for domain, sums in parts.items()} for key, parts in layers.items()}
+
+
+class MadeLayers(Mapping[str, Mapping[str, LayerStatistics]]):
+    """Layers whose sums are made when they are asked for, by whoever asks."""
+
+    sizes: Layers  # on the meta device
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,20 +207,14 @@ class MergedLayer(Mapping[str, LayerStatistics]):
 
 
 @dataclass(frozen=True, eq=False)
-class MergedLayers(Mapping[str, Mapping[str, LayerStatistics]]):
+class MergedLayers(MadeLayers):
     """The layers of several statistics of one model; nothing is added before it is asked for."""
 
     parts: Sequence[Statistics]
-    sizes: Layers  # on the meta device
+    sizes: Layers
 
     def __getitem__(self, key: str) -> MergedLayer:
         return MergedLayer(key, self.parts, list(self.sizes[key]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sizes)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:

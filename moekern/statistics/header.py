@@ -20,6 +20,7 @@ HEADER_KEY = "moekern"
 ROUTER = tuple(field.name for field in fields(Router))
 COUNT_CAP, DOMAIN_CAP = 1 << 16, 1 << 12  # experts; domains
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "identity")  # of the table of families
+PART = "part"  # of the header of a file that holds a part of a calibration; see `parts`
 IDENTITY = ("fingerprint", "family", "score", *ROUTER)  # a Source, as keys of the header
 
 

@@ -106,6 +106,7 @@ calibrate
   --replay-tokens = 512
   --keep = 0.5
   --until-stable = None
+  --part = None
   --backend = None
   --restart = False
   --trust-remote-code = False

@@ -25,7 +25,7 @@ def taken(folder: Path, compute: Compute = Compute()) -> Takes:
 def tighten(patch: pytest.MonkeyPatch, folder: Path, compute: Compute = Compute(), share: float = 0.6) -> None:
     """Let models be run in so much less memory than the layers of this one need, reader and all."""
     whole = taken(folder, compute)
-    host = round((whole.outside + share * (whole.weights + whole.buffer)) * 8 / 7) + 8
+    host = 2 * round(whole.outside + share * (whole.weights + whole.buffer))  # half is for computing
     patch.setattr(layerwise, "budget_of", lambda compute: Budget(host))
 
 

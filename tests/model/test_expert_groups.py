@@ -28,7 +28,9 @@ MakeCheckpoint = Callable[[str], Path]
 F32 = Compute(dtype=torch.float32)
 TANGLED = ("inkling2", "inkling2_text", "mistral_large4")  # forward passes are suspended, which wait within layers
 APART = {"jetmoe": "outside of their module", "longcat_flash": "not divided by experts alone"}
-RUN = [name for name in families.FAMILIES if name not in {*families.NO_CALIBRATION, *TANGLED, *APART}]
+RUN = [  # without one whose layers without experts are the largest, and one that predicts no tokens
+    name for name in families.FAMILIES if name not in {*families.NO_CALIBRATION, *TANGLED, *APART, "nemotron_h-latent"}
+]
 USUAL = ("qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "step3p7")  # a kind of experts' call each
 
 
@@ -40,7 +42,7 @@ def text(name: str, sequences: int = 3) -> TokenData:
 def plans(folder: Path) -> dict[str, Plan]:
     """Two plans that keep half of the experts, others each."""
     layers = find_layout(open_checkpoint(folder)).layers.items()
-    halves = {"even": range(0, 8, 2), "late": range(4, 8)}
+    halves = {"some": (0, 1, 4, 5), "others": (2, 3, 6, 7)}
     return {name: Plan({key: LayerPlan(tuple(keep)) for key, _ in layers}) for name, keep in halves.items()}
 
 
@@ -59,7 +61,12 @@ def test_statistics_are_those_of_whole_layers_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("qwen3_moe",) else pytest.param(name, marks=pytest.mark.whole) for name in RUN]
+    "name",
+    [
+        name if name == "qwen3_moe" else pytest.param(name, marks=pytest.mark.whole)
+        for name in RUN
+        if name != "openai_privacy_filter"
+    ],
 )
 def test_losses_of_plans_are_those_of_whole_layers(
     name: str, family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch

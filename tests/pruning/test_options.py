@@ -20,7 +20,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning import copying
 from moekern.pruning.prune import MANIFEST, prune
 from moekern.pruning.shards import BLOCK
-from moekern.pruning.work_folder import Part
+from moekern.team import Part
 from moekern.verification.tensors import verify
 from tests.helpers.digest import xxh3
 from tests.helpers.synthetic import qwen3, read, tree, write

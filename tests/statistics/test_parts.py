@@ -1,0 +1,120 @@
+"""Parts of a calibration, measured apart, make the bytes of the whole; a part that is wrong is told in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moekern.calibration.calibrate import calibrate
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.data.batches import TokenData
+from moekern.data.text import Text
+from moekern.demo import MODEL, TEXT
+from moekern.errors import InputError
+from moekern.model.compute import Compute
+from moekern.statistics.file import Statistics
+from moekern.statistics.parts import merge_parts, open_part
+from moekern.team import Part
+from tests.helpers.commands import moekern
+from tests.helpers.threads import using_threads
+
+TIERS = ["dimensions", "coalitions", "weights", "vocabulary"]
+FLOAT32 = Compute(dtype="float32")
+
+
+def text(tokens: int = 500, seed: int = 0) -> TokenData:
+    sources = (f"c={TEXT / 'c' / 'calibration.txt'}:0.7", f"de={TEXT / 'german' / 'calibration.txt'}:0.3")
+    return Text(sources, tokens, 32, chunk=1, seed=seed).read(open_checkpoint(MODEL))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the whole, with three parts of it, and with two parts of other text."""
+    folder = tmp_path_factory.mktemp("parts")
+    with using_threads(1):
+        calibrate(MODEL, text(), FLOAT32, tiers=TIERS, out=folder / "whole")
+        for number in (1, 2, 3):
+            calibrate(MODEL, text(), FLOAT32, tiers=TIERS, out=folder / f"{number}-3", part=Part(number, 3))
+        for number in (1, 2):
+            calibrate(MODEL, text(seed=1), FLOAT32, tiers=TIERS, out=folder / f"{number}-2", part=Part(number, 2))
+    return folder
+
+
+def test_all_parts_make_the_bytes_of_the_whole(made: Path, tmp_path: Path) -> None:
+    done = moekern("merge", *(made / f"{number}-3" for number in (2, 3, 1)), "--out", tmp_path / "s")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s").read_bytes() == (made / "whole").read_bytes()
+
+
+def test_parts_share_the_text(made: Path) -> None:
+    parts = [open_part(made / f"{number}-3") for number in (1, 2, 3)]
+    segments = [segment for part in parts for segment in part.segments.values()]
+    assert len(set(segments)) == len(segments) == 11 + 5
+    sizes = [sum(part.tokens.values()) for part in parts]
+    assert sum(sizes) == 500
+    assert max(sizes) - min(sizes) <= 32
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("1-3", "3-3"), "part 2 of 3 is missing"),
+        (("2-3",), "parts 1, 3 of 3 are missing"),
+        (("1-3", "2-3", "2-3", "3-3"), "are both part 2"),
+        (("1-3", "2-2", "3-3"), "2-2: of another calibration than .*1-3: its number of parts differs"),
+        (("1-2", "whole"), "whole: statistics of their own, no part"),
+    ],
+)
+def test_parts_that_do_not_make_a_whole(made: Path, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=f"^merge: .*{message}|^[^ ]*{message}"):
+        merge_parts([made / name for name in names])
+
+
+def test_a_part_of_other_text(made: Path, tmp_path: Path) -> None:
+    with using_threads(1):
+        calibrate(MODEL, text(), FLOAT32, tiers=TIERS, out=tmp_path / "1", part=Part(1, 2))
+    with pytest.raises(InputError, match="2-2: of another calibration than .*/1: its runs differs"):
+        merge_parts([tmp_path / "1", made / "2-2"])
+
+
+def test_a_part_is_no_statistics(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1-3: one part of a calibration by parts; merge all of them first"):
+        Statistics.load(made / "1-3")
+    done = moekern("merge", made / "1-3", made / "whole", "--out", tmp_path / "s")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("change", ['"of": 0', '"segments": 5', '"segments": [["c", 0]]', '"tokens": {}'])
+def test_a_header_that_is_not_a_parts(made: Path, tmp_path: Path, change: str) -> None:
+    name = change.partition(":")[0].strip('"')
+    data = (made / "1-3").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    document = json.loads(data[8 : 8 + length])
+    header = json.loads(document["__metadata__"]["moekern"])
+    header["part"] |= json.loads(f"{{{change}}}")
+    assert name in header["part"]
+    document["__metadata__"]["moekern"] = json.dumps(header)
+    text = json.dumps(document).encode()
+    (tmp_path / "s").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(InputError, match="header: part: "):
+        open_part(tmp_path / "s")
+
+
+def test_what_a_part_cannot_measure(tmp_path: Path) -> None:
+    for tier in ("outliers", "replay", "gradient"):
+        with pytest.raises(InputError, match=f"--tier {tier}: it needs all of the text, and --part 1/2 has a share"):
+            calibrate(MODEL, text(), FLOAT32, tiers=[tier], out=tmp_path / "s", part=Part(1, 2))
+    with pytest.raises(InputError, match="--part 1/20: the text has 16 segments; make no more parts of it"):
+        calibrate(MODEL, text(), FLOAT32, out=tmp_path / "s", part=Part(1, 20))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_is_next(tmp_path: Path) -> None:
+    data = ["--data", f"c={TEXT / 'c' / 'calibration.txt'}", "--tokens", 200, "--sequence-length", 32, "--chunk", 1]
+    done = moekern("calibrate", MODEL, *data, "--part", "2/2", "--out", tmp_path / "2")
+    assert done.returncode == 0, done.stderr
+    assert "part 2 of 2: 3 segments with 96 of 200 tokens; `moekern merge` makes statistics of all parts" in done.stderr
+    done = moekern("calibrate", MODEL, *data, "--part", "3/2", "--out", tmp_path / "3")
+    assert done.stderr == "moekern: --part 3/2: expected I/N, I from 1 to N, such as 1/4\n"
