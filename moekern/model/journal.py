@@ -240,6 +240,21 @@ def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
         raise
 
 
+def alone(resume: Resume | None, processes: int) -> Resume | None:
+    """None, which is told, where several processes do the work: how far they are is not written down.
+
+    Raises InputError where one process alone was stopped, and could go on.
+    """
+    if resume is None or processes == 1:
+        return resume
+    if resume.restart:
+        removed(resume.folder)
+    elif files.is_folder(resume.folder) and files.is_plain(resume.position):
+        raise InputError(f"{resume.folder}: a stopped run of one process is kept there, and goes on as one; or {ANEW}")
+    resume.tell("how far several processes are is not written down: if they are stopped, they begin anew")
+    return None
+
+
 @contextmanager
 def undamaged(folder: Path) -> Iterator[None]:
     """What is read there and cannot be becomes an InputError."""
