@@ -25,7 +25,7 @@ from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Journal, Resume, opened, removed, undamaged
+from moekern.model.journal import Journal, Resume, alone, opened, removed, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
@@ -98,14 +98,13 @@ def calibrate(
     if out is not None:
         files.check_new(Path(out))
     team = compute.team
+    resume = alone(resume, team.size)
     team.together(calibrate, checkpoint.folder, data, compute, tiers=wanted, replay_tokens=replay_tokens, part=part)
     team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
         job.run(held)
         return statistics_of(header, held, list(layout.layers) if team.first else ())
-    if team.size > 1:
-        resume = None
     with (
         file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
         opened(resume, job.key(header, part), job.passes) as journal,

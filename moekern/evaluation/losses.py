@@ -20,7 +20,7 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
-from moekern.model.journal import Resume, Stage, opened, removed
+from moekern.model.journal import Resume, Stage, alone, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
@@ -96,16 +96,13 @@ def evaluate(
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
     compute = settled(compute, checkpoint, layout)
-    team = compute.team
+    team, key = compute.team, _key(checkpoint, data, plans, compute)
+    if resume is not None:
+        resume = alone(replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}"), team.size)
     team.together(evaluate, checkpoint.folder, data, plans, compute)
     team.check_alike(facts_of(checkpoint, compute))
     owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
     own = [task for task in tasks if owners[task.place] == team.rank]
-    key = _key(checkpoint, data, plans, compute)
-    if team.size > 1:
-        resume = None
-    if resume is not None:
-        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
     with (
         opened(resume, key, ("evaluating",)) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,

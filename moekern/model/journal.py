@@ -11,7 +11,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,27 +72,23 @@ class Journal:
     def save(self, position: Position, states: States | None) -> None:
         """Write down a position; `states` (None: nothing) are what goes on from there."""
         before = () if self.position is None else self.position.files
-        names = [] if states is None else list(states.there)
-        lasting = [n for n in names if states is not None and states.there[n]]
-        known = {name: held for name, held in self.lasting.items() if not held.isdisjoint(lasting)}
-        new = [n for n in lasting if not any(n in held for held in known.values())]
+        there = {} if states is None else states.there
+        known = {name: held for name, held in self.lasting.items() if any(n in there for n in held)}
+        written = {n for held in known.values() for n in held}
+        new = [n for n, lasting in there.items() if lasting and n not in written]
         parts = {
             self._free("lasting", before): new,
-            self._free("states", before): [n for n in names if n not in lasting],
+            self._free("states", before): [n for n, lasting in there.items() if not lasting],
         }
         parts = {name: part for name, part in parts.items() if part}
+        document = {"format": FORMAT, "key": self.key, "stages": self.stages}
+        position = replace(position, files=(*known, *parts))
         try:
             if states is not None:
-                self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
-            for name, part in parts.items():
-                assert states is not None
-                (self.folder / name).unlink(missing_ok=True)
-                write_states(self.folder / name, states, part)
-            position = replace(position, files=(*known, *parts))
-            document = {"format": FORMAT, "key": self.key, "stages": self.stages, **position.document()}
-            files.write_bytes(self.folder / POSITION, json.dumps(document).encode())
+                self._write(states, parts)
+            files.write_bytes(self.folder / POSITION, json.dumps({**document, **position.document()}).encode())
         except (OSError, InputError, TypeError) as error:
-            self._give_up(files.reason(error) if isinstance(error, OSError) else str(error), parts)
+            self._give_up(files.reason(error) if isinstance(error, OSError) else str(error))
             return
         self.position, self.lasting = position, known | {n: set(new) for n in parts if n.startswith("lasting")}
         self._drop([name for name in before if name not in position.files])
@@ -101,19 +97,29 @@ class Journal:
         """A name that the last position does not need."""
         return next(name for i in range(len(taken) + 1) if (name := f"{kind}-{i}.{self.writer}") not in taken)
 
+    def _write(self, states: States, parts: Mapping[str, Sequence[Any]]) -> None:
+        """Write files of states; none is left where one of them cannot be."""
+        self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
+        try:
+            for name, part in parts.items():
+                (self.folder / name).unlink(missing_ok=True)
+                write_states(self.folder / name, states, part)
+        except Exception:
+            self._drop(parts)
+            raise
+
     def _check_room(self, nbytes: int) -> None:
         found = os.statvfs(self.folder)
         free = found.f_bavail * found.f_frsize
         if nbytes > free - free // SPARE:
             raise InputError(f"{files.sized(nbytes)} are needed and {files.sized(free)} free")
 
-    def _give_up(self, why: str, parts: Mapping[str, Any]) -> None:
+    def _give_up(self, why: str) -> None:
         self.off = True
-        self._drop(parts)
         then = "begins anew" if self.position is None else f"goes on {self.position.described}"
         self.tell(f"{self.folder}: it is not written down how far this run is ({why}); if it is stopped, it {then}")
 
-    def _drop(self, names: Iterator[str] | Sequence[str] | Mapping[str, Any]) -> None:
+    def _drop(self, names: Iterable[str]) -> None:
         paths = [self.folder / name for name in names]
         self.saved.close(paths)
         for path in paths:
@@ -232,6 +238,21 @@ def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
             raise InputError(f"{error}; {then}", error.kind) from error
         add_note(error, then)
         raise
+
+
+def alone(resume: Resume | None, processes: int) -> Resume | None:
+    """None, which is told, where several processes do the work: how far they are is not written down.
+
+    Raises InputError where one process alone was stopped, and could go on.
+    """
+    if resume is None or processes == 1:
+        return resume
+    if resume.restart:
+        removed(resume.folder)
+    elif files.is_folder(resume.folder) and files.is_plain(resume.position):
+        raise InputError(f"{resume.folder}: a stopped run of one process is kept there, and goes on as one; or {ANEW}")
+    resume.tell("how far several processes are is not written down: if they are stopped, they begin anew")
+    return None
 
 
 @contextmanager

@@ -274,10 +274,11 @@ def test_what_is_damaged_is_one_line(work: Path, tmp_path: Path, damage: str) ->
 def test_a_disk_without_room_is_told_and_the_run_goes_on(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: journal.Journal, nbytes: int) -> None:
+    def full(path: Path, *arguments: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(journal.Journal, "_check_room", full)
+    monkeypatch.setattr(journal, "write_states", full)
     done = moekern(*commands(work)["calibrate"](tmp_path / "out"))
     assert done.returncode == 0
     assert done.stderr.count("it is not written down how far this run is (No space left on device)") == 1
