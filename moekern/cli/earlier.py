@@ -14,7 +14,8 @@ from moekern.errors import InputError
 from moekern.files import is_plain
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import Compute
-from moekern.model.journal import ANEW, differences
+from moekern.model.journal import ANEW, clean_up
+from moekern.model.position import differences
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 
@@ -30,6 +31,7 @@ def earlier_statistics(
         return None
     found = Statistics.load(path)
     _check_same(path, found, checkpoint, data, compute, tiers)
+    clean_up(path)
     console.say(f"using the statistics of an earlier run: {path}")
     return found
 

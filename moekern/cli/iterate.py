@@ -88,7 +88,8 @@ def iterate(
     """Calibrate and plan at once: layers are pruned in memory as they stream by, so that later ones are measured behind
     them.
 
-    A round is one pass over the weights. Rounds that are done stay in OUT.moekern/ and are used again after a kill.
+    A round is one pass over the weights. Rounds that are done, and the layer that the next one has come to, stay
+    in OUT.moekern/, and the same command goes on there.
     """
     share = parse_keep(keep)  # before torch is imported
 

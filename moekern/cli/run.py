@@ -120,7 +120,8 @@ def run(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/ and are used again after a kill."""
+    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/, and after a kill the same command
+    goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
 
     from moekern.cli import whole_run

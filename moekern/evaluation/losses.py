@@ -20,8 +20,9 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
-from moekern.model.journal import Resume, Stage, digest, opened, removed, text_key
+from moekern.model.journal import Resume, Stage, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass

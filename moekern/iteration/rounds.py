@@ -32,8 +32,9 @@ from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of
 from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, Stage, opened, text_key
+from moekern.model.journal import Resume, Stage, opened
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.choose import choose_top

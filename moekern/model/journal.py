@@ -7,33 +7,27 @@ written last, under another name first, so that a process that is killed at any 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moekern import files
-from moekern.data.batches import TokenData
 from moekern.errors import InputError, add_note
+from moekern.model.position import OWN, Position, differences
 from moekern.model.state_files import StateFiles, write_states
 from moekern.model.states import States
 from moekern.model.stepwise import Beside
 
 FORMAT = "moekern.position/1"
 POSITION = "position.json"
-OWN = re.compile(r"position\.json|\.position\.json\.moekern\.tmp|(states|lasting)-[0-9]{1,9}\.[0-9]{1,9}")
 SHARE = 20  # of the time of a run, one part in so many goes into this at the most, but for the first time
 SPARE = 16  # of the room on the disk, one part in so many is left alone
-SHOWN = 24  # characters of a value that is shown in words
 ANEW = "--restart begins anew"
 
 
@@ -49,44 +43,6 @@ class Resume:
     def position(self) -> Path:
         """The file that is there as long as there is something to go on from."""
         return self.folder / POSITION
-
-
-@dataclass(frozen=True)
-class Position:
-    """Decoder layers 0 to `layer` - 1 of the `of` ones of a stage are done."""
-
-    stage: str
-    layer: int
-    of: int
-    kept: Any  # what the stage must know beside states
-    returns: Mapping[int, Beside]  # what layers that have run return
-    files: tuple[str, ...]
-
-    def document(self) -> dict[str, Any]:
-        """As JSON."""
-        named = {i: None if each is None else [_named(item) for item in each] for i, each in self.returns.items()}
-        return {**vars(self), "returns": named}
-
-    @staticmethod
-    def of_document(found: dict[str, Any]) -> Position:
-        """Raises one of what `undamaged` knows for JSON that is none."""
-        returns = {int(i): None if each is None else [_typed(e) for e in each] for i, each in found["returns"].items()}
-        position = Position(**{**found, "returns": returns, "files": tuple(found["files"])})
-        sound = all(type(n) is int for n in (position.layer, position.of)) and 0 < position.layer <= position.of
-        if not sound or not all(OWN.fullmatch(name) for name in position.files):
-            raise ValueError("a position that cannot be")
-        return position
-
-    @property
-    def complete(self) -> bool:
-        """The stage is done."""
-        return self.layer >= self.of
-
-    @property
-    def described(self) -> str:
-        """For people, as what follows "goes on"."""
-        where = "behind the last" if self.complete else f"at layer {self.layer + 1}"
-        return f"{where} of {self.of} ({self.stage})"
 
 
 class Journal:
@@ -116,27 +72,23 @@ class Journal:
     def save(self, position: Position, states: States | None) -> None:
         """Write down a position; `states` (None: nothing) are what goes on from there."""
         before = () if self.position is None else self.position.files
-        names = [] if states is None else list(states.there)
-        lasting = [n for n in names if states is not None and states.there[n]]
-        known = {name: held for name, held in self.lasting.items() if not held.isdisjoint(lasting)}
-        new = [n for n in lasting if not any(n in held for held in known.values())]
+        there = {} if states is None else states.there
+        known = {name: held for name, held in self.lasting.items() if any(n in there for n in held)}
+        written = {n for held in known.values() for n in held}
+        new = [n for n, lasting in there.items() if lasting and n not in written]
         parts = {
             self._free("lasting", before): new,
-            self._free("states", before): [n for n in names if n not in lasting],
+            self._free("states", before): [n for n, lasting in there.items() if not lasting],
         }
         parts = {name: part for name, part in parts.items() if part}
+        document = {"format": FORMAT, "key": self.key, "stages": self.stages}
+        position = replace(position, files=(*known, *parts))
         try:
             if states is not None:
-                self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
-            for name, part in parts.items():
-                assert states is not None
-                (self.folder / name).unlink(missing_ok=True)
-                write_states(self.folder / name, states, part)
-            position = replace(position, files=(*known, *parts))
-            document = {"format": FORMAT, "key": self.key, "stages": self.stages, **position.document()}
-            files.write_bytes(self.folder / POSITION, json.dumps(document).encode())
+                self._write(states, parts)
+            files.write_bytes(self.folder / POSITION, json.dumps({**document, **position.document()}).encode())
         except (OSError, InputError, TypeError) as error:
-            self._give_up(files.reason(error) if isinstance(error, OSError) else str(error), parts)
+            self._give_up(files.reason(error) if isinstance(error, OSError) else str(error))
             return
         self.position, self.lasting = position, known | {n: set(new) for n in parts if n.startswith("lasting")}
         self._drop([name for name in before if name not in position.files])
@@ -145,19 +97,29 @@ class Journal:
         """A name that the last position does not need."""
         return next(name for i in range(len(taken) + 1) if (name := f"{kind}-{i}.{self.writer}") not in taken)
 
+    def _write(self, states: States, parts: Mapping[str, Sequence[Any]]) -> None:
+        """Write files of states; none is left where one of them cannot be."""
+        self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
+        try:
+            for name, part in parts.items():
+                (self.folder / name).unlink(missing_ok=True)
+                write_states(self.folder / name, states, part)
+        except Exception:
+            self._drop(parts)
+            raise
+
     def _check_room(self, nbytes: int) -> None:
         found = os.statvfs(self.folder)
         free = found.f_bavail * found.f_frsize
         if nbytes > free - free // SPARE:
             raise InputError(f"{files.sized(nbytes)} are needed and {files.sized(free)} free")
 
-    def _give_up(self, why: str, parts: Mapping[str, Any]) -> None:
+    def _give_up(self, why: str) -> None:
         self.off = True
-        self._drop(parts)
         then = "begins anew" if self.position is None else f"goes on {self.position.described}"
         self.tell(f"{self.folder}: it is not written down how far this run is ({why}); if it is stopped, it {then}")
 
-    def _drop(self, names: Iterator[str] | Sequence[str] | Mapping[str, Any]) -> None:
+    def _drop(self, names: Iterable[str]) -> None:
         paths = [self.folder / name for name in names]
         self.saved.close(paths)
         for path in paths:
@@ -255,15 +217,27 @@ def opened(resume: Resume | None, key: Mapping[str, Any], stages: Sequence[str])
         else:
             _remove_files(resume.folder)  # without a position they are nothing
         try:
-            yield journal
-        except BaseException as error:
-            if journal.position is not None:
-                add_note(error, f"the same command goes on {journal.position.described}")
-            raise
+            with _told_how_to_go_on(journal):
+                yield journal
         finally:
             journal.saved.close()
             if not files.is_plain(resume.position):
                 removed(resume.folder)
+
+
+@contextmanager
+def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
+    """Whatever ends the run meanwhile says what becomes of its work."""
+    try:
+        yield
+    except BaseException as error:
+        if journal.position is None:
+            raise
+        then = f"the same command goes on {journal.position.described}"
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; {then}", error.kind) from error
+        add_note(error, then)
+        raise
 
 
 @contextmanager
@@ -281,7 +255,7 @@ def undamaged(folder: Path) -> Iterator[None]:
 def _locked(resume: Resume) -> Iterator[bool]:
     """Whether the folder is there, made if need be, this user's own, and no other process's."""
     folder, handle = resume.folder, None
-    for path in (folder.parent, folder):
+    for path in (folder.parent, folder) if _in_work_folder(folder) else (folder,):
         if os.path.lexists(path) and not files.is_folder(path):
             raise InputError(f"{path}: is no folder, and it is written there how far a run is; move it away")
     try:
@@ -320,12 +294,17 @@ def _remove_files(folder: Path) -> None:
 def removed(folder: Path) -> None:
     """Remove what this program has written into a folder, and it, and the work folder around it, where nothing is left
     there. Nothing happens where it is not there, or a link."""
-    if files.is_folder(folder.parent) and files.is_folder(folder):
+    if files.is_folder(folder) and not (_in_work_folder(folder) and folder.parent.is_symlink()):
         _remove_files(folder)
         with suppress(OSError):
             folder.rmdir()
-            if folder.parent.suffix == files.WORK:
+            if _in_work_folder(folder):
                 folder.parent.rmdir()
+
+
+def _in_work_folder(folder: Path) -> bool:
+    """The folder around it is moekern's too, and no place that a person has named."""
+    return folder.parent.suffix == files.WORK
 
 
 def clean_up(target: Path) -> None:
@@ -336,48 +315,3 @@ def clean_up(target: Path) -> None:
             found = json.loads(files.read_plain(folder / POSITION))
             if found["stage"] == found["stages"][-1] and found["layer"] == found["of"]:
                 removed(folder)
-
-
-def digest(key: Mapping[str, Any]) -> str:
-    """Hex sha256."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def text_key(data: TokenData) -> dict[str, Any]:
-    """What tells texts apart: their recipe, and the token ids themselves, batch by batch."""
-    found = hashlib.sha256()
-    for batch in data.batches:
-        found.update(f"{batch.domain} {tuple(batch.input_ids.shape)}\n".encode())
-        found.update(batch.input_ids.contiguous().numpy().tobytes())
-    return {"recipe": data.recipe, "ids": found.hexdigest()}
-
-
-def differences(then: Any, now: Any) -> str:
-    """Which entries of two keys differ, in words; of short values, how. Empty where none does."""
-    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
-        raise InputError("a key that is none")
-    found = []
-    for name in dict.fromkeys((*now, *then)):
-        one, two = then.get(name), now.get(name)
-        if one == two:
-            continue
-        if isinstance(one, Mapping) and isinstance(two, Mapping):
-            found.append(f"{name} ({differences(one, two)})")
-        elif all(len(str(value)) <= SHOWN and not isinstance(value, Mapping | list) for value in (one, two)):
-            found.append(f"{name} ({one} then, {two} now)")
-        else:
-            found.append(str(name))
-    return ", ".join(found)
-
-
-def _named(item: tuple[torch.dtype, int] | None) -> tuple[str, int] | None:
-    return None if item is None else (str(item[0]).removeprefix("torch."), item[1])
-
-
-def _typed(item: Sequence[Any] | None) -> tuple[torch.dtype, int] | None:
-    if item is None:
-        return None
-    dtype, ndim = getattr(torch, item[0]), int(item[1])
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{item[0]} is no type")
-    return dtype, ndim

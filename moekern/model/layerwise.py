@@ -25,8 +25,9 @@ from moekern.model.budget import budget_of, least
 from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
-from moekern.model.journal import ANEW, Position, Stage, undamaged
+from moekern.model.journal import ANEW, Stage, undamaged
 from moekern.model.memory import drop, return_freed_memory, weights_apart
+from moekern.model.position import Position
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.spent import Spent
 from moekern.model.states import States

@@ -10,13 +10,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moekern import files
+from moekern.errors import InputError
 from moekern.model import journal
 from moekern.model.layerwise import LayerwiseModel
 from moekern.plan.document import LayerPlan, Plan
+from moekern.statistics.store import FileStore
 from tests.helpers import killed
 from tests.helpers.commands import Done, contents, model_and_ids, moekern
 from tests.helpers.planted import plant
@@ -134,6 +137,23 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(work: Path, tmp_path
     assert found["out"] == found["fresh"]
 
 
+def test_an_error_says_how_to_go_on_too(work: Path, tmp_path: Path) -> None:
+    command, finished = commands(work)["calibrate"](tmp_path / "out"), FileStore.put
+
+    def refuse(self: FileStore, key: str, sums: Any) -> None:
+        if key == "2":
+            raise InputError("no more")
+        finished(self, key, sums)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileStore, "put", refuse)
+        patch.setattr(journal, "SHARE", 0)
+        done = moekern(*command)
+    assert done.returncode == 2
+    assert done.stderr.endswith("moekern: no more; the same command goes on at layer 3 of 4 (first pass)\n")
+    assert loaded(command)[1] == [2, 3]
+
+
 def test_stopped_before_the_first_layer_nothing_is_left(work: Path, tmp_path: Path) -> None:
     assert stopped(commands(work)["calibrate"](tmp_path / "out"), 0).stderr.endswith("stopped by Ctrl-C\n")
     assert not list(tmp_path.iterdir())
@@ -188,6 +208,9 @@ def test_what_has_changed_is_refused_by_name_or_begun_anew(work: Path, tmp_path:
 
 def test_another_evaluation_leaves_the_stopped_one_alone(work: Path, tmp_path: Path) -> None:
     command = commands(work)["evaluate"](tmp_path / "out")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    command = (*command[:-1], tmp_path / "link")  # --spill
     stopped(command, 2)
     before = contents(tmp_path)
     assert before
@@ -195,7 +218,7 @@ def test_another_evaluation_leaves_the_stopped_one_alone(work: Path, tmp_path: P
     assert (other[0].returncode, other[1]) == (0, [0, 1, 2, 3])
     assert contents(tmp_path) == before
     assert loaded(command)[1] == [2, 3]
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "real").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -251,10 +274,11 @@ def test_what_is_damaged_is_one_line(work: Path, tmp_path: Path, damage: str) ->
 def test_a_disk_without_room_is_told_and_the_run_goes_on(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: journal.Journal, nbytes: int) -> None:
+    def full(path: Path, *arguments: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(journal.Journal, "_check_room", full)
+    monkeypatch.setattr(journal, "write_states", full)
     done = moekern(*commands(work)["calibrate"](tmp_path / "out"))
     assert done.returncode == 0
     assert done.stderr.count("it is not written down how far this run is (No space left on device)") == 1
@@ -267,6 +291,10 @@ def test_killed_between_the_name_and_the_end(work: Path, tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["moekern.calibration.calibrate"], "removed", lambda folder: None)
         assert moekern(*commands(work)["calibrate"](out)).returncode == 0
-    assert "out.moekern/state/position.json" in contents(tmp_path)
+        assert moekern(*commands(work)["run"](tmp_path / "run")).returncode == 0
+    state = "run.moekern/statistics.safetensors.moekern/state/position.json"
+    assert {"out.moekern/state/position.json", state} <= set(contents(tmp_path))
     assert "exists already" in moekern(*commands(work)["calibrate"](out)).stderr
-    assert set(contents(tmp_path)) == {"out"}
+    shutil.rmtree(tmp_path / "run")
+    assert moekern(*commands(work)["run"](tmp_path / "run")).returncode == 0
+    assert not any("state" in name or name.startswith("out.") for name in contents(tmp_path))
