@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-regression bench-streaming fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-regression bench-streaming bench-ranks bench-scale fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -40,6 +40,14 @@ bench-streaming: $(VENV)/.ready
 	$(BIN)/python -m bench.streaming scale
 	$(BIN)/python -m bench.streaming dense
 	$(BIN)/python -m bench.reading
+
+# calibrate in one process and in two, on two cores.
+bench-ranks: $(VENV)/.ready
+	$(BIN)/python -m bench.ranks
+
+# All of calibration's machinery on a 1T model of holes, in 8 GB: half an hour.
+bench-scale: $(VENV)/.ready
+	$(BIN)/python -m bench.scale
 
 # Mutated headers against the parser and the safetensors library; needs Python 3.11 to 3.13 for atheris.
 fuzz: $(VENV)/.ready

@@ -1,8 +1,7 @@
 """Time calibrate in one process and in two:  python -m bench.ranks [--tokens 40000] [--rounds 3] [--out results.jsonl]
 
-On the model that ships, in float32, each process with one thread; and one process with two, for comparison. Every way
-must make the same bytes. Seconds are those of the calibration, from its first words to its last layer: starting Python
-and importing torch is left out.
+On the model that ships, in float32, each process with one thread. Both ways must make the same bytes. Seconds are those
+of the calibration, from its first words to its last layer: starting Python and importing torch is left out.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from pathlib import Path
 from moekern.benchmark.records import append, machine
 from moekern.demo import MODEL, TEXT
 
-WAYS = {"1 process": (1, 1), "1 process, 2 threads": (1, 2), "2 ranks": (2, 1)}  # processes, threads of each
+WAYS = {"1 process": 1, "2 ranks": 2}
 
 
-def seconds(processes: int, threads: int, tokens: int, out: Path) -> float:
+def seconds(processes: int, tokens: int, out: Path) -> float:
     """Of one calibration."""
     starter = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"] if processes > 1 else []
     text = ["--data", f"c={TEXT / 'c' / 'calibration.txt'}", "--data", f"de={TEXT / 'german' / 'calibration.txt'}"]
@@ -30,7 +29,7 @@ def seconds(processes: int, threads: int, tokens: int, out: Path) -> float:
     command = [sys.executable, "-m", *starter, "moekern", "calibrate", str(MODEL), *text, *sizes, "--out", str(out)]
     done = subprocess.run(
         [*command, "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -51,19 +50,19 @@ def main() -> None:
     made: set[bytes] = set()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
-            for way, (processes, threads) in WAYS.items():
-                out = Path(folder) / f"{number}-{processes}-{threads}"
-                times[way].append(seconds(processes, threads, options.tokens, out))
+            for way, processes in WAYS.items():
+                out = Path(folder) / f"{number}-{processes}"
+                times[way].append(seconds(processes, options.tokens, out))
                 made.add(out.read_bytes())
     if len(made) > 1:
-        raise SystemExit("the ways made different statistics")
+        raise SystemExit("one process and two made different statistics")
     one = statistics.median(times["1 process"])
     base = {**machine(), "cores": os.cpu_count(), "tokens": options.tokens, "rounds": options.rounds, "op": "ranks"}
     lines = []
     for way, found in times.items():
         median = statistics.median(found)
         lines.append({**base, "way": way, "seconds": round(median, 2), "times_as_fast": round(one / median, 2)})
-        print(f"{way:>22}: {median:.2f} s, {one / median:.2f} times as fast as one")
+        print(f"{way:>10}: {median:.2f} s, {one / median:.2f} times as fast as one")
     append(options.out, lines)
 
 

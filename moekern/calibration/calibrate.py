@@ -17,6 +17,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
+from moekern.files import sized
 from moekern.measurement.gradients import STAGES, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
@@ -57,13 +58,13 @@ def calibrate(
 ) -> Statistics:
     """Measure the routed tier of every MoE layer over all tokens of `data`, and what `tiers` names beside it.
 
-    Weights are in the checkpoint's dtype unless `compute` names another; at most the skeleton, two decoder layers and
-    one layer's sums are resident. With `out`, each layer's sums go to that file when the layer is done; without, they
-    are held. "outliers" takes "dimensions" along and a second pass over the data; "replay" runs all experts on
-    `replay_tokens` tokens of each domain; "gradient" takes a forward and a backward pass, see `gradients`. What
-    does not fit into memory goes to files, see `Compute`. `progress(done, total)` counts decoder layers over all
-    passes, and of the one at work the share of the text that has gone through it. `told` is given what the first pass
-    measured of a layer, as soon as it is done.
+    Weights are in the checkpoint's dtype unless `compute` names another; at most the skeleton, two decoder layers, of
+    layers larger than the budget a group of experts, and one layer's sums are resident. With `out`, each layer's sums
+    go to that file when the layer is done; without, they are held. "outliers" takes "dimensions" along and a second
+    pass over the data; "replay" runs all experts on `replay_tokens` tokens of each domain; "gradient" takes a forward
+    and a backward pass, see `gradients`. What does not fit into memory goes to files, see `Compute`. `progress(done,
+    total)` counts decoder layers over all passes, and of the one at work the share of the text that has gone through
+    it. `told` is given what the first pass measured of a layer, as soon as it is done.
 
     With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
 
@@ -134,6 +135,9 @@ class Job:
         with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             if "gradient" in self.tiers:
                 layerwise.check_whole("--tier gradient")
+                inputs, tokens = len(layerwise.layers) - min(layerwise.moe_keys) + 1, sum(self.data.tokens.values())
+                nbytes = inputs * tokens * layerwise.embedding_size * layerwise.loader.dtype.itemsize
+                layerwise.check_room(nbytes, f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}")
             step = self._steps(layerwise)
             if journal is not None and journal.found is not None:
                 with undamaged(journal.folder):

@@ -131,6 +131,7 @@ class MeasuringPass(Pass[Task]):
     def done(self, layer: int) -> None:
         if layer in self.keys and layer not in self.twice:
             self.conclude(layer)
+        self.open.close()
         self.through = 0
         self.step()
 

@@ -54,7 +54,7 @@ def facts_of(checkpoint: Checkpoint, compute: Compute) -> dict[str, object]:
         "config.json": checkpoint.config_sha256,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else chip,
         "kernels": ", ".join(sorted(set(backends.values()))),
-        "threads": deciding_threads(compute),
+        "threads": deciding_threads(compute) or "1, 2, 4, ...",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
 

@@ -240,6 +240,7 @@ def _run(helping: Member | None) -> None:
         sys.exit(2)
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # which typer answers with 1
+            current().end("nobody reads what it says")
             sys.exit(128 + signal.SIGPIPE)
         if end.code in STOPPED:
             _fail_lost(fail, wait=1.0)

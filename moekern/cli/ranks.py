@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from moekern.cli import options
-from moekern.errors import InputError
 from moekern.team import Member, Team, current
 
 if TYPE_CHECKING:
@@ -37,23 +36,14 @@ def _command() -> str:
 
 def together(compute: Compute) -> Compute:
     """The same with all processes that torchrun has started. On other ranks than 0 the command ends here, when rank 0
-    has nothing more to ask for. Raises InputError where a node has fewer GPUs than processes."""
+    has nothing more to ask for. Raises InputError where the processes do not find each other."""
     from moekern.team.team import join
 
     team = join()
-    found = replace(compute, team=team)
-    if found.place.type == "cuda":
-        import torch
-
-        if found.place.index is not None and found.place.index >= torch.cuda.device_count():
-            raise InputError(
-                f"--device {compute.device}: {team.local_size} processes on a node with {torch.cuda.device_count()} "
-                "GPUs; start no more than it has (--nproc_per_node)"
-            )
     if not team.first:
         team.serve()
         raise typer.Exit
-    return found
+    return replace(compute, team=team)
 
 
 def folder_of(model: str, revision: str | None, team: Team) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moekern.errors import InputError, first_line
-from moekern.team import ALONE, Team
+from moekern.team import ALONE, Member, Team
 
 FEW = 32  # tokens
 AUTO = "auto"
@@ -31,12 +31,8 @@ class Compute:
 
     @property
     def place(self) -> torch.device:
-        """The device itself: of several processes on a node each has its own GPU where none is named. Raises InputError
-        for a name that is none of torch's."""
-        found = device_named(self.device)
-        if self.team.local_size > 1 and found.type == "cuda" and self.device in ("auto", "cuda"):
-            return torch.device("cuda", self.team.local_rank)
-        return found
+        """The device itself. Raises InputError for a name that is none of torch's."""
+        return device_named(self.device)
 
     @property
     def described(self) -> str:
@@ -68,11 +64,15 @@ class Compute:
 
 def device_named(device: str) -> torch.device:
     """The device that `device` names, there or not; "auto" is the first CUDA device where torch has one, else the CPU.
+    Of several processes on a node each has a CUDA device of its own, unless `device` numbers one.
 
     Raises InputError for a name that is none of torch's.
     """
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    member = Member.of_torchrun()
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if device == "auto" or (device == "cuda" and member is not None):
+        return torch.device("cuda", member.local_rank if member is not None else 0)
     try:
         return torch.device(device)
     except Exception as error:
@@ -81,7 +81,14 @@ def device_named(device: str) -> torch.device:
 
 def check_device(device: str) -> None:
     """Raise InputError for a device torch does not know or does not have."""
-    place = device_named(device)
+    place, member = device_named(device), Member.of_torchrun()
+    if member is not None and place.type == "cuda" and device in ("auto", "cuda"):
+        gpus = torch.cuda.device_count()
+        if member.local_size > gpus:
+            raise InputError(
+                f"--device {device}: {member.local_size} processes on a node with {gpus} GPUs; start no more than it "
+                "has (--nproc_per_node), or number one for all"
+            )
     try:
         torch.empty(1, device=place)
     except Exception as error:  # each of torch's devices raises its own

@@ -47,7 +47,8 @@ class LayerwiseModel:
     """The skeleton (everything outside the decoder layers) is resident; a decoder layer is while it computes.
 
     In memory beside the skeleton: the parameters of the layer that computes, and the reader's one buffer (the file
-    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from.
+    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from. Of a
+    layer that is cut: its parameters without experts, one group of experts, and the buffer for the largest of these.
     """
 
     checkpoint: Checkpoint
@@ -153,17 +154,21 @@ class LayerwiseModel:
         H, size = self.embedding_size, self.loader.dtype.itemsize
         states = tokens * H * size
         apart = tokens * (H * size + self.layout.router.top_k * (H * size + 8)) if self.groups.cuts else 0
-        beyond = max(0, states + apart - self.takes.room)
-        folder = self.spill or Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free
         rows = f" and {sized(apart)} of experts' rows" if apart else ""
         what = f"{sized(states)} of hidden states{rows}"
+        beyond = self.check_room(states + apart, f"{tokens} tokens take {what}")
+        file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
+        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+
+    def check_room(self, nbytes: int, what: str) -> int:
+        """How many of so many bytes memory has no room for. Raises InputError where the disk has none for them."""
+        beyond, folder = max(0, nbytes - self.takes.room), self.spill or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
         if beyond > free:
             room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
             ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
-            raise InputError(f"{tokens} tokens take {what}: {room}; {ways}", kind="memory")
-        file = f", {sized(beyond)} of them in a file in {folder}" if beyond else ""
-        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+            raise InputError(f"{what}: {room}; {ways}", kind="memory")
+        return beyond
 
     def check_whole(self, what: str) -> None:
         """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
@@ -341,10 +346,12 @@ def open_layerwise(
     spent = Spent()
     groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, place, spent)
     takes = groups.divide(layer_keys, budget)
+    there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
+    spill = compute.spill if there else None
     with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, compute.spill,
-            team, spent=spent,
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team,
+            spent=spent,
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)

@@ -11,7 +11,6 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -130,16 +129,15 @@ class Ranks(Team):
 
 def joined(member: Member) -> Ranks:
     """Meet the other ranks at the address that torchrun has given to all. Raises InputError where one does not come."""
-    torch.set_num_threads(torch.get_num_threads())  # before gloo has threads of its own
     address = os.environ.get("MASTER_ADDR", "localhost")
     try:
         store, _, _ = next(rendezvous("env://", member.rank, member.size, timeout=timedelta(seconds=MEETING)))
         store = PrefixStore("moekern", store)
-        host = f"{socket.gethostname()}"
+        host = socket.gethostname()
         node = os.environ.get("GROUP_RANK", host)
         store.set(f"rank{member.rank}", f"{node}\n{host}")
         if member.rank == 0:
-            listener, token = socket.create_server(("", 0), backlog=member.size), secrets.token_hex(16)
+            listener, token = _listener(member.size), secrets.token_hex(16)
             store.set("watch", f"{listener.getsockname()[1]} {token}")
             with listener:
                 peers = gathered(listener, token, member.size, MEETING)
@@ -158,3 +156,9 @@ def joined(member: Member) -> Ranks:
     except (RuntimeError, OSError) as error:
         where = f"{address}:{os.environ.get('MASTER_PORT', '')}"
         raise InputError(f"the ranks cannot meet at {where}: {first_line(error)}", kind="system") from error
+
+
+def _listener(size: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=size, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=size)

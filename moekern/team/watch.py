@@ -17,6 +17,7 @@ from typing import Any
 from moekern.errors import InputError
 
 GRACE = 1.0  # seconds in which a rank may come to the same error by itself
+GREETING = 10.0  # seconds in which who connects must say who it is
 LAST = 15.0  # seconds in which the main thread must have ended, cleaned up; then the process is ended as it is
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))  # a host that vanishes
 
@@ -114,7 +115,7 @@ def gathered(listener: socket.socket, token: str, size: int, seconds: float) -> 
         listener.settimeout(max(0.01, until - time.monotonic()))
         try:
             peer, _ = listener.accept()
-            peer.settimeout(max(0.01, until - time.monotonic()))
+            peer.settimeout(GREETING)
             said, rank = _line(peer).split()
         except (TimeoutError, ValueError) as error:
             if time.monotonic() < until:

@@ -21,14 +21,16 @@ _context.set_forkserver_preload([*PRELOADED, __name__])
 Before = Callable[[int], None]  # (rank), in the process, before the command begins
 
 
-def started(folder: Path, size: int, arguments: Sequence[object], before: Before | None = None) -> list[BaseProcess]:
-    """One process for each rank, whose words go to files in `folder`."""
+def started(
+    folder: Path, size: int, arguments: Sequence[object], before: Before | None = None, nodes: int = 1
+) -> list[BaseProcess]:
+    """One process for each rank, as if they were on so many nodes; their words go to files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     found, place, words = list[BaseProcess](), Path.cwd(), [str(word) for word in arguments]
     for rank in range(size):
-        process = _context.Process(target=_rank, args=(place, folder, rank, size, port, words, before))
+        process = _context.Process(target=_rank, args=(place, folder, (rank, size, nodes), port, words, before))
         process.start()
         found.append(process)
     return found
@@ -47,22 +49,24 @@ def ended(folder: Path, processes: Sequence[BaseProcess], seconds: float = 240) 
     ]
 
 
-def torchrun(folder: Path, size: int, *arguments: object, before: Before | None = None) -> list[Done]:
+def torchrun(folder: Path, size: int, *arguments: object, before: Before | None = None, nodes: int = 1) -> list[Done]:
     """Run the command line in `size` processes."""
-    return ended(folder, started(folder, size, arguments, before))
+    return ended(folder, started(folder, size, arguments, before, nodes))
 
 
 def _rank(
-    cwd: Path, folder: Path, rank: int, size: int, port: int, arguments: list[str], before: Before | None
+    cwd: Path, folder: Path, ranks: tuple[int, int, int], port: int, arguments: list[str], before: Before | None
 ) -> None:
+    rank, size, nodes = ranks
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.chdir(cwd)
     if size > 1:
-        ranks = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ |= {name: str(value) for name, value in (ranks | place).items()}
+        node, local = divmod(rank, size // nodes)
+        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": size // nodes}
+        place = {"GROUP_RANK": node, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {name: str(value) for name, value in (names | place).items()}
     import torch
 
     from moekern.cli.app import main

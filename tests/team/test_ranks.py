@@ -33,10 +33,10 @@ def well(done: list[Done]) -> None:
 
 
 def test_statistics_are_those_of_one_process(tmp_path: Path) -> None:
-    """Every tier that is split, for 1 to 4 ranks."""
+    """Every tier that is split, for 1 to 4 ranks, the last of them on two nodes."""
     command = ["calibrate", MODEL, *WORDS, *FLOAT32, *SPLIT, "--replay-tokens", 20]
-    for size in (1, 2, 3, 4):
-        well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s"))
+    for size, nodes in ((1, 1), (2, 1), (3, 1), (4, 2)):
+        well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s", nodes=nodes))
         assert (tmp_path / f"{size}.s").read_bytes() == (tmp_path / "1.s").read_bytes()
 
 
@@ -171,10 +171,33 @@ def test_weights_are_read_once_a_node(tmp_path: Path) -> None:
     from moekern.checkpoint.folder import open_checkpoint
 
     command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--out", tmp_path / "s"]
-    well(torchrun(tmp_path, 3, *command, before=partial(count_reads, tmp_path)))
-    read = [[int(line) for line in (tmp_path / f"{rank}.read").read_text().split()] for rank in range(3)]
-    assert sum(read[0]) == open_checkpoint(MODEL).nbytes
-    assert [sum(each) for each in read[1:]] == [0, 0]
+    well(torchrun(tmp_path, 4, *command, before=partial(count_reads, tmp_path), nodes=2))
+    read = [sum(map(int, (tmp_path / f"{rank}.read").read_text().split())) for rank in range(4)]
+    whole = open_checkpoint(MODEL).nbytes
+    assert read == [whole, 0, whole, 0]
+
+
+def test_parts_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
+    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--part", "2/2", "--tier", "dimensions"]
+    for size in (1, 2):
+        well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s"))
+    assert (tmp_path / "1.s").read_bytes() == (tmp_path / "2.s").read_bytes()
+
+
+def other_threads(rank: int) -> None:
+    """Three threads in rank 1, which round otherwise."""
+    import torch
+
+    torch.set_num_threads(1 + 2 * rank)
+
+
+def test_ranks_that_would_round_otherwise_are_refused(tmp_path: Path) -> None:
+    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--out", tmp_path / "s"]
+    done = torchrun(tmp_path / "said", 2, *command, before=other_threads)
+    assert [each.returncode for each in done] == [2, 2]
+    assert "rank 1 has threads 3, rank 0 1, 2, 4, ...: their sums would have other bits\n" in done[0].stderr
+    assert done[1].stderr == ""
+    assert not (tmp_path / "s").exists()
 
 
 def without_shared_memory(rank: int) -> None:
