@@ -66,7 +66,8 @@ def calibrate(
     total)` counts decoder layers over all passes, and of the one at work the share of the text that has gone through
     it. `told` is given what the first pass measured of a layer, as soon as it is done.
 
-    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
+    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped, in any
+    number of processes.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
@@ -102,13 +103,12 @@ def calibrate(
     team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
-        job.run(held)
+        with opened(None, {}, job.passes, team) as journal:  # of rank 0 of a team it may be there
+            job.run(held, journal)
         return statistics_of(header, held, list(layout.layers) if team.first else ())
-    if team.size > 1:
-        resume = None
     with (
         file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
-        opened(resume, job.key(header, part), job.passes) as journal,
+        opened(resume, job.key(header, part), job.passes, team) as journal,
     ):
         job.run(store, journal)
     if resume is not None:

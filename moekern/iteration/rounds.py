@@ -44,6 +44,7 @@ from moekern.plan.provenance import Provenance
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
+from moekern.team import ALONE
 from moekern.version import versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
@@ -107,7 +108,8 @@ def iterate(
         compute.team.check_alike(facts_of(checkpoint, compute))
     keeps = _taken_over(job, earlier)
     rounds = [f"round {number}" for number in range(1, method.rounds + 1)]
-    with opened(None if data is None else resume, {} if data is None else _key(job, data, compute), rounds) as journal:
+    resume, key = (None, {}) if data is None else (resume, _key(job, data, compute))
+    with opened(resume, key, rounds, ALONE if data is None else compute.team) as journal:
         while True:
             stage = None if journal is None else journal.stage(rounds[len(keeps)])
             plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps, stage)
