@@ -25,7 +25,7 @@ from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Journal, Resume, alone, opened, removed, undamaged
+from moekern.model.journal import Journal, Resume, opened, removed, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
@@ -66,7 +66,8 @@ def calibrate(
     total)` counts decoder layers over all passes, and of the one at work the share of the text that has gone through
     it. `told` is given what the first pass measured of a layer, as soon as it is done.
 
-    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped.
+    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped, in any
+    number of processes.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
@@ -98,16 +99,16 @@ def calibrate(
     if out is not None:
         files.check_new(Path(out))
     team = compute.team
-    resume = alone(resume, team.size)
     team.together(calibrate, checkpoint.folder, data, compute, tiers=wanted, replay_tokens=replay_tokens, part=part)
     team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
-        job.run(held)
+        with opened(None, {}, job.passes, team) as journal:  # of rank 0 of a team it may be there
+            job.run(held, journal)
         return statistics_of(header, held, list(layout.layers) if team.first else ())
     with (
         file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
-        opened(resume, job.key(header, part), job.passes) as journal,
+        opened(resume, job.key(header, part), job.passes, team) as journal,
     ):
         job.run(store, journal)
     if resume is not None:

@@ -94,6 +94,9 @@ class MeasuringPass(Pass[Task]):
         MeasuringPass.started(self)
         self.step.done = int(kept["steps"])
 
+    def label(self, number: int, task: Task) -> int:
+        return task[0]
+
     def forward(self, task: Task) -> None:
         self.layerwise.compute(task[1])
 

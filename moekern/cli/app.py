@@ -235,7 +235,7 @@ def _run(helping: Member | None) -> None:
         text, kind = (str(error), error.kind) if isinstance(error, InputError) else (reason(error), "system")
         if console.verbose():
             console.say("".join(traceback.format_exception(error)))
-        _fail_lost(fail)
+        _fail_lost(fail, error)
         fail(" ".join(text.split()), kind)
         sys.exit(2)
     except SystemExit as end:
@@ -243,7 +243,7 @@ def _run(helping: Member | None) -> None:
             current().end("nobody reads what it says")
             sys.exit(128 + signal.SIGPIPE)
         if end.code in STOPPED:
-            _fail_lost(fail, wait=1.0)
+            _fail_lost(fail, end, wait=1.0)
             fail("; ".join([f"stopped by {STOPPED[end.code]}", *notes(end)]), "interrupted")
         current().end(None if end.code in (None, 0, 1) else "")
         raise
@@ -261,9 +261,9 @@ def _run(helping: Member | None) -> None:
         sys.exit(1)
 
 
-def _fail_lost(fail: Callable[[str, str], None], wait: float = 0) -> None:
-    """Where another rank has died or failed, this is why the command ends, and not what came of it."""
+def _fail_lost(fail: Callable[[str, str], None], error: BaseException, wait: float = 0) -> None:
+    """Where another rank has died or failed, this is why the command ends, and not the error that came of it."""
     lost = current().lost(wait)
     if lost is not None:
-        fail(lost, "system")
+        fail("; ".join([lost, *dict.fromkeys(notes(error))]), "system")
         sys.exit(2)

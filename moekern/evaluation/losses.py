@@ -20,7 +20,7 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
-from moekern.model.journal import Resume, Stage, alone, opened, removed
+from moekern.model.journal import Resume, Stage, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
@@ -96,15 +96,16 @@ def evaluate(
         for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
     ]
     compute = settled(compute, checkpoint, layout)
-    team, key = compute.team, _key(checkpoint, data, plans, compute)
-    if resume is not None:
-        resume = alone(replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}"), team.size)
+    team = compute.team
     team.together(evaluate, checkpoint.folder, data, plans, compute)
     team.check_alike(facts_of(checkpoint, compute))
     owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
     own = [task for task in tasks if owners[task.place] == team.rank]
+    key = _key(checkpoint, data, plans, compute)
+    if resume is not None:
+        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
     with (
-        opened(resume, key, ("evaluating",)) as journal,
+        opened(resume, key, ("evaluating",), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
         found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
@@ -113,7 +114,7 @@ def evaluate(
     for task in tasks if team.first else ():  # in this order whatever ranks there are
         place, one = (task.name, task.batch.domain), whole[task.place, task.number]
         sums[place] = sums[place] + one if place in sums else one
-    if journal is not None:
+    if journal is not None and team.first:
         removed(journal.folder)
     table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
     for (name, domain), total in sums.items():
@@ -144,6 +145,7 @@ class _Compare(Pass[Task]):
 
     def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
         self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
+        self.plans = 1 + max((task.number for task in tasks), default=0)  # the original among them
         self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
@@ -158,7 +160,8 @@ class _Compare(Pass[Task]):
         return self.sums
 
     def kept(self) -> Any:
-        return [(place, number, total.tolist()) for (place, number), total in self.sums.items()]
+        every = [each for sums in self.layerwise.team.gather(self.sums) for each in sums.items()]
+        return [(place, number, total.tolist()) for (place, number), total in every]
 
     def restored(self, layer: int, kept: Any) -> None:
         self.sums = {
@@ -168,6 +171,9 @@ class _Compare(Pass[Task]):
 
     def started(self) -> None:
         self.sums.clear()
+
+    def label(self, number: int, task: Task) -> int:
+        return task.place * self.plans + task.number
 
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits

@@ -32,7 +32,7 @@ from moekern.measurement.recorder import Recorder
 from moekern.measurement.tiers import BY_BATCH, backends_of
 from moekern.measurement.weights import NO_TEXT, weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, Stage, alone, opened
+from moekern.model.journal import Resume, Stage, opened
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
@@ -44,6 +44,7 @@ from moekern.plan.provenance import Provenance
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
+from moekern.team import ALONE
 from moekern.version import versions
 
 Keeps = Mapping[str, tuple[int, ...]]  # layer key -> experts by original number
@@ -102,13 +103,13 @@ def iterate(
     layout = find_layout(checkpoint)
     compute = compute if data is None else settled(compute, checkpoint, layout)
     job = _job(checkpoint, layout, data, method, compute, progress)
-    resume = None if data is None else alone(resume, compute.team.size)
     if data is not None:
         compute.team.together(iterate, checkpoint.folder, data, method, compute, earlier=earlier)
         compute.team.check_alike(facts_of(checkpoint, compute))
     keeps = _taken_over(job, earlier)
     rounds = [f"round {number}" for number in range(1, method.rounds + 1)]
-    with opened(resume, {} if data is None else _key(job, data, compute), rounds) as journal:
+    resume, key = (None, {}) if data is None else (resume, _key(job, data, compute))
+    with opened(resume, key, rounds, ALONE if data is None else compute.team) as journal:
         while True:
             stage = None if journal is None else journal.stage(rounds[len(keeps)])
             plan = _weighed_round(job, keeps) if data is None else _streamed_round(job, data, compute, keeps, stage)

@@ -3,16 +3,20 @@
 A folder holds the states of all tasks in front of a layer (`state_files`), in two files in turn, and `position.json`,
 which names them: the stage and the layer, what else the stage must know, and the key, all that decides the bits. It is
 written last, under another name first, so that a process that is killed at any moment leaves the position before it.
+
+Of several processes each writes the states of its own tasks, and rank 0 the position when all have done so. Another
+number of processes goes on as well: each reads the states of the tasks that it has now, whoever has written them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from moekern.model.position import OWN, Position, differences
 from moekern.model.state_files import StateFiles, write_states
 from moekern.model.states import States
 from moekern.model.stepwise import Beside
+from moekern.team import ALONE, Team
 
 FORMAT = "moekern.position/1"
 POSITION = "position.json"
@@ -47,14 +52,13 @@ class Resume:
 
 class Journal:
     """A locked folder. `found` is what a stopped run has left there, `saved` its states; `position` is the last one
-    that was written down."""
+    that was written down. Every rank of a team has one."""
 
-    def __init__(self, resume: Resume, key: Mapping[str, Any], stages: Sequence[str]) -> None:
-        self.folder, self.tell, self.stages = resume.folder, resume.tell, tuple(stages)
+    def __init__(self, resume: Resume, key: Mapping[str, Any], stages: Sequence[str], team: Team = ALONE) -> None:
+        self.folder, self.tell, self.stages, self.team = resume.folder, resume.tell, tuple(stages), team
         self.key: Mapping[str, Any] = json.loads(json.dumps(key))
-        self.writer = 0  # of several processes
         self.saved = StateFiles(())
-        self.found = self.position = self._read()
+        self.found = self.position = team.broadcast(self._read() if team.first else None)
         self.lasting: dict[str, set[Any]] = {}  # file -> names of states that never change
         if self.position is not None:
             with undamaged(self.folder):
@@ -70,43 +74,46 @@ class Journal:
         return Stage(self, name)
 
     def save(self, position: Position, states: States | None) -> None:
-        """Write down a position; `states` (None: nothing) are what goes on from there."""
+        """Write down a position; `states` (None: nothing) are what goes on from there, each rank's own."""
         before = () if self.position is None else self.position.files
         there = {} if states is None else states.there
         known = {name: held for name, held in self.lasting.items() if any(n in there for n in held)}
-        written = {n for held in known.values() for n in held}
-        new = [n for n, lasting in there.items() if lasting and n not in written]
+        old = {n for held in known.values() for n in held}
+        new = [n for n, lasting in there.items() if lasting and n not in old]
         parts = {
             self._free("lasting", before): new,
             self._free("states", before): [n for n, lasting in there.items() if not lasting],
         }
         parts = {name: part for name, part in parts.items() if part}
-        document = {"format": FORMAT, "key": self.key, "stages": self.stages}
-        position = replace(position, files=(*known, *parts))
-        try:
-            if states is not None:
-                self._write(states, parts)
-            files.write_bytes(self.folder / POSITION, json.dumps({**document, **position.document()}).encode())
-        except (OSError, InputError, TypeError) as error:
-            self._give_up(files.reason(error) if isinstance(error, OSError) else str(error))
+        written = self.team.every(((*known, *parts), None if states is None else self._write(states, parts)))
+        position = replace(position, files=tuple(dict.fromkeys(name for names, _ in written for name in names)))
+        why = next((why for _, why in written if why is not None), None)
+        if why is not None:
+            self._drop(parts)
+        elif self.team.first:
+            document = {"format": FORMAT, "key": self.key, "stages": self.stages, **position.document()}
+            why = _refused(lambda: files.write_bytes(self.folder / POSITION, json.dumps(document).encode()))
+        why = self.team.broadcast(why)
+        if why is not None:
+            self._give_up(why)
             return
         self.position, self.lasting = position, known | {n: set(new) for n in parts if n.startswith("lasting")}
         self._drop([name for name in before if name not in position.files])
 
     def _free(self, kind: str, taken: Sequence[str]) -> str:
         """A name that the last position does not need."""
-        return next(name for i in range(len(taken) + 1) if (name := f"{kind}-{i}.{self.writer}") not in taken)
+        return next(name for i in range(len(taken) + 1) if (name := f"{kind}-{i}.{self.team.rank}") not in taken)
 
-    def _write(self, states: States, parts: Mapping[str, Sequence[Any]]) -> None:
-        """Write files of states; none is left where one of them cannot be."""
-        self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
-        try:
+    def _write(self, states: States, parts: Mapping[str, Sequence[Any]]) -> str | None:
+        """Write files of states. Why that cannot be is returned; None: they are on the disk."""
+
+        def write() -> None:
+            self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
             for name, part in parts.items():
                 (self.folder / name).unlink(missing_ok=True)
                 write_states(self.folder / name, states, part)
-        except Exception:
-            self._drop(parts)
-            raise
+
+        return _refused(write)
 
     def _check_room(self, nbytes: int) -> None:
         found = os.statvfs(self.folder)
@@ -120,11 +127,13 @@ class Journal:
         self.tell(f"{self.folder}: it is not written down how far this run is ({why}); if it is stopped, it {then}")
 
     def _drop(self, names: Iterable[str]) -> None:
+        """Remove what this rank has written, and its share of what ranks of another number have."""
         paths = [self.folder / name for name in names]
         self.saved.close(paths)
         for path in paths:
-            with suppress(OSError):
-                path.unlink()
+            if int(path.suffix[1:]) % self.team.size == self.team.rank:
+                with suppress(OSError):
+                    path.unlink()
 
     def _read(self) -> Position | None:
         path = self.folder / POSITION
@@ -167,10 +176,15 @@ class Stage:
         at = self.journal.found
         return at if at is not None and at.stage == self.name else None
 
-    def take_over(self, states: States) -> None:
-        """Let `states` have what a stopped run has left."""
-        lasting = {name for held in self.journal.lasting.values() for name in held}
-        states.take_over(self.journal.saved, lasting)
+    def take_over(self, states: States, own: Collection[int] = ()) -> None:
+        """Let `states` have what a stopped run has left, which must hold those of a rank's `own` tasks; of several
+        ranks each has no other. Raises InputError where some are not there."""
+        journal, saved = self.journal, self.journal.saved
+        if self.left is not None and not self.left.complete and not all(name in saved for name in own):
+            raise InputError(f"{journal.folder}: what a stopped run has left there lacks some of the text; {ANEW}")
+        lasting = {name for held in journal.lasting.values() for name in held}
+        mine = [name for name in saved if journal.team.size == 1 or name in own]
+        states.take_over(saved, mine, lasting)
 
     def save(
         self,
@@ -182,12 +196,12 @@ class Stage:
     ) -> None:
         """Layers up to `layer` - 1 are done: write that down, where the last time is long enough ago, or it is the end.
 
-        What is `kept` must be on the disk when it is told. States None: they cannot be written down.
+        What is `kept` must be on the disk when it is told; all ranks are asked, and rank 0's is written. States None:
+        they cannot be written down.
         """
         journal, start = self.journal, time.monotonic()
-        if layer < of and (states is None or start - journal.ended < SHARE * journal.cost):
-            return
-        if not journal.off:
+        due = layer >= of or (states is not None and start - journal.ended >= SHARE * journal.cost)
+        if not journal.off and journal.team.broadcast(due):
             position = Position(self.name, layer, of, kept(), dict(returns), ())
             journal.save(position, states)
             journal.ended = time.monotonic()
@@ -195,34 +209,71 @@ class Stage:
 
 
 @contextmanager
-def opened(resume: Resume | None, key: Mapping[str, Any], stages: Sequence[str]) -> Iterator[Journal | None]:
+def opened(
+    resume: Resume | None, key: Mapping[str, Any], stages: Sequence[str], team: Team = ALONE
+) -> Iterator[Journal | None]:
     """The journal of a run whose bits `key` decides, by words that a person knows; None where there is none to be had.
 
-    Raises InputError where another run, or something strange, is kept there. What is there stays when the block fails,
-    and until it is `removed`.
+    All ranks of a team open it together: `resume` and `key` are rank 0's. Raises InputError where another run, or
+    something strange, is kept there. What is there stays when the block fails, and until it is `removed`.
     """
-    if resume is None:
-        yield None
-        return
-    with _locked(resume) as there:
-        if not there:
+    with nullcontext(False) if resume is None else _locked(resume) as there:
+        if resume is not None and there:
+            _check_own(resume.folder)
+            if resume.restart:
+                _remove_files(resume.folder)
+        resume = _seen_by_all(resume if there else None, team)
+        if resume is None:
             yield None
             return
-        _check_own(resume.folder)
-        if resume.restart:
-            _remove_files(resume.folder)
-        journal = Journal(resume, key, stages)
+        journal = Journal(resume, key, stages, team)
         if journal.position is not None:
             resume.tell(f"going on {journal.position.described}, where a stopped run was")
-        else:
+        elif team.first:
             _remove_files(resume.folder)  # without a position they are nothing
         try:
             with _told_how_to_go_on(journal):
                 yield journal
         finally:
             journal.saved.close()
-            if not files.is_plain(resume.position):
+            if team.first and not files.is_plain(resume.position):
                 removed(resume.folder)
+
+
+def _seen_by_all(resume: Resume | None, team: Team) -> Resume | None:
+    """Rank 0's, for every rank; None where it has none, or not all ranks see the folder: of several nodes, each may
+    have one of its own by that name. Raises InputError where a stopped run is kept there."""
+    if team.size == 1:
+        return resume
+    mark = None if resume is None else resume.folder.absolute() / f"seen-{secrets.randbelow(10**9)}.0"
+    if mark is not None:
+        with suppress(OSError):
+            mark.touch()
+    mark = team.broadcast(mark)
+    if mark is None:
+        return None
+    blind = [str(rank) for rank, sees in enumerate(team.every(os.path.lexists(mark))) if not sees]
+    if resume is None:
+        return None if blind else Resume(mark.parent, tell=lambda line: None)
+    with suppress(OSError):
+        mark.unlink()
+    if blind:
+        why = f"{resume.folder}: rank {', '.join(blind)} does not see what is written there, as all nodes must"
+        if files.is_plain(resume.position):
+            raise InputError(f"{why}, to go on where a stopped run was; share that folder, or {ANEW}", kind="option")
+        resume.tell(f"{why}; if this run is stopped, it begins anew")
+        removed(resume.folder)
+        return None
+    return resume
+
+
+def _refused(write: Callable[[], object]) -> str | None:
+    """Why something cannot be written; None: it is."""
+    try:
+        write()
+    except (OSError, InputError, TypeError) as error:
+        return files.reason(error) if isinstance(error, OSError) else str(error)
+    return None
 
 
 @contextmanager
@@ -235,24 +286,11 @@ def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
             raise
         then = f"the same command goes on {journal.position.described}"
         if isinstance(error, InputError):
-            raise InputError(f"{error}; {then}", error.kind) from error
+            said = InputError(f"{error}; {then}", error.kind)
+            add_note(said, then)
+            raise said from error
         add_note(error, then)
         raise
-
-
-def alone(resume: Resume | None, processes: int) -> Resume | None:
-    """None, which is told, where several processes do the work: how far they are is not written down.
-
-    Raises InputError where one process alone was stopped, and could go on.
-    """
-    if resume is None or processes == 1:
-        return resume
-    if resume.restart:
-        removed(resume.folder)
-    elif files.is_folder(resume.folder) and files.is_plain(resume.position):
-        raise InputError(f"{resume.folder}: a stopped run of one process is kept there, and goes on as one; or {ANEW}")
-    resume.tell("how far several processes are is not written down: if they are stopped, they begin anew")
-    return None
 
 
 @contextmanager

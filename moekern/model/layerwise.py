@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,7 +202,7 @@ class LayerwiseModel:
             if stage is None or left is None:
                 run.started()
             else:
-                self.take_over(stage, states, last + 1)
+                self.take_over(stage, states, last + 1, [run.label(n, task) for n, task in enumerate(tasks)])
                 with undamaged(stage.journal.folder):
                     run.restored(first, left.kept)
 
@@ -231,13 +231,16 @@ class LayerwiseModel:
             for layer in self.layers:
                 drop(layer)
 
-    def take_over(self, stage: Stage, states: States | None, of: int) -> None:
-        """What a stopped run has left of a stage of `of` layers. Raises InputError where it is of another number."""
+    def take_over(self, stage: Stage, states: States | None, of: int, own: Collection[int] = ()) -> None:
+        """What a stopped run has left of a stage of `of` layers, for this process's `own` tasks.
+
+        Raises InputError where it is of another number of layers.
+        """
         left = stage.left
         if left is None or left.of != of:
             raise InputError(f"{stage.journal.folder}: what a stopped run has left is of other layers; {ANEW}")
         if states is not None:
-            stage.take_over(states)
+            stage.take_over(states, own)
         self.returns.update(left.returns)
 
     def _meet(self, tangled: int | None = None) -> None:

@@ -16,7 +16,7 @@ from moekern.errors import InputError
 from moekern.model.stepwise import Beside
 
 # Names of the files in a folder that says how far a run is.
-OWN = re.compile(r"position\.json|\.position\.json\.moekern\.tmp|(states|lasting)-[0-9]{1,9}\.[0-9]{1,9}")
+OWN = re.compile(r"position\.json|\.position\.json\.moekern\.tmp|(states|lasting|seen)-[0-9]{1,9}\.[0-9]{1,9}")
 SHOWN = 24  # characters of a value that is shown in words
 
 

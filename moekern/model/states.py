@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Any
@@ -64,10 +64,12 @@ class States:
         self.there: dict[Hashable, bool] = {}  # what was put and not taken -> whether it never changes
         self.saved: Mapping[Hashable, State] = {}  # what a stopped run has left, read when it is taken
 
-    def take_over(self, saved: Mapping[Hashable, State], lasting: Collection[Hashable] = ()) -> None:
-        """As if all that a stopped run has left had been put; some of it is `lasting`."""
+    def take_over(
+        self, saved: Mapping[Hashable, State], names: Iterable[Hashable], lasting: Collection[Hashable] = ()
+    ) -> None:
+        """As if what a stopped run has left by these names had been put; some of it is `lasting`."""
         self.saved = saved
-        self.there |= {name: name in lasting for name in saved}
+        self.there |= {name: name in lasting for name in names}
 
     def put(self, name: Hashable, state: State, *, lasting: bool = False) -> None:
         """`lasting`: nothing else will be put by this name. Raises InputError where the file cannot take it."""

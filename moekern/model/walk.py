@@ -38,6 +38,10 @@ class Pass(Generic[Task]):
         """In the place of `started`: the pass goes on with a layer, and this is what it had `kept` in front of it."""
         self.started()
 
+    def label(self, number: int, task: Task) -> int:
+        """What a task is called among all, whichever process computes it; `number` is its place in this one."""
+        return number
+
     def forward(self, task: Task) -> None:
         """One task's whole forward pass: begun anew for every layer or not, always the same."""
         raise NotImplementedError
@@ -119,7 +123,7 @@ def walk(
     states that hold NaN or infinities.
     """
     last = len(layers) - 1 if run.stop_after is None else run.stop_after
-    numbered = list(enumerate(tasks))
+    numbered = [(run.label(number, task), task) for number, task in enumerate(tasks)]
     grouped = sorted(numbered, key=lambda each: run.group(each[1]))
     with torch.no_grad(), way:
         (start or run.started)()

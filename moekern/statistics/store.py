@@ -60,10 +60,10 @@ class HeldStore:
         return dict(self.layers[key])
 
     def kept(self) -> Any:
-        raise NotImplementedError("what is held is gone with the process")
+        """Nothing: it is gone with the process."""
 
     def take_up(self, left: Any) -> None:
-        raise NotImplementedError("what is held is gone with the process")
+        """Nothing: another process has what is left."""
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.model import journal
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, alone, opened
+from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.position import differences
 from moekern.model.state_files import StateFiles, write_states
@@ -115,21 +114,6 @@ def test_two_processes_with_one_folder(tmp_path: Path) -> None:
         assert one is not None
         assert two is None
     assert [line for line in said if "another process is at work there" in line] == said != []
-
-
-def test_several_processes_write_nothing_down_and_say_so(tmp_path: Path) -> None:
-    said: list[str] = []
-    resume = Resume(tmp_path / "state", tell=said.append)
-    assert alone(resume, 1) is resume
-    assert alone(resume, 2) is None
-    assert "how far several processes are is not written down" in said[-1]
-    with opened(resume, {}, ["a"]) as mine:
-        assert mine is not None
-        mine.stage("a").save(1, 2, states(0), lambda: None, {})
-    with pytest.raises(InputError, match="a stopped run of one process is kept there, and goes on as one; or "):
-        alone(resume, 2)
-    assert alone(replace(resume, restart=True), 2) is None
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_differs_is_named() -> None:
