@@ -100,6 +100,8 @@ def iterate(
     from moekern.plan.targets import parse_target
 
     targets = tuple(parse_target(text) for text in target or ())
+    if ranks.helping() is None:
+        pipeline.check_iterated(out)  # before anything is downloaded
     method = Method(criterion, share, rounds, reestimate, tuple(domain) if domain else None, seed)
     say_unused(batch_size)
     text = text_of(
@@ -111,7 +113,6 @@ def iterate(
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     compute = ranks.together(compute)
-    pipeline.check_iterated(out)  # before anything is downloaded
     folder = ranks.folder_of(model, revision, compute.team)
     options = Planning((criterion,), (share,), targets=targets, model=folder)
     if targets:

@@ -26,6 +26,7 @@ from moekern.model.transformers_api import Loader, layers_with
 
 WORK = 8  # of a budget, one part in so many is for what computing takes
 KERNELS = 1 << 27  # bytes, and so many at least, if no more than half: libraries keep code for each shape of product
+HALF = 0.5  # of what is left beside what lies outside of layers: the rest is for hidden states
 SLACK = 1 << 14  # bytes of a buffer between tensors
 PIECE = 1 << 27  # bytes of weights that are converted together: what conversion needs beside its result
 
@@ -91,6 +92,7 @@ class ExpertGroups:
     spent: Spent
     cuts: dict[int, tuple[range, ...]] = field(default_factory=dict)  # of layers that are too large: their groups
     numbers: dict[tuple[int, int], int] = field(default_factory=dict)  # (layer, group) -> number in the reader
+    piece: int | None = None  # bytes of a layer's experts that are converted together; None: all
     smaller: dict[int, nn.ModuleList] = field(default_factory=dict)  # experts -> decoder layers on the meta device
     obstacles: dict[int, str | None] = field(default_factory=dict)  # layer -> see `obstacle`
     divided: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> see `parameters`
@@ -158,9 +160,10 @@ class ExpertGroups:
         stored = [sum(self.checkpoint.tensors[name].nbytes for name in own) for own in names]
         filled = [sum(p.nbytes for p in layer.parameters()) for layer in self.layers]
         outside = sum(p.nbytes for p in self.loader.model.parameters()) - sum(filled)
-        whole = Takes(budget, outside, max(n + self._converted(i) for i, n in enumerate(filled)), max(stored))
-        if whole.within():
-            return whole
+        for self.piece, share in ((None, HALF), (PIECE, 1)):  # pieces take a copy more, and so time
+            whole = Takes(budget, outside, max(n + self._converted(i) for i, n in enumerate(filled)), max(stored))
+            if whole.within(share):
+                return whole
         alone = [i for i in range(len(self.layers)) if self.obstacle(i) is not None]
         fixed = replace(
             whole,
@@ -173,7 +176,7 @@ class ExpertGroups:
             i = max(alone, key=lambda i: filled[i] + stored[i])
             raise whole.refusal(f"decoder layer {i} cannot be run in groups of experts: {self.obstacle(i)}")
         found = fixed
-        for share in (0.5, 1):  # the rest is for hidden states
+        for share in (HALF, 1):
             for number in range(2, 1 + max((self.of(i).num_experts for i in self.keys), default=1)):
                 cuts = {i: self.cut(i, -(-self.of(i).num_experts // number)) for i in self.keys if i not in alone}
                 found = self._takes(fixed, cuts, stored, filled)
@@ -195,9 +198,14 @@ class ExpertGroups:
         return replace(fixed, weights=max(weights), buffer=max(buffer), groups=max(map(len, cuts.values()), default=1))
 
     def _converted(self, i: int) -> int:
-        """Bytes that are held beside the weights of a layer while these are made."""
+        """Bytes that are held beside the weights of a layer while these are made: conversion stacks and joins."""
         experts = self.size(i).weights * self.loader.dtype.itemsize
-        return experts if experts <= PIECE or self.obstacle(i) is not None else min(experts, 2 * PIECE)
+        return min(experts, 2 * PIECE) if self._by_pieces(i) else experts
+
+    def _by_pieces(self, i: int) -> bool:
+        """Whether the experts of a layer that is not cut are converted a piece at a time."""
+        piece, experts = self.piece, self.size(i).weights * self.loader.dtype.itemsize
+        return piece is not None and experts > piece and i not in self.cuts and self.obstacle(i) is None
 
     def reading(self, names: Sequence[Sequence[str]]) -> list[list[TensorEntry]]:
         """What is read at a time: each layer, without experts where it is cut; then each group, which is numbered."""
@@ -259,8 +267,7 @@ class ExpertGroups:
 
     def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Layer i of what was read of it: without experts where it is cut, else whole, its experts piece by piece."""
-        experts = self.size(i).weights * self.loader.dtype.itemsize
-        if i in self.cuts or experts <= PIECE or self.obstacle(i) is not None:
+        if not self._by_pieces(i):
             self.loader.load(tensors, self.device)
             return
         own = self.names(i)

@@ -258,7 +258,7 @@ class LayerwiseModel:
         every = range(self.layout.layers[key].num_experts) if key is not None else ()
         found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
         cuts = self.groups.cuts.get(layer, ()) if self.team.local_size == 1 else ()  # others would have to read too
-        for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None) if found is None else ():
+        for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None) if cuts and found is None else ():
             found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
         return found
 

@@ -61,6 +61,6 @@ def test_text_without_room_is_refused_before_anything_is_computed(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: _Usage(1000))
     monkeypatch.setattr(Takes, "room", property(lambda self: 1000))
     data = TokenData((Batch("a", families.input_ids("qwen3_moe", 6, 12)),), {}, 1)
-    with pytest.raises(InputError, match=f"{what} .*memory has room for 1000 bytes, and .* for 1000 bytes") as refused:
+    with pytest.raises(InputError, match=f"{what} .*memory has room for 1000 B, and .* for 1000 B") as refused:
         calibrate(family_checkpoint("qwen3_moe"), data, tiers=tiers)
     assert refused.value.kind in ("memory", "option")

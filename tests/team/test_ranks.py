@@ -218,6 +218,6 @@ def test_without_shared_memory_each_reads(tmp_path: Path) -> None:
 
 
 def test_work_is_dealt_evenly_and_rank_0_is_never_empty() -> None:
-    assert dealt([1, 5, 3, 3], 2) == [1, 0, 1, 1]
+    assert dealt([1, 5, 3, 3], 2) == [0, 0, 1, 1]
     assert dealt([7], 3) == [0]
     assert dealt([], 2) == []
