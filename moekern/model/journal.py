@@ -108,7 +108,8 @@ class Journal:
         """Write files of states. Why that cannot be is returned; None: they are on the disk."""
 
         def write() -> None:
-            self._check_room(sum(states.nbytes(n) for part in parts.values() for n in part))
+            nbytes = sum(states.nbytes(n) for part in parts.values() for n in part)
+            self._check_room(nbytes * self.team.size)  # as many as other ranks write, about
             for name, part in parts.items():
                 (self.folder / name).unlink(missing_ok=True)
                 write_states(self.folder / name, states, part)

@@ -87,6 +87,18 @@ def test_states_that_never_change_are_written_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_states_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    resume = Resume(tmp_path / "state", tell=lambda line: None)
+    with opened(resume, {}, ["a"]) as mine:
+        assert mine is not None
+        mine.stage("a").save(1, 2, states(0, 1), lambda: None, {})
+    with opened(resume, {}, ["a"]) as again:
+        assert again is not None
+        again.stage("a").take_over(States(), [0, 1])
+        with pytest.raises(InputError, match="what a stopped run has left there lacks some of the text"):
+            again.stage("a").take_over(States(), [0, 1, 2])
+
+
 def test_writing_takes_no_more_than_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second to write, ten seconds to compute a layer: written every second or third layer, and at the end."""
     now = [0.0]

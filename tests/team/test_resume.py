@@ -6,11 +6,9 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,10 +17,9 @@ from moekern import files
 from moekern.model import journal
 from moekern.plan.document import LayerPlan, Plan
 from tests.helpers.commands import Done, contents, model_and_ids
-from tests.helpers.killed import WRITERS
 from tests.helpers.ranks import torchrun
 
-pytestmark = pytest.mark.xdist_group("ranks")  # they are forked from one process
+pytestmark = pytest.mark.xdist_group("stopped ranks")  # they are forked from one process
 GOING_ON = "where a stopped run was"
 
 
@@ -37,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(work: Path, name: str, out: Path) -> Sequence[object]:
     """What each of them does: two passes with tiers, two rounds, losses of a plan, all of it."""
     ids = work / "ids.npy"
-    text = ("--data", f"a={ids}", "--data", f"b={ids}:2", "--sequence-length", 16, "--tokens", 260, "--chunk", 1)
+    text = ("--data", f"a={ids}", "--data", f"b={ids}:2", "--sequence-length", 16, "--tokens", 160, "--chunk", 1)
     tiers = ("--tier", "outliers", "--tier", "replay", "--replay-tokens", 10)
     rounds = ("--keep", 4, "--rounds", 2, "--criterion", "reap")
     model, dtype = work / "model", ("--dtype", "fp32")
@@ -54,7 +51,7 @@ def made(folder: Path, done: Done) -> dict[str, object]:
     """All that a command has made: its files, and what a program reads of it."""
     assert done.returncode == 0, done.stderr
     found = {name: value for name, value in contents(folder).items() if "manifest" not in name}
-    return {**found, "printed": json.loads(done.stdout)["losses"] if done.stdout.startswith("{") else ""}
+    return {**found, "printed": json.loads(done.stdout) if done.stdout.startswith("{") else ""}
 
 
 def after_every_layer(rank: int) -> None:
@@ -78,23 +75,20 @@ def killed_at_layer(number: int, killed: int, rank: int) -> None:
     LayerwiseModel._load = counted  # type: ignore[method-assign]
 
 
-def killed_at_call(number: int | None, killed: int, told: Path, rank: int) -> None:
-    """One rank is killed before the n-th call of what writes down how far the run is; None: how many there are is
-    told."""
+def killed_while_written(step: str, number: int, killed: int, rank: int) -> None:
+    """One rank is killed before a step of writing down how far the run is is taken for the n-th time."""
     after_every_layer(rank)
-    calls = 0
+    place: Any = {"write_states": journal, "write_bytes": files, "_drop": journal.Journal}[step]
+    take, taken = getattr(place, step), 0
 
-    def count(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal calls
-        if event in ("call", "c_call") and os.path.basename(frame.f_code.co_filename) in WRITERS:
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if number is None and calls % 50 == 0:
-                told.write_text(str(calls))
+    def counted(*arguments: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == number and rank == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(*arguments)
 
-    if rank == killed:
-        sys.setprofile(count)
+    setattr(place, step, counted)
 
 
 def stopped(folder: Path, size: int, words: Sequence[object], layer: int, rank: int) -> list[Done]:
@@ -137,26 +131,26 @@ def test_any_number_of_ranks_goes_on(work: Path, tmp_path: Path, name: str, trie
     assert made(tmp_path / "killed", done) == want
 
 
+# (ranks, step, time, rank that is killed), each after the other: none comes further than two layers.
+STEPS = [
+    (2, "write_states", 2, 1),
+    (3, "write_states", 1, 0),
+    (2, "write_bytes", 2, 0),  # the position, when all states are there
+    (3, "_drop", 1, 0),  # the position is there, and states of the one before too
+    (2, "_drop", 2, 1),
+]
+
+
 def test_killed_while_it_is_written_down(work: Path, tmp_path: Path) -> None:
-    """Either of two ranks, at calls spread over all that write; then it goes on with 1, 2 or 3."""
-    whole = command(work, "calibrate", tmp_path / "whole")
-    want = made(tmp_path, gone_on(tmp_path, 1, whole))["whole"]
-    out = tmp_path / "out"
-    words = command(work, "calibrate", out)
-    for killed in (0, 1):
-        told = tmp_path / "told"
-        torchrun(tmp_path / "said", 2, *words, before=partial(killed_at_call, None, killed, told))
-        calls = int(told.read_text())
-        out.unlink()
-        for n in range(4):
-            size = 1 + n % 3
-            stop = partial(killed_at_call, calls * (2 + n) // 7, killed, told)
-            done = torchrun(tmp_path / "said", 2, *words, before=stop)
-            assert done[killed].returncode == -signal.SIGKILL
-            gone_on(tmp_path, size, words)
-            assert out.read_bytes() == want
-            assert not files.work_path(out).exists()
-            out.unlink()
+    gone_on(tmp_path, 1, command(work, "calibrate", tmp_path / "whole"))
+    words = command(work, "calibrate", tmp_path / "out")
+    for size, step, number, killed in STEPS:
+        done = torchrun(tmp_path / "said", size, *words, before=partial(killed_while_written, step, number, killed))
+        assert done[killed].returncode == -signal.SIGKILL, (step, done)
+        assert (tmp_path / "out.moekern" / "state" / journal.POSITION).exists()
+    assert GOING_ON in gone_on(tmp_path, 3, words).stderr
+    assert set(contents(tmp_path)) == {"out", "whole"}
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_the_rank_that_died_is_named_and_how_to_go_on(work: Path, tmp_path: Path) -> None:
