@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from moekern.cli import console
-from moekern.cli.options import Json, result
+from moekern.cli.given import result
+from moekern.cli.options import Json
 from moekern.errors import InputError
 
 

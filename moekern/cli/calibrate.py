@@ -13,6 +13,7 @@ import typer
 from moekern.cli import ranks
 from moekern.cli.console import say, show
 from moekern.cli.enough import enough, layer_teller
+from moekern.cli.given import compute_of, result, say_unused, text_of
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -40,10 +41,6 @@ from moekern.cli.options import (
     UntilStable,
     UnusedBatchSize,
     check_criteria,
-    compute_of,
-    result,
-    say_unused,
-    text_of,
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError

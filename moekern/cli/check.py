@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.options import HeadersOf, Json, Revision, Targets, headers_of, result
+from moekern.cli.given import headers_of, result
+from moekern.cli.options import HeadersOf, Json, Revision, Targets
 
 if TYPE_CHECKING:
     from moekern.plan.served import Report

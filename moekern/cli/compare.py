@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import show
-from moekern.cli.options import Json, named_plans, result
+from moekern.cli.given import named_plans, result
+from moekern.cli.options import Json
 
 if TYPE_CHECKING:
     from moekern.plan.compare import Comparison

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from moekern.cli import console
-from moekern.cli.options import Json, Revision, optional_headers, result
+from moekern.cli.given import optional_headers, result
+from moekern.cli.options import Json, Revision
 
 
 class Tool(str, Enum):

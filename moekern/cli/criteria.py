@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from moekern.cli.options import Json, Tiers, result
+from moekern.cli.given import result
+from moekern.cli.options import Json, Tiers
 from moekern.errors import InputError, nearest_name
 
 FAMILIES = {

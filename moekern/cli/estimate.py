@@ -12,20 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekern.cli.console import say, show
-from moekern.cli.options import (
-    Device,
-    DtypeOption,
-    GpuMemory,
-    HeadersOf,
-    Json,
-    Memory,
-    Revision,
-    SequenceLength,
-    Tiers,
-    compute_of,
-    headers_of,
-    result,
-)
+from moekern.cli.given import compute_of, headers_of, result
+from moekern.cli.options import Device, DtypeOption, GpuMemory, HeadersOf, Json, Memory, Revision, SequenceLength, Tiers
 from moekern.errors import InputError
 from moekern.files import sized
 from moekern.router import parse_keep

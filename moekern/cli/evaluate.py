@@ -9,6 +9,7 @@ import typer
 
 from moekern.cli import ranks
 from moekern.cli.console import say, show
+from moekern.cli.given import compute_of, named_plans, result, text_of
 from moekern.cli.options import (
     BatchSize,
     Column,
@@ -31,10 +32,6 @@ from moekern.cli.options import (
     ThinkingOption,
     Tokens,
     TrustRemoteCode,
-    compute_of,
-    named_plans,
-    result,
-    text_of,
 )
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import typer
 
 from moekern.cli.console import say, show
 from moekern.cli.enough import enough
-from moekern.cli.options import CriterionOption, Json, Revision, check_model, headers_of, result
+from moekern.cli.given import headers_of, result
+from moekern.cli.options import CriterionOption, Json, Revision, check_model
 from moekern.criteria.table import DEFAULT
 from moekern.files import sized
 

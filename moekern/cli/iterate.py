@@ -9,6 +9,7 @@ import typer
 
 from moekern.cli import ranks
 from moekern.cli.console import say
+from moekern.cli.given import compute_of, result, say_unused, text_of
 from moekern.cli.options import (
     BackendOption,
     Chunk,
@@ -36,10 +37,6 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
-    compute_of,
-    result,
-    say_unused,
-    text_of,
 )
 from moekern.cli.plan import check_options, show_plans, slower_with
 from moekern.criteria.table import DEFAULT

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from moekern.cli.calibrate import show_all
-from moekern.cli.options import Json, check_statistics
+from moekern.cli.given import check_statistics
+from moekern.cli.options import Json
 from moekern.criteria.table import DEFAULT
 from moekern.files import check_new
 

@@ -10,6 +10,7 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show
+from moekern.cli.given import check_statistics, optional_headers, parsed_reserve, parsed_size, result
 from moekern.cli.options import (
     RESERVE,
     AllowNonuniform,
@@ -31,11 +32,6 @@ from moekern.cli.options import (
     StatisticsFile,
     Targets,
     Words,
-    check_statistics,
-    optional_headers,
-    parsed_reserve,
-    parsed_size,
-    result,
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
@@ -48,13 +44,19 @@ if TYPE_CHECKING:
     from moekern.plan.document import Plan
     from moekern.plan.guards import Guards
     from moekern.plan.several import Planning
+    from moekern.statistics.file import Statistics
+
+Out = Annotated[
+    Path, typer.Option(help="The plan to write; for several a folder, or a name with {} in it: plan-{}.json.")
+]
+DomainFloor = Annotated[
+    Words, typer.Option(help="[DOMAIN=]SHARE of its gate x norm that each domain keeps in every layer; repeatable.")
+]
 
 
 def plan(
     statistics: StatisticsFile,
-    out: Annotated[
-        Path, typer.Option(help="The plan to write; for several a folder, or a name with {} in it: plan-{}.json.")
-    ],
+    out: Out,
     keep: Keeps = None,
     fit: FitOption = None,
     model: Annotated[str | None, typer.Option(help="A folder or hub id; --fit reads sizes from its headers.")] = None,
@@ -87,9 +89,7 @@ def plan(
     suppress: Annotated[
         Words, typer.Option(help="DOMAIN[,DOMAIN][=N]: drop the N experts it uses most above others; repeatable.")
     ] = None,
-    domain_floor: Annotated[
-        Words, typer.Option(help="[DOMAIN=]SHARE of its gate x norm that each domain keeps in every layer; repeatable.")
-    ] = None,
+    domain_floor: DomainFloor = None,
     seed: Seed = 0,
     revision: Revision = None,
     as_json: Json = False,
@@ -102,9 +102,7 @@ def plan(
     check_statistics(statistics)
 
     from moekern.cli.pipeline import statistics_of
-    from moekern.plan.agreement import doubt
     from moekern.plan.fits_model import TWIN
-    from moekern.plan.provenance import remarks
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
 
@@ -130,11 +128,20 @@ def plan(
     if checkpoint is not None and checkpoint.fingerprint != header["fingerprint"]:
         say(f"--model {checkpoint.name}: the statistics were {TWIN}")
     for name, made in plans.items():
-        for line in (*remarks(made), *filter(None, [doubt(measured, made)]), *slower_with(made, header, options)):
+        for line in _told_of(made, measured, options):
             say(line if len(plans) == 1 else f"{paths[name]}: {line}")
     documents = {n: {"out": str(paths[n]), "digest": made.digest, **made.provenance} for n, made in plans.items()}
     document = next(iter(documents.values())) if len(documents) == 1 else {"plans": documents}
     result(document, lambda: show_plans(plans, paths))
+
+
+def _told_of(made: Plan, measured: Statistics, options: Planning) -> list[str]:
+    """What has to be known of a plan."""
+    from moekern.plan.agreement import doubt
+    from moekern.plan.provenance import remarks
+
+    told = (*remarks(made), doubt(measured, made), *slower_with(made, measured.header, options))
+    return [line for line in told if line is not None]
 
 
 def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning) -> list[str]:

@@ -11,7 +11,8 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show
-from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision, folder_of, parsed_size, result
+from moekern.cli.given import folder_of, parsed_size, result
+from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision
 from moekern.files import sized
 
 if TYPE_CHECKING:

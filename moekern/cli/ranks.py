@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from moekern.cli import options
+from moekern.cli import given
 from moekern.team import Member, Team, current
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def together(compute: Compute) -> Compute:
 
 def folder_of(model: str, revision: str | None, team: Team) -> Path:
     """The folder of a model; a hub id is downloaded once a node."""
-    folder = options.folder_of(model, revision)
+    folder = given.folder_of(model, revision)
     team.together(on_other_nodes, model, revision)
     team.meet()
     return folder
@@ -57,5 +57,5 @@ def folder_of(model: str, revision: str | None, team: Team) -> Path:
 def on_other_nodes(model: str, revision: str | None) -> None:
     """The same where rank 0 of a team is not: one process of each node looks for the model."""
     if current().local_rank == 0:
-        options.folder_of(model, revision)
+        given.folder_of(model, revision)
     current().meet()

@@ -10,6 +10,7 @@ import typer
 
 from moekern.cli import ranks
 from moekern.cli.console import hint, say
+from moekern.cli.given import compute_of, result, say_unused, text_of
 from moekern.cli.options import (
     RESERVE,
     AllowNonuniform,
@@ -52,10 +53,6 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UntilStable,
     UnusedBatchSize,
-    compute_of,
-    result,
-    say_unused,
-    text_of,
 )
 from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
@@ -68,13 +65,22 @@ from moekern.router import parse_keep
 if TYPE_CHECKING:
     from moekern.cli.whole_run import Run
 
+Out = Annotated[
+    Path,
+    typer.Option(help="The folder to write; it must not exist. Several --keep write OUT-0.5, OUT-64, ..."),
+]
+Forward = Annotated[
+    bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
+]
+Quality = Annotated[
+    bool,
+    typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
+]
+
 
 def run(
     model: Model,
-    out: Annotated[
-        Path,
-        typer.Option(help="The folder to write; it must not exist. Several --keep write OUT-0.5, OUT-64, ..."),
-    ],
+    out: Out,
     data: Data = None,
     keep: Keeps = None,
     fit: FitOption = None,
@@ -108,13 +114,8 @@ def run(
     protect_super: ProtectSuper = False,
     mtp: MtpOption = None,
     copy: CopyOption = CopyMode.auto,
-    forward: Annotated[
-        bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
-    ] = True,
-    quality: Annotated[
-        bool,
-        typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
-    ] = True,
+    forward: Forward = True,
+    quality: Quality = True,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -132,14 +133,14 @@ def run(
 
     criterion_named(criterion)
     whole_run.check_targets(out, keeps)
-    planning = Planning(
-        criteria=(criterion,), keeps=keeps, domains=tuple(domain) if domain else None, seed=seed,
-        budget=budget_of(budget, None, normalise, "usage", 1, allow_nonuniform),
-        guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in target or ()),
-        fit=fit_of(fit, bits, context, sequences, reserve),
-    )  # fmt: skip
     asked = whole_run.Asked(
-        planning, tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
+        Planning(
+            criteria=(criterion,), keeps=keeps, domains=tuple(domain) if domain else None, seed=seed,
+            budget=budget_of(budget, None, normalise, "usage", 1, allow_nonuniform),
+            guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in target or ()),
+            fit=fit_of(fit, bits, context, sequences, reserve),
+        ),
+        tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
         until_stable=until_stable, restart=restart,
     )  # fmt: skip
     say_unused(batch_size)
@@ -147,15 +148,10 @@ def run(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(
-        device=device,
-        dtype=dtype,
-        memory=memory,
-        gpu_memory=gpu_memory,
-        spill=spill or standing(out.parent),
+    compute = ranks.together(compute_of(
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
         trust_remote_code=trust_remote_code,
-    )
-    compute = ranks.together(compute)
+    ))  # fmt: skip
     done = whole_run.run_stages(ranks.folder_of(model, revision, compute.team), text, compute, out, asked)
     _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from moekern.cli import console
 from moekern.cli.console import show
-from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile, check_statistics, result
+from moekern.cli.given import check_statistics, result
+from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile
 from moekern.cli.plan import with_tiers
 from moekern.criteria.table import DEFAULT
 

@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli.console import say
-from moekern.cli.options import (
-    Device,
-    GpuMemory,
-    Json,
-    Memory,
-    Model,
-    Revision,
-    Spill,
-    TrustRemoteCode,
-    compute_of,
-    folder_of,
-    result,
-)
+from moekern.cli.given import compute_of, folder_of, result
+from moekern.cli.options import Device, GpuMemory, Json, Memory, Model, Revision, Spill, TrustRemoteCode
 from moekern.errors import InputError
 from moekern.files import sized
 

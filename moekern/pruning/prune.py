@@ -201,12 +201,7 @@ def prune(
         already=already,
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
-        notes=(
-            *filter(None, [twin]),
-            *checkpoint.notes,
-            *layout.notes,
-            *(note for file in side for note in file.notes),
-        ),
+        notes=tuple(filter(None, (twin, *checkpoint.notes, *layout.notes, *(n for file in side for n in file.notes)))),
         seconds=time.perf_counter() - start,
     )
 

@@ -22,7 +22,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline, whole_run
 from moekern.cli import tour as show
 from moekern.cli.earlier import earlier_statistics
-from moekern.cli.options import parsed_size
+from moekern.cli.given import parsed_size
 from moekern.cli.verify import show_verdict
 from moekern.data.read import read_data
 from moekern.data.text import Text
