@@ -118,7 +118,7 @@ def test_evaluate_says_whose_numbers_and_ends_with_2(family_checkpoint: MakeChec
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": text("qwen2_moe").batches[0].input_ids[0].tolist()}))
     (tmp_path / "half.json").write_text(some_plan(folder).to_json())
     data = ("--data", f"maths={tmp_path / 'ids.jsonl'}", "--sequence-length", "20")
-    done = moekern("evaluate", folder, tmp_path / "half.json", *data)
+    done = moekern("evaluate", folder, tmp_path / "half.json", *data, "--spill", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert WRONG["expert"][1] in done.stderr
     assert "the original, domain maths" in done.stderr
