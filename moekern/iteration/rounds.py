@@ -310,7 +310,9 @@ class _Round(MeasuringPass):
         self.conclude(layer)
         self.pruner.prune(key, self.plans[key].keep)
         # Watched the second time too, so that the experts are computed alike; what they add up is thrown away.
-        self.watch(layer, self._recorder(self.layerwise, ()))
+        again = self._recorder(self.layerwise, ())
+        again.apart = self.recorder.apart
+        self.watch(layer, again)
 
     def held(self, layer: int) -> Sequence[int] | None:
         return self.pruner.held.get(self.keys.get(layer, ""))
