@@ -28,7 +28,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
@@ -44,9 +43,8 @@ from moekern.model.memory import Unfilled
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
+EXPERTS_FUNCTIONS, grouped_linear = moe.ALL_EXPERTS_FUNCTIONS, moe._grouped_linear
 TWIN = "; prune and verify work, and so does a plan that was made on an unquantised twin of the model"
-grouped_linear = _grouped_linear
-EXPERTS_FUNCTIONS = ALL_EXPERTS_FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -378,14 +376,14 @@ def _outermost_list(model: nn.Module, name: str) -> str | None:
 def experts_implementation(modules: list[nn.Module], name: str) -> Iterator[None]:
     """Let these experts modules call the registered function `name`; what they called before is put back."""
     configs: dict[int, Any] = {id(m.config): m.config for m in modules}
-    before = {key: config._experts_implementation_internal for key, config in configs.items()}
+    before = [(config, config._experts_implementation_internal) for config in configs.values()]
     try:
-        for config in configs.values():
+        for config, _ in before:
             config._experts_implementation_internal = name
         yield
     finally:
-        for key, config in configs.items():
-            config._experts_implementation_internal = before[key]
+        for config, own in before:
+            config._experts_implementation_internal = own
 
 
 @contextmanager

@@ -6,11 +6,9 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from io import StringIO
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ import pytest
 from moekern import files
 from moekern.calibration.calibrate import Job
 from moekern.cli import pipeline
-from moekern.cli.app import main
 from moekern.plan.document import LayerPlan, Plan
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.mounts import mounted
@@ -114,28 +111,6 @@ def test_room_for_statistics_is_taken_before_the_first_layer(
     stage = sys.modules["moekern.calibration.calibrate"]  # the package has a function of that name
     monkeypatch.setattr(stage._FirstPass, "loaded", lambda *arguments: pytest.fail("it was measured"))
     assert "bytes are needed" in refused(*calibrate(work)(full / "out"))
-
-
-def test_a_full_standard_output() -> None:
-    told = StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stderr(told),
-        suppress(OSError),
-        open("/dev/full", "w") as full,
-    ):
-        patch.setattr("sys.argv", ["moekern", "criteria"])
-        with redirect_stdout(full), pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 2
-    assert told.getvalue() == "moekern: standard output: not finished: No space left on device\n"
-
-
-@pytest.mark.parametrize(("arguments", "code"), [(("criteria",), 0), (("criteria", "--json"), 0), (("score", "no"), 2)])
-@pytest.mark.parametrize("redirected", [">&- 2>&- <&-", "2>/dev/full >/dev/null"], ids=["closed", "full"])
-def test_nowhere_to_write(arguments: tuple[str, ...], code: int, redirected: str) -> None:
-    command = f"exec {sys.executable} -m moekern {' '.join(arguments)} {redirected}"
-    assert subprocess.run(["/bin/sh", "-c", command], check=False).returncode == code
 
 
 @contextmanager
