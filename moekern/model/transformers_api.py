@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import moe
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
