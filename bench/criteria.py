@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
         if seed in there:
             continue
         plans = {json.dumps(key): plan for key, plan in made_plans(checkpoint, options, seed)}
-        losses = losses_of(checkpoint, held_out, COMPUTE, plans, f"seed {seed}: evaluating {len(plans)} plans")
+        losses = losses_of(checkpoint, held_out, COMPUTE, plans, None, f"seed {seed}: evaluating {len(plans)} plans")
         found: list[Line] = []
         if not lines:
             found.append(

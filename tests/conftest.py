@@ -7,6 +7,7 @@ memory is that family's alone.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub but that of tests/helpers/hub.py
+# Where transformers copies code that comes with a checkpoint; one folder a process, since it is imported from there.
+CODE = tempfile.TemporaryDirectory(prefix="moekern-tests-code-")
+os.environ["HF_MODULES_CACHE"] = CODE.name
 
-import transformers
-from hypothesis import HealthCheck, settings
+import transformers  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 pytest.register_assert_rewrite("tests.helpers")  # a failed assert says what it compared, as in a test
 

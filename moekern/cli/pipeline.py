@@ -235,7 +235,7 @@ def losses_of(
     data: TokenData,
     compute: Compute,
     plans: Mapping[str, Plan],
-    resume: Resume,
+    resume: Resume | None,
     what: str = "evaluating",
 ) -> Evaluation:
     """Evaluate, and say how it goes."""

@@ -23,7 +23,7 @@ from moekern.model.budget import Budget
 from moekern.model.compute import Compute
 from moekern.model.sizes import Size, size_of, sizes_of
 from moekern.router import kept_count
-from moekern.statistics.layer import LayerStatistics
+from moekern.statistics.layer import HALVES, LayerStatistics
 
 COPIES = 2  # of a layer's parameters: experts are stacked, then gate and up are joined; assumed
 TOUCHED = 20  # times that norms, residuals and rotations write a layer's hidden states; assumed
@@ -356,7 +356,7 @@ class _Job:
         hidden = self.model.shapes.hidden
         dimensions = hidden if {"dimensions", "outliers"} & set(self.asked.tiers) else 0
         held = LayerStatistics.zeros(
-            layer.experts, dimensions, "meta", tiers=tuple(self.asked.tiers), hidden=hidden, words=words
+            layer.experts, dimensions, "meta", tiers=(*self.asked.tiers, HALVES), hidden=hidden, words=words
         )
         return self.asked.domains * sum(value.nbytes for value in held.tensors().values())
 

@@ -95,8 +95,11 @@ def test_run_uses_what_a_killed_run_left(work: Path, tmp_path: Path) -> None:
     assert Path(str(first["statistics"])).stat().st_mtime_ns == stamp
     shutil.rmtree(tmp_path / "out")
     other = moekern(*arguments, "--out", tmp_path / "out", "--seed", 5)
-    assert other.returncode == 0, other.stderr
-    assert "earlier run" not in other.stderr
+    assert other.returncode == 2
+    assert "another text" in other.stderr
+    anew = moekern(*arguments, "--out", tmp_path / "out", "--seed", 5, "--restart")
+    assert anew.returncode == 0, anew.stderr
+    assert "earlier run" not in anew.stderr
 
 
 def test_a_damaged_result_is_found(work: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ TIERS = ("outliers", "coalitions", "vocabulary", "gradient", "weights", "replay"
 
 
 COMMANDS = ("tiers", "iterate", "evaluate", "run")
-KILLS = 13  # of each command: 52 of all
+KILLS, MANY = 3, 13  # of each command; with --whole 52 of all
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def left(folder: Path, done: Done) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_again_and_again(work: Path, tmp_path: Path, name: str) -> None:
+def test_killed_again_and_again(work: Path, tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
     """At any call that writes down how far a run is, or writes what it makes; each time the command is given again."""
     command, told, draw = commands(work)[name], tmp_path / "told", random.Random(name)
     for folder in ("whole", "killed"):
@@ -76,9 +76,10 @@ def test_killed_again_and_again(work: Path, tmp_path: Path, name: str) -> None:
     assert done is not None
     want, calls = left(tmp_path / "whole", done), killed.calls(told)
     out, kills, midway = tmp_path / "killed" / "out", 0, 0
-    while kills < KILLS or out.parent.exists():
+    wanted = MANY if request.config.getoption("--whole") else KILLS
+    while kills < wanted or out.parent.exists():
         out.parent.mkdir(exist_ok=True)
-        done = killed.command(command(out), told, draw.randint(1, calls * 3 // 4) if kills < KILLS else None)
+        done = killed.command(command(out), told, draw.randint(1, calls * 3 // 4) if kills < wanted else None)
         if done is None:
             kills += 1
             midway += any(path.name == journal.POSITION for path in out.parent.rglob("*"))
@@ -88,7 +89,7 @@ def test_killed_again_and_again(work: Path, tmp_path: Path, name: str) -> None:
         else:
             assert left(out.parent, done) == want
         shutil.rmtree(out.parent)
-    assert midway
+    assert midway or wanted == KILLS  # as chance will have it
 
 
 def stopped(command: tuple[object, ...], layer: int, number: int = 1) -> Done:

@@ -154,7 +154,7 @@ def test_help_fits_a_terminal_of_80_columns_and_is_whole(command: str, monkeypat
         assert "--trust-remote-code " in shown
         assert "org/name[subset](split)" in " ".join(shown.split())  # not taken for markup
     if not command:
-        assert "from the headers alone. run" in " ".join(shown.split())  # not cut short with dots
+        assert "from the headers alone. estimate" in " ".join(shown.split())  # not cut short with dots
 
 
 def test_the_shell_completes_commands() -> None:

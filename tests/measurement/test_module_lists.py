@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
-    """written(style, change) -> a checkpoint with code of its own; what transformers copies of it goes to a folder."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """written(style, change) -> a checkpoint with code of its own."""
     root, made = tmp_path_factory.mktemp("remote"), dict[Any, Path]()
 
     def write(style: str, change: tuple[str, str] = ("", "")) -> Path:
@@ -47,10 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
             made[style, change] = remote_code.write(root / f"{style}{len(made)}", style, change=change)
         return made[style, change]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
-        patch.setenv("HF_MODULES_CACHE", str(root / "modules"))
-        yield write
+    return write
 
 
 def token_ids(seed: int) -> Tensor:

@@ -126,9 +126,7 @@ def test_the_text_model_may_name_the_format(source: Sources, tmp_path: Path) -> 
     assert torch.equal(_logits(stored, "kimi_k25"), _logits(dense_twin, "kimi_k25"))
 
 
-def test_code_of_its_own_computes_with_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_code_of_its_own_computes_with_plain_weights(tmp_path: Path) -> None:
     source = remote_code.write(tmp_path / "own", "masks")
     found = twins(source, tmp_path, "compressed_int4")
     for folder in found:

@@ -29,7 +29,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder, megabytes
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "evaluate", "iterate"])
+DEAR = [pytest.param(stage, marks=pytest.mark.whole) for stage in ("evaluate", "iterate")]
+
+
+@pytest.mark.parametrize("stage", ["calibrate", *DEAR])
 def test_a_layer_larger_than_the_limit_gives_the_same_numbers(stage: str, model: tuple[Path, int]) -> None:
     folder, megabytes = model
     free, limited = (_run(stage, folder, limit) for limit in (0, megabytes))
