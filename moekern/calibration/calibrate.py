@@ -17,8 +17,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.files import sized
-from moekern.measurement.gradients import STAGES, measure_gradients
+from moekern.measurement.gradients import STAGES, check_gradients, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
 from moekern.measurement.replay import Replay
@@ -134,10 +133,7 @@ class Job:
         """Measure every tier into `store`, or what a stopped run has left to do."""
         with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             if "gradient" in self.tiers:
-                layerwise.check_whole("--tier gradient")
-                inputs, tokens = len(layerwise.layers) - min(layerwise.moe_keys) + 1, sum(self.data.tokens.values())
-                nbytes = inputs * tokens * layerwise.embedding_size * layerwise.loader.dtype.itemsize
-                layerwise.check_room(nbytes, f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}")
+                check_gradients(layerwise, sum(self.data.tokens.values()))
             step = self._steps(layerwise)
             if journal is not None and journal.found is not None:
                 with undamaged(journal.folder):

@@ -9,7 +9,7 @@ is taken of it too.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.files import scratch
+from moekern.files import reserve, scratch, sized
 from moekern.model.backward import Backward
+from moekern.model.backward_apart import BackwardApart
 from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
@@ -33,6 +34,7 @@ from moekern.model.transformers_api import experts_implementation, is_experts_mo
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
 STAGES = ("gradients, forward", "gradients, backward")
 COLUMNS = 1 << 22  # numbers of all experts' G that are looked at together
+PIECE = 1 << 20  # numbers of one expert's G that are
 
 
 def measure_gradients(
@@ -90,6 +92,15 @@ def measure_gradients(
             step()
 
 
+def check_gradients(layerwise: LayerwiseModel, tokens: int) -> None:
+    """Raise InputError where neither memory nor disk has room for what waits beside the layers."""
+    inputs, size = len(layerwise.layers) - min(layerwise.moe_keys) + 1, layerwise.loader.dtype.itemsize
+    nbytes = inputs * tokens * layerwise.embedding_size * size
+    rows = layerwise.rows_apart(tokens)
+    also = f" and experts' rows {sized(2 * rows)}" if rows else ""  # and their gradients
+    layerwise.check_room(nbytes + 2 * rows, f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}{also}")
+
+
 def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping[str, Tensor]) -> None:
     """Raise InputError where gradients, or weights that they are multiplied by, are not finite."""
     for name, value in found.items():
@@ -102,20 +113,25 @@ def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping
 def _layer(
     back: Backward[Batch], i: int, data: TokenData, E: int, folder: Path, in_memory: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Domain -> the fields of its gradient tier, for one layer whose weights are in memory."""
+    """Domain -> the fields of its gradient tier, for one layer whose weights are in memory, or are filled in groups."""
     layer = back.layerwise.layers[i]
     H = int(back.layerwise.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
     parts = matrices(layer, E, H)
     several = len(data.tokens) > 1
     size = 4 * (1 + several) * sum(part.weight.numel() for part in parts)
-    paged = folder if size > in_memory else None
+    paged = folder if size > in_memory or i in back.layerwise.groups.cuts else None
     found: dict[str, dict[str, Tensor]] = {}
     with ExitStack() as stack:
+        apart = stack.enter_context(BackwardApart(back, i)) if i in back.layerwise.groups.cuts else None
         joint = stack.enter_context(_accumulators(parts, E, paged, "joint")) if several else []
         for domain in data.tokens:
+            tasks = [number for number, batch in enumerate(data.batches) if batch.domain == domain]
             with _accumulators(parts, E, paged, "domain") as totals:
-                gate_sum = _gradients_of(back, i, data, domain, parts, totals)
-                found[domain] = functionals(parts, totals) | {"gate_gradient_sum": gate_sum}
+                if apart is None:
+                    sums = _gradients_of(back, i, tasks, parts, totals)
+                else:
+                    sums = _gradients_in_groups(apart, layer, tasks, H, totals)
+                found[domain] = functionals(parts, totals) | sums
                 for total, own in zip(joint, totals, strict=False):
                     _add(total, own)
         united = joint_fields(functionals(parts, joint) if several else next(iter(found.values())), len(found))
@@ -124,24 +140,63 @@ def _layer(
 
 
 def _gradients_of(
-    back: Backward[Batch], i: int, data: TokenData, domain: str, parts: list[Matrix], totals: list[Tensor]
-) -> Tensor:
-    """Add a domain's gradients to `totals`, one for each of `parts`; the sum of its gates' [E] is returned."""
+    back: Backward[Batch], i: int, tasks: Sequence[int], parts: list[Matrix], totals: list[Tensor]
+) -> dict[str, Tensor]:
+    """Add the gradients of a domain's tasks to `totals`, one for each of `parts`. The sums of G x weights and of gates'
+    gradients [E] are returned."""
     layer, E = back.layerwise.layers[i], len(totals[0])
     gate_sum = torch.zeros(E, dtype=torch.float64)
-    for part in parts:
-        part.weight.requires_grad_()
-    for number, batch in enumerate(data.batches):
-        if batch.domain == domain:
-            with watching_gates(layer, E) as gates:
-                wanted: list[Tensor] = [part.weight for part in parts]
-                got = back.through(i, number, lambda: [*wanted, gates.values])  # noqa: B023
-            for total, gradient in zip(totals, got[:-1], strict=True):
-                if gradient is not None:
-                    _add(total, gradient)
-            if got[-1] is not None:
-                gate_sum += gates.per_expert(got[-1])
-    return gate_sum
+    weights = _leaves(parts)
+    for task in tasks:
+        with watching_gates(layer, E) as gates:
+            got = back.through(i, task, lambda: [*weights, gates.values])  # noqa: B023
+        _add_all(totals, got[:-1])
+        gate_sum += gates.per_expert(got[-1])
+    return {"taylor_sum": _taylor(parts, totals), "gate_gradient_sum": gate_sum}
+
+
+def _gradients_in_groups(
+    apart: BackwardApart[Batch], layer: nn.Module, tasks: Sequence[int], H: int, totals: list[Tensor]
+) -> dict[str, Tensor]:
+    """As `_gradients_of`, of a layer whose experts are filled a group at a time."""
+    E = len(totals[0])
+    gate_sum, taylor = torch.zeros(E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
+    for task in tasks:
+        with watching_gates(layer, E) as gates:
+            (got,) = apart.outputs(task, lambda: [gates.values])  # noqa: B023
+        gate_sum += gates.per_expert(got)
+    for experts, small in apart.groups(tasks):
+        own = slice(experts.start, experts.stop)
+        taylor[own] = _gradients_of_group(apart, small, tasks, experts, H, [total[own] for total in totals])
+    for task in tasks:  # by way of the experts, where gates multiply what these are given
+        with watching_gates(layer, E) as gates:
+            (got,) = apart.inputs(task, lambda: [gates.values])  # noqa: B023
+        gate_sum += gates.per_expert(got)
+    return {"taylor_sum": taylor, "gate_gradient_sum": gate_sum}
+
+
+def _gradients_of_group(
+    apart: BackwardApart[Batch], small: nn.Module, tasks: Sequence[int], experts: range, H: int, totals: list[Tensor]
+) -> Tensor:
+    """Add the gradients of some experts, which a layer holds, to their `totals`; their sums of G x weights.
+
+    No weight is known here any longer when the next group is filled.
+    """
+    parts = matrices(small, len(experts), H)
+    weights = _leaves(parts)
+    for task in tasks:
+        _add_all(totals, apart.weights(task, experts, small, weights))
+    return _taylor(parts, totals)
+
+
+def _leaves(parts: list[Matrix]) -> list[Tensor]:
+    return [part.weight.requires_grad_() for part in parts]
+
+
+def _add_all(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for total, gradient in zip(totals, gradients, strict=True):
+        if gradient is not None:
+            _add(total, gradient)
 
 
 @dataclass(frozen=True)
@@ -184,11 +239,20 @@ def _accumulators(parts: list[Matrix], E: int, folder: Path | None, name: str) -
             if folder is None:
                 totals.append(torch.zeros(shape))
                 continue
-            path = folder / f"G-{name}-{number}"
+            path, n = folder / f"G-{name}-{number}", part.weight.numel()
             stack.callback(path.unlink, missing_ok=True)
-            n = part.weight.numel()
+            _make(path, 4 * n)
             totals.append(torch.from_file(str(path), shared=True, size=n, dtype=torch.float32).view(shape))
         yield totals
+
+
+def _make(path: Path, nbytes: int) -> None:
+    """A file of zeros that has its blocks: a page that found none would end the process."""
+    try:
+        with open(path, "wb") as file:
+            reserve(file.fileno(), nbytes)
+    except OSError as error:
+        raise InputError(f"{path.parent}: no room for gradients beyond --memory: {error.strerror}") from error
 
 
 def _add(total: Tensor, gradient: Tensor) -> None:
@@ -205,8 +269,10 @@ class Gates:
     experts: Tensor  # of values' shape
     num_experts: int
 
-    def per_expert(self, gradient: Tensor) -> Tensor:
-        """[E] float64: sum of gate x gradient."""
+    def per_expert(self, gradient: Tensor | None) -> Tensor:
+        """[E] float64: sum of gate x gradient (None: 0)."""
+        if gradient is None:
+            return torch.zeros(self.num_experts, dtype=torch.float64)
         share = (self.values.detach().double() * gradient.double()).flatten().to("cpu")
         ids = self.experts.flatten().to("cpu", torch.int64)
         real = (ids >= 0) & (ids < self.num_experts)
@@ -251,7 +317,7 @@ def joint_fields(of_joint: Mapping[str, Tensor], count: int) -> dict[str, Tensor
 
 
 def functionals(parts: list[Matrix], totals: list[Tensor]) -> dict[str, Tensor]:
-    """What the gradient tier holds of one G: totals are [E, rows, columns] float32."""
+    """What the gradient tier holds of one G, without weights: totals are [E, rows, columns] float32."""
     E = len(totals[0])
     n = sum(total[0].numel() for total in totals)
     gram, total = torch.zeros(E, E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
@@ -265,18 +331,12 @@ def functionals(parts: list[Matrix], totals: list[Tensor]) -> dict[str, Tensor]:
     outliers = torch.zeros(E, dtype=torch.int64)
     for columns in _columns(totals):
         outliers += ((columns - mean[:, None]).abs() > 3 * sigma[:, None]).sum(1)
-    taylor = torch.stack([
-        sum((_dot(part.weight.view(E, -1)[e], part_total[e]) for part, part_total in zip(parts, totals, strict=True)),
-            torch.zeros((), dtype=torch.float64))
-        for e in range(E)
-    ])  # fmt: skip
     return {
         "gradients": torch.ones(1, dtype=torch.int64),
         "gradient_norm_sum": norm,
         "gradient_cosine_sum": gram * unit[:, None] * unit,
         "gradient_log_std_sum": torch.stack([_log_std(parts, [total[e] for total in totals]) for e in range(E)]),
         "gradient_outlier_sum": outliers,
-        "taylor_sum": taylor,
     }
 
 
@@ -288,8 +348,19 @@ def _columns(totals: list[Tensor]) -> Iterator[Tensor]:
             yield piece.double()
 
 
+def _taylor(parts: list[Matrix], totals: list[Tensor]) -> Tensor:
+    """[E] float64: sum of weights x G."""
+    E = len(totals[0])
+    found = torch.zeros(E, dtype=torch.float64)
+    for part, total in zip(parts, totals, strict=True):
+        found += torch.stack([_dot(part.weight.view(E, -1)[e], total[e]) for e in range(E)])
+    return found
+
+
 def _dot(weight: Tensor, total: Tensor) -> Tensor:
-    return weight.detach().to("cpu", torch.float64) @ total.flatten().double()
+    pieces = zip(weight.detach().split(PIECE), total.flatten().split(PIECE), strict=True)
+    products = [own.to("cpu", torch.float64) @ theirs.double() for own, theirs in pieces]
+    return sum(products[1:], products[0])
 
 
 def _log_std(parts: list[Matrix], mine: list[Tensor]) -> Tensor:

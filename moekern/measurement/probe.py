@@ -35,6 +35,7 @@ class Probe:
     norm: tuple[Tensor, Tensor] | None = None  # input and output of the norm that ran last
     ids: Tensor | None = None  # [T, K] of the batch that ran last
     choosing: bool = False  # raise Chosen instead of running experts
+    differentiable: bool = False
 
     def measure(
         self,

@@ -83,10 +83,8 @@ class RowsApart:
         """Keep what the task in flight asks for, and leave its pass."""
         requests = []
         for n, (tokens, offsets) in enumerate(wanted):
-            hidden, bounds = rows.hidden, offsets.tolist()
-            if rows.scales is not None:  # a row of its own for each expert
-                hidden = scaled(hidden, tokens, offsets, rows.scales)
-                tokens = torch.arange(len(tokens), device=tokens.device)
+            bounds = offsets.tolist()
+            hidden, tokens = rows.given(tokens, offsets)
             held = range(len(bounds) - 1) if self.held is None else self.held
             requests.append(Request(rows.of_rows, bounds, held, self.steadily, torch.get_num_threads()))
             self.kept.put(("asked", self.task, n), State(hidden, {TOKENS: tokens}))
@@ -146,6 +144,13 @@ class Rows:
     scales: Scales | None
     answered: int = 0
 
+    def given(self, tokens: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows [N, H] are made of, and which of its rows each of them is."""
+        if self.scales is None:
+            return self.hidden, tokens
+        own = scaled(self.hidden, tokens, offsets, self.scales)  # a row of its own for each expert
+        return own, torch.arange(len(tokens), device=tokens.device)
+
     def ask(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Leaves the pass where the rows are not there yet."""
         if self.apart.asking:
@@ -162,6 +167,7 @@ class Combining:
     """A watcher that measures nothing: gates x outputs, added as transformers' grouped experts do."""
 
     empty_slots: bool = False
+    differentiable: bool = True
 
     def measure(
         self,

@@ -67,22 +67,35 @@ class Backward(Generic[Task]):
 
         Raises InputError where the layer does not hand on what the layer behind it was given.
         """
-        device = self.layerwise.device
-        given = self.store.take(("input", i, task))
-        hidden = given.hidden.to(device).requires_grad_()
-        upstream = self.store.take(("gradient", -1, task)).hidden.to(device)
-        out = hidden_of(self.steps.only(i, self.tasks[task], State(hidden, given.beside)))
-        asked = [hidden, *wanted()]
-        found = torch.autograd.grad(out, asked, upstream.to(out.dtype).view_as(out), allow_unused=True)
+        given = self.entering(i, task)
+        out = self.steps.only(i, self.tasks[task], given)
+        found = self.gradients(i, task, out, [given.hidden, *wanted()])
+        self.hand_on(i, task, given.hidden, found[0])
+        return found[1:]
+
+    def entering(self, i: int, task: int) -> State:
+        """What a task enters layer i with, on the device; its hidden states are a leaf."""
+        given = self.store.copy(("input", i, task)).moved(self.layerwise.device)
+        return State(given.hidden.requires_grad_(), given.beside)
+
+    def gradients(self, i: int, task: int, output: Any, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of `wanted` by way of what layer i has put out; that of its output is used up."""
+        out = hidden_of(output)
+        upstream = self.store.take(("gradient", -1, task)).hidden.to(out.device, out.dtype)
+        found = torch.autograd.grad(out, wanted, upstream.view_as(out), allow_unused=True)
         if i + 1 < len(self.layerwise.layers):
             after = self.store.take(("next", -1, task)).hidden
             if after.shape != out.shape or not _alike(out.detach().to("cpu"), after):
                 raise self.refusal(i + 1)
+        return list(found)
+
+    def hand_on(self, i: int, task: int, hidden: Tensor, gradient: Tensor | None) -> None:
+        """A task has left layer i: its input, and the gradient of this, go to the layer before."""
+        self.store.take(("input", i, task))
         if i > self.first:
-            assert found[0] is not None
+            assert gradient is not None
             self.store.put(("next", -1, task), State(hidden, {}))
-            self.store.put(("gradient", -1, task), State(found[0], {}))
-        return list(found[1:])
+            self.store.put(("gradient", -1, task), State(gradient, {}))
 
     def refusal(self, i: int) -> InputError:
         """The error for a family in which layers depend on each other by more than the hidden states."""

@@ -6,6 +6,7 @@ what becomes of them. Families that do not go through transformers' experts inte
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ class Watcher(Protocol):
     """What is done with a call of a layer's experts; hangs on their module as `_moekern_probe`."""
 
     empty_slots: bool  # the model may hand out ids that are no expert
+    differentiable: bool  # where autograd is on, it stays on
 
     def measure(
         self,
@@ -79,7 +81,18 @@ def scaled(hidden: Tensor, tokens: Tensor, offsets: Tensor, scales: Scales | Non
     return rows if scales is None else rows * scales(tokens, offsets)[:, None]
 
 
-@torch.no_grad()
+def _instead(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called in the place of experts: without autograd, but for a watcher that is differentiable."""
+
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._moekern_probe.differentiable):
+            return function(self, *args, **kwargs)
+
+    return call
+
+
+@_instead
 def watched_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Drop-in for transformers' experts functions: the routed rows only, in the watcher's hands."""
     return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _interface)
@@ -109,7 +122,7 @@ def _interface(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
-@torch.no_grad()
+@_instead
 def _step3p7(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _step3p7_rows)
 
@@ -119,7 +132,7 @@ def _step3p7_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     return grouped_linear(self._apply_gate(grouped_linear(rows, self.gate_up_proj, ends)), self.down_proj, ends)
 
 
-@torch.no_grad()
+@_instead
 def _longcat_flash(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Ids from the number of routed experts on are identity experts: they add gate x input and are not counted."""
     identity = (top_k_weights * (top_k_index >= self.num_routed_experts)).sum(1, keepdim=True)
@@ -133,7 +146,7 @@ def _longcat_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     return grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
 
 
-@torch.no_grad()
+@_instead
 def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     flat = hidden_states.reshape(-1, self.hidden_size)
     return _watched(self, flat, top_k_index, top_k_weights, self.num_experts, _dbrx_rows).view_as(hidden_states)
@@ -149,13 +162,14 @@ def _dbrx_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     return grouped_linear(inner, w2, ends, is_transposed=True)
 
 
-@torch.no_grad()
+@_instead
 def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Llama 4 scales the expert's input by its gate, so the outputs already are the gated contributions."""
     hidden = hidden_states.reshape(-1, self.hidden_dim)
     scores, logits = self.router(hidden)
     ids = logits.topk(self.top_k, dim=1).indices
-    gate_of = torch.sigmoid(logits.float()).to(logits.dtype)  # the gate of every expert, were it chosen
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    gate_of = torch.where(chosen, scores, torch.sigmoid(logits.float()).to(logits.dtype))  # were it chosen
 
     def scales(tokens: Tensor, offsets: Tensor) -> Tensor:
         expert = torch.arange(self.num_experts, device=hidden.device).repeat_interleave(offsets.diff())
@@ -172,7 +186,7 @@ def _llama4_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     return grouped_linear(up * self.experts.act_fn(gate), self.experts.down_proj, ends, is_transposed=True)
 
 
-@torch.no_grad()
+@_instead
 def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
     hidden = layer_input.reshape(-1, layer_input.shape[-1])
     logits = self.router(hidden)[-1]

@@ -135,11 +135,14 @@ class LayerwiseModel:
             if i not in self.groups.cuts:
                 return None
             then = (i + 1 if i < last else None) if final else self.groups.numbers[i, 0]
-            kept = States(max(0, self.takes.room - states.size), self.spill)
-            rows = RowsApart(self.groups.cuts[i], kept, self.device)
-            return rows, lambda wanted: self.groups.filled(i, self._by_any(wanted), self.reader, then)
+            rows = RowsApart(self.groups.cuts[i], self.states_beside(states), self.device)
+            return rows, lambda wanted: self.filled(i, wanted, then)
 
         return Stepwise(list(self.layers), run, states, self.device, self.returns, apart)
+
+    def filled(self, i: int, wanted: Sequence[int], then: int | None) -> Iterator[tuple[int, nn.Module]]:
+        """Groups of experts of a layer that is cut, see `ExpertGroups.filled`; those too that other ranks want."""
+        return self.groups.filled(i, self._by_any(wanted), self.reader, then)
 
     def _by_any(self, groups: Sequence[int]) -> list[int]:
         """Groups of experts that some rank of the node wants: all of its ranks read them together."""
@@ -149,16 +152,23 @@ class LayerwiseModel:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
         return States(self.takes.room, self.spill)
 
+    def states_beside(self, others: States) -> States:
+        """A place for more, which takes what memory others have left."""
+        return States(max(0, self.takes.room - others.size), self.spill)
+
     def expect(self, tokens: int) -> None:
         """Say what so many tokens will take. Raises InputError where the disk has no room for what memory has not."""
-        H, size = self.embedding_size, self.loader.dtype.itemsize
-        states = tokens * H * size
-        apart = tokens * (H * size + self.layout.router.top_k * (H * size + 8)) if self.groups.cuts else 0
+        states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         rows = f" and {sized(apart)} of experts' rows" if apart else ""
         what = f"{sized(states)} of hidden states{rows}"
         beyond = self.check_room(states + apart, f"{tokens} tokens take {what}")
         file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
         self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+
+    def rows_apart(self, tokens: int) -> int:
+        """Bytes of what experts that are run in groups are given, and put out, for so many tokens."""
+        row = self.embedding_size * self.loader.dtype.itemsize
+        return tokens * (row + self.layout.router.top_k * (row + 8)) if self.groups.cuts else 0
 
     def check_room(self, nbytes: int, what: str) -> int:
         """How many of so many bytes memory has no room for. Raises InputError where the disk has none for them."""

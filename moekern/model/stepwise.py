@@ -118,9 +118,12 @@ class Stepwise:
         self.number = number
         self._pass(layer, task, state, leave=True)
 
-    def only(self, layer: int, task: Any, state: State) -> Any:
-        """What one layer makes of hidden states on its device, with autograd through it."""
-        return self._pass(layer, task, state, leave=True, grad=True)
+    def only(self, layer: int, task: Any, state: State, number: int = 0, apart: RowsApart | None = None) -> Any:
+        """What one layer makes of hidden states on its device, with autograd through it; None where the task, which is
+        known by its `number` there, has only asked for its experts' rows."""
+        self.number, self.apart = number, apart
+        with torch.no_grad():  # outside of the layer
+            return self._pass(layer, task, state, leave=True, grad=True)
 
     def _pass(self, layer: int, task: Any, state: State | None, *, leave: bool, grad: bool = False) -> Any:
         """The State with which the next layer is entered, or, where the pass was to `leave`, the layer's output."""

@@ -1,4 +1,4 @@
-"""Calibrate, evaluate or iterate with a hard limit on memory: python -m tests.helpers.limited STAGE FOLDER MB; 0: none.
+"""Stages with a hard limit on memory: python -m tests.helpers.limited STAGE FOLDER MB; 0: none.
 
 The limit is set when everything is imported. Prints a JSON line: in how many groups experts ran, what came of it, and
 the most bytes that were resident.
@@ -48,6 +48,9 @@ def main(stage: str, folder: Path, megabytes: int, sequences: int = 8) -> None:
     if stage == "calibrate":
         measured = calibrate(checkpoint, data, BFLOAT16, tiers=("dimensions",))
         found: Any = {key: measured.layer(key).norm_sum.tolist() for key in measured.layers}
+    elif stage == "gradient":
+        measured = calibrate(checkpoint, data, BFLOAT16, tiers=("gradient",))
+        found = {key: measured.layer(key).gradient_norm_sum.tolist() for key in measured.layers}
     elif stage == "evaluate":
         half = Plan({key: LayerPlan(tuple(range(0, layer.num_experts, 2))) for key, layer in layout.layers.items()})
         losses = evaluate(checkpoint, data, {"half": half}, BFLOAT16)
