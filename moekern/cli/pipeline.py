@@ -226,9 +226,12 @@ def evaluate_plans(
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
+    place = compute.spill or Path(tempfile.gettempdir())
+    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
     compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    resume = Resume(compute.spill or Path(tempfile.gettempdir()), restart, console.say)
+    resume = Resume(place, restart, console.say)
     return losses_of(checkpoint, data, compute, plans, resume, what)
 
 
