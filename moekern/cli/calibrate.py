@@ -44,7 +44,7 @@ from moekern.cli.options import (
 )
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
-from moekern.files import check_new, is_folder, standing, state_path
+from moekern.files import check_new, is_folder, standing, work_path
 from moekern.router import parse_keep
 from moekern.team import Part
 
@@ -99,9 +99,11 @@ def calibrate(
         raise InputError(
             "--until-stable: how much text is enough shows on all of it, and --part has a share; leave one out"
         )
-    if out.name and os.path.lexists(out) and is_folder(state_path(out)):  # as of a run that was killed at its very end
+    if out.name and os.path.lexists(out) and is_folder(work_path(out)):  # as of a run that was killed at its very end
+        from moekern.cli.parts_left import remove_parts_of
         from moekern.model.journal import clean_up
 
+        remove_parts_of(out)
         clean_up(out)
     check_new(out)  # before anything is downloaded, or torch is imported
     parse_keep(keep)

@@ -9,6 +9,7 @@ from pathlib import Path
 from moekern.calibration.calibrate import recipe_of
 from moekern.checkpoint.folder import Checkpoint
 from moekern.cli import console
+from moekern.cli.parts_left import remove_parts_of
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.files import is_plain
@@ -31,6 +32,7 @@ def earlier_statistics(
         return None
     found = Statistics.load(path)
     _check_same(path, found, checkpoint, data, compute, tiers)
+    remove_parts_of(path)
     clean_up(path)
     console.say(f"using the statistics of an earlier run: {path}")
     return found

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.cli.earlier import earlier_statistics, left_whole
+from moekern.cli.parts_left import check_no_parts, check_no_position, check_unwritten, part_path, remove_parts
 from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
@@ -123,20 +124,20 @@ def _measured_until(
 ) -> Statistics:
     """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured."""
     with working(out) as side:
+        check_no_position(out, restart)
+        if restart:
+            remove_parts(side)
 
         def measure(part: TokenData, number: int) -> Statistics:
-            path = side / f"part-{number}.safetensors"
-            found = earlier_statistics(path, checkpoint, part, compute, tiers, restart=restart)
-            if found is None:
-                path.unlink(missing_ok=True)
-                found = measured(checkpoint, part, compute, tiers=tiers, out=path, restart=restart)
-            return found
+            path = part_path(side, number)
+            found = earlier_statistics(path, checkpoint, part, compute, tiers, restart=False)
+            return found or measured(checkpoint, part, compute, tiers=tiers, out=path)
 
-        until_stable(data, stable, measure, console.say).save(out, new=True)
-        for path in side.glob("part-*.safetensors"):
-            with suppress(InputError):  # what is no statistics file is not this program's
-                if is_plain(path) and Statistics.load(path):
-                    path.unlink()
+        whole: Callable[[Path], bool] = lambda left: left_whole(left, checkpoint, stable.asked(data), compute, tiers)  # noqa: E731
+        if restart or not name_left(out, whole):
+            check_unwritten(out)
+            until_stable(data, stable, measure, console.say).save(out, new=True)
+        remove_parts(side)
     return Statistics.load(out)
 
 
@@ -158,6 +159,7 @@ def measured(
     is as `calibrate` has it."""
     if stable is not None:
         return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
+    check_no_parts(out, restart)
     resume = Resume(state_path(out), restart, console.say)
     if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):
         removed(resume.folder)
@@ -224,9 +226,12 @@ def evaluate_plans(
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
+    place = compute.spill or Path(tempfile.gettempdir())
+    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
     compute = told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    resume = Resume(compute.spill or Path(tempfile.gettempdir()), restart, console.say)
+    resume = Resume(place, restart, console.say)
     return losses_of(checkpoint, data, compute, plans, resume, what)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 
 from moekern.calibration.calibrate import calibrate
 from moekern.cli import pipeline
+from moekern.files import replacing
+from moekern.model import journal
+from moekern.model.layerwise import LayerwiseModel
 from moekern.statistics.file import Statistics
-from tests.helpers.commands import document, model_and_ids, moekern
+from tests.helpers.commands import contents, document, model_and_ids, moekern
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,79 @@ def test_until_stable_goes_on_with_the_part_that_it_was_in(
     run = Statistics.load(out).header["runs"][0]
     assert run["chunks"] == {"a": measured[-1][1]}
     assert run["data"]["until_stable"] == {"threshold": 1.0, "criterion": "reap", "keep": [3]}
+
+
+def _stopped(patch: pytest.MonkeyPatch, command: tuple[object, ...]) -> None:
+    """The command, ended by Ctrl-C: in its second part, or in layer 2 of all the text, and that is written down."""
+    load, parts = LayerwiseModel._load, []
+
+    def stop(self: LayerwiseModel, i: int, after: int | None) -> None:
+        parts.append(i)
+        if i == 2 and (parts.count(2) == 2 or "--until-stable" not in command):
+            raise KeyboardInterrupt
+        load(self, i, after)
+
+    with patch.context() as patched:
+        patched.setattr(LayerwiseModel, "_load", stop)
+        patched.setattr(journal, "SHARE", 0)
+        assert moekern(*command).returncode == 130
+
+
+@pytest.mark.parametrize("parts_first", [True, False])
+def test_text_in_parts_and_all_at_once_do_not_take_each_others_place(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts_first: bool
+) -> None:
+    """What one has left is named, untouched, to be gone on with, or removed to begin anew."""
+    whole = _calibrate(work, tmp_path / "s")
+    first, then = (*whole, "--until-stable", 1), whole
+    first, then = (first, then) if parts_first else (then, first)
+    _stopped(monkeypatch, first)
+    before = contents(tmp_path)
+    done = moekern(*then)
+    assert done.returncode == 2
+    kept = f"a stopped run {'with' if parts_first else 'without'} --until-stable is kept there"
+    assert kept in done.stderr.splitlines()[-1]
+    assert before == {name: data for name, data in contents(tmp_path).items() if not name.endswith("work.lock")}
+    assert "going on at layer" in moekern(*first).stderr
+    (tmp_path / "s").unlink()
+    _stopped(monkeypatch, first)
+    assert moekern(*then, "--restart").returncode == 0
+    assert set(contents(tmp_path)) == {"s"}
+
+
+def test_a_part_that_was_begun_goes_with_those_that_are_done(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = _calibrate(work, tmp_path / "s", "--until-stable", 1)
+    _stopped(monkeypatch, command)
+    assert any("part-1" in name for name in contents(tmp_path))
+    done = moekern(*command[:-1], 0.01, "--restart")
+    assert (done.returncode, done.stderr.count("sets kept by the two halves")) == (0, 1)  # the first part is enough
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_parts_go_though_the_run_was_killed_when_all_was_measured(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 20, "--chunk", 1, "--until-stable", 1)
+    run = ("run", work / "model", *data, "--keep", 4, "--no-forward", "--no-quality", "--out", tmp_path / "out")
+    calibrate = _calibrate(work, tmp_path / "s", "--until-stable", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "remove_parts", lambda side: None)
+        assert moekern(*calibrate).returncode == moekern(*run).returncode == 0
+    assert sum("part-0" in name for name in contents(tmp_path)) == 2
+    assert "exists already" in moekern(*calibrate).stderr
+    shutil.rmtree(tmp_path / "out")
+    assert "using the statistics of an earlier run" in moekern(*run).stderr
+    assert not any("part-" in name or name.startswith("s.") for name in contents(tmp_path))
+
+
+def test_another_process_that_measures_all_of_the_text_is_noticed_first(work: Path, tmp_path: Path) -> None:
+    with replacing(tmp_path / "s") as temporary:
+        done = moekern(*_calibrate(work, tmp_path / "s", "--until-stable", 1))
+        assert temporary.exists()
+    assert (done.returncode, done.stderr.count("tokens: sets kept")) == (2, 0)
+    assert "another process is writing it" in done.stderr
 
 
 @pytest.mark.parametrize(

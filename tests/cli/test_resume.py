@@ -222,6 +222,14 @@ def test_another_evaluation_leaves_the_stopped_one_alone(work: Path, tmp_path: P
     assert not list((tmp_path / "real").iterdir())
 
 
+def test_an_evaluation_leaves_nothing_in_the_model(work: Path, tmp_path: Path) -> None:
+    """A stopped one's states would be copied with the model's side files."""
+    (tmp_path / "link").symlink_to(work / "model")
+    done = moekern(*commands(work)["evaluate"](tmp_path / "link" / "out"))
+    assert done.returncode == 2
+    assert f"--spill {tmp_path / 'link'}: lies inside the model" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [("", "link"), ("state", "link"), ("state", "pipe"), ("state/position.json", "link"),
