@@ -123,12 +123,8 @@ class Loader:
             self._load(plain, device)
 
     def _load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        config = LoadStateDictConfig(
-            device_map={"": device},
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=copy.deepcopy(self.mapping),
-        )
+        plan, mapping = self.model._get_dtype_plan(self.dtype), copy.deepcopy(self.mapping)
+        config = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, dtype_plan=plan, weight_mapping=mapping)
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         if info.mismatched_keys:
