@@ -103,3 +103,9 @@ def nearest_counts(count: int, router: Router) -> str:
     legal = [n for n in range(1, router.num_experts + 1) if count_problem(n, router) is None]
     around = [*[n for n in legal if n < count][-1:], *[n for n in legal if n > count][:1]]
     return f"nearest legal: {' or '.join(map(str, around))}" if around else "no count is legal for this router"
+
+
+def check_share(flag: str, value: float) -> None:
+    """Raise InputError, which names the flag, for what is no share of a whole."""
+    if not 0 < value <= 1:
+        raise InputError(f"{flag} {value:g}: expected a share above 0 and up to 1, such as 0.98")

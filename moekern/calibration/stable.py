@@ -16,7 +16,7 @@ from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.measurement.tiers import TABLE
 from moekern.plan.agreement import ALL, agreement, known_by_halves, mean_of
-from moekern.router import Router, kept_count
+from moekern.router import Router, check_share, kept_count
 from moekern.statistics.file import Statistics, added
 
 PARTS = 16  # the first part is this share of a domain's chunks, and at least LEAST
@@ -37,8 +37,7 @@ class Stable:
     domains: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise InputError(f"--until-stable {self.threshold:g}: expected a share above 0 and up to 1, such as 0.98")
+        check_share("--until-stable", self.threshold)
         if not known_by_halves(self.criterion):
             raise InputError(
                 f"--until-stable: what {self.criterion} keeps is not known of halves of the text: it needs more than a "

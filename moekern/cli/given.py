@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -104,8 +103,6 @@ def compute_of(
     from moekern.model.budget import budget_of
     from moekern.model.compute import Compute, check_device
 
-    if spill is not None and not os.access(spill, os.W_OK | os.X_OK):
-        raise InputError(f"--spill {spill}: no folder that can be written to")
     check_device(device)
     compute = Compute(device, dtype, backend, trust_remote_code, allowed, on_gpu, spill)
     budget_of(compute)  # what cannot be allowed is found before a model is downloaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,6 +98,40 @@ def check_tokens(text: str) -> str:
     return text
 
 
+def check_memory(text: str | None) -> str | None:
+    """Raise InputError for what is no size."""
+    return _checked_size("--memory", text)
+
+
+def check_gpu_memory(text: str | None) -> str | None:
+    """Raise InputError for what is no size."""
+    return _checked_size("--gpu-memory", text)
+
+
+def _checked_size(flag: str, text: str | None) -> str | None:
+    if text is not None:
+        from moekern.cli.given import parsed_size
+
+        parsed_size(flag, text)
+    return text
+
+
+def check_spill(folder: Path | None) -> Path | None:
+    """Raise InputError for what is no folder that can be written to."""
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"--spill {folder}: no folder that can be written to")
+    return folder
+
+
+def check_until_stable(threshold: float | None) -> float | None:
+    """Raise InputError for what is no share."""
+    from moekern.router import check_share
+
+    if threshold is not None:
+        check_share("--until-stable", threshold)
+    return threshold
+
+
 class Mix(str, Enum):
     code = "code"
     general = "general"
@@ -157,7 +192,8 @@ UntilStable = Annotated[
     float | None,
     typer.Option(
         help="Measure the text in growing parts, and stop where the sets that its two halves keep are so much alike "
-        "(Jaccard index, mean over layers), as 0.98."
+        "(Jaccard index, mean over layers), as 0.98.",
+        callback=check_until_stable,
     ),
 ]
 RESERVE = "15%"  # of --fit: the tenth that vLLM and SGLang leave unused by default, and room for activations
@@ -237,13 +273,21 @@ DtypeOption = Annotated[
 ]  # fmt: skip
 Memory = Annotated[
     str | None,
-    typer.Option(help="The most memory to take, as 24GiB. Default: what the machine, or its control group, has free."),
+    typer.Option(
+        help="The most memory to take, as 24GiB. Default: what the machine, or its control group, has free.",
+        callback=check_memory,
+    ),
 ]
 Spill = Annotated[
     Path | None,
-    typer.Option(help="A folder for what does not fit into memory. Default: beside the output, else the system's."),
+    typer.Option(
+        help="A folder for what does not fit into memory. Default: beside the output, else the system's.",
+        callback=check_spill,
+    ),
 ]
-GpuMemory = Annotated[str | None, typer.Option(help="The same of the GPU. Default: what it has free.")]
+GpuMemory = Annotated[
+    str | None, typer.Option(help="The same of the GPU. Default: what it has free.", callback=check_gpu_memory)
+]
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
 BackendOption = Annotated[
     str | None,

@@ -84,7 +84,8 @@ def differences(then: Any, now: Any) -> str:
         if isinstance(one, Mapping) and isinstance(two, Mapping):
             found.append(f"{name} ({differences(one, two)})")
         elif all(len(str(value)) <= SHOWN and not isinstance(value, Mapping | list) for value in (one, two)):
-            found.append(f"{name} ({one} then, {two} now)")
+            then_now = ("none" if value in (None, "") else value for value in (one, two))
+            found.append("{} ({} then, {} now)".format(name, *then_now))
         else:
             found.append(str(name))
     return ", ".join(found)

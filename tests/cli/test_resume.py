@@ -198,6 +198,7 @@ def test_what_has_changed_is_refused_by_name_or_begun_anew(work: Path, tmp_path:
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"moekern: {out.with_name('out.moekern')}/state: a stopped run is kept there, with another")
     assert what in line
+    assert what != "--tier" or "--tier (none then, reap now)" in line
     assert "or --restart begins anew" in line
     assert contents(out.parent) == before
     done, met = loaded(tuple(arguments(out)), "--restart")

@@ -131,7 +131,7 @@ def test_two_processes_with_one_folder(tmp_path: Path) -> None:
 def test_what_differs_is_named() -> None:
     then = {"model": "a" * 64, "--dtype": "float32", "text": {"ids": "b" * 64, "recipe": {"seed": 0}}, "old": 1}
     now = {"model": "c" * 64, "--dtype": "bfloat16", "text": {"ids": "b" * 64, "recipe": {"seed": 1}}}
-    said = "model, --dtype (float32 then, bfloat16 now), text (recipe (seed (0 then, 1 now))), old (1 then, None now)"
+    said = "model, --dtype (float32 then, bfloat16 now), text (recipe (seed (0 then, 1 now))), old (1 then, none now)"
     assert differences(then, now) == said
     assert differences(then, then) == ""
 
@@ -183,6 +183,6 @@ def test_another_key_is_refused_by_name(tmp_path: Path) -> None:
     with opened(resume, {}, ["a"]) as mine:
         assert mine is not None
         mine.stage("a").save(1, 2, states(0), lambda: None, {})
-    message = r"with another a key \(None then, 1 now\); give the same again and it goes on at layer 2 of 2"
+    message = r"with another a key \(none then, 1 now\); give the same again and it goes on at layer 2 of 2"
     with pytest.raises(InputError, match=message), opened(resume, {"a key": 1}, ["a"]):
         pass
