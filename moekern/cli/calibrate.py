@@ -40,6 +40,7 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UntilStable,
     UnusedBatchSize,
+    at_least,
     check_criteria,
 )
 from moekern.criteria.table import DEFAULT
@@ -77,7 +78,7 @@ def calibrate(
         typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.", callback=check_criteria),
     ] = None,
     replay_tokens: Annotated[
-        int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.")
+        int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.", callback=at_least(1))
     ] = 512,
     keep: Annotated[
         str, typer.Option(help="The share or count at which halves of the text are compared; nothing is chosen yet.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,6 +99,25 @@ def check_tokens(text: str) -> str:
     return text
 
 
+def at_least(least: int) -> Callable[[typer.CallbackParam, int | None], int | None]:
+    """A callback that raises InputError for a smaller number."""
+
+    def check(param: typer.CallbackParam, value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise InputError(f"{param.opts[0]} {value}: expected {least} or more")
+        return value
+
+    return check
+
+
+def check_backend(name: str | None) -> str | None:
+    """Raise InputError for kernels of no known name."""
+    if name is not None and name not in BACKENDS:
+        expected = f"expected one of {', '.join(BACKENDS)}"
+        raise InputError(f"--backend {name}: unknown; {expected}{nearest_name(name, BACKENDS)}")
+    return name
+
+
 def check_memory(text: str | None) -> str | None:
     """Raise InputError for what is no size."""
     return _checked_size("--memory", text)
@@ -161,7 +181,9 @@ HeadersOf = Annotated[
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit. Default: the main branch.")
 ]
-Seed = Annotated[int, typer.Option(help="Seeds the choice of sequences and the random criterion.")]
+Seed = Annotated[
+    int, typer.Option(help="Seeds the choice of sequences and the random criterion.", callback=at_least(0))
+]
 CriterionOption = Annotated[
     str, typer.Option(help="How experts are ranked; `moekern criteria` lists them.", callback=check_criteria)
 ]
@@ -246,15 +268,20 @@ ThinkingOption = Annotated[
     Thinking, typer.Option("--thinking", help="enable_thinking of the chat template: on, off, or as each row says.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row or file that cannot be read.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens of a packed sequence; with --no-pack the most of a row.")]
+SequenceLength = Annotated[
+    int, typer.Option(help="Tokens of a packed sequence; with --no-pack the most of a row.", callback=at_least(2))
+]
 Pack = Annotated[
     bool,
     typer.Option(help="Pack text into sequences of one length, or make each file, row of data or of an array one."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences computed at a time.", callback=at_least(1))]
 Chunk = Annotated[
     int | None,
-    typer.Option(help="Sequences computed, and added up, at a time: decides the bits. Default: 2048 tokens of them."),
+    typer.Option(
+        help="Sequences computed, and added up, at a time: decides the bits. Default: 2048 tokens of them.",
+        callback=at_least(1),
+    ),
 ]
 UnusedBatchSize = Annotated[
     int | None,
@@ -291,7 +318,10 @@ GpuMemory = Annotated[
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # the kernels' own, without the torch they import
 BackendOption = Annotated[
     str | None,
-    typer.Option(help=f"Kernels to use: {', '.join(BACKENDS)}; never another than the named one. Default: the best."),
+    typer.Option(
+        help=f"Kernels to use: {', '.join(BACKENDS)}; never another than the named one. Default: the best.",
+        callback=check_backend,
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, whatever a run that was stopped has left.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code shipped in the checkpoint.")]

@@ -92,11 +92,11 @@ def read_data(
 
 def _check(sequence_length: int, batch_size: int, chunk: int | None, seed: int, thinking: str) -> None:
     if sequence_length < 2:
-        raise InputError(f"--sequence-length {sequence_length}: expected at least 2")
+        raise InputError(f"--sequence-length {sequence_length}: expected 2 or more")
     if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: expected at least 1")
+        raise InputError(f"--batch-size {batch_size}: expected 1 or more")
     if chunk is not None and chunk < 1:
-        raise InputError(f"--chunk {chunk}: expected at least 1")
+        raise InputError(f"--chunk {chunk}: expected 1 or more")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected 0 or more")
     if thinking not in THINKING:
