@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -358,3 +360,12 @@ def test_a_checkpoint_without_tokenizer_says_what_to_give_instead(tmp_path: Path
     (tmp_path / "a.txt").write_text(WORDS)
     with pytest.raises(InputError, match="give token ids instead"):
         read_data([str(tmp_path / "a.txt")], tmp_path)
+
+
+def test_the_names_of_the_package_are_there_and_specs_need_no_torch() -> None:
+    code = (
+        "import sys; import moekern.data.mixes; assert 'torch' not in sys.modules; "
+        "from moekern.data import DEFAULT_DOMAIN, Batch, Text, TokenData, read_data; import moekern.data as data; "
+        "assert all(hasattr(data, name) for name in data.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

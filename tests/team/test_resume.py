@@ -107,11 +107,11 @@ def gone_on(folder: Path, size: int, words: Sequence[object]) -> Done:
 
 
 # Layers are loaded 4 times a pass: the command, then (ranks, layer that is come to, rank that is killed) of each try.
-TRIES = [
+TRIES: list[Any] = [
     ("calibrate", [(2, 3, 1), (3, 4, 0), (1, 2, 0), (2, 1, 1)]),  # the first pass at layer 3, the second at 2, 3, 3
     ("iterate", [(2, 3, 1), (1, 5, 0)]),  # both rounds
     ("evaluate", [(2, 2, 0), (3, 2, 1)]),
-    ("run", [(2, 4, 1), (1, 3, 0)]),  # while it calibrates, and evaluates
+    pytest.param("run", [(2, 4, 1), (1, 3, 0)], marks=pytest.mark.whole),  # while it calibrates, and evaluates
 ]
 
 
