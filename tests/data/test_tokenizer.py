@@ -91,7 +91,7 @@ def test_what_texts_take_together_has_a_limit_that_grows_with_them(
     monkeypatch.setattr(process, "EACH_TEXT", 10.0)
     assert read(folder, tmp_path / "d.jsonl")[0].count("x") == 50
     monkeypatch.setattr(process, "EACH_TEXT", 0.0)
-    with pytest.raises(InputError, match="the chat template is too slow: [0-9]+ s of computing for [0-9]+ texts"):
+    with pytest.raises(InputError, match="(the chat template|it) is too slow"):  # whichever was at work
         read(folder, tmp_path / "d.jsonl")
 
 
