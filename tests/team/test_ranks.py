@@ -60,6 +60,7 @@ def test_ranks_without_text_help_too(tmp_path: Path) -> None:
     assert (tmp_path / "1.s").read_bytes() == (tmp_path / "3.s").read_bytes()
 
 
+@pytest.mark.whole  # test_resume.py compares both, too
 def test_plans_of_rounds_and_losses_are_those_of_one_process(tmp_path: Path) -> None:
     iterate = ["iterate", MODEL, *WORDS, *FLOAT32, "--keep", 8, "--rounds", 2]
     evaluate = ["evaluate", MODEL, tmp_path / "1.json", *TEXTS, *FLOAT32, "--json"]
