@@ -52,6 +52,11 @@ from moekern.team import Part
 if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
 
+PartOption = Annotated[
+    str | None,
+    typer.Option(help="I/N: measure this share of the text only, for `merge` of all parts. Not set by torchrun."),
+]
+
 
 def calibrate(
     model: Model,
@@ -84,10 +89,7 @@ def calibrate(
         str, typer.Option(help="The share or count at which halves of the text are compared; nothing is chosen yet.")
     ] = "0.5",
     until_stable: UntilStable = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="I/N: measure this share of the text only, for `merge` of all parts. Not set by torchrun."),
-    ] = None,
+    part: PartOption = None,
     backend: BackendOption = None,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
