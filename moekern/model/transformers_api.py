@@ -150,9 +150,9 @@ class Loader:
             t: self.names[t].numel() for t, found in weights.items() if any(map(self._is_coded, found, found.values()))
         }
         yield {key: parts[dequantised.WEIGHT] for t in weights if t not in coded for key, parts in weights[t].items()}
-        batch, held = dict[str, Tensor](), 0
+        batch, held, most = dict[str, Tensor](), 0, max(coded.values(), default=0)
         for target, size in sorted(coded.items(), key=lambda item: -item[1]):
-            if held and held + size > max(coded.values()):
+            if held and held + size > most:
                 yield batch
                 batch, held = {}, 0
             batch |= {key: self._dense(key, parts, device) for key, parts in weights.pop(target).items()}
@@ -202,7 +202,8 @@ def open_loader(
     given = read_json(folder / CONFIG)
     check_sizes(given, source)
     try:
-        config, quantisation, cls = _read_config(folder, trust_remote_code)
+        quantisation = quantisation_of(given)
+        config, cls = _read_config(folder, quantisation, trust_remote_code)
         wanted = dtype or config.dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
     except InputError:
         raise
@@ -226,9 +227,10 @@ def open_loader(
     return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Mapping[str, Any], type[PreTrainedModel]]:
-    """The config as transformers reads it, but of plain weights; what it says of stored ones; the model class."""
-    quantisation = quantisation_of(read_json(folder / CONFIG))
+def _read_config(
+    folder: Path, quantisation: Mapping[str, Any], trust_remote_code: bool
+) -> tuple[Any, type[PreTrainedModel]]:
+    """The config as transformers reads it, but of plain weights, and the model class."""
     if reason := unread(quantisation):
         raise InputError(f"{folder}: {reason}{TWIN}")
     with _quiet():
@@ -236,7 +238,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Mapping[st
     for part in (config, config.get_text_config(decoder=True)):
         for key in QUANTIZATION_KEYS:
             vars(part).pop(key, None)
-    return config, quantisation, _model_class(config, trust_remote_code)
+    return config, _model_class(config, trust_remote_code)
 
 
 def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, tensors: int) -> None:
