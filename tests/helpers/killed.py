@@ -13,13 +13,8 @@ from typing import Any
 
 from tests.helpers.commands import Done, moekern
 
-WRITERS = (
-    "journal.py",
-    "state_files.py",
-    "files.py",
-    "store.py",
-    "disk.py",
-)  # modules that write down how far a run is
+# Modules that write down how far a run is.
+WRITERS = ("journal.py", "state_files.py", "files.py", "store.py", "disk.py")
 _PRELOADED = [
     "tests.helpers.killed", "moekern.cli.pipeline", "moekern.cli.whole_run", "moekern.checkpoint.remote",
     "moekern.kernels.native", "torch._dynamo", "transformers.models.qwen3_moe.modeling_qwen3_moe",

@@ -1,27 +1,24 @@
-"""Checkpoints of the families asked for, with the tensors of the published ones: all names, small shapes, random bytes.
+"""Checkpoints with the tensors of published ones: all names, small shapes, random bytes.
 
 Only experts and what holds a row or a number for each of them have a side of EXPERTS.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.helpers import synthetic
+from tests.helpers.hub_names import INDEXED
 from tests.helpers.layouts import BIAS, GUD, STACK, W123, moe_keys
-from tests.helpers.synthetic import Tensors, data, shard_bytes
+from tests.helpers.synthetic import EXPERTS, TOP_K, Tensors, data
 
-EXPERTS, TOP_K = 8, 2
 Keys = dict[str, tuple[str, list[int]]]
-FP8, INT4, MXFP4 = (
-    ("weight", "weight_scale_inv"),
-    ("weight_packed", "weight_scale", "weight_shape"),
-    ("weight", "scale"),
-)
+FP8, MXFP4 = INDEXED["fp8"], INDEXED["mxfp4"]
+INT4 = ("weight_packed", "weight_scale", "weight_shape")  # symmetric, columns in order
 SIZES = {"num_hidden_layers": 2, "num_experts_per_tok": TOP_K}
 ROUTED, LOCAL, PLAIN = ({**SIZES, key: EXPERTS} for key in ("n_routed_experts", "num_local_experts", "num_experts"))
 
@@ -181,12 +178,4 @@ def write(name: str, folder: Path) -> Path:
         if key.endswith("tid2eid"):
             ids = np.array([rng.permutation(EXPERTS)[:TOP_K] for _ in range(shape[0])], "<i8")
             tensors[key] = dtype, shape, ids.tobytes()
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    names, weight_map = list(tensors), {}
-    for i in range(3):
-        file = f"model-{i + 1:05d}-of-00003.safetensors"
-        (folder / file).write_bytes(shard_bytes({n: tensors[n] for n in names[i::3]}, {"format": "pt"}))
-        weight_map |= dict.fromkeys(names[i::3], file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+    return synthetic.write(folder, config, tensors, shards=3, interleave=True)

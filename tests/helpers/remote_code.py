@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-EXPERTS, TOP_K, HIDDEN, INNER, VOCAB = 6, 2, 32, 24, 96
+EXPERTS, TOP_K, HIDDEN, VOCAB = 6, 2, 32, 96
 
 # How a block calls its experts -> name of the block, of an expert's matrices, and the model_type of its config.
 STYLES: Mapping[str, tuple[str, str, str]] = {
