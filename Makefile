@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup --benchmark-disable $(PYTEST_FLAGS)
 
-# As test, with every combination of parameters on Triton's interpreter and the CUDA simulator.
+# As test, with what is marked `whole`: every combination of parameters, every family, dear tests.
 test-all: PYTEST_FLAGS = --whole
 test-all: test
 

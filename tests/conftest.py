@@ -39,7 +39,7 @@ transformers.utils.logging.set_verbosity_error()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="also what the default run leaves out of dear matrices")
+    parser.addoption("--whole", action="store_true", help="also what is marked whole")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
