@@ -12,16 +12,16 @@ from transformers import Qwen3MoeConfig
 
 HIDDEN, INTERMEDIATE, HEADS, KEYS, HEAD = 2048, 768, 32, 4, 128
 WIDE = (INTERMEDIATE, HIDDEN)
-VOCAB = 256
+VOCAB, LAYERS, TOP_K = 256, 2, 8
 
 
-def save(folder: Path, experts: int, layers: int = 2, top_k: int = 8) -> Path:
-    """The folder, with a model of so many layers and experts in it: a shard for each layer, bfloat16."""
+def save(folder: Path, experts: int) -> Path:
+    """The folder, with a model of so many experts a layer in it: a shard for each layer, bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
+        vocab_size=VOCAB, hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KEYS, head_dim=HEAD, num_experts=experts,
-        num_experts_per_tok=top_k, norm_topk_prob=True, max_position_embeddings=4096,
+        num_experts_per_tok=TOP_K, norm_topk_prob=True, max_position_embeddings=4096,
         architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(folder)
@@ -34,12 +34,12 @@ def save(folder: Path, experts: int, layers: int = 2, top_k: int = 8) -> Path:
     place = {}
 
     def write(tensors: dict[str, Tensor], i: int) -> None:
-        shard = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
+        shard = f"model-{i + 1:05d}-of-{LAYERS + 1:05d}.safetensors"
         save_file(tensors, folder / shard)
         place.update(dict.fromkeys(tensors, shard))
 
-    write(ends | {"model.norm.weight": torch.ones(HIDDEN).bfloat16()}, layers)
-    for i in range(layers):
+    write(ends | {"model.norm.weight": torch.ones(HIDDEN).bfloat16()}, LAYERS)
+    for i in range(LAYERS):
         prefix = f"model.layers.{i}."
         tensors = {
             f"{prefix}{name}.weight": torch.ones(size).bfloat16()

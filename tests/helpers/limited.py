@@ -26,15 +26,14 @@ from moekern.model.layerwise import open_layerwise
 from moekern.plan.document import LayerPlan, Plan
 
 BFLOAT16 = Compute(dtype="bfloat16")
-LENGTH = 64
 
 
-def text(sequences: int) -> TokenData:
-    ids = torch.randint(256, (sequences, LENGTH), generator=torch.Generator().manual_seed(0))
+def text() -> TokenData:
+    ids = torch.randint(256, (8, 64), generator=torch.Generator().manual_seed(0))
     return TokenData((Batch("text", ids),), {"seed": 0}, 2)
 
 
-def main(stage: str, folder: Path, megabytes: int, sequences: int = 8) -> None:
+def main(stage: str, folder: Path, megabytes: int) -> None:
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     with torch.no_grad():  # the libraries take their own share, once
@@ -44,7 +43,7 @@ def main(stage: str, folder: Path, megabytes: int, sequences: int = 8) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with open_layerwise(checkpoint, layout, BFLOAT16) as model:
         groups = max(map(len, model.groups.cuts.values()), default=1)
-    data = text(sequences)
+    data = text()
     if stage == "calibrate":
         measured = calibrate(checkpoint, data, BFLOAT16, tiers=("dimensions",))
         found: Any = {key: measured.layer(key).norm_sum.tolist() for key in measured.layers}
