@@ -32,7 +32,6 @@ HELD_LOGITS = 6  # of them, that are held at the same time; assumed
 BACKWARD = 4  # forward passes that the gradient tier is worth: one, and one with its backward pass; assumed
 PRUNING = 150 << 20  # bytes of memory that `prune` takes, whatever the model; assumed
 REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
-STAGES = ("calibrate", "evaluate", "prune")
 
 
 @dataclass(frozen=True, slots=True)
