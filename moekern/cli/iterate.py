@@ -37,6 +37,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
+    check_data,
 )
 from moekern.cli.plan import check_options, show_plans, slower_with
 from moekern.criteria.table import DEFAULT
@@ -50,7 +51,11 @@ def iterate(
     out: Annotated[Path, typer.Option(help="The plan to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="NAME=PATH, as for calibrate; repeatable. Criteria on weights alone take none."),
+        typer.Option(
+            "--data",
+            help="NAME=PATH, as for calibrate; repeatable. Criteria on weights alone take none.",
+            callback=check_data,
+        ),
     ] = None,
     criterion: CriterionOption = DEFAULT,
     rounds: Annotated[
