@@ -93,8 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     found = line(args.model, args.tokens, args.rounds, args.tier, args.dtype)
     print(json.dumps(found))
-    if args.out is not None:
-        append(args.out, [found])
+    append(args.out, [found])
 
 
 if __name__ == "__main__":

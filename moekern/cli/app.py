@@ -72,11 +72,14 @@ def _spoken(
     """What every command takes and none looks at: what of its words is shown."""  # fmt: skip
 
 
+SPOKEN = tuple(typer.main.get_command(spoken).params)  # read once, since every command has them
+
+
 class Command(TyperCommand):
     """A command, with the options of `_spoken` behind its own."""
 
     def __init__(self, *arguments: Any, params: list[Any], **options: Any) -> None:
-        super().__init__(*arguments, params=[*params, *typer.main.get_command(spoken).params], **options)
+        super().__init__(*arguments, params=[*params, *SPOKEN], **options)
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """The whole of what a command is for: the list of commands wraps it, and cuts nothing."""

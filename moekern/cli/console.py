@@ -62,11 +62,6 @@ class Mode:
 _mode = Mode()
 
 
-def silent() -> bool:
-    """Whether another process speaks for this one."""
-    return _mode.silent
-
-
 def as_json() -> bool:
     """Whether a program reads, not a person."""
     return _mode.as_json

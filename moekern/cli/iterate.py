@@ -37,6 +37,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
     UnusedBatchSize,
+    check_data,
 )
 from moekern.cli.plan import check_options, show_plans, slower_with
 from moekern.criteria.table import DEFAULT
@@ -50,7 +51,11 @@ def iterate(
     out: Annotated[Path, typer.Option(help="The plan to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="NAME=PATH, as for calibrate; repeatable. Criteria on weights alone take none."),
+        typer.Option(
+            "--data",
+            help="NAME=PATH, as for calibrate; repeatable. Criteria on weights alone take none.",
+            callback=check_data,
+        ),
     ] = None,
     criterion: CriterionOption = DEFAULT,
     rounds: Annotated[
@@ -90,6 +95,7 @@ def iterate(
     """
     share = parse_keep(keep)  # before torch is imported
 
+    from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli import pipeline
     from moekern.iteration.rounds import Method
     from moekern.plan.provenance import remarks
@@ -111,9 +117,10 @@ def iterate(
     )  # fmt: skip
     compute = ranks.together(compute)
     folder = ranks.folder_of(model, revision, compute.team)
-    options = Planning((criterion,), (share,), targets=targets, model=folder)
-    if targets:
-        check_options(folder, options)
+    checkpoint = open_checkpoint(folder) if targets else None
+    options = Planning((criterion,), (share,), targets=targets, model=checkpoint)
+    if checkpoint is not None:
+        check_options(checkpoint, options)
     made = pipeline.iterate_to(folder, text, compute, method, out, restart=restart)
     for line in (*remarks(made), *slower_with(made, None, options)):
         say(line)

@@ -6,15 +6,12 @@ import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from moekern.cli import console
 from moekern.errors import InputError, nearest_name
-
-if TYPE_CHECKING:
-    pass
 
 
 class CopyMode(str, Enum):

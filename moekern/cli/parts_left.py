@@ -62,11 +62,7 @@ def check_no_parts(out: Path, restart: bool) -> None:
     if parts_left(work_path(out)):
         with working(out) as side:
             if not restart:
-                raise InputError(
-                    f"{side}: a stopped run with --until-stable is kept there; give the same again and it goes on, or "
-                    f"{ANEW}",
-                    kind="option",
-                )
+                raise _kept(side, "with --until-stable")
             remove_parts(side)
 
 
@@ -76,13 +72,14 @@ def check_no_position(out: Path, restart: bool) -> None:
     folder = state_path(out)
     if is_folder(folder) and is_plain(folder / POSITION):
         if not restart:
-            raise InputError(
-                f"{folder}: a stopped run without --until-stable is kept there; give the same again and it goes on, or "
-                f"{ANEW}",
-                kind="option",
-            )
+            raise _kept(folder, "without --until-stable")
         check_unwritten(out)
         removed(folder)
+
+
+def _kept(folder: Path, how: str) -> InputError:
+    text = f"{folder}: a stopped run {how} is kept there; give the same again and it goes on, or {ANEW}"
+    return InputError(text, kind="option")
 
 
 def check_unwritten(out: Path) -> None:

@@ -101,12 +101,14 @@ def plan(
     keeps = tuple(parse_keep(text) for text in keep or ())
     check_statistics(statistics)
 
+    from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli.pipeline import statistics_of
     from moekern.plan.fits_model import TWIN
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target
 
     checkpoint = optional_headers(model, revision)
+    weighed = open_checkpoint(statistics) if statistics.is_dir() else None
     options = Planning(
         criteria=tuple(criterion),
         keeps=keeps,
@@ -116,11 +118,11 @@ def plan(
         guards=_guards(protect_super, keep_always, drop_first, guard, suppress, domain_floor),
         targets=tuple(parse_target(text) for text in target or ()),
         mtp=mtp and mtp.value,
-        model=checkpoint or (statistics if statistics.is_dir() else None),
+        model=checkpoint or weighed,
         fit=fit_of(fit, bits, context, sequences, reserve),
     )
-    if statistics.is_dir():
-        check_options(statistics, options)
+    if weighed is not None:
+        check_options(weighed, options)
     measured = statistics_of(statistics, criterion)
     header, plans = measured.header, make_plans(measured, options)
     paths = destinations(out, list(plans))
@@ -201,17 +203,15 @@ def fit_of(limit: str | None, bits: float | None, context: int, sequences: int, 
     return Fit(nbytes, bits, context, sequences, parsed_reserve(reserve, nbytes))
 
 
-def check_options(model: Path | Checkpoint, options: Planning) -> None:
+def check_options(checkpoint: Checkpoint, options: Planning) -> None:
     """Raise InputError for what headers alone tell to be wrong, before all weights of a checkpoint are read."""
     from moekern.architectures import find_layout
-    from moekern.checkpoint.folder import open_checkpoint
     from moekern.plan.served import served_as
     from moekern.plan.several import check_planning, fitted_count
     from moekern.plan.targets import check_counts
     from moekern.router import kept_count
 
     check_planning(options)
-    checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     layout = find_layout(checkpoint)
     if options.fit is not None:
         fitted_count(checkpoint, layout, options, options.fit)

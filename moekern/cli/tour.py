@@ -62,7 +62,6 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
 
 
 def _tour(work: Path, seeds: int) -> dict[str, Any]:
-    console.open_with(COMPUTE.described)
     console.say(f"the model: {MODEL}")
     console.say("it is calibrated, planned, evaluated, pruned and verified: half a minute on two idle cores")
     text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)

@@ -149,7 +149,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     if planning.fit is not None:
         keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
     _check_room(checkpoint, layout, keeps, targets, made)
-    stable = _stable(checkpoint, layout, asked)
+    stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
@@ -203,15 +203,11 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     return Run(statistics_path, coverage(statistics), quality, results)
 
 
-def _stable(checkpoint: Checkpoint, layout: Layout, asked: Asked) -> Stable | None:
-    """When the text is enough for each of the counts that are asked for; None where all of it is measured."""
-    planning = asked.planning
+def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Stable | None:
+    """When the text is enough for each of the counts; None where all of it is measured."""
     if asked.until_stable is None:
         return None
-    keeps = planning.keeps
-    if planning.fit is not None:
-        keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
-    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains)
+    stable = Stable(asked.until_stable, asked.planning.criteria[0], keeps, asked.planning.domains)
     stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
     return stable
 

@@ -79,9 +79,9 @@ class Tokenizer:
             raise self.unusable(first_line(error)) from error
 
     def _apart(self) -> TokenizerProcesses:
-        """The processes that the tokenizer works in, begun when they are first needed."""
+        """The processes that the loaded tokenizer works in, begun when they are first needed."""
         if self.processes is None:
-            self.processes = TokenizerProcesses(self.get(), self.count)
+            self.processes = TokenizerProcesses(self.loaded, self.count)
         return self.processes
 
     def unusable(self, reason: str) -> InputError:

@@ -13,10 +13,11 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import SIZE_CAP, check_sizes, first
+from moekern.architectures.quantisation import quantisation_of, unread
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import CHUNK_TOKENS
 from moekern.errors import InputError
-from moekern.estimation.overview import overview
+from moekern.estimation.overview import overview, running
 from moekern.estimation.probe import Known, Rates, Shapes
 from moekern.files import sized
 from moekern.model.budget import Budget
@@ -32,7 +33,6 @@ HELD_LOGITS = 6  # of them, that are held at the same time; assumed
 BACKWARD = 4  # forward passes that the gradient tier is worth: one, and one with its backward pass; assumed
 PRUNING = 150 << 20  # bytes of memory that `prune` takes, whatever the model; assumed
 REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
-STAGES = ("calibrate", "evaluate", "prune")
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +307,10 @@ class _Job:
 
     def obstacles(self) -> Iterator[str]:
         """What keeps the model from being run, or comes before it is."""
-        family = self.layout.family
-        if not family.transformers or family.stacks:
-            yield f"{family.name} models cannot be run, only pruned"
+        config = self.checkpoint.config
+        reason = running(self.layout.family, config)[2] or unread(quantisation_of(config))
+        if reason:
+            yield f"it cannot be run, only pruned: {reason}"
         if self.rates.read.known == "assumed":
             yield f"the download of {sized(self.checkpoint.nbytes)} is not counted, and the disk's speed is assumed"
 

@@ -92,6 +92,7 @@ def test_mistakes_in_the_flags_are_one_line_too(arguments: tuple[str, ...], says
         ("run", "none", "--data", "a=b", "--keep", "4", "--out", "OUT"),
         ("calibrate", "MODEL", "--data", "a=b", "--tier", "tear", "--out", "OUT"),
         ("iterate", "MODEL", "--keep", "half", "--out", "OUT"),
+        ("iterate", "MODEL", "--keep", "4", "--data", "a=/none", "--out", "OUT"),
         ("check", "MODEL", "--target", "vlm"),
         ("calibrate", "MODEL", "--data", "a=b", "--criterion", "reep", "--out", "OUT"),
         ("run", "MODEL", "--data", "a=MODEL:20q", "--keep", "4", "--out", "OUT"),

@@ -153,9 +153,20 @@ def test_statistics_take_what_was_said(
 def test_what_cannot_be_run_is_said(family_checkpoint: MakeCheckpoint) -> None:
     checkpoint, asked = open_checkpoint(family_checkpoint("qwen3_moe")), Asked(tokens=512)
     layout = find_layout(checkpoint)
-    layout = replace(layout, family=replace(layout.family, transformers=False))
-    found = estimate(checkpoint, layout, counted(checkpoint, layout, FLOAT32, asked), RATES, asked, ROOM)
-    assert found[0].notes == ("qwen3_moe models cannot be run, only pruned",)
+    model = counted(checkpoint, layout, FLOAT32, asked)
+
+    def notes(config: dict[str, object], only_pruned: str = "") -> tuple[str, ...]:
+        changed = replace(checkpoint, config={**checkpoint.config, **config})
+        known = replace(layout, family=replace(layout.family, only_pruned=only_pruned))
+        return estimate(changed, known, model, RATES, asked, ROOM)[0].notes
+
+    before = "it cannot be run, only pruned: "
+    assert notes({}, "it has no causal forward") == (f"{before}it has no causal forward",)
+    assert notes({"model_type": "kimi_k2"}) == (f"{before}transformers has no class for model_type 'kimi_k2'",)
+    assert notes({"model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "m.M"}}) == ()
+    (note,) = notes({"quantization_config": {"quant_method": "bitsandbytes"}})
+    assert note.startswith(before)
+    assert "bitsandbytes" in note
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
