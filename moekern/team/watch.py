@@ -117,7 +117,7 @@ def gathered(listener: socket.socket, token: str, size: int, seconds: float) -> 
             peer, _ = listener.accept()
             peer.settimeout(GREETING)
             said, rank = _line(peer).split()
-        except (TimeoutError, ValueError) as error:
+        except (TimeoutError, ConnectionError, ValueError) as error:  # who is no rank may be anything
             if time.monotonic() < until:
                 continue
             missing = ", ".join(str(rank) for rank in range(1, size) if rank not in found)
