@@ -15,7 +15,7 @@ from typing import Any
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.measurement.tiers import TABLE
-from moekern.plan.agreement import ALL, agreement, known_by_halves, mean_of
+from moekern.plan.agreement import agreement_of_all, known_by_halves, mean_of
 from moekern.router import Router, check_share, kept_count
 from moekern.statistics.file import Statistics, added
 
@@ -61,7 +61,7 @@ class Stable:
 
     def agreed(self, statistics: Statistics) -> float:
         """The least index of the keeps; 0 where a half has seen no text."""
-        found = (agreement(statistics, self.criterion, keep, domains=self.domains)[ALL] for keep in self.keeps)
+        found = (agreement_of_all(statistics, self.criterion, keep, domains=self.domains) for keep in self.keeps)
         return min(mean_of(layers).kept or 0.0 for layers in found)
 
 

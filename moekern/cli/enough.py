@@ -48,7 +48,7 @@ def enough(statistics: Statistics, criterion: str, keep: str) -> tuple[dict[str,
 
 def layer_teller(criterion: str, keep: str) -> Callable[[Statistics], None]:
     """Tells of one layer after the other, while they are measured."""
-    from moekern.plan.agreement import agreement
+    from moekern.plan.agreement import agreement_of_all
     from moekern.router import parse_keep
     from moekern.statistics.coverage import THIN, coverage
 
@@ -56,7 +56,7 @@ def layer_teller(criterion: str, keep: str) -> Callable[[Statistics], None]:
         (key,) = statistics.layers
         covered = coverage(statistics)["all"]
         with suppress(InputError):  # a count that the router cannot work with is told at the end
-            found = agreement(statistics, criterion, parse_keep(keep))["all"][key]
+            found = agreement_of_all(statistics, criterion, parse_keep(keep))[key]
             alike = "not known" if found.kept is None else f"{found.kept:.3f}"
             thin = f"{covered.thin} of {covered.experts} experts saw fewer than {THIN} tokens"
             detail(f"layer {key}: {thin}; sets kept by the two halves of the text are alike to {alike}")

@@ -180,6 +180,8 @@ def _job(
         seed=method.seed,
         routers=router_numbers(checkpoint, layout),
     )
+    if data is None:
+        backends_of("cpu", compute.backend, ("weights",))  # refuses one that cannot weigh
     measuring = {
         "backend": None if data is None else backends_of(compute.device, compute.backend),
         "config": checkpoint.config_sha256,
@@ -236,7 +238,8 @@ def _weighed_round(job: Iteration, keeps: Sequence[Keeps]) -> Plan:
     layers, total = {}, len(job.layout.layers)
     for done, (key, layer) in enumerate(job.layout.layers.items(), start=1):
         held = keeps[-1][key] if keeps else tuple(range(layer.num_experts))
-        sums = weigh_layer(job.checkpoint, job.layout, layer).permuted(torch.tensor(held))
+        weighed = weigh_layer(job.checkpoint, job.layout, layer, backend=job.backend)
+        sums = weighed.permuted(torch.tensor(held))
         scores = tuple(score_layer(job.criterion, sums, key, job.method.seed).tolist())
         chosen = choose_top(scores, job.counts[key][len(keeps)], groups=job.layout.n_group, where=f"layer {key}")
         layers[key] = LayerPlan(tuple(held[e] for e in chosen), None if keeps else scores)

@@ -115,7 +115,7 @@ def _layer(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Domain -> the fields of its gradient tier, for one layer whose weights are in memory, or are filled in groups."""
     layer = back.layerwise.layers[i]
-    H = int(back.layerwise.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
+    H = back.layerwise.embedding_size
     parts = matrices(layer, E, H)
     several = len(data.tokens) > 1
     size = 4 * (1 + several) * sum(part.weight.numel() for part in parts)

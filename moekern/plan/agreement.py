@@ -47,24 +47,34 @@ def agreement(
     keep: float | int | Mapping[str, int],
     domains: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Agreement]]:
-    """Domain -> layer key -> how far the text decides what is kept; ALL stands for the domains together.
+    """Domain -> layer key -> how far its text decides what is kept; ALL stands for the domains together. See
+    `agreement_of_all`."""
+    chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
+    whole = {ALL: agreement_of_all(statistics, chosen, keep, domains)}
+    names = [name for name in statistics.domains if domains is None or name in domains]
+    each = {name: agreement_of_all(statistics, chosen, keep, [name]) for name in names} if len(names) > 1 else {}
+    return each | whole
+
+
+def agreement_of_all(
+    statistics: Statistics,
+    criterion: str | Criterion,
+    keep: float | int | Mapping[str, int],
+    domains: Sequence[str] | None = None,
+) -> dict[str, Agreement]:
+    """Layer key -> how far the text of the domains together decides what is kept.
 
     `keep` is a share or a count, as `make_plan` takes it, or each layer's count. Guards and protection play no part.
     Halves know what has a number an expert in the routed tier; of criteria that need more, and of older files, nothing
     is known. One layer is read at a time. Raises InputError as `make_plan` does.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
-    router, found = router_of(statistics.header), dict[str, dict[str, Agreement]]()
+    router, found = router_of(statistics.header), dict[str, Agreement]()
     tiers = (*(tier for tier in chosen.tiers if tier == "weights"), HALVES)
     for key in statistics.layers:
         each = router.of(statistics.num_experts(key))
         count = keep[key] if isinstance(keep, Mapping) else kept_count(keep, each)
-        names = [n for n in statistics.domains if n in statistics.layers[key] and (domains is None or n in domains)]
-        texts = {ALL: statistics.layer(key, domains, tiers)}
-        if len(names) > 1:
-            texts = {name: statistics.part(key, name, tiers) for name in names} | texts
-        for name, sums in texts.items():
-            found.setdefault(name, {})[key] = _agreement(chosen, sums, key, count, each)
+        found[key] = _agreement(chosen, statistics.layer(key, domains, tiers), key, count, each)
     return found
 
 
@@ -75,8 +85,8 @@ def doubt(statistics: Statistics, plan: Plan) -> str | None:
     if _of_no_text(chosen):
         return None
     counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
-    found = agreement(statistics, chosen, counts, domains=made["domains"])
-    return thin(found[ALL], chosen.name, sum(statistics.header["tokens"][name] for name in made["domains"]))
+    found = agreement_of_all(statistics, chosen, counts, domains=made["domains"])
+    return thin(found, chosen.name, sum(statistics.header["tokens"][name] for name in made["domains"]))
 
 
 def known_by_halves(criterion: str | Criterion) -> bool:

@@ -176,12 +176,27 @@ class MadeLayers(Mapping[str, Mapping[str, LayerStatistics]]):
 
 
 @dataclass(frozen=True, eq=False)
-class MergedLayer(Mapping[str, LayerStatistics]):
-    """One layer of several statistics: domain -> the sum, added up whenever it is asked for."""
+class MadeLayer(Mapping[str, LayerStatistics]):
+    """One layer of them: domain -> its sums, made whenever they are asked for."""
 
     key: str
-    parts: Sequence[Statistics]
     domains: Sequence[str]
+
+    def __contains__(self, domain: object) -> bool:
+        return domain in self.domains
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.domains)
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+
+@dataclass(frozen=True, eq=False)
+class MergedLayer(MadeLayer):
+    """One layer of several statistics, added up."""
+
+    parts: Sequence[Statistics]
 
     def __getitem__(self, domain: str) -> LayerStatistics:
         total: LayerStatistics | None = None
@@ -196,15 +211,6 @@ class MergedLayer(Mapping[str, LayerStatistics]):
             raise KeyError(domain)
         return total
 
-    def __contains__(self, domain: object) -> bool:
-        return domain in self.domains
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.domains)
-
-    def __len__(self) -> int:
-        return len(self.domains)
-
 
 @dataclass(frozen=True, eq=False)
 class MergedLayers(MadeLayers):
@@ -214,7 +220,7 @@ class MergedLayers(MadeLayers):
     sizes: Layers
 
     def __getitem__(self, key: str) -> MergedLayer:
-        return MergedLayer(key, self.parts, list(self.sizes[key]))
+        return MergedLayer(key, list(self.sizes[key]), self.parts)
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moekern.errors import InputError
 from moekern.statistics.disk import Layers, StoredLayers, open_layers
-from moekern.statistics.file import MadeLayers, Statistics
+from moekern.statistics.file import MadeLayer, MadeLayers, Statistics
 from moekern.statistics.folding import Folding
 from moekern.statistics.header import PART, header_problem
 from moekern.statistics.layer import LayerStatistics
@@ -71,11 +71,9 @@ def load_part(path: Path) -> Statistics:
 
 
 @dataclass(frozen=True, eq=False)
-class FoldedLayer(Mapping[str, LayerStatistics]):
-    """One layer of all parts: domain -> its segments, added up whenever it is asked for."""
+class FoldedLayer(MadeLayer):
+    """One layer of all parts, whose segments are added up."""
 
-    key: str
-    domains: Sequence[str]
     places: Mapping[str, Sequence[tuple[int, PartFile, str]]]  # domain -> segment, where it is, and its name there
 
     def __getitem__(self, domain: str) -> LayerStatistics:
@@ -86,15 +84,6 @@ class FoldedLayer(Mapping[str, LayerStatistics]):
             except ValueError as error:
                 raise InputError(f"{part.path}: layer {self.key}: {error}") from error
         return fold.total()
-
-    def __contains__(self, domain: object) -> bool:
-        return domain in self.domains
-
-    def __iter__(self) -> Any:
-        return iter(self.domains)
-
-    def __len__(self) -> int:
-        return len(self.domains)
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,16 +115,25 @@ def gathered(listener: socket.socket, token: str, size: int, seconds: float) -> 
         listener.settimeout(max(0.01, until - time.monotonic()))
         try:
             peer, _ = listener.accept()
-            peer.settimeout(GREETING)
-            said, rank = _line(peer).split()
-        except (TimeoutError, ValueError) as error:
-            if time.monotonic() < until:
-                continue
+        except TimeoutError as error:
             missing = ", ".join(str(rank) for rank in range(1, size) if rank not in found)
             raise InputError(f"rank {missing} did not come within {seconds:.0f} s", kind="system") from error
-        if said == token and int(rank) not in found:
-            found[int(rank)] = _kept(peer)
+        rank = _rank_of(peer, token)
+        if rank is None or rank in found:
+            peer.close()
+        else:
+            found[rank] = _kept(peer)
     return found
+
+
+def _rank_of(peer: socket.socket, token: str) -> int | None:
+    """The rank that has connected; None for anybody else."""
+    peer.settimeout(GREETING)
+    try:
+        said, rank = _line(peer).split()
+    except (OSError, ValueError):
+        return None
+    return int(rank) if said == token else None
 
 
 def connected(address: tuple[str, int], token: str, rank: int, seconds: float) -> socket.socket:

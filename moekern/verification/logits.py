@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,13 +73,10 @@ def compare_forward(
             batches = batches or random_batches(layerwise.vocab_size)
             tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]
             layers = len(layerwise.layers)
-            step = Steps(progress, 2 * layers, 0 if applied is not None else layers)
-            run_masked(layerwise, tasks, _keep(logits.setdefault(side, [])), step)
+            masked = _Masked(layerwise, len(tasks), Steps(progress, 2 * layers, len(logits) * layers))
+            layerwise.run(tasks, masked)
+            logits[side] = masked.logits
     return _verdict(logits["masked"], logits["pruned"], chosen)
-
-
-def _keep(kept: list[Tensor]) -> Callable[[MaskedTask, Tensor], None]:
-    return lambda task, logits: kept.append(logits.float().cpu())
 
 
 def random_batches(vocab_size: int, *, sequences: int = 4, length: int = 64, seed: int = 0) -> tuple[Batch, ...]:
@@ -111,9 +108,6 @@ class MaskedTask:
     batch: Batch
 
 
-Taken = Callable[[MaskedTask, Tensor], None]  # what becomes of a task's logits
-
-
 def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, ...]]:
     """Layer key -> the experts a plan drops; no plan drops none."""
     if plan is None:
@@ -125,16 +119,22 @@ def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, .
 
 
 class _Masked(Pass[MaskedTask]):
-    """Every task with its own experts masked."""
+    """Every task with its own experts masked; its logits [B, S, V] are held on the CPU."""
 
-    def __init__(self, layerwise: LayerwiseModel, tasks: int, taken: Taken, step: Steps) -> None:
-        self.layerwise, self.tasks, self.taken, self.step, self.through = layerwise, tasks, taken, step, 0
+    def __init__(self, layerwise: LayerwiseModel, tasks: int, step: Steps) -> None:
+        self.layerwise, self.tasks, self.step, self.before = layerwise, tasks, step, step.done
+        self.logits: list[Tensor] = []
+        self.through = 0  # tasks that have left the layer
+
+    def started(self) -> None:
+        self.logits.clear()
+        self.through, self.step.done = 0, self.before
 
     def forward(self, task: MaskedTask) -> None:
         logits = self.layerwise.compute(task.batch).logits
         if not bool(logits.max() < torch.inf):  # NaN is not, either; a head may mask tokens by -inf
             raise NotFinite(len(self.layerwise.layers))
-        self.taken(task, logits)
+        self.logits.append(logits.float().cpu())
 
     def name(self, task: MaskedTask) -> str:
         return f"the {task.name} model"
@@ -145,7 +145,7 @@ class _Masked(Pass[MaskedTask]):
             yield
         if layer >= 0:
             self.through += 1
-            self.step.within(self.through / self.tasks)
+            self.step.within(self.through / (self.tasks * self.layerwise.visits(layer)))
 
     def _masked(self, task: MaskedTask, layer: int) -> AbstractContextManager[Any]:
         model, key = self.layerwise, self.layerwise.moe_keys.get(layer)
@@ -159,8 +159,3 @@ class _Masked(Pass[MaskedTask]):
     def done(self, layer: int) -> None:
         self.through = 0
         self.step()
-
-
-def run_masked(layerwise: LayerwiseModel, tasks: list[MaskedTask], taken: Taken, step: Steps) -> None:
-    """Run tasks through the model, each with its own experts masked, and hand logits [B, S, V] to `taken`."""
-    layerwise.run(tasks, _Masked(layerwise, len(tasks), taken, step))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moekern import kernels
 from moekern.architectures import find_layout
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
@@ -142,6 +143,22 @@ def test_one_round_without_re_estimation_is_calibrate_and_plan(
     assert plan.provenance == {**one_shot.provenance, **{key: plan.provenance[key] for key in OWN}}
     assert set(plan.provenance) - set(one_shot.provenance) == set(OWN)
     assert iterate(source, data, method).to_json() == plan.to_json()
+
+
+def test_a_named_backend_weighs_or_is_refused(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, asked, weight_stats = family_checkpoint("mixtral"), set[str | None](), kernels.weight_stats
+
+    def told(matrix: object, sums: object, *, backend: str | None = None) -> None:
+        asked.add(backend)
+        weight_stats(matrix, sums, backend=backend)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels, "weight_stats", told)
+    iterate(source, None, Method("aimer", 2), Compute(backend="reference"))
+    assert asked == {"reference"}
+    with pytest.raises(InputError, match="--backend grouped_mm: "):
+        iterate(source, None, Method("aimer", 2), Compute(backend="grouped_mm"))
 
 
 @pytest.mark.parametrize("criterion", ["ews", "aimer"])

@@ -26,6 +26,7 @@ from moekern.model.layerwise import open_layerwise
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
+from tests.helpers.measured import close_gradients
 from tests.helpers.tight import cuts_of, tighten
 
 MakeCheckpoint = Callable[[str], Path]
@@ -46,21 +47,12 @@ def text(name: str) -> TokenData:
     return TokenData(tuple(batches), {}, 1)
 
 
-def close(name: str, got: Tensor, want: Tensor) -> None:
-    """But for rounding of products of other shapes; logarithms of small variances lose more."""
-    if "outlier" in name:  # entries at 3 sigma may fall on either side
-        assert int((got - want).abs().max()) <= 2
-        return
-    scale = float(want.double().abs().max())
-    torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=2e-4 * max(scale, 1e-6))
-
-
 def alike(got: Statistics, want: Statistics) -> None:
     for key, domains in want.layers.items():
         for domain, sums in domains.items():
             assert float(sums.gradient_norm_sum.max()) > 0
             for field in FIELDS:
-                close(field, getattr(got.layers[key][domain], field), getattr(sums, field))
+                close_gradients(field, getattr(got.layers[key][domain], field), getattr(sums, field))
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import remote_code
 from tests.helpers.commands import moekern
-from tests.helpers.measured import add_token
+from tests.helpers.measured import add_token, assert_same
 from tests.helpers.remote_code import EXPERTS, HIDDEN, STYLES, TOP_K
+from tests.helpers.threads import using_threads
 
 TRUSTED = Compute(dtype=torch.float32, trust_remote_code=True)
 ROUTED = [f.name for f in fields(LayerStatistics) if f.metadata["tier"] in ("routed", "dimensions")]
@@ -115,20 +116,15 @@ def test_sums_are_those_of_the_blocks_formula(style: str, written: Write) -> Non
 def same(a: Statistics, b: Statistics) -> None:
     for key, domains in a.layers.items():
         for domain, sums in domains.items():
-            for f in fields(LayerStatistics):
-                assert torch.equal(getattr(sums, f.name), getattr(b.layers[key][domain], f.name)), f.name
+            assert_same(sums, b.layers[key][domain])
 
 
 @pytest.mark.parametrize("style", ["sorted", "masks"])
 def test_threads_and_batches_change_no_bit(style: str, written: Write) -> None:
     one = calibrate(written(style), DATA, TRUSTED)
     batches = tuple(Batch(b.domain, row[None]) for b in DATA.batches for row in b.input_ids)
-    before = torch.get_num_threads()
-    torch.set_num_threads(4 if before != 4 else 1)
-    try:
+    with using_threads(4 if torch.get_num_threads() != 4 else 1):
         same(calibrate(written(style), TokenData(batches, {}), TRUSTED), one)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_model_in_memory_is_observed_alike(written: Write) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,18 +79,16 @@ def test_halves_that_do_not_make_the_whole_are_refused(tmp_path: Path, name: str
     _held(1).save(tmp_path / "s")
     found = load_file(tmp_path / "s")
     found[f"0/0/half_{name}"][0, 0] += 1 if name != "max_abs" else 1000
-    metadata = {"moekern": Statistics.load(tmp_path / "s").header}
-    _save(found, tmp_path / "wrong", metadata["moekern"])
+    told = Statistics.load(tmp_path / "s").header
+    _save(found, tmp_path / "wrong", told)
     with pytest.raises(InputError, match=f"half_{name}: the two halves do not make {name}"):
         Statistics.load(tmp_path / "wrong").layer("0")
     del found[f"0/0/half_{name}"]
-    _save(found, tmp_path / "part", metadata["moekern"])
+    _save(found, tmp_path / "part", told)
     if name != "tokens":
         with pytest.raises(InputError, match=f"half_{name}: missing beside half_tokens"):
             Statistics.load(tmp_path / "part").layer("0")
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, told: object) -> None:
-    import json
-
     save_file(tensors, path, metadata={"moekern": json.dumps(told)})

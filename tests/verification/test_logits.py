@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.app import app
 from moekern.data.batches import Batch
+from moekern.model import layerwise
+from moekern.model.compute import Compute
 from moekern.model.masking import masked
+from moekern.model.stepwise import Stepwise, Tangled
 from moekern.model.transformers_api import loader_of
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward, dropped_experts
 from tests.helpers import families
 from tests.helpers.in_flight import random_plan
+from tests.helpers.tight import tighten
 
 MakeCheckpoint = Callable[[str], Path]
 TOLERANCE = 5e-5  # float32 logits of size 1: rounding of sums taken in another order
@@ -93,6 +98,35 @@ def test_progress_is_that_of_both_models_and_within_their_layers(
     shares = [done for done, _ in told]
     assert shares == sorted(shares)
     assert set(shares) == {quarter / 4 for quarter in range(4 * total + 1)}
+
+
+@pytest.mark.parametrize("how", ["begins again", "groups"])
+@pytest.mark.filterwarnings("ignore:.*the pass begins again")
+def test_progress_ends_with_the_layers_however_they_run(
+    how: str, family_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tangled(self: Stepwise, layer: int, *arguments: Any) -> None:
+        if layer == 1:
+            raise Tangled(layer)
+        through(self, layer, *arguments)
+
+    source, through, told = family_checkpoint("qwen3_moe"), Stepwise.through, list[tuple[float, int]]()
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    prune(source, plan, tmp_path / "out")
+    batches = tuple(Batch("d", families.input_ids("qwen3_moe", 1, 8, seed)) for seed in range(2))
+    if how == "groups":
+        tighten(monkeypatch, source, Compute(dtype="float32"))
+    else:
+        monkeypatch.setattr(layerwise, "_TANGLED", set[type]())
+        monkeypatch.setattr(Stepwise, "through", tangled)
+    tell = lambda done, total: told.append((done, total))  # noqa: E731
+    assert compare_forward(source, plan, tmp_path / "out", batches, progress=tell).equal
+    (total,) = {total for _, total in told}
+    shares = [done for done, _ in told]
+    assert [(a, b) for a, b in pairwise(shares) if b < a] == ([] if how == "groups" else [(1, 0)])
+    assert shares[-1] == total
+    parts = 4 if how == "groups" else 2  # twice through a layer of the original
+    assert set(shares) >= {part / parts for part in range(parts * total // 2 + 1)}
 
 
 def test_masking_a_router_that_makes_no_such_logits_is_an_error(family_checkpoint: MakeCheckpoint) -> None:
