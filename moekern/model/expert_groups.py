@@ -96,6 +96,7 @@ class ExpertGroups:
     smaller: dict[int, nn.ModuleList] = field(default_factory=dict)  # experts -> decoder layers on the meta device
     obstacles: dict[int, str | None] = field(default_factory=dict)  # layer -> see `obstacle`
     divided: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> see `parameters`
+    sizes: dict[int, Size] = field(default_factory=dict)  # layer -> see `size`
 
     def of(self, i: int) -> MoeLayer:
         return self.layout.layers[self.keys[i]]
@@ -225,7 +226,9 @@ class ExpertGroups:
 
     def size(self, i: int) -> Size:
         """Of all experts of a layer."""
-        return sum((size_of(self.checkpoint.tensors[name]) for name in self.names(i)), Size())
+        if i not in self.sizes:
+            self.sizes[i] = sum((size_of(self.checkpoint.tensors[name]) for name in self.names(i)), Size())
+        return self.sizes[i]
 
     def entries(self, i: int, experts: range) -> list[TensorEntry]:
         """What the files hold of some experts of a layer: whole tensors, and rows of stacked ones."""
