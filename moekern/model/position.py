@@ -13,6 +13,7 @@ import torch
 
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
+from moekern.kernels.checks import short
 from moekern.model.stepwise import Beside
 
 # Names of the files in a folder that says how far a run is.
@@ -92,7 +93,7 @@ def differences(then: Any, now: Any) -> str:
 
 
 def _named(item: tuple[torch.dtype, int] | None) -> tuple[str, int] | None:
-    return None if item is None else (str(item[0]).removeprefix("torch."), item[1])
+    return None if item is None else (short(item[0]), item[1])
 
 
 def _typed(item: Sequence[Any] | None) -> tuple[torch.dtype, int] | None:
