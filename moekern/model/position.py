@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from moekern.data.batches import TokenData
-from moekern.errors import InputError
 from moekern.kernels.checks import short
 from moekern.model.stepwise import Beside
 
@@ -74,9 +73,12 @@ def text_key(data: TokenData) -> dict[str, Any]:
 
 
 def differences(then: Any, now: Any) -> str:
-    """Which entries of two keys differ, in words; of short values, how. Empty where none does."""
+    """Which entries of two keys differ, in words; of short values, how. Empty where none does.
+
+    Raises ValueError for what is no key.
+    """
     if not isinstance(then, Mapping) or not isinstance(now, Mapping):
-        raise InputError("a key that is none")
+        raise ValueError("a key that is none")
     found = []
     for name in dict.fromkeys((*now, *then)):
         one, two = then.get(name), now.get(name)
