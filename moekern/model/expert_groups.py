@@ -3,8 +3,9 @@ at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -268,14 +269,15 @@ class ExpertGroups:
                 _put(small, name, others[name])
         return small
 
-    def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+    def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Layer i of what was read of it: without experts where it is cut, else whole, its experts piece by piece."""
         if not self._by_pieces(i):
             self.loader.load(tensors, self.device)
-            return
-        own = self.names(i)
-        self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
-        self.fill_whole(i, tensors)
+        else:
+            own = self.names(i)
+            self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
+            self.fill_whole(i, tensors)
+        return self.layers[i]
 
     def fill_whole(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """All experts of layer i, a piece at a time, so that little is held twice while it is converted."""
@@ -298,6 +300,19 @@ class ExpertGroups:
                 whole[name].data[experts.start * rows : experts.stop * rows] = small[name]
             drop(self._with(len(experts))[i])
 
+    def made(
+        self, reader: LayerReader, number: int, what: str, make: Callable[[Mapping[str, Tensor]], nn.Module]
+    ) -> nn.Module:
+        """What `make` makes of what the reader knows by this number, and none of it lies in the reader's buffer."""
+        reader.begin(number)
+        with self.spent.waiting():
+            tensors = reader.take()
+        with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling(), weights_apart():
+            module = make(tensors)
+            reader.release(module)
+            return_freed_memory()
+        return module
+
     def filled(
         self, i: int, wanted: Sequence[int], reader: LayerReader, then: int | None
     ) -> Iterator[tuple[int, nn.Module]]:
@@ -305,15 +320,9 @@ class ExpertGroups:
         meanwhile, and behind the last what the reader knows as `then`."""
         order = [self.numbers[i, g] for g in wanted]
         for g, number, after in zip(wanted, order, (*order[1:], then), strict=True):
-            reader.begin(number)
-            with self.spent.waiting():
-                tensors = reader.take()
-            what = f"experts {self.cuts[i][g].start} to {self.cuts[i][g].stop - 1} of decoder layer {i}"
-            with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling(), weights_apart():
-                small = self.fill(i, self.cuts[i][g], tensors)
-                reader.release(small)
-                return_freed_memory()
-            del tensors
+            experts = self.cuts[i][g]
+            what = f"experts {experts.start} to {experts.stop - 1} of decoder layer {i}"
+            small = self.made(reader, number, what, partial(self.fill, i, experts))
             if after is not None:
                 reader.start(after)
             yield g, small
