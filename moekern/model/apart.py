@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.errors import InputError
+from moekern.kernels import sort_by_expert
 from moekern.model.experts import Outputs, RowOutputs, Scales, experts_of, in_place, scaled, steady
 from moekern.model.states import State, States
 
@@ -181,10 +182,7 @@ class Combining:
     ) -> Tensor:
         """As `experts.Watcher`."""
         T, K = ids.shape
-        experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).flatten()
-        order = experts.sort(stable=True).indices
-        counts = experts.bincount(minlength=num_experts + 1)[:num_experts]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        order, offsets = sort_by_expert(ids, num_experts)
         order = order[: int(offsets[-1])]
         y = outputs(order // K, offsets)
         weighed = y if gates_applied else y * gates.flatten()[order][:, None]

@@ -193,21 +193,19 @@ class ExpertGroups:
         """With these cuts: of each layer what is no expert's, and a group, which is converted."""
         weights, buffer = [fixed.weights], [fixed.buffer]
         for i, groups in cuts.items():
-            size, share = self.size(i), max(map(len, groups)) / self.of(i).num_experts
-            experts = size.weights * self.loader.dtype.itemsize
-            weights.append(round(max(0, filled[i] - experts) + 2 * share * experts))
-            buffer.append(round(max(stored[i] - size.stored, share * size.stored)) + SLACK)
+            share, read, held = max(map(len, groups)) / self.of(i).num_experts, self.size(i).stored, self.held(i)
+            weights.append(round(max(0, filled[i] - held) + 2 * share * held))
+            buffer.append(round(max(stored[i] - read, share * read)) + SLACK)
         return replace(fixed, weights=max(weights), buffer=max(buffer), groups=max(map(len, cuts.values()), default=1))
 
     def _converted(self, i: int) -> int:
         """Bytes that are held beside the weights of a layer while these are made: conversion stacks and joins."""
-        experts = self.size(i).weights * self.loader.dtype.itemsize
-        return min(experts, 2 * PIECE) if self._by_pieces(i) else experts
+        return min(self.held(i), 2 * PIECE) if self._by_pieces(i) else self.held(i)
 
     def _by_pieces(self, i: int) -> bool:
         """Whether the experts of a layer that is not cut are converted a piece at a time."""
-        piece, experts = self.piece, self.size(i).weights * self.loader.dtype.itemsize
-        return piece is not None and experts > piece and i not in self.cuts and self.obstacle(i) is None
+        large = self.piece is not None and self.held(i) > self.piece
+        return large and i not in self.cuts and self.obstacle(i) is None
 
     def reading(self, names: Sequence[Sequence[str]]) -> list[list[TensorEntry]]:
         """What is read at a time: each layer, without experts where it is cut; then each group, which is numbered."""
@@ -230,6 +228,10 @@ class ExpertGroups:
         if i not in self.sizes:
             self.sizes[i] = sum((size_of(self.checkpoint.tensors[name]) for name in self.names(i)), Size())
         return self.sizes[i]
+
+    def held(self, i: int) -> int:
+        """Bytes of all experts of a layer that is filled."""
+        return self.size(i).weights * self.loader.dtype.itemsize
 
     def entries(self, i: int, experts: range) -> list[TensorEntry]:
         """What the files hold of some experts of a layer: whole tensors, and rows of stacked ones."""
@@ -282,7 +284,7 @@ class ExpertGroups:
     def fill_whole(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """All experts of layer i, a piece at a time, so that little is held twice while it is converted."""
         layer, whole = self.of(i), dict(self.layers[i].named_parameters())
-        each = max(1, self.size(i).weights * self.loader.dtype.itemsize // layer.num_experts)
+        each = max(1, self.held(i) // layer.num_experts)
         for experts in self.cut(i, PIECE // each):
             part = {}
             for tensor in layer.of_role("expert"):
