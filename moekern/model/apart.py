@@ -7,6 +7,7 @@ layer again, and the call takes the rows that are there.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.errors import InputError
+from moekern.kernels import sort_by_expert
 from moekern.model.experts import Outputs, RowOutputs, Scales, experts_of, in_place, scaled, steady
 from moekern.model.states import State, States
 
@@ -34,15 +36,14 @@ class Request:
 
     of_rows: RowOutputs
     offsets: Sequence[int]  # by the layer's experts
-    held: Sequence[int]  # the original number of each of these
+    held: Sequence[int]  # the original number of each of these, rising
     steadily: bool  # see `steady`
     threads: int
 
     def within(self, experts: range) -> tuple[slice, Tensor]:
         """Which of the rows are of these experts, and their offsets [len(experts) + 1]."""
         counts = torch.zeros(len(experts), dtype=torch.int64)
-        first = next((e for e, number in enumerate(self.held) if number >= experts.start), len(self.held))
-        stop = next((e for e, number in enumerate(self.held) if number >= experts.stop), len(self.held))
+        first, stop = bisect_left(self.held, experts.start), bisect_left(self.held, experts.stop)
         for e in range(first, stop):
             counts[self.held[e] - experts.start] = self.offsets[e + 1] - self.offsets[e]
         rows = slice(self.offsets[first], self.offsets[stop])
@@ -181,10 +182,7 @@ class Combining:
     ) -> Tensor:
         """As `experts.Watcher`."""
         T, K = ids.shape
-        experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).flatten()
-        order = experts.sort(stable=True).indices
-        counts = experts.bincount(minlength=num_experts + 1)[:num_experts]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        order, offsets = sort_by_expert(ids, num_experts)
         order = order[: int(offsets[-1])]
         y = outputs(order // K, offsets)
         weighed = y if gates_applied else y * gates.flatten()[order][:, None]

@@ -165,11 +165,9 @@ class _Forward(Pass[tuple[int, Task]]):
             handle.remove()
 
     def _lead(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        if not hidden_of(output).isnan().all():  # NaN: the layer was passed over
-            torch.set_grad_enabled(True)
-            self.leaves[self.running] = leaf = hidden_of(output).detach().requires_grad_()
-            return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
-        return output
+        torch.set_grad_enabled(True)  # the last layer is never passed over
+        self.leaves[self.running] = leaf = hidden_of(output).detach().requires_grad_()
+        return leaf if isinstance(output, Tensor) else (leaf, *output[1:])
 
 
 def _alike(got: Tensor, kept: Tensor) -> bool:

@@ -3,8 +3,9 @@ at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -96,6 +97,7 @@ class ExpertGroups:
     smaller: dict[int, nn.ModuleList] = field(default_factory=dict)  # experts -> decoder layers on the meta device
     obstacles: dict[int, str | None] = field(default_factory=dict)  # layer -> see `obstacle`
     divided: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> see `parameters`
+    sizes: dict[int, Size] = field(default_factory=dict)  # layer -> see `size`
 
     def of(self, i: int) -> MoeLayer:
         return self.layout.layers[self.keys[i]]
@@ -191,21 +193,19 @@ class ExpertGroups:
         """With these cuts: of each layer what is no expert's, and a group, which is converted."""
         weights, buffer = [fixed.weights], [fixed.buffer]
         for i, groups in cuts.items():
-            size, share = self.size(i), max(map(len, groups)) / self.of(i).num_experts
-            experts = size.weights * self.loader.dtype.itemsize
-            weights.append(round(max(0, filled[i] - experts) + 2 * share * experts))
-            buffer.append(round(max(stored[i] - size.stored, share * size.stored)) + SLACK)
+            share, read, held = max(map(len, groups)) / self.of(i).num_experts, self.size(i).stored, self.held(i)
+            weights.append(round(max(0, filled[i] - held) + 2 * share * held))
+            buffer.append(round(max(stored[i] - read, share * read)) + SLACK)
         return replace(fixed, weights=max(weights), buffer=max(buffer), groups=max(map(len, cuts.values()), default=1))
 
     def _converted(self, i: int) -> int:
         """Bytes that are held beside the weights of a layer while these are made: conversion stacks and joins."""
-        experts = self.size(i).weights * self.loader.dtype.itemsize
-        return min(experts, 2 * PIECE) if self._by_pieces(i) else experts
+        return min(self.held(i), 2 * PIECE) if self._by_pieces(i) else self.held(i)
 
     def _by_pieces(self, i: int) -> bool:
         """Whether the experts of a layer that is not cut are converted a piece at a time."""
-        piece, experts = self.piece, self.size(i).weights * self.loader.dtype.itemsize
-        return piece is not None and experts > piece and i not in self.cuts and self.obstacle(i) is None
+        large = self.piece is not None and self.held(i) > self.piece
+        return large and i not in self.cuts and self.obstacle(i) is None
 
     def reading(self, names: Sequence[Sequence[str]]) -> list[list[TensorEntry]]:
         """What is read at a time: each layer, without experts where it is cut; then each group, which is numbered."""
@@ -225,7 +225,13 @@ class ExpertGroups:
 
     def size(self, i: int) -> Size:
         """Of all experts of a layer."""
-        return sum((size_of(self.checkpoint.tensors[name]) for name in self.names(i)), Size())
+        if i not in self.sizes:
+            self.sizes[i] = sum((size_of(self.checkpoint.tensors[name]) for name in self.names(i)), Size())
+        return self.sizes[i]
+
+    def held(self, i: int) -> int:
+        """Bytes of all experts of a layer that is filled."""
+        return self.size(i).weights * self.loader.dtype.itemsize
 
     def entries(self, i: int, experts: range) -> list[TensorEntry]:
         """What the files hold of some experts of a layer: whole tensors, and rows of stacked ones."""
@@ -265,19 +271,20 @@ class ExpertGroups:
                 _put(small, name, others[name])
         return small
 
-    def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+    def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Layer i of what was read of it: without experts where it is cut, else whole, its experts piece by piece."""
         if not self._by_pieces(i):
             self.loader.load(tensors, self.device)
-            return
-        own = self.names(i)
-        self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
-        self.fill_whole(i, tensors)
+        else:
+            own = self.names(i)
+            self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
+            self.fill_whole(i, tensors)
+        return self.layers[i]
 
     def fill_whole(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """All experts of layer i, a piece at a time, so that little is held twice while it is converted."""
         layer, whole = self.of(i), dict(self.layers[i].named_parameters())
-        each = max(1, self.size(i).weights * self.loader.dtype.itemsize // layer.num_experts)
+        each = max(1, self.held(i) // layer.num_experts)
         for experts in self.cut(i, PIECE // each):
             part = {}
             for tensor in layer.of_role("expert"):
@@ -295,6 +302,19 @@ class ExpertGroups:
                 whole[name].data[experts.start * rows : experts.stop * rows] = small[name]
             drop(self._with(len(experts))[i])
 
+    def made(
+        self, reader: LayerReader, number: int, what: str, make: Callable[[Mapping[str, Tensor]], nn.Module]
+    ) -> nn.Module:
+        """What `make` makes of what the reader knows by this number, and none of it lies in the reader's buffer."""
+        reader.begin(number)
+        with self.spent.waiting():
+            tensors = reader.take()
+        with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling(), weights_apart():
+            module = make(tensors)
+            reader.release(module)
+            return_freed_memory()
+        return module
+
     def filled(
         self, i: int, wanted: Sequence[int], reader: LayerReader, then: int | None
     ) -> Iterator[tuple[int, nn.Module]]:
@@ -302,15 +322,9 @@ class ExpertGroups:
         meanwhile, and behind the last what the reader knows as `then`."""
         order = [self.numbers[i, g] for g in wanted]
         for g, number, after in zip(wanted, order, (*order[1:], then), strict=True):
-            reader.begin(number)
-            with self.spent.waiting():
-                tensors = reader.take()
-            what = f"experts {self.cuts[i][g].start} to {self.cuts[i][g].stop - 1} of decoder layer {i}"
-            with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling(), weights_apart():
-                small = self.fill(i, self.cuts[i][g], tensors)
-                reader.release(small)
-                return_freed_memory()
-            del tensors
+            experts = self.cuts[i][g]
+            what = f"experts {experts.start} to {experts.stop - 1} of decoder layer {i}"
+            small = self.made(reader, number, what, partial(self.fill, i, experts))
             if after is not None:
                 reader.start(after)
             yield g, small

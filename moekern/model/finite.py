@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from moekern.kernels.checks import short
 from moekern.model.expert_lists import LIST
 
 NAMED = 8  # experts that a message names
@@ -62,7 +63,7 @@ def blamed_outside(model: nn.Module, layers_name: str, *, head: bool) -> str | N
 def out_of_range(what: str, dtype: torch.dtype) -> str:
     """What is to be said where all weights are finite and `what` is not."""
     other = "; try another type (--dtype)" if dtype == torch.float16 else ""
-    return f"{what} not finite, though weights are: they leave the range of {_short(dtype)}{other}"
+    return f"{what} not finite, though weights are: they leave the range of {short(dtype)}{other}"
 
 
 def wrong_experts(value: Tensor) -> list[int]:
@@ -114,7 +115,3 @@ def _expert_rows(name: str, value: Tensor, routers: Collection[str], experts: in
 def _hint(value: Tensor) -> str:
     """float16 is smaller than what checkpoints are stored in."""
     return " in float16; another type may hold them (--dtype)" if value.dtype == torch.float16 else ""
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Stage, undamaged
-from moekern.model.memory import drop, return_freed_memory, weights_apart
+from moekern.model.memory import drop, return_freed_memory
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader, read_tensors
 from moekern.model.spent import Spent
@@ -64,7 +65,6 @@ class LayerwiseModel:
     spill: Path | None  # where they go beyond it
     team: Team = ALONE  # the processes that take this pass, each with tasks of its own
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
-    spent: Spent = field(default_factory=Spent)
     notes: list[str] = field(default_factory=list)  # said once the first layer is there
 
     @property
@@ -237,9 +237,7 @@ class LayerwiseModel:
                 self._meet(found.layer)
             raise
         finally:
-            self.reader.cancel()
-            for layer in self.layers:
-                drop(layer)
+            self._let_go()
 
     def take_over(self, stage: Stage, states: States | None, of: int, own: Collection[int] = ()) -> None:
         """What a stopped run has left of a stage of `of` layers, for this process's `own` tasks.
@@ -293,22 +291,13 @@ class LayerwiseModel:
                 yield i
                 self._unload(i)
         finally:
-            self.reader.cancel()
-            for layer in self.layers:
-                drop(layer)
+            self._let_go()
 
     def _load(self, i: int, after: int | None) -> None:
         """Fill layer i, whose reading was started, and start to read `after`; of a layer that is cut, its experts wait,
         and the first group of them is read instead."""
-        self.reader.begin(i)
-        with self.spent.waiting():
-            tensors = self.reader.take()
-        remedy = "give more (--memory, --gpu-memory)"
-        with memory_for(f"the weights of decoder layer {i}", remedy), self.spent.filling(), weights_apart():
-            self.groups.fill_layer(i, tensors)
-            self.reader.release(self.layers[i])
-            return_freed_memory()
-        del tensors
+        what = f"the weights of decoder layer {i}"
+        self.groups.made(self.reader, i, what, partial(self.groups.fill_layer, i))
         self._check_filled(i)
         while self.notes:
             LOG.info(self.notes.pop(0))
@@ -319,6 +308,12 @@ class LayerwiseModel:
     def _unload(self, i: int) -> None:
         drop(self.layers[i])
         return_freed_memory()
+
+    def _let_go(self) -> None:
+        """No layer is wanted any longer."""
+        self.reader.cancel()
+        for layer in self.layers:
+            drop(layer)
 
     def _check_filled(self, i: int) -> None:
         wait = self.groups.parameters(i) if i in self.groups.cuts else ()
@@ -363,8 +358,7 @@ def open_layerwise(
     spill = compute.spill if there else None
     with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team,
-            spent=spent,
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             _fill_skeleton(model, skeleton)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moekern.data.batches import TokenData
-from moekern.errors import InputError
+from moekern.kernels.checks import short
 from moekern.model.stepwise import Beside
 
 # Names of the files in a folder that says how far a run is.
@@ -73,9 +73,12 @@ def text_key(data: TokenData) -> dict[str, Any]:
 
 
 def differences(then: Any, now: Any) -> str:
-    """Which entries of two keys differ, in words; of short values, how. Empty where none does."""
+    """Which entries of two keys differ, in words; of short values, how. Empty where none does.
+
+    Raises ValueError for what is no key.
+    """
     if not isinstance(then, Mapping) or not isinstance(now, Mapping):
-        raise InputError("a key that is none")
+        raise ValueError("a key that is none")
     found = []
     for name in dict.fromkeys((*now, *then)):
         one, two = then.get(name), now.get(name)
@@ -92,7 +95,7 @@ def differences(then: Any, now: Any) -> str:
 
 
 def _named(item: tuple[torch.dtype, int] | None) -> tuple[str, int] | None:
-    return None if item is None else (str(item[0]).removeprefix("torch."), item[1])
+    return None if item is None else (short(item[0]), item[1])
 
 
 def _typed(item: Sequence[Any] | None) -> tuple[torch.dtype, int] | None:

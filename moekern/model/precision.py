@@ -13,6 +13,7 @@ from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 from moekern.files import sized
+from moekern.kernels.checks import short
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute
 from moekern.model.sizes import sizes_of
@@ -77,7 +78,7 @@ def stored_dtype(checkpoint: Checkpoint, layout: Layout) -> str:
             found = getattr(torch, name, None) if isinstance(name, str) else None
             if not isinstance(found, torch.dtype) or not found.is_floating_point:
                 raise InputError(f"{checkpoint.folder / CONFIG}: {key} is {shown(name)}, expected one such as bfloat16")
-            return str(found).removeprefix("torch.")
+            return short(found)
     return PLAIN
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from moekern import files
-from moekern.errors import InputError
-from moekern.model.states import State, States, bytes_of
+from moekern.kernels.checks import short
+from moekern.model.states import State, States, bytes_of, read_tensor
 
 LENGTH = 8  # bytes
 
@@ -36,7 +36,7 @@ def write_states(path: Path, states: States, names: Iterable[Hashable]) -> None:
             for where, value in ((None, state.hidden), *state.beside.items()):
                 value = value.contiguous()
                 file.write(bytes_of(value))
-                places.append([where, str(value.dtype).removeprefix("torch."), list(value.shape), at])
+                places.append([where, short(value.dtype), list(value.shape), at])
                 at += value.nbytes
             index.append([name, places])
         text = json.dumps(index).encode()
@@ -102,11 +102,4 @@ def _index(handle: int) -> list[tuple[Hashable, Any]]:
 
 
 def _read(handle: int, dtype: str, shape: Sequence[int], start: int) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-    data = bytes_of(out)
-    while data:
-        got = os.preadv(handle, [data], start)
-        if not got:
-            raise InputError("a file of hidden states ends early: something has cut it")
-        data, start = data[got:], start + got
-    return out
+    return read_tensor(handle, start, shape, getattr(torch, dtype), "a file of hidden states")

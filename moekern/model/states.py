@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Any
@@ -152,20 +152,25 @@ class States:
 
     def _tensor(self, place: _Place) -> Tensor:
         assert self.file is not None
-        out = torch.empty(place.shape, dtype=place.dtype)
-        data, start = bytes_of(out), place.start
-        while data:
-            got = os.preadv(self.file, [data], start)
-            if not got:
-                raise InputError("the file of hidden states ends early: something has cut it")
-            data, start = data[got:], start + got
-        return out
+        return read_tensor(self.file, place.start, place.shape, place.dtype, "the file of hidden states")
 
 
 def _own(value: Tensor) -> Tensor:
     """The same numbers on the CPU, in memory of their own: a part of something larger must not keep it all."""
     value = value.detach().to(CPU).contiguous()
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+def read_tensor(file: int, start: int, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
+    """The tensor that lies at byte `start` of an open file, which is `what` where it ends too early (InputError)."""
+    out = torch.empty(tuple(shape), dtype=dtype)
+    data = bytes_of(out)
+    while data:
+        got = os.preadv(file, [data], start)
+        if not got:
+            raise InputError(f"{what} ends early: something has cut it")
+        data, start = data[got:], start + got
+    return out
 
 
 def bytes_of(value: Tensor) -> memoryview:

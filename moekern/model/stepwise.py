@@ -137,7 +137,10 @@ class Stepwise:
                     return self.output
         except NotFinite as found:
             found.task = task
-            raise self._suspected(found) if found.layer >= len(self.layers) else found from found
+            suspected = self._suspected(found) if found.layer >= len(self.layers) else found
+            if suspected is found:
+                raise
+            raise suspected from found
         except InputError as error:  # a model's own code may miss what layers before it would have made
             raise self._suspected(error) if error.__cause__ is not None else error from error.__cause__
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,18 @@ def test_what_differs_is_named() -> None:
     said = "model, --dtype (float32 then, bfloat16 now), text (recipe (seed (0 then, 1 now))), old (1 then, none now)"
     assert differences(then, now) == said
     assert differences(then, then) == ""
+
+
+def test_a_position_without_a_key_is_told_of_its_folder(tmp_path: Path) -> None:
+    resume = Resume(tmp_path / "state")
+    with opened(resume, {"a": 1}, ["a"]) as mine:
+        assert mine is not None
+        mine.stage("a").save(1, 2, states(0), lambda: None, {})
+    found = json.loads(resume.position.read_text())
+    resume.position.write_text(json.dumps({**found, "key": []}))
+    message = f"{resume.folder}: what a stopped run has left there is damaged .*; --restart begins anew"
+    with pytest.raises(InputError, match=message), opened(resume, {"a": 1}, ["a"]):
+        pass
 
 
 def of_family(name: str) -> TokenData:

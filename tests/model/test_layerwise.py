@@ -19,6 +19,7 @@ from moekern.data.batches import Batch
 from moekern.errors import InputError
 from moekern.model import layerwise as layerwise_module
 from moekern.model.compute import Compute
+from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.states import State, States
 from moekern.model.stepwise import Stepwise, Tangled
@@ -220,6 +221,15 @@ def test_an_error_in_one_task_ends_the_run_and_leaves_nothing(way: str) -> None:
         _walk(way, stack, [0, 1], Given(forward))
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in stack.layers)
     assert not any("forward" in vars(layer) for layer in stack.layers)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_numbers_is_not_its_own_cause(way: str) -> None:
+    """Notes on an error are looked for along its causes, which must end."""
+    stack = _Stack([0, 1, 2])
+    with pytest.raises(NotFinite) as found:
+        _walk(way, stack, [0], Given(lambda task: stack(torch.full((1,), torch.inf))))
+    assert (found.value.layer, found.value.task, found.value.__cause__) == (-1, 0, None)
 
 
 class _Shared(nn.Module):
