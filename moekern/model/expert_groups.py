@@ -321,7 +321,7 @@ class ExpertGroups:
         """These groups of a layer that is cut, by number, each with a layer that holds it; the next is read
         meanwhile, and behind the last what the reader knows as `then`."""
         order = [self.numbers[i, g] for g in wanted]
-        for g, number, after in zip(wanted, order, (*order[1:], then), strict=True):
+        for g, number, after in zip(wanted, order, (*order[1:], then)[: len(order)], strict=True):
             experts = self.cuts[i][g]
             what = f"experts {experts.start} to {experts.stop - 1} of decoder layer {i}"
             small = self.made(reader, number, what, partial(self.fill, i, experts))

@@ -265,9 +265,10 @@ class LayerwiseModel:
         key, module = self.moe_keys.get(layer), self.layers[layer]
         every = range(self.layout.layers[key].num_experts) if key is not None else ()
         found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
-        cuts = self.groups.cuts.get(layer, ()) if self.team.local_size == 1 else ()  # others would have to read too
-        for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None) if cuts and found is None else ():
-            found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
+        if found is None and self.team.local_size == 1:  # else others would have to read too
+            cuts = self.groups.cuts.get(layer, ())
+            for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None):
+                found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
         return found
 
     def _refusal(self, found: NotFinite, run: Pass[Any]) -> InputError:

@@ -121,6 +121,17 @@ def test_each_group_is_read_once_for_all_text(
     assert started == wanted
 
 
+def test_no_group_is_read_where_no_rows_are_wanted(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = family_checkpoint("qwen3_moe")
+    tighten(monkeypatch, folder, F32)
+    checkpoint = open_checkpoint(folder)
+    with layerwise.open_layerwise(checkpoint, find_layout(checkpoint), F32) as model:
+        assert model.groups.cuts
+        assert list(model.filled(0, [], 1)) == []
+
+
 @pytest.mark.parametrize("name", [*APART, "inkling2"])
 def test_layers_that_cannot_be_divided_are_one_line(
     name: str, family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
