@@ -11,13 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from moekern import files
 from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
 from moekern.errors import InputError
 from moekern.layer_keys import natural
+from moekern.plan.channels import WIDTH_CAP, channel_count, channel_ids, channel_text
 from moekern.rows import Row, html_table, write_csv
 
 FORMAT = "moekern.plan/1"
+NARROW = "moekern.plan/2"  # of a plan that says which channels of an expert stay
+FORMATS = (FORMAT, NARROW)
 SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
 LAYER_CAP, KEY_CAP = 10_000, 256  # layers of a plan, and characters of a layer's key
 Mtp = Literal["prune", "drop", "keep"]  # what becomes of MTP layers; provenance: "mtp"
@@ -27,10 +32,13 @@ NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer: original numbers of the kept experts, rising; the scores of all E experts, when known."""
+    """One layer: original numbers of the kept experts, rising; the scores of all E experts, when known; and where
+    experts lose channels (rows of gate and up, columns of down), those that stay, for each kept expert as
+    `channels.channel_text`."""
 
     keep: tuple[int, ...]
     scores: tuple[float, ...] | None = None
+    channels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +54,12 @@ class Plan:
         of = f" of {self.provenance['num_experts']}" if "num_experts" in self.provenance else ""
         by = f", {self.provenance['criterion']}" if "criterion" in self.provenance else ""
         return f"Plan({kept}{of} experts in each of {len(self.layers)} layers{by}, {self.digest[:12]})"
+
+    @property
+    def width(self) -> int | None:
+        """The channels that every kept expert has left; None where experts stay whole."""
+        first = next(iter(self.layers.values())).channels
+        return channel_count(first[0]) if first else None
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), [
@@ -75,10 +89,13 @@ class Plan:
     def to_json(self) -> str:
         """Sorted keys (numbers by value), indent 1, a list of numbers or strings on one line, newline at the end."""
         layers = {
-            key: {"keep": list(layer.keep)} | ({} if layer.scores is None else {"scores": list(layer.scores)})
+            key: {"keep": list(layer.keep)}
+            | ({} if layer.scores is None else {"scores": list(layer.scores)})
+            | ({} if layer.channels is None else {"channels": list(layer.channels)})
             for key, layer in self.layers.items()
         }
-        return _pretty({"format": FORMAT, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
+        form = FORMAT if self.width is None else NARROW
+        return _pretty({"format": form, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
 
     def save(self, path: str | Path, *, new: bool = False) -> bool:
         """Write to_json() to a temporary file beside `path`, then rename; with `new`, where nothing is, or this very
@@ -152,9 +169,10 @@ def parsed(text: str, source: str) -> Any:
 
 def plan_of(document: Any, source: str) -> Plan:
     """The plan that JSON holds. Raises InputError, naming `source` and layer, for anything odd."""
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else document
-        raise InputError(f'{source}: expected an object with "format": "{FORMAT}", got {short(found)}')
+    form = document.get("format") if isinstance(document, dict) else document
+    if not isinstance(document, dict) or form not in FORMATS:
+        known = " or ".join(f'"{each}"' for each in FORMATS)
+        raise InputError(f'{source}: expected an object with "format": {known}, got {short(form)}')
     _known_keys(document, ("format", "layers", "provenance"), source)
     layers, provenance = document.get("layers"), document.get("provenance", {})
     if not isinstance(layers, dict) or not layers:
@@ -163,7 +181,11 @@ def plan_of(document: Any, source: str) -> Plan:
         raise InputError(f"{source}: provenance: expected an object, got {short(provenance)}")
     check_layers(layers, source)
     ordered = sorted(layers, key=natural)
-    return Plan({key: _parse_layer(layers[key], f"{source}: layer {short(key)}") for key in ordered}, provenance)
+    plan = Plan({
+        key: _parse_layer(layers[key], f"{source}: layer {short(key)}", narrow=form == NARROW) for key in ordered
+    }, provenance)  # fmt: skip
+    _check_widths(plan, source)
+    return plan
 
 
 def check_layers(layers: Collection[str], source: str) -> None:
@@ -175,17 +197,48 @@ def check_layers(layers: Collection[str], source: str) -> None:
         raise InputError(f"{source}: {len(layers)} layers, more than the limit of {LAYER_CAP}")
 
 
-def _parse_layer(layer: Any, where: str) -> LayerPlan:
+def _parse_layer(layer: Any, where: str, *, narrow: bool) -> LayerPlan:
     if not isinstance(layer, dict) or not isinstance(layer.get("keep"), list) or not layer["keep"]:
         raise InputError(f'{where}: expected an object with "keep": [expert numbers], got {short(layer)}')
-    _known_keys(layer, ("keep", "scores"), where)
-    check_ids(layer["keep"], where)
-    scores = layer.get("scores")
-    if scores is None:
-        return LayerPlan(tuple(sorted(layer["keep"])))
-    if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
+    _known_keys(layer, ("keep", "scores", "channels") if narrow else ("keep", "scores"), where)
+    keep, scores, channels = layer["keep"], layer.get("scores"), layer.get("channels")
+    check_ids(keep, where)
+    if scores is not None and not (isinstance(scores, list) and all(_is_score(score) for score in scores)):
         raise InputError(f"{where}: scores: expected a list of finite numbers, got {short(scores)}")
-    return LayerPlan(tuple(sorted(layer["keep"])), tuple(float(score) for score in scores))
+    if not narrow:
+        channels = []
+    elif not isinstance(channels, list) or len(channels) != len(keep):
+        raise InputError(f"{where}: channels: expected a list with one entry for each of the {len(keep)} kept experts")
+    order = sorted(range(len(keep)), key=keep.__getitem__)
+    texts = [_parse_channels(channels[i], f"{where}: channels of expert {keep[i]}") for i in (order if narrow else ())]
+    return LayerPlan(
+        tuple(keep[i] for i in order),
+        None if scores is None else tuple(float(score) for score in scores),
+        tuple(texts) if narrow else None,
+    )
+
+
+def _parse_channels(channels: Any, where: str) -> str:
+    """The text of channels, which a person may give as a list of numbers."""
+    if isinstance(channels, list) and all(type(c) is int and 0 <= c < WIDTH_CAP for c in channels):
+        if len(set(channels)) < len(channels):
+            raise InputError(f"{where}: one is listed twice")
+        channels = channel_text(np.array(channels, np.int64), max(channels, default=0) + 1) or None
+    try:
+        if not isinstance(channels, str) or not len(ids := channel_ids(channels)):
+            raise ValueError("expected numbers of channels, or a text with a hexadecimal digit for each four of them")
+    except ValueError as error:
+        raise InputError(f"{where}: {error}, got {short(channels)}") from None
+    return channel_text(ids, int(ids[-1]) + 1)
+
+
+def _check_widths(plan: Plan, source: str) -> None:
+    """Raise InputError unless all experts of all layers have as many channels: config.json holds one number."""
+    for key, layer in plan.layers.items():
+        for e, text in zip(layer.keep, layer.channels, strict=True) if layer.channels else ():
+            if channel_count(text) != plan.width:
+                found = f"{channel_count(text)} channels, and the first one of the plan {plan.width}"
+                raise InputError(f"{source}: layer {short(key)}: expert {e} has {found}; all must have as many")
 
 
 def _is_score(value: Any) -> bool:

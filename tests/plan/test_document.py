@@ -196,9 +196,9 @@ HEAD = '{"format": "moekern.plan/1", "layers": {'
 BAD_DOCUMENTS = {
     "empty": ("", "not a plan"),
     "not json": ("{keep: 1}", "not a plan"),
-    "a list": ("[1]", r"expected an object with .format.: .moekern.plan/1., got \[1\]"),
+    "a list": ("[1]", r"expected an object with .format.: .moekern.plan/1. or .moekern.plan/2., got \[1\]"),
     "no format": ('{"layers": {"0": {"keep": [1]}}}', "expected an object with .format."),
-    "other format": ('{"format": "moekern.plan/2", "layers": {}}', "got 'moekern.plan/2'"),
+    "other format": ('{"format": "moekern.plan/3", "layers": {}}', "got 'moekern.plan/3'"),
     "no layers": ('{"format": "moekern.plan/1"}', "layers: expected an object of layers, got None"),
     "empty layers": ('{"format": "moekern.plan/1", "layers": {}}', "layers: expected"),
     "layers list": ('{"format": "moekern.plan/1", "layers": [[1]]}', "layers: expected"),
