@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -100,8 +100,14 @@ class MeasuringPass(Pass[Task]):
     def label(self, number: int, task: Task) -> int:
         return task[0]
 
-    def rounds(self, layer: int) -> Sequence[Round[Task]]:
-        return (Round(on=False), Round()) if layer in self.twice else (Round(),)
+    def rounds(self, layer: int) -> Generator[Round[Task]]:
+        if layer in self.twice:
+            yield Round(on=False, more=True)
+            self.between(layer)
+        yield Round()
+
+    def between(self, layer: int) -> None:
+        """All tasks have run through a layer of `twice` for the first time: it may be changed."""
 
     def forward(self, task: Task) -> None:
         self.layerwise.compute(task[1])

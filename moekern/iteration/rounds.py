@@ -308,7 +308,7 @@ class _Round(MeasuringPass):
             self.pruner.prune(key, self.keeps[key])
         super().loaded(layer)
 
-    def between(self, layer: int, done: int) -> None:
+    def between(self, layer: int) -> None:
         key = self.keys[layer]
         self.conclude(layer)
         self.pruner.prune(key, self.plans[key].keep)

@@ -34,7 +34,6 @@ class Suspended:
         self.main = getcurrent()
         self.lanes: dict[int, greenlet] = {}
         self.on = True  # behind the layer that runs
-        self.again = [i for i in range(len(layers)) if len(run.rounds(i)) > 1]  # layers that run several times
 
     def __enter__(self) -> Suspended:
         self.handles = [
@@ -45,8 +44,8 @@ class Suspended:
                 layer.register_forward_hook(self._after(i)),
             )
         ]
-        for i in self.again:
-            self.layers[i].forward = self._runs(i, self.layers[i].forward)
+        for i, layer in enumerate(self.layers):
+            layer.forward = self._runs(i, layer.forward)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -55,8 +54,8 @@ class Suspended:
                 lane.throw(GreenletExit)
         for handle in self.handles:
             handle.remove()
-        for i in self.again:
-            del self.layers[i].forward
+        for layer in self.layers:
+            del layer.forward
 
     def begin(self, number: int, task: Any) -> None:
         self.lanes[number] = greenlet(_body(self.run.forward))
@@ -99,13 +98,10 @@ class Suspended:
         return run
 
     def _before(self, i: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if i == 0:
                 check_finite(taken(args, kwargs), BEFORE)
             self.main.switch(i)
-            if self.device is None or i in self.again:
-                return None
-            return moved(args, self.device), moved(kwargs, self.device)
 
         return hook
 

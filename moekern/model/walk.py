@@ -7,8 +7,8 @@ hidden states and nothing else, and `suspended`, which parks the whole forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -26,10 +26,11 @@ HIDDEN = "hidden_states"
 @dataclass(frozen=True)
 class Round(Generic[Task]):
     """Tasks that run through a layer, one after another. Where they do not go `on`, what the layer makes of them is
-    dropped, and they stay at its door."""
+    dropped, and they stay at its door; `more`: another round follows."""
 
     takes: Callable[[Task], bool] = lambda task: True
     on: bool = True
+    more: bool = False
 
 
 class Pass(Generic[Task]):
@@ -65,12 +66,9 @@ class Pass(Generic[Task]):
     def loaded(self, layer: int) -> None:
         """A layer's weights are in memory, and no task has entered it: it may be changed."""
 
-    def rounds(self, layer: int) -> Sequence[Round[Task]]:
-        """In which tasks go through a layer: each of them goes on in one."""
-        return (Round(),)
-
-    def between(self, layer: int, done: int) -> None:
-        """So many of a layer's rounds are done, and another one follows: it may be changed."""
+    def rounds(self, layer: int) -> Generator[Round[Task]]:
+        """In which tasks go through a layer, each of them on in one at most. A layer may be changed between rounds."""
+        yield Round()
 
     def done(self, layer: int) -> None:
         """All tasks have left a layer, whose weights are still there."""
@@ -145,15 +143,13 @@ def walk(
         for i in range(first, last + 1):
             load(i)
             run.loaded(i)
-            rounds = run.rounds(i)
-            for done, each in enumerate(rounds, start=1):
-                some = [(n, task) for n, task in (numbered if i == last else grouped) if each.takes(task)]
-                way.before(i, some, last=done == len(rounds))
-                for number, task in some:
-                    (way.through if each.on else way.once)(i, number, task)
-                met()
-                if done < len(rounds):
-                    run.between(i, done)
+            with closing(run.rounds(i)) as rounds:
+                for each in rounds:
+                    some = [(n, task) for n, task in (numbered if i == last else grouped) if each.takes(task)]
+                    way.before(i, some, last=not each.more)
+                    for number, task in some:
+                        (way.through if each.on else way.once)(i, number, task)
+                    met()
             run.done(i)
             unload(i)
             save(i)
