@@ -150,7 +150,7 @@ class _Compare(Pass[Task]):
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as _compared gives them
+        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as `compared` gives them
 
     def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
         """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its tokens."""
@@ -183,7 +183,7 @@ class _Compare(Pass[Task]):
             if task.name == ORIGINAL:
                 self.original = predicted
             assert self.original is not None
-            found = _compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
+            found = compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
         if not all_finite(found):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
@@ -223,7 +223,7 @@ class _Compare(Pass[Task]):
         self.progress(layer + 1, len(self.layerwise.layers))
 
 
-def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
+def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
     """Sums over a batch's tokens, float64: -log p of those wanted [B, S], KL, equal likeliest tokens, tokens.
 
     predicted and original are log probabilities [B, S, V]; a sequence is looked at at a time.
