@@ -37,7 +37,7 @@ def refit(
             if name.startswith(prefix) and ".experts." in name and any(part in name for part in parts)
         }
         folder.mkdir(exist_ok=True)
-        write_layer(folder, key, new, recipe=recipe, plan=plan, model=checkpoint.fingerprint)
+        write_layer(folder, key, new, recipe=recipe, kept=plan.layers[key], model=checkpoint.fingerprint)
         layers[key] = {"error": 0.25}
     return replace(plan, provenance={**plan.provenance, "refit": {"recipe": recipe, "layers": layers}})
 
