@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,13 +110,18 @@ def evaluate(
     ):
         found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
     whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
-    sums: dict[tuple[str, str], Tensor] = {}
-    for task in tasks if team.first else ():  # in this order whatever ranks there are
-        place, one = (task.name, task.batch.domain), whole[task.place, task.number]
-        sums[place] = sums[place] + one if place in sums else one
     if journal is not None and team.first:
         removed(journal.folder)
-    table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
+    own = tasks if team.first else []  # in this order whatever ranks there are
+    return means((ORIGINAL, *plans), ((t.name, t.batch.domain, whole[t.place, t.number]) for t in own))
+
+
+def means(names: Iterable[str], found: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Loss]]:
+    """Name -> domain -> what batches' sums, as `compared` gives them for a name and a domain, come to."""
+    sums: dict[tuple[str, str], Tensor] = {}
+    for name, domain, one in found:
+        sums[name, domain] = sums[name, domain] + one if (name, domain) in sums else one
+    table: dict[str, dict[str, Loss]] = {name: {} for name in names}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
         table[name][domain] = Loss(nll / count, kl / count, top1 / count, int(count))

@@ -228,7 +228,7 @@ class Streams(Pass[Task]):
                         live = LiveExperts(block_of(module), asked, self.layerwise.device)
                         plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
             self.plans[number - 1][key] = plan
-            with self.pruner.pruned(key, plan.keep, *([plan.channels] if plan.channels else [])):
+            with self.pruner.pruned(key, plan.keep, plan.channels):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
@@ -300,7 +300,7 @@ class Streams(Pass[Task]):
         if number == ORIGINAL:
             return
         plan = self.plans[number - 1][key]
-        self.applied.enter_context(self.pruner.pruned(key, plan.keep, *([plan.channels] if plan.channels else [])))
+        self.applied.enter_context(self.pruner.pruned(key, plan.keep, plan.channels))
         if self.saved[number]:
             block = block_of(self.layerwise.layers[layer])
             for parameter, value in zip(block.parameters(), self.saved[number], strict=True):
