@@ -26,6 +26,7 @@ from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
+from moekern.plan.channels import channel_rows
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.version import versions
@@ -202,7 +203,9 @@ class _Compare(Pass[Task]):
             self.applied.close()
             self.now = layer, task.number
             if task.plan is not None:
-                self.applied.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
+                own = task.plan.layers[key]
+                channels = None if own.channels is None else torch.from_numpy(channel_rows(own.channels))
+                self.applied.enter_context(self.pruner.pruned(key, own.keep, channels))
         yield
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)

@@ -1,24 +1,22 @@
 """A layer pruned in memory computes what the pruned checkpoint's layer computes, bit for bit, in every family."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from moekern.architectures import Layout, find_layout
+from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
-from moekern.model.experts import experts_of
 from moekern.model.masking import masked
-from moekern.model.projections import views
 from moekern.model.pruned_layers import LivePruner, narrowed
 from moekern.model.transformers_api import loader_of
 from tests.helpers import families
 from tests.helpers.in_flight import REFUSED, Half, random_plan
+from tests.helpers.narrow import random_channels
 
 NAMES = [name for name in families.FAMILIES if name not in REFUSED]
 BOTH = {"hunyuan_v1_moe", "llama4_text", "llama4", "deepseek_v4", "inkling_text", "inkling_mm_model", "jamba"}
@@ -43,14 +41,6 @@ def test_logits_are_those_of_the_pruned_checkpoint(
     assert torch.equal(got, written.logits)
 
 
-def random_channels(layout: Layout, keeps: Mapping[str, tuple[int, ...]], width: int, seed: int) -> dict[str, Tensor]:
-    """Layer key -> [n, width]: channels of each kept expert, rising."""
-    generator, of = torch.Generator().manual_seed(seed), layout.width
-    assert of is not None
-    picked = lambda: torch.randperm(of, generator=generator)[:width].sort().values  # noqa: E731
-    return {key: torch.stack([picked() for _ in keep]) for key, keep in keeps.items()}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.whole) for n in NAMES])
 def test_narrow_experts_are_whole_ones_whose_other_channels_are_silent(
@@ -58,8 +48,8 @@ def test_narrow_experts_are_whole_ones_whose_other_channels_are_silent(
 ) -> None:
     """Shared experts stay as they are, although the config's width makes them narrower."""
     layout, ids = find_layout(open_checkpoint(family_checkpoint(name))), families.input_ids(name)
-    live, silent = (copy.deepcopy(whole_model(name)) for _ in range(2))
-    pruner, loader = LivePruner(loader_of(live), layout), loader_of(silent)
+    whole, live = whole_model(name), copy.deepcopy(whole_model(name))
+    pruner = LivePruner(loader_of(live), layout)
     keeps = {key: layer.keep for key, layer in random_plan(layout, 0).layers.items()}
     channels = random_channels(layout, keeps, 16, 1)
     if name in BOTH:
@@ -69,15 +59,12 @@ def test_narrow_experts_are_whole_ones_whose_other_channels_are_silent(
         return
     for key, keep in keeps.items():
         pruner.prune(key, keep, channels[key])
-        block = experts_of(loader.decoder_layers()[1][loader.moe_places(layout)[key]])
-        assert block is not None
-        down = views(block).down
-        for e, own in zip(keep, channels[key], strict=True):
-            down[e] *= torch.zeros(down.shape[2]).index_fill(0, own, 1)
     dropped = {key: sorted(set(range(layout.num_experts)) - set(keep)) for key, keep in keeps.items()}
-    with masked(loader, layout, dropped):
-        want = families.forward(silent, ids)
-    assert (want - families.forward(whole_model(name), ids)).abs().max() > 1000 * TOLERANCE
+    silent = {key: dict(zip(keep, channels[key], strict=True)) for key, keep in keeps.items()}
+    with masked(loader_of(whole), layout, dropped, silent):
+        want = families.forward(whole, ids)
+    with masked(loader_of(whole), layout, dropped):
+        assert (want - families.forward(whole, ids)).abs().max() > 1000 * TOLERANCE
     torch.testing.assert_close(families.forward(live, ids), want, rtol=0, atol=TOLERANCE)
 
 
