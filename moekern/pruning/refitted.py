@@ -18,7 +18,7 @@ import moekern._C as _C
 from moekern.checkpoint.header import DTYPE_BITS, Shard, TensorEntry, read_shard
 from moekern.checkpoint.strict_json import HEADER_CAP, parse_json, shown
 from moekern.errors import InputError
-from moekern.files import is_plain, replacing
+from moekern.files import is_folder, is_plain, replacing
 from moekern.plan.document import KEY_CAP, LAYER_CAP, LayerPlan, Plan
 from moekern.plan.refit import is_sha256, kept_digest, refit_of
 
@@ -137,6 +137,18 @@ def open_refitted(folder: str | Path) -> Refitted:
             tensors[entry.name] = RefittedTensor(said["layer"], path, entry, checksum)
     assert first is not None
     return Refitted(folder, *first, kept, tensors)
+
+
+def remove_others(folder: Path, recipe: str) -> None:
+    """Remove the layers of a work folder that another recipe made, or that something has spoilt."""
+    for path in folder.glob(f"*{SUFFIX}") if is_folder(folder) else ():
+        try:
+            is_plain(path)
+            same = _said(read_shard(path))["recipe"] == recipe
+        except InputError:
+            same = False
+        if not same:
+            path.unlink()
 
 
 def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> None:

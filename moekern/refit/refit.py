@@ -25,10 +25,10 @@ from moekern.model.precision import settled
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
-from moekern.pruning.refitted import write_layer
+from moekern.pruning.refitted import remove_others, write_layer
 from moekern.refit.stored import stored_experts
 from moekern.refit.streams import Streams
-from moekern.refit.variants import Split, Variant
+from moekern.refit.variants import FITTED, Split, Variant
 from moekern.version import versions
 
 STAGE = "refitting"
@@ -38,7 +38,7 @@ STATE = "moekern-refit-"  # and a digest: the folder of a run that is not done
 @dataclass(frozen=True)
 class Refitting:
     """What came of the variants: their plans, which name the channels and in `provenance.refit` what was computed and
-    how well it fits, and the losses of the original and of each on the sequences that were held back (none: empty)."""
+    how well it fits, and the losses of the original and of each on text that decided nothing (none: empty)."""
 
     plans: Mapping[str, Plan]
     losses: Evaluation
@@ -50,17 +50,18 @@ def refit(
     variants: Sequence[Variant],
     compute: Compute = Compute(),
     *,
+    judged: TokenData | None = None,
     resume: Resume | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Refitting:
     """Make variants of a model, and hold them against it, in one pass over its weights with a stream of hidden states
     for each beside the original's.
 
-    Of each domain a tenth of the sequences is held back: nothing is fitted to these; they choose between candidates,
-    and all are judged by them. What a variant computes is written to its folder, a file for each layer, for
-    `prune(..., refitted=)`. With `resume` the same call goes on where it was stopped. Several processes
-    (`compute.team`) share the text, with the same bits. Raises InputError for plans that do not fit the model, models
-    that cannot be refitted, and text that is too little.
+    Of each domain a tenth of the sequences is held back to choose between candidates. All are held against the original
+    on other text, `judged` (None: another tenth), which decides nothing. What a variant computes is written to its
+    folder, a file for each layer, for `prune(..., refitted=)`. With `resume` the same call goes on where it was
+    stopped. Several processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
+    not fit the model, models that cannot be refitted, and text that is too little.
     """
     check_type("compute", compute, Compute)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -70,13 +71,14 @@ def refit(
         _check(variant, layout, checkpoint)
     compute = settled(compute, checkpoint, layout)
     team = compute.team
-    team.together(refit, checkpoint.folder, data, variants, compute)
+    team.together(refit, checkpoint.folder, data, variants, compute, judged=judged)
     team.check_alike(facts_of(checkpoint, compute))
-    split = Split.of(data)
-    key = _key(checkpoint, data, variants, compute)
+    split = Split.of(data, judged)
+    _check_text(split, variants)
+    key = key_of(checkpoint, split, data, variants, compute)
     if resume is not None:
         resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
-    recipes = {variant.name: digest({**key, "variants": _described(variant)}) for variant in variants}
+    recipes = {variant.name: recipe_of(key, variant) for variant in variants}
 
     def write(variant: Variant, name: str, kept: LayerPlan, block: nn.Module) -> None:
         if variant.folder is None or not team.first:
@@ -88,6 +90,9 @@ def refit(
             variant.folder, name, tensors, recipe=recipes[variant.name], kept=kept, model=checkpoint.fingerprint
         )
 
+    for variant in variants if team.first else ():
+        if variant.folder is not None:
+            remove_others(variant.folder, recipes[variant.name])
     with (
         opened(resume, key, (STAGE,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
@@ -115,18 +120,31 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
         raise InputError(f"{variant.name}: no text runs through layer {further[0]}, which the plan names; leave it out")
 
 
-def _key(checkpoint: Checkpoint, data: TokenData, variants: Sequence[Variant], compute: Compute) -> dict[str, Any]:
+def _check_text(split: Split, variants: Sequence[Variant]) -> None:
+    if any(variant.fits for variant in variants) and not split.tokens(FITTED):
+        raise InputError("refit: there is no text to fit to; give some (--data)", kind="data")
+
+
+def key_of(
+    checkpoint: Checkpoint, split: Split, data: TokenData, variants: Sequence[Variant], compute: Compute
+) -> dict[str, Any]:
     """All that decides the bits, in words for people."""
+    whole = replace(data, batches=split.batches)
     return {
         "model": checkpoint.fingerprint,
         "config.json": checkpoint.config_sha256,
-        "text": text_key(data.by_chunk()),
+        "text": {**text_key(whole), "uses": list(split.uses)},
         "variants": [_described(variant) for variant in variants],
         "--dtype": compute.dtype_name,
         "--device": compute.place.type,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def recipe_of(key: Mapping[str, Any], variant: Variant) -> str:
+    """sha256 of all that decides what is computed for one variant, whatever others are made beside it."""
+    return digest({**key, "variants": _described(variant)})
 
 
 def _described(variant: Variant) -> dict[str, Any]:
@@ -158,7 +176,7 @@ def _plan(
         "layers": dict(records),
         **_described(variant),
         "data": data.recipe,
-        "held_back": {domain: asdict(loss) for domain, loss in losses.items()},
+        "judged": {domain: asdict(loss) for domain, loss in losses.items()},
     }
     return Plan({**made, **rest}, {**variant.plan.provenance, REFIT: said})
 

@@ -29,14 +29,14 @@ from moekern.model.pruned_layers import LivePruner
 from moekern.model.states import States
 from moekern.model.stepwise import Tangled
 from moekern.model.walk import Pass, Round
-from moekern.plan.channels import channel_text
+from moekern.plan.channels import channel_rows, channel_text
 from moekern.plan.document import LayerPlan
 from moekern.refit.fitting import Fitting, fitted
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
-from moekern.refit.variants import Split, Variant
+from moekern.refit.variants import HELD, JUDGED, Split, Variant
 
 ORIGINAL = 0
 Write = Callable[[Variant, str, LayerPlan, nn.Module], None]  # what a layer's experts have become
@@ -66,19 +66,20 @@ class Streams(Pass[Task]):
             layerwise, split, tuple(variants), write, progress,
         )  # fmt: skip
         self.team, self.keys, self.last = layerwise.team, layerwise.moe_keys, len(layerwise.layers) - 1
-        sizes = split.sizes()
+        sizes = [batch.input_ids.numel() for batch in split.batches]
         load = [0] * (max(split.numbers) + 1)
         for number, size in zip(split.numbers, sizes, strict=True):
             load[number] += size
         owners = dealt(load, self.team.size)
         self.places = [p for p, number in enumerate(split.numbers) if owners[number] == self.team.rank]
-        ends = np.cumsum([0, *(sizes[p] for p in self.places)]).tolist()
-        self.rows_of = {p: slice(a, b) for p, a, b in zip(self.places, ends[:-1], ends[1:], strict=True)}
+        fit = [p for p in self.places if split.uses[p] != JUDGED]
+        ends = np.cumsum([0, *(sizes[p] for p in fit)]).tolist()
+        self.rows_of = {p: slice(a, b) for p, a, b in zip(fit, ends[:-1], ends[1:], strict=True)}
         self.tokens: int = ends[-1]
         self.held_rows = torch.zeros(self.tokens, dtype=torch.bool)
         for place, rows in self.rows_of.items():
-            self.held_rows[rows] = split.held[place]
-        self.units = split.units(self.places)
+            self.held_rows[rows] = split.uses[place] == HELD
+        self.units = split.units(fit)
         self.parts = Units(self.units, self.tokens, self.team)
         self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
         self.shown: int | None = None  # the stream that the last layer is made for
@@ -197,7 +198,7 @@ class Streams(Pass[Task]):
         if not any(variant.fits for variant in self.variants):
             yield Round(_of(ORIGINAL), on=on, more=True)
             return None
-        first = lambda task: task.number == ORIGINAL and task.place == self.places[0]  # noqa: E731
+        first = lambda task: task.number == ORIGINAL and task.place == next(iter(self.rows_of), None)  # noqa: E731
         made: list[Tensor] = []
         loud = Listening(silent=False)
         for watcher in (Listening(), loud):
@@ -228,7 +229,7 @@ class Streams(Pass[Task]):
                         live = LiveExperts(block_of(module), asked, self.layerwise.device)
                         plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
             self.plans[number - 1][key] = plan
-            with self.pruner.pruned(key, plan.keep, plan.channels):
+            with self.pruner.pruned(key, plan.keep, _numbers(plan)):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
@@ -278,7 +279,7 @@ class Streams(Pass[Task]):
                 lacks[place] = (target.wanted[place] - hidden.detach().float().flatten(0, -2).cpu()) / target.scale
 
         with listening(module, Listening(hear)), made_by(module, came):
-            yield Round(_of(number), on=False, more=True)
+            yield Round(lambda task: task.number == number and task.place in self.rows_of, on=False, more=True)
         if target is not None and target.scale is None:
             lacks.copy_from(target.wanted)
         return asked, lacks
@@ -300,14 +301,14 @@ class Streams(Pass[Task]):
         if number == ORIGINAL:
             return
         plan = self.plans[number - 1][key]
-        self.applied.enter_context(self.pruner.pruned(key, plan.keep, plan.channels))
+        self.applied.enter_context(self.pruner.pruned(key, plan.keep, _numbers(plan)))
         if self.saved[number]:
             block = block_of(self.layerwise.layers[layer])
             for parameter, value in zip(block.parameters(), self.saved[number], strict=True):
                 parameter.data.copy_(value)
 
     def _judged(self, task: Task) -> bool:
-        return self.split.held[task.place]
+        return self.split.uses[task.place] == JUDGED
 
     def _tasks(self) -> Iterator[Task]:
         """Of each batch the original first: the others are held against it."""
@@ -315,7 +316,7 @@ class Streams(Pass[Task]):
             batch = self.split.batches[place]
             yield Task(ORIGINAL, batch, place)
             for number, variant in enumerate(self.variants, start=1):
-                if variant.needs_text or self.split.held[place]:
+                if variant.needs_text or self.split.uses[place] == JUDGED:
                     yield Task(number, batch, place)
 
     def _rows(self) -> slice:
@@ -325,7 +326,9 @@ class Streams(Pass[Task]):
 
     def _put(self, store: RowStore, value: Tensor | None) -> None:
         assert value is not None
-        store[self._rows()] = value.detach().float().flatten(0, -2).cpu()
+        assert self.task is not None
+        if self.task.place in self.rows_of:
+            store[self._rows()] = value.detach().float().flatten(0, -2).cpu()
 
     def _memory(self) -> int:
         """Bytes that are left beside hidden states."""
@@ -344,3 +347,8 @@ class Streams(Pass[Task]):
 
 def _of(number: int) -> Callable[[Task], bool]:
     return lambda task: task.number == number
+
+
+def _numbers(plan: LayerPlan) -> Tensor | None:
+    """The channels that stay of each expert, int64 [n, M]; None where all do."""
+    return None if plan.channels is None else torch.from_numpy(channel_rows(plan.channels))

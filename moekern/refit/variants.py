@@ -42,29 +42,36 @@ class Variant:
         return self.fits or self.width is not None
 
 
+FITTED, HELD, JUDGED = range(3)  # what a batch is for: weights are fitted to it, or candidates, or results, are judged
+
+
 @dataclass(frozen=True)
 class Split:
-    """Text in chunks, some of which are held back: nothing is fitted to these."""
+    """Text in chunks, of which some are held back: nothing is fitted to these. Some of them choose between candidates,
+    and others, that nothing has seen, tell how good the result is."""
 
     batches: tuple[Batch, ...]
-    held: tuple[bool, ...]  # of each batch
+    uses: tuple[int, ...]  # of each batch
     numbers: tuple[int, ...]  # of the unit that each batch belongs to, rising
 
     @staticmethod
-    def of(data: TokenData) -> Split:
-        """A tenth of each domain's sequences is held back; see `evaluation.held_out`."""
-        fitted, held = held_back(data)
-        parts = fitted.by_chunk().batches, held.by_chunk().batches
-        batches = parts[0] + parts[1]
+    def of(data: TokenData, judged: TokenData | None = None) -> Split:
+        """Of each domain a tenth of the sequences is held back to choose by, and another one, unless it is given, to
+        judge by; see `evaluation.held_out`."""
+        rest, judge = held_back(data) if judged is None else (data, judged)
+        fitted, held = held_back(rest)
+        parts = [part.by_chunk().batches for part in (fitted, held, judge)]
+        batches = tuple(batch for part in parts for batch in part)
         total, start, numbers = sum(batch.input_ids.numel() for batch in batches), 0, []
         for batch in batches:
             numbers.append(start * UNITS // total)
             start += batch.input_ids.numel()
-        return Split(batches, (False,) * len(parts[0]) + (True,) * len(parts[1]), tuple(numbers))
+        uses = [use for use, part in enumerate(parts) for _ in part]
+        return Split(batches, tuple(uses), tuple(numbers))
 
-    def sizes(self) -> list[int]:
-        """The tokens of each batch."""
-        return [batch.input_ids.numel() for batch in self.batches]
+    def tokens(self, use: int) -> int:
+        """How many are there for it."""
+        return sum(b.input_ids.numel() for b, each in zip(self.batches, self.uses, strict=True) if each == use)
 
     def units(self, places: Sequence[int]) -> list[Unit]:
         """The units of a process that has the batches at these places, whole units in their order."""
