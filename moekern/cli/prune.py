@@ -46,6 +46,10 @@ def prune(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Make shards anew of at most this size (5GB, 512MiB), instead of MODEL's own.")
     ] = None,
+    refitted: Annotated[
+        Path | None,
+        typer.Option(help="The folder of tensors that a refit has computed, where PLAN says that it was made."),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(help="I/N: write this process's share of the shards; whoever is last finishes. Set by torchrun."),
@@ -69,7 +73,7 @@ def prune(
         check_target(out)
     report = prune_to(
         folder_of(model, revision), chosen, out, mtp=mtp.value if mtp else None, copy=copy.value,
-        checksum=checksum.value, reread=reread, max_shard_size=limit, part=share,
+        checksum=checksum.value, reread=reread, max_shard_size=limit, part=share, refitted=refitted,
     )  # fmt: skip
     result({**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
 
@@ -86,6 +90,7 @@ def prune_to(
     max_shard_size: int | None = None,
     part: Part | None = None,
     again: bool = False,
+    refitted: Path | None = None,
 ) -> PruneReport:
     """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch."""
     from moekern.pruning.prune import prune as run
@@ -93,7 +98,7 @@ def prune_to(
     with console.progress("pruning", "bytes") as step:
         return run(
             source, plan, out, mtp=mtp, copy=copy, checksum=checksum, reread=reread, max_shard_size=max_shard_size,
-            part=part, again=again, progress=step,
+            part=part, again=again, refitted=refitted, progress=step,
         )  # fmt: skip
 
 
@@ -124,6 +129,8 @@ def show_pruned(report: PruneReport) -> None:
         "; ".join(f"{sized(n)} {what}" for what, n in ways if n)
         + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
     )
+    if report.refitted:
+        say(f"{report.refitted} tensors are those that the refit has computed")
     say(report.mtp)
     for note in report.notes:
         say(note)

@@ -15,6 +15,7 @@ from moekern.files import sized
 
 if TYPE_CHECKING:
     from moekern.cli.pipeline import Verdict
+    from moekern.verification.tensors import VerifyReport
 
 
 def verify(
@@ -64,6 +65,8 @@ def show_verdict(found: Verdict) -> None:
         say(f"only the first {MAX_PROBLEMS} are listed")
     if not found.report.problems:
         say(f"bytes: {found.report.tensors_compared} tensors, {sized(found.report.bytes_compared)} equal")
+    if found.report.computed:
+        say(_computed_line(found.report))
     if found.report.left_out:
         say(f"not taken from the original: {lines_left_out(found.report.left_out)}")
     if found.forward is not None:
@@ -75,3 +78,14 @@ def show_verdict(found: Verdict) -> None:
         )
     right = "verified: the bytes are right (how good the model is, evaluate tells)"
     say(right if found.good else "NOT verified: do not use this checkpoint")
+
+
+def _computed_line(report: VerifyReport) -> str:
+    """What is known of tensors that stand in no source."""
+    n = report.computed
+    checked = f"{n - report.unchecked} of {n}" if report.unchecked else "all"
+    again = f"{report.recomputed} of them" if report.recomputed else "none of them"
+    return (
+        f"refitted: {n} tensors are computed, and have no original; the checksums of {checked} are those of the refit, "
+        f"{again} were computed again"
+    )

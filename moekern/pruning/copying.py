@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import moekern._C as _C
 from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
+from moekern.pruning.cuts import OutputTensor
 from moekern.pruning.pieces import Piece
 from moekern.pruning.shards import OutputShard, best_phase
 
@@ -35,7 +37,7 @@ class Copied:
 
 
 def ways(checkpoint: Checkpoint, names: Collection[str], folder: Path, copy: Copy) -> dict[str, Way]:
-    """Shard of the source -> how its bytes come into files of `folder`; each pair of file systems is probed once.
+    """File of a shard -> how its bytes come into files of `folder`; each pair of file systems is probed once.
 
     auto: blocks are shared where the file systems can, a server copies where both files are on it, else the bytes
     stream through memory. Raises InputError when --copy reflink is not possible.
@@ -45,11 +47,12 @@ def ways(checkpoint: Checkpoint, names: Collection[str], folder: Path, copy: Cop
     largest: dict[int, Path] = {}
     devices: dict[str, int] = {}
     sizes: dict[int, int] = {}
-    for shard in checkpoint.shards:
-        if shard.name in names:
-            device = devices[shard.name] = shard.path.stat().st_dev
-            if shard.size >= sizes.get(device, 0):
-                largest[device], sizes[device] = shard.path, shard.size
+    for name in sorted(names):
+        path = checkpoint.folder / name
+        status = path.stat()
+        device = devices[name] = status.st_dev
+        if status.st_size >= sizes.get(device, 0):
+            largest[device], sizes[device] = path, status.st_size
     found: dict[int, Way] = {}
     for device, path in largest.items():
         can: Way = _C.probe_copy(str(path), str(folder))
@@ -63,17 +66,18 @@ def ways(checkpoint: Checkpoint, names: Collection[str], folder: Path, copy: Cop
 
 
 def way_of(shard: OutputShard, known: Mapping[str, Way]) -> Way:
-    """One way for a file of several sources: theirs if they agree, else through memory."""
-    found = {known[source] for source in shard.sources}
-    return found.pop() if len(found) == 1 else "stream"
+    """One way for a file of several sources: theirs if they agree; else blocks are shared with those that can, and the
+    rest goes through memory."""
+    found = {known[file] for file in shard.files}
+    return found.pop() if len(found) == 1 else "reflink_or_stream" if "reflink_or_stream" in found else "stream"
 
 
-def space_needed(checkpoint: Checkpoint, shard: OutputShard, way: Way) -> int:
+def space_needed(checkpoint: Checkpoint, shard: OutputShard, known: Mapping[str, Way]) -> int:
     """Bytes of disk that a shard will take, at the most: shared blocks and holes take none."""
     size = shard.size
-    if way.startswith("reflink"):
+    if all(known[file].startswith("reflink") for file in shard.files):
         size -= best_phase(shard.tensors)[1]
-    return min(size, len(shard.header()) + sum(map(_data_bytes, (checkpoint.folder / s for s in shard.sources))))
+    return min(size, len(shard.header()) + sum(map(_data_bytes, (checkpoint.folder / file for file in shard.files))))
 
 
 def room_needed(checkpoint: Checkpoint, folder: Path, nbytes: int) -> int:
@@ -103,18 +107,30 @@ def copy_shard(
     """Write the shard to the new file `path` and fsync it; `reread`, which blake3 needs, reads it back from the disk.
 
     xxh3 is taken of what passes through memory on the way; reading back compares with it and takes the checksum of the
-    rest. Raises OSError, and InputError when the disk gives back other bytes than were written.
+    rest. What a refit has computed has the checksum that it gave. Raises OSError, and InputError when the disk gives
+    back other bytes than were written, or refitted tensors are not what was computed.
     """
     spans = shard.spans()
     names = [tensor.name for tensor in shard.tensors]
     on_the_way = spans if checksum != "none" or reread else []
     cloned, holes, copied, digests = _C.write_file(str(path), pieces, on_the_way, way, report)
-    digests = digests or [None] * len(spans)
+    digests = [_as_computed(t, d) for t, d in zip(shard.tensors, digests or [None] * len(spans), strict=True)]
     if reread:
         digests = _read_back(path, names, spans, digests, checksum, lambda done: report(shard.size + done))
     named = KINDS[checksum]
     values = {n: d.hex() if d and named else None for n, d in zip(names, digests, strict=True)}
     return Copied(cloned, holes, copied, named, values)
+
+
+def _as_computed(tensor: OutputTensor, found: bytes | None) -> bytes | None:
+    """The checksum of a tensor: of what passed through memory, which is held against what a refit gave, or the latter.
+    Raises InputError where they differ."""
+    if tensor.refitted is None:
+        return found
+    if found not in (None, tensor.refitted.checksum):
+        what = "its bytes are not those that were computed; the file is damaged: refit this layer again"
+        raise InputError(f"{tensor.refitted.path}: tensor {shown(tensor.name)}: {what}")
+    return tensor.refitted.checksum
 
 
 def _read_back(

@@ -15,6 +15,7 @@ from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
 from moekern.pruning.pieces import Computed, computed, recipe
+from moekern.pruning.refitted import RefittedTensor
 
 Range = tuple[int, int]  # first byte and the byte past the last, in the source file
 SMALL = 16 << 20  # a tensor up to this many bytes may be read whole and cut in memory
@@ -39,12 +40,22 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor to write: `entry` of the source, whole when `cut` is None."""
+    """One tensor to write: `entry` of the source, whole when `cut` is None; or the one that was `refitted` for it."""
 
     name: str
     shape: tuple[int, ...]
     entry: TensorEntry
     cut: Cut | None
+    refitted: RefittedTensor | None = None
+
+    @property
+    def dtype(self) -> str:
+        return (self.refitted or self).entry.dtype
+
+    @property
+    def file(self) -> str:
+        """The file that its bytes come from, by its path from the source's folder on."""
+        return self.entry.shard if self.refitted is None else str(self.refitted.path)
 
     @property
     def elements(self) -> int:
@@ -52,15 +63,17 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * DTYPE_BITS[self.entry.dtype] // 8
+        return self.elements * DTYPE_BITS[self.dtype] // 8
 
     def ranges(self) -> tuple[Range, ...] | None:
-        """Where its bytes lie in the source file, in their order here; None where they are computed."""
+        """Where its bytes lie in `file`, in their order here; None where they are computed."""
         entry, cut = self.entry, self.cut
         if self.is_computed:
             return None
         if not self.nbytes:
             return ()
+        if self.refitted is not None:
+            return ((self.refitted.entry.start, self.refitted.entry.stop),)
         if cut is None:
             return ((entry.start, entry.stop),)
         stride = entry.nbytes // math.prod(entry.shape[: cut.tensor.axis])
@@ -70,7 +83,7 @@ class OutputTensor:
     @property
     def is_computed(self) -> bool:
         """Tables of expert ids are, and rows of a small tensor cut on an inner axis, which would be many ranges."""
-        if self.cut is None or not self.nbytes:
+        if self.cut is None or self.refitted is not None or not self.nbytes:
             return False
         outer = math.prod(self.entry.shape[: self.cut.tensor.axis])
         return self.cut.tensor.action == "remap" or (outer > 1 and self.entry.nbytes <= SMALL)

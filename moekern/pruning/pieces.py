@@ -20,7 +20,7 @@ class Computed(NamedTuple):
     make: Callable[[], bytes | memoryview]
 
 
-Range: TypeAlias = tuple[str, int, int]  # source file, offset, length
+Range: TypeAlias = tuple[str, int, int]  # file, offset, length
 Piece: TypeAlias = Range | bytes | Computed
 
 

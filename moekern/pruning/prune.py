@@ -1,6 +1,6 @@
 """Write the pruned checkpoint: kept bytes are copied, never converted."""
 
-import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +29,12 @@ from moekern.pruning.copying import (
     ways,
 )
 from moekern.pruning.cuts import check_tables, kept_experts
+from moekern.pruning.manifest import manifest
 from moekern.pruning.pieces import Piece, made_from
 from moekern.pruning.preflight import check_space
+from moekern.pruning.refitted import Refitted, check_refitted, open_refitted
 from moekern.pruning.shards import OutputShard, output_shards
-from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_file, side_files
+from moekern.pruning.side_files import MANIFEST, SideFile, mtp_line, side_files
 from moekern.pruning.work_folder import Record, WorkFolder, check_target, clean_up, is_made, open_work
 from moekern.team import Part
 
@@ -68,6 +70,7 @@ class PruneReport:
     finished: bool
     waiting: int
     already: bool
+    refitted: int  # tensors that a refit computed
     mtp: str  # one line: what happened to the MTP layers
     left_out: Mapping[str, str]  # file, or folder with a "/" at its end, that was not copied -> why
     notes: tuple[str, ...]  # a line each: what the source left open, and side files that are no plain copies
@@ -83,6 +86,7 @@ class Job:
     shards: Sequence[OutputShard]
     origins: Mapping[str, str]  # shard -> sha256 of all that decides its bytes
     side: Sequence[SideFile]
+    refitted: Refitted | None
     known_ways: Mapping[str, Way]
     checksum: Checksum
     reread: bool  # read every file back: blake3 needs it too
@@ -138,6 +142,7 @@ def prune(
     max_shard_size: int | None = None,
     part: Part | None = None,
     again: bool = False,
+    refitted: Refitted | str | Path | None = None,
     progress: Progress | None = None,
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
@@ -153,7 +158,8 @@ def prune(
     what passes through memory, "blake3" and `reread` read every file back from the disk. max_shard_size: make shards
     anew with at most so many bytes of data, instead of one for each of the source's. part: write this part of the
     shards; the part that finds all of them written finishes. again: a target that was made of the same source by the
-    same plan is no error, as it is none for a part. Raises InputError.
+    same plan is no error, as it is none for a part. refitted: the folder of tensors that a refit computed,
+    where the plan says that layers were refitted. Raises InputError.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -166,12 +172,14 @@ def prune(
     twin = check_plan(plan, layout, checkpoint)
     mtp = planned_mtp(plan) if mtp is None else mtp
     _check_options(mtp, copy, checksum, max_shard_size)
+    refitted = open_refitted(refitted) if isinstance(refitted, (str, Path)) else refitted
+    check_refitted(refitted, plan, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
-    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size)
+    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
-    job = _job(checkpoint, plan, shards, side, standing(target.parent), copy, checksum, reread)
+    job = _job(checkpoint, plan, shards, side, refitted, standing(target.parent), copy, checksum, reread)
     mine = _share(shards, part)
-    needed = sum(space_needed(checkpoint, shard, job.way(shard)) for shard in mine)
+    needed = sum(space_needed(checkpoint, shard, job.known_ways) for shard in mine)
     if again and not job.is_made(target):
         check_new(target, folder=True)
     if not again:
@@ -199,6 +207,7 @@ def prune(
         finished=finished,
         waiting=waiting,
         already=already,
+        refitted=sum(len(shard.refitted) for shard in shards),
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
         notes=tuple(filter(None, (twin, *checkpoint.notes, *layout.notes, *(n for file in side for n in file.notes)))),
@@ -211,6 +220,7 @@ def _job(
     plan: Plan,
     shards: Sequence[OutputShard],
     side: Sequence[SideFile],
+    refitted: Refitted | None,
     place: Path,
     copy: Copy,
     checksum: Checksum,
@@ -219,8 +229,9 @@ def _job(
     """place: the folder that the output is made in, which decides how bytes can be copied."""
     check_tables(checkpoint, (tensor for shard in shards for tensor in shard.tensors))
     origins = {shard.name: made_from(shard.pieces(checkpoint)) for shard in shards}
-    known_ways = ways(checkpoint, {name for shard in shards for name in shard.sources}, place, copy)
-    return Job(checkpoint, plan, shards, origins, side, known_ways, checksum, reread or checksum == "blake3")
+    known_ways = ways(checkpoint, {name for shard in shards for name in shard.files}, place, copy)
+    again = reread or checksum == "blake3"
+    return Job(checkpoint, plan, shards, origins, side, refitted, known_ways, checksum, again)
 
 
 def _check_options(mtp: str, copy: str, checksum: str, max_shard_size: int | None) -> None:
@@ -289,9 +300,9 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     partial = path.with_name(f"{shard.name}.{work.part or 'whole'}.partial")
     partial.unlink(missing_ok=True)
     pieces = shard.pieces(job.checkpoint)
-    _check_sources(job, work, pieces, origin, ", ".join(shard.sources))
+    _check_sources(job, work, pieces, origin, shard.files)
     made: Copied = copy_shard(partial, shard, pieces, job.way(shard), job.checksum, job.reread, tally.moving)
-    _check_sources(job, work, shard.pieces(job.checkpoint), origin, ", ".join(shard.sources))
+    _check_sources(job, work, shard.pieces(job.checkpoint), origin, shard.files)
     partial.replace(path)
     fsync(work.checkpoint)
     mtime = path.stat().st_mtime_ns
@@ -303,11 +314,13 @@ def _write_shard(job: Job, work: WorkFolder, shard: OutputShard, tally: Tally) -
     tally.moved(job.passes * shard.size)
 
 
-def _check_sources(job: Job, work: WorkFolder, pieces: Sequence[Piece], origin: str, names: str) -> None:
+def _check_sources(job: Job, work: WorkFolder, pieces: Sequence[Piece], origin: str, files: Sequence[str]) -> None:
     """Raise InputError when source files are not what they were: before they are copied, so that no pipe is waited for
     in the place of one, and afterwards."""
     if made_from(pieces) != origin:
-        raise InputError(f"{work.target}: not finished: {names} in {job.checkpoint.folder} changed while it was copied")
+        own, others = ([file for file in files if os.path.isabs(file) == other] for other in (False, True))
+        names = [*([f"{', '.join(own)} in {job.checkpoint.folder}"] if own else []), *others]
+        raise InputError(f"{work.target}: not finished: {', '.join(names)} changed while it was copied")
 
 
 def _remove_unproved(job: Job, work: WorkFolder) -> None:
@@ -322,26 +335,13 @@ def _remove_unproved(job: Job, work: WorkFolder) -> None:
 
 
 def _write_side_files(job: Job, work: WorkFolder, records: Sequence[Record], tally: Tally) -> None:
-    lines = [
-        json.dumps(
-            {
-                "shard": r.shard,
-                "size": r.size,
-                "plan": job.plan.digest,
-                "checksum": r.checksum,
-                "tensors": dict(r.tensors),
-                "computed": list(r.computed),
-            },
-            ensure_ascii=False,
-        )
-        for r in records
-    ]
-    for file in [side_file(MANIFEST, "".join(f"{line}\n" for line in lines).encode()), *job.side]:
+    names = {shard.name: shard.refitted for shard in job.shards}
+    for file in [manifest(records, job.plan, job.refitted, names), *job.side]:
         path = work.checkpoint / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_sources(job, work, file.pieces, file.origin, file.name)
+        _check_sources(job, work, file.pieces, file.origin, [file.name])
         _C.write_file(str(path), list(file.pieces))
-        _check_sources(job, work, file.pieces, file.origin, file.name)
+        _check_sources(job, work, file.pieces, file.origin, [file.name])
         tally.moved(file.size if file.name != MANIFEST else 0)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
-from moekern.checkpoint.strict_json import HEADER_CAP
+from moekern.checkpoint.strict_json import HEADER_CAP, shown
+from moekern.errors import InputError
 from moekern.plan.document import Mtp
 from moekern.pruning.cuts import Cut, OutputTensor, output_tensor
 from moekern.pruning.pieces import Piece
+from moekern.pruning.refitted import Refitted, check_fits
 
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size
 
@@ -36,13 +38,23 @@ class OutputShard:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the files that its tensors come from."""
+        """Names of the source's files whose tensors these are."""
         return tuple(dict.fromkeys(tensor.entry.shard for tensor in self.tensors))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that bytes come from: the source's, and those of refitted layers, by paths from its folder on."""
+        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors))
 
     @property
     def computed(self) -> tuple[str, ...]:
         """Names of the tensors whose bytes stand in no file of the source."""
-        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed)
+        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed or tensor.refitted)
+
+    @property
+    def refitted(self) -> tuple[str, ...]:
+        """Names of those of them that a refit has computed."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.refitted)
 
     def header(self) -> bytes:
         """Length and JSON, padded with spaces so that most of the data lies at the same place in its block as in the
@@ -50,7 +62,7 @@ class OutputShard:
         content: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
         for tensor, (start, stop) in zip(self.tensors, _offsets(self.tensors), strict=True):
             content[tensor.name] = {
-                "dtype": tensor.entry.dtype,
+                "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
                 "data_offsets": [start, stop],
             }
@@ -75,7 +87,7 @@ class OutputShard:
             if isinstance(run, OutputTensor):
                 pieces.append(run.computed(checkpoint))
             else:
-                pieces.append((str(checkpoint.folder / run.shard), run.start, run.length))
+                pieces.append((str(checkpoint.folder / run.file), run.start, run.length))
         return pieces
 
 
@@ -85,18 +97,22 @@ def output_shards(
     kept: Mapping[str, Sequence[int]],
     mtp: Mtp,
     max_shard_size: int | None = None,
+    refitted: Refitted | None = None,
 ) -> tuple[OutputShard, ...]:
     """The files to write: one for each source file that keeps a tensor, in the source's order; with `max_shard_size`
     (bytes of data), as few as hold that much each, an expert's tensors together.
 
     `kept` maps layer keys to original ids; layers it does not name are copied whole. Names stay when no file falls
-    away and an index names them, else they are numbered anew. Raises InputError for a tensor whose shape does not hold
-    its layer's experts and for a cut that would split a byte.
+    away and an index names them, else they are numbered anew. Tensors of `refitted` take the places of those of their
+    names. Raises InputError for a tensor whose shape does not hold its layer's experts, for a cut that would split a
+    byte, and for a refitted tensor that fits no place.
     """
     cuts: dict[str, Cut] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
+    experts: dict[str, str] = {}  # layer of a tensor of experts
     for key, layer in {**layout.layers, **layout.mtp}.items():
         home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
+        experts.update((tensor.name, key) for tensor in layer.of_role("expert"))
         if key in kept:
             rank = {old: new for new, old in enumerate(sorted(kept[key]))}
             cuts.update((tensor.name, Cut(tensor, rank, layer.num_experts)) for tensor in layer.tensors)
@@ -108,19 +124,32 @@ def output_shards(
             if not (dropped and entry.name.startswith(dropped)):
                 out = output_tensor(entry, cuts.get(entry.name))
                 if out is not None:
-                    yield out
+                    new = refitted.tensors.get(out.name) if refitted else None
+                    if new is not None:
+                        check_fits(new, experts.get(entry.name), out.dtype, out.shape)
+                    yield replace(out, refitted=new)
 
     if max_shard_size is not None:
         groups = _packed(made(e for shard in checkpoint.shards for e in shard.tensors), home, max_shard_size)
         packed = [OutputShard("", {}, _arranged(group)) for group in groups]
+        _check_used(refitted, packed)
         return _numbered(
             [replace(shard, metadata=_merged_metadata(checkpoint, shard.sources)) for shard in packed], indexed
         )
     filled = [(shard, _arranged(list(made(shard.tensors)))) for shard in checkpoint.shards]
     shards = [OutputShard(shard.name, shard.metadata, tensors) for shard, tensors in filled if tensors]
+    _check_used(refitted, shards)
     if len(shards) == len(checkpoint.shards) and (indexed or len(shards) == 1):
         return tuple(shards)
     return _numbered(shards, indexed)
+
+
+def _check_used(refitted: Refitted | None, shards: Sequence[OutputShard]) -> None:
+    """Raise InputError for a refitted tensor that the output has no place for."""
+    used = {name for shard in shards for name in shard.refitted}
+    for name, tensor in refitted.tensors.items() if refitted else ():
+        if name not in used:
+            raise InputError(f"{tensor.path}: tensor {shown(name)}: the pruned model has no tensor of this name")
 
 
 def _merged_metadata(checkpoint: Checkpoint, sources: Collection[str]) -> dict[str, str]:
@@ -155,9 +184,9 @@ def _packed(
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Bytes that follow one another in a source file and in the output's data."""
+    """Bytes that follow one another in a file and in the output's data."""
 
-    shard: str
+    file: str
     start: int
     offset: int  # in the output's data
     length: int
@@ -187,12 +216,12 @@ def _runs(tensors: Iterable[OutputTensor]) -> Iterator["_Run | OutputTensor"]:
             offset += tensor.nbytes
             continue
         for start, stop in ranges:
-            if run is not None and run.shard == tensor.entry.shard and run.start + run.length == start:
+            if run is not None and run.file == tensor.file and run.start + run.length == start:
                 run = replace(run, length=run.length + stop - start)
             else:
                 if run is not None:
                     yield run
-                run = _Run(tensor.entry.shard, start, offset, stop - start)
+                run = _Run(tensor.file, start, offset, stop - start)
             offset += stop - start
     if run is not None:
         yield run
@@ -236,4 +265,4 @@ def _offsets(tensors: Iterable[OutputTensor]) -> Iterator[tuple[int, int]]:
 
 
 def _item_bytes(tensor: OutputTensor) -> int:
-    return max(1, DTYPE_BITS[tensor.entry.dtype] // 8)
+    return max(1, DTYPE_BITS[tensor.dtype] // 8)

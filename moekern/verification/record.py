@@ -74,23 +74,31 @@ def record_problems(
     yield from _manifest_problems(folder, plan, shards)
 
 
-def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection[str]]) -> Iterator[str]:
-    """Sizes, names and plan of the manifest's lines. Its checksums are of the files as they were written: nothing here
-    reads them, since every byte is compared with the source."""
+def manifest_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the manifest. Raises InputError for a file that holds no such lines."""
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    if (size := regular_size(path)) > MANIFEST_CAP:
+        raise InputError(f"{path}: {size} bytes, more than the limit of {MANIFEST_CAP}")
+    try:
+        return [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: not readable: {error}") from None
+
+
+def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection[str]]) -> Iterator[str]:
+    """Sizes, names and plan of the manifest's lines. Its checksums are of the files as they were written: they are read
+    of what was refitted alone (`computed`), since every other byte is compared with the source."""
+    if not os.path.lexists(folder / MANIFEST):
         yield f"{MANIFEST}: missing"
         return
     try:
-        if (size := regular_size(path)) > MANIFEST_CAP:
-            raise InputError(f"{path}: {size} bytes, more than the limit of {MANIFEST_CAP}")
-        lines = [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
+        lines = manifest_lines(folder)
         named = {line["shard"]: line for line in lines}
         held = {name: {*line["tensors"], *line.get("computed", ())} for name, line in named.items()}
     except InputError as error:
         yield without_folder(folder, error)
         return
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         yield f"{MANIFEST}: not readable: {error}"
         return
     if len(lines) != len(shards) or named.keys() != shards.keys():

@@ -1,7 +1,7 @@
 """Read the pruned checkpoint by another road than the one that wrote it, and compare it with its source.
 
 Tensors come through the safetensors library and are compared as torch bytes; what is expected follows from layout and
-plan alone. Nothing of pruning or the extension is used here.
+plan alone. Nothing of pruning is used here. What a refit has computed stands in no source: see `computed`.
 """
 
 import json
@@ -10,29 +10,25 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
-from moekern.checkpoint.folder import CONFIG, INDEX, SINGLE, Checkpoint, check_weight_map, open_checkpoint
-from moekern.checkpoint.header import header_length
-from moekern.checkpoint.strict_json import parse_json, read_json, read_start, regular_size
+from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
+from moekern.verification.computed import Recompute, claims_of, computed_tensors
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
+from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.settings import modules_of, renumbered
 
-PACKED = ("F4", "F6_E2M3", "F6_E3M2")
-CHUNK = 64 << 20  # bytes of one tensor compared at a time
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
 
 Progress = Callable[[int, int], None]  # bytes compared, bytes to compare
@@ -46,6 +42,9 @@ class VerifyReport:
     tensors_compared: int
     bytes_compared: int
     left_out: Mapping[str, str] = field(default_factory=dict)  # files of the source that belong to no pruned one -> why
+    computed: int = 0  # tensors that a refit has computed; the counts above are of others
+    unchecked: int = 0  # of them, those for which the manifest has no checksum that could be taken
+    recomputed: int = 0  # of them, those that were computed again to the same bytes
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ def verify(
     pruned: str | Path,
     *,
     mtp: Mtp | None = None,
+    recompute: Recompute | None = None,
+    full: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare every byte of `pruned` with `source` under `plan`. Files are mapped, nothing is held.
@@ -71,8 +72,11 @@ def verify(
     Checked: each kept expert's tensors, router rows, biases and tables; untouched tensors; names, shapes and dtypes;
     header metadata; index and its sizes; config.json; side files; that nothing else is there. Files of `pruned` are
     opened once their kind and size are known: a pipe or a device is a problem like others. mtp: as given to prune; None
-    takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Raises InputError when
-    `source` or `plan` is at fault, never for what is in `pruned`.
+    takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Tensors that the manifest says
+    were refitted, and the plan that their layers were, are held against the manifest's checksum instead of the source,
+    and must be finite. recompute: gives the tensors of a refitted layer once more, name -> bytes; of the first one and
+    another that the plan's digest draws they are compared, with `full` of all. Raises InputError when `source` or
+    `plan` is at fault, never for what is in `pruned`.
     """
     if mtp not in (None, *MTP_MODES):
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
@@ -87,23 +91,29 @@ def verify(
     mode = mtp or recorded_mtp(record) or planned_mtp(plan)
     compared = 0
     with ExitStack() as stack:
-        old = _Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
+        old = Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
         kept = kept_experts(old, layout, plan, mode)
         expected = expected_tensors(old.shards, layout, kept, mode)
         try:
-            new = _Folder(folder, stack)
+            new = Folder(folder, stack)
         except (OSError, ValueError) as error:
             reason = without_folder(folder, error)
             return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
         problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
         problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
-        names = [name for name in new.shards if name in expected]
+        claims = claims_of(folder, plan, layout, {name: each.source for name, each in expected.items()}, problems)
+        names = [name for name in new.shards if name in expected and name not in claims]
         for name in names:
             found, nbytes = _compare(name, expected[name], old, new)
             problems += found
             compared += nbytes
             if progress is not None:
                 progress(compared, new.data_bytes)
+        there = {name: (claims[name], _described(expected[name], old)) for name in new.shards if name in claims}
+        of_refit = computed_tensors(there, new, plan, recompute, full=full)
+        problems += of_refit.problems
+        if progress is not None and there:
+            progress(compared + of_refit.nbytes, new.data_bytes)
         problems += _metadata_problems(expected, old, new)
         problems += _index_problems(checkpoint, new)
         mtp_keep = {key: kept[key] for key in layout.mtp if key in kept}
@@ -115,69 +125,13 @@ def verify(
     told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
     problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop)
-    return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out)
+    counts = len(there), of_refit.unchecked, of_refit.recomputed
+    return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out, *counts)
 
 
 def _listed(problems: Sequence[str]) -> tuple[str, ...]:
     """The first of them, each a line that can be printed: the folder's names and values are in them."""
     return tuple(printable(problem[:PROBLEM_CAP]) for problem in problems[:MAX_PROBLEMS])
-
-
-class _Folder:
-    """Shards opened by the safetensors library. `shards` maps a tensor's name to its file.
-
-    files: of a source, whose last file in name order has the say about a tensor; without, those that the index names,
-    each with tensors of its own.
-    """
-
-    def __init__(self, folder: Path, stack: ExitStack, files: Sequence[str] | None = None) -> None:
-        self.folder = folder
-        self.index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else None
-        listed = {SINGLE} if self.index is None else set(check_weight_map(folder, self.index).values())
-        self.files = sorted(listed if files is None else files)
-        self.opened: dict[str, Any] = {}
-        self.header = cache(_header)  # of packed tensors' files
-        self.shards: dict[str, str] = {}
-        for name in self.files:
-            regular_size(folder / name)
-            try:
-                file = stack.enter_context(safe_open(folder / name, framework="pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{name}: {error}") from error
-            self.opened[name] = file
-            for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-                if key in self.shards and files is None:
-                    raise ValueError(f"{key} is in {self.shards[key]} and in {name}")
-                self.shards[key] = name
-        self.data_bytes = sum((folder / name).stat().st_size - _data_start(folder / name) for name in self.files)
-
-    def described(self, key: str) -> tuple[str, list[int]]:
-        """dtype, as the file names it, and shape."""
-        part = self.opened[self.shards[key]].get_slice(key)
-        return part.get_dtype(), list(part.get_shape())
-
-    def tensor(self, key: str) -> Tensor:
-        return self.opened[self.shards[key]].get_tensor(key)
-
-    def bytes(self, key: str, axis: int, start: int, stop: int) -> Tensor:
-        """uint8 [..., bytes of an element]: start:stop of a tensor along `axis`."""
-        dtype, shape = self.described(key)
-        if dtype in PACKED:
-            return self._packed(key, shape).narrow(axis, start, stop - start)
-        if not shape:
-            return self.tensor(key).unsqueeze(-1).view(torch.uint8)
-        index = (*(slice(None) for _ in range(axis)), slice(start, stop))
-        return self.opened[self.shards[key]].get_slice(key)[index].contiguous().unsqueeze(-1).view(torch.uint8)
-
-    def _packed(self, key: str, shape: list[int]) -> Tensor:
-        """Elements of 4 or 6 bits, which the library does not cut: the bytes as stored, [all axes but the last, -1]."""
-        path = self.folder / self.shards[key]
-        header, data_start = self.header(path)
-        start, stop = header[key]["data_offsets"]
-        with path.open("rb") as file:
-            file.seek(data_start + start)
-            data = bytearray(file.read(stop - start))
-        return torch.frombuffer(data, dtype=torch.uint8).reshape(*shape[: max(1, len(shape) - 1)], -1)
 
 
 def expected_tensors(
@@ -205,7 +159,7 @@ def expected_tensors(
     return expected
 
 
-def kept_experts(old: "_Folder", layout: Layout, plan: Plan, mtp: str) -> dict[str, tuple[int, ...]]:
+def kept_experts(old: Folder, layout: Layout, plan: Plan, mtp: str) -> dict[str, tuple[int, ...]]:
     """Layer key -> original ids. MTP layers without a plan keep the largest router rows by exact sum of squares."""
     kept = {key: tuple(sorted(layer.keep)) for key, layer in plan.layers.items() if key in layout.layers}
     for key, layer in layout.mtp.items() if mtp == "prune" else ():
@@ -225,27 +179,32 @@ def kept_experts(old: "_Folder", layout: Layout, plan: Plan, mtp: str) -> dict[s
     return kept
 
 
-def _compare(name: str, expected: Expected, old: _Folder, new: _Folder) -> tuple[list[str], int]:
+def _described(expected: Expected, old: Folder) -> tuple[str, list[int]]:
+    """dtype and shape that a tensor must have."""
+    (dtype, shape), cut = old.described(expected.source), expected.cut
+    if cut is not None and cut.action == "slice":
+        shape[cut.axis] = len(expected.keep) * cut.rows + cut.trailing
+    return dtype, shape
+
+
+def _compare(name: str, expected: Expected, old: Folder, new: Folder) -> tuple[list[str], int]:
     """Problems of one tensor, and the bytes of it that were compared."""
-    (dtype, shape), (new_dtype, new_shape), cut = old.described(expected.source), new.described(name), expected.cut
+    (dtype, shape), (new_dtype, new_shape), cut = _described(expected, old), new.described(name), expected.cut
     if new_dtype != dtype:
         return [f"{name}: dtype {new_dtype}, expected {dtype}"], 0
-    sliced = cut is not None and cut.action == "slice"
-    if cut is not None and sliced:
-        shape[cut.axis] = len(expected.keep) * cut.rows + cut.trailing
     if new_shape != shape:
         return [f"{name}: shape {new_shape}, expected {shape}"], 0
     if 0 in shape:
         return [], 0
-    if cut is not None and not sliced:
+    if cut is not None and cut.action != "slice":
         got = new.tensor(name)
         same = torch.equal(remapped(old.tensor(expected.source), expected.keep, expected.num_experts), got)
         return [] if same else [f"{name}: expert numbers differ from those the plan gives"], got.nbytes
     axis = cut.axis if cut else 0
     nbytes = 0
-    for what, old_start, new_start, count in _kept_blocks(expected) if cut else _blocks(dtype, shape):
-        want = old.bytes(expected.source, axis, old_start, old_start + count)
-        got = new.bytes(name, axis, new_start, new_start + count)
+    for what, old_start, new_start, count in _kept_blocks(expected) if cut else blocks(dtype, shape):
+        want = old.bytes(expected.source, axis, old_start, old_start + count, cut=cut is not None)
+        got = new.bytes(name, axis, new_start, new_start + count, cut=cut is not None)
         nbytes += got.numel()
         if not torch.equal(want, got):
             return [f"{name}: differs from the source's {expected.source}{what}"], nbytes
@@ -260,16 +219,6 @@ def _kept_blocks(expected: Expected) -> Iterator[tuple[str, int, int, int]]:
         yield f", expert {old}", old * cut.rows, new * cut.rows, cut.rows
     if cut.trailing:
         yield ", last rows", expected.num_experts * cut.rows, len(expected.keep) * cut.rows, cut.trailing
-
-
-def _blocks(dtype: str, shape: list[int]) -> Iterator[tuple[str, int, int, int]]:
-    """A whole tensor in blocks of rows of at most 64 MiB, or a row; in one block where rows cannot be told apart."""
-    if len(shape) < 2 or dtype in PACKED:
-        yield "", 0, 0, shape[0] if shape and dtype not in PACKED else 1
-        return
-    step = max(1, CHUNK // (8 * math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield "", start, start, min(step, shape[0] - start)
 
 
 def remapped(table: Tensor, keep: tuple[int, ...], num_experts: int) -> Tensor:
@@ -290,7 +239,7 @@ def remapped(table: Tensor, keep: tuple[int, ...], num_experts: int) -> Tensor:
     return new.reshape(table.shape).to(table.dtype)
 
 
-def _metadata_problems(expected: Mapping[str, Expected], old: _Folder, new: _Folder) -> Iterator[str]:
+def _metadata_problems(expected: Mapping[str, Expected], old: Folder, new: Folder) -> Iterator[str]:
     """Each file's header metadata must be that of the files its tensors came from."""
     for file, opened in new.opened.items():
         sources = {old.shards[expected[key].source] for key in opened.keys() if key in expected}  # noqa: SIM118
@@ -301,7 +250,7 @@ def _metadata_problems(expected: Mapping[str, Expected], old: _Folder, new: _Fol
             yield f"{file}: header metadata differ from the source's"
 
 
-def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
+def _index_problems(checkpoint: Checkpoint, new: Folder) -> Iterator[str]:
     wanted = checkpoint.index is not None or len(new.files) > 1
     if (new.index is not None) != wanted:
         yield f"{INDEX}: {'missing' if wanted else 'should not be there'}"
@@ -325,13 +274,3 @@ def _index_problems(checkpoint: Checkpoint, new: _Folder) -> Iterator[str]:
     for key in sorted(want.keys() | got.keys()):
         if json.dumps(want.get(key), sort_keys=True) != json.dumps(got.get(key), sort_keys=True):
             yield f"{INDEX}: {key} differs from what the source and the files give"
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON of a shard's header, and the byte at which its data start."""
-    start = _data_start(path)
-    return parse_json(read_start(path, 8, start - 8)[1], str(path)), start
-
-
-def _data_start(path: Path) -> int:
-    return 8 + header_length(read_start(path, 8)[0], path, regular_size(path))

@@ -226,6 +226,7 @@ prune
   --checksum = xxh3
   --reread = False
   --max-shard-size = None
+  --refitted = None
   --part = None
   --revision = None
   --json = False

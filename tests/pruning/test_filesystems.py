@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moekern.plan.document import Plan
 from tests.helpers.faulty import Bench, Ended, Snapshot, benches, checkpoint, finished, snapshot
 from tests.helpers.mounts import MIB, disk_bytes, mounted, shared_bytes, used
+from tests.helpers.refitted import computed, refit
+from tests.helpers.synthetic import read
 
 BLOCK = 4096
 SIZES = {"xfs": 320 * MIB, "btrfs": 256 * MIB, "ext4": 64 * MIB, "tmpfs": 64 * MIB}
@@ -44,6 +48,24 @@ def report(ended: Ended) -> dict[str, Any]:
     assert ended.code == 0, ended.said
     document: dict[str, Any] = json.loads(ended.said[ended.said.index("{\n") :].partition("\n}\n")[0] + "}")
     return document
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the source", "elsewhere"])
+def test_blocks_are_shared_with_the_source_and_what_is_refitted(bench: Bench, tmp_path: Path, beside: bool) -> None:
+    with mounted("xfs", SIZES["xfs"]) as point:
+        here = moved(bench, point / "x")
+        folder = (point if beside else tmp_path) / "refit"
+        plan = refit(here.source, Plan.load(here.plan), folder)
+        plan.save(point / "refitted.json")
+        here = replace(here, plan=point / "refitted.json")
+        out = here.fresh()
+        told = report(here.prune(out, "--refitted", str(folder), "--json"))
+        assert told["cloned"] > told["bytes_out"] / 4
+        new = computed(folder)
+        assert {name: tensor for name, tensor in read(out).items() if name in new} == new
+        ended = here.prune(here.fresh(), "--refitted", str(folder), "--copy", "reflink")
+        assert ended.code == (0 if beside else 2), ended.said
+        assert beside or f"cannot share blocks with {folder}" in ended.line
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])

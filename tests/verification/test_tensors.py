@@ -85,6 +85,16 @@ def test_a_flipped_bit_in_a_stack(tmp_path):
     assert verify(folder, PLAN, tmp_path / "out").problems == (f"{name}: differs from the source's {name}, expert 5",)
 
 
+@pytest.mark.parametrize("kind", ["f4", "f6"])
+def test_a_flipped_bit_at_the_end_of_packed_numbers(tmp_path, kind):
+    folder = write(tmp_path / "in", *qwen3(kind))
+    prune(folder, PLAN, tmp_path / "out")
+    name = "model.layers.1.mlp.experts.1.down_proj.weight"
+    rewrite(tmp_path / "out", name, flip(name, {"f4": 11, "f6": 17}[kind]))
+    (problem,) = verify(folder, PLAN, tmp_path / "out").problems
+    assert problem.startswith(f"{name}: differs from the source's ")
+
+
 def test_swapped_router_rows(source, pruned):
     name = "model.layers.0.mlp.gate.weight"
 

@@ -1,0 +1,53 @@
+"""What a plan says of the layers that were refitted: which, and by which recipe their tensors were computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moekern.errors import InputError
+from moekern.plan.document import LayerPlan, Plan, short
+
+REFIT = "refit"  # provenance
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RefitRecord:
+    """recipe: sha256 of all that decides the computed bytes. layers: key -> what is told of the layer, whatever it is;
+    only tensors of these layers' experts may be computed ones."""
+
+    recipe: str
+    layers: Mapping[str, Any]
+
+
+def refit_of(plan: Plan) -> RefitRecord | None:
+    """`provenance.refit` as {"recipe": sha256, "layers": {key: ...}, ...}; None where the plan has none.
+
+    Raises InputError for anything odd.
+    """
+    found = plan.provenance.get(REFIT)
+    if found is None:
+        return None
+    recipe, layers = (found.get(key) if isinstance(found, Mapping) else None for key in ("recipe", "layers"))
+    if not isinstance(recipe, str) or not is_sha256(recipe):
+        raise InputError(f"plan: provenance.refit.recipe: expected a sha256, got {short(recipe)}")
+    if not isinstance(layers, Mapping) or not layers:
+        raise InputError(f"plan: provenance.refit.layers: expected an object of layers, got {short(layers)}")
+    for key in layers:
+        if key not in plan.layers:
+            raise InputError(f"plan: provenance.refit.layers: the plan has no layer {short(key)}")
+    return RefitRecord(recipe, layers)
+
+
+def kept_digest(layer: LayerPlan) -> str:
+    """sha256 of which experts and channels of a layer stay."""
+    return hashlib.sha256(json.dumps([layer.keep, layer.channels]).encode()).hexdigest()
+
+
+def is_sha256(value: object) -> bool:
+    return isinstance(value, str) and SHA256.fullmatch(value) is not None
