@@ -10,6 +10,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekern.model.expert_lists import expert_modules
-from moekern.model.projections import halves
+from moekern.model.projections import Halves, halves
 from moekern.model.transformers_api import EXPERTS_FUNCTIONS, experts_implementation, is_experts_module
 
 NAME = "moekern"
@@ -31,8 +32,13 @@ Scales = Callable[[Tensor, Tensor], Tensor]  # (tokens [N], offsets [E + 1]) -> 
 class Watcher(Protocol):
     """What is done with a call of a layer's experts; hangs on their module as `_moekern_probe`."""
 
-    empty_slots: bool  # the model may hand out ids that are no expert
-    differentiable: bool  # where autograd is on, it stays on
+    @property
+    def empty_slots(self) -> bool:
+        """The model may hand out ids that are no expert."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Where autograd is on, it stays on."""
 
     def measure(
         self,
@@ -63,14 +69,38 @@ class Apart(Protocol):
     def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Asking: ...
 
 
-def rows_of(module: Any, hidden: Tensor, scales: Scales | None = None) -> Outputs:
-    """What the experts make of any rows of hidden [T, H]; see `steady`."""
-    of_rows = halves(module)
-    assert of_rows is not None
+@dataclass(frozen=True)
+class RowsHere:
+    """What a block's experts make of rows of hidden [T, H], computed where it is asked for; see `steady`."""
+
+    block: nn.Module
+    hidden: Tensor
+    known: Halves
+    scales: Scales | None
+
+    def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return steady(lambda own, bounds: self.known(self.block, self._given(own, bounds), bounds))(tokens, offsets)
+
+    def inner(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        """[N, I]: what goes into down."""
+        run = steady(lambda own, bounds: self.known.inner(self.block, self._given(own, bounds), bounds))
+        return run(tokens, offsets)
+
+    def outer(self, inner: Tensor, offsets: Tensor) -> Tensor:
+        """[N, H]: what comes of that."""
+        run = steady(lambda rows, bounds: self.known.outer(self.block, inner[rows], bounds))
+        return run(torch.arange(len(inner), device=inner.device), offsets)
+
+    def _given(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return scaled(self.hidden, tokens, offsets, self.scales)
+
+
+def rows_of(module: nn.Module, hidden: Tensor, scales: Scales | None = None) -> RowsHere | Asking:
+    """What the experts make of any rows of hidden [T, H]: `Outputs`."""
+    known = halves(module)
+    assert known is not None
     apart: Apart | None = getattr(module, "_moekern_apart", None)
-    if apart is not None:
-        return apart.outputs(hidden, of_rows, scales)
-    return steady(lambda tokens, offsets: of_rows(module, scaled(hidden, tokens, offsets, scales), offsets))
+    return RowsHere(module, hidden, known, scales) if apart is None else apart.outputs(hidden, known, scales)
 
 
 def scaled(hidden: Tensor, tokens: Tensor, offsets: Tensor, scales: Scales | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
-from moekern.model.narrow_layers import check_cuttable
+from moekern.model.narrow_layers import check_channels, check_cuttable
 from moekern.model.transformers_api import Loader, router_modules
 
 MASKED = -1e9
@@ -66,7 +66,9 @@ def masked_layer(
                 if tensor.role in ("bias", "table"):
                     stack.enter_context(_changed(loader, tensor, layer.num_experts, dropped))
         if channels:
-            stack.enter_context(_silent(check_cuttable(module, layer.key).down, channels))
+            down = check_cuttable(module, layer.key).down
+            check_channels(torch.cat(list(channels.values())), down.shape[2], layer.key)
+            stack.enter_context(_silent(down, channels))
         yield
 
 

@@ -54,6 +54,14 @@ def check_width(width: int, dtype: torch.dtype) -> None:
         raise InputError(f"{what}: take a multiple of {unit} channels")
 
 
+def check_channels(channels: Tensor, width: int, key: str) -> None:
+    """Raise InputError for channels that experts do not have."""
+    wrong = channels[(channels < 0) | (channels >= width)].tolist()
+    if wrong:
+        what = f"channel {wrong[0]} is to stay, and its experts have channels 0 to {width - 1}"
+        raise InputError(f"layer {key}: {what}")
+
+
 def narrow_live(layer: nn.Module, smaller: nn.Module, picked: Tensor, key: str, shared: Mapping[str, int]) -> None:
     """Let `smaller`, a decoder layer of the same class and number of experts with its parameters on the meta device,
     have a loaded layer's weights with the channels picked [E, M] of each expert.

@@ -19,7 +19,7 @@ from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
 from moekern.model.expert_lists import LIST, blocks_with_lists
 from moekern.model.memory import drop
-from moekern.model.narrow_layers import check_cuttable, check_same, check_width, narrow_live
+from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, check_width, narrow_live
 from moekern.model.transformers_api import Loader, layers_with
 
 Size = tuple[int, int | None]  # experts, and their channels where some were cut
@@ -111,10 +111,10 @@ class LivePruner:
             raise ValueError(f"[prune] channels: expected a layer with all of them, layer {key} has lost some already")
         down = check_cuttable(module, key).down
         width = down.shape[2]
-        shaped = channels.ndim == 2 and len(channels) == count and 0 < channels.shape[1] <= width
-        if not shaped or int(channels.min()) < 0 or int(channels.max()) >= width:
-            what = f"expected [{count}, M] numbers below {width} for layer {key}"
+        if channels.ndim != 2 or len(channels) != count or not channels.shape[1]:
+            what = f"expected [{count}, M] numbers for layer {key}"
             raise ValueError(f"[prune] channels: {what}, got {list(channels.shape)}")
+        check_channels(channels, width, key)
         check_width(channels.shape[1], down.dtype)
 
     def _narrow(self, key: str, module: nn.Module, count: int, picked: Tensor) -> None:

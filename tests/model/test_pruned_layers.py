@@ -103,9 +103,15 @@ def test_a_layer_pruned_for_a_while_is_the_same_again(
         assert torch.equal(families.forward(model, ids), whole)
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
-    for wrong in (torch.zeros(len(keep) - 1, 8).long(), torch.full((len(keep), 8), 24)):
-        with pytest.raises(ValueError, match="numbers below 24"):
-            pruner.prune("1", keep, wrong)
+    with pytest.raises(ValueError, match="expected .* numbers"):
+        pruner.prune("1", keep, torch.zeros(len(keep) - 1, 8).long())
+    beyond = torch.full((len(keep), 8), 24)
+    for refused in (
+        lambda: pruner.prune("1", keep, beyond),
+        masked(pruner.loader, layout, {}, {"1": dict(enumerate(beyond))}).__enter__,
+    ):
+        with pytest.raises(InputError, match="layer 1: channel 24 is to stay, and its experts have channels 0 to 23"):
+            refused()
     with pytest.raises(InputError, match="rows of 6 channels .* take a multiple of 4"):
         pruner.prune("1", keep, random_channels(layout, {"1": keep}, 6, 0)["1"])
 
