@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Refine:
     Raises InputError for numbers that cannot be.
     """
 
-    rate: float = 3e-3
+    rate: float = 3e-3  # of a tensor whose root mean square is USUAL, and for others in proportion to theirs
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: int = 5  # steps
     last: float = 0.05
@@ -89,6 +90,7 @@ class Refined:
     passes: float  # forwards of all routed rows, a backward pass counted by its products
 
 
+USUAL = 0.08  # root mean square of a tensor of weights for which the published rate was measured (1 / sqrt(H), H = 128)
 BACKWARD = 4 / 3  # products of a backward pass over those of the forward pass: nothing flows on to what is below
 
 
@@ -216,13 +218,14 @@ def _trained(one: _One, sweep: int, fitted: Tensor, judged: Tensor, scale: float
     options = one.layer.options
     batches = -(-len(fitted) // options.batch)
     drawn = torch.Generator().manual_seed(_seed(options.seed, one.layer.name, one.expert, sweep))
-    adam = torch.optim.Adam(list(one.trained.parameters), betas=options.betas)
-    peak, best, last, taken = options.rate * options.later**sweep, float("inf"), float("inf"), list[Tensor]()
+    peaks = [options.rate * options.later**sweep * _size(parameter) for parameter in one.trained.parameters]
+    adam = torch.optim.Adam([{"params": [parameter]} for parameter in one.trained.parameters], betas=options.betas)
+    best, last, taken = float("inf"), float("inf"), list[Tensor]()
     for epoch in range(options.epochs):
         order = fitted[torch.randperm(len(fitted), generator=drawn)]
         for number, rows in enumerate(order.tensor_split(batches)):
             step = epoch * batches + number
-            for group in adam.param_groups:
+            for group, peak in zip(adam.param_groups, peaks, strict=True):
                 group["lr"] = peak * _share(options, step, options.epochs * batches)
             out = one.forward(rows)
             loss = (one.targets.gather(rows).to(out) - out).square().sum() / (len(rows) * scale)
@@ -239,6 +242,11 @@ def _trained(one: _One, sweep: int, fitted: Tensor, judged: Tensor, scale: float
     if taken:
         one.set(taken)
     return bool(taken)
+
+
+def _size(weights: Tensor) -> float:
+    """The root mean square of weights over the usual one; 1 where all are zero."""
+    return math.sqrt(float(weights.detach().double().square().mean())) / USUAL or 1.0
 
 
 def _share(options: Refine, step: int, steps: int) -> float:
