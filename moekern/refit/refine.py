@@ -167,7 +167,7 @@ def _refined(layer: _Layer, expert: int, sweep: int) -> bool | None:
         scale = float(sum(square(layer.residual.gather(part)) for part in tokens[fitted].split(ROWS))) / len(fitted)
         if scale and _trained(one, sweep, fitted, judged, scale):
             layer.experts.store(expert, one.trained)
-            if one.error(judged) < before:
+            if one.differs(found) and one.error(judged) < before:
                 for part in torch.arange(len(tokens)).split(ROWS):
                     layer.residual.scatter(tokens[part], one.lacks(part))
                 return True
@@ -206,6 +206,9 @@ class _One:
 
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.trained.parameters]
+
+    def differs(self, weights: Sequence[Tensor]) -> bool:
+        return not all(torch.equal(a, b) for a, b in zip(self.trained.parameters, weights, strict=True))
 
     def set(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
