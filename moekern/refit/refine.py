@@ -123,7 +123,8 @@ def refine_experts(
 
     The residual is brought up to date with the weights that are stored, rounded. An expert is stored when the squared
     error of its rows that are held back (`held` bool [N]; without any in the layer, of its rows) is lower with its
-    rounded weights, and else stays bit for bit; the epoch that is best by that error is taken, and the first that is
+    rounded weights, and else stays bit for bit (steps that are large for few rows overshoot in those that are fitted,
+    whose error may rise meanwhile); the epoch that is best by that error is taken, and the first that is
     worse than the one before is the last. Batches are drawn with a seed of `name`, expert and sweep. `memory` bytes may
     be taken for an expert's targets, beyond which they go to a file in `folder`. Raises InputError for several
     processes, a residual that is not finite, and where there is no room.
