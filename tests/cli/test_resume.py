@@ -28,7 +28,7 @@ Command = Callable[[Path], tuple[object, ...]]
 TIERS = ("outliers", "coalitions", "vocabulary", "gradient", "weights", "replay")
 
 
-COMMANDS = ("tiers", "iterate", "evaluate", "run")
+COMMANDS = ("tiers", "iterate", "evaluate", pytest.param("run", marks=pytest.mark.whole))  # all of the others
 KILLS, MANY = 2, 13  # of each command; with --whole 52 of all
 
 
