@@ -348,4 +348,3 @@ class Streams(Pass[Task]):
 
 def _of(number: int) -> Callable[[Task], bool]:
     return lambda task: task.number == number
-

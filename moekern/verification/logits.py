@@ -22,7 +22,6 @@ from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import WHOLE, Channels, masked_layer
 from moekern.model.narrow_layers import check_width
-from moekern.model.masking import masked_layer
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.channels import channel_rows
