@@ -4,8 +4,7 @@
 #include <optional>
 #include <tuple>
 
-#include "kernels.h"
-#include "tensor.h"
+#include "calls.h"
 
 namespace py = pybind11;
 
@@ -13,24 +12,9 @@ namespace moekern {
 
 void bind_io(py::module_& m);
 void bind_read(py::module_& m);
+void bind_refit(py::module_& m);
 
 namespace {
-
-constexpr auto kFloats = {Dtype::f32, Dtype::bf16, Dtype::f16};
-constexpr auto kInts = {Dtype::i64, Dtype::i32};
-
-// Runs without the GIL; a bad value that the kernel finds becomes the op's ValueError.
-template <class F>
-void launch(const Args& args, const F& kernel) {
-  try {
-    py::gil_scoped_release nogil;
-    kernel();
-  } catch (const ArgumentError& error) {
-    args.fail(error.argument, error.what());
-  }
-}
-
-void* stream_of(uintptr_t number) { return reinterpret_cast<void*>(number); }
 
 Score score_of(const Args& args, const std::string& name) {
   if (name == "softmax") return Score::softmax;
@@ -38,12 +22,6 @@ Score score_of(const Args& args, const std::string& name) {
   if (name == "sqrtsoftplus") return Score::sqrtsoftplus;
   if (name == "identity") return Score::identity;
   args.fail("score", "expected softmax, sigmoid, sqrtsoftplus or identity, got " + name);
-}
-
-const bool* mask_of(Args& args, const py::object& mask, Tensor& tensor) {
-  if (mask.is_none()) return nullptr;
-  tensor = args.tensor("mask", mask, {Dtype::boolean}, "T");
-  return tensor.data<const bool>();
 }
 
 void router_stats(py::object logits_, py::object idx_, py::object weight_, py::object mask_, py::object sums,
@@ -331,4 +309,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", &moekern::cuda::device_count, "Visible CUDA devices that the compiled code runs on.");
   moekern::bind_io(m);
   moekern::bind_read(m);
+  moekern::bind_refit(m);
 }

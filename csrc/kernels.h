@@ -11,6 +11,7 @@ namespace moekern {
 
 enum class Dtype : uint8_t { f32, f64, bf16, f16, i32, i64, u8, boolean, other };
 enum class Score : uint8_t { softmax, sigmoid, sqrtsoftplus, identity };
+enum class Activation : uint8_t { none, silu, gelu, gelu_tanh };
 // What a stored code means; moekern/kernels/quantised.py says where each comes from.
 enum class Coding : uint8_t { e4m3, e5m2, int8, e2m1, int4, int4_awq, int4_rows };
 
@@ -128,6 +129,38 @@ struct SortByExpert {
   int64_t T, E, K;
 };
 
+// Rows are grouped by expert in the next three: offsets[e] to offsets[e + 1] are expert e's.
+struct ExpertGram {
+  const float* a;                   // [N, M]
+  const float* r;                   // [T, H]
+  const int64_t* tokens = nullptr;  // [N]: row n of a goes with row tokens[n] of r; or null: with row n
+  const int64_t* offsets;           // [E + 1]
+  const bool* mask = nullptr;       // [N], or null
+  double* gram;                     // [E, M, M]
+  double* product;                  // [E, M, H]
+  int64_t N, T, E, M, H;
+};
+
+struct GatedEnergy {
+  Typed rows;                  // [N, W]: W is M, or 2M for gate and up side by side
+  Typed gates;                 // [N]
+  const int64_t* offsets;      // [E + 1]
+  const bool* mask = nullptr;  // [N], or null
+  double* energy;              // [E, M]
+  float* out;                  // [N, M]
+  int64_t N, E, M, W;
+  Activation activation;
+};
+
+struct ScatterResidual {
+  float* r;                // [T, H]
+  const float* a;          // [N, M]
+  const float* delta;      // [E, M, H]
+  const int64_t* tokens;   // [N]
+  const int64_t* offsets;  // [E + 1]
+  int64_t N, T, E, M, H;
+};
+
 namespace cpu {
 
 // How to run, never what comes out: every number of threads and every instruction set gives the same bits.
@@ -147,6 +180,9 @@ void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, c
 void weight_stats(const WeightStats& args, const Run& run);
 void dequantize(const Dequantize& args, const Run& run);
 void sort_by_expert(const SortByExpert& args, int threads);
+void expert_gram(const ExpertGram& args, const Run& run);
+void gated_energy(const GatedEnergy& args, const Run& run);
+void scatter_residual(const ScatterResidual& args, const Run& run);
 
 }  // namespace cpu
 
@@ -167,6 +203,9 @@ void popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, void* 
 void pair_popcount(const uint64_t* bits, int64_t E, int64_t W, int64_t* count, void* stream);  // [E, E]
 void weight_stats(const WeightStats& args, void* stream);
 void dequantize(const Dequantize& args, void* stream);
+void expert_gram(const ExpertGram& args, void* stream);
+void gated_energy(const GatedEnergy& args, void* stream);
+void scatter_residual(const ScatterResidual& args, void* stream);
 
 }  // namespace cuda
 }  // namespace moekern

@@ -139,12 +139,14 @@ class Args {
       const int64_t extra = plus == std::string::npos ? 0 : std::stoll(words[i].substr(plus + 1));
       const std::string size = words[i].substr(0, plus);
       const bool is_number = size.find_first_not_of("0123456789") == std::string::npos;
-      const int64_t want = is_number ? std::stoll(size) : sizes_.emplace(size, t.shape[i] - extra).first->second;
-      if (t.shape[i] != want + extra || want < 0)
+      const int64_t want = is_number ? std::stoll(size) : bound(size, t.shape[i] - extra);
+      if (t.shape[i] != want + extra)
         fail(name, "expected " + (is_number ? size : words[i] + "=" + std::to_string(want + extra)) + ", got " +
                        std::to_string(t.shape[i]));
     }
   }
+
+  int64_t bound(const std::string& size, int64_t to) { return sizes_.emplace(size, to < 0 ? 0 : to).first->second; }
 
   static std::string listed(const std::vector<std::string>& words) {
     std::string text;

@@ -3,6 +3,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from moekern.kernels.expert_gram import GramSums
 from moekern.kernels.similarity import SimilaritySums
 from moekern.kernels.sums import ExpertSums, RouterSums
 from moekern.kernels.weight_stats import WeightSums
@@ -65,6 +66,32 @@ def weight_stats(
 def dequantize(stored: Stored, out: Tensor, threads: int, level: str, stream: int) -> None: ...
 def sort_by_expert(
     topk_idx: Tensor, mask: Tensor | None, order: Tensor, offsets: Tensor, threads: int, stream: int
+) -> None: ...
+def expert_gram(
+    a: Tensor,
+    r: Tensor,
+    tokens: Tensor | None,
+    offsets: Tensor,
+    mask: Tensor | None,
+    sums: GramSums,
+    threads: int,
+    level: str,
+    stream: int,
+) -> None: ...
+def gated_energy(
+    rows: Tensor,
+    gates: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    energy: Tensor,
+    out: Tensor,
+    activation: str,
+    threads: int,
+    level: str,
+    stream: int,
+) -> None: ...
+def scatter_residual(
+    r: Tensor, a: Tensor, delta: Tensor, tokens: Tensor, offsets: Tensor, threads: int, level: str, stream: int
 ) -> None: ...
 def levels() -> list[str]: ...
 def cuda_architectures() -> str: ...

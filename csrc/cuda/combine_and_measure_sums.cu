@@ -1,4 +1,5 @@
 #include "combine_and_measure.h"
+#include "grouped.h"
 #include "rows.h"
 #include "slots.h"
 

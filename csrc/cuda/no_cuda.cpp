@@ -22,5 +22,8 @@ void popcount(const uint64_t*, int64_t, int64_t, int64_t*, void*) { refuse(); }
 void pair_popcount(const uint64_t*, int64_t, int64_t, int64_t*, void*) { refuse(); }
 void weight_stats(const WeightStats&, void*) { refuse(); }
 void dequantize(const Dequantize&, void*) { refuse(); }
+void expert_gram(const ExpertGram&, void*) { refuse(); }
+void gated_energy(const GatedEnergy&, void*) { refuse(); }
+void scatter_residual(const ScatterResidual&, void*) { refuse(); }
 
 }  // namespace moekern::cuda

@@ -19,13 +19,6 @@ struct Group {
   double* inverse;  // [tokens, E]: one over the norm, 0 for rows of zeros
 };
 
-// The tiles of the upper triangle, row by row.
-__device__ inline void tile_at(int n, int tiles_a_side, int& row, int& column) {
-  row = 0;
-  for (int left = tiles_a_side; n >= left; --left, ++row) n -= left;
-  column = row + n;
-}
-
 template <class T, int kTile, int kEach>
 __global__ void multiply_tokens(Group group, const T* y) {
   using Mine = Owned<kTile, kEach>;

@@ -54,6 +54,16 @@ struct Products {
     }
   }
 
+  // f(row, column, sum) for each of the tile's products that this thread has; the chain begins anew.
+  template <class F>
+  __device__ void take_chain(int row_line, int column_line, const F& f) {
+    for (int i = 0; i < kEach; ++i)
+      for (int j = 0; j < kEach; ++j) {
+        f(Mine::at(row_line, i), Mine::at(column_line, j), chain[i][j]);
+        chain[i][j] = 0;
+      }
+  }
+
   __device__ void end_chain() {
     for (int i = 0; i < kEach; ++i)
       for (int j = 0; j < kEach; ++j) {
@@ -89,5 +99,32 @@ struct Carried {
     }
   }
 };
+
+// The same for a matrix whose sums go along its rows: thread n has column n of the tile.
+template <int kTile>
+struct CarriedRows {
+  static_assert(kTile == kTileThreads);
+  float v[kDepth];
+
+  // row_at(k) is the k-th row of these, or null.
+  template <class RowAt>
+  __device__ void fetch(const RowAt& row_at, int64_t column, int64_t width) {
+    for (int k = 0; k < kDepth; ++k) {
+      const float* row = column + threadIdx.x < width ? row_at(k) : nullptr;
+      v[k] = row ? row[column + threadIdx.x] : 0.0f;
+    }
+  }
+
+  __device__ void put(Side<kTile>& side) const {
+    for (int k = 0; k < kDepth; ++k) side.at[k * Side<kTile>::kStride + threadIdx.x] = v[k];
+  }
+};
+
+// The tiles of the upper triangle, row by row.
+__device__ inline void tile_at(int n, int tiles_a_side, int& row, int& column) {
+  row = 0;
+  for (int left = tiles_a_side; n >= left; --left, ++row) n -= left;
+  column = row + n;
+}
 
 }  // namespace moekern::cuda

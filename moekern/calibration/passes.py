@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
 from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.walk import Pass
+from moekern.model.walk import Pass, Round
 from moekern.statistics.layer import LayerStatistics
 
 Task = tuple[int, Batch]  # a batch and its number
@@ -49,6 +49,8 @@ class MeasuringPass(Pass[Task]):
     A layer's sums leave the recorder, and the device, when the layer is done. Each rank of the model's team takes
     segments of its own, and rank 0 adds them all up. `units` are the segments (None: all of the text).
     """
+
+    twice: Collection[int] = ()  # layers that run once, then again from the same inputs; the second run goes on
 
     def __init__(
         self,
@@ -97,6 +99,15 @@ class MeasuringPass(Pass[Task]):
 
     def label(self, number: int, task: Task) -> int:
         return task[0]
+
+    def rounds(self, layer: int) -> Generator[Round[Task]]:
+        if layer in self.twice:
+            yield Round(on=False, more=True)
+            self.between(layer)
+        yield Round()
+
+    def between(self, layer: int) -> None:
+        """All tasks have run through a layer of `twice` for the first time: it may be changed."""
 
     def forward(self, task: Task) -> None:
         self.layerwise.compute(task[1])

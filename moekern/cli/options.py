@@ -326,6 +326,18 @@ MtpOption = Annotated[
     MtpMode | None,
     typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole. Default: as planned, else prune."),
 ]
+RefineOption = Annotated[
+    bool,
+    typer.Option(
+        "--refine", help="Train every kept expert alone as well, gate, up and down, against what its layer lacks."
+    ),
+]
+WidthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Channels that each kept expert keeps, those with the most energy. Default: all.", callback=at_least(1)
+    ),
+]
 CopyOption = Annotated[
     CopyMode,
     typer.Option(

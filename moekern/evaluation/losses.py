@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.live import live_channels
 from moekern.version import versions
 
 ORIGINAL = "original"
@@ -110,13 +111,18 @@ def evaluate(
     ):
         found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
     whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
-    sums: dict[tuple[str, str], Tensor] = {}
-    for task in tasks if team.first else ():  # in this order whatever ranks there are
-        place, one = (task.name, task.batch.domain), whole[task.place, task.number]
-        sums[place] = sums[place] + one if place in sums else one
     if journal is not None and team.first:
         removed(journal.folder)
-    table: dict[str, dict[str, Loss]] = {name: {} for name in (ORIGINAL, *plans)}
+    own = tasks if team.first else []  # in this order whatever ranks there are
+    return means((ORIGINAL, *plans), ((t.name, t.batch.domain, whole[t.place, t.number]) for t in own))
+
+
+def means(names: Iterable[str], found: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Loss]]:
+    """Name -> domain -> what batches' sums, as `compared` gives them for a name and a domain, come to."""
+    sums: dict[tuple[str, str], Tensor] = {}
+    for name, domain, one in found:
+        sums[name, domain] = sums[name, domain] + one if (name, domain) in sums else one
+    table: dict[str, dict[str, Loss]] = {name: {} for name in names}
     for (name, domain), total in sums.items():
         nll, kl, top1, count = total.tolist()
         table[name][domain] = Loss(nll / count, kl / count, top1 / count, int(count))
@@ -150,7 +156,7 @@ class _Compare(Pass[Task]):
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as _compared gives them
+        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as `compared` gives them
 
     def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
         """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its tokens."""
@@ -183,7 +189,7 @@ class _Compare(Pass[Task]):
             if task.name == ORIGINAL:
                 self.original = predicted
             assert self.original is not None
-            found = _compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
+            found = compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
         if not all_finite(found):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
@@ -197,7 +203,8 @@ class _Compare(Pass[Task]):
             self.applied.close()
             self.now = layer, task.number
             if task.plan is not None:
-                self.applied.enter_context(self.pruner.pruned(key, task.plan.layers[key].keep))
+                own = task.plan.layers[key]
+                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
         yield
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)
@@ -223,7 +230,7 @@ class _Compare(Pass[Task]):
         self.progress(layer + 1, len(self.layerwise.layers))
 
 
-def _compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
+def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
     """Sums over a batch's tokens, float64: -log p of those wanted [B, S], KL, equal likeliest tokens, tokens.
 
     predicted and original are log probabilities [B, S, V]; a sequence is looked at at a time.

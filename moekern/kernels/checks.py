@@ -46,10 +46,39 @@ def check_shape(op: str, name: str, tensor: Tensor, dims: str, sizes: dict[str, 
             word = word[:-1] if sizes.setdefault(word, got) else "0"
         size, _, extra = word.partition("+")
         more = int(extra or 0)
-        want = (int(size) if size.isdigit() else sizes.setdefault(size, got - more)) + more
-        if got != want or got < more:
+        want = (int(size) if size.isdigit() else sizes.setdefault(size, max(got - more, 0))) + more
+        if got != want:
             raise ValueError(f"[{op}] {name}: expected {word if size.isdigit() else f'{word}={want}'}, got {got}")
 
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_grouped(op: str, offsets: Tensor, N: int, tokens: Tensor | None = None, T: int = 0) -> None:
+    """Offsets must rise from 0 to at most N, and the tokens of grouped rows lie in [0, T).
+
+    Reads values, so a call on a GPU would wait for the device: CPU tensors only.
+    """
+    if offsets[0] != 0 or offsets[-1] > N or (offsets.diff() < 0).any():
+        raise ValueError(f"[{op}] offsets: expected offsets rising from 0 to at most {N}")
+    if tokens is None:
+        return
+    tokens = tokens[: int(offsets[-1])]
+    wrong = (tokens < 0) | (tokens >= T)
+    if wrong.any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(f"[{op}] tokens: expected tokens from 0 to {T - 1}, got {int(tokens[n])} in row {n}")
+
+
+def check_distinct(op: str, offsets: Tensor, tokens: Tensor, T: int) -> None:
+    """No token may be twice among one expert's. Values that check_grouped has passed, of CPU tensors."""
+    for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        own = torch.arange(start, stop)
+        first = torch.full((T,), stop).scatter_reduce_(0, tokens[start:stop], own, "amin")
+        again = own[first[tokens[start:stop]] != own]
+        if len(again):
+            n = int(again[0])
+            raise ValueError(
+                f"[{op}] tokens: expected each token of expert {e} once, got token {int(tokens[n])} again in row {n}"
+            )

@@ -12,7 +12,7 @@ from torch import Tensor
 import moekern._C as _C
 
 if TYPE_CHECKING:
-    from moekern.kernels import SimilaritySums
+    from moekern.kernels import GramSums, SimilaritySums
     from moekern.kernels.quantised import Quantised
     from moekern.kernels.sums import ExpertSums, RouterSums
     from moekern.kernels.weight_stats import WeightSums
@@ -130,3 +130,31 @@ def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> t
     with stream_of(topk_idx) as stream:
         _C.sort_by_expert(topk_idx, mask, order, offsets, torch.get_num_threads(), stream)
     return order, offsets
+
+
+def expert_gram(
+    a: Tensor, r: Tensor, offsets: Tensor, mask: Tensor | None, sums: GramSums, *, tokens: Tensor | None = None,
+    level: str = "",
+) -> None:  # fmt: skip
+    """kernels.expert_gram with checked arguments: sums added to in place."""
+    with stream_of(a) as stream:
+        _C.expert_gram(a, r, tokens, offsets, mask, sums, torch.get_num_threads(), level, stream)
+
+
+def gated_energy(
+    rows: Tensor, gates: Tensor, offsets: Tensor, mask: Tensor | None, energy: Tensor, *, activation: str | None,
+    level: str = "",
+) -> Tensor:  # fmt: skip
+    """kernels.gated_energy with checked arguments: [N, M] float32, energy [E, M] float64 added to in place."""
+    out = torch.empty(len(rows), energy.shape[1], device=rows.device)
+    with stream_of(rows) as stream:
+        _C.gated_energy(
+            rows, gates, offsets, mask, energy, out, activation or "", torch.get_num_threads(), level, stream
+        )
+    return out
+
+
+def scatter_residual(r: Tensor, a: Tensor, delta: Tensor, tokens: Tensor, offsets: Tensor, *, level: str = "") -> None:
+    """kernels.scatter_residual with checked arguments: r [T, H] changed in place."""
+    with stream_of(r) as stream:
+        _C.scatter_residual(r, a, delta, tokens, offsets, torch.get_num_threads(), level, stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
 if TYPE_CHECKING:
-    from moekern.kernels import SimilaritySums
+    from moekern.kernels import GramSums, SimilaritySums
     from moekern.kernels.quantised import Quantised
     from moekern.kernels.sums import ExpertSums, RouterSums
     from moekern.kernels.weight_stats import WeightSums
@@ -292,6 +292,44 @@ def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> t
     ids = idx.masked_fill(~filled, E).reshape(-1)
     counts = torch.bincount(ids, minlength=E + 1)
     return ids.argsort(stable=True), counts.cumsum(0) - counts
+
+
+def expert_gram(
+    a: Tensor, r: Tensor, offsets: Tensor, mask: Tensor | None, sums: GramSums, *, tokens: Tensor | None
+) -> None:
+    """Add a'a and a'r of each expert's counted rows to GramSums; row n of a goes with r[tokens[n]], or with r[n]."""
+    for e, n in grouped(offsets, mask):
+        x = a[n].double()
+        sums.gram[e] += x.T @ x
+        sums.product[e] += x.T @ r[n if tokens is None else tokens[n]].double()
+
+
+def gated_energy(
+    rows: Tensor, gates: Tensor, offsets: Tensor, mask: Tensor | None, energy: Tensor, *, activation: str | None
+) -> Tensor:
+    """gate·act(g)·u, gate·act(u) or, without an activation, gate·rows: [N, M] float32; squares are those of float64."""
+    act = ACTIVATIONS[activation] if activation else lambda x: x
+    x, N = rows.double(), int(offsets[-1])
+    x = act(x) if rows.shape[1] == energy.shape[1] else act(x[:, : energy.shape[1]]) * x[:, energy.shape[1] :]
+    a = x * gates.double()[:, None]
+    a[N:] = 0
+    for e, n in grouped(offsets, mask):
+        energy[e] += a[n].square().sum(0)
+    return a.float()
+
+
+def scatter_residual(r: Tensor, a: Tensor, delta: Tensor, tokens: Tensor, offsets: Tensor) -> None:
+    """r[tokens] -= a @ delta[e], expert after expert; r is rounded once for each."""
+    for e, n in grouped(offsets, None):
+        r[tokens[n]] = (r[tokens[n]].double() - a[n].double() @ delta[e].double()).float()
+
+
+def grouped(offsets: Tensor, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """Each expert, and the numbers of its rows that count."""
+    bounds = offsets.tolist()
+    for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        rows = torch.arange(start, stop, device=offsets.device)
+        yield e, rows if mask is None else rows[mask[start:stop]]
 
 
 def add_at(total: Tensor, index: Tensor, values: Tensor | None) -> None:

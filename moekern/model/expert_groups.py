@@ -333,7 +333,7 @@ class ExpertGroups:
 
     def _with(self, count: int) -> nn.ModuleList:
         if count not in self.smaller:
-            self.smaller[count] = layers_with(self.loader, self.layout, count)
+            self.smaller[count] = layers_with(self.loader, dict.fromkeys(self.layout.count_paths, count))
         return self.smaller[count]
 
 

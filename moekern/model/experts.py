@@ -10,6 +10,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,12 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekern.model.expert_lists import expert_modules
-from moekern.model.transformers_api import (
-    EXPERTS_FUNCTIONS,
-    experts_implementation,
-    grouped_linear,
-    is_experts_module,
-)
+from moekern.model.projections import Halves, halves
+from moekern.model.transformers_api import EXPERTS_FUNCTIONS, experts_implementation, is_experts_module
 
 NAME = "moekern"
 FEW, EVEN = 16, 8  # rows of an expert on a CPU: at least so many, and a multiple of these; see `steady`
@@ -35,8 +32,13 @@ Scales = Callable[[Tensor, Tensor], Tensor]  # (tokens [N], offsets [E + 1]) -> 
 class Watcher(Protocol):
     """What is done with a call of a layer's experts; hangs on their module as `_moekern_probe`."""
 
-    empty_slots: bool  # the model may hand out ids that are no expert
-    differentiable: bool  # where autograd is on, it stays on
+    @property
+    def empty_slots(self) -> bool:
+        """The model may hand out ids that are no expert."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Where autograd is on, it stays on."""
 
     def measure(
         self,
@@ -67,12 +69,38 @@ class Apart(Protocol):
     def outputs(self, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None) -> Asking: ...
 
 
-def rows_of(module: Any, hidden: Tensor, of_rows: RowOutputs, scales: Scales | None = None) -> Outputs:
-    """What the experts make of any rows of hidden [T, H]; see `steady`."""
+@dataclass(frozen=True)
+class RowsHere:
+    """What a block's experts make of rows of hidden [T, H], computed where it is asked for; see `steady`."""
+
+    block: nn.Module
+    hidden: Tensor
+    known: Halves
+    scales: Scales | None
+
+    def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return steady(lambda own, bounds: self.known(self.block, self._given(own, bounds), bounds))(tokens, offsets)
+
+    def inner(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        """[N, I]: what goes into down."""
+        run = steady(lambda own, bounds: self.known.inner(self.block, self._given(own, bounds), bounds))
+        return run(tokens, offsets)
+
+    def outer(self, inner: Tensor, offsets: Tensor) -> Tensor:
+        """[N, H]: what comes of that."""
+        run = steady(lambda rows, bounds: self.known.outer(self.block, inner[rows], bounds))
+        return run(torch.arange(len(inner), device=inner.device), offsets)
+
+    def _given(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return scaled(self.hidden, tokens, offsets, self.scales)
+
+
+def rows_of(module: nn.Module, hidden: Tensor, scales: Scales | None = None) -> RowsHere | Asking:
+    """What the experts make of any rows of hidden [T, H]: `Outputs`."""
+    known = halves(module)
+    assert known is not None
     apart: Apart | None = getattr(module, "_moekern_apart", None)
-    if apart is not None:
-        return apart.outputs(hidden, of_rows, scales)
-    return steady(lambda tokens, offsets: of_rows(module, scaled(hidden, tokens, offsets, scales), offsets))
+    return RowsHere(module, hidden, known, scales) if apart is None else apart.outputs(hidden, known, scales)
 
 
 def scaled(hidden: Tensor, tokens: Tensor, offsets: Tensor, scales: Scales | None) -> Tensor:
@@ -95,71 +123,33 @@ def _instead(function: Callable[..., Any]) -> Callable[..., Any]:
 @_instead
 def watched_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Drop-in for transformers' experts functions: the routed rows only, in the watcher's hands."""
-    return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _interface)
+    return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts)
 
 
-def _watched(self: Any, hidden: Tensor, ids: Tensor, gates: Tensor, num_experts: int, of_rows: RowOutputs) -> Tensor:
+def _watched(self: Any, hidden: Tensor, ids: Tensor, gates: Tensor, num_experts: int) -> Tensor:
     watcher: Watcher = self._moekern_probe
     if watcher.empty_slots:
         ids = torch.where(gates == 0, -1, ids)
-    return watcher.measure(hidden, ids, gates, num_experts, rows_of(self, hidden, of_rows)).to(hidden.dtype)
-
-
-def _interface(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Outputs of rows grouped by expert, from the attributes transformers sets on every experts class it decorates."""
-    sizes = offsets.diff()
-    ends = offsets[1:].to(torch.int32)
-
-    def bias(name: str) -> Tensor | None:
-        return getattr(self, name).repeat_interleave(sizes, dim=0, output_size=len(rows)) if self.has_bias else None
-
-    if self.has_gate:
-        up = grouped_linear(rows, self.gate_up_proj, ends, bias("gate_up_proj_bias"), self.is_transposed)
-        inner = self._apply_gate(up)
-    else:
-        inner = self.act_fn(grouped_linear(rows, self.up_proj, ends, bias("up_proj_bias"), self.is_transposed))
-    y = grouped_linear(inner, self.down_proj, ends, bias("down_proj_bias"), self.is_transposed)
-    return self.post_expert_norm(y) if self.has_post_expert_norm else y
+    return watcher.measure(hidden, ids, gates, num_experts, rows_of(self, hidden)).to(hidden.dtype)
 
 
 @_instead
 def _step3p7(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts, _step3p7_rows)
-
-
-def _step3p7_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets[1:].to(torch.int32)
-    return grouped_linear(self._apply_gate(grouped_linear(rows, self.gate_up_proj, ends)), self.down_proj, ends)
+    return _watched(self, hidden_states, top_k_index, top_k_weights, self.num_experts)
 
 
 @_instead
 def _longcat_flash(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Ids from the number of routed experts on are identity experts: they add gate x input and are not counted."""
     identity = (top_k_weights * (top_k_index >= self.num_routed_experts)).sum(1, keepdim=True)
-    routed = _watched(self, hidden_states, top_k_index, top_k_weights, self.num_routed_experts, _longcat_rows)
+    routed = _watched(self, hidden_states, top_k_index, top_k_weights, self.num_routed_experts)
     return routed + (hidden_states * identity).to(hidden_states.dtype)
-
-
-def _longcat_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets[1:].to(torch.int32)
-    gate, up = grouped_linear(rows, self.gate_up_proj[: self.num_routed_experts], ends).chunk(2, dim=-1)
-    return grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
 
 
 @_instead
 def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     flat = hidden_states.reshape(-1, self.hidden_size)
-    return _watched(self, flat, top_k_index, top_k_weights, self.num_experts, _dbrx_rows).view_as(hidden_states)
-
-
-def _dbrx_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets[1:].to(torch.int32)
-    w1, v1, w2 = (
-        w.view(self.num_experts, self.ffn_hidden_size, self.hidden_size)
-        for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2)
-    )
-    inner = self.mlp.activation_fn(grouped_linear(rows, w1, ends)) * grouped_linear(rows, v1, ends)
-    return grouped_linear(inner, w2, ends, is_transposed=True)
+    return _watched(self, flat, top_k_index, top_k_weights, self.num_experts).view_as(hidden_states)
 
 
 @_instead
@@ -175,15 +165,9 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         expert = torch.arange(self.num_experts, device=hidden.device).repeat_interleave(offsets.diff())
         return gate_of[tokens, expert]
 
-    gates, outputs = scores.gather(1, ids), rows_of(self, hidden, _llama4_rows, scales)
+    gates, outputs = scores.gather(1, ids), rows_of(self, hidden, scales)
     out = self._moekern_probe.measure(hidden, ids, gates, self.num_experts, outputs, gates_applied=True)
     return self.shared_expert(hidden) + out.to(hidden.dtype), logits
-
-
-def _llama4_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets[1:].to(torch.int32)
-    gate, up = grouped_linear(rows, self.experts.gate_up_proj, ends, is_transposed=True).chunk(2, dim=-1)
-    return grouped_linear(up * self.experts.act_fn(gate), self.experts.down_proj, ends, is_transposed=True)
 
 
 @_instead
@@ -192,15 +176,9 @@ def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
     logits = self.router(hidden)[-1]
     top, ids = logits.topk(self.router.top_k, dim=1)
     gates = F.softmax(top, dim=1).type_as(hidden)
-    outputs = rows_of(self, hidden, _jetmoe_rows)
+    outputs = rows_of(self, hidden)
     out = self._moekern_probe.measure(hidden, ids, gates, self.router.num_experts, outputs)
     return out.to(layer_input.dtype).view_as(layer_input) + self.bias  # type: ignore[no-any-return]
-
-
-def _jetmoe_rows(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    sizes = offsets.diff().tolist()
-    gate, up = self.input_linear(rows, sizes).chunk(2, dim=-1)
-    return self.output_linear(self.activation(gate) * up, sizes)  # type: ignore[no-any-return]
 
 
 ADAPTERS: dict[str, Callable[..., Any]] = {

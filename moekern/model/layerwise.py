@@ -156,12 +156,14 @@ class LayerwiseModel:
         """A place for more, which takes what memory others have left."""
         return States(max(0, self.takes.room - others.size), self.spill)
 
-    def expect(self, tokens: int) -> None:
-        """Say what so many tokens will take. Raises InputError where the disk has no room for what memory has not."""
+    def expect(self, tokens: int, more: int = 0, named: str = "") -> None:
+        """Say what so many tokens will take, and `more` bytes of what is `named`. Raises InputError where the disk has
+        no room for what memory has not."""
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         rows = f" and {sized(apart)} of experts' rows" if apart else ""
-        what = f"{sized(states)} of hidden states{rows}"
-        beyond = self.check_room(states + apart, f"{tokens} tokens take {what}")
+        beside = f" and {sized(more)} of {named}" if more else ""
+        what = f"{sized(states)} of hidden states{rows}{beside}"
+        beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}")
         file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
         self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
 

@@ -2,7 +2,8 @@
 
 Inside a router's forward, the logits of dropped experts are replaced as soon as the linear map has made them; selection
 biases of dropped experts are lowered too, so that score + bias never wins, and id tables name the substitutes that the
-pruner writes. What the model does with logits, biases and ids stays the model's own code.
+pruner writes. Channels that experts lose are columns of zeros in down. What the model does with logits, biases and ids
+stays the model's own code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
+from moekern.model.narrow_layers import check_channels, check_cuttable
 from moekern.model.transformers_api import Loader, router_modules
 
 MASKED = -1e9
@@ -40,34 +42,65 @@ class _LowerLogits(TorchFunctionMode):
         return out
 
 
-@contextmanager
-def masked_layer(loader: Loader, layer: MoeLayer, module: nn.Module, dropped: Sequence[int]) -> Iterator[None]:
-    """Mask experts of one decoder layer, whose weights must be loaded, while the context is open.
+Channels = Mapping[int, Tensor]  # expert -> the channels that it keeps, int64
+WHOLE: Channels = {}
 
-    Raises RuntimeError when the router ran and made no logits of the expected width: nothing would have been masked.
+
+@contextmanager
+def masked_layer(
+    loader: Loader, layer: MoeLayer, module: nn.Module, dropped: Sequence[int], channels: Channels = WHOLE
+) -> Iterator[None]:
+    """Mask experts of one decoder layer, whose weights must be loaded, while the context is open, and channels of the
+    experts that `channels` names.
+
+    Raises RuntimeError when the router ran and made no logits of the expected width: nothing would have been masked;
+    InputError where channels cannot be cut.
     """
-    if not dropped:
-        yield
-        return
-    routers = [module.get_submodule(path) for path in router_modules(module, loader.model)]
-    width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
     with ExitStack() as stack:
-        for router in routers:
-            stack.enter_context(_masked_forward(router, width, dropped, layer.key))
-        for tensor in layer.tensors:
-            if tensor.role in ("bias", "table"):
-                stack.enter_context(_changed(loader, tensor, layer.num_experts, dropped))
+        if dropped:
+            routers = [module.get_submodule(path) for path in router_modules(module, loader.model)]
+            width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
+            for router in routers:
+                stack.enter_context(_masked_forward(router, width, dropped, layer.key))
+            for tensor in layer.tensors:
+                if tensor.role in ("bias", "table"):
+                    stack.enter_context(_changed(loader, tensor, layer.num_experts, dropped))
+        if channels:
+            down = check_cuttable(module, layer.key).down
+            check_channels(torch.cat(list(channels.values())), down.shape[2], layer.key)
+            stack.enter_context(_silent(down, channels))
         yield
 
 
 @contextmanager
-def masked(loader: Loader, layout: Layout, dropped: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Mask experts of a whole model in memory: `dropped` maps layer keys to expert numbers."""
+def masked(
+    loader: Loader,
+    layout: Layout,
+    dropped: Mapping[str, Sequence[int]],
+    channels: Mapping[str, Channels] | None = None,
+) -> Iterator[None]:
+    """Mask experts, and channels, of a whole model in memory: both map layer keys to what `masked_layer` takes."""
     places, (_, layers) = loader.moe_places(layout), loader.decoder_layers()
     with ExitStack() as stack:
-        for key, experts in dropped.items():
-            stack.enter_context(masked_layer(loader, layout.layers[key], layers[places[key]], experts))
+        for key in dict.fromkeys((*dropped, *(channels or {}))):
+            module, own = layers[places[key]], (channels or {}).get(key, WHOLE)
+            stack.enter_context(masked_layer(loader, layout.layers[key], module, dropped.get(key, ()), own))
         yield
+
+
+@contextmanager
+def _silent(down: Tensor, channels: Channels) -> Iterator[None]:
+    """Make zeros of the columns of down [E, H, I] whose channels experts do not keep, and put the old ones back."""
+    before = {expert: down[expert].clone() for expert in channels}
+    try:
+        for expert, kept in channels.items():
+            gone = torch.ones(down.shape[2], dtype=torch.bool)
+            gone[kept] = False
+            down[expert].masked_fill_(gone.to(down.device), 0)
+        yield
+    finally:
+        for expert, old in before.items():
+            down[expert].copy_(old)
 
 
 @contextmanager

@@ -19,8 +19,10 @@ from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
 from moekern.model.expert_lists import LIST, blocks_with_lists
 from moekern.model.memory import drop
+from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, check_width, narrow_live
 from moekern.model.transformers_api import Loader, layers_with
 
+Size = tuple[int, int | None]  # experts, and their channels where some were cut
 KEPT_ATTRIBUTES = ("hook", "forward")  # parts of the names of a module's own state that is not the layer's
 
 
@@ -30,43 +32,104 @@ class LivePruner:
 
     loader: Loader
     layout: Layout
-    smaller: dict[int, nn.ModuleList] = field(default_factory=dict)  # experts -> decoder layers on the meta device
+    smaller: dict[Size, nn.ModuleList] = field(default_factory=dict)  # decoder layers on the meta device
     held: dict[str, tuple[int, ...]] = field(default_factory=dict)  # layer key -> the experts it has now
+    widths: dict[str, int] = field(default_factory=dict)  # layer key -> the channels of these, where some were cut
     tables: dict[str, Tensor] = field(default_factory=dict)  # name -> the table of expert ids before the first cut
 
-    def prune(self, key: str, keep: Sequence[int]) -> None:
-        """Keep these experts, a subset of those that decoder layer `key` holds, whose weights must be loaded."""
+    def prune(self, key: str, keep: Sequence[int], channels: Tensor | None = None) -> None:
+        """Keep these experts, a subset of those that decoder layer `key` holds, whose weights must be loaded; with
+        `channels`, int64 [n, M], only these channels of each, in the order of their numbers, where they have all.
+
+        Raises InputError where channels cannot be cut.
+        """
         layer = self.layout.layers[key]
         before = self.held.get(key, tuple(range(layer.num_experts)))
         after = tuple(sorted(keep))
-        if after == before:
-            return
         if not after or not set(after) <= set(before):
             raise ValueError(f"[prune] keep: expected some of layer {key}'s experts {before}, got {after}")
-        if len(after) not in self.smaller:
-            self.smaller[len(after)] = layers_with(self.loader, self.layout, len(after))
-        place = self.loader.moe_places(self.layout)[key]
-        name, layers = self.loader.decoder_layers()
-        tables = self._tables(layer, f"{name}.{place}.", layers[place], after)
-        prune_live(layers[place], self.smaller[len(after)][place], before, after, tables)
-        self.held[key] = after
+        module = self._module(key)
+        if channels is not None:
+            self._check_channels(key, module, channels, len(after))
+        if after != before:
+            place = self.loader.moe_places(self.layout)[key]
+            tables = self._tables(layer, self._prefix(place), module, after)
+            smaller = self._smaller(len(after), self.widths.get(key))[place]
+            prune_live(module, smaller, before, after, tables)
+            self.held[key] = after
+        if channels is not None:
+            self._narrow(key, module, len(after), channels)
 
     @contextmanager
-    def pruned(self, key: str, keep: Sequence[int]) -> Iterator[None]:
+    def pruned(self, key: str, keep: Sequence[int], channels: Tensor | None = None) -> Iterator[None]:
         """As `prune` of a whole layer while the context is open; then the layer is what it was, bit for bit."""
-        if key in self.held:
-            raise ValueError(f"[pruned] key: expected a whole layer, layer {key} has lost experts already")
-        module = self.loader.decoder_layers()[1][self.loader.moe_places(self.layout)[key]]
+        if key in self.held or key in self.widths:
+            raise ValueError(f"[pruned] key: expected a whole layer, layer {key} was pruned already")
+        module = self._module(key)
         before = dict(vars(module))
         try:
-            self.prune(key, keep)
+            self.prune(key, keep, channels)
             yield
         finally:
-            if self.held.pop(key, None) is not None:
+            held, width = self.held.pop(key, None), self.widths.pop(key, None)
+            if held is not None or width is not None:
                 vars(module).clear()
                 vars(module).update(before)
-                place = self.loader.moe_places(self.layout)[key]
-                drop(self.smaller[len(keep)][place])  # it shares tensors with the layer
+                count = self.layout.layers[key].num_experts if held is None else len(held)
+                self._drop(key, count, width)  # it shares tensors with the layer
+
+    def _module(self, key: str) -> nn.Module:
+        return self.loader.decoder_layers()[1][self.loader.moe_places(self.layout)[key]]
+
+    def _prefix(self, place: int) -> str:
+        return f"{self.loader.decoder_layers()[0]}.{place}."
+
+    def _smaller(self, count: int, width: int | None) -> nn.ModuleList:
+        if (count, width) not in self.smaller:
+            numbers = dict.fromkeys(self.layout.count_paths, count)
+            numbers |= {} if width is None else narrowed(self.layout, width)
+            built = layers_with(self.loader, numbers)
+            if width is not None:
+                self._check_others(built)
+            self.smaller[count, width] = built
+        return self.smaller[count, width]
+
+    def _check_others(self, smaller: nn.ModuleList) -> None:
+        """Raise InputError where narrower experts make layers without experts narrower too."""
+        with_experts = set(self.loader.moe_places(self.layout).values())
+        for i, (whole, other) in enumerate(zip(self.loader.decoder_layers()[1], smaller, strict=True)):
+            parameters = dict(whole.named_parameters()) if i not in with_experts else {}
+            for name, value in other.named_parameters() if parameters else ():
+                check_same(parameters[name], value, f"{self._prefix(i)}{name}")
+
+    def _drop(self, key: str, count: int, width: int | None) -> None:
+        if (count, width) in self.smaller:
+            drop(self.smaller[count, width][self.loader.moe_places(self.layout)[key]])
+
+    def _check_channels(self, key: str, module: nn.Module, channels: Tensor, count: int) -> None:
+        if key in self.widths:
+            raise ValueError(f"[prune] channels: expected a layer with all of them, layer {key} has lost some already")
+        down = check_cuttable(module, key).down
+        width = down.shape[2]
+        if channels.ndim != 2 or len(channels) != count or not channels.shape[1]:
+            what = f"expected [{count}, M] numbers for layer {key}"
+            raise ValueError(f"[prune] channels: {what}, got {list(channels.shape)}")
+        check_channels(channels, width, key)
+        check_width(channels.shape[1], down.dtype)
+
+    def _narrow(self, key: str, module: nn.Module, count: int, picked: Tensor) -> None:
+        """Cut channels of a layer that has the experts to be kept already."""
+        place, layer = self.loader.moe_places(self.layout)[key], self.layout.layers[key]
+        smaller, start = self._smaller(count, picked.shape[1])[place], self._prefix(place)
+        shared = {
+            (self.loader.model_key(tensor.name) or "").removeprefix(start): tensor.axis
+            for tensor in layer.shared
+            if tensor.axis is not None
+        }
+        narrow_live(module, smaller, picked, key, shared)
+        take_over(module, smaller)
+        self._drop(key, count, None)
+        self.widths[key] = picked.shape[1]
 
     def _tables(self, layer: MoeLayer, prefix: str, module: nn.Module, keep: Sequence[int]) -> dict[str, Tensor]:
         """Name within the module -> its table of expert ids for the kept experts, made from the original one."""
@@ -78,6 +141,15 @@ class LivePruner:
                 old = self.tables.setdefault(prefix + name, values[name].detach().cpu())
                 found[name] = torch.from_numpy(replace_experts(old.numpy(), keep, layer.num_experts)).to(values[name])
         return found
+
+
+def narrowed(layout: Layout, width: int) -> dict[tuple[str, ...], int]:
+    """Config path -> the number that stands there when experts have `width` channels. Shared experts that are a whole
+    number of times as wide become no narrower than they are."""
+    numbers = dict.fromkeys(layout.width_paths, width)
+    if layout.shared_times and layout.width is not None:
+        numbers |= dict.fromkeys(layout.shared_paths, -(-layout.shared_times * layout.width // width))
+    return numbers
 
 
 def prune_live(
@@ -105,6 +177,11 @@ def prune_live(
                 is_parameter = isinstance(value, nn.Parameter)
                 # matmul may take another road, and round otherwise, for what requires a gradient
                 kind[name] = nn.Parameter(new, requires_grad=source.requires_grad) if is_parameter else new
+    take_over(module, smaller)
+
+
+def take_over(module: nn.Module, smaller: nn.Module) -> None:
+    """Let a decoder layer have all that another one of its class has; the module itself stays."""
     for name, state in vars(smaller).items():
         if not any(word in name for word in KEPT_ATTRIBUTES):
             module.__dict__[name] = state

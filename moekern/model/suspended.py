@@ -18,7 +18,7 @@ from moekern.model.finite import NotFinite
 from moekern.model.walk import BEFORE, Pass, check_finite, moved, out_of_step, taken
 
 DONE = -2
-HALFWAY = -3  # a layer that runs twice has run once
+HALFWAY = -3  # a layer has run, and will run again
 
 
 class _Stopped(Exception):
@@ -33,6 +33,7 @@ class Suspended:
         self.device = None if device is None or device.type == "cpu" else device
         self.main = getcurrent()
         self.lanes: dict[int, greenlet] = {}
+        self.on = True  # behind the layer that runs
 
     def __enter__(self) -> Suspended:
         self.handles = [
@@ -43,8 +44,8 @@ class Suspended:
                 layer.register_forward_hook(self._after(i)),
             )
         ]
-        for i in self.run.twice:
-            self.layers[i].forward = self._two_runs(i, self.layers[i].forward)
+        for i, layer in enumerate(self.layers):
+            layer.forward = self._runs(i, layer.forward)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -53,8 +54,8 @@ class Suspended:
                 lane.throw(GreenletExit)
         for handle in self.handles:
             handle.remove()
-        for i in self.run.twice:
-            del self.layers[i].forward
+        for layer in self.layers:
+            del layer.forward
 
     def begin(self, number: int, task: Any) -> None:
         self.lanes[number] = greenlet(_body(self.run.forward))
@@ -64,10 +65,12 @@ class Suspended:
         """Nothing: a pass goes through a layer whole."""
 
     def through(self, layer: int, number: int, task: Any) -> None:
+        self.on = True
         last = layer == len(self.layers) - 1 or layer == self.run.stop_after
         self._resume(number, layer, task, DONE if last else layer + 1)
 
     def once(self, layer: int, number: int, task: Any) -> None:
+        self.on = False
         self._resume(number, layer, task, HALFWAY)
 
     def _resume(self, number: int, layer: int, task: Any, expected: int, *args: Any) -> None:
@@ -80,13 +83,14 @@ class Suspended:
         if got != expected:
             raise out_of_step(None if got == DONE else got, expected if expected >= 0 else len(self.layers), task)
 
-    def _two_runs(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The first run gets copies, since layers may change what they are given; its output is dropped."""
+    def _runs(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """All runs but the last get copies, since layers may change what they are given; their output is dropped."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             place = self.device or torch.device("cpu")
-            check_finite(forward(*moved(args, place, copy=True), **moved(kwargs, place, copy=True)), i)
-            self.main.switch(HALFWAY)
+            while not self.on:
+                check_finite(forward(*moved(args, place, copy=True), **moved(kwargs, place, copy=True)), i)
+                self.main.switch(HALFWAY)
             if self.device is not None:
                 args, kwargs = moved(args, self.device), moved(kwargs, self.device)
             return forward(*args, **kwargs)
@@ -94,13 +98,10 @@ class Suspended:
         return run
 
     def _before(self, i: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if i == 0:
                 check_finite(taken(args, kwargs), BEFORE)
             self.main.switch(i)
-            if self.device is None or i in self.run.twice:
-                return None
-            return moved(args, self.device), moved(kwargs, self.device)
 
         return hook
 

@@ -224,7 +224,11 @@ def open_loader(
         return Loader(model, get_model_conversion_mapping(model), model.state_dict(), wanted, quantisation)
 
     loader = build(copy.deepcopy(config))
-    return loader if layout is None else _with_own_counts(loader, layout, lambda n: build(_counting(config, layout, n)))
+    return (
+        loader
+        if layout is None
+        else _with_own_counts(loader, layout, lambda n: build(_changed(config, dict.fromkeys(layout.count_paths, n))))
+    )
 
 
 def _read_config(
@@ -254,7 +258,7 @@ def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, ten
 
     handle = nn.modules.module.register_module_module_registration_hook(counted)
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), Unfilled(), _quiet():
             model = cls._from_config(config, dtype=dtype)
     finally:
         handle.remove()
@@ -273,9 +277,9 @@ def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) ->
     return model.eval()
 
 
-def layers_with(loader: Loader, layout: Layout, count: int) -> nn.ModuleList:
-    """The decoder layers of the same model with `count` experts in each MoE layer: parameters on the meta device."""
-    model = _empty_model(type(loader.model), _counting(loader.model.config, layout, count), loader.dtype)
+def layers_with(loader: Loader, numbers: Mapping[tuple[str, ...], int]) -> nn.ModuleList:
+    """The decoder layers of the same model with these numbers in its config, by path: parameters on the meta device."""
+    model = _empty_model(type(loader.model), _changed(loader.model.config, numbers), loader.dtype)
     name, _ = loader.decoder_layers()
     return _module_list(model, name)
 
@@ -291,17 +295,17 @@ def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[int], Load
     return replace(loader, names=loader.model.state_dict()) if fewer else loader
 
 
-def _counting(config: Any, layout: Layout, count: int) -> Any:
-    """A copy of the configuration with another number of experts."""
+def _changed(config: Any, numbers: Mapping[tuple[str, ...], int]) -> Any:
+    """A copy of the configuration with other numbers at these paths."""
     changed = copy.deepcopy(config)
-    for *sections, key in layout.count_paths:
+    for (*sections, key), number in numbers.items():
         section = changed
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
         if isinstance(section, dict):
-            section[key] = count
+            section[key] = number
         elif section is not None:
-            setattr(section, key, count)
+            setattr(section, key, number)
     return changed
 
 

@@ -7,8 +7,9 @@ hidden states and nothing else, and `suspended`, which parks the whole forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -22,10 +23,19 @@ BEFORE = -1  # in front of the first layer's door
 HIDDEN = "hidden_states"
 
 
+@dataclass(frozen=True)
+class Round(Generic[Task]):
+    """Tasks that run through a layer, one after another. Where they do not go `on`, what the layer makes of them is
+    dropped, and they stay at its door; `more`: another round follows."""
+
+    takes: Callable[[Task], bool] = lambda task: True
+    on: bool = True
+    more: bool = False
+
+
 class Pass(Generic[Task]):
     """What one pass over the layers does with its tasks. A pass overrides what it needs; the rest does nothing."""
 
-    twice: Collection[int] = ()  # layers that run once, then again from the same inputs; the second run goes on
     stop_after: int | None = None  # the last layer that is wanted: nothing behind it is run
 
     def started(self) -> None:
@@ -56,8 +66,9 @@ class Pass(Generic[Task]):
     def loaded(self, layer: int) -> None:
         """A layer's weights are in memory, and no task has entered it: it may be changed."""
 
-    def between(self, layer: int) -> None:
-        """All tasks have run through a layer of `twice` for the first time: it may be changed."""
+    def rounds(self, layer: int) -> Generator[Round[Task]]:
+        """In which tasks go through a layer, each of them on in one at most. A layer may be changed between rounds."""
+        yield Round()
 
     def done(self, layer: int) -> None:
         """All tasks have left a layer, whose weights are still there."""
@@ -98,7 +109,7 @@ class Way(Protocol[Task]):
         """Take a task through a layer, to the door of the next one or to the end."""
 
     def once(self, layer: int, number: int, task: Task) -> None:
-        """Run a layer of `twice` for the first time: what comes of it is dropped, and the task stays at its door."""
+        """Run a layer: what comes of it is dropped, and the task stays at its door."""
 
 
 def walk(
@@ -132,17 +143,13 @@ def walk(
         for i in range(first, last + 1):
             load(i)
             run.loaded(i)
-            if i in run.twice:
-                way.before(i, numbered, last=False)
-                for number, task in numbered:
-                    way.once(i, number, task)
-                met()
-                run.between(i)
-            ordered = numbered if i == last else grouped
-            way.before(i, ordered, last=True)
-            for number, task in ordered:
-                way.through(i, number, task)
-            met()
+            with closing(run.rounds(i)) as rounds:
+                for each in rounds:
+                    some = [(n, task) for n, task in (numbered if i == last else grouped) if each.takes(task)]
+                    way.before(i, some, last=not each.more)
+                    for number, task in some:
+                        (way.through if each.on else way.once)(i, number, task)
+                    met()
             run.done(i)
             unload(i)
             save(i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,6 +24,11 @@ def channel_ids(text: str) -> np.ndarray:
         raise ValueError(f"expected hexadecimal digits, one for four channels, up to {WIDTH_CAP // 4} of them")
     packed = bytes.fromhex(text + "0" * (len(text) % 2))
     return np.flatnonzero(np.unpackbits(np.frombuffer(packed, np.uint8))).astype(np.int64)
+
+
+def channel_rows(texts: Sequence[str]) -> np.ndarray:
+    """The channels of several experts that have as many, int64 [n, M]."""
+    return np.stack([channel_ids(text) for text in texts])
 
 
 def channel_count(text: str) -> int:

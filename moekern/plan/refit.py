@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moekern.errors import InputError
-from moekern.plan.document import Plan, short
+from moekern.plan.document import LayerPlan, Plan, short
 
 REFIT = "refit"  # provenance
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,9 +44,9 @@ def refit_of(plan: Plan) -> RefitRecord | None:
     return RefitRecord(recipe, layers)
 
 
-def unrefitted(plan: Plan) -> Plan:
-    """The plan that the refit was given: all but what a refit says of itself."""
-    return replace(plan, provenance={key: value for key, value in plan.provenance.items() if key != REFIT})
+def kept_digest(layer: LayerPlan) -> str:
+    """sha256 of which experts and channels of a layer stay."""
+    return hashlib.sha256(json.dumps([layer.keep, layer.channels]).encode()).hexdigest()
 
 
 def is_sha256(value: object) -> bool:

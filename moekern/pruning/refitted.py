@@ -18,9 +18,9 @@ import moekern._C as _C
 from moekern.checkpoint.header import DTYPE_BITS, Shard, TensorEntry, read_shard
 from moekern.checkpoint.strict_json import HEADER_CAP, parse_json, shown
 from moekern.errors import InputError
-from moekern.files import is_plain, replacing
-from moekern.plan.document import KEY_CAP, LAYER_CAP, Plan
-from moekern.plan.refit import is_sha256, refit_of, unrefitted
+from moekern.files import is_folder, is_plain, replacing
+from moekern.plan.document import KEY_CAP, LAYER_CAP, LayerPlan, Plan
+from moekern.plan.refit import is_sha256, kept_digest, refit_of
 
 FORMAT = "moekern.refit/1"
 METADATA = "moekern"  # the key of a header's metadata
@@ -43,13 +43,13 @@ class RefittedTensor:
 
 @dataclass(frozen=True)
 class Refitted:
-    """recipe, plan, model: sha256 of all that decides the bytes, of the plan before its refit, and the fingerprint."""
+    """recipe, model: sha256 of all that decides the bytes, and the fingerprint. kept: layer -> `plan.refit.kept_digest`
+    of the experts that it was computed for."""
 
     folder: Path
     recipe: str
-    plan: str
     model: str
-    layers: Mapping[str, Path]
+    kept: Mapping[str, str]
     tensors: Mapping[str, RefittedTensor]
 
 
@@ -59,13 +59,13 @@ def write_layer(
     tensors: Mapping[str, tuple[str, Sequence[int], Buffer]],
     *,
     recipe: str,
-    plan: Plan,
+    kept: LayerPlan,
     model: str,
 ) -> Path:
     """Write the tensors of layer `key`, name in the pruned checkpoint -> (safetensors dtype, shape, its bytes).
 
     The file appears whole or not at all, in the place of an earlier one. recipe: sha256 of all that decides the bytes;
-    plan: what the refit was given; model: the fingerprint. The same arguments give the same bytes. Raises InputError
+    kept: what stays of the layer; model: the fingerprint. The same arguments give the same bytes. Raises InputError
     where the system refuses, ValueError for arguments that do not fit.
     """
     if not (is_sha256(recipe) and is_sha256(model)):
@@ -89,7 +89,7 @@ def write_layer(
         "format": FORMAT,
         "layer": key,
         "recipe": recipe,
-        "plan": unrefitted(plan).digest,
+        "kept": kept_digest(kept),
         "model": model,
         "checksums": {name: _checksum(view).hex() for name, view in views.items()},
     }
@@ -119,24 +119,36 @@ def open_refitted(folder: str | Path) -> Refitted:
     if len(names) > LAYER_CAP:
         raise InputError(f"{folder}: {len(names)} layers, more than the limit of {LAYER_CAP}")
     tensors: dict[str, RefittedTensor] = {}
-    layers: dict[str, Path] = {}
-    first: tuple[str, str, str] | None = None
+    kept: dict[str, str] = {}
+    first: tuple[str, str] | None = None
     for name in names:
         path = folder / name
         is_plain(path)
         shard = read_shard(path)
         said = _said(shard)
-        made_by = said["recipe"], said["plan"], said["model"]
+        made_by = said["recipe"], said["model"]
         if first is not None and made_by != first:
             raise InputError(f"{path}: of another refit than {names[0]}; remove the files of one of them")
-        first, layers[said["layer"]] = made_by, path
+        first, kept[said["layer"]] = made_by, said["kept"]
         for entry in shard.tensors:
             if entry.name in tensors:
                 raise InputError(f"{path}: tensor {shown(entry.name)} is also in {tensors[entry.name].path.name}")
             checksum = bytes.fromhex(said["checksums"][entry.name])
             tensors[entry.name] = RefittedTensor(said["layer"], path, entry, checksum)
     assert first is not None
-    return Refitted(folder, *first, layers, tensors)
+    return Refitted(folder, *first, kept, tensors)
+
+
+def remove_others(folder: Path, recipe: str) -> None:
+    """Remove the layers of a work folder that another recipe made, or that something has spoilt."""
+    for path in folder.glob(f"*{SUFFIX}") if is_folder(folder) else ():
+        try:
+            is_plain(path)
+            same = _said(read_shard(path))["recipe"] == recipe
+        except InputError:
+            same = False
+        if not same:
+            path.unlink()
 
 
 def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> None:
@@ -153,15 +165,17 @@ def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> N
     folder = refitted.folder
     if record is None:
         raise InputError(f"--refitted {folder}: the plan says nothing of a refit; use the plan that the refit wrote")
-    if refitted.plan != unrefitted(plan).digest:
-        raise InputError(f"--refitted {folder}: was computed for another plan; use the plan that this refit wrote")
     if refitted.recipe != record.recipe:
         raise InputError(f"--refitted {folder}: was computed by another recipe than the one that the plan names")
     if refitted.model != fingerprint:
         raise InputError(f"--refitted {folder}: was computed for another model, whose fingerprint differs")
-    for key in sorted({*refitted.layers} ^ {*record.layers}):
+    for key in sorted({*refitted.kept} ^ {*record.layers}):
         what = "is not there" if key in record.layers else "is there, and the plan does not name it"
         raise InputError(f"--refitted {folder}: {key}{SUFFIX} {what}")
+    for key, kept in refitted.kept.items():
+        if kept != kept_digest(plan.layers[key]):
+            what = "was computed for other experts or channels than the plan keeps"
+            raise InputError(f"--refitted {folder}: {key}{SUFFIX} {what}; use the plan that this refit wrote")
 
 
 def check_fits(new: RefittedTensor, layer: str | None, dtype: str, shape: Sequence[int]) -> None:
@@ -192,7 +206,7 @@ def _said(shard: Shard) -> dict[str, Any]:
     layer, checksums = said.get("layer"), said.get("checksums")
     if not isinstance(layer, str) or f"{layer}{SUFFIX}" != shard.path.name or len(layer) > KEY_CAP:
         raise refuse(f"layer {shown(layer)} is not the one that the file's name says")
-    for key in ("recipe", "plan", "model"):
+    for key in ("recipe", "kept", "model"):
         if not is_sha256(said.get(key)):
             raise refuse(f"{key}: expected a sha256, got {shown(said.get(key))}")
     if not isinstance(checksums, dict) or checksums.keys() != {entry.name for entry in shard.tensors}:

@@ -20,9 +20,11 @@ from moekern.errors import check_type
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.model.masking import masked_layer
+from moekern.model.masking import WHOLE, Channels, masked_layer
+from moekern.model.narrow_layers import check_width
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
+from moekern.plan.channels import channel_rows
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import refit_of
@@ -78,7 +80,10 @@ def compare_forward(
             check_plan(applied, layout, checkpoint)
         with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
-            tasks = [MaskedTask(side, dropped_experts(layout, applied), batch) for batch in batches]
+            if plan.width is not None:
+                check_width(plan.width, chosen)
+            masks = dropped_experts(layout, applied), kept_channels(applied)
+            tasks = [MaskedTask(side, *masks, batch) for batch in batches]
             layers = len(layerwise.layers)
             step = Steps(progress, 2 * layers, len(logits) * layers)
             masked = _Masked(layerwise, len(tasks), step, refitted if applied else None)
@@ -114,6 +119,7 @@ def _verdict(masked: list[Tensor], pruned: list[Tensor], dtype: torch.dtype) -> 
 class MaskedTask:
     name: str
     dropped: Mapping[str, tuple[int, ...]]  # layer key -> dropped experts
+    channels: Mapping[str, Channels]  # layer key -> of experts that lose some
     batch: Batch
 
 
@@ -124,6 +130,15 @@ def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, .
     return {
         key: tuple(sorted(set(range(layout.layers[key].num_experts)) - set(layer.keep)))
         for key, layer in plan.layers.items()
+    }
+
+
+def kept_channels(plan: Plan | None) -> dict[str, Channels]:
+    """Layer key -> the channels of kept experts, where a plan says which stay."""
+    return {
+        key: dict(zip(layer.keep, torch.from_numpy(channel_rows(layer.channels)), strict=True))
+        for key, layer in (plan.layers.items() if plan is not None else ())
+        if layer.channels
     }
 
 
@@ -165,7 +180,8 @@ class _Masked(Pass[MaskedTask]):
         model, key = self.layerwise, self.layerwise.moe_keys.get(layer)
         if key is None or (self.refitted is not None and key in self.refitted.names):
             return nullcontext()
-        return masked_layer(model.loader, model.layout.layers[key], model.layers[layer], task.dropped.get(key, ()))
+        dropped, channels = task.dropped.get(key, ()), task.channels.get(key, WHOLE)
+        return masked_layer(model.loader, model.layout.layers[key], model.layers[layer], dropped, channels)
 
     def loaded(self, layer: int) -> None:
         self.step.within(0)

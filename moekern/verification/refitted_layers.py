@@ -19,6 +19,7 @@ from moekern.model.pruned_layers import LivePruner
 from moekern.model.reader import read_tensors
 from moekern.model.transformers_api import Loader, open_loader
 from moekern.plan.document import Plan
+from moekern.plan.live import live_channels
 from moekern.verification.record import manifest_lines
 
 
@@ -35,7 +36,8 @@ class RefittedLayers:
     @contextmanager
     def applied(self, original: LayerwiseModel, pruner: LivePruner, key: str) -> Iterator[None]:
         """Decoder layer `key` of the original, whose weights must be loaded, pruned and refitted meanwhile."""
-        with pruner.pruned(key, self.plan.layers[key].keep):
+        kept = self.plan.layers[key]
+        with pruner.pruned(key, kept.keep, live_channels(kept)):
             live = original.layers[original.loader.moe_places(original.layout)[key]]
             self._put_in(live, key, original)
             yield

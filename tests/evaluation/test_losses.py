@@ -17,6 +17,7 @@ from moekern.model.compute import Compute
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from tests.helpers import families
+from tests.helpers.narrow import narrow_plan, random_channels, save_narrow
 
 MakeCheckpoint = Callable[[str], Path]
 
@@ -55,3 +56,23 @@ def test_loss_divergence_and_agreement(
             assert got.top1 == sum(same) / len(same)
     assert found[ORIGINAL]["a"].kl == 0
     assert found[ORIGINAL]["a"].top1 == 1 > found["half"]["a"].top1
+
+
+@torch.no_grad()
+def test_losses_of_plans_with_channels_are_those_of_the_narrow_checkpoint(
+    family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Beside a plan that leaves channels alone, whichever comes first."""
+    folder, keep = family_checkpoint("deepseek_v3"), (0, 2, 5, 7)
+    layout = find_layout(open_checkpoint(folder))
+    data = TokenData(tuple(Batch("d", families.input_ids("deepseek_v3", 2, 12, seed)) for seed in range(2)), {})
+    narrow = narrow_plan(layout, keep, 16, 0)
+    plans = {"a": narrow, "whole": Plan({key: LayerPlan(keep) for key in layout.layers}), "b": narrow}
+    found = evaluate(folder, data, plans, Compute(dtype=torch.float32))
+    channels = random_channels(layout, dict.fromkeys(layout.layers, keep), 16, 0)
+    out = save_narrow(whole_model("deepseek_v3"), layout, narrow, channels, tmp_path / "out")
+    alone = evaluate(out, data, {}, Compute(dtype=torch.float32))
+    assert found["a"]["d"] == found["b"]["d"]
+    assert found["a"]["d"].nll == alone[ORIGINAL]["d"].nll
+    assert found["whole"] == evaluate(folder, data, {"whole": plans["whole"]}, Compute(dtype=torch.float32))["whole"]
+    assert found["whole"]["d"].nll != found["a"]["d"].nll

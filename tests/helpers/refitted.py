@@ -44,7 +44,7 @@ def refit(
             if name.startswith(prefix) and "shared" not in name and any(part in name for part in parts)
         }
         folder.mkdir(exist_ok=True)
-        write_layer(folder, key, new, recipe=RECIPE, plan=plan, model=checkpoint.fingerprint)
+        write_layer(folder, key, new, recipe=RECIPE, kept=plan.layers[key], model=checkpoint.fingerprint)
         told[key] = {"error": 0.25}
     return replace(plan, provenance={**plan.provenance, "refit": {"recipe": RECIPE, "layers": told}})
 

@@ -17,6 +17,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.app import app
 from moekern.data.batches import Batch
+from moekern.errors import InputError
 from moekern.model import layerwise
 from moekern.model.compute import Compute
 from moekern.model.masking import masked
@@ -27,6 +28,7 @@ from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward, dropped_experts
 from tests.helpers import families
 from tests.helpers.in_flight import random_plan
+from tests.helpers.narrow import narrow_plan, random_channels, save_narrow
 from tests.helpers.tight import tighten
 
 MakeCheckpoint = Callable[[str], Path]
@@ -84,6 +86,33 @@ def test_a_wrong_checkpoint_is_not_equal(family_checkpoint: MakeCheckpoint, tmp_
     batches = (Batch("d", families.input_ids("qwen3_moe", 2, 16)),)
     assert compare_forward(source, plan, tmp_path / "out", batches).equal
     assert not compare_forward(source, other, tmp_path / "out", batches).equal
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_a_narrow_checkpoint_is_the_original_with_channels_silent(
+    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any], tmp_path: Path
+) -> None:
+    source, keep = family_checkpoint(name), (0, 2, 5, 7)
+    layout = find_layout(open_checkpoint(source))
+    plan, other = (narrow_plan(layout, keep, 16, seed) for seed in (0, 1))
+    channels = random_channels(layout, dict.fromkeys(layout.layers, keep), 16, 0)
+    out = save_narrow(whole_model(name), layout, plan, channels, tmp_path / "out")
+    batches = (Batch("d", families.input_ids(name, 2, 16)),)
+    assert compare_forward(source, plan, out, batches).equal
+    assert not compare_forward(source, other, out, batches).equal
+    with pytest.raises(InputError, match="rows of 10 channels in float32: take a multiple of 4 channels"):
+        compare_forward(source, narrow_plan(layout, keep, 10, 0), out, batches)
+
+
+def test_channels_are_not_masked_where_experts_run_in_groups(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = family_checkpoint("qwen3_moe")
+    plan = narrow_plan(find_layout(open_checkpoint(source)), (0, 1, 2, 3), 16, 0)
+    tighten(monkeypatch, source, Compute(dtype="float32"))
+    with pytest.raises(InputError, match=r"layer 0: its experts run in groups, .* give more \(--memory"):
+        compare_forward(source, plan, source, (Batch("d", families.input_ids("qwen3_moe", 1, 8)),))
 
 
 def test_progress_is_that_of_both_models_and_within_their_layers(

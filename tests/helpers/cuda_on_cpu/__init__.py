@@ -1,4 +1,4 @@
-"""The CUDA kernels' logic without a GPU: csrc/cuda and csrc/bindings.cpp, compiled by g++ against a CUDA of our own.
+"""The CUDA kernels' logic without a GPU: csrc/cuda and csrc/bindings*.cpp, compiled by g++ against a CUDA of our own.
 
 What it cannot show: what nvcc makes of the code, how fast it is, and races between threads that no order of whole
 stretches between two barriers brings out.
@@ -40,7 +40,7 @@ def build(folder: Path) -> Path:
     import pybind11
 
     include = [f"-I{HERE}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    sources = [SOURCES / "bindings.cpp", *SOURCES.glob("cuda/*.cu"), *HERE.glob("*.cpp")]  # the longest first
+    sources = [*SOURCES.glob("bindings*.cpp"), *SOURCES.glob("cuda/*.cu"), *HERE.glob("*.cpp")]  # the longest first
 
     def compiled(source: Path) -> str:
         out = folder / f"{source.name}.o"

@@ -1,4 +1,4 @@
-// Linked in place of csrc/cpu and csrc/io: bindings.cpp is here for its CUDA side alone.
+// Linked in place of csrc/cpu and csrc/io: the bindings are here for their CUDA side alone.
 #include "../../../csrc/kernels.h"
 
 namespace pybind11 {
@@ -23,6 +23,9 @@ void pair_popcount(const uint64_t*, int64_t, int64_t, int64_t*, const Run&) { re
 void weight_stats(const WeightStats&, const Run&) { refuse(); }
 void dequantize(const Dequantize&, const Run&) { refuse(); }
 void sort_by_expert(const SortByExpert&, int) { refuse(); }
+void expert_gram(const ExpertGram&, const Run&) { refuse(); }
+void gated_energy(const GatedEnergy&, const Run&) { refuse(); }
+void scatter_residual(const ScatterResidual&, const Run&) { refuse(); }
 
 }  // namespace moekern::cpu
 

@@ -1,0 +1,114 @@
+"""The command `refit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekern.cli import ranks
+from moekern.cli.console import say
+from moekern.cli.given import compute_of, result, say_unused, text_of
+from moekern.cli.options import (
+    Chunk,
+    Column,
+    CopyMode,
+    CopyOption,
+    Data,
+    Device,
+    DtypeOption,
+    GpuMemory,
+    Json,
+    Memory,
+    Model,
+    MtpOption,
+    Pack,
+    Preset,
+    RefineOption,
+    Restart,
+    Revision,
+    Seed,
+    SequenceLength,
+    Spill,
+    Strict,
+    Thinking,
+    ThinkingOption,
+    Tokens,
+    TrustRemoteCode,
+    UnusedBatchSize,
+    WidthOption,
+)
+from moekern.cli.prune import show_pruned
+from moekern.cli.verify import show_verdict
+from moekern.files import standing
+
+
+def refit(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="Which experts stay.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    data: Data = None,
+    refine: RefineOption = False,
+    width: WidthOption = None,
+    preset: Preset = None,
+    tokens: Tokens = "1M",
+    sequence_length: SequenceLength = 2048,
+    pack: Pack = True,
+    chunk: Chunk = None,
+    batch_size: UnusedBatchSize = None,
+    column: Column = None,
+    thinking: ThinkingOption = Thinking.row,
+    strict: Strict = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    spill: Spill = None,
+    mtp: MtpOption = None,
+    copy: CopyOption = CopyMode.auto,
+    forward: Annotated[
+        bool, typer.Option(help="Prove the result by comparing logits with the model made in memory (two more passes).")
+    ] = True,
+    restart: Restart = False,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, with what stays fitted by least squares to what the original's layers make: one more pass, no labels, no
+    gradients through the model.
+
+    Two streams of hidden states go through the layers, the original's and the pruned one's. After a kill the same
+    command goes on, in the layer that it was in.
+    """
+    from moekern.cli import whole_refit
+    from moekern.plan.document import Plan
+    from moekern.pruning.work_folder import check_target
+
+    given = Plan.load(plan)
+    check_target(out)
+    say_unused(batch_size)
+    text = text_of(
+        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
+        strict=strict, pack=pack, chunk=chunk, seed=seed,
+    )  # fmt: skip
+    compute = compute_of(
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    compute = ranks.together(compute)
+    asked = whole_refit.Asked(
+        width=width, refine=refine, mtp=mtp.value if mtp else None, copy=copy.value, forward=forward, restart=restart
+    )
+    found = whole_refit.refit_stages(ranks.folder_of(model, revision, compute.team), given, text, compute, out, asked)
+
+    def table() -> None:
+        whole_refit.show_refit(found.refit)
+        show_pruned(found.pruned)
+        show_verdict(found.verdict)
+        say(f"plan: {found.plan}")
+
+    result(found.document(), table)
+    if not found.good:
+        raise typer.Exit(1)

@@ -1,0 +1,130 @@
+"""A refit as a stage of commands: made, or taken over from a run that was stopped, and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import read_json
+from moekern.cli import console
+from moekern.data.batches import TokenData
+from moekern.evaluation.losses import ORIGINAL, Loss, losses_document, mean_loss
+from moekern.files import is_folder, is_plain, write_bytes
+from moekern.model.compute import Compute
+from moekern.model.journal import Resume
+from moekern.plan.document import Plan
+from moekern.plan.refit import REFIT
+from moekern.pruning.refitted import SUFFIX
+from moekern.refit.refit import Refitting, key_of, recipe_of, refit
+from moekern.refit.variants import Split, Variant
+
+DROPPED, REFITTED = "dropped", "refitted"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a refit of a target lies in its work folder, until the target is made."""
+
+    side: Path
+    suffix: str = ""  # of one target among several
+
+    @property
+    def folder(self) -> Path:
+        """The layers."""
+        return self.side / f"refit{self.suffix}"
+
+    @property
+    def document(self) -> Path:
+        """Its plans and losses: there when it is done."""
+        return self.side / f"refitted{self.suffix}.json"
+
+    def clear(self) -> None:
+        """The target is made: nothing of this is needed any longer."""
+        if is_folder(self.folder):
+            for path in self.folder.glob(f"*{SUFFIX}"):
+                path.unlink()
+            self.folder.rmdir()
+        self.document.unlink(missing_ok=True)
+
+
+def refitted(
+    checkpoint: Checkpoint,
+    data: TokenData,
+    judged: TokenData,
+    variants: Sequence[Variant],
+    compute: Compute,
+    place: Place,
+    *,
+    restart: bool,
+) -> Refitting:
+    """Refit, and say how it goes; or take what an earlier run has left. The last variant is the one that is written."""
+    split = Split.of(data, judged)
+    recipe = recipe_of(key_of(checkpoint, split, data, variants, compute), variants[-1])
+    if not restart and is_plain(place.document):
+        found = read_json(place.document)
+        if found.get("recipe") == recipe:
+            plans = {name: Plan.from_json(json.dumps(plan)) for name, plan in found["plans"].items()}
+            losses = {n: {d: Loss(**loss) for d, loss in row.items()} for n, row in found["losses"].items()}
+            return Refitting(plans, losses)
+    place.document.unlink(missing_ok=True)
+    with console.progress("refitting") as step:
+        made = refit(
+            checkpoint, data, variants, compute,
+            judged=judged, resume=Resume(place.side, restart, console.say), progress=step,
+        )  # fmt: skip
+    plans = {name: json.loads(plan.to_json()) for name, plan in made.plans.items()}
+    document = {"recipe": recipe, "plans": plans, "losses": losses_document(made.losses)}
+    write_bytes(place.document, json.dumps(document, indent=1).encode())
+    return made
+
+
+def refit_document(made: Refitting) -> dict[str, Any]:
+    """The same as JSON: losses of all, and what is told of each layer."""
+    told = made.plans[REFITTED].provenance[REFIT]
+    return {"losses": losses_document(made.losses), "layers": told["layers"]}
+
+
+def show_refit(made: Refitting) -> None:
+    """How much each layer lacked before and after, and what the whole came to."""
+    layers: Mapping[str, Any] = made.plans[REFITTED].provenance[REFIT]["layers"]
+    steps = {"ridge": "down projections", "refine": "all weights"}
+    rows = []
+    for key, told in layers.items():
+        for step, what in steps.items():
+            found = told if step == "ridge" else told.get("refine")
+            if found and "fitted" in found:
+                rows.append((key, what, *(_pair(found[part]) for part in ("fitted", "held")), _said(found)))
+        for note in told.get("notes", ()):
+            console.say(f"layer {key}: {note}")
+    columns = ("layer", "what is fitted", "text it is fitted to", "held-back text", "remark")
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    console.show("what a layer's output lacks, relative to the original's, before and after", columns, rows)
+    if any(made.losses.values()):
+        show_quality(made)
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    return " -> ".join("-" if value is None else f"{value:.4f}" for value in values)
+
+
+def _said(found: Mapping[str, Any]) -> str:
+    """What is special about a layer."""
+    if found.get("kept_as_it_was"):
+        return "not better on held-back text: left as it was"
+    return f"{found['put_back']} experts left as they were" if found.get("put_back") else ""
+
+
+def show_quality(made: Refitting) -> None:
+    """Losses on text that decided nothing, a row a stream."""
+    rows = []
+    for name, row in made.losses.items():
+        means = [mean_loss({d: getattr(loss, field) for d, loss in row.items()}) for field in ("nll", "kl", "top1")]
+        rows.append((name, f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.1%}"))
+    tokens = sum(loss.tokens for loss in made.losses[ORIGINAL].values())
+    columns = ("model", "loss, nats a token", "KL to original", "same top-1")
+    console.show(f"on {tokens} tokens that nothing was fitted to", columns, rows)

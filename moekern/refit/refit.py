@@ -1,0 +1,190 @@
+"""The stage that refits: variants of a model made and judged in one pass over its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekern.architectures import Layout, find_layout
+from moekern.calibration.sharing import facts_of
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.data.batches import TokenData
+from moekern.data.text import check_data
+from moekern.errors import InputError, check_type
+from moekern.evaluation.losses import ORIGINAL, Evaluation, means
+from moekern.model.compute import Compute
+from moekern.model.journal import Resume, opened, removed
+from moekern.model.layerwise import open_layerwise
+from moekern.model.position import digest, text_key
+from moekern.model.precision import settled
+from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.refit import REFIT
+from moekern.pruning.refitted import remove_others, write_layer
+from moekern.refit.stored import stored_experts
+from moekern.refit.streams import Streams
+from moekern.refit.variants import FITTED, Split, Variant
+from moekern.version import versions
+
+STAGE = "refitting"
+STATE = "moekern-refit-"  # and a digest: the folder of a run that is not done
+
+
+@dataclass(frozen=True)
+class Refitting:
+    """What came of the variants: their plans, which name the channels and in `provenance.refit` what was computed and
+    how well it fits, and the losses of the original and of each on text that decided nothing (none: empty)."""
+
+    plans: Mapping[str, Plan]
+    losses: Evaluation
+
+
+def refit(
+    source: str | Path | Checkpoint,
+    data: TokenData,
+    variants: Sequence[Variant],
+    compute: Compute = Compute(),
+    *,
+    judged: TokenData | None = None,
+    resume: Resume | None = None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
+) -> Refitting:
+    """Make variants of a model, and hold them against it, in one pass over its weights with a stream of hidden states
+    for each beside the original's.
+
+    Of each domain a tenth of the sequences is held back to choose between candidates. All are held against the original
+    on other text, `judged` (None: another tenth), which decides nothing. What a variant computes is written to its
+    folder, a file for each layer, for `prune(..., refitted=)`. With `resume` the same call goes on where it was
+    stopped. Several processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
+    not fit the model, models that cannot be refitted, and text that is too little.
+    """
+    check_type("compute", compute, Compute)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    check_data(data, checkpoint)
+    for variant in variants:
+        _check(variant, layout, checkpoint)
+    compute = settled(compute, checkpoint, layout)
+    team = compute.team
+    team.together(refit, checkpoint.folder, data, variants, compute, judged=judged)
+    team.check_alike(facts_of(checkpoint, compute))
+    split = Split.of(data, judged)
+    _check_text(split, variants)
+    key = key_of(checkpoint, split, data, variants, compute)
+    if resume is not None:
+        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
+    recipes = {variant.name: recipe_of(key, variant) for variant in variants}
+
+    def write(variant: Variant, name: str, kept: LayerPlan, block: nn.Module) -> None:
+        if variant.folder is None or not team.first:
+            return
+        layer, all_parts = layout.layers[name], variant.refine is not None
+        tensors = stored_experts(block, layer, kept.keep, checkpoint.tensors, all_parts=all_parts)
+        variant.folder.mkdir(parents=True, exist_ok=True)
+        write_layer(
+            variant.folder, name, tensors, recipe=recipes[variant.name], kept=kept, model=checkpoint.fingerprint
+        )
+
+    for variant in variants if team.first else ():
+        if variant.folder is not None:
+            remove_others(variant.folder, recipes[variant.name])
+    with (
+        opened(resume, key, (STAGE,), team) as journal,
+        open_layerwise(checkpoint, layout, compute, team) as layerwise,
+    ):
+        streams = Streams(layerwise, split, variants, write, progress)
+        streams.run(None if journal is None else journal.stage(STAGE))
+    losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
+    if journal is not None and team.first:
+        removed(journal.folder)
+    plans = {
+        variant.name: _plan(variant, layers, records, recipes[variant.name], data, losses.get(variant.name, {}))
+        for variant, layers, records in zip(variants, streams.plans, streams.records, strict=True)
+    }
+    return Refitting(plans, losses)
+
+
+def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
+    check_plan(variant.plan, layout, checkpoint)
+    if variant.name == ORIGINAL:
+        raise InputError(f"refit: a variant is named {ORIGINAL!r}, as the unpruned model is; give it another name")
+    if variant.width is not None and variant.plan.width is not None:
+        raise InputError(f"{variant.name}: the plan says which channels stay; do not ask for {variant.width} of them")
+    further = [key for key in variant.plan.layers if key not in layout.layers]
+    if variant.width is not None and further:
+        raise InputError(f"{variant.name}: no text runs through layer {further[0]}, which the plan names; leave it out")
+
+
+def _check_text(split: Split, variants: Sequence[Variant]) -> None:
+    if any(variant.fits for variant in variants) and not split.tokens(FITTED):
+        raise InputError("refit: there is no text to fit to; give some (--data)", kind="data")
+
+
+def key_of(
+    checkpoint: Checkpoint, split: Split, data: TokenData, variants: Sequence[Variant], compute: Compute
+) -> dict[str, Any]:
+    """All that decides the bits, in words for people."""
+    whole = replace(data, batches=split.batches)
+    return {
+        "model": checkpoint.fingerprint,
+        "config.json": checkpoint.config_sha256,
+        "text": {**text_key(whole), "uses": list(split.uses)},
+        "variants": [_described(variant) for variant in variants],
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def recipe_of(key: Mapping[str, Any], variant: Variant) -> str:
+    """sha256 of all that decides what is computed for one variant, whatever others are made beside it."""
+    return digest({**key, "variants": _described(variant)})
+
+
+def _described(variant: Variant) -> dict[str, Any]:
+    """All that makes a variant what it is."""
+    return {
+        "plan": variant.plan.digest,
+        "width": variant.width,
+        "ridge": None if variant.ridge is None else asdict(variant.ridge),
+        "refine": None if variant.refine is None else asdict(variant.refine),
+    }
+
+
+def _plan(
+    variant: Variant,
+    layers: Mapping[str, LayerPlan],
+    records: Mapping[str, Any],
+    recipe: str,
+    data: TokenData,
+    losses: Mapping[str, Any],
+) -> Plan:
+    """The plan of what a variant became."""
+    made = {key: replace(plan, channels=layers[key].channels) for key, plan in variant.plan.layers.items()
+            if key in layers}  # fmt: skip
+    rest = {key: plan for key, plan in variant.plan.layers.items() if key not in layers}
+    if not records:
+        return Plan({**made, **rest}, variant.plan.provenance)
+    said = {
+        "recipe": recipe,
+        "layers": dict(records),
+        **_described(variant),
+        "data": data.recipe,
+        "judged": {domain: asdict(loss) for domain, loss in losses.items()},
+    }
+    return Plan({**made, **rest}, {**variant.plan.provenance, REFIT: said})
+
+
+def _losses(streams: Streams, split: Split, names: Sequence[str]) -> Evaluation:
+    """Means over held-back tokens, by stream and domain."""
+    whole: dict[tuple[int, int], Tensor] = {}
+    for each in streams.team.gather(streams.sums):
+        whole |= each
+    found = ((names[n], split.batches[place].domain, whole[place, n]) for place, n in sorted(whole))
+    return means(names, found)

@@ -1,0 +1,58 @@
+"""The experts of a layer in memory as the tensors that the pruned checkpoint holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekern.architectures import ExpertTensor, MoeLayer
+from moekern.checkpoint.header import TensorEntry
+from moekern.model.projections import Views, views
+from moekern.model.reader import DTYPES
+from moekern.model.states import bytes_of
+
+Stored = dict[str, tuple[str, Sequence[int], Any]]  # name -> safetensors dtype, shape, bytes
+
+
+def stored_experts(
+    block: nn.Module, layer: MoeLayer, keep: Sequence[int], entries: Mapping[str, TensorEntry], *, all_parts: bool
+) -> Stored:
+    """Name in the pruned checkpoint -> dtype (the source's), shape and bytes of what the experts `keep` have become,
+    which `block` holds in the order of their numbers: of their down projections, or with `all_parts` of all they are.
+    """
+    of, found = views(block), Stored()
+    rank = {old: new for new, old in enumerate(sorted(keep))}
+    for tensor in layer.of_role("expert"):
+        computed = tensor.projection == "down" and tensor.channel_axis is not None
+        if not computed and not (all_parts and tensor.projection):
+            continue
+        entry = entries[tensor.name]
+        if tensor.expert is None:
+            name, value = tensor.name, _whole(of, tensor, entry)
+        elif tensor.expert in rank:
+            name, value = tensor.renamed(rank[tensor.expert]), _whole(of, tensor, entry)[rank[tensor.expert]]
+        else:
+            continue
+        value = value.flatten(0, 1) if tensor.rows > 1 else value
+        value = value.to("cpu", DTYPES[entry.dtype]).contiguous()
+        found[name] = entry.dtype, tuple(value.shape), bytes_of(value)
+    return found
+
+
+def _whole(of: Views, tensor: ExpertTensor, entry: TensorEntry) -> Tensor:
+    """All experts' part [n, ...], each as it is stored."""
+    stacked = tensor.expert is None and tensor.rows == 1
+    matrix = len(entry.shape) - stacked == 2
+    if tensor.channel_axis is None:
+        assert of.down_bias is not None
+        return of.down_bias
+    gate, up = (of.gate, of.up) if matrix else (of.gate_bias, of.up_bias)
+    parts = {"gate": [gate], "up": [up], "gate_up": [gate, up], "down": [of.down.transpose(1, 2)]}[tensor.projection]
+    known = [part for part in parts if part is not None]  # channels on axis 1
+    assert len(known) == len(parts)
+    alternate = tensor.channel_form == "alternating"
+    whole = torch.stack(known, 2).flatten(1, 2) if alternate else torch.cat(known, 1)
+    return whole.transpose(1, 2) if matrix and tensor.channel_axis - stacked == 1 else whole
