@@ -93,7 +93,7 @@ def test_computed_weights_in_the_checkpoints_own_format(kind: str, tmp_path: Pat
             found = requantised(wanted, like, config)
             assert (found.error_square / found.square) ** 0.5 < 0.1
             new |= {stem.format(number) + part: as_stored(tensor) for part, tensor in found.parts.items()}
-        write_layer(tmp_path / "refit", key, new, recipe=RECIPE, plan=plan, model=checkpoint.fingerprint)
+        write_layer(tmp_path / "refit", key, new, recipe=RECIPE, kept=layer, model=checkpoint.fingerprint)
     plan = replace(plan, provenance={"refit": {"recipe": RECIPE, "layers": dict.fromkeys(plan.layers)}})
     prune(source, plan, tmp_path / "out", refitted=tmp_path / "refit")
     assert verify(source, plan, tmp_path / "out").problems == ()
