@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ LAW = law()
 NO_TORCH = ("moekern.plan", "moekern.pruning", "moekern.architectures", "moekern.checkpoint")
 
 
+@functools.cache
 def parts() -> dict[str, set[str]]:
     """Part -> the parts of moekern it imports."""
     found: dict[str, set[str]] = {}

@@ -100,7 +100,9 @@ def show_refit(made: Refitting) -> None:
                 rows.append((key, what, *(_pair(found[part]) for part in ("fitted", "held")), _said(found)))
         for note in told.get("notes", ()):
             console.say(f"layer {key}: {note}")
-    columns = ("layer", "fitted", "text it is fitted to", "held-back text", "")
+    columns = ("layer", "what is fitted", "text it is fitted to", "held-back text", "remark")
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     console.show("what a layer's output lacks, relative to the original's, before and after", columns, rows)
     if any(made.losses.values()):
         show_quality(made)

@@ -74,7 +74,7 @@ def show_verdict(found: Verdict) -> None:
         say(
             f"logits ({f.dtype}, {f.tokens} tokens): largest difference {f.max_difference:.3g} at a standard deviation "
             f"of {f.logit_std:.3g}, same top-1 for {f.top1_agreement:.2%}: {'equal' if f.equal else 'NOT equal'} "
-            "to the masked original"
+            f"to the {'original, pruned and refitted in memory' if found.report.computed else 'masked original'}"
         )
     right = "verified: the bytes are right (how good the model is, evaluate tells)"
     say(right if found.good else "NOT verified: do not use this checkpoint")

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from moekern.criteria.needs import idle_lowest
@@ -24,7 +23,9 @@ Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 EXACT = comb(16, 8)  # subsets that are tried one by one: every case of up to 16 experts
-STEPS = 100  # of SLSQP
+STEPS = 20  # of the relaxation in each group, at most, for each member; it takes one or two
+PATIENCE, REST = 200, 8  # of the search for sets that no single exchange leads to
+LEAST = 1e-15  # of a step's gain, as a share of trace(F)
 TIE = 1e-12  # objectives closer than this share of trace(F) count as equal
 
 
@@ -39,7 +40,8 @@ def hope(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
     """Keep `kept` experts, kept / groups in each of `groups` equal blocks, protected ones among them.
 
     Idle experts are dropped first. Up to 12870 candidate sets are enumerated; beyond, the relaxation of p to the
-    capped simplex is descended, rounded and improved by swaps, as are three rankings, and the best set is taken.
+    capped simplex is descended, rounded and improved by swaps, as are three rankings, and the best set is taken; from
+    there the search goes on past sets that are no better, until 200 exchanges in a row have found none that is.
     The displayed score of an expert is the objective that dropping it adds to the rest of the dropped set:
     F[e, e] + 2 Σ F[e, j] over dropped j ≠ e. With kept = E that is the diagonal, the cost of dropping e alone.
     """
@@ -101,7 +103,7 @@ def best_set(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64], rank
     sets = [_swap(F, group, _round(start, group, quota)) for start in starts]
     sets.append(_swap(F, group, _greedy(F, group, quota)))
     values = np.array([objective(F, p) for p in sets])
-    return sets[int(np.flatnonzero(values <= values.min() + TIE * np.trace(F))[0])]
+    return _swap(F, group, sets[int(np.flatnonzero(values <= values.min() + TIE * np.trace(F))[0])], PATIENCE)
 
 
 def objective(F: Matrix, dropped: Mask) -> float:
@@ -110,19 +112,40 @@ def objective(F: Matrix, dropped: Mask) -> float:
 
 
 def relax(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64]) -> Vector:
-    """A stationary p [n] of pᵀ F p over 0 <= p <= 1 with quota[g] in each group g, by SLSQP from the centre."""
-    member = (group == np.arange(len(quota))[:, None]).astype(np.float64)  # [groups, n]
-    scale = float(np.trace(F)) or 1.0
-    solution = minimize(
-        lambda p: p @ F @ p / scale,
-        (quota / member.sum(1).clip(1))[group],
-        jac=lambda p: 2 * (F @ p) / scale,
-        method="SLSQP",
-        bounds=[(0.0, 1.0)] * len(F),
-        constraints={"type": "eq", "fun": lambda p: member @ p - quota, "jac": lambda p: member},
-        options={"maxiter": STEPS, "ftol": 1e-10},
-    )
-    return solution.x
+    """A stationary p [n] of pᵀ F p over 0 <= p <= 1 with quota[g] in each group g, by pairwise Frank-Wolfe steps
+    (arXiv:1511.05932) from the centre.
+
+    A step moves weight within a group, from the member with the steepest slope to that which this lowers the objective
+    most by, and as much as lowers it most: to a bound where the curve between the two is not convex. It costs O(n).
+    Equal ones: from the lowest number, to the highest.
+    """
+    form = F / (float(np.trace(F)) or 1.0)
+    members = [np.flatnonzero(group == g)[::-1] for g in range(len(quota))]
+    p = (quota / np.array([max(len(m), 1) for m in members]))[group]
+    slope = form @ p
+    for _ in range(STEPS * len(F)):
+        if not any([_shift(form, p, slope, m) for m in members if len(m) > 1]):
+            break
+    return p
+
+
+def _shift(form: Matrix, p: Vector, slope: Vector, members: NDArray[np.int64]) -> bool:
+    """One step between two of the members: `p`, and `slope` = form @ p, are changed. False where none lowers pᵀ F p."""
+    above = p[members] > 0
+    source = int(members[::-1][np.where(above, slope[members], -np.inf)[::-1].argmax()])
+    gap = slope[source] - slope[members]
+    curve = form[source, source] + form.diagonal()[members] - 2 * form[source, members]
+    step = np.minimum(p[source], 1 - p[members])
+    step = np.where(gap.clip(0) < curve * step, gap.clip(0) / np.where(curve > 0, curve, 1.0), step)
+    gain = step * (2 * gap - curve * step)
+    best = int(gain.argmax())
+    if not gain[best] > LEAST:
+        return False
+    target, moved = int(members[best]), float(step[best])
+    p[target] = min(p[target] + moved, 1.0)
+    p[source] = max(p[source] - moved, 0.0)
+    slope += moved * (form[target] - form[source])
+    return True
 
 
 def _certain(
@@ -179,18 +202,32 @@ def _greedy(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64]) -> Ma
     return dropped
 
 
-def _swap(F: Matrix, group: NDArray[np.int64], dropped: Mask) -> Mask:
-    """Exchange a dropped and a kept expert of one group, the best pair each time, while that lowers the objective."""
-    dropped = dropped.copy()
-    diagonal, least = F.diagonal(), -TIE * np.trace(F)
+def _swap(F: Matrix, group: NDArray[np.int64], dropped: Mask, patience: int = 0) -> Mask:
+    """Exchange a dropped and a kept expert of one group, the best pair each time, while that lowers the objective.
+
+    With patience, so many exchanges in a row may pass over sets that are no better (tabu search): the best pair all the
+    same, without experts that were exchanged in the last REST steps unless that gives the best set so far.
+    """
+    dropped, best, twice = dropped.copy(), dropped.copy(), 2 * F
+    diagonal, tie, load = F.diagonal(), TIE * np.trace(F), twice @ dropped
+    rests = np.zeros(len(F), dtype=np.int64)  # until which step
+    above, idle, step = 0.0, 0, 0  # the objective less the best one; steps since that
     while True:
         out, kept = np.flatnonzero(dropped), np.flatnonzero(~dropped)
         if not len(out) or not len(kept):
-            return dropped
-        load = 2 * F[:, out].sum(1)
-        change = (diagonal + load)[None, kept] - (load - diagonal)[out, None] - 2 * F[np.ix_(out, kept)]
+            return best
+        change = (diagonal + load)[None, kept] - (load - diagonal)[out, None] - twice[np.ix_(out, kept)]
         change[group[out][:, None] != group[kept][None, :]] = np.inf
+        if idle:
+            change[((rests[out] > step)[:, None] | (rests[kept] > step)) & (change >= -tie - above)] = np.inf
         i, j = divmod(int(change.argmin()), len(kept))
-        if not change[i, j] < least:
-            return dropped
+        above, idle, step = above + change[i, j], idle + 1, step + 1
+        if above < -tie:
+            above, idle = 0.0, 0
+        elif idle > patience or not np.isfinite(above):
+            return best
         dropped[out[i]], dropped[kept[j]] = False, True
+        rests[[out[i], kept[j]]] = step + REST
+        load += twice[kept[j]] - twice[out[i]]
+        if not idle:
+            best = dropped.copy()

@@ -8,8 +8,6 @@ from itertools import combinations, product
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
 
 from moekern.criteria.needs import cosines, distances, idle_lowest, need
 from moekern.criteria.pairs import mean_output_gram
@@ -208,8 +206,15 @@ def _one_of_each(
 
 
 def _clusters(distance: Matrix, members: list[int], number: int) -> list[list[int]]:
-    if number >= len(members):
-        return [[e] for e in members]
-    tree = linkage(squareform(distance[np.ix_(members, members)], checks=False), "average")
-    label = cut_tree(tree, n_clusters=number)[:, 0]
-    return [[members[i] for i in np.flatnonzero(label == n)] for n in range(number)]
+    """The two clusters with the least mean distance are joined until `number` are left; of equal pairs the first."""
+    clusters = [[e] for e in members]
+    far = np.triu(distance[np.ix_(members, members)], 1)
+    far += far.T
+    np.fill_diagonal(far, np.inf)
+    for _ in range(len(members) - number):
+        i, j = divmod(int(far.argmin()), len(members))
+        one, other = len(clusters[i]), len(clusters[j])
+        far[i] = far[:, i] = (one * far[i] + other * far[j]) / (one + other)
+        far[j] = far[:, j] = np.inf
+        clusters[i], clusters[j] = sorted(clusters[i] + clusters[j]), []
+    return [cluster for cluster in clusters if cluster]

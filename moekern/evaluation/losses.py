@@ -26,9 +26,9 @@ from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
-from moekern.plan.channels import channel_rows
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.live import live_channels
 from moekern.version import versions
 
 ORIGINAL = "original"
@@ -204,8 +204,7 @@ class _Compare(Pass[Task]):
             self.now = layer, task.number
             if task.plan is not None:
                 own = task.plan.layers[key]
-                channels = None if own.channels is None else torch.from_numpy(channel_rows(own.channels))
-                self.applied.enter_context(self.pruner.pruned(key, own.keep, channels))
+                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
         yield
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)

@@ -64,8 +64,11 @@ def drop(layer: nn.Module) -> None:
                 part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
+_DRAWN = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+
 class Unfilled(TorchFunctionMode):
-    """torch.empty, of which parameters are made, gives no memory."""
+    """torch.empty, of which parameters are made, gives no memory, and what has none draws no random numbers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,4 +76,6 @@ class Unfilled(TorchFunctionMode):
         given = kwargs or {}
         if func is torch.empty and given.get("device") is None:
             given = {**given, "device": "meta"}
+        if func in _DRAWN and args and args[0].is_meta:
+            return args[0]
         return func(*args, **given)

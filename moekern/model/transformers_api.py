@@ -255,7 +255,7 @@ def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, ten
 
     handle = nn.modules.module.register_module_module_registration_hook(counted)
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), Unfilled(), _quiet():
             model = cls._from_config(config, dtype=dtype)
     finally:
         handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Refine:
     Raises InputError for numbers that cannot be.
     """
 
-    rate: float = 3e-3
+    rate: float = 3e-3  # of a tensor whose root mean square is USUAL, and for others in proportion to theirs
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: int = 5  # steps
     last: float = 0.05
@@ -89,6 +90,7 @@ class Refined:
     passes: float  # forwards of all routed rows, a backward pass counted by its products
 
 
+USUAL = 0.08  # root mean square of a tensor of weights for which the published rate was measured (1 / sqrt(H), H = 128)
 BACKWARD = 4 / 3  # products of a backward pass over those of the forward pass: nothing flows on to what is below
 
 
@@ -121,7 +123,8 @@ def refine_experts(
 
     The residual is brought up to date with the weights that are stored, rounded. An expert is stored when the squared
     error of its rows that are held back (`held` bool [N]; without any in the layer, of its rows) is lower with its
-    rounded weights, and else stays bit for bit; the epoch that is best by that error is taken, and the first that is
+    rounded weights, and else stays bit for bit (steps that are large for few rows overshoot in those that are fitted,
+    whose error may rise meanwhile); the epoch that is best by that error is taken, and the first that is
     worse than the one before is the last. Batches are drawn with a seed of `name`, expert and sweep. `memory` bytes may
     be taken for an expert's targets, beyond which they go to a file in `folder`. Raises InputError for several
     processes, a residual that is not finite, and where there is no room.
@@ -165,7 +168,7 @@ def _refined(layer: _Layer, expert: int, sweep: int) -> bool | None:
         scale = float(sum(square(layer.residual.gather(part)) for part in tokens[fitted].split(ROWS))) / len(fitted)
         if scale and _trained(one, sweep, fitted, judged, scale):
             layer.experts.store(expert, one.trained)
-            if one.error(judged) < before:
+            if one.differs(found) and one.error(judged) < before:
                 for part in torch.arange(len(tokens)).split(ROWS):
                     layer.residual.scatter(tokens[part], one.lacks(part))
                 return True
@@ -205,6 +208,9 @@ class _One:
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.trained.parameters]
 
+    def differs(self, weights: Sequence[Tensor]) -> bool:
+        return not all(torch.equal(a, b) for a, b in zip(self.trained.parameters, weights, strict=True))
+
     def set(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for parameter, value in zip(self.trained.parameters, weights, strict=True):
@@ -216,13 +222,14 @@ def _trained(one: _One, sweep: int, fitted: Tensor, judged: Tensor, scale: float
     options = one.layer.options
     batches = -(-len(fitted) // options.batch)
     drawn = torch.Generator().manual_seed(_seed(options.seed, one.layer.name, one.expert, sweep))
-    adam = torch.optim.Adam(list(one.trained.parameters), betas=options.betas)
-    peak, best, last, taken = options.rate * options.later**sweep, float("inf"), float("inf"), list[Tensor]()
+    peaks = [options.rate * options.later**sweep * _size(parameter) for parameter in one.trained.parameters]
+    adam = torch.optim.Adam([{"params": [parameter]} for parameter in one.trained.parameters], betas=options.betas)
+    best, last, taken = float("inf"), float("inf"), list[Tensor]()
     for epoch in range(options.epochs):
         order = fitted[torch.randperm(len(fitted), generator=drawn)]
         for number, rows in enumerate(order.tensor_split(batches)):
             step = epoch * batches + number
-            for group in adam.param_groups:
+            for group, peak in zip(adam.param_groups, peaks, strict=True):
                 group["lr"] = peak * _share(options, step, options.epochs * batches)
             out = one.forward(rows)
             loss = (one.targets.gather(rows).to(out) - out).square().sum() / (len(rows) * scale)
@@ -239,6 +246,11 @@ def _trained(one: _One, sweep: int, fitted: Tensor, judged: Tensor, scale: float
     if taken:
         one.set(taken)
     return bool(taken)
+
+
+def _size(weights: Tensor) -> float:
+    """The root mean square of weights over the usual one; 1 where all are zero."""
+    return math.sqrt(float(weights.detach().double().square().mean())) / USUAL or 1.0
 
 
 def _share(options: Refine, step: int, steps: int) -> float:

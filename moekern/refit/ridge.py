@@ -15,7 +15,7 @@ from torch import Tensor
 from moekern.errors import InputError, check_type
 from moekern.model.compute import few_tokens
 from moekern.refit.rows import Room, RowStore, check_rows
-from moekern.refit.units import ROWS, Features, Unit, Units, square
+from moekern.refit.units import ROWS, Features, Unit, Units, square, steady_product
 from moekern.team import ALONE, Team
 
 
@@ -267,7 +267,7 @@ def _steps(layer: _Layer, expert: int, trials: Sequence[_Trial], now: Sequence[T
 
 def products(features: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
     """Of one chunk: other' features, [C, m] float32, for each of the others [rows, C]."""
-    return [other.T @ features for other in others]
+    return [steady_product(other.T, features) for other in others]
 
 
 def solved(gram: Tensor, moment: Tensor, drift: Tensor, weight: float) -> tuple[Tensor | None, bool]:
@@ -308,7 +308,7 @@ def _bring_up_to_date(layer: _Layer, expert: int, trials: Sequence[_Trial], chan
     for chunk, features in layer.features.all(expert) if moved else ():
         for trial, change in moved:
             rows = trial.residual.gather(chunk.tokens).to(features.device)
-            trial.residual.scatter(chunk.tokens, torch.addmm(rows, features, change.to(features).T, alpha=-1))
+            trial.residual.scatter(chunk.tokens, rows - steady_product(features, change.to(features).T))
 
 
 def _mean_diagonal(layer: _Layer) -> float:

@@ -29,8 +29,9 @@ from moekern.model.pruned_layers import LivePruner
 from moekern.model.states import States
 from moekern.model.stepwise import Tangled
 from moekern.model.walk import Pass, Round
-from moekern.plan.channels import channel_rows, channel_text
+from moekern.plan.channels import channel_text
 from moekern.plan.document import LayerPlan
+from moekern.plan.live import live_channels
 from moekern.refit.fitting import Fitting, fitted
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
@@ -229,7 +230,7 @@ class Streams(Pass[Task]):
                         live = LiveExperts(block_of(module), asked, self.layerwise.device)
                         plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
             self.plans[number - 1][key] = plan
-            with self.pruner.pruned(key, plan.keep, _numbers(plan)):
+            with self.pruner.pruned(key, plan.keep, live_channels(plan)):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
@@ -301,7 +302,7 @@ class Streams(Pass[Task]):
         if number == ORIGINAL:
             return
         plan = self.plans[number - 1][key]
-        self.applied.enter_context(self.pruner.pruned(key, plan.keep, _numbers(plan)))
+        self.applied.enter_context(self.pruner.pruned(key, plan.keep, live_channels(plan)))
         if self.saved[number]:
             block = block_of(self.layerwise.layers[layer])
             for parameter, value in zip(block.parameters(), self.saved[number], strict=True):
@@ -347,8 +348,3 @@ class Streams(Pass[Task]):
 
 def _of(number: int) -> Callable[[Task], bool]:
     return lambda task: task.number == number
-
-
-def _numbers(plan: LayerPlan) -> Tensor | None:
-    """The channels that stay of each expert, int64 [n, M]; None where all do."""
-    return None if plan.channels is None else torch.from_numpy(channel_rows(plan.channels))

@@ -8,11 +8,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moekern.errors import InputError
 from moekern.refit.rows import Room
 from moekern.team import Team
 
+EVEN = 16  # rows of a product on a CPU at least, and its columns are a multiple
 ROWS = 1024  # of one expert and one unit, at most, that are multiplied together in float32
 
 
@@ -126,6 +128,18 @@ class Features:
                 self.latest = expert
             kept[chunk.number] = value
         return value
+
+
+def steady_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k] times b [k, c], with the same bits for 1, 2, 4, 8, ... threads of a CPU.
+
+    They share the columns, and round otherwise where a share ends in the middle of a vector, or the rows are few; so
+    zeros fill both up.
+    """
+    rows, columns = max(0, EVEN - len(a)), -b.shape[1] % EVEN
+    if a.device.type != "cpu" or not (rows or columns):
+        return a @ b
+    return (pad(a, (0, 0, 0, rows)) @ pad(b, (0, columns)))[: len(a), : b.shape[1]]
 
 
 def square(rows: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The oracle on a real checkpoint: the pruned model's logits against the original's with the dropped experts masked."""
+"""The oracle on a real checkpoint: the pruned model's logits against the original's with the dropped experts masked;
+layers that were refitted are pruned and refitted in memory instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import WHOLE, Channels, masked_layer
 from moekern.model.narrow_layers import check_width
+from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.channels import channel_rows
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.refit import refit_of
+from moekern.verification.refitted_layers import RefittedLayers, refitted_layers
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -67,6 +71,9 @@ def compare_forward(
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
     chosen = compute.torch_dtype or torch.float32
     logits: dict[str, list[Tensor]] = {}
+    refitted = None
+    if refit_of(plan) is not None:
+        refitted = refitted_layers(plan, after, find_layout(after), replace(compute, dtype=chosen))
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
         layout = find_layout(checkpoint)
         if applied is not None:
@@ -78,8 +85,10 @@ def compare_forward(
             masks = dropped_experts(layout, applied), kept_channels(applied)
             tasks = [MaskedTask(side, *masks, batch) for batch in batches]
             layers = len(layerwise.layers)
-            masked = _Masked(layerwise, len(tasks), Steps(progress, 2 * layers, len(logits) * layers))
-            layerwise.run(tasks, masked)
+            step = Steps(progress, 2 * layers, len(logits) * layers)
+            masked = _Masked(layerwise, len(tasks), step, refitted if applied else None)
+            with masked.applied:
+                layerwise.run(tasks, masked)
             logits[side] = masked.logits
     return _verdict(logits["masked"], logits["pruned"], chosen)
 
@@ -134,15 +143,20 @@ def kept_channels(plan: Plan | None) -> dict[str, Channels]:
 
 
 class _Masked(Pass[MaskedTask]):
-    """Every task with its own experts masked; its logits [B, S, V] are held on the CPU."""
+    """Every task with its own experts masked; its logits [B, S, V] are held on the CPU. Refitted layers are pruned."""
 
-    def __init__(self, layerwise: LayerwiseModel, tasks: int, step: Steps) -> None:
+    def __init__(self, layerwise: LayerwiseModel, tasks: int, step: Steps, refitted: RefittedLayers | None) -> None:
         self.layerwise, self.tasks, self.step, self.before = layerwise, tasks, step, step.done
+        self.refitted, self.applied = refitted, ExitStack()
+        self.pruner = LivePruner(layerwise.loader, layerwise.layout)
+        if refitted is not None:
+            layerwise.check_whole("what refitted layers compute")
         self.logits: list[Tensor] = []
         self.through = 0  # tasks that have left the layer
 
     def started(self) -> None:
         self.logits.clear()
+        self.applied.close()
         self.through, self.step.done = 0, self.before
 
     def forward(self, task: MaskedTask) -> None:
@@ -164,14 +178,21 @@ class _Masked(Pass[MaskedTask]):
 
     def _masked(self, task: MaskedTask, layer: int) -> AbstractContextManager[Any]:
         model, key = self.layerwise, self.layerwise.moe_keys.get(layer)
-        if key is None:
+        if key is None or (self.refitted is not None and key in self.refitted.names):
             return nullcontext()
         dropped, channels = task.dropped.get(key, ()), task.channels.get(key, WHOLE)
         return masked_layer(model.loader, model.layout.layers[key], model.layers[layer], dropped, channels)
 
     def loaded(self, layer: int) -> None:
         self.step.within(0)
+        key = self.layerwise.moe_keys.get(layer)
+        if key is not None and self.refitted is not None and key in self.refitted.names:
+            self.applied.enter_context(self.refitted.applied(self.layerwise, self.pruner, key))
+
+    def held(self, layer: int) -> Sequence[int] | None:
+        return self.pruner.held.get(self.layerwise.moe_keys.get(layer, ""))
 
     def done(self, layer: int) -> None:
+        self.applied.close()  # before the layer's weights go
         self.through = 0
         self.step()

@@ -89,19 +89,6 @@ def test_what_a_person_is_told_is_a_note(work: Path, tmp_path: Path) -> None:
     assert any(note.startswith("kernels: native (") for note in notes)
 
 
-def test_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekern.cli import tour
-
-    monkeypatch.setattr(tour, "SHOWN", ("gated_norm", "random"))
-    monkeypatch.setattr(tour, "EVALUATION_TOKENS", 768)
-    done = moekern("demo", "--seeds", 1, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["verified"]["good"] is True
-    stages = dict.fromkeys(line["stage"] for line in told(done) if "stage" in line)
-    assert [stage.split()[0] for stage in stages] == ["calibrating", "evaluating", "pruning", "verifying", "comparing"]
-    assert any(line.get("note", "").startswith("generated: ") for line in told(done))
-
-
 def test_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     line = {"op": "router_stats", "case": "a", "backend": "native", "us": 1500.0}
 

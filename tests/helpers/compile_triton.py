@@ -1,7 +1,8 @@
-"""Compile every Triton kernel for GPUs that are not here:  python -m tests.helpers.compile_triton [mlp] [80 90]
+"""Compile every Triton kernel for GPUs that are not here:  python -m tests.helpers.compile_triton [mlp] [few] [80 90]
 
 The ops run on meta tensors, which have no values: a read on the host raises. Each launch is compiled instead of run.
-One JSON line a kernel: name, architecture, and what of its PTX the tests look at.
+"few": each kernel, of fewer shapes, types and tiles. One JSON line a kernel: name, architecture, and what of its PTX
+the tests look at.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TYPES = {
     torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
 }  # fmt: skip
 ARCHITECTURES = [int(name) for name in sys.argv[1:] if name.isdigit()] or [80, 90]
+FEW = "few" in sys.argv
 seen: set[tuple[object, ...]] = set()
 
 
@@ -82,10 +84,12 @@ def main() -> None:
 
 
 def compile_statistics() -> None:
-    for case, dtype, score, residuals in (
+    few = [(Case(300, 8, 2, 45, ids=torch.int32, masked=True), torch.bfloat16, "sqrtsoftplus", [True])]
+    every = [
         (Case(300, 513, 22, 600, masked=True), torch.bfloat16, "sqrtsoftplus", [True]),  # 22 slots take seconds
         (Case(300, 8, 2, 45, ids=torch.int32), torch.float16, "softmax", [False, True]),
-    ):
+    ]
+    for case, dtype, score, residuals in few if FEW else every:
         backend.sort_by_expert(router(case).topk_idx.to("meta"), case.E, None)
         router_sums = kernels.router_sums(case.E, "meta", gram=True)
         backend.router_stats(*meta(router(case, dtype)), router_sums, score=score)
@@ -97,16 +101,17 @@ def compile_statistics() -> None:
 def compile_mlp() -> None:
     """Every dtype, scale and activation, with the tiles of every chip that has the shared memory."""
     odd, even = Case(40, 8, 2, 45, masked=True), Case(40, 8, 2, 512)
-    for sums in (None, kernels.expert_sums(odd.E, odd.H, "meta")):
+    for sums in () if FEW else (None, kernels.expert_sums(odd.E, odd.H, "meta")):
         backend.grouped_mlp(*moved(mlp(odd, 16), "meta"), None, sums, activation="silu")
-    for case, dtype, fp8, scales, activation, tiles in (
+    every = (
         (even, torch.float32, None, torch.float32, "gelu", mlp_kernels.FLOAT32),
         (odd, torch.bfloat16, None, torch.float32, "gelu_pytorch_tanh", mlp_kernels.SMALL),
         (odd, torch.float16, (8, 24), torch.float8_e8m0fnu, "silu", mlp_kernels.SMALL),
         (even, torch.bfloat16, (128, 128), torch.float32, "silu", mlp_kernels.SMALL),
         (even, torch.bfloat16, None, torch.float32, "silu", mlp_kernels.BIG),
         (even, torch.bfloat16, (128, 128), torch.bfloat16, "silu", mlp_kernels.BIG),
-    ):
+    )
+    for case, dtype, fp8, scales, activation, tiles in (every[0], every[-1]) if FEW else every:
         if tiles == mlp_kernels.BIG:
             ARCHITECTURES[:] = [name for name in ARCHITECTURES if name >= 90]
         mlp_kernels.tiles_for = lambda *_, tiles=tiles: tiles

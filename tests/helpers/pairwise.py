@@ -1,4 +1,4 @@
-"""Where a whole matrix of parameters is dear: a choice of its rows in which every pair of values still meets."""
+"""Where all parameters are dear: a choice of a matrix in which every pair of values still meets; and of families."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from tests.helpers.cases import Case
+from tests.helpers.families import FAMILIES
 
 Row = Mapping[str, Hashable]
 Values = Mapping[str, Any] | Sequence[Any]
+# A kind of experts' call each.
+USUAL = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "step3p7")
 
 
 def pairwise(rows: Sequence[Row], alone: Iterable[str] = ()) -> list[int]:
@@ -76,3 +79,11 @@ def properties(name: str, id: str, value: Any) -> dict[str, Hashable]:
     case = case_of(value)
     special = {} if case is None else dict(zip(Case._fields[4:], case[4:], strict=True))
     return {name: id, **special}
+
+
+def thirds(names: Sequence[str], n: int) -> list[Any]:
+    """Names as parameters of a test that is dear, beside one of all families: by default the usual ones and every third
+    from the n-th on, so that of three such tests each family meets one; the rest is marked whole."""
+    places = {name: place for place, name in enumerate(FAMILIES)}
+    chosen = {name for name in names if name in USUAL or places[name] % 3 == n}
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.whole) for name in names]

@@ -14,7 +14,11 @@ from pathlib import Path
 
 from tests.helpers.commands import Done
 
-PRELOADED = ["transformers", "torch.distributed", "moekern.cli.pipeline", "moekern.cli.whole_run"]
+PRELOADED = [
+    "transformers", "torch.distributed", "moekern.cli.pipeline", "moekern.cli.whole_run", "moekern.checkpoint.remote",
+    "moekern.kernels.native", "transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers.masking_utils",
+    "transformers.tokenization_utils_tokenizers", "tokenizers.implementations", "pydantic.type_adapter",
+]  # fmt: skip
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([*PRELOADED, __name__])
 

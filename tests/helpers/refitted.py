@@ -22,24 +22,31 @@ DOWN = ("down_proj", "w2.weight")
 
 
 def refit(
-    source: Path, plan: Plan, folder: Path, *, dtype: str = "", recipe: str = RECIPE, parts: tuple[str, ...] = DOWN
+    source: Path,
+    plan: Plan,
+    folder: Path,
+    *,
+    dtype: str = "",
+    parts: tuple[str, ...] = DOWN,
+    layers: tuple[str, ...] = (),
 ) -> Plan:
-    """Write other bytes for what has one of `parts` in its name, of every kept expert; the plan that says so."""
+    """Write other bytes for what has one of `parts` in its name, of every kept expert of `layers` (of all, where there
+    are none); the plan that says so."""
     checkpoint = open_checkpoint(source)
     plain = folder.with_name(f"{folder.name}-plain")
     prune(source, plan, plain)
-    tensors, rng, layers = read(plain), np.random.default_rng(1), {}
-    for key in plan.layers:
+    tensors, rng, told = read(plain), np.random.default_rng(1), {}
+    for key in layers or plan.layers:
         prefix = find_layout(checkpoint).layers[key].prefix
         new: dict[str, Any] = {
             name: _finite(data(rng, dtype or kind, shape))
             for name, (kind, shape, _) in tensors.items()
-            if name.startswith(prefix) and ".experts." in name and any(part in name for part in parts)
+            if name.startswith(prefix) and "shared" not in name and any(part in name for part in parts)
         }
         folder.mkdir(exist_ok=True)
-        write_layer(folder, key, new, recipe=recipe, kept=plan.layers[key], model=checkpoint.fingerprint)
-        layers[key] = {"error": 0.25}
-    return replace(plan, provenance={**plan.provenance, "refit": {"recipe": recipe, "layers": layers}})
+        write_layer(folder, key, new, recipe=RECIPE, kept=plan.layers[key], model=checkpoint.fingerprint)
+        told[key] = {"error": 0.25}
+    return replace(plan, provenance={**plan.provenance, "refit": {"recipe": RECIPE, "layers": told}})
 
 
 def _finite(tensor: tuple[str, list[int], bytes]) -> tuple[str, list[int], bytes]:

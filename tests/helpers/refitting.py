@@ -13,7 +13,7 @@ from torch import Tensor
 class Layer:
     """n experts of m channels, H wide, on N tokens that each choose K; float32 numbers, weights rounded to `dtype`."""
 
-    inputs_: Tensor  # [N, H]
+    inputs_: Tensor  # [N, H]; features are computed in its type
     chosen: Tensor  # [N, K] int64
     gates: Tensor  # [N, K]
     gate: Tensor  # [n, m, H]
@@ -41,9 +41,9 @@ class Layer:
 
     def features(self, expert: int, tokens: Tensor) -> Tensor:
         self.asked.append((expert, len(tokens)))
-        return self.gates_of(expert, tokens)[:, None] * inner(
-            self.inputs_[tokens], self.gate[expert].float(), self.up[expert].float()
-        )
+        rows = self.inputs_[tokens]
+        features = inner(rows, self.gate[expert].to(rows), self.up[expert].to(rows))
+        return (self.gates_of(expert, tokens)[:, None] * features).float()
 
     def down(self, expert: int) -> Tensor:
         return self.downs[expert].float()

@@ -282,7 +282,13 @@ def every_tier(family_checkpoint: MakeCheckpoint) -> Callable[[str], tuple[Stati
     return make
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text", "jetmoe", "deepseek_v4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v4",
+        *(pytest.param(name, marks=pytest.mark.whole) for name in ("deepseek_v3", "llama4_text", "jetmoe")),
+    ],
+)
 def test_every_tier_with_domains_apart(
     name: str, family_checkpoint: MakeCheckpoint, every_tier: Callable[[str], tuple[Statistics, Steps]], tmp_path: Path
 ) -> None:
