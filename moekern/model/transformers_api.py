@@ -45,6 +45,7 @@ from moekern.model.memory import Unfilled
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
 EXPERTS_FUNCTIONS, grouped_linear = moe.ALL_EXPERTS_FUNCTIONS, moe._grouped_linear
+Numbers = Mapping[tuple[str, ...], int]  # config path -> what stands there
 TWIN = "; prune and verify work, and so does a plan that was made on an unquantised twin of the model"
 
 
@@ -224,11 +225,7 @@ def open_loader(
         return Loader(model, get_model_conversion_mapping(model), model.state_dict(), wanted, quantisation)
 
     loader = build(copy.deepcopy(config))
-    return (
-        loader
-        if layout is None
-        else _with_own_counts(loader, layout, lambda n: build(_changed(config, dict.fromkeys(layout.count_paths, n))))
-    )
+    return loader if layout is None else _with_own_counts(loader, layout, lambda ns: build(_changed(config, ns)))
 
 
 def _read_config(
@@ -277,25 +274,24 @@ def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) ->
     return model.eval()
 
 
-def layers_with(loader: Loader, numbers: Mapping[tuple[str, ...], int]) -> nn.ModuleList:
+def layers_with(loader: Loader, numbers: Numbers) -> nn.ModuleList:
     """The decoder layers of the same model with these numbers in its config, by path: parameters on the meta device."""
     model = _empty_model(type(loader.model), _changed(loader.model.config, numbers), loader.dtype)
-    name, _ = loader.decoder_layers()
-    return _module_list(model, name)
+    return _module_list(model, loader.decoder_layers()[0])
 
 
-def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[int], Loader]) -> Loader:
+def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[Numbers], Loader]) -> Loader:
     """The loader with each decoder layer that has fewer experts taken from a model that is built with so many."""
     fewer = {key: layer.num_experts for key, layer in layout.layers.items() if layer.num_experts < layout.num_experts}
     places, (_, layers) = loader.moe_places(layout) if fewer else {}, loader.decoder_layers()
     for count in sorted(set(fewer.values())):
-        _, others = build(count).decoder_layers()
+        _, others = build(dict.fromkeys(layout.count_paths, count)).decoder_layers()
         for key in (key for key, n in fewer.items() if n == count):
             layers[places[key]] = others[places[key]]
     return replace(loader, names=loader.model.state_dict()) if fewer else loader
 
 
-def _changed(config: Any, numbers: Mapping[tuple[str, ...], int]) -> Any:
+def _changed(config: Any, numbers: Numbers) -> Any:
     """A copy of the configuration with other numbers at these paths."""
     changed = copy.deepcopy(config)
     for (*sections, key), number in numbers.items():
