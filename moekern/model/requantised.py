@@ -8,17 +8,19 @@ checkpoint's own parts stand for is stored as these parts again, or as others th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moekern.architectures.quantisation import OF_INPUTS
 from moekern.kernels import Quantised
 from moekern.kernels.quantised import E8M0
 from moekern.model.dequantised import CODES, SCALES, dense, matrix_of
 from moekern.model.reader import DTYPES
+from moekern.model.transformers_api import Loader
 
 FLOAT_CODES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}  # codes reach it on both sides
@@ -62,6 +64,17 @@ def requantised(weight: Tensor, like: Mapping[str, Tensor], config: Mapping[str,
     if not math.isfinite(error):
         raise ValueError("weight: its numbers are too large for the format")
     return Requantised(parts, error, square)
+
+
+def weights_of(loader: Loader, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Plain weight -> part -> key, for keys of a checkpoint that the model computes with: the names of what `dense` and
+    `requantised` take. A plain weight is its only part; scales of inputs are of none."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        weight, part, target = loader.part_of(key)
+        if target is not None and part not in OF_INPUTS:
+            found.setdefault(weight, {})[part] = key
+    return found
 
 
 def as_stored(tensor: Tensor) -> tuple[str, tuple[int, ...], memoryview]:

@@ -67,9 +67,9 @@ class Loader:
 
         The parts of a quantised weight (codes, scales, ...) are all known by the weight's name.
         """
-        return self._place(key)[2]
+        return self.part_of(key)[2]
 
-    def _place(self, key: str) -> tuple[str, str, str | None]:
+    def part_of(self, key: str) -> tuple[str, str, str | None]:
         """The plain weight that a checkpoint tensor is a part of, which part, and the model's name for the weight."""
         for weight, part in dequantised.readings(key):
             target = self._renamed(weight)
@@ -144,7 +144,7 @@ class Loader:
             return
         weights: dict[str, dict[str, dict[str, Tensor]]] = {}  # parameter -> weight of the checkpoint -> its parts
         for key, tensor in tensors.items():
-            weight, part, target = self._place(key)
+            weight, part, target = self.part_of(key)
             if target is not None and part not in OF_INPUTS:
                 weights.setdefault(target, {}).setdefault(weight, {})[part] = tensor
         coded = {
@@ -168,7 +168,7 @@ class Loader:
             return True
         if weight.dtype in dequantised.FLOAT8:
             return bool(self.quantisation)
-        target = self.names.get(self._place(key)[2] or "")
+        target = self.names.get(self.part_of(key)[2] or "")
         return not weight.is_floating_point() and target is not None and target.is_floating_point()
 
     def _dense(self, key: str, parts: Mapping[str, Tensor], device: torch.device) -> Tensor:

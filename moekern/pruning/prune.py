@@ -179,11 +179,7 @@ def prune(
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
     job = _job(checkpoint, plan, shards, side, refitted, standing(target.parent), copy, checksum, reread)
     mine = _share(shards, part)
-    needed = sum(space_needed(checkpoint, shard, job.known_ways) for shard in mine)
-    if again and not job.is_made(target):
-        check_new(target, folder=True)
-    if not again:
-        check_space(target, needed + sum(file.size for file in side), len(mine) + len(side) + 8)
+    _check_out(job, target, mine, again=again)
     tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
     finished, waiting, already = (True, 0, True) if again else _written(job, target, part, mine, tally)
     if already:
@@ -244,6 +240,15 @@ def _check_options(mtp: str, copy: str, checksum: str, max_shard_size: int | Non
     if max_shard_size is not None and max_shard_size < 1:
         raise InputError(f"--max-shard-size {max_shard_size}: expected at least one byte")
     check_checksum(checksum)
+
+
+def _check_out(job: Job, target: Path, mine: Sequence[OutputShard], *, again: bool) -> None:
+    """Raise InputError where there is no room for the target, or something else stands there `again`."""
+    if not again:
+        needed = sum(space_needed(job.checkpoint, shard, job.known_ways) for shard in mine)
+        check_space(target, needed + sum(file.size for file in job.side), len(mine) + len(job.side) + 8)
+    elif not job.is_made(target):
+        check_new(target, folder=True)
 
 
 def _share(shards: Sequence[OutputShard], part: Part | None) -> list[OutputShard]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -134,6 +135,21 @@ def test_what_is_written_is_aligned_and_always_the_same(tmp_path: Path) -> None:
         write_layer(
             tmp_path, "0", {"a": ("U8", [3, 5], bytes(14))}, recipe=RECIPE, kept=PLAN.layers["0"], model="0" * 64
         )
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """The disk takes no more in the middle of the file: an earlier one stays, and nothing is beside it."""
+    arguments = {"recipe": RECIPE, "kept": PLAN.layers["0"], "model": "0" * 64}
+    path = write_layer(tmp_path / "x", "0", {"a": ("U8", [4], b"abcd")}, **arguments)
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        for key in ("0", "1"):
+            with pytest.raises(InputError, match=rf"{key}\.safetensors: not finished"):
+                write_layer(tmp_path / "x", key, {"a": ("U8", [4 << 20], bytes(4 << 20))}, **arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert tree(tmp_path / "x") == {"0.safetensors": before}
 
 
 def test_what_a_killed_refit_leaves_is_passed_over(source: Path, plan: Plan, tmp_path: Path) -> None:

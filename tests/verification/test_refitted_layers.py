@@ -21,8 +21,9 @@ from moekern.model import layerwise
 from moekern.model.compute import Compute
 from moekern.model.dequantised import dense
 from moekern.model.reader import read_tensors
-from moekern.model.requantised import as_stored, requantised
+from moekern.model.requantised import as_stored, requantised, weights_of
 from moekern.model.stepwise import Stepwise, Tangled
+from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
 from moekern.pruning.prune import prune
 from moekern.pruning.refitted import write_layer
@@ -82,13 +83,14 @@ def test_computed_weights_in_the_checkpoints_own_format(kind: str, tmp_path: Pat
     """Larger ones by a tenth, quantised again: whole, they are verified, and the model computes with them."""
     source, _ = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, kind, only=".experts.")
     checkpoint = open_checkpoint(source)
-    plan, config = random_plan(find_layout(checkpoint), 0), checkpoint.config["quantization_config"]
+    plan, loader = random_plan(find_layout(checkpoint), 0), open_loader(source, None)
+    config = loader.quantisation
     for key, layer in plan.layers.items():
         new: dict[str, Any] = {}
         for number, e in enumerate(layer.keep):
             stem = f"model.layers.{key}.mlp.experts.{{}}.down_proj."
-            names = [name for name in checkpoint.tensors if name.startswith(stem.format(e))]
-            like = {name.rpartition(".")[2]: tensor for name, tensor in read_tensors(checkpoint, names).items()}
+            (parts,) = weights_of(loader, [n for n in checkpoint.tensors if n.startswith(stem.format(e))]).values()
+            like = {part: read_tensors(checkpoint, [name])[name] for part, name in parts.items()}
             wanted = 1.1 * dense(like, config, torch.float32)
             found = requantised(wanted, like, config)
             assert (found.error_square / found.square) ** 0.5 < 0.1
