@@ -114,7 +114,7 @@ def test_training_ends_when_held_back_rows_get_worse() -> None:
 
 def test_the_best_epoch_is_taken() -> None:
     """At a rate that does not fall, the end of a run of fewer epochs: the last that made it better."""
-    options, ends = Refine(batch=8, rate=0.02, last=1.0, sweeps=1), list[tuple[Case, float]]()
+    options, ends = Refine(batch=16, rate=0.003, last=1.0, sweeps=1), list[tuple[Case, float]]()
     for epochs in range(1, 9):
         given = case(tokens=200, noise=0.5)
         result = given.run(replace(options, epochs=epochs))
