@@ -37,6 +37,7 @@ def remove_parts(side: Path) -> None:
     """Remove them, and how far they are; what is no statistics file is not this program's."""
     for path in parts_left(side):
         removed(state_path(path))
+        remove_groups(path)
         with suppress(InputError, OSError):
             remove_left(temporary_path(path))
         with suppress(InputError, OSError):
