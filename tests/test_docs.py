@@ -121,6 +121,7 @@ def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch:
         assert done.returncode == 0, f"moekern {shlex.join(command)}: {done.stderr}"
 
 
+@pytest.mark.whole  # tests/team and tests/statistics/test_parts.py run the same commands
 @pytest.mark.xdist_group("ranks")
 def test_the_commands_for_several_machines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of torchrun in two processes, those of an array in two jobs, on the model that ships."""

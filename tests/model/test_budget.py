@@ -88,7 +88,7 @@ def test_groups_that_are_not_seen_are_no_limit(tmp_path: Path, cgroup: str) -> N
     assert list(groups_left(tmp_path / "none")) == []
 
 
-@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", pytest.param("RLIMIT_DATA", marks=pytest.mark.whole)])
 def test_a_limit_of_the_process_is_seen(kind: str) -> None:
     code = (
         f"import resource; resource.setrlimit(resource.{kind}, ({64 * GIB}, {64 * GIB}))\n"
