@@ -62,6 +62,14 @@ class InputError(ValueError):
         return PART_KINDS.get(_part_that_raised(self), "input")
 
 
+class NoRoomForText(InputError):
+    """The hidden states of a text fit neither memory nor disk; those of so many `tokens` would."""
+
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message, kind="memory")
+        self.tokens = tokens
+
+
 def check_type(name: str, value: object, *expected: type) -> None:
     """Raise TypeError, which names an argument of a function of the library, unless it is of one of these types."""
     if not isinstance(value, expected):

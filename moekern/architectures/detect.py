@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from moekern.architectures import config_keys as keys
+from moekern.architectures import widths
 from moekern.architectures.collect import collect_layers
 from moekern.architectures.fit import Fit, Place, find_places, fit
 from moekern.architectures.layout import Layout, MoeLayer
@@ -42,7 +43,8 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
     if num_layers is not None and not family.stacks:
         check_depth(places, stacks, num_layers, declared_mtp(config), f"{source}: {'.'.join(counted)}")
     prefixes = mtp_prefixes(family, places, stacks, num_layers)
-    return Layout(
+    shared_paths, shared_times = widths.shared_times(family, config)
+    layout = Layout(
         family=replace(family, score=score(family, config)),
         layers=layers,
         mtp=by_key(checkpoint, [layer for layer in found if layer.mtp]),
@@ -50,8 +52,11 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
         router=find_router(family, config, source, num_experts),
         count_paths=count_paths,
         mtp_paths=tuple(path for path, _ in keys.values(config, keys.MTP_KEYS)),
+        shared_paths=shared_paths,
+        shared_times=shared_times,
         notes=tuple(mtp_missing(config, prefixes)),
     )
+    return widths.with_widths(checkpoint, layout)
 
 
 def choose(checkpoint: Checkpoint, places: Sequence[Place]) -> Fit:

@@ -8,6 +8,18 @@ from moekern.architectures.config_keys import Path
 from moekern.architectures.table import Family
 from moekern.router import Router
 
+Projection = Literal["gate", "up", "gate_up", "down", ""]
+Form = Literal["plain", "halves", "alternating"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A tensor of a shared expert that is so many times as wide as a routed one: its channels lie along `axis`, None
+    where there are none or it is not known."""
+
+    name: str
+    axis: int | None
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
@@ -15,6 +27,10 @@ class ExpertTensor:
 
     "drop": it belongs to one expert, and goes with it or is renumbered. "slice": along `axis`, `rows` consecutive rows
     belong to each expert, followed by `trailing` rows that stay. "remap": its values are expert ids.
+
+    projection: what an expert's tensor is, "" for others. Its I channels lie along `channel_axis` of the stored tensor
+    (None: along none, as in the bias of down), in a tensor of gate and up in the form of `channel_form`: "halves", I of
+    gate and then I of up, or "alternating", one of gate and one of up. Where experts are rows too, I rows are one's.
     """
 
     name: str
@@ -25,6 +41,9 @@ class ExpertTensor:
     axis: int = 0
     rows: int = 1
     trailing: int = 0
+    projection: Projection = ""
+    channel_axis: int | None = None
+    channel_form: Form = "plain"
 
     def renamed(self, new: int) -> str:
         """The key of this tensor when its expert has become number `new`."""
@@ -33,13 +52,16 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer with experts. key names it in plans and statistics, prefix in the checkpoint."""
+    """One layer with experts. key names it in plans and statistics, prefix in the checkpoint. width: the channels of
+    each expert (the inner size of its MLP), None where the tensors do not say it, as quantised ones."""
 
     key: str
     prefix: str
     num_experts: int
     mtp: bool
     tensors: tuple[ExpertTensor, ...]
+    width: int | None = None
+    shared: tuple[SharedTensor, ...] = ()  # of the shared expert, where its width follows that of the others
 
     def of_role(self, *roles: str) -> Iterator[ExpertTensor]:
         return (tensor for tensor in self.tensors if tensor.role in roles)
@@ -59,11 +81,20 @@ class Layout:
     router: Router
     count_paths: tuple[Path, ...]  # config keys that hold the expert count
     mtp_paths: tuple[Path, ...]  # config keys that hold the number of multi-token-prediction layers
+    width_paths: tuple[Path, ...] = ()  # config keys that hold the width of routed experts
+    shared_paths: tuple[Path, ...] = ()  # config keys that hold how many times as wide the shared expert is
+    shared_times: int = 0  # what they hold; 0: no shared expert follows the width of the others
     notes: tuple[str, ...] = ()  # a line each: what the config says and the tensors do not
 
     @property
     def num_experts(self) -> int:
         return self.router.num_experts
+
+    @property
+    def width(self) -> int | None:
+        """The channels of each routed expert; None where they are not known, or differ between layers."""
+        found = {layer.width for layer in (*self.layers.values(), *self.mtp.values())}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def n_group(self) -> int:

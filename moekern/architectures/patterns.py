@@ -1,6 +1,7 @@
 """Names of tensors with an expert dimension. "#" stands for a number, "|" separates alternatives."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -9,8 +10,12 @@ class Scheme:
     """How one block stores its experts: head, then one of the projections, then anything (quantised companions)."""
 
     head: str
-    projections: frozenset[str]
-    rows: bool = False  # experts are folded into the rows of a matrix
+    parts: Mapping[str, str]  # name of a projection -> gate, up, gate_up (both in one tensor) or down
+    rows: bool = False  # experts are folded into the rows of a matrix, all of them [I, H]
+
+    @property
+    def projections(self) -> frozenset[str]:
+        return frozenset(self.parts)
 
     @property
     def indexed(self) -> bool:
@@ -18,24 +23,28 @@ class Scheme:
 
 
 def scheme(head: str, projections: str, rows: bool = False) -> Scheme:
-    return Scheme(head, frozenset(projections.split()), rows)
+    """projections: "name=projection" each, the name alone where it says all."""
+    split = [text.partition("=") for text in projections.split()]
+    return Scheme(head, {name: part or name for name, _, part in split}, rows)
 
 
+GATE_UP_DOWN = "gate_proj=gate up_proj=up down_proj=down"
+UP_DOWN = "up_proj=up down_proj=down"
 SCHEMES: dict[str, tuple[Scheme, ...]] = {
-    "gate_up_down": (scheme("experts.#.", "gate_proj up_proj down_proj"),),
-    "up_down": (scheme("experts.#.", "up_proj down_proj"),),
-    "w123": (scheme("experts.#.", "w1 w2 w3"),),
+    "gate_up_down": (scheme("experts.#.", GATE_UP_DOWN),),
+    "up_down": (scheme("experts.#.", UP_DOWN),),
+    "w123": (scheme("experts.#.", "w1=gate w2=down w3=up"),),
     "short": (scheme("experts.#.", "gate up down"),),
-    "grok": (scheme("moe.#.", "linear linear_v linear_1"),),
-    "named": (scheme("experts.expert_#.", "wi wo"), scheme("experts.expert_#.", "fc1 fc2")),
-    "pairs": (scheme("chunk_experts.#.", "gate_proj up_proj down_proj"),),
-    "stacked": (scheme("experts.", "gate_up_proj down_proj"), scheme("experts.", "up_proj down_proj")),
-    "linears": (scheme("", "input_linear output_linear"),),
-    "bare": (scheme("moe.", "gate_proj up_proj down_proj"),),
-    "fc": (scheme("experts.", "fc1 fc2"),),
-    "w13": (scheme("experts.", "w13_weight w2_weight"),),
-    "folded": (scheme("experts.mlp.", "w1 v1 w2", rows=True),),
-    "embedded": (scheme("", "down_embed up_embed"),),
+    "grok": (scheme("moe.#.", "linear=gate linear_v=up linear_1=down"),),
+    "named": (scheme("experts.expert_#.", "wi=up wo=down"), scheme("experts.expert_#.", "fc1=up fc2=down")),
+    "pairs": (scheme("chunk_experts.#.", GATE_UP_DOWN),),
+    "stacked": (scheme("experts.", "gate_up_proj=gate_up down_proj=down"), scheme("experts.", UP_DOWN)),
+    "linears": (scheme("", "input_linear=gate_up output_linear=down"),),
+    "bare": (scheme("moe.", GATE_UP_DOWN),),
+    "fc": (scheme("experts.", "fc1=gate_up fc2=down"),),
+    "w13": (scheme("experts.", "w13_weight=gate_up w2_weight=down"),),
+    "folded": (scheme("experts.mlp.", "w1=gate v1=up w2=down", rows=True),),
+    "embedded": (scheme("", "down_embed=down up_embed=up"),),
 }
 # Any family may be written this way: by a quantiser (one tensor an expert) or from transformers' modules (stacked).
 COMMON = ("gate_up_down", "up_down", "stacked")

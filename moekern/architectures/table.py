@@ -32,6 +32,8 @@ class Family:
     count: str = "num_experts"
     top_k: str = "num_experts_per_tok"  # config key, or a number
     groups: str = "n_group"
+    width: str = "moe_intermediate_size"  # how many channels a routed expert has: "" where it is not known
+    shared: str = ""  # how many times as wide the shared expert is; "1": always once; "": its width is its own
     holder: str = ""  # config section, dotted
     mtp: str = ""  # "numbered": layers after the last; "named": under a name that begins with mtp; "dense"
     stacks: tuple[str, ...] = ()  # stacks with experts, where there is more than one
@@ -58,14 +60,16 @@ def rows(names: str, /, **shared: Any) -> tuple[Family, ...]:
     return tuple(Family(name, also=tuple(also), **shared) for name, *also in split)
 
 
+WIDE: dict[str, Any] = {"width": "intermediate_size"}
+SHARED: dict[str, Any] = {"shared": "n_shared_experts|num_shared_experts|moe_num_shared_experts"}
 SPARSE: dict[str, Any] = {"block": "block_sparse_moe|mlp", "count": "num_local_experts"}
 W123: dict[str, Any] = {**SPARSE, "experts": "w123"}
 TEXT: dict[str, Any] = {"holder": "text_config"}
 BIASED: dict[str, Any] = {"bias": "gate.e_score_correction_bias", "score": "sigmoid"}
-V3: dict[str, Any] = {**BIASED, "group_top": 2, "count": "n_routed_experts"}
+V3: dict[str, Any] = {**BIASED, **SHARED, "group_top": 2, "count": "n_routed_experts"}
 V3_BLOCK_BIAS: dict[str, Any] = {**V3, "bias": "e_score_correction_bias|gate.e_score_correction_bias"}
 STACKED: dict[str, Any] = {"experts": "stacked", "count": "num_local_experts"}
-GRANITE: dict[str, Any] = {**SPARSE, "experts": "linears", "router": "router.layer.weight|router.weight"}
+GRANITE: dict[str, Any] = {**WIDE, **SPARSE, "experts": "linears", "router": "router.layer.weight|router.weight"}
 ROUTED: dict[str, Any] = {**STACKED, "router": "router.weight"}
 REMOTE: dict[str, Any] = {"transformers": False}
 V4: dict[str, Any] = {  # a second bias is added for the tokens of images
@@ -74,6 +78,7 @@ V4: dict[str, Any] = {  # a second bias is added for the tokens of images
     "bias": "|".join(f"gate.{name}{end}" for name in ("bias", "e_score_correction_bias") for end in ("", "_vl")),
     "table": "gate.tid2eid",
     "score": "sqrtsoftplus",
+    "shared": "1",
     "count": "n_routed_experts",
     "mtp": "named",
 }
@@ -87,11 +92,21 @@ GEMMA4: dict[str, Any] = {
     "top_k": "top_k_experts",
     **TEXT,
 }
+BAILING = "moe_intermediate_size|moe_shared_expert_intermediate_size"  # engines read the second for the shared expert
 MORE_THAN_HIDDEN = "its decoder layers hand on more than hidden states"
-TWO_STACKS = {"stacks": ("encoder", "decoder"), "only_pruned": "it is an encoder-decoder; only one stack can be run"}
+TWO_STACKS: dict[str, Any] = {
+    "experts": "named",
+    "router": "router.classifier.weight",
+    "bias": "router.classifier.bias",
+    "stacks": ("encoder", "decoder"),
+    "width": "",
+    "only_pruned": "it is an encoder-decoder; only one stack can be run",
+    "note": "encoder and decoder: pruned by a hand-written plan",
+}
 
 FAMILIES: tuple[Family, ...] = (
-    *rows("qwen3_moe qwen2_moe olmoe flex_olmo"),
+    *rows("qwen3_moe qwen2_moe"),
+    *rows("olmoe flex_olmo", **WIDE),
     *rows("qwen3_next mellum", mtp="named"),
     *rows("qwen3_5_moe=qwen3_5_moe_text=qwen3_6_moe=qwen3_6_moe_text qwen4_exp=qwen4_exp_text", mtp="named", **TEXT),
     Family("qwen3_vl_moe", experts="stacked", **TEXT),
@@ -103,13 +118,20 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("qwen3_omni_moe_thinker", **TEXT),
     Family("flint", score="sigmoid"),
-    Family("cohere2_moe", score_key="expert_selection_fn"),
-    Family("hunyuan_v1_moe", also=("hunyuan",), router="gate.wg.weight|gate.weight", top_k="moe_topk"),
-    Family("jamba", block="feed_forward", router="router.weight"),
-    Family("mixtral", **W123),
-    *rows("minimax=minimax_text_01=minimax_m1 phimoe", router="gate.weight|router.weight", **W123),
-    *rows("minimax_m2", **W123 | {**BIASED, "bias": V3_BLOCK_BIAS["bias"]}),
-    *rows("minimax_m3_vl=minimax_m3_vl_text", **TEXT, **W123 | {**BIASED, "bias": V3_BLOCK_BIAS["bias"]}),
+    Family("cohere2_moe", score_key="expert_selection_fn", **WIDE, **SHARED),
+    Family(
+        "hunyuan_v1_moe",
+        also=("hunyuan",),
+        router="gate.wg.weight|gate.weight",
+        top_k="moe_topk",
+        width="intermediate_size|moe_intermediate_size",
+        shared="1",
+    ),
+    Family("jamba", block="feed_forward", router="router.weight", **WIDE),
+    Family("mixtral", **W123, **WIDE),
+    *rows("minimax=minimax_text_01=minimax_m1 phimoe", router="gate.weight|router.weight", **W123, **WIDE),
+    *rows("minimax_m2", **WIDE, **W123 | {**BIASED, "bias": V3_BLOCK_BIAS["bias"]}),
+    *rows("minimax_m3_vl=minimax_m3_vl_text", **WIDE, **TEXT, **W123 | {**BIASED, "bias": V3_BLOCK_BIAS["bias"]}),
     Family(
         "kimi_linear",
         **{**W123, **V3, "count": "num_experts", "top_k": "num_experts_per_token", "groups": "num_expert_group"},
@@ -131,27 +153,31 @@ FAMILIES: tuple[Family, ...] = (
         group_top=2,
         count="n_routed_experts",
         no_gradient=MORE_THAN_HIDDEN,
+        **SHARED,
         **TEXT,
     ),
-    Family("mistral4", group_top=2, count="n_routed_experts"),
+    Family("mistral4", group_top=2, count="n_routed_experts", **SHARED),
     Family(
         "deepseek_v2",
         also=("deepseek_ocr2_text", "unlimited_ocr_text", "deepseek_ocr2", "unlimited_ocr"),
         group_top=1,
         group_if=("topk_method", "group_limited_greedy"),
         count="n_routed_experts",
+        **SHARED,
     ),
     *rows("deepseek_v3=kimi_k2 deepseek_v32 glm4_moe glm4_moe_lite glm_moe_dsa", mtp="numbered", **V3),
     *rows("dots1 solar_open axk1", **V3),
     Family("axk2", **V3),
     *rows("kimi_k25 glm4v_moe=glm4v_moe_text", **V3, **TEXT),
-    *rows("glm5_next=glm5_next_text dots3_note=dots3_note_text", mtp="numbered", **V3, **TEXT),
+    Family("glm5_next", also=("glm5_next_text",), mtp="numbered", **V3, **TEXT),
+    Family("dots3_note", also=("dots3_note_text",), mtp="numbered", **V3 | {"shared": ""}, **TEXT),
     Family("mimo_v2_flash", also=("mimo_v2",), mtp="dense", **V3),
     Family("beam", **{**V3, "count": "num_experts"}),
     Family("exaone_moe", mtp="named", **{**V3_BLOCK_BIAS, "count": "num_experts"}),
     Family(
         "bailing_hybrid",
         mtp="numbered",
+        width=BAILING,
         **{**V3, "bias": "gate.expert_bias|gate.e_score_correction_bias", "count": "num_experts"},
     ),
     Family(
@@ -160,9 +186,10 @@ FAMILIES: tuple[Family, ...] = (
         bias="expert_bias|e_score_correction_bias",
         score="sigmoid",
         mtp="numbered",
+        **SHARED,
     ),
     Family("hy_v4", experts="stacked", mtp="named", **V3),
-    Family("afmoe", router="router.gate.weight", bias="expert_bias", score="sigmoid"),
+    Family("afmoe", router="router.gate.weight", bias="expert_bias", score="sigmoid", **SHARED),
     Family("laguna", bias="experts.e_score_correction_bias|gate.e_score_correction_bias", score="sigmoid"),
     Family("kolibri1", bias="/moe.router.expert_bias|gate.e_score_correction_bias", score="sigmoid"),
     Family(
@@ -171,6 +198,7 @@ FAMILIES: tuple[Family, ...] = (
         count="moe_num_experts",
         top_k="moe_k",
         mtp="named",
+        **SHARED,
     ),
     Family(
         "longcat_flash",
@@ -179,13 +207,18 @@ FAMILIES: tuple[Family, ...] = (
         trailing="zero_expert_num",
         count="n_routed_experts",
         top_k="moe_topk",
+        width="expert_ffn_hidden_size",
         mtp="dense",
         note="weights that transformers writes for the zero experts are dropped; it does not load without them",
     ),
-    Family("nemotron_h", block="mixer", experts="up_down", mtp="named", **V3),
-    Family("gpt_oss", bias="router.bias", alternating="gate_up_proj", **ROUTED),
-    Family("openai_privacy_filter", bias="router.bias", no_gradient="it does not predict the next token", **ROUTED),
-    Family("llama4", also=("llama4_text",), block="feed_forward", score="sigmoid", **ROUTED, **TEXT),
+    Family("nemotron_h", block="mixer", experts="up_down", mtp="named", **V3 | {"shared": ""}),
+    Family("gpt_oss", bias="router.bias", alternating="gate_up_proj", **ROUTED, **WIDE),
+    Family(
+        "openai_privacy_filter", bias="router.bias", no_gradient="it does not predict the next token", **ROUTED, **WIDE
+    ),
+    Family(
+        "llama4", also=("llama4_text",), block="feed_forward", score="sigmoid", shared="1", **WIDE, **ROUTED, **TEXT
+    ),
     Family(
         "dbrx",
         block="ffn",
@@ -193,6 +226,7 @@ FAMILIES: tuple[Family, ...] = (
         router="router.layer.weight",
         count="moe_num_experts",
         top_k="moe_top_k",
+        width="ffn_hidden_size",
         holder="ffn_config",
     ),
     *rows("granitemoe granitemoeshared granitemoehybrid granitemoe_swa", **GRANITE),
@@ -209,6 +243,8 @@ FAMILIES: tuple[Family, ...] = (
         router="router.weight",
         count="moe_num_experts",
         top_k="moe_topk",
+        **WIDE,
+        **SHARED,
         **TEXT,
     ),
     Family("gemma4", also=("gemma4_text",), **GEMMA4),
@@ -236,6 +272,7 @@ FAMILIES: tuple[Family, ...] = (
         bias="gate.bias|gate.e_score_correction_bias",
         leave="gate.global_scale",
         trailing="n_shared_experts",
+        shared="1",
         score="sigmoid",
         count="n_routed_experts",
         **TEXT,
@@ -279,25 +316,8 @@ FAMILIES: tuple[Family, ...] = (
         router="router_gate.weight",
         refused="its experts are product keys: the number of experts must stay a square",
     ),
-    *rows(
-        "switch_transformers",
-        experts="named",
-        router="router.classifier.weight",
-        bias="router.classifier.bias",
-        top_k="1",
-        note="encoder and decoder: pruned by a hand-written plan",
-        **TWO_STACKS,
-    ),
-    *rows(
-        "nllb-moe",
-        block="ffn",
-        experts="named",
-        router="router.classifier.weight",
-        bias="router.classifier.bias",
-        top_k="2",
-        note="encoder and decoder: pruned by a hand-written plan",
-        **TWO_STACKS,
-    ),
+    *rows("switch_transformers", top_k="1", **TWO_STACKS),
+    *rows("nllb-moe", block="ffn", top_k="2", **TWO_STACKS),
     Family(
         "ernie4_5_vl_moe",
         also=("ernie4_5_moe_vl",),
@@ -308,9 +328,16 @@ FAMILIES: tuple[Family, ...] = (
         refused="text and vision experts share one numbering and have two routers",
         **TEXT,
     ),
-    *rows("bailing_moe llada_moe", **REMOTE),
-    Family("bailing_moe_v2", mtp="numbered", **REMOTE, **{**V3, "bias": "gate.expert_bias", "count": "num_experts"}),
-    Family("deepseek", count="n_routed_experts", **REMOTE),
+    Family("bailing_moe", **SHARED, **REMOTE),
+    Family("llada_moe", width="expert_intermediate_size", **REMOTE),
+    Family(
+        "bailing_moe_v2",
+        mtp="numbered",
+        width=BAILING,
+        **REMOTE,
+        **{**V3, "bias": "gate.expert_bias", "count": "num_experts"},
+    ),
+    Family("deepseek", count="n_routed_experts", **SHARED, **REMOTE),
     Family(
         "deepseek_vl_v2",
         **REMOTE,
@@ -318,8 +345,9 @@ FAMILIES: tuple[Family, ...] = (
         score_key="scoring_func",
         holder="language_config",
     ),
-    *rows("arctic grok-2=git", **W123, **REMOTE),
-    Family("grok-1", block="", experts="grok", router="router.weight", **REMOTE),
+    Family("arctic", **W123, **WIDE, **REMOTE),
+    Family("grok-2", also=("git",), **W123, **REMOTE),
+    Family("grok-1", block="", experts="grok", router="router.weight", width="", **REMOTE),
     Family(
         "step3_text",
         also=("step3_vl",),
@@ -341,11 +369,13 @@ FAMILIES: tuple[Family, ...] = (
         score_key="moe_primary_router_apply_softmax",
         count="moe_num_primary_experts",
         top_k="moe_num_active_primary_experts",
+        width="moe_ffn_hidden_size",
         **REMOTE,
     ),
     Family(
         "kimi_k3",
         **{**W123, **V3, "count": "num_experts", "top_k": "num_experts_per_token|num_experts_per_tok"},
+        width="",
         **TEXT,
         **REMOTE,
     ),

@@ -31,14 +31,14 @@ def earlier_statistics(
     if not is_plain(path) or restart:
         return None
     found = Statistics.load(path)
-    _check_same(path, found, checkpoint, data, compute, tiers)
+    check_same(path, found, checkpoint, data, compute, tiers)
     remove_parts_of(path)
     clean_up(path)
     console.say(f"using the statistics of an earlier run: {path}")
     return found
 
 
-def _check_same(
+def check_same(
     path: Path,
     found: Statistics,
     checkpoint: Checkpoint,
@@ -85,7 +85,7 @@ def left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Com
     except InputError:  # its header is written last
         return False
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
-    _check_same(left, found, checkpoint, data, compute, wanted, exactly=True)
+    check_same(left, found, checkpoint, data, compute, wanted, exactly=True)
     if "replay" in wanted:  # nothing in the file says of how many tokens
         return False
     console.say(f"using what an earlier run has measured: {left}")

@@ -140,6 +140,15 @@ def check_spill(folder: Path | None) -> Path | None:
     return folder
 
 
+def check_shape(text: str | None) -> str | None:
+    """Raise InputError for what is no shape."""
+    from moekern.plan.shapes import parse_shape
+
+    if text is not None:
+        parse_shape(text)
+    return text
+
+
 def check_until_stable(threshold: float | None) -> float | None:
     """Raise InputError for what is no share."""
     from moekern.router import check_share
@@ -325,6 +334,18 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 MtpOption = Annotated[
     MtpMode | None,
     typer.Option(help="MTP layers: prune by router-row norm, drop, or keep whole. Default: as planned, else prune."),
+]
+RefitOption = Annotated[
+    bool,
+    typer.Option("--refit", help="Fit what stays by least squares to what the original's layers make (one more pass)."),
+]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With --refit: auto, or experts x channels as 64x512: fewer and narrower experts of the same bytes as "
+        "--keep. auto tries some on a part of the text.",
+        callback=check_shape,
+    ),
 ]
 RefineOption = Annotated[
     bool,

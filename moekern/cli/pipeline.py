@@ -20,11 +20,20 @@ from moekern.calibration.stable import Stable, until_stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.cli.earlier import earlier_statistics, left_whole
-from moekern.cli.parts_left import check_no_parts, check_no_position, check_unwritten, part_path, remove_parts
+from moekern.cli.parts_left import (
+    check_no_parts,
+    check_no_position,
+    check_unwritten,
+    groups_left,
+    part_path,
+    remove_groups,
+    remove_parts,
+)
+from moekern.cli.text_groups import divided, measured_in_groups
 from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
-from moekern.errors import InputError
+from moekern.errors import InputError, NoRoomForText
 from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
 from moekern.files import (
     check_new,
@@ -156,27 +165,39 @@ def measured(
 ) -> Statistics:
     """Calibrate, and say how it goes; or go on where an earlier run was stopped, or take what it has measured and could
     not give its name. The type that is computed in is settled. With `stable`, as much of the text as it takes; `told`
-    is as `calibrate` has it."""
+    is as `calibrate` has it. Text that there is no room for is measured in groups."""
     if stable is not None:
         return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
     check_no_parts(out, restart)
+    if restart:
+        remove_groups(out)
     resume = Resume(state_path(out), restart, console.say)
     if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):
         removed(resume.folder)
         return Statistics.load(out)
-    with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
-        statistics = calibrate(
-            checkpoint,
-            data,
-            compute,
-            tiers=tiers,
-            replay_tokens=replay_tokens,
-            out=out,
-            resume=resume,
-            part=part,
-            progress=step,
-            told=told,
-        )
+    groups = () if part is not None else groups_left(out)
+    if not groups:
+        with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
+            try:
+                statistics = calibrate(
+                    checkpoint,
+                    data,
+                    compute,
+                    tiers=tiers,
+                    replay_tokens=replay_tokens,
+                    out=out,
+                    resume=resume,
+                    part=part,
+                    progress=step,
+                    told=told,
+                )
+            except NoRoomForText as found:
+                if part is not None or compute.team.size > 1:  # each rank has found room for its own share
+                    raise
+                groups = divided(data, found, wanted_tiers(tiers, TIERS, "calibrate"))
+                console.say(f"{found}: the text is measured in {len(groups)} groups, each a pass over the weights")
+    if groups:
+        statistics = measured_in_groups(checkpoint, data, compute, groups, tiers, out, told)
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
 
@@ -298,16 +319,20 @@ def iterate_to(folder: Path, text: Text, compute: Compute, method: Method, out: 
     experts = sum(layer.num_experts for layer in layout.layers.values())
     check_space(out, PLANNED * experts * method.rounds, method.rounds + 2)
     with working(out) as side, console.progress("measuring and planning") as step:
-        plan = iterate(
-            checkpoint,
-            data,
-            method,
-            compute,
-            earlier=[] if restart else _left(side, method.rounds),
-            finished=lambda done: done.save(_round(side, len(done.provenance["earlier_rounds"]) + 1)),
-            resume=Resume(state_path(out), restart, console.say),
-            progress=step,
-        )
+        try:
+            plan = iterate(
+                checkpoint,
+                data,
+                method,
+                compute,
+                earlier=[] if restart else _left(side, method.rounds),
+                finished=lambda done: done.save(_round(side, len(done.provenance["earlier_rounds"]) + 1)),
+                resume=Resume(state_path(out), restart, console.say),
+                progress=step,
+            )
+        except NoRoomForText as found:
+            why = "all of it is needed at each layer, so that it is not measured in groups"
+            raise InputError(f"{found}; {why}", found.kind) from None
         check_plan(plan, layout, checkpoint.fingerprint)
         plan.save(out, new=True)
         removed(state_path(out))

@@ -83,6 +83,7 @@ def refit(
     command goes on, in the layer that it was in.
     """
     from moekern.cli import whole_refit
+    from moekern.cli.refitting import show_refit
     from moekern.plan.document import Plan
     from moekern.pruning.work_folder import check_target
 
@@ -104,7 +105,7 @@ def refit(
     found = whole_refit.refit_stages(ranks.folder_of(model, revision, compute.team), given, text, compute, out, asked)
 
     def table() -> None:
-        whole_refit.show_refit(found.refit)
+        show_refit(found.refit)
         show_pruned(found.pruned)
         show_verdict(found.verdict)
         say(f"plan: {found.plan}")

@@ -92,7 +92,7 @@ def show_refit(made: Refitting) -> None:
     """How much each layer lacked before and after, and what the whole came to."""
     layers: Mapping[str, Any] = made.plans[REFITTED].provenance[REFIT]["layers"]
     steps = {"ridge": "down projections", "refine": "all weights"}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for key, told in layers.items():
         for step, what in steps.items():
             found = told if step == "ridge" else told.get("refine")
@@ -100,9 +100,9 @@ def show_refit(made: Refitting) -> None:
                 rows.append((key, what, *(_pair(found[part]) for part in ("fitted", "held")), _said(found)))
         for note in told.get("notes", ()):
             console.say(f"layer {key}: {note}")
-    columns = ("layer", "what is fitted", "text it is fitted to", "held-back text", "remark")
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    told_of = any(row[-1] for row in rows)
+    columns = ("layer", "what is fitted", "text it is fitted to", "held-back text", *(("remark",) if told_of else ()))
+    rows = [row[: len(columns)] for row in rows]
     console.show("what a layer's output lacks, relative to the original's, before and after", columns, rows)
     if any(made.losses.values()):
         show_quality(made)

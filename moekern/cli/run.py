@@ -37,12 +37,15 @@ from moekern.cli.options import (
     Pack,
     Preset,
     ProtectSuper,
+    RefineOption,
+    RefitOption,
     Reserve,
     Restart,
     Revision,
     Seed,
     SequenceLength,
     Sequences,
+    ShapeOption,
     Spill,
     Strict,
     Targets,
@@ -116,6 +119,9 @@ def run(
     copy: CopyOption = CopyMode.auto,
     forward: Forward = True,
     quality: Quality = True,
+    refit: RefitOption = False,
+    refine: RefineOption = False,
+    shape: ShapeOption = None,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -124,8 +130,10 @@ def run(
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/, and after a kill the same command
     goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
+    _check_refit(refit, refine, shape, quality)
 
     from moekern.cli import whole_run
+    from moekern.cli.refitter import Refitter
     from moekern.criteria import criterion_named
     from moekern.plan.guards import Guards
     from moekern.plan.several import Planning
@@ -141,7 +149,7 @@ def run(
             fit=fit_of(fit, bits, context, sequences, reserve),
         ),
         tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        until_stable=until_stable, restart=restart,
+        until_stable=until_stable, refit=Refitter(refine, shape) if refit else None, restart=restart,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
@@ -169,6 +177,15 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
+def _check_refit(refit: bool, refine: bool, shape: str | None, quality: bool) -> None:
+    """Raise InputError for what goes with --refit alone."""
+    for flag, given in (("--refine", refine), (f"--shape {shape}", shape is not None)):
+        if given and not refit:
+            raise InputError(f"{flag}: goes with --refit")
+    if refit and not quality:
+        raise InputError("--no-quality: a refit is judged on text that is held back; leave it out")
+
+
 def _say_remarks(done: Run) -> None:
     """What has to be known of the text and the plans, for programs too."""
     from moekern.cli.plan import fit_line
@@ -190,9 +207,12 @@ def _say_remarks(done: Run) -> None:
 def show_run(done: Run, quality: bool) -> None:
     """How well the text covers the experts; of each result what was written, and whether its bytes are right; how good
     it is; how it is served; the artefacts' places."""
+    from moekern.cli.refitting import show_refit
     from moekern.cli.whole_run import quality_lines, show_coverage
 
     show_coverage(done.coverage)
+    for made in done.refits:
+        show_refit(made)
     for each in done.results:
         show_pruned(each.pruned)
         show_verdict(each.verdict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
+from moekern.cli.refitter import Refitter
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refitted
-from moekern.cli.refitting import show_refit as show_refit
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
@@ -21,7 +20,6 @@ from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.prune import Copy, PruneReport
-from moekern.refit import Refine, Ridge
 from moekern.refit.refit import Refitting
 from moekern.refit.variants import Variant
 
@@ -36,11 +34,6 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True
     restart: bool = False
-
-    def variant(self, plan: Plan, folder: Path) -> Variant:
-        """What is made of a plan."""
-        refine = Refine() if self.refine else None
-        return Variant(REFITTED, plan, self.width, Ridge(), refine, folder)
 
 
 @dataclass(frozen=True)
@@ -74,16 +67,15 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
     layout = find_layout(checkpoint)
     console.hint(check_plan(plan, layout, checkpoint))
     compute = pipeline.told_compute(compute, checkpoint, layout)
-    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    data, judged = held_back(data)
+    data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     with working(out) as side:
         place, path = Place(side), side / "plan.json"
-        variants: Sequence[Variant] = (Variant(DROPPED, plan), asked.variant(plan, place.folder))
+        variants = Variant(DROPPED, plan), Refitter(asked.refine).variant(plan, asked.width, place.folder)
         made = refitted(checkpoint, data, judged, variants, compute, place, restart=asked.restart)
-        made.plans[REFITTED].save(path)
-        report = prune_to(checkpoint, made.plans[REFITTED], out, mtp=asked.mtp, copy=asked.copy, refitted=place.folder)
-        verdict = pipeline.verify_both(
-            folder, made.plans[REFITTED], out, replace(compute, dtype=AUTO), forward=asked.forward, mtp=asked.mtp
-        )
+        whole = made.plans[REFITTED]
+        whole.save(path)
+        report = prune_to(checkpoint, whole, out, mtp=asked.mtp, copy=asked.copy, refitted=place.folder)
+        plain = replace(compute, dtype=AUTO)
+        verdict = pipeline.verify_both(folder, whole, out, plain, forward=asked.forward, mtp=asked.mtp)
         place.clear()
     return Found(path, made, report, verdict)

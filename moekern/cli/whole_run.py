@@ -17,6 +17,8 @@ from moekern.cli import console, pipeline
 from moekern.cli.earlier import earlier_statistics
 from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
+from moekern.cli.refitter import Refitter, Work, joined
+from moekern.cli.refitting import REFITTED, Place, refit_document
 from moekern.criteria import criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
@@ -48,6 +50,7 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
+from moekern.refit.refit import Refitting
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
 from moekern.statistics.layer import TIERS
@@ -64,6 +67,7 @@ class Asked:
     forward: bool = True  # logits are compared with the masked original's
     quality: bool = True  # some of the text is held back, and losses are measured on it
     until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
+    refit: Refitter | None = None  # what stays is computed anew
     restart: bool = False  # whatever a stopped run has left, text is measured anew
 
     @property
@@ -98,6 +102,7 @@ class Run:
     coverage: Mapping[str, Coverage]
     quality: Evaluation | None  # rows: original, then one for each result, by its folder; None where not measured
     results: Sequence[Result]
+    refits: Sequence[Refitting] = ()  # one for each result, where it was refitted
 
     @property
     def good(self) -> bool:
@@ -110,6 +115,8 @@ class Run:
             "quality": None if self.quality is None else losses_document(self.quality),
         }
         several = [result.document() for result in self.results]
+        for document, made in zip(several, self.refits, strict=False):
+            document["refit"] = refit_document(made)
         return {**found, **several[0]} if len(several) == 1 else {**found, "results": several}
 
 
@@ -161,6 +168,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
+        places = [Place(work_path(out), target.name.removeprefix(out.name)) for target in targets]
         for path in paths:
             is_plain(temporary_path(path))
             if is_plain(path):
@@ -176,7 +184,13 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             statistics = pipeline.measured(
                 checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable, restart=asked.restart
             )
-        plans = list(make_plans(statistics, planning).values())
+        refits: list[Refitting | None] = [None] * len(targets)
+        if asked.refit is None:
+            plans = list(make_plans(statistics, planning).values())
+        else:
+            work = Work(checkpoint, layout, statistics, planning, data, held, compute, asked.restart)
+            refits = [asked.refit.made(work, keep, place) for keep, place in zip(keeps, places, strict=True)]
+            plans = [made.plans[REFITTED] for made in refits if made is not None]
         for plan, target in zip(plans, targets, strict=True):
             if planning.budget.kind != "uniform":
                 _say_of(target, slower_with(plan, statistics.header, planning), len(targets) > 1)
@@ -184,11 +198,17 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             if not done:
                 plan.save(path)
         named = dict(zip(map(str, targets), plans, strict=True))
-        quality = _quality(checkpoint, held, compute, named, out, asked.restart)
+        if asked.refit is None:
+            quality = _quality(checkpoint, held, compute, named, out, asked.restart)
+        else:
+            quality = joined({str(target): made for target, made in zip(targets, refits, strict=True) if made})
         reports = [
-            prune_to(checkpoint, plan, target, mtp=asked.mtp, copy=asked.copy, again=done)
-            for plan, target, done in zip(plans, targets, made, strict=True)
-        ]
+            prune_to(
+                checkpoint, plan, target,
+                mtp=asked.mtp, copy=asked.copy, again=done, refitted=None if asked.refit is None else place.folder,
+            )
+            for plan, target, done, place in zip(plans, targets, made, places, strict=True)
+        ]  # fmt: skip
     # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
     plain = replace(compute, dtype=AUTO)
     results = [
@@ -200,7 +220,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         )
         for plan, path, report in zip(plans, paths, reports, strict=True)
     ]
-    return Run(statistics_path, coverage(statistics), quality, results)
+    for place in places if asked.refit is not None else ():
+        place.clear()
+    return Run(statistics_path, coverage(statistics), quality, results, [made for made in refits if made is not None])
 
 
 def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Stable | None:

@@ -7,15 +7,18 @@ and attention itself; its bytes are read once a pass, while the layer before it 
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import SIZE_CAP, check_sizes, first
 from moekern.architectures.quantisation import quantisation_of, unread
 from moekern.checkpoint.folder import CONFIG, Checkpoint
-from moekern.data.batches import CHUNK_TOKENS
+from moekern.data.batches import CHUNK_TOKENS, SEGMENTS
 from moekern.errors import InputError
 from moekern.estimation.overview import overview, running
 from moekern.estimation.probe import Known, Rates, Shapes
@@ -212,9 +215,9 @@ class _Job:
             *([Part("inputs of all layers, or --spill", inputs, "counted")] if inputs else []),
         ]
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
-        return self.stage(
-            "calibrate", passes, more, working, device, Figure((Part("statistics", sum(sums), "counted"),))
-        )
+        at_once = [tier for tier in tiers if tier in ("outliers", "replay", "gradient")]
+        statistics = Figure((Part("statistics", sum(sums), "counted"),))
+        return self.stage("calibrate", passes, more, working, device, statistics, grouped=not at_once)
 
     def evaluate(self) -> Stage:
         model, shapes, plans = self.model, self.model.shapes, self.asked.plans
@@ -252,11 +255,14 @@ class _Job:
 
     def stage(
         self, name: str, passes: Sequence[Sequence[float]], more: Sequence[Part], working: Sequence[Part],
-        device: Sequence[Part], disk: Figure,
+        device: Sequence[Part], disk: Figure, grouped: bool = False,
     ) -> Stage:  # fmt: skip
         """One that takes passes over the layers, of so many seconds each: a layer is read while the one before it
-        computes, then filled."""
+        computes, then filled. Text that there is no room for may be `grouped`, with so many times the passes."""
         layers = self.model.layers
+        memory, on_gpu = self.resident(working, device)
+        spilled, groups, notes = self.within(memory, working, grouped)
+        passes = [[each / groups for each in computing] for computing in passes for _ in range(groups)]
         reads = [self.read_seconds([layer]) for layer in layers]
         waiting = (
             sum(_waits(reads, computing) for computing in passes) + self.model.skeleton.stored / self.rates.read.value
@@ -273,8 +279,6 @@ class _Job:
         parts = {"compute": computing + sum(part.value for part in more), "disk": reading, "memory": filling}
         if self.rates.transfer is not None:
             parts["transfer"] = parts.pop("memory")
-        memory, on_gpu = self.resident(working, device)
-        spilled, notes = self.within(memory, working)
         notes = (*self.obstacles(), *notes)
         return Stage(
             name, Figure(seconds), memory, on_gpu, Figure((*disk.parts, *spilled)),
@@ -293,17 +297,29 @@ class _Job:
             return Figure((self.process, *weights, buffer, *working, *device)), None
         return Figure((self.process, buffer, *working)), Figure((*weights, *device))
 
-    def within(self, memory: Figure, working: Sequence[Part]) -> tuple[list[Part], tuple[str, ...]]:
-        """What goes to the disk where memory is less than a stage would take, and what happens then."""
+    def within(self, memory: Figure, working: Sequence[Part], grouped: bool) -> tuple[list[Part], int, tuple[str, ...]]:
+        """What goes to the disk where memory is less than a stage would take, in how many groups the text is taken
+        where the disk has no room for that, and what happens then."""
         room = self.budget.host + self.process.value
         if memory.value <= room:
-            return [], ()
+            return [], 1, ()
         movable = sum(part.value for part in working)
         spilled = min(movable, memory.value - room)
         notes = [f"{sized(memory.value)} are more than the {sized(room)} there are: hidden states go to a file"]
         if memory.value - movable > room:
             notes.append("a layer is run in groups of experts")
-        return [Part("hidden states in a file", spilled, "counted")], ("; ".join(notes),)
+        place, groups = Path(tempfile.gettempdir()), 1
+        free = shutil.disk_usage(place).free
+        if spilled > free:
+            left = f"{place} has {sized(free)} for it"
+            fitting = movable - spilled + free
+            if grouped and movable <= SEGMENTS * self.asked.domains * fitting:
+                groups = math.ceil(movable / fitting)
+                notes.append(f"{left}: the text is measured in {groups} groups, each a pass over the weights")
+                spilled = free
+            else:
+                notes.append(f"{left}, which is too little: name another folder (--spill), or less text")
+        return [Part("hidden states in a file", spilled, "counted")], groups, ("; ".join(notes),)
 
     def obstacles(self) -> Iterator[str]:
         """What keeps the model from being run, or comes before it is."""

@@ -98,7 +98,8 @@ def check_gradients(layerwise: LayerwiseModel, tokens: int) -> None:
     nbytes = inputs * tokens * layerwise.embedding_size * size
     rows = layerwise.rows_apart(tokens)
     also = f" and experts' rows {sized(2 * rows)}" if rows else ""  # and their gradients
-    layerwise.check_room(nbytes + 2 * rows, f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}{also}")
+    what = f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}{also}"
+    layerwise.check_room(nbytes + 2 * rows, what, tokens)
 
 
 def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping[str, Tensor]) -> None:

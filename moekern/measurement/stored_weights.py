@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,15 +46,6 @@ def projections(checkpoint: Checkpoint, layer: MoeLayer) -> dict[str, list[Matri
         except ValueError as error:
             raise InputError(f"{checkpoint.folder}: {projection}: {error}") from error
     return whole
-
-
-def fused_axis(shape: Sequence[int], others: Sequence[Sequence[int]]) -> int | None:
-    """The axis along which a projection of `shape` holds gate and up, as the one other, down, tells; None if it does
-    not: [2I, H] beside [H, I], or [H, 2I] beside [I, H]."""
-    if len(others) != 1:
-        return None
-    (a, b), (c, d) = shape, others[0]
-    return 0 if (a, b) == (2 * d, c) else 1 if (a, b) == (d, 2 * c) else None
 
 
 def parted(matrix: Matrix, axis: int, alternating: bool) -> tuple[Tensor, Tensor]:

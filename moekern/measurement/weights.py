@@ -12,10 +12,11 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.architectures import Layout, MoeLayer, find_layout
+from moekern.architectures.widths import fused_axis
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised
-from moekern.measurement.stored_weights import Matrix, fused_axis, parted, projections
+from moekern.measurement.stored_weights import Matrix, parted, projections
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.reader import read_tensors
 from moekern.statistics.file import Statistics

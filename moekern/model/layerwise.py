@@ -19,7 +19,15 @@ from torch import nn
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
-from moekern.errors import InputError, first_line, is_out_of_memory, memory_for, out_of_memory, raised_here
+from moekern.errors import (
+    InputError,
+    NoRoomForText,
+    first_line,
+    is_out_of_memory,
+    memory_for,
+    out_of_memory,
+    raised_here,
+)
 from moekern.files import sized
 from moekern.model.apart import Filled, RowsApart
 from moekern.model.budget import budget_of, least
@@ -157,13 +165,12 @@ class LayerwiseModel:
         return States(max(0, self.takes.room - others.size), self.spill)
 
     def expect(self, tokens: int, more: int = 0, named: str = "") -> None:
-        """Say what so many tokens will take, and `more` bytes of what is `named`. Raises InputError where the disk has
-        no room for what memory has not."""
+        """Say what so many tokens will take, and `more` bytes of what is `named`. Raises NoRoomForText where the disk
+        has none for what memory has not."""
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
-        rows = f" and {sized(apart)} of experts' rows" if apart else ""
-        beside = f" and {sized(more)} of {named}" if more else ""
-        what = f"{sized(states)} of hidden states{rows}{beside}"
-        beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}")
+        beside = ((states, "hidden states"), (apart, "experts' rows"), (more, named))
+        what = " and ".join(f"{sized(n)} of {each}" for n, each in beside if n)
+        beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
         file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
         self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
 
@@ -172,14 +179,14 @@ class LayerwiseModel:
         row = self.embedding_size * self.loader.dtype.itemsize
         return tokens * (row + self.layout.router.top_k * (row + 8)) if self.groups.cuts else 0
 
-    def check_room(self, nbytes: int, what: str) -> int:
-        """How many of so many bytes memory has no room for. Raises InputError where the disk has none for them."""
+    def check_room(self, nbytes: int, what: str, tokens: int) -> int:
+        """How many of the bytes of so many tokens go to a file. Raises NoRoomForText where the disk has no room."""
         beyond, folder = max(0, nbytes - self.takes.room), self.spill or Path(tempfile.gettempdir())
         free = shutil.disk_usage(folder).free
         if beyond > free:
             room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
             ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
-            raise InputError(f"{what}: {room}; {ways}", kind="memory")
+            raise NoRoomForText(f"{what}: {room}; {ways}", (self.takes.room + free) * tokens // nbytes)
         return beyond
 
     def check_whole(self, what: str) -> None:

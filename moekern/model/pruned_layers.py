@@ -73,8 +73,9 @@ class LivePruner:
         finally:
             held, width = self.held.pop(key, None), self.widths.pop(key, None)
             if held is not None or width is not None:
+                now = {name: state for name, state in vars(module).items() if _is_kept(name)}
                 vars(module).clear()
-                vars(module).update(before)
+                vars(module).update({name: state for name, state in before.items() if not _is_kept(name)} | now)
                 count = self.layout.layers[key].num_experts if held is None else len(held)
                 self._drop(key, count, width)  # it shares tensors with the layer
 
@@ -183,7 +184,7 @@ def prune_live(
 def take_over(module: nn.Module, smaller: nn.Module) -> None:
     """Let a decoder layer have all that another one of its class has; the module itself stays."""
     for name, state in vars(smaller).items():
-        if not any(word in name for word in KEPT_ATTRIBUTES):
+        if not _is_kept(name):
             module.__dict__[name] = state
 
 
@@ -211,3 +212,8 @@ def _cut(value: Tensor, shape: torch.Size, places: Tensor, experts: int) -> Tens
         picked = torch.cat([picked, torch.arange(experts * rows, old)]).to(value.device)
         value = value.index_select(axis, picked)
     return value
+
+
+def _is_kept(name: str) -> bool:
+    """Whether an attribute of a module is its own, whatever layer it is: hooks, and a forward that watches it."""
+    return any(word in name for word in KEPT_ATTRIBUTES)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from moekern.errors import InputError
 from moekern.plan.engines import Finding, registries
 
 NAME = re.compile(r"[\w.-]{1,100}")  # of a class, a model type or a method; anything else in a config is no name
@@ -51,6 +53,13 @@ FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "modelopt/nvfp4": ("muse_spark",),
     },
 }
+# --computed-dtype: the checkpoint's own format, or bfloat16. Formats that `requantised` can write again; of packed ones
+# those with zero points are found out by their tensors.
+COMPUTED = ("source", "bf16")
+WRITTEN = (
+    "fp8", "fbgemm_fp8", "mxfp4", "modelopt/fp8",
+    *(f"{CT}/{kind}-quantized" for kind in ("float", "int", "naive", "pack", "mxfp4-pack")),
+)  # fmt: skip
 # vLLM and SGLang read whatever method they list, but for these, of which vLLM's code says nothing about experts.
 UNREAD = ("fbgemm_fp8", "fp_quant", "torchao")
 RENAMED = {"vllm": {"auto-round": "inc"}, "transformers": {"bitsandbytes": "bitsandbytes_4bit"}}
@@ -89,6 +98,38 @@ def _stops(engine: str, family: str, known_as: frozenset[str], weights: str) -> 
 def _begins(weights: str, name: str) -> bool:
     """Whether the format has this name, or one that begins with it: "fp8/32x32" with "fp8"."""
     return not name or weights == name or weights.startswith(name + "/")
+
+
+@dataclass(frozen=True)
+class ComputedFormat:
+    """dtype: that of safetensors in which computed weights of experts are written, None where it is the format that the
+    source has them in; why, in a line."""
+
+    dtype: str | None
+    why: str
+
+
+def computed_format(asked: str, weights: str) -> ComputedFormat:
+    """How computed tensors of experts are written into a checkpoint whose experts are stored as `weights`.
+
+    Engines, all of them, load the experts of a layer in one format, and projections that are not computed stay what
+    they are: so computed ones of a quantised checkpoint are quantised again, whatever engine it is for. Raises
+    InputError for another word than those of COMPUTED, and where that cannot be.
+    """
+    flag = f"--computed-dtype {asked}"
+    if asked not in COMPUTED:
+        raise InputError(f"{flag}: expected one of {', '.join(COMPUTED)}")
+    if not weights:
+        if asked == "bf16":
+            return ComputedFormat("BF16", "as asked, in bfloat16; other weights keep their type")
+        return ComputedFormat(None, "in the type of the weights that they replace")
+    if asked == "bf16":
+        what = f"experts are stored as {weights}, and engines load the experts of a layer in one format"
+        raise InputError(f"{flag}: {what}; use --computed-dtype source")
+    if not any(_begins(weights, name) for name in WRITTEN):
+        what = f"experts are stored as {weights}, which is read, and not written"
+        raise InputError(f"{flag}: {what}; refit an unquantised twin of the model, and quantise the result")
+    return ComputedFormat(None, f"quantised again, to {weights}: engines load the experts of a layer in one format")
 
 
 def weight_format(config: Mapping[str, Any], experts: Iterable[str] = ()) -> str:

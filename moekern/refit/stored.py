@@ -50,9 +50,12 @@ def _whole(of: Views, tensor: ExpertTensor, entry: TensorEntry) -> Tensor:
         assert of.down_bias is not None
         return of.down_bias
     gate, up = (of.gate, of.up) if matrix else (of.gate_bias, of.up_bias)
-    parts = {"gate": [gate], "up": [up], "gate_up": [gate, up], "down": [of.down.transpose(1, 2)]}[tensor.projection]
-    known = [part for part in parts if part is not None]  # channels on axis 1
-    assert len(known) == len(parts)
+    parts: dict[str, list[Tensor | None]] = {
+        "gate": [gate], "up": [up], "gate_up": [gate, up], "down": [of.down.transpose(1, 2)],
+    }  # fmt: skip
+    wanted = parts[tensor.projection]
+    known = [part for part in wanted if part is not None]  # channels on axis 1
+    assert len(known) == len(wanted)
     alternate = tensor.channel_form == "alternating"
     whole = torch.stack(known, 2).flatten(1, 2) if alternate else torch.cat(known, 1)
     return whole.transpose(1, 2) if matrix and tensor.channel_axis - stacked == 1 else whole

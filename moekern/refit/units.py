@@ -98,9 +98,10 @@ class Features:
         self.computed = 0  # rows of features
         self.kept: dict[int, dict[int, Tensor]] = {}
         sizes = [4 * experts.width * rows for rows in self.rows]
-        self.one = not room.take(max(sizes, default=0))  # not even of one expert
+        whole = room.take(sum(sizes))
+        self.one = not whole and not room.take(max(sizes))  # not even of one expert
+        self.lasting = frozenset(e for e, size in enumerate(sizes) if whole or (not self.one and room.take(size)))
         self.latest: int | None = None
-        self.lasting = frozenset(e for e, size in enumerate(sizes) if not self.one and room.take(size))
 
     def fitted(self, expert: int, place: int) -> Iterator[tuple[Chunk, Tensor]]:
         """Of the unit at a place, the chunks whose rows are fitted, with their features [rows, m] float32."""

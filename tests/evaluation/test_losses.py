@@ -13,7 +13,9 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.model import layerwise
 from moekern.model.compute import Compute
+from moekern.model.stepwise import Stepwise, Tangled
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from tests.helpers import families
@@ -76,3 +78,21 @@ def test_losses_of_plans_with_channels_are_those_of_the_narrow_checkpoint(
     assert found["a"]["d"].nll == alone[ORIGINAL]["d"].nll
     assert found["whole"] == evaluate(folder, data, {"whole": plans["whole"]}, Compute(dtype=torch.float32))["whole"]
     assert found["whole"]["d"].nll != found["a"]["d"].nll
+
+
+@pytest.mark.filterwarnings("ignore:.*the pass begins again")
+def test_a_pass_that_begins_again_with_a_plan_applied(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tangled(self: Stepwise, layer: int, *arguments: Any) -> None:
+        through(self, layer, *arguments)
+        if layer == 1 and arguments[1].plan is not None:
+            raise Tangled(layer)
+
+    folder, through = family_checkpoint("qwen3_moe"), Stepwise.through
+    plan = Plan({key: LayerPlan((0, 2, 5, 7)) for key in find_layout(open_checkpoint(folder)).layers})
+    data = TokenData((Batch("d", families.input_ids("qwen3_moe", 2, 12)),), {})
+    want = evaluate(folder, data, {"half": plan}, Compute(dtype=torch.float32))
+    monkeypatch.setattr(layerwise, "_TANGLED", set[type]())
+    monkeypatch.setattr(Stepwise, "through", tangled)
+    assert evaluate(folder, data, {"half": plan}, Compute(dtype=torch.float32)) == want

@@ -3,8 +3,9 @@
 import pytest
 
 from moekern.architectures import FAMILIES as TABLE
+from moekern.errors import InputError
 from moekern.plan.engines import names_of
-from moekern.plan.formats import FAMILIES, LOADS, format_finding, weight_format
+from moekern.plan.formats import FAMILIES, LOADS, ComputedFormat, computed_format, format_finding, weight_format
 from moekern.plan.targets import ENGINES
 
 CT = "compressed-tensors"
@@ -93,3 +94,19 @@ def test_the_format_that_a_config_names(case: str) -> None:
     names = [f"model.layers.0.mlp.experts.0.up_proj.{ending}" for ending in endings]
     assert weight_format({"quantization_config": given}, names) == expected
     assert weight_format({"text_config": {"quantization_config": given}}, names) == expected
+
+
+def test_computed_tensors_are_written_in_a_format_that_engines_load_beside_the_rest() -> None:
+    assert computed_format("source", "") == ComputedFormat(None, "in the type of the weights that they replace")
+    assert computed_format("bf16", "").dtype == "BF16"
+    for weights in ("fp8", "fp8/32x32", "fp8/tensor", "fp8/weight_scale", "mxfp4", f"{CT}/pack-quantized/group"):
+        found = computed_format("source", weights)
+        assert found.dtype is None
+        assert f"quantised again, to {weights}: engines load the experts of a layer in one format" in found.why
+        with pytest.raises(InputError, match=f"--computed-dtype bf16: experts are stored as {weights}"):
+            computed_format("bf16", weights)
+    for weights in ("gptq", "awq", "modelopt/nvfp4", f"{CT}/nvfp4-pack-quantized", "bitsandbytes", "unknown"):
+        with pytest.raises(InputError, match=f"stored as {weights}, which is read, and not written; refit an"):
+            computed_format("source", weights)
+    with pytest.raises(InputError, match="--computed-dtype fp8: expected one of source, bf16"):
+        computed_format("fp8", "")

@@ -112,6 +112,18 @@ def test_training_ends_when_held_back_rows_get_worse() -> None:
     assert noisy.run(options).passes < 0.7 * quiet.run(options).passes
 
 
+def test_the_best_epoch_is_taken() -> None:
+    """At a rate that does not fall, the end of a run of fewer epochs: the last that made it better."""
+    options, ends = Refine(batch=16, rate=0.003, last=1.0, sweeps=1), list[tuple[Case, float]]()
+    for epochs in range(1, 9):
+        given = case(tokens=200, noise=0.5)
+        result = given.run(replace(options, epochs=epochs))
+        ends.append((given, result.held[1]))
+    worse = next(place for place in range(1, 8) if ends[place][0].stays(ends[place - 1][0]))
+    assert ends[7][0].stays(ends[worse][0])
+    assert ends[7][1] == min(error for _, error in ends)
+
+
 def test_passes_are_those_of_the_rows() -> None:
     """An epoch is 7 thirds of a forward pass of the fitted rows and one of those held back; two more are for what an
     expert puts out before and after, one of those held back for what it does rounded."""

@@ -212,8 +212,8 @@ def test_threads_change_no_bit() -> None:
 
     The features are in float64, which threads round alike once they are float32.
     """
-    for width, hidden, hold in ((21, 40, 9), (260, 36, 0)):
-        given, found = case(layer_of(700, 3, width, hidden), hold=hold), []
+    for tokens, width, hidden in ((700, 21, 36), (150, 64, 16)):
+        given, found = case(layer_of(tokens, 2, width, hidden), hold=9), []
         given.layer = replace(given.layer, inputs_=given.layer.inputs_.double())
         for threads in (1, 2, 4):
             copied = copy.deepcopy(given)
@@ -222,6 +222,16 @@ def test_threads_change_no_bit() -> None:
             found.append(copied)
         assert same(found[0], found[1])
         assert same(found[0], found[2])
+
+
+def test_a_matrix_is_factored_alike_by_any_number_of_threads() -> None:
+    rows = torch.randn(600, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moment = torch.randn(16, 512, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for threads in (1, 2, 4):
+        with using_threads(threads):
+            found.append(solved(rows.T @ rows, moment, torch.zeros_like(moment), 0.1)[0])
+    assert all(each is not None and torch.equal(each, found[0]) for each in found)  # type: ignore[arg-type]
 
 
 def test_features_are_asked_for_by_chunks_of_one_unit_and_one_kind() -> None:

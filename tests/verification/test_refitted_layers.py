@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moekern.architectures import find_layout
@@ -18,15 +19,19 @@ from moekern.data.batches import Batch
 from moekern.errors import InputError
 from moekern.model import layerwise
 from moekern.model.compute import Compute
+from moekern.model.dequantised import dense
+from moekern.model.reader import read_tensors
+from moekern.model.requantised import as_stored, requantised
 from moekern.model.stepwise import Stepwise, Tangled
 from moekern.plan.document import Plan
 from moekern.pruning.prune import prune
+from moekern.pruning.refitted import write_layer
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import families
 from tests.helpers.in_flight import random_plan
 from tests.helpers.quantised_models import plain, twins
-from tests.helpers.refitted import refit
+from tests.helpers.refitted import RECIPE, refit
 from tests.helpers.tight import tighten
 
 MakeCheckpoint = Callable[[str], Path]
@@ -70,6 +75,29 @@ def test_quantised_ones(tmp_path: Path) -> None:
     source, _ = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, "fp8_static")
     plan, out = refitted(source, tmp_path)
     assert compare_forward(source, plan, out, batches("qwen3_moe")).equal
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "mxfp4", "compressed_int4"])
+def test_computed_weights_in_the_checkpoints_own_format(kind: str, tmp_path: Path) -> None:
+    """Larger ones by a tenth, quantised again: whole, they are verified, and the model computes with them."""
+    source, _ = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, kind, only=".experts.")
+    checkpoint = open_checkpoint(source)
+    plan, config = random_plan(find_layout(checkpoint), 0), checkpoint.config["quantization_config"]
+    for key, layer in plan.layers.items():
+        new: dict[str, Any] = {}
+        for number, e in enumerate(layer.keep):
+            stem = f"model.layers.{key}.mlp.experts.{{}}.down_proj."
+            names = [name for name in checkpoint.tensors if name.startswith(stem.format(e))]
+            like = {name.rpartition(".")[2]: tensor for name, tensor in read_tensors(checkpoint, names).items()}
+            wanted = 1.1 * dense(like, config, torch.float32)
+            found = requantised(wanted, like, config)
+            assert (found.error_square / found.square) ** 0.5 < 0.1
+            new |= {stem.format(number) + part: as_stored(tensor) for part, tensor in found.parts.items()}
+        write_layer(tmp_path / "refit", key, new, recipe=RECIPE, kept=layer, model=checkpoint.fingerprint)
+    plan = replace(plan, provenance={"refit": {"recipe": RECIPE, "layers": dict.fromkeys(plan.layers)}})
+    prune(source, plan, tmp_path / "out", refitted=tmp_path / "refit")
+    assert verify(source, plan, tmp_path / "out").problems == ()
+    assert compare_forward(source, plan, tmp_path / "out", batches("qwen3_moe")).equal
 
 
 def test_a_wrong_router_is_not_equal(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

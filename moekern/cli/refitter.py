@@ -1,0 +1,110 @@
+"""What --refit, --refine and --shape ask for, as `run` and `refit` do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moekern.architectures import Layout
+from moekern.architectures.widths import narrow_problem
+from moekern.checkpoint.folder import Checkpoint
+from moekern.cli import console
+from moekern.cli.refitting import DROPPED, REFITTED, Place, refitted
+from moekern.data.batches import TokenData
+from moekern.errors import InputError
+from moekern.evaluation.held_out import held_back
+from moekern.evaluation.losses import ORIGINAL, Evaluation
+from moekern.model.compute import Compute
+from moekern.model.journal import Resume
+from moekern.plan.document import Plan
+from moekern.plan.several import Planning, make_plans
+from moekern.plan.shapes import Shape, candidates, parse_shape
+from moekern.refit import Refine, Ridge
+from moekern.refit.refit import Refitting, refit
+from moekern.refit.shapes import best, some_of, trials
+from moekern.refit.variants import Variant
+from moekern.router import kept_count
+from moekern.statistics.file import Statistics
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `run` has when it comes to refit: the text is fitted to, `judged` tells how good the result is."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    statistics: Statistics
+    planning: Planning
+    data: TokenData
+    judged: TokenData
+    compute: Compute
+    restart: bool
+
+    def plan(self, keep: float | int) -> Plan:
+        """The plan of a count."""
+        return next(iter(make_plans(self.statistics, replace(self.planning, keeps=(keep,), fit=None)).values()))
+
+
+@dataclass(frozen=True)
+class Refitter:
+    """How experts are refitted. `shape`: "auto", or experts x channels; None: whole experts."""
+
+    refine: bool = False
+    shape: str | None = None
+
+    def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
+        """What is made of a plan."""
+        return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder)
+
+    def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
+        """The refit of one --keep."""
+        plain = work.plan(keep)
+        plan, width = (plain, None) if self.shape is None else self._shaped(work, keep, plain, place)
+        variants = Variant(DROPPED, plain), self.variant(plan, width, place.folder)
+        return refitted(
+            work.checkpoint, work.data, work.judged, variants, work.compute, place, restart=work.restart
+        )  # fmt: skip
+
+    def _shaped(self, work: Work, keep: float | int, plain: Plan, place: Place) -> tuple[Plan, int | None]:
+        """The plan of a shape, and how many channels its experts keep (None: all)."""
+        assert self.shape is not None
+        width = work.layout.width
+        problem = narrow_problem(work.checkpoint, work.layout)
+        if width is None or problem:
+            raise InputError(f"--shape {self.shape}: {problem or 'experts of several widths'}")
+        chosen = parse_shape(self.shape)
+        table: Mapping[str, float] = {}
+        if chosen is None:
+            share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts
+            chosen, table = self._tried(work, candidates(work.layout.router, width, share), width, place)
+        if chosen.width > width:
+            raise InputError(f"--shape {self.shape}: experts have {width} channels")
+        plan = plain if chosen.experts == len(next(iter(plain.layers.values())).keep) else work.plan(chosen.experts)
+        said = {"chosen": str(chosen), "keep": keep, **({"tried": dict(table)} if table else {})}
+        plan = replace(plan, provenance={**plan.provenance, "shape": said})
+        return plan, None if chosen.width == width else chosen.width
+
+    def _tried(self, work: Work, shapes: list[Shape], width: int, place: Place) -> tuple[Shape, Mapping[str, float]]:
+        """The best of several shapes, and how far each is from the original, on text that is held back from them."""
+        if len(shapes) < 2:
+            return shapes[0], {}
+        rest, judged = held_back(work.data)
+        if not judged.batches:
+            raise InputError("--shape auto: too little text to hold some back; give more, or name a shape", kind="data")
+        with console.progress("trying shapes") as step:
+            found = refit(
+                work.checkpoint, some_of(rest), trials(shapes, work.plan, width), work.compute,
+                judged=judged, resume=Resume(place.side, work.restart, console.say), progress=step,
+            )  # fmt: skip
+        chosen, kl = best(shapes, found.losses)
+        rows = [(name, f"{value:.4f}", "taken" if name == str(chosen) else "") for name, value in kl.items()]
+        console.show("shapes of the same bytes", ("experts x channels", "KL to original", "choice"), rows)
+        return chosen, kl
+
+
+def joined(made: Mapping[str, Refitting]) -> Evaluation | None:
+    """Losses of the original and of each target's refit; None where no text was held back."""
+    rows = {name: found.losses[REFITTED] for name, found in made.items()}
+    first = next(iter(made.values())).losses[ORIGINAL]
+    return {ORIGINAL: first, **rows} if first else None
