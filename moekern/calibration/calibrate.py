@@ -12,7 +12,15 @@ from torch import Tensor
 from moekern import files
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
-from moekern.calibration.sharing import check_tiers_of, deciding_threads, facts_of, header_of_part, kept_apart, share_of
+from moekern.calibration.sharing import (
+    check_tiers_of,
+    deciding_library,
+    deciding_threads,
+    facts_of,
+    header_of_part,
+    kept_apart,
+    share_of,
+)
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
@@ -264,9 +272,10 @@ class _SecondPass(MeasuringPass):
 
 
 def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
-    """All that decides the bits of statistics: the recipe of the data, and the number of threads where it matters."""
-    threads = deciding_threads(compute, tiers)
-    return dict(data.recipe) | ({} if threads is None else {"threads": threads})
+    """All that decides the bits of statistics: the recipe of the data, the number of threads where it matters, and the
+    library of the experts' products where it is another than torch's choice."""
+    deciding = {"threads": deciding_threads(compute, tiers), "products": deciding_library(compute)}
+    return dict(data.recipe) | {name: value for name, value in deciding.items() if value is not None}
 
 
 def _header(

@@ -13,6 +13,7 @@ from moekern.data.batches import Segment, TokenData, dealt
 from moekern.errors import InputError
 from moekern.measurement.tiers import TABLE, backends_of
 from moekern.model.compute import Compute
+from moekern.model.products import library_of
 from moekern.statistics.parts import part_header
 from moekern.team import Part, Team
 from moekern.version import versions
@@ -35,12 +36,18 @@ def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None = None)
 def deciding_threads(compute: Compute, tiers: Collection[str] = ()) -> int | None:
     """The number of threads where it decides the bits, else None.
 
-    On a CPU, torch's 1, 2, 4, 8, ... threads share the work so that all of them round alike; see `steady`. That is not
-    so for other numbers, nor for gradients, whose sums over tokens are matrix products.
+    On a CPU, torch's 1, 2, 4, 8, ... threads share the work so that all of them round alike; see `model.products`. That
+    is not so for other numbers, nor for gradients, whose sums over tokens are matrix products.
     """
     threads = torch.get_num_threads()
     alike = compute.place.type != "cpu" or threads & (threads - 1) == 0
     return None if alike and "gradient" not in tiers else threads
+
+
+def deciding_library(compute: Compute) -> str | None:
+    """The library that makes the experts' products where it is another than torch's choice, else None."""
+    dtype = None if compute.dtype_name is None else getattr(torch, compute.dtype_name, None)
+    return library_of(dtype) if compute.place.type == "cpu" and dtype is not None else None
 
 
 def facts_of(checkpoint: Checkpoint, compute: Compute) -> dict[str, object]:
@@ -55,6 +62,7 @@ def facts_of(checkpoint: Checkpoint, compute: Compute) -> dict[str, object]:
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else chip,
         "kernels": ", ".join(sorted(set(backends.values()))),
         "threads": deciding_threads(compute) or "1, 2, 4, ...",
+        "products": deciding_library(compute) or "torch",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
 

@@ -21,8 +21,8 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import CHUNK_TOKENS
 from moekern.errors import InputError, memory_for
 from moekern.files import reason, told
+from moekern.model.products import gathered, grouped_linear
 from moekern.model.reader import PAGE, THREADS
-from moekern.model.transformers_api import grouped_linear
 
 Known = Literal["counted", "measured", "assumed"]  # from headers and config; on this machine; without looking
 
@@ -198,7 +198,7 @@ def experts_rate(shapes: Shapes) -> float:
     ends = rows * torch.arange(1, count + 1, dtype=torch.int32, device=shapes.device)
 
     def run() -> Tensor:
-        gate, linear = grouped_linear(hidden[tokens], up, ends).chunk(2, dim=-1)
+        gate, linear = grouped_linear(gathered(hidden, tokens), up, ends).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * linear, down, ends)
 
     return 6 * rows * count * H * inner / seconds(run, shapes.device)

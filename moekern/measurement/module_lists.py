@@ -7,10 +7,11 @@ the block makes of the same outputs when its other parts are silent. Anything el
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from moekern.errors import InputError
 from moekern.kernels.reference import SCORES
 from moekern.measurement.probe import Probe
 from moekern.model.expert_lists import LIST, expert_modules, list_router
-from moekern.model.experts import Outputs, steady
+from moekern.model.experts import Outputs
 from moekern.model.finite import all_finite
 from moekern.model.masking import PRODUCTS
+from moekern.model.products import filled
 
 Answer = Callable[[int, Tensor], Tensor]  # (expert, rows [n, H]) -> [n, H]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -74,7 +76,7 @@ def measured_block(self: Any, *args: Any, **kwargs: Any) -> Any:
     choice, rows, y = described(self, call, seen, len(experts))
     if seen.logits is not None and scored_by(probe.recorder.score, seen.logits, choice, y.dtype):
         probe.logits = seen.logits
-    probe.measure(rows, choice.ids, choice.gates, len(experts), steady(outputs_of(experts, rows, choice, y)))
+    probe.measure(rows, choice.ids, choice.gates, len(experts), outputs_of(experts, rows, choice, y))
     return seen.out
 
 
@@ -216,8 +218,8 @@ def outputs_of(experts: nn.ModuleList, rows: Tensor, choice: Choice, y: Tensor) 
         if bool((known >= 0).all()):
             return y[known]
         bounds = offsets.tolist()
-        parts = [experts[e](rows[tokens[bounds[e] : bounds[e + 1]]]) for e in range(E) if bounds[e] < bounds[e + 1]]
-        return torch.cat(parts)
+        own = [(experts[e], tokens[a:b]) for e, (a, b) in enumerate(pairwise(bounds)) if a < b]
+        return torch.cat([steadily(expert, rows[few]) for expert, few in own])
 
     return outputs
 
@@ -227,14 +229,20 @@ def computed(block: nn.Module, experts: nn.ModuleList) -> Answer:
 
     def answer(expert: int, rows: Tensor) -> Tensor:
         module = experts[expert]
-        out = steady(lambda tokens, offsets: type(module).forward(module, rows[tokens]))(
-            torch.arange(len(rows), device=rows.device), torch.tensor([0, len(rows)], device=rows.device)
-        )
+        out = steadily(functools.partial(type(module).forward, module), rows)
         if not isinstance(out, Tensor) or len(out) != len(rows):
             raise refusal(block, "its experts return something else than a row for each row")
         return out
 
     return answer
+
+
+def steadily(expert: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """What an expert makes of its rows, which are filled up with the last one; see `model.products`."""
+    if rows.device.type != "cpu" or not len(rows):
+        return expert(rows)
+    more = rows[-1:].expand(filled(len(rows)) - len(rows), -1)
+    return expert(torch.cat([rows, more]))[: len(rows)]
 
 
 def replayed(seen: Run) -> Answer:

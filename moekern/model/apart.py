@@ -131,8 +131,10 @@ class RowsApart:
         tokens = given.beside[TOKENS][own]
         if torch.get_num_threads() != request.threads:
             torch.set_num_threads(request.threads)
-        run = lambda tokens, offsets: request.of_rows(module, given.hidden[tokens], offsets)  # noqa: E731
-        return (steady(run) if request.steadily else run)(tokens, offsets.to(self.device))
+        offsets = offsets.to(self.device)
+        if request.steadily:
+            return steady(request.of_rows, module, given.hidden, tokens, offsets)
+        return request.of_rows(module, given.hidden[tokens], offsets)
 
 
 @dataclass

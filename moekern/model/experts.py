@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekern.model.expert_lists import expert_modules
-from moekern.model.projections import Halves, halves
+from moekern.model.products import PIECE, gathered, pieces
+from moekern.model.projections import Half, Halves, halves
 from moekern.model.transformers_api import EXPERTS_FUNCTIONS, experts_implementation, is_experts_module
 
 NAME = "moekern"
-FEW, EVEN = 16, 8  # rows of an expert on a CPU: at least so many, and a multiple of these; see `steady`
 
 Outputs = Callable[[Tensor, Tensor], Tensor]  # (tokens [N], offsets [E + 1]) -> y [N, H]
 RowOutputs = Callable[[Any, Tensor, Tensor], Tensor]  # (module, rows [N, H] grouped by expert, offsets [E + 1]) -> y
@@ -79,20 +79,19 @@ class RowsHere:
     scales: Scales | None
 
     def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        return steady(lambda own, bounds: self.known(self.block, self._given(own, bounds), bounds))(tokens, offsets)
+        return self._made(self.known, tokens, offsets)
 
     def inner(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """[N, I]: what goes into down."""
-        run = steady(lambda own, bounds: self.known.inner(self.block, self._given(own, bounds), bounds))
-        return run(tokens, offsets)
+        return self._made(self.known.inner, tokens, offsets)
 
     def outer(self, inner: Tensor, offsets: Tensor) -> Tensor:
         """[N, H]: what comes of that."""
-        run = steady(lambda rows, bounds: self.known.outer(self.block, inner[rows], bounds))
-        return run(torch.arange(len(inner), device=inner.device), offsets)
+        return steady(self.known.outer, self.block, inner, torch.arange(len(inner), device=inner.device), offsets)
 
-    def _given(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        return scaled(self.hidden, tokens, offsets, self.scales)
+    def _made(self, half: Half, tokens: Tensor, offsets: Tensor) -> Tensor:
+        scales = None if self.scales is None else self.scales(tokens, offsets)
+        return steady(half, self.block, self.hidden, tokens, offsets, scales)
 
 
 def rows_of(module: nn.Module, hidden: Tensor, scales: Scales | None = None) -> RowsHere | Asking:
@@ -217,24 +216,20 @@ def in_place(block: nn.Module, watcher: Watcher, forward: Callable[..., Any] | N
         yield
 
 
-def steady(outputs: Outputs) -> Outputs:
-    """The same outputs, with the same bits whatever the number of threads.
-
-    On a CPU, torch's threads share the rows of a product and the numbers of an activation; where a share ends in the
-    middle of a vector its last numbers are rounded by other instructions, and a product of few rows takes other roads.
-    So each expert's rows are filled up with its last one, to a multiple of EVEN and to FEW at least, which 2, 4, 8 ...
-    threads share evenly, and what comes of the filling is left out.
-    """
-
-    def padded(tokens: Tensor, offsets: Tensor) -> Tensor:
-        counts = offsets.diff()
-        wanted = torch.where(counts > 0, (counts.clamp(min=FEW) + EVEN - 1) // EVEN * EVEN, 0)
-        if tokens.device.type != "cpu" or torch.equal(wanted, counts):
-            return outputs(tokens, offsets)
-        begin = torch.cat([offsets[:1], wanted.cumsum(0)])
-        expert = torch.arange(len(counts)).repeat_interleave(wanted)
-        within = torch.arange(len(expert)) - begin[expert]
-        source = offsets[expert] + torch.minimum(within, counts[expert] - 1)
-        return outputs(tokens[source], begin)[within < counts[expert]]
-
-    return padded
+def steady(
+    half: Half, block: nn.Module, source: Tensor, tokens: Tensor, offsets: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """What experts make of rows source[tokens] times scales [N], with the same bits whatever the number of threads;
+    see `products`."""
+    if source.device.type != "cpu":
+        return half(block, gathered(source, tokens, scales), offsets)
+    made: Tensor | None = None
+    for rows in pieces(offsets.tolist(), PIECE // (source.shape[1] * source.itemsize)):
+        own = gathered(source, tokens[rows], None if scales is None else scales[rows])
+        part = half(block, own, offsets.clamp(rows.start, rows.stop) - rows.start)[: rows.stop - rows.start]
+        if len(part) == len(tokens):
+            return part
+        made = part.new_empty(len(tokens), part.shape[1]) if made is None else made
+        made[rows] = part
+    assert made is not None
+    return made

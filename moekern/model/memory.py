@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-MMAP_THRESHOLD = -3  # of mallopt
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
 LARGE = 1 << 20  # bytes
 USUAL = 32 << 20  # bytes: to which glibc raises its own threshold
 
@@ -54,6 +54,7 @@ def weights_apart() -> Iterator[None]:
         yield
     finally:
         _mallopt(MMAP_THRESHOLD, USUAL)
+        _mallopt(TRIM_THRESHOLD, 2 * USUAL)  # which glibc raises together, and leaves at 128 KiB where one is set
 
 
 def drop(layer: nn.Module) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekern.model.transformers_api import grouped_linear, is_experts_module
+from moekern.model.products import grouped_linear
+from moekern.model.transformers_api import is_experts_module
 
 Half = Callable[[Any, Tensor, Tensor], Tensor]  # (block, rows grouped by expert, offsets [E + 1]) -> rows
 
@@ -118,22 +119,20 @@ def _ends(offsets: Tensor) -> Tensor:
     return offsets[1:].to(torch.int32)
 
 
-def _bias_rows(self: Any, name: str, offsets: Tensor, rows: int) -> Tensor | None:
-    """[N, ...]: of each row its expert's bias; None where experts have none."""
-    return getattr(self, name).repeat_interleave(offsets.diff(), dim=0, output_size=rows) if self.has_bias else None
+def _bias(self: Any, name: str) -> Tensor | None:
+    """[E, ...]; None where experts have none."""
+    return getattr(self, name) if self.has_bias else None
 
 
 def _interface_inner(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
     """From the attributes that transformers sets on every experts class it decorates."""
     name = "gate_up_proj" if self.has_gate else "up_proj"
-    bias = _bias_rows(self, f"{name}_bias", offsets, len(rows))
-    up = grouped_linear(rows, getattr(self, name), _ends(offsets), bias, self.is_transposed)
+    up = grouped_linear(rows, getattr(self, name), _ends(offsets), _bias(self, f"{name}_bias"), self.is_transposed)
     return self._apply_gate(up) if self.has_gate else self.act_fn(up)  # type: ignore[no-any-return]
 
 
 def _interface_outer(self: Any, inner: Tensor, offsets: Tensor) -> Tensor:
-    bias = _bias_rows(self, "down_proj_bias", offsets, len(inner))
-    y = grouped_linear(inner, self.down_proj, _ends(offsets), bias, self.is_transposed)
+    y = grouped_linear(inner, self.down_proj, _ends(offsets), _bias(self, "down_proj_bias"), self.is_transposed)
     return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
@@ -217,12 +216,12 @@ def _llama4_views(self: Any) -> Views:
 
 
 def _jetmoe_inner(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    gate, up = self.input_linear(rows, offsets.diff().tolist()).chunk(2, dim=-1)
+    gate, up = grouped_linear(rows, self.input_linear.weight, _ends(offsets)).chunk(2, dim=-1)
     return self.activation(gate) * up  # type: ignore[no-any-return]
 
 
 def _jetmoe_outer(self: Any, inner: Tensor, offsets: Tensor) -> Tensor:
-    return self.output_linear(inner, offsets.diff().tolist())  # type: ignore[no-any-return]
+    return grouped_linear(inner, self.output_linear.weight, _ends(offsets))
 
 
 def _jetmoe_views(self: Any) -> Views:
