@@ -134,6 +134,15 @@ def shared_times(family: Family, config: Mapping[str, Any]) -> tuple[tuple[Path,
     return (tuple(path for path, _ in found), found[0][1]) if same else ((), 0)
 
 
+def narrow_numbers(layout: Layout, width: int) -> dict[Path, int]:
+    """Config path -> the number that stands there when experts have `width` channels. Shared experts that are a whole
+    number of times as wide become no narrower than they are."""
+    numbers = dict.fromkeys(layout.width_paths, width)
+    if layout.shared_times and layout.width is not None:
+        numbers |= dict.fromkeys(layout.shared_paths, -(-layout.shared_times * layout.width // width))
+    return numbers
+
+
 def narrow_problem(checkpoint: Checkpoint, layout: Layout) -> str | None:
     """Why experts of this checkpoint cannot lose channels, in one line; None where they can."""
     family, config, width = layout.family, checkpoint.config, layout.width

@@ -112,11 +112,13 @@ def show_pruned(report: PruneReport) -> None:
     if report.already:
         say(f"{report.out}: was finished before, from the same model by the same plan; nothing was left to write")
         return
+    narrower = report.channels_before != report.channels_after
     show(
         f"{report.out}",
         ("what", "before", "after"),
         (
             ("experts a layer", report.experts_before, report.experts_after),
+            *([("channels an expert", report.channels_before, report.channels_after)] if narrower else []),
             ("bytes", sized(report.bytes_in), sized(report.bytes_out)),
             ("tensors", report.tensors_in, report.tensors_out),
             ("files", report.shards_in, report.shards_out),

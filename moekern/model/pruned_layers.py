@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
+from moekern.architectures.widths import narrow_numbers
 from moekern.model.expert_lists import LIST, blocks_with_lists
 from moekern.model.memory import drop
 from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, check_width, narrow_live
@@ -88,7 +89,7 @@ class LivePruner:
     def _smaller(self, count: int, width: int | None) -> nn.ModuleList:
         if (count, width) not in self.smaller:
             numbers = dict.fromkeys(self.layout.count_paths, count)
-            numbers |= {} if width is None else narrowed(self.layout, width)
+            numbers |= {} if width is None else narrow_numbers(self.layout, width)
             built = layers_with(self.loader, numbers)
             if width is not None:
                 self._check_others(built)
@@ -142,15 +143,6 @@ class LivePruner:
                 old = self.tables.setdefault(prefix + name, values[name].detach().cpu())
                 found[name] = torch.from_numpy(replace_experts(old.numpy(), keep, layer.num_experts)).to(values[name])
         return found
-
-
-def narrowed(layout: Layout, width: int) -> dict[tuple[str, ...], int]:
-    """Config path -> the number that stands there when experts have `width` channels. Shared experts that are a whole
-    number of times as wide become no narrower than they are."""
-    numbers = dict.fromkeys(layout.width_paths, width)
-    if layout.shared_times and layout.width is not None:
-        numbers |= dict.fromkeys(layout.shared_paths, -(-layout.shared_times * layout.width // width))
-    return numbers
 
 
 def prune_live(

@@ -7,8 +7,10 @@ from typing import Protocol
 
 from moekern.architectures.layout import Layout
 from moekern.architectures.twins import router_numbers, same_routers
+from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
+from moekern.plan.channels import channel_ids
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
 from moekern.router import Router, count_problem, nearest_counts
 
@@ -39,7 +41,8 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
     A twin of the plan's model, the same layers, experts and routers in another format, is as good as the model itself;
     the line that is returned then says so. Refused: another model's plan; an unknown or missing layer; a number out of
     range or twice; scores that are not one an expert; a count the router cannot work with; groups that keep different
-    numbers of experts, and layers that do unless the plan's provenance allows it. Raises TypeError for anything but a
+    numbers of experts, and layers that do unless the plan's provenance allows it; channels that experts do not have,
+    and of models whose experts lose none. Raises TypeError for anything but a
     plan.
     """
     check_type("plan", plan, Plan)
@@ -53,6 +56,8 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
         raise InputError(
             f"{source}: layer {some_of(missing)} is missing; every MoE layer needs its list of kept experts"
         )
+    if plan.width is not None:
+        _check_channels(plan, layout, model, source)
     for key, layer in plan.layers.items():
         _check_layer(layer, layout.router.of(known[key].num_experts), f"{source}: layer {key}")
     if plan.provenance.get(NONUNIFORM) is True:
@@ -66,6 +71,22 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
                 f"(in a plan of your own: provenance.{NONUNIFORM}: true)"
             )
     return note
+
+
+def _check_channels(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> None:
+    """Raise InputError for a model whose experts lose no channels, and for channels that they do not have."""
+    problem = narrow_problem(model, layout) if isinstance(model, Checkpoint) and isinstance(layout, Layout) else None
+    if problem:
+        raise InputError(f"{source}: says which channels of experts stay: {problem}; take a plan of whole experts")
+    width = layout.width if isinstance(layout, Layout) else None
+    if width is None:
+        return
+    for key, layer in plan.layers.items():
+        if layer.channels is None:
+            raise InputError(f"{source}: layer {key}: says nothing of channels, and other layers lose some")
+        last = max(int(channel_ids(text)[-1]) for text in layer.channels)
+        if last >= width:
+            raise InputError(f"{source}: layer {key}: channel {last} is out of range; experts have 0 to {width - 1}")
 
 
 def _check_model(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> str | None:

@@ -4,10 +4,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from moekern.architectures import Layout
 from moekern.architectures.quantisation import QUANTIZATION_KEYS
+from moekern.architectures.widths import narrow_numbers
 from moekern.pruning.expert_names import Renamer
 
 # Quantisers also leave their settings in files of their own; these may name experts too.
@@ -15,13 +17,21 @@ QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_con
 
 
 def pruned_config(
-    config: Mapping[str, Any], layout: Layout, kept: Mapping[str, Sequence[int]], names: Renamer, *, drop_mtp: bool
+    config: Mapping[str, Any],
+    layout: Layout,
+    kept: Mapping[str, Sequence[int]],
+    names: Renamer,
+    *,
+    drop_mtp: bool,
+    width: int | None = None,
 ) -> dict[str, Any]:
     """A patched copy; key order stays, and so does every value that no expert count and no expert number is part of.
 
     Every path of layout.count_paths gets the kept count, the largest where layers differ. In a list, entry i gets that
     of layer i (layers with one expert are dense and stay). With drop_mtp the next-n counts become 0.
-    num_experts_per_tok stays. Raises InputError for names of experts that cannot be written anew.
+    With `width`, the channels that experts have left, it stands at layout.width_paths, and shared experts whose width
+    follows are counted anew. num_experts_per_tok stays. Raises InputError for names of experts that cannot be written
+    anew.
     """
     counts = {key: len(keep) for key, keep in kept.items() if key in layout.layers}
     most = max(counts.values())
@@ -36,6 +46,8 @@ def pruned_config(
         _set(out, path, shrunk)
     for path in layout.mtp_paths if drop_mtp else ():
         _set(out, path, lambda old: 0)
+    for path, number in narrow_numbers(layout, width).items() if width is not None else ():
+        _set(out, path, partial(_alike, number))
     return dict(renamed(out, names, inside=False))
 
 
@@ -74,6 +86,11 @@ def dumped_like(content: Any, original: str) -> str:
         separators=separators,
     )
     return text + original[len(original.rstrip()) :]
+
+
+def _alike(number: int, old: Any) -> Any:
+    """`number` in the place of one, or of each of several that were the same."""
+    return [number] * len(old) if isinstance(old, list) else number
 
 
 def _set(config: dict[str, Any], path: tuple[str, ...], change: Callable[[Any], Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
+from moekern.pruning.narrow import Narrow, Widened, narrow_pieces, narrow_shape, widened_piece
 from moekern.pruning.pieces import Computed, computed, recipe
 from moekern.pruning.refitted import RefittedTensor
 
@@ -23,11 +24,13 @@ SMALL = 16 << 20  # a tensor up to this many bytes may be read whole and cut in 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What happens to one tensor with experts, in a layer of `num_experts`. rank: kept id -> new id, rising in both."""
+    """What happens to one tensor with experts, in a layer of `num_experts`. rank: kept id -> new id, rising in both.
+    narrow: what stays of its channels; None where all do."""
 
     tensor: ExpertTensor
     rank: Mapping[int, int]
     num_experts: int
+    narrow: Narrow | None = None
 
     def new_number(self) -> int | None:
         """The number of this tensor's expert in the result; None when it is dropped. Numbers past the routed experts'
@@ -45,7 +48,7 @@ class OutputTensor:
     name: str
     shape: tuple[int, ...]
     entry: TensorEntry
-    cut: Cut | None
+    cut: Cut | Widened | None
     refitted: RefittedTensor | None = None
 
     @property
@@ -76,23 +79,33 @@ class OutputTensor:
             return ((self.refitted.entry.start, self.refitted.entry.stop),)
         if cut is None:
             return ((entry.start, entry.stop),)
+        assert isinstance(cut, Cut)
         stride = entry.nbytes // math.prod(entry.shape[: cut.tensor.axis])
         starts = range(entry.start, entry.stop, stride)
         return tuple((at + start, at + stop) for at in starts for start, stop in _row_bytes(entry, cut))
 
     @property
     def is_computed(self) -> bool:
-        """Tables of expert ids are, and rows of a small tensor cut on an inner axis, which would be many ranges."""
+        """Tables of expert ids are, and what would be many ranges: channels, and rows of a small tensor that is cut on
+        an inner axis; and what zeros are added to."""
         if self.cut is None or self.refitted is not None or not self.nbytes:
             return False
+        if isinstance(self.cut, Widened) or self.cut.narrow is not None:
+            return True
         outer = math.prod(self.entry.shape[: self.cut.tensor.axis])
         return self.cut.tensor.action == "remap" or (outer > 1 and self.entry.nbytes <= SMALL)
 
-    def computed(self, checkpoint: Checkpoint) -> Computed:
-        """The piece of a tensor that is computed."""
+    def computed(self, checkpoint: Checkpoint) -> Iterator[Computed]:
+        """The pieces of a tensor that is computed."""
         entry, cut = self.entry, self.cut
         assert cut is not None
+        if isinstance(cut, Widened):
+            yield widened_piece(checkpoint, self.name, entry, cut, self.nbytes)
+            return
         tensor = cut.tensor
+        if cut.narrow is not None:
+            yield from narrow_pieces(checkpoint, self.name, entry, tensor, cut.narrow, tuple(cut.rank))
+            return
         digest = recipe(
             tensor.action,
             [(str(checkpoint.folder / entry.shard), entry.start, entry.nbytes)],
@@ -103,13 +116,13 @@ class OutputTensor:
             rows=(tensor.axis, tensor.rows, tensor.trailing),
         )
         make = _remapped if tensor.action == "remap" else _inner_rows
-        return computed(self.name, digest, self.nbytes, lambda: make(entry, cut, checkpoint))
+        yield computed(self.name, digest, self.nbytes, lambda: make(entry, cut, checkpoint))
 
 
 def check_tables(checkpoint: Checkpoint, tensors: Iterable[OutputTensor]) -> None:
     """Raise InputError for a table of expert ids that holds something else: known before anything is written."""
     for tensor in tensors:
-        if tensor.cut is not None and tensor.cut.tensor.action == "remap":
+        if isinstance(tensor.cut, Cut) and tensor.cut.tensor.action == "remap":
             _table(tensor.entry, tensor.cut, checkpoint)
 
 
@@ -120,6 +133,9 @@ def kept_experts(checkpoint: Checkpoint, layout: Layout, plan: Plan, mtp: Mtp) -
     keep as many experts as the others, the `strongest`.
     """
     kept = {key: tuple(sorted(plan.layers[key].keep)) for key in layout.layers}
+    if mtp == "keep" and layout.mtp and plan.width not in (None, layout.width):
+        what = "config.json has one width for all layers, and the experts of others lose channels"
+        raise InputError(f"--mtp keep: {what}; use --mtp prune or --mtp drop")
     if mtp == "prune":
         count = max(map(len, kept.values()))
         for key, layer in layout.mtp.items():
@@ -155,13 +171,19 @@ def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int)
     return tuple(sorted(chosen))
 
 
-def output_tensor(entry: TensorEntry, cut: Cut | None) -> OutputTensor | None:
+def output_tensor(entry: TensorEntry, cut: Cut | Widened | None) -> OutputTensor | None:
     """What becomes of a tensor of the source; None when its expert is dropped."""
     if cut is None:
         return OutputTensor(entry.name, entry.shape, entry, None)
+    if isinstance(cut, Widened):
+        shape = (*entry.shape[: cut.axis], cut.size, *entry.shape[cut.axis + 1 :])
+        return OutputTensor(entry.name, shape, entry, cut)
     if cut.tensor.action == "drop":
         new = cut.new_number()
-        return None if new is None else OutputTensor(cut.tensor.renamed(new), entry.shape, entry, None)
+        if new is None or cut.narrow is None:
+            return None if new is None else OutputTensor(cut.tensor.renamed(new), entry.shape, entry, None)
+        shape = narrow_shape(entry, cut.tensor, cut.narrow, entry.shape)
+        return OutputTensor(cut.tensor.renamed(new), shape, entry, cut)
     if cut.tensor.action == "remap":
         return OutputTensor(entry.name, entry.shape, entry, cut)
     axis, rows, trailing = cut.tensor.axis, cut.tensor.rows, cut.tensor.trailing
@@ -175,6 +197,8 @@ def output_tensor(entry: TensorEntry, cut: Cut | None) -> OutputTensor | None:
     if rows * row_bits % 8 or trailing * row_bits % 8:
         raise InputError(f"{entry.shard}: {entry.name} ({entry.dtype}): an expert's rows are not whole bytes")
     shape = (*entry.shape[:axis], len(cut.rank) * rows + trailing, *entry.shape[axis + 1 :])
+    if cut.narrow is not None:
+        shape = narrow_shape(entry, cut.tensor, cut.narrow, shape)
     return OutputTensor(entry.name, shape, entry, cut)
 
 

@@ -30,6 +30,7 @@ from moekern.pruning.copying import (
 )
 from moekern.pruning.cuts import check_tables, kept_experts
 from moekern.pruning.manifest import manifest
+from moekern.pruning.narrow import narrowed_layers
 from moekern.pruning.pieces import Piece, made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.refitted import Refitted, check_refitted, open_refitted
@@ -57,6 +58,8 @@ class PruneReport:
     bytes_out: int
     experts_before: int  # in each layer, or in the fullest, as config.json says it
     experts_after: int
+    channels_before: int | None  # of each expert; None where the tensors do not say it
+    channels_after: int | None
     layers: int
     tensors_in: int
     tensors_out: int
@@ -175,7 +178,8 @@ def prune(
     refitted = open_refitted(refitted) if isinstance(refitted, (str, Path)) else refitted
     check_refitted(refitted, plan, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
-    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted)
+    narrow = narrowed_layers(checkpoint, layout, plan, kept)
+    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
     job = _job(checkpoint, plan, shards, side, refitted, standing(target.parent), copy, checksum, reread)
     mine = _share(shards, part)
@@ -190,6 +194,8 @@ def prune(
         bytes_out=sum(shard.size for shard in shards),
         experts_before=layout.num_experts,
         experts_after=max(len(kept[key]) for key in layout.layers),
+        channels_before=layout.width,
+        channels_after=layout.width if plan.width is None else plan.width,
         layers=len(layout.layers),
         tensors_in=len(checkpoint.tensors),
         tensors_out=sum(len(shard.tensors) for shard in shards),

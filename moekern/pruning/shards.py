@@ -13,6 +13,7 @@ from moekern.checkpoint.strict_json import HEADER_CAP, shown
 from moekern.errors import InputError
 from moekern.plan.document import Mtp
 from moekern.pruning.cuts import Cut, OutputTensor, output_tensor
+from moekern.pruning.narrow import Narrow, Widened, widened
 from moekern.pruning.pieces import Piece
 from moekern.pruning.refitted import Refitted, check_fits
 
@@ -85,7 +86,7 @@ class OutputShard:
         pieces: list[Piece] = [self.header()]
         for run in _runs(self.tensors):
             if isinstance(run, OutputTensor):
-                pieces.append(run.computed(checkpoint))
+                pieces += run.computed(checkpoint)
             else:
                 pieces.append((str(checkpoint.folder / run.file), run.start, run.length))
         return pieces
@@ -98,16 +99,18 @@ def output_shards(
     mtp: Mtp,
     max_shard_size: int | None = None,
     refitted: Refitted | None = None,
+    narrow: Mapping[str, Narrow] | None = None,
 ) -> tuple[OutputShard, ...]:
     """The files to write: one for each source file that keeps a tensor, in the source's order; with `max_shard_size`
     (bytes of data), as few as hold that much each, an expert's tensors together.
 
-    `kept` maps layer keys to original ids; layers it does not name are copied whole. Names stay when no file falls
+    `kept` maps layer keys to original ids; layers it does not name are copied whole. `narrow` says what stays of the
+    channels of such layers, where some go. Names stay when no file falls
     away and an index names them, else they are numbered anew. Tensors of `refitted` take the places of those of their
     names. Raises InputError for a tensor whose shape does not hold its layer's experts, for a cut that would split a
     byte, and for a refitted tensor that fits no place.
     """
-    cuts: dict[str, Cut] = {}
+    cuts: dict[str, Cut | Widened] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
     experts: dict[str, str] = {}  # layer of a tensor of experts
     for key, layer in {**layout.layers, **layout.mtp}.items():
@@ -115,7 +118,11 @@ def output_shards(
         experts.update((tensor.name, key) for tensor in layer.of_role("expert"))
         if key in kept:
             rank = {old: new for new, old in enumerate(sorted(kept[key]))}
-            cuts.update((tensor.name, Cut(tensor, rank, layer.num_experts)) for tensor in layer.tensors)
+            own = (narrow or {}).get(key)
+            for tensor in layer.tensors:
+                of = None if tensor.channel_axis is None else own
+                cuts[tensor.name] = Cut(tensor, rank, layer.num_experts, of)
+            cuts |= widened(layout, layer, own.left) if own else {}
     dropped = layout.mtp_prefixes if mtp == "drop" else ()
     indexed = checkpoint.index is not None
 

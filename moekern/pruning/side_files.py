@@ -68,7 +68,7 @@ def side_files(
     Raises InputError as check_side_files does, and for settings that name experts in a form that cannot be renumbered.
     """
     check_side_files(checkpoint)
-    settings = Settings(checkpoint, layout, kept, drop_mtp=mtp == "drop")
+    settings = Settings(checkpoint, layout, kept, drop_mtp=mtp == "drop", width=plan.width)
     files = []
     for name in checkpoint.side_files:
         path = checkpoint.folder / name
@@ -93,10 +93,11 @@ class Settings:
     layout: Layout
     kept: Mapping[str, tuple[int, ...]]
     drop_mtp: bool
+    width: int | None = None  # channels that experts have left; None: all
 
     def config(self) -> SideFile:
         def change(settings: Any, names: Renamer) -> Any:
-            return pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp)
+            return pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp, width=self.width)
 
         made = self._made(CONFIG, self.checkpoint.config, change)
         left = [path for path, _ in mtp_counts(self.checkpoint.config) if path not in self.layout.mtp_paths]
@@ -130,7 +131,11 @@ def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Seque
     size = regular_size(path)
     at = split_at(read_start(path, min(size, SETTINGS_CAP))[0], size)
     most = max(len(kept[key]) for key in layout.layers)
-    pieces = ((str(path), 0, at), notice(most, layout.num_experts, plan.digest), (str(path), at, size - at))
+    pieces = (
+        (str(path), 0, at),
+        notice(most, layout.num_experts, plan.digest, plan.width, layout.width),
+        (str(path), at, size - at),
+    )
     note = f"{MODEL_CARD}: the original's, behind a notice that names the plan; its numbers are the original's"
     return side_file(MODEL_CARD, *pieces, notes=(note,))
 
@@ -183,7 +188,8 @@ def mtp_line(layout: Layout, kept: Mapping[str, Sequence[int]], plan: Plan, mtp:
     count = len(kept[next(iter(layout.mtp))])
     if all(key in plan.layers for key in layout.mtp):
         return f"MTP layer {layers}: {count} experts kept, as planned"
+    channels = f", and of these the {plan.width} channels with the largest weights" if plan.width else ""
     return (
-        f"MTP layer {layers}: {count} experts kept, those with the largest router rows, since calibration does not run "
-        "MTP layers"
+        f"MTP layer {layers}: {count} experts kept, those with the largest router rows{channels}, since calibration "
+        "does not run MTP layers"
     )

@@ -1,6 +1,7 @@
 """config.json of a pruned checkpoint against its source's: what must have changed, and that nothing else did."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def config_problems(
     modules: Modules,
     *,
     drop_mtp: bool,
+    width: int | None = None,
 ) -> Iterator[str]:
     """One line for each value of the config at `path` that is not what the plan makes of `before`."""
     try:
@@ -32,6 +34,9 @@ def config_problems(
         return
     count = max(len(kept[key]) for key in layout.layers)
     counts, mtp = set(layout.count_paths), set(layout.mtp_paths) if drop_mtp else set()
+    numbers = {} if width is None else dict.fromkeys(layout.width_paths, width)
+    if width is not None and layout.shared_times and layout.width:  # as wide as it was, or the next that it can be
+        numbers |= dict.fromkeys(layout.shared_paths, math.ceil(layout.shared_times * layout.width / width))
     want = dict(_leaves(lists_cut(before, before, layout, kept), modules))
     got = dict(_leaves(after, modules))
     if list(want) != list(got):
@@ -43,6 +48,8 @@ def config_problems(
             value = [_in_layer(kept, i, n, count) for i, n in enumerate(value)] if isinstance(value, list) else count
         elif key in mtp:
             value = 0
+        elif key in numbers:
+            value = [numbers[key]] * len(value) if isinstance(value, list) else numbers[key]
         elif key[-1] in QUANTIZATION_KEYS or _names_experts(value, modules):
             if not same_settings(value, got[key], modules):
                 want_text = _short(renamed_settings(value, modules))

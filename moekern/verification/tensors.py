@@ -25,6 +25,7 @@ from moekern.verification.computed import Recompute, claims_of, computed_tensors
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
+from moekern.verification.narrow import Channels, kept_channels, narrow_problems, narrow_shape, wide_problems, widened
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.settings import modules_of, renumbered
@@ -55,6 +56,8 @@ class Expected:
     cut: ExpertTensor | None = None
     keep: tuple[int, ...] = ()
     num_experts: int = 0
+    narrow: Channels | None = None  # which channels of its experts were to stay
+    wide: tuple[int, int] | None = None  # axis and size: zeros were to follow its own
 
 
 def verify(
@@ -93,7 +96,8 @@ def verify(
     with ExitStack() as stack:
         old = Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
         kept = kept_experts(old, layout, plan, mode)
-        expected = expected_tensors(old.shards, layout, kept, mode)
+        channels = kept_channels(old, layout, plan, kept)
+        expected = expected_tensors(old.shards, layout, kept, mode, channels)
         try:
             new = Folder(folder, stack)
         except (OSError, ValueError) as error:
@@ -124,7 +128,9 @@ def verify(
     modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
     told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
-    problems += config_problems(checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop)
+    problems += config_problems(
+        checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width
+    )
     counts = len(there), of_refit.unchecked, of_refit.recomputed
     return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out, *counts)
 
@@ -135,27 +141,35 @@ def _listed(problems: Sequence[str]) -> tuple[str, ...]:
 
 
 def expected_tensors(
-    names: Mapping[str, str], layout: Layout, kept: Mapping[str, tuple[int, ...]], mtp: str
+    names: Mapping[str, str],
+    layout: Layout,
+    kept: Mapping[str, tuple[int, ...]],
+    mtp: str,
+    channels: Mapping[str, Channels] | None = None,
 ) -> dict[str, Expected]:
     """New key -> where it comes from, for every key the pruned checkpoint must have."""
-    by_name: dict[str, tuple[MoeLayer, tuple[int, ...], ExpertTensor]] = {}
+    by_name: dict[str, tuple[str, MoeLayer, tuple[int, ...], ExpertTensor]] = {}
+    wide: dict[str, tuple[int, int]] = {}
     for key, layer in [*layout.layers.items(), *layout.mtp.items()]:
         for tensor in layer.tensors if key in kept else ():
-            by_name[tensor.name] = layer, kept[key], tensor
+            by_name[tensor.name] = key, layer, kept[key], tensor
+        wide |= widened(layout, layer, channels[key]) if channels and key in channels else {}
     expected = {}
     for name in names:
         if mtp == "drop" and any(name.startswith(prefix) for prefix in layout.mtp_prefixes):
             continue
         if name not in by_name:
-            expected[name] = Expected(name)
+            expected[name] = Expected(name, wide=wide.get(name))
             continue
-        layer, keep, tensor = by_name[name]
+        key, layer, keep, tensor = by_name[name]
+        own = (channels or {}).get(key) if tensor.channel_axis is not None else None
         if tensor.action != "drop":
-            expected[name] = Expected(name, tensor, keep, layer.num_experts)
+            expected[name] = Expected(name, tensor, keep, layer.num_experts, own)
         else:
             new = renumbered(tensor, keep, layer.num_experts)
             if new is not None:
-                expected[tensor.template.replace("{}", str(new))] = Expected(name)
+                cut = None if own is None else tensor
+                expected[tensor.template.replace("{}", str(new))] = Expected(name, cut, keep, layer.num_experts, own)
     return expected
 
 
@@ -184,6 +198,10 @@ def _described(expected: Expected, old: Folder) -> tuple[str, list[int]]:
     (dtype, shape), cut = old.described(expected.source), expected.cut
     if cut is not None and cut.action == "slice":
         shape[cut.axis] = len(expected.keep) * cut.rows + cut.trailing
+    if cut is not None and expected.narrow is not None:
+        shape = narrow_shape(shape, cut, expected.narrow)
+    if expected.wide is not None:
+        shape[expected.wide[0]] = expected.wide[1]
     return dtype, shape
 
 
@@ -196,6 +214,10 @@ def _compare(name: str, expected: Expected, old: Folder, new: Folder) -> tuple[l
         return [f"{name}: shape {new_shape}, expected {shape}"], 0
     if 0 in shape:
         return [], 0
+    if cut is not None and expected.narrow is not None:
+        return narrow_problems(name, expected.source, cut, expected.keep, expected.narrow, old, new)
+    if expected.wide is not None:
+        return wide_problems(name, expected.source, expected.wide[0], old, new)
     if cut is not None and cut.action != "slice":
         got = new.tensor(name)
         same = torch.equal(remapped(old.tensor(expected.source), expected.keep, expected.num_experts), got)
