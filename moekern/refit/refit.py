@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.sharing import facts_of
@@ -26,7 +26,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
-from moekern.refit.stored import stored_experts
+from moekern.refit.stored import Stored, check_formats, format_of
 from moekern.refit.streams import Streams
 from moekern.refit.variants import FITTED, Split, Variant
 from moekern.version import versions
@@ -80,11 +80,9 @@ def refit(
         resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
     recipes = {variant.name: recipe_of(key, variant) for variant in variants}
 
-    def write(variant: Variant, name: str, kept: LayerPlan, block: nn.Module) -> None:
+    def write(variant: Variant, name: str, kept: LayerPlan, tensors: Stored) -> None:
         if variant.folder is None or not team.first:
             return
-        layer, all_parts = layout.layers[name], variant.refine is not None
-        tensors = stored_experts(block, layer, kept.keep, checkpoint.tensors, all_parts=all_parts)
         variant.folder.mkdir(parents=True, exist_ok=True)
         write_layer(
             variant.folder, name, tensors, recipe=recipes[variant.name], kept=kept, model=checkpoint.fingerprint
@@ -97,6 +95,10 @@ def refit(
         opened(resume, key, (STAGE,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
+        for variant in variants:
+            if variant.fits:
+                all_parts = variant.refine is not None
+                check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=all_parts)
         streams = Streams(layerwise, split, variants, write, progress)
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
@@ -111,6 +113,8 @@ def refit(
 
 def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
     check_plan(variant.plan, layout, checkpoint)
+    if variant.fits:
+        format_of(variant.computed, checkpoint, layout)
     if variant.name == ORIGINAL:
         raise InputError(f"refit: a variant is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     if variant.width is not None and variant.plan.width is not None:
@@ -152,6 +156,7 @@ def _described(variant: Variant) -> dict[str, Any]:
     return {
         "plan": variant.plan.digest,
         "width": variant.width,
+        "computed": variant.computed,
         "ridge": None if variant.ridge is None else asdict(variant.ridge),
         "refine": None if variant.refine is None else asdict(variant.refine),
     }

@@ -35,12 +35,13 @@ from moekern.plan.live import live_channels
 from moekern.refit.fitting import Fitting, fitted
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
+from moekern.refit.stored import Stored, StoredExperts, format_of
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
 from moekern.refit.variants import HELD, JUDGED, Split, Variant
 
 ORIGINAL = 0
-Write = Callable[[Variant, str, LayerPlan, nn.Module], None]  # what a layer's experts have become
+Write = Callable[[Variant, str, LayerPlan, Stored], None]  # what a layer's experts have become
 Rounds = Generator[Round["Task"]]
 
 
@@ -234,7 +235,8 @@ class Streams(Pass[Task]):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
-                    live = LiveExperts(block, asked, self.layerwise.device)
+                    stored = self._stored(variant, key, plan, block)
+                    live = LiveExperts(block, asked, self.layerwise.device, stored)
                     fitting = Fitting(
                         live,
                         lacks,
@@ -246,7 +248,7 @@ class Streams(Pass[Task]):
                         self.layerwise.spill,
                     )
                     self.records[number - 1][key] = fitted(fitting, variant, key)
-                    self.write(variant, key, plan, block)
+                    self.write(variant, key, plan, stored.tensors(block))
                 if last:
                     self.saved[number] = [p.detach().clone() for p in block.parameters()] if variant.fits else []
                 else:
@@ -284,6 +286,14 @@ class Streams(Pass[Task]):
         if target is not None and target.scale is None:
             lacks.copy_from(target.wanted)
         return asked, lacks
+
+    def _stored(self, variant: Variant, key: str, plan: LayerPlan, block: nn.Module) -> StoredExperts:
+        """As what the experts of a layer are stored."""
+        of = self.layerwise
+        return StoredExperts(
+            of.checkpoint, of.loader, of.layout.layers[key], plan.keep, block,
+            all_parts=variant.refine is not None, dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
+        )  # fmt: skip
 
     def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:
         """Of each expert the `width` channels whose features times their columns of down have the most energy on the
