@@ -91,13 +91,13 @@ def block_of(layer: nn.Module) -> nn.Module:
 class LiveExperts:
     """As `ridge.Experts` and `refine.TrainableExperts`: the experts that the layer has now, and what they are asked.
 
-    Each process has the rows of its own tokens.
+    Each process has the rows of its own tokens. Weights are rounded to the type that they will be `stored` in.
     """
 
-    def __init__(self, block: nn.Module, asked: Asked, device: torch.device) -> None:
+    def __init__(self, block: nn.Module, asked: Asked, device: torch.device, stored: torch.dtype) -> None:
         found = halves(block)
         assert found is not None
-        self.block, self.asked, self.device = block, asked, device
+        self.block, self.asked, self.device, self.stored = block, asked, device, stored
         self.known, self.views = found, views(block)
         self.count, self.hidden, self.width = self.views.down.shape
         order, offsets = sort_by_expert(asked.ids, self.count)
@@ -130,7 +130,7 @@ class LiveExperts:
         return self.views.down[expert].float()
 
     def set_down(self, expert: int, weight: Tensor) -> Tensor:
-        self.views.down[expert].copy_(weight)
+        self.views.down[expert].copy_(weight.to(self.stored))
         self.alone = None
         return self.down(expert)
 
@@ -146,7 +146,7 @@ class LiveExperts:
         with torch.no_grad():
             for path, own in zip(paths, trained.parameters, strict=True):
                 whole = self.block.get_parameter(path)[expert * rows : (expert + 1) * rows]
-                whole.copy_(own)
+                whole.copy_(own.to(self.stored))
                 own.copy_(whole)
         self.alone = None
 

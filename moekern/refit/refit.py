@@ -26,7 +26,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
-from moekern.refit.stored import stored_experts
+from moekern.refit.stored import stored_dtype, stored_experts
 from moekern.refit.streams import Streams
 from moekern.refit.variants import FITTED, Split, Variant
 from moekern.version import versions
@@ -113,6 +113,8 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
     check_plan(variant.plan, layout, checkpoint)
     if variant.name == ORIGINAL:
         raise InputError(f"refit: a variant is named {ORIGINAL!r}, as the unpruned model is; give it another name")
+    for layer in layout.layers.values() if variant.fits else ():
+        stored_dtype(layer, checkpoint.tensors)
     if variant.width is not None and variant.plan.width is not None:
         raise InputError(f"{variant.name}: the plan says which channels stay; do not ask for {variant.width} of them")
     further = [key for key in variant.plan.layers if key not in layout.layers]

@@ -10,11 +10,21 @@ from torch import Tensor, nn
 
 from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.header import TensorEntry
+from moekern.errors import InputError
 from moekern.model.projections import Views, views
 from moekern.model.reader import DTYPES
 from moekern.model.states import bytes_of
 
 Stored = dict[str, tuple[str, Sequence[int], Any]]  # name -> safetensors dtype, shape, bytes
+
+
+def stored_dtype(layer: MoeLayer, entries: Mapping[str, TensorEntry]) -> torch.dtype:
+    """The type that a layer's experts are stored in. Raises InputError for experts that are not stored as matrices of
+    gate, up and down: what would be computed could not be written."""
+    if layer.width is None:
+        what = "its experts are not stored as plain matrices of gate, up and down (quantised ones are not refitted)"
+        raise InputError(f"layer {layer.key}: {what}; take a twin of the model in bfloat16")
+    return next(DTYPES[entries[t.name].dtype] for t in layer.of_role("expert") if t.projection == "down")
 
 
 def stored_experts(

@@ -35,6 +35,7 @@ from moekern.plan.live import live_channels
 from moekern.refit.fitting import Fitting, fitted
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
+from moekern.refit.stored import stored_dtype
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
 from moekern.refit.variants import HELD, JUDGED, Split, Variant
@@ -227,14 +228,14 @@ class Streams(Pass[Task]):
                 with self.pruner.pruned(key, plan.keep):
                     asked, lacks = yield from self._asked(layer, number, target if variant.fits else None, stack)
                     if variant.width is not None:
-                        live = LiveExperts(block_of(module), asked, self.layerwise.device)
+                        live = self._live(key, module, asked)
                         plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
             self.plans[number - 1][key] = plan
             with self.pruner.pruned(key, plan.keep, live_channels(plan)):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
-                    live = LiveExperts(block, asked, self.layerwise.device)
+                    live = self._live(key, module, asked)
                     fitting = Fitting(
                         live,
                         lacks,
@@ -285,13 +286,20 @@ class Streams(Pass[Task]):
             lacks.copy_from(target.wanted)
         return asked, lacks
 
+    def _live(self, key: str, module: nn.Module, asked: Asked) -> LiveExperts:
+        checkpoint = self.layerwise.checkpoint
+        stored = stored_dtype(self.layerwise.layout.layers[key], checkpoint.tensors)
+        return LiveExperts(block_of(module), asked, self.layerwise.device, stored)
+
     def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:
         """Of each expert the `width` channels whose features times their columns of down have the most energy on the
         text that is fitted; of equal ones the first."""
-        weight = live.views.down.detach().double().square().sum(1).cpu()
-        energy = live.energies(self.parts, ~self.held_rows) * weight
-        order = energy.argsort(dim=1, descending=True, stable=True)[:, :width].sort(dim=1).values
-        return tuple(channel_text(row.numpy(), live.width) for row in order)
+        texts = []
+        for expert, energy in enumerate(live.energies(self.parts, ~self.held_rows)):
+            energy *= live.down(expert).double().square().sum(0).cpu()
+            best = energy.argsort(descending=True, stable=True)[:width].sort().values
+            texts.append(channel_text(best.numpy(), live.width))
+        return tuple(texts)
 
     def _show(self, layer: int, number: int) -> None:
         """Let the last layer be that of a stream."""
