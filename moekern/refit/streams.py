@@ -298,10 +298,12 @@ class Streams(Pass[Task]):
     def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:
         """Of each expert the `width` channels whose features times their columns of down have the most energy on the
         text that is fitted; of equal ones the first."""
-        weight = live.views.down.detach().double().square().sum(1).cpu()
-        energy = live.energies(self.parts, ~self.held_rows) * weight
-        order = energy.argsort(dim=1, descending=True, stable=True)[:, :width].sort(dim=1).values
-        return tuple(channel_text(row.numpy(), live.width) for row in order)
+        texts = []
+        for expert, energy in enumerate(live.energies(self.parts, ~self.held_rows)):
+            energy *= live.down(expert).double().square().sum(0).cpu()
+            best = energy.argsort(descending=True, stable=True)[:width].sort().values
+            texts.append(channel_text(best.numpy(), live.width))
+        return tuple(texts)
 
     def _show(self, layer: int, number: int) -> None:
         """Let the last layer be that of a stream."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout
-from moekern.model.pruned_layers import LivePruner, narrowed
+from moekern.architectures.widths import narrow_numbers
+from moekern.model.pruned_layers import LivePruner
 from moekern.model.transformers_api import loader_of
 from moekern.plan.channels import channel_text
 from moekern.plan.document import LayerPlan, Plan
@@ -40,7 +41,7 @@ def save_narrow(model: Any, layout: Layout, plan: Plan, channels: Mapping[str, T
         pruner.prune(key, layer.keep, channels[key])
     width = next(iter(channels.values())).shape[1]
     count = len(next(iter(plan.layers.values())).keep)
-    for path, number in (dict.fromkeys(layout.count_paths, count) | narrowed(layout, width)).items():
+    for path, number in (dict.fromkeys(layout.count_paths, count) | narrow_numbers(layout, width)).items():
         setattr(narrow.config, path[-1], number)
     narrow.save_pretrained(folder)
     return folder

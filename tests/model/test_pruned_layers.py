@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from moekern.architectures import find_layout
+from moekern.architectures.widths import narrow_numbers
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.model.masking import masked
-from moekern.model.pruned_layers import LivePruner, narrowed
+from moekern.model.pruned_layers import LivePruner
 from moekern.model.transformers_api import loader_of
 from tests.helpers import families
 from tests.helpers.in_flight import REFUSED, Half, random_plan
@@ -84,7 +85,7 @@ def test_experts_first_and_channels_later(
         two.prune(key, (0, 1, 2, 4, 6, 7), channels[key][[0, 1, 0, 2, 3, 0]])
         two.prune(key, keep)  # narrow ones may still go
     assert torch.equal(families.forward(both, ids), families.forward(steps, ids))
-    assert narrowed(layout, 8).items() >= {("moe_intermediate_size",): 8, ("n_shared_experts",): 3}.items()
+    assert narrow_numbers(layout, 8).items() >= {("moe_intermediate_size",): 8, ("n_shared_experts",): 3}.items()
     with pytest.raises(ValueError, match="has lost some already"):
         one.prune("1", keeps["1"], channels["1"])
 
