@@ -36,10 +36,11 @@ def stored_experts(
     of, found = views(block), Stored()
     rank = {old: new for new, old in enumerate(sorted(keep))}
     for tensor in layer.of_role("expert"):
-        computed = tensor.projection == "down" and tensor.channel_axis is not None
-        if not computed and not (all_parts and tensor.projection):
-            continue
         entry = entries[tensor.name]
+        matrix, channels = _is_matrix(tensor, entry), tensor.channel_axis is not None
+        down, bias = tensor.projection == "down", not matrix and bool(tensor.projection)
+        if not (down and channels) and not (all_parts and (channels or bias)):  # JetMoE's attention has experts too
+            continue
         if tensor.expert is None:
             name, value = tensor.name, _whole(of, tensor, entry)
         elif tensor.expert in rank:
@@ -54,8 +55,7 @@ def stored_experts(
 
 def _whole(of: Views, tensor: ExpertTensor, entry: TensorEntry) -> Tensor:
     """All experts' part [n, ...], each as it is stored."""
-    stacked = tensor.expert is None and tensor.rows == 1
-    matrix = len(entry.shape) - stacked == 2
+    stacked, matrix = _stacked(tensor), _is_matrix(tensor, entry)
     if tensor.channel_axis is None:
         assert of.down_bias is not None
         return of.down_bias
@@ -69,3 +69,13 @@ def _whole(of: Views, tensor: ExpertTensor, entry: TensorEntry) -> Tensor:
     alternate = tensor.channel_form == "alternating"
     whole = torch.stack(known, 2).flatten(1, 2) if alternate else torch.cat(known, 1)
     return whole.transpose(1, 2) if matrix and tensor.channel_axis - stacked == 1 else whole
+
+
+def _stacked(tensor: ExpertTensor) -> bool:
+    """Whether experts have an axis of their own."""
+    return tensor.expert is None and tensor.rows == 1
+
+
+def _is_matrix(tensor: ExpertTensor, entry: TensorEntry) -> bool:
+    """Whether an expert's part has two axes."""
+    return len(entry.shape) - _stacked(tensor) == 2
