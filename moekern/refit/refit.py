@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
+from moekern.architectures.widths import narrow_problem
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
@@ -119,6 +120,11 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
         raise InputError(f"refit: a variant is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     if variant.width is not None and variant.plan.width is not None:
         raise InputError(f"{variant.name}: the plan says which channels stay; do not ask for {variant.width} of them")
+    problem = narrow_problem(checkpoint, layout) if variant.width is not None else None
+    if problem:
+        raise InputError(f"{variant.name}: {variant.width} channels are to stay: {problem}")
+    if variant.width is not None and layout.width is not None and variant.width > layout.width:
+        raise InputError(f"{variant.name}: {variant.width} channels are to stay, and experts have {layout.width}")
     further = [key for key in variant.plan.layers if key not in layout.layers]
     if variant.width is not None and further:
         raise InputError(f"{variant.name}: no text runs through layer {further[0]}, which the plan names; leave it out")
