@@ -13,6 +13,8 @@ from moekern.cli.given import compute_of, result, say_unused, text_of
 from moekern.cli.options import (
     Chunk,
     Column,
+    Computed,
+    ComputedDtype,
     CopyMode,
     CopyOption,
     Data,
@@ -51,6 +53,7 @@ def refit(
     data: Data = None,
     refine: RefineOption = False,
     width: WidthOption = None,
+    computed_dtype: ComputedDtype = Computed.source,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -100,7 +103,13 @@ def refit(
     )  # fmt: skip
     compute = ranks.together(compute)
     asked = whole_refit.Asked(
-        width=width, refine=refine, mtp=mtp.value if mtp else None, copy=copy.value, forward=forward, restart=restart
+        width=width,
+        refine=refine,
+        computed=computed_dtype.value,
+        mtp=mtp.value if mtp else None,
+        copy=copy.value,
+        forward=forward,
+        restart=restart,
     )
     found = whole_refit.refit_stages(ranks.folder_of(model, revision, compute.team), given, text, compute, out, asked)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
+from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
@@ -30,6 +31,7 @@ class Asked:
 
     width: int | None = None
     refine: bool = False
+    computed: str = "source"
     mtp: Mtp | None = None
     copy: Copy = "auto"
     forward: bool = True
@@ -66,11 +68,15 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     console.hint(check_plan(plan, layout, checkpoint))
+    refitter = Refitter(asked.refine, computed=asked.computed)
+    refitter.check(checkpoint, layout, compute)
+    if asked.width is not None and (problem := narrow_problem(checkpoint, layout)):
+        raise InputError(f"--width {asked.width}: {problem}")
     compute = pipeline.told_compute(compute, checkpoint, layout)
     data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     with working(out) as side:
         place, path = Place(side), side / "plan.json"
-        variants = Variant(DROPPED, plan), Refitter(asked.refine).variant(plan, asked.width, place.folder)
+        variants = Variant(DROPPED, plan), refitter.variant(plan, asked.width, place.folder)
         made = refitted(checkpoint, data, judged, variants, compute, place, restart=asked.restart)
         whole = made.plans[REFITTED]
         whole.save(path)
