@@ -91,7 +91,8 @@ def refit(
     from moekern.pruning.work_folder import check_target
 
     given = Plan.load(plan)
-    check_target(out)
+    if not whole_refit.has_run(out):
+        check_target(out)
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,

@@ -44,11 +44,11 @@ class Place:
 
     def clear(self) -> None:
         """The target is made: nothing of this is needed any longer."""
+        self.document.unlink(missing_ok=True)
         if is_folder(self.folder):
             for path in self.folder.glob(f"*{SUFFIX}"):
                 path.unlink()
             self.folder.rmdir()
-        self.document.unlink(missing_ok=True)
 
 
 def refitted(

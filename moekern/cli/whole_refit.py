@@ -16,7 +16,7 @@ from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refi
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
-from moekern.files import check_work, working
+from moekern.files import check_work, is_folder, is_plain, work_path, working
 from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
@@ -60,6 +60,18 @@ class Found:
         }
 
 
+def has_run(out: Path) -> bool:
+    """Whether `refit` has made this target before it was stopped, and was not done with it. What is left of one that
+    was done is removed."""
+    place = Place(work_path(out))
+    if not out.name or not is_folder(out):
+        return False
+    if not is_plain(place.document):
+        place.clear()
+        return False
+    return True
+
+
 def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Path, asked: Asked) -> Found:
     """Refit, prune, verify. What an earlier run with the same model, plan and data left is used again."""
     check_work(out)
@@ -80,7 +92,9 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
         made = refitted(checkpoint, data, judged, variants, compute, place, restart=asked.restart)
         whole = made.plans[REFITTED]
         whole.save(path)
-        report = prune_to(checkpoint, whole, out, mtp=asked.mtp, copy=asked.copy, refitted=place.folder)
+        report = prune_to(
+            checkpoint, whole, out, mtp=asked.mtp, copy=asked.copy, again=is_folder(out), refitted=place.folder
+        )
         plain = replace(compute, dtype=AUTO)
         verdict = pipeline.verify_both(folder, whole, out, plain, forward=asked.forward, mtp=asked.mtp)
         place.clear()

@@ -78,6 +78,9 @@ run
   --copy = auto
   --forward/--no-forward = True
   --quality/--no-quality = True
+  --refit = False
+  --refine = False
+  --shape = None
   --restart = False
   --trust-remote-code = False
   --revision = None
@@ -228,6 +231,35 @@ prune
   --max-shard-size = None
   --refitted = None
   --part = None
+  --revision = None
+  --json = False
+refit
+  MODEL required
+  PLAN required
+  --out required
+  --data* = None
+  --refine = False
+  --width = None
+  --preset = None
+  --tokens = 1M
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --chunk = None
+  --batch-size = None
+  --column* = None
+  --thinking = row
+  --strict = False
+  --seed = 0
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
+  --mtp = None
+  --copy = auto
+  --forward/--no-forward = True
+  --restart = False
+  --trust-remote-code = False
   --revision = None
   --json = False
 verify

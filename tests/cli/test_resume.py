@@ -28,7 +28,7 @@ Command = Callable[[Path], tuple[object, ...]]
 TIERS = ("outliers", "coalitions", "vocabulary", "gradient", "weights", "replay")
 
 
-COMMANDS = ("tiers", "iterate", "evaluate", pytest.param("run", marks=pytest.mark.whole))  # all of the others
+COMMANDS = ("tiers", "iterate", "evaluate", "refit", pytest.param("run", marks=pytest.mark.whole))  # all of the others
 KILLS, MANY = 1, 13  # of each command; with --whole 52 of all
 
 
@@ -50,12 +50,14 @@ def commands(work: Path) -> dict[str, Command]:
     """Name -> target -> arguments."""
     model = work / "model"
     tiers = [each for tier in TIERS for each in ("--tier", tier)]
+    narrow = ("--width", 16, "--no-forward")
     options = ("--keep", 4, "--rounds", 2, "--criterion", "reap")
     return {
         "calibrate": lambda out: ("calibrate", model, *text(work), "--out", out),
         "tiers": lambda out: ("calibrate", model, *text(work), *tiers, "--replay-tokens", 20, "--out", out),
         "iterate": lambda out: ("iterate", model, *text(work), *options, "--out", out),
         "evaluate": lambda out: ("evaluate", model, work / "plan.json", *text(work), "--json", "--spill", out.parent),
+        "refit": lambda out: ("refit", model, work / "plan.json", *text(work, 800), "--refine", *narrow, "--out", out),
         "run": lambda out: ("run", model, *text(work, 400), "--keep", 4, "--no-forward", "--out", out),
     }
 
