@@ -81,6 +81,7 @@ run
   --refit = False
   --refine = False
   --shape = None
+  --computed-dtype = source
   --restart = False
   --trust-remote-code = False
   --revision = None
@@ -240,6 +241,7 @@ refit
   --data* = None
   --refine = False
   --width = None
+  --computed-dtype = source
   --preset = None
   --tokens = 1M
   --sequence-length = 2048
