@@ -53,6 +53,7 @@ def refit(
     *,
     judged: TokenData | None = None,
     resume: Resume | None = None,
+    until: str | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Refitting:
     """Make variants of a model, and hold them against it, in one pass over its weights with a stream of hidden states
@@ -61,7 +62,8 @@ def refit(
     Of each domain a tenth of the sequences is held back to choose between candidates. All are held against the original
     on other text, `judged` (None: another tenth), which decides nothing. What a variant computes is written to its
     folder, a file for each layer, for `prune(..., refitted=)`. With `resume` the same call goes on where it was
-    stopped. Several processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
+    stopped. `until` names the last layer that is wanted: nothing behind it is made, and nothing is judged. Several
+    processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
     not fit the model, models that cannot be refitted, and text that is too little.
     """
     check_type("compute", compute, Compute)
@@ -72,7 +74,7 @@ def refit(
         _check(variant, layout, checkpoint)
     compute = settled(compute, checkpoint, layout)
     team = compute.team
-    team.together(refit, checkpoint.folder, data, variants, compute, judged=judged)
+    team.together(refit, checkpoint.folder, data, variants, compute, judged=judged, until=until)
     team.check_alike(facts_of(checkpoint, compute))
     split = Split.of(data, judged)
     _check_text(split, variants)
@@ -100,7 +102,7 @@ def refit(
             if variant.fits:
                 all_parts = variant.refine is not None
                 check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=all_parts)
-        streams = Streams(layerwise, split, variants, write, progress)
+        streams = Streams(layerwise, split, variants, write, progress, until)
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
     if journal is not None and team.first:
@@ -144,7 +146,7 @@ def key_of(
         "model": checkpoint.fingerprint,
         "config.json": checkpoint.config_sha256,
         "text": {**text_key(whole), "uses": list(split.uses)},
-        "variants": [_described(variant) for variant in variants],
+        "variants": [described(variant) for variant in variants],
         "--dtype": compute.dtype_name,
         "--device": compute.place.type,
         "threads": torch.get_num_threads(),
@@ -154,10 +156,10 @@ def key_of(
 
 def recipe_of(key: Mapping[str, Any], variant: Variant) -> str:
     """sha256 of all that decides what is computed for one variant, whatever others are made beside it."""
-    return digest({**key, "variants": _described(variant)})
+    return digest({**key, "variants": described(variant)})
 
 
-def _described(variant: Variant) -> dict[str, Any]:
+def described(variant: Variant) -> dict[str, Any]:
     """All that makes a variant what it is."""
     return {
         "plan": variant.plan.digest,
@@ -185,7 +187,7 @@ def _plan(
     said = {
         "recipe": recipe,
         "layers": dict(records),
-        **_described(variant),
+        **described(variant),
         "data": data.recipe,
         "judged": {domain: asdict(loss) for domain, loss in losses.items()},
     }

@@ -63,17 +63,23 @@ class Streams(Pass[Task]):
         variants: Sequence[Variant],
         write: Write,
         progress: Callable[[float, int], None] = lambda done, total: None,
+        until: str | None = None,
     ) -> None:
         self.layerwise, self.split, self.variants, self.write, self.progress = (
             layerwise, split, tuple(variants), write, progress,
         )  # fmt: skip
-        self.team, self.keys, self.last = layerwise.team, layerwise.moe_keys, len(layerwise.layers) - 1
+        self.team, self.keys = layerwise.team, layerwise.moe_keys
+        self.stop_after = next((layer for layer, key in self.keys.items() if key == until), None)
+        self.last = len(layerwise.layers) - 1 if self.stop_after is None else self.stop_after
         sizes = [batch.input_ids.numel() for batch in split.batches]
         load = [0] * (max(split.numbers) + 1)
         for number, size in zip(split.numbers, sizes, strict=True):
             load[number] += size
         owners = dealt(load, self.team.size)
-        self.places = [p for p, number in enumerate(split.numbers) if owners[number] == self.team.rank]
+        self.places = [
+            p for p, number in enumerate(split.numbers)
+            if owners[number] == self.team.rank and (until is None or split.uses[p] != JUDGED)
+        ]  # fmt: skip
         fit = [p for p in self.places if split.uses[p] != JUDGED]
         ends = np.cumsum([0, *(sizes[p] for p in fit)]).tolist()
         self.rows_of = {p: slice(a, b) for p, a, b in zip(fit, ends[:-1], ends[1:], strict=True)}

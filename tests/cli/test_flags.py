@@ -237,7 +237,7 @@ prune
 refit
   MODEL required
   PLAN required
-  --out required
+  --out = None
   --data* = None
   --refine = False
   --width = None
@@ -260,6 +260,8 @@ refit
   --mtp = None
   --copy = auto
   --forward/--no-forward = True
+  --verify = None
+  --full = False
   --restart = False
   --trust-remote-code = False
   --revision = None
