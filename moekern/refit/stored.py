@@ -36,6 +36,13 @@ def format_of(asked: str, checkpoint: Checkpoint, layout: Layout) -> ComputedFor
     return computed_format(asked, weight_format(checkpoint.config, names))
 
 
+def stored_bytes(checkpoint: Checkpoint, layout: Layout) -> int:
+    """Bytes that `StoredExperts` holds of a layer at most."""
+    layers = [layer for layer in layout.layers.values() if layer.width is None]
+    sizes = [sum(checkpoint.tensors[t.name].nbytes for t in layer.of_role("expert")) for layer in layers]
+    return max(sizes, default=0)
+
+
 def check_formats(
     checkpoint: Checkpoint, layout: Layout, loader: Loader, keys: Iterable[str], *, all_parts: bool
 ) -> None:

@@ -35,7 +35,7 @@ from moekern.plan.live import live_channels
 from moekern.refit.fitting import Fitting, fitted
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
-from moekern.refit.stored import Stored, StoredExperts, format_of
+from moekern.refit.stored import Stored, StoredExperts, format_of, stored_bytes
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
 from moekern.refit.variants import HELD, JUDGED, Split, Variant
@@ -350,8 +350,9 @@ class Streams(Pass[Task]):
             store[self._rows()] = value.detach().float().flatten(0, -2).cpu()
 
     def _memory(self) -> int:
-        """Bytes that are left beside hidden states."""
-        return max(0, self.layerwise.takes.room - (0 if self.states is None else self.states.size))
+        """Bytes that are left beside hidden states, and what is stored of quantised experts."""
+        stored = stored_bytes(self.layerwise.checkpoint, self.layerwise.layout)
+        return max(0, self.layerwise.takes.room - (0 if self.states is None else self.states.size) - stored)
 
     def _room(self) -> Room:
         return Room(self._memory() // 2, self.layerwise.spill)
