@@ -20,6 +20,7 @@ from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.prune import Copy, PruneReport
+from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting
 from moekern.refit.variants import Variant
 
@@ -75,6 +76,8 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
     check_work(out)
     if not text.data:
         raise InputError("refit: it is fitted to text: give --data", kind="option")
+    if asked.refine:
+        check_alone(compute.team)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     console.hint(check_plan(plan, layout, checkpoint))
