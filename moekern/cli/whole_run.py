@@ -152,6 +152,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     planning = replace(asked.planning, model=checkpoint)
     check_options(checkpoint, planning)
     check_work(out)
+    if asked.refit is not None:
+        asked.refit.check(checkpoint, layout, compute)
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made

@@ -53,7 +53,8 @@ def fitted(work: Fitting, variant: Variant, key: str) -> dict[str, Any]:
                 name=key, team=work.team, memory=work.memory, folder=work.folder,
             )  # fmt: skip
         record |= {"refine": _of_refine(refined, work.target)}
-    return record
+    error = None if work.experts.stored is None else work.experts.stored.error()
+    return record if error is None else {**record, "requantised": error}
 
 
 def _of_ridge(found: Refit, target: Target) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moekern.model.projections import Halves, halves, one_expert, views
 from moekern.model.walk import hidden_of
 from moekern.refit.refine import Trainable
 from moekern.refit.rows import RowStore
+from moekern.refit.stored import StoredExperts
 from moekern.refit.units import ROWS, Unit, Units
 
 See = Callable[[Tensor, Tensor, Tensor, bool], None]  # (rows [T, H], ids [T, K], gates [T, K], gates are in the rows)
@@ -91,13 +92,16 @@ def block_of(layer: nn.Module) -> nn.Module:
 class LiveExperts:
     """As `ridge.Experts` and `refine.TrainableExperts`: the experts that the layer has now, and what they are asked.
 
-    Each process has the rows of its own tokens. Weights are rounded to the type that they will be `stored` in.
+    Each process has the rows of its own tokens. With `stored` the layer only ever holds what the checkpoint can.
     """
 
-    def __init__(self, block: nn.Module, asked: Asked, device: torch.device, stored: torch.dtype) -> None:
+    def __init__(
+        self, block: nn.Module, asked: Asked, device: torch.device, stored: StoredExperts | None = None
+    ) -> None:
         found = halves(block)
         assert found is not None
-        self.block, self.asked, self.device, self.stored = block, asked, device, stored
+        self.stored = stored
+        self.block, self.asked, self.device = block, asked, device
         self.known, self.views = found, views(block)
         self.count, self.hidden, self.width = self.views.down.shape
         order, offsets = sort_by_expert(asked.ids, self.count)
@@ -130,7 +134,7 @@ class LiveExperts:
         return self.views.down[expert].float()
 
     def set_down(self, expert: int, weight: Tensor) -> Tensor:
-        self.views.down[expert].copy_(weight.to(self.stored))
+        self.views.down[expert].copy_(weight if self.stored is None else self.stored.down(expert, weight))
         self.alone = None
         return self.down(expert)
 
@@ -144,9 +148,12 @@ class LiveExperts:
         paths = self.known.parameters
         rows = len(self.block.get_parameter(paths[-1])) // self.count
         with torch.no_grad():
+            if self.stored is not None:
+                assert isinstance(trained, _Trained)
+                self.stored.all(expert, views(trained.one))
             for path, own in zip(paths, trained.parameters, strict=True):
                 whole = self.block.get_parameter(path)[expert * rows : (expert + 1) * rows]
-                whole.copy_(own.to(self.stored))
+                whole.copy_(own)
                 own.copy_(whole)
         self.alone = None
 
