@@ -1,5 +1,5 @@
-"""`moekern demo`: calibrate, score, plan, prune, verify, load and generate, what each criterion costs in loss, and what a
-refit brings."""
+"""`moekern demo`: calibrate, score, plan, prune, verify, load and generate, what each criterion costs in loss, what
+a refit brings."""
 
 from __future__ import annotations
 
