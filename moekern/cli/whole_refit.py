@@ -28,6 +28,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, RefittedTensor, open_refitted
+from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
 
@@ -82,6 +83,8 @@ def has_run(out: Path) -> bool:
 def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Path, asked: Asked) -> Found:
     """Refit, prune, verify. What an earlier run with the same model, plan and data left is used again."""
     check_work(out)
+    if asked.refine:
+        check_alone(compute.team)
     refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked)
     with working(out) as side:
         place, path = Place(side), side / "plan.json"

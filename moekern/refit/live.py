@@ -18,7 +18,7 @@ from moekern.model.walk import hidden_of
 from moekern.refit.refine import Trainable
 from moekern.refit.rows import RowStore
 from moekern.refit.stored import StoredExperts
-from moekern.refit.units import ROWS, Units
+from moekern.refit.units import ROWS, Unit, Units
 
 See = Callable[[Tensor, Tensor, Tensor, bool], None]  # (rows [T, H], ids [T, K], gates [T, K], gates are in the rows)
 
@@ -157,12 +157,15 @@ class LiveExperts:
                 own.copy_(whole)
         self.alone = None
 
-    def subtract_from(self, residual: RowStore) -> None:
-        """Take what all experts put out from float32 [N, H]."""
+    def subtract_from(self, residual: RowStore, units: Sequence[Unit]) -> None:
+        """Take what all experts put out from float32 [N, H]: a unit at a time, since rows may be rounded by how many
+        are computed together."""
         for expert in range(self.count):
-            for tokens in self.tokens(expert).split(ROWS):
-                put_out = self.outputs(expert, tokens).to(residual.tensor.device)
-                residual.scatter(tokens, residual.gather(tokens) - put_out)
+            own = self.tokens(expert)
+            for unit in units:
+                for tokens in own[(own >= unit.start) & (own < unit.stop)].split(ROWS):
+                    put_out = self.outputs(expert, tokens).to(residual.tensor.device)
+                    residual.scatter(tokens, residual.gather(tokens) - put_out)
 
     def energies(self, parts: Units, counted: Tensor) -> Tensor:
         """Sums over all processes' tokens, of those that are `counted` (bool [N]), of the squares of features, float64

@@ -27,6 +27,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
+from moekern.refit.refine import check_alone
 from moekern.refit.stored import Stored, check_formats, format_of
 from moekern.refit.streams import Streams
 from moekern.refit.variants import FITTED, Split, Variant
@@ -72,8 +73,10 @@ def refit(
     check_data(data, checkpoint)
     for variant in variants:
         _check(variant, layout, checkpoint)
-    compute = settled(compute, checkpoint, layout)
     team = compute.team
+    if any(variant.refine is not None for variant in variants):
+        check_alone(team)
+    compute = settled(compute, checkpoint, layout)
     team.together(refit, checkpoint.folder, data, variants, compute, judged=judged, until=until)
     team.check_alike(facts_of(checkpoint, compute))
     split = Split.of(data, judged)

@@ -213,7 +213,8 @@ class Streams(Pass[Task]):
             with listening(module, watcher), made_by(module, lambda hidden: made.append(hidden.detach())):
                 yield Round(first, on=False, more=True)
         own = scale_of(made[1] - made[0], loud.put_out, made[1]) if made and loud.put_out is not None else None
-        scale = self.team.broadcast(own)
+        found = self.team.every((next(iter(self.rows_of)), own) if made else None)
+        scale = min((each for each in found if each is not None), key=lambda each: each[0])[1]  # of the first batch
         stream = scale is not None
         size = self.layerwise.embedding_size if stream else loud.hidden
         wanted = stack.enter_context(self._room().store(self.tokens, size))
