@@ -79,19 +79,8 @@ class RowsHere:
     scales: Scales | None
 
     def __call__(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        return self._made(self.known, tokens, offsets)
-
-    def inner(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """[N, I]: what goes into down."""
-        return self._made(self.known.inner, tokens, offsets)
-
-    def outer(self, inner: Tensor, offsets: Tensor) -> Tensor:
-        """[N, H]: what comes of that."""
-        return steady(self.known.outer, self.block, inner, torch.arange(len(inner), device=inner.device), offsets)
-
-    def _made(self, half: Half, tokens: Tensor, offsets: Tensor) -> Tensor:
         scales = None if self.scales is None else self.scales(tokens, offsets)
-        return steady(half, self.block, self.hidden, tokens, offsets, scales)
+        return steady(self.known, self.block, self.hidden, tokens, offsets, scales)
 
 
 def rows_of(module: nn.Module, hidden: Tensor, scales: Scales | None = None) -> RowsHere | Asking:
