@@ -29,10 +29,8 @@ from tests.helpers.ranks import torchrun
 DOCS = ROOT / "docs"
 
 
-def code(page: str) -> str:
-    found = re.search(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    assert found is not None
-    return found[1]
+def code(page: str, block: int = 0) -> str:
+    return str(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)[block])
 
 
 def test_the_kernels_example_runs_as_it_stands(tmp_path: Path) -> None:
@@ -49,6 +47,18 @@ torch.testing.assert_close(reap, torch.stack(means).double(), rtol=1e-4, atol=1e
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("drop first: ")
     assert len(code("kernels.md").splitlines()) <= 22
+
+
+def test_the_example_of_a_refit_predicts_what_it_is_given() -> None:
+    planted = code("kernels.md", 1).replace(
+        "sums = kernels",
+        "residual.zero_()\n"
+        "kernels.scatter_residual(residual, a[: offsets[1]], -torch.randn(M, H), tokens[: offsets[1]], offsets[:2])\n"
+        "offsets = offsets[:2].clone()\nE, before = 1, residual.norm()\nsums = kernels",
+    )
+    for script in (code("kernels.md", 1), planted + "assert residual.norm() < 1e-2 * before, residual.norm()\n"):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_table_of_criteria_is_the_codes() -> None:

@@ -10,39 +10,18 @@ namespace {
 
 constexpr int64_t kChannels = 512;  // of a task
 constexpr int64_t kChunk = 256;     // rows whose squares are summed in float32
-constexpr int64_t kTogether = 2 * kVector;
 
-// to[i] = gate x act(x[i]) u[i] for 16 channels, u all 1 where it is null.
-template <class Act, class T>
-MOEKERN_INLINE void activate(const T* x, const T* u, float gate, float* to) {
-  Floats a, b;
-  unpack(x, a, b);
-  float in[kTogether], other[kTogether];
-  in_order(a, b, in, x);
-  for (int64_t i = 0; i < kTogether; ++i) in[i] = Act::of(in[i]);
-  if (u) {
-    unpack(u, a, b);
-    in_order(a, b, other, u);
-    for (int64_t i = 0; i < kTogether; ++i) in[i] *= other[i];
-  }
-  for (int64_t i = 0; i < kTogether; ++i) to[i] = in[i] * gate;
-}
-
-// n channels of one row; their squares join the sums.
+// n channels of one row: gate x act(x) u, or without u where that is null; their squares join the sums.
 template <class Act, class T>
 MOEKERN_INLINE void add_row(const T* x, const T* u, float gate, int64_t n, bool counted, float* to, float* sum) {
-  int64_t i = 0;
-  for (; i + kTogether <= n; i += kTogether) activate<Act>(x + i, u ? u + i : nullptr, gate, to + i);
-  if (i < n) {
-    T tails[2][kTogether] = {};
-    float out[kTogether];
-    std::memcpy(tails[0], x + i, (n - i) * sizeof(T));
-    if (u) std::memcpy(tails[1], u + i, (n - i) * sizeof(T));
-    activate<Act>(tails[0], u ? tails[1] : nullptr, gate, out);
-    std::memcpy(to + i, out, (n - i) * sizeof(float));
-  }
+  float v[kChannels];
+  for (int64_t i = 0; i < n; ++i) v[i] = Act::of(load(x[i]));
+  if (u)
+    for (int64_t i = 0; i < n; ++i) v[i] *= load(u[i]);
+  for (int64_t i = 0; i < n; ++i) v[i] *= gate;
+  std::memcpy(to, v, n * sizeof(float));
   if (counted)
-    for (i = 0; i < n; ++i) sum[i] += to[i] * to[i];
+    for (int64_t i = 0; i < n; ++i) sum[i] += v[i] * v[i];
 }
 
 template <class Act, class T>

@@ -51,6 +51,7 @@ def jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
     yield similarity_job(layer, scale)
     yield from vocabulary_jobs(layer, scale)
     yield from weight_jobs(layer, scale)
+    yield from refit_jobs(layer, scale)
 
 
 def names(op: str) -> tuple[str, ...]:
@@ -254,4 +255,78 @@ def weight_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
         {"eager": partial(dense_of, rivals.fp8_blocks)},
         stored + 2 * codes.numel(), exact=True,
         compiled=lambda compiled: partial(dense_of, compiled(rivals.fp8_blocks)),
+    )  # fmt: skip
+
+
+def refit_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
+    """Experts that keep half of their channels, M, and have equally many rows: Gram matrices, activations, residuals.
+
+    As many operations as the kernel does are counted: half of them for A'A, which is symmetric. "gemm" does as many.
+    """
+    M, H, R = max(1, layer.I // 2), layer.H, max(4, scale.tokens // 64)
+    E = max(1, min(layer.E, scale.tile_bytes // (8 * M * H)))
+    a, r = (normal(n, m, device=DEVICE, dtype=torch.float32, seed=m) for n, m in ((E * R, M), (2 * R, H)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.cat([torch.randperm(2 * R, generator=generator)[:R] for _ in range(E)]).to(DEVICE)
+    offsets, size = torch.arange(0, E * R + 1, R, device=DEVICE), f"{E}x{R}x{M}x{H} f32"
+    other = torch.cat([a[:, : M // 2], r.repeat_interleave(E, 0)[: E * R]], 1)  # as wide as there are operations
+
+    def gram(run: Callable[..., None]) -> Callable[[], Results]:
+        sums = kernels.gram_sums(E, M, H, DEVICE)
+
+        def call() -> Results:
+            run(sums)
+            return sums
+
+        return call
+
+    yield Job(
+        "expert_gram", size,
+        {b: partial(gram, partial(kernels.expert_gram, a, r, offsets, None, tokens=tokens, backend=b))
+         for b in names("expert_gram")},
+        {"eager": partial(gram, partial(rivals.expert_gram, a, r, tokens, R)),
+         "gemm": lambda: lambda: [x.T @ y for x, y in zip(a.split(R), other.split(R), strict=True)]},
+        flops=E * R * (M * M + 2 * M * H),
+    )  # fmt: skip
+    delta = normal(E, M, H, device=DEVICE, dtype=torch.float32)
+
+    def scatter(run: Callable[..., None]) -> Callable[[], Results]:
+        mine = r.clone()
+
+        def call() -> Results:
+            run(mine)
+            return [mine]
+
+        return call
+
+    yield Job(
+        "scatter_residual", size,
+        {b: partial(scatter, lambda r, b=b: kernels.scatter_residual(r, a, delta, tokens, offsets, backend=b))  # type: ignore[misc]
+         for b in names("scatter_residual")},
+        {"eager": partial(scatter, lambda r: rivals.scatter_residual(r, a, delta, tokens, R)),
+         "gemm": lambda: lambda: [x @ y for x, y in zip(a.split(R), delta, strict=True)]},
+        flops=2 * E * R * M * H,
+    )  # fmt: skip
+    yield _energy_job(a, R, offsets)
+
+
+def _energy_job(a: Tensor, R: int, offsets: Tensor) -> Job:
+    (N, M), E = a.shape, len(offsets) - 1
+    rows, gates = normal(N, 2 * M, device=DEVICE), torch.rand(N, device=DEVICE)
+
+    def run(function: Callable[..., Tensor]) -> Callable[[], Results]:
+        energy = torch.zeros(E, M, dtype=torch.float64, device=DEVICE)
+        return lambda: [energy, function(energy)]
+
+    def native(backend: str) -> Callable[[], Results]:
+        return run(lambda energy: kernels.gated_energy(
+            rows, gates, offsets, None, energy, activation="silu", backend=backend))  # fmt: skip
+
+    def rival(function: Callable[..., Tensor]) -> Callable[[], Results]:
+        return run(lambda energy: function(rows, gates, R, energy))
+
+    return Job(
+        "gated_energy", f"{E}x{R}x{2 * M} bf16", {b: partial(native, b) for b in names("gated_energy")},
+        {"eager": partial(rival, rivals.gated_energy)}, rows.nbytes + a.nbytes,
+        compiled=lambda compiled: partial(rival, compiled(rivals.gated_energy)),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekern.kernels import SimilaritySums, WeightSums
+from moekern.kernels import GramSums, SimilaritySums, WeightSums
 from moekern.kernels.sums import ExpertSums, RouterSums
 
 
@@ -99,3 +99,22 @@ def fp8_blocks(codes: Tensor, scale: Tensor, block: int, dtype: torch.dtype = to
     R, C = codes.shape[1:]
     wide = scale.repeat_interleave(block, 1)[:, :R].repeat_interleave(block, 2)[:, :, :C]
     return (codes.float() * wide).to(dtype)
+
+
+def expert_gram(a: Tensor, r: Tensor, tokens: Tensor, rows: int, sums: GramSums) -> None:
+    """`rows` rows of each expert, one after the other."""
+    for e, (own, token) in enumerate(zip(a.split(rows), tokens.split(rows), strict=True)):
+        sums.gram[e] += own.T @ own
+        sums.product[e] += own.T @ r[token]
+
+
+def gated_energy(gate_up: Tensor, gates: Tensor, rows: int, energy: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=1)
+    a = torch.nn.functional.silu(gate) * up * gates[:, None]
+    energy.add_(a.square().view(len(energy), rows, -1).sum(1))
+    return a
+
+
+def scatter_residual(r: Tensor, a: Tensor, delta: Tensor, tokens: Tensor, rows: int) -> None:
+    for own, change, token in zip(a.split(rows), delta, tokens.split(rows), strict=True):
+        r.index_add_(0, token, own @ change, alpha=-1)

@@ -171,6 +171,8 @@ def target(line: Line) -> str | None:
         wanted.append((">= 0.7 of reading", value("share") >= 0.7))
     elif op == "similarity":
         wanted.append((">= 0.7 of the GEMM", value("share") >= 0.7))
+    elif op in ("expert_gram", "scatter_residual"):
+        wanted.append((">= 0.6 of the GEMM", value("share") >= 0.6))
     return "; ".join(f"{what}: {'met' if met else 'MISSED'}" for what, met in wanted) or None
 
 

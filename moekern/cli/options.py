@@ -14,6 +14,11 @@ from moekern.cli import console
 from moekern.errors import InputError, nearest_name
 
 
+class Computed(str, Enum):  # plan.formats.COMPUTED
+    source = "source"
+    bf16 = "bf16"
+
+
 class CopyMode(str, Enum):
     auto = "auto"
     reflink = "reflink"
@@ -351,6 +356,12 @@ RefineOption = Annotated[
     bool,
     typer.Option(
         "--refine", help="Train every kept expert alone as well, gate, up and down, against what its layer lacks."
+    ),
+]
+ComputedDtype = Annotated[
+    Computed,
+    typer.Option(
+        help="Refitted weights become what MODEL's are, quantised ones again; or bfloat16, where it is plain."
     ),
 ]
 WidthOption = Annotated[

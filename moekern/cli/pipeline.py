@@ -60,6 +60,7 @@ from moekern.pruning.preflight import check_space
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 from moekern.team import Part
+from moekern.verification.computed import Recompute
 from moekern.verification.logits import ForwardVerdict, compare_forward
 from moekern.verification.tensors import VerifyReport, verify
 
@@ -218,13 +219,16 @@ def verify_both(
     *,
     forward: bool,
     mtp: Mtp | None = None,
+    recompute: Recompute | None = None,
+    full: bool = False,
 ) -> Verdict:
-    """Bytes first; logits only of a checkpoint whose bytes are right."""
+    """Bytes first, of refitted layers those that `recompute` gives too; logits only of a checkpoint whose bytes are
+    right."""
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
     console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
     with console.progress("verifying", "bytes") as step:
-        report = verify(checkpoint, plan, pruned, mtp=mtp, progress=step)
+        report = verify(checkpoint, plan, pruned, mtp=mtp, recompute=recompute, full=full, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
     console.hint(inputs_line(checkpoint.tensors))

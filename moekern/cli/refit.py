@@ -13,6 +13,8 @@ from moekern.cli.given import compute_of, result, say_unused, text_of
 from moekern.cli.options import (
     Chunk,
     Column,
+    Computed,
+    ComputedDtype,
     CopyMode,
     CopyOption,
     Data,
@@ -41,16 +43,18 @@ from moekern.cli.options import (
 )
 from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
+from moekern.errors import InputError
 from moekern.files import standing
 
 
 def refit(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="Which experts stay.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist.")] = None,
     data: Data = None,
     refine: RefineOption = False,
     width: WidthOption = None,
+    computed_dtype: ComputedDtype = Computed.source,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -71,6 +75,13 @@ def refit(
     forward: Annotated[
         bool, typer.Option(help="Prove the result by comparing logits with the model made in memory (two more passes).")
     ] = True,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write nothing: refit the first layer and one by chance again, and compare with this folder."
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="With --verify: all layers.")] = False,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -80,15 +91,20 @@ def refit(
     gradients through the model.
 
     Two streams of hidden states go through the layers, the original's and the pruned one's. After a kill the same
-    command goes on, in the layer that it was in.
+    command goes on, in the layer that it was in. With --verify in the place of --out the same command proves what an
+    earlier one has written.
     """
     from moekern.cli import whole_refit
     from moekern.cli.refitting import show_refit
     from moekern.plan.document import Plan
     from moekern.pruning.work_folder import check_target
 
+    if (out is None) == (verify is None):
+        raise InputError("--out, --verify: give one of the two")
+    if full and verify is None:
+        raise InputError("--full: goes with --verify")
     given = Plan.load(plan)
-    if not whole_refit.has_run(out):
+    if out is not None and not whole_refit.has_run(out):
         check_target(out)
     say_unused(batch_size)
     text = text_of(
@@ -96,14 +112,29 @@ def refit(
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = compute_of(
-        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory,
+        spill=spill or standing((out or verify or Path()).parent),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     compute = ranks.together(compute)
     asked = whole_refit.Asked(
-        width=width, refine=refine, mtp=mtp.value if mtp else None, copy=copy.value, forward=forward, restart=restart
+        width=width,
+        refine=refine,
+        computed=computed_dtype.value,
+        mtp=mtp.value if mtp else None,
+        copy=copy.value,
+        forward=forward,
+        restart=restart,
     )
-    found = whole_refit.refit_stages(ranks.folder_of(model, revision, compute.team), given, text, compute, out, asked)
+    folder = ranks.folder_of(model, revision, compute.team)
+    if out is None:
+        assert verify is not None
+        verdict = whole_refit.verify_stages(folder, given, text, compute, verify, asked, full=full)
+        result(verdict.document(), lambda: show_verdict(verdict))
+        if not verdict.good:
+            raise typer.Exit(1)
+        return
+    found = whole_refit.refit_stages(folder, given, text, compute, out, asked)
 
     def table() -> None:
         show_refit(found.refit)

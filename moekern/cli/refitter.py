@@ -17,6 +17,7 @@ from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
+from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
 from moekern.plan.served import served_as
 from moekern.plan.several import Planning, make_plans
@@ -25,6 +26,7 @@ from moekern.plan.targets import Target, check_width, widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import Refitting, refit
 from moekern.refit.shapes import best, some_of, trials
+from moekern.refit.stored import check_formats, format_of
 from moekern.refit.variants import Variant
 from moekern.router import kept_count
 from moekern.statistics.file import Statistics
@@ -50,14 +52,28 @@ class Work:
 
 @dataclass(frozen=True)
 class Refitter:
-    """How experts are refitted. `shape`: "auto", or experts x channels; None: whole experts."""
+    """How experts are refitted. `shape`: "auto", or experts x channels; None: whole experts. `computed`: as
+    `plan.formats.computed_format` has it."""
 
     refine: bool = False
     shape: str | None = None
+    computed: str = "source"
+
+    def check(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
+        """Raise InputError where experts cannot be written as they are computed, or made narrower. No tensor but those
+        of an expert of each layer is read."""
+        format_of(self.computed, checkpoint, layout)
+        problem = None if self.shape is None else narrow_problem(checkpoint, layout)
+        if problem:
+            raise InputError(f"--shape {self.shape}: {problem}")
+        if any(layer.width is None for layer in layout.layers.values()):
+            code, names = compute.trust_remote_code, checkpoint.tensors
+            loader = open_loader(checkpoint.folder, None, code, layout, len(names))
+            check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""
-        return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder)
+        return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
 
     def check(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
         """Raise InputError for a shape that the model's experts cannot have, or that a target would not run. Returns a

@@ -97,7 +97,7 @@ def show_refit(made: Refitting) -> None:
         for step, what in steps.items():
             found = told if step == "ridge" else told.get("refine")
             if found and "fitted" in found:
-                rows.append((key, what, *(_pair(found[part]) for part in ("fitted", "held")), _said(found)))
+                rows.append((key, what, *(_pair(found[part]) for part in ("fitted", "held")), _said(found, told)))
         for note in told.get("notes", ()):
             console.say(f"layer {key}: {note}")
     told_of = any(row[-1] for row in rows)
@@ -112,11 +112,14 @@ def _pair(values: Sequence[float | None]) -> str:
     return " -> ".join("-" if value is None else f"{value:.4f}" for value in values)
 
 
-def _said(found: Mapping[str, Any]) -> str:
-    """What is special about a layer."""
+def _said(found: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    """What is special about a step of a layer."""
     if found.get("kept_as_it_was"):
         return "not better on held-back text: left as it was"
-    return f"{found['put_back']} experts left as they were" if found.get("put_back") else ""
+    said = [f"{found['put_back']} experts left as they were"] if found.get("put_back") else []
+    if told.get("requantised"):
+        said.append(f"quantised again, {told['requantised']:.2%} off")
+    return "; ".join(said)
 
 
 def show_quality(made: Refitting) -> None:

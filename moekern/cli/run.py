@@ -18,6 +18,8 @@ from moekern.cli.options import (
     BudgetOption,
     Chunk,
     Column,
+    Computed,
+    ComputedDtype,
     Context,
     CopyMode,
     CopyOption,
@@ -122,6 +124,7 @@ def run(
     refit: RefitOption = False,
     refine: RefineOption = False,
     shape: ShapeOption = None,
+    computed_dtype: ComputedDtype = Computed.source,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -130,7 +133,7 @@ def run(
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/, and after a kill the same command
     goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
-    _check_refit(refit, refine, shape, quality)
+    _check_refit(refit, refine, shape, quality, computed_dtype.value)
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter
@@ -149,7 +152,8 @@ def run(
             fit=fit_of(fit, bits, context, sequences, reserve),
         ),
         tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        until_stable=until_stable, refit=Refitter(refine, shape) if refit else None, restart=restart,
+        until_stable=until_stable, restart=restart,
+        refit=Refitter(refine, shape, computed_dtype.value) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
@@ -177,9 +181,13 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
-def _check_refit(refit: bool, refine: bool, shape: str | None, quality: bool) -> None:
+def _check_refit(refit: bool, refine: bool, shape: str | None, quality: bool, computed: str) -> None:
     """Raise InputError for what goes with --refit alone."""
-    for flag, given in (("--refine", refine), (f"--shape {shape}", shape is not None)):
+    for flag, given in (
+        ("--refine", refine),
+        (f"--shape {shape}", shape is not None),
+        (f"--computed-dtype {computed}", computed != "source"),
+    ):
         if given and not refit:
             raise InputError(f"{flag}: goes with --refit")
     if refit and not quality:

@@ -1,4 +1,5 @@
-"""`moekern demo`: calibrate, score, plan, prune, verify, load and generate, and what each criterion costs in loss."""
+"""`moekern demo`: calibrate, score, plan, prune, verify, load and generate, what each criterion costs in loss, what
+a refit brings."""
 
 from __future__ import annotations
 
@@ -9,20 +10,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.pipeline import Verdict, calibrate_to, evaluate_plans, verify_both
 from moekern.cli.prune import prune_to
+from moekern.cli.refitting import DROPPED, REFITTED, show_quality
 from moekern.cli.verify import show_verdict
 from moekern.criteria import CRITERIA
 from moekern.criteria.table import DEFAULT
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, mean_loss
+from moekern.evaluation.losses import ORIGINAL, losses_document, mean_loss
 from moekern.files import check_new, scratch, sized
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
+from moekern.refit import Ridge
+from moekern.refit.refit import Refitting, refit
+from moekern.refit.variants import Variant
 from moekern.statistics.file import Statistics
 
 SHARES = (0.75, 0.5, 0.25)
@@ -34,6 +40,7 @@ LENGTH, BATCH = 128, 16
 # On a CPU without bfloat16 units float32 is several times faster than the checkpoint's bfloat16.
 COMPUTE = Compute(dtype="float32")
 EVALUATION_TOKENS = 12288
+REFIT_TOKENS = 24576
 PROMPTS = ("The system administrator", "Der Administrator", "def __init__(self,")
 
 Key = tuple[str, float, int]  # criterion, kept share, seed
@@ -92,7 +99,11 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
             f"losses are of one calibration, on {EVALUATION_TOKENS:,} tokens: those of docs/comparison.md are means of "
             "several; --json has every criterion's by domain"
         )
-    return _document(rows, verdict, texts)
+    fitted = _refit(plan)
+    if not console.as_json():
+        show_quality(fitted)
+        console.say(f"refitted: the {share:.0%} that stay, their down projections fitted to {REFIT_TOKENS:,} tokens")
+    return {**_document(rows, verdict, texts), "refit": losses_document(fitted.losses)}
 
 
 def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
@@ -111,6 +122,18 @@ def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]
     what = f"evaluating {len(plans)} plans in one pass"
     found = evaluate_plans(MODEL, text, COMPUTE, {str(key): plan for key, plan in plans.items()}, what)
     return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
+
+
+def _refit(plan: Plan) -> Refitting:
+    """The plan that is carried out, with what stays fitted by least squares; nothing is written."""
+    checkpoint = open_checkpoint(MODEL)
+    data, judged = (
+        Text(text_sources(part), tokens=tokens, sequence_length=LENGTH, batch_size=BATCH).read(checkpoint)
+        for part, tokens in (("calibration", REFIT_TOKENS), ("evaluation", EVALUATION_TOKENS))
+    )
+    variants = Variant(DROPPED, plan), Variant(REFITTED, plan, ridge=Ridge())
+    with console.progress("refitting") as step:
+        return refit(checkpoint, data, variants, COMPUTE, judged=judged, progress=step)
 
 
 def table_rows(losses: Mapping[Key | str, Mapping[str, float]], seeds: int) -> list[dict[str, Any]]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
-from moekern.checkpoint.folder import open_checkpoint
+from moekern.architectures.widths import narrow_problem
+from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
+from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
 from moekern.cli.refitter import Refitter
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refitted
+from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
@@ -19,9 +25,12 @@ from moekern.files import check_work, is_folder, is_plain, work_path, working
 from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.refit import REFIT, refit_of
 from moekern.pruning.prune import Copy, PruneReport
-from moekern.refit.refit import Refitting
-from moekern.refit.variants import Variant
+from moekern.pruning.refitted import SUFFIX, RefittedTensor, open_refitted
+from moekern.refit.refine import check_alone
+from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
+from moekern.refit.variants import Split, Variant
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Asked:
 
     width: int | None = None
     refine: bool = False
+    computed: str = "source"
     mtp: Mtp | None = None
     copy: Copy = "auto"
     forward: bool = True
@@ -73,16 +83,12 @@ def has_run(out: Path) -> bool:
 def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Path, asked: Asked) -> Found:
     """Refit, prune, verify. What an earlier run with the same model, plan and data left is used again."""
     check_work(out)
-    if not text.data:
-        raise InputError("refit: it is fitted to text: give --data", kind="option")
-    checkpoint = open_checkpoint(folder)
-    layout = find_layout(checkpoint)
-    console.hint(check_plan(plan, layout, checkpoint))
-    compute = pipeline.told_compute(compute, checkpoint, layout)
-    data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
+    if asked.refine:
+        check_alone(compute.team)
+    refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked)
     with working(out) as side:
         place, path = Place(side), side / "plan.json"
-        variants = Variant(DROPPED, plan), Refitter(asked.refine).variant(plan, asked.width, place.folder)
+        variants = Variant(DROPPED, plan), refitter.variant(plan, asked.width, place.folder)
         made = refitted(checkpoint, data, judged, variants, compute, place, restart=asked.restart)
         whole = made.plans[REFITTED]
         whole.save(path)
@@ -93,3 +99,78 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
         verdict = pipeline.verify_both(folder, whole, out, plain, forward=asked.forward, mtp=asked.mtp)
         place.clear()
     return Found(path, made, report, verdict)
+
+
+def verify_stages(
+    folder: Path, plan: Plan, text: Text, compute: Compute, pruned: Path, asked: Asked, *, full: bool
+) -> pipeline.Verdict:
+    """Hold what an earlier refit of this plan left in `pruned` against the source, and layers that it computed, all of
+    them with `full`, against the same computed again. Raises InputError where it was not made in this way."""
+    whole = _plan_of(pruned)
+    refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked)
+    record = refit_of(whole)
+    if record is None:
+        raise InputError(f"--verify {pruned}: none of its layers was refitted; `verify` compares it with the source")
+    last = list(record.layers)[-1]
+    with tempfile.TemporaryDirectory(dir=compute.spill) as place:
+        variant = refitter.variant(plan, asked.width, Path(place) / "refit")
+        key = key_of(checkpoint, Split.of(data, judged), data, [variant], compute)
+        if recipe_of(key, variant) != record.recipe:
+            raise InputError(f"--verify {pruned}: {_other_recipe(whole, plan, variant, data)}")
+
+        def again(key: str) -> Mapping[str, Any]:
+            """The tensors of a layer: with `full` one pass makes those of all."""
+            assert variant.folder is not None
+            if not (variant.folder / f"{key}{SUFFIX}").is_file():
+                until = last if full else key
+                with console.progress("refitting again") as step:
+                    refit(checkpoint, data, [variant], compute, judged=judged, until=until, progress=step)
+            found = open_refitted(variant.folder).tensors
+            return {name: _bytes_of(each) for name, each in found.items() if each.layer == key}
+
+        return pipeline.verify_both(folder, whole, pruned, compute, forward=False, recompute=again, full=full)
+
+
+def _looked_at(
+    folder: Path, plan: Plan, text: Text, compute: Compute, asked: Asked
+) -> tuple[Refitter, Checkpoint, Compute, TokenData, TokenData]:
+    """What is refitted, once everything that is asked for is known to be possible; the text that it is fitted to, and
+    that it is judged by."""
+    if not text.data:
+        raise InputError("refit: it is fitted to text: give --data", kind="option")
+    checkpoint = open_checkpoint(folder)
+    layout = find_layout(checkpoint)
+    console.hint(check_plan(plan, layout, checkpoint))
+    refitter = Refitter(asked.refine, computed=asked.computed)
+    refitter.check(checkpoint, layout, compute)
+    if asked.width is not None and (problem := narrow_problem(checkpoint, layout)):
+        raise InputError(f"--width {asked.width}: {problem}")
+    compute = pipeline.told_compute(compute, checkpoint, layout)
+    data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
+    return refitter, checkpoint, compute, data, judged
+
+
+def _plan_of(pruned: Path) -> Plan:
+    """The plan that a pruned folder says it was made by."""
+    found = read_json(pruned / PLAN_FILE).get("plan")
+    return Plan.from_json(json.dumps(found), f"{pruned / PLAN_FILE}: plan")
+
+
+def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) -> str:
+    """In what this refit differs from the one that made a plan, as far as that says it."""
+    told, asked = whole.provenance[REFIT], json.loads(json.dumps(described(variant)))
+    if told.get("plan") != plan.digest:
+        return "was refitted from another plan; give the one that its refit was given"
+    names = [name for name, value in asked.items() if told.get(name) != value]
+    if names:
+        return f"was refitted with another {', '.join(names)}; give the options that its refit was given"
+    if told.get("data") != data.recipe:
+        return "was fitted to other text; give the text that its refit was given"
+    what = "the same text and options, and another model, type (--dtype), device, number of threads or version"
+    return f"was refitted with {what} of torch or transformers; compute as its refit did"
+
+
+def _bytes_of(tensor: RefittedTensor) -> bytes:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.entry.start)
+        return file.read(tensor.entry.nbytes)

@@ -50,6 +50,7 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
+from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
@@ -144,6 +145,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
     check_tiers_of(wanted, compute.team)
+    if asked.refit is not None and asked.refit.refine:
+        check_alone(compute.team)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
@@ -151,6 +154,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     for line in asked.refit.check(checkpoint, layout, planning.targets) if asked.refit is not None else ():
         console.say(line)
     check_work(out)
+    if asked.refit is not None:
+        asked.refit.check(checkpoint, layout, compute)
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made

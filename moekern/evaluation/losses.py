@@ -235,6 +235,11 @@ def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
 
     predicted and original are log probabilities [B, S, V]; a sequence is looked at at a time.
     """
+    classes = predicted.shape[-1]
+    if wanted.numel() and int(wanted.max()) >= classes:
+        raise InputError(
+            f"its head predicts {classes} classes, and the text has token {int(wanted.max())}: no loss of it"
+        )
     total = torch.zeros(4, dtype=torch.float64)
     for mine, theirs, ids in zip(predicted, original, wanted, strict=True):
         total[0] -= float(mine.gather(1, ids[:, None]).double().sum())

@@ -21,7 +21,9 @@ PREFERENCE = {
     "cuda": ("native", "grouped_mm", "triton", "reference"),
 }
 # What a backend cannot do yet on a device: this table only shrinks. grouped_mm is a road for grouped_mlp alone.
-NOT_IN_TRITON = frozenset(OPS) - {"router_stats", "combine_and_measure", "sort_by_expert", "grouped_mlp"}
+NOT_IN_TRITON = frozenset({
+    "similarity", "sketch", "vocabulary", "popcount", "pair_popcount", "weight_stats", "dequantize",
+})  # fmt: skip
 ONLY_MLP = frozenset(OPS) - {"grouped_mlp"}
 MISSING = {
     ("native", "cpu"): frozenset({"grouped_mlp"}),

@@ -32,7 +32,7 @@ def gated_energy(
     A from offsets[E] on are zero. No gradient passes.
 
     Everything is float32, act(x) good to 16·2⁻²⁴·|x|, each product rounded; squares are summed in float32 over at most
-    256 rows and in float64 across, in the rows' order.
+    256 rows and in float64 across, in the rows' order. A's bits are the same in every backend but the reference.
     Raises ValueError for a wrong argument (on a CPU also for wrong values in offsets), NotImplementedError for a
     backend that has no such op.
     """

@@ -40,20 +40,36 @@ class Requantised(NamedTuple):
     square: float
 
 
-def requantised(weight: Tensor, like: Mapping[str, Tensor], config: Mapping[str, Any]) -> Requantised:
+def check_written(like: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the format that a weight's parts are in is read alone, or not known."""
+    found = matrix_of(like, config)
+    if not isinstance(found, Quantised):
+        return
+    name = next(name for name in CODES if name in like)
+    if found.coding not in (*FLOAT_CODES, *INTEGERS, "e2m1") or found.zero is not None or found.group is not None:
+        raise ValueError(f"{name}: weights of this format ({found.coding}, zero points) are read, and not written")
+    if found.coding == "e2m1" and found.scale.dtype != torch.uint8:
+        raise ValueError(f"{name}: NVFP4 weights are read, and not written")
+
+
+def requantised(
+    weight: Tensor, like: Mapping[str, Tensor], config: Mapping[str, Any], *, anew: bool = True
+) -> Requantised:
     """Store `weight` float32 [.., R, C], as `dense` gives it, in the format that `like` is in.
 
     like: the parts of the same weight in the checkpoint, where R or C may be larger; config: what config.json says of
-    the format. Codes are rounded to nearest, ties to even. Written are plain numbers, FP8 and int8 with scales of
-    blocks of any size, of rows, of experts or one a tensor, MXFP4, and compressed-tensors' packed int4 without zero
-    points. Memory: the numbers that are stored, in float32, and a few copies of one expert's.
+    the format. Codes are rounded to nearest, ties to even. Without `anew` all scales stay those of `like`. Written are
+    plain numbers, FP8 and int8 with scales of blocks of any size, of rows, of experts or one a tensor, MXFP4, and
+    compressed-tensors' packed int4 without zero points. Memory: the numbers that are stored, in float32, and a few
+    copies of one expert's.
     Raises ValueError for other formats, for a weight that is not finite, and for shapes whose blocks cannot be.
     """
     if weight.dtype != torch.float32 or not bool(weight.isfinite().all()):
         raise ValueError("weight: expected finite numbers in float32")
+    check_written(like, config)
     found = matrix_of(like, config)
     if isinstance(found, Quantised):
-        parts = _parts(weight.mT if "blocks" in like else weight, found, like, config)
+        parts = _parts(weight.mT if "blocks" in like else weight, found, like, config, anew=anew)
     else:
         parts = {**like, next(name for name in CODES if name in like): weight.to(found.dtype)}
     error = square = 0.0
@@ -85,15 +101,11 @@ def as_stored(tensor: Tensor) -> tuple[str, tuple[int, ...], memoryview]:
 
 
 def _parts(
-    weight: Tensor, found: Quantised, like: Mapping[str, Tensor], config: Mapping[str, Any]
+    weight: Tensor, found: Quantised, like: Mapping[str, Tensor], config: Mapping[str, Any], *, anew: bool
 ) -> dict[str, Tensor]:
     names = [name for name in CODES if name in like]
     scales = [name for name in (*SCALES, "scales") if name in like]
-    if found.coding not in (*FLOAT_CODES, *INTEGERS, "e2m1") or found.zero is not None or found.group is not None:
-        raise ValueError(f"{names[0]}: weights of this format ({found.coding}, zero points) are read, and not written")
     scale = like[scales[0]]
-    if found.coding == "e2m1" and found.scale.dtype != torch.uint8:
-        raise ValueError(f"{names[0]}: NVFP4 weights are read, and not written")
     lead, (R, C) = weight.shape[:-2], weight.shape[-2:]
     rows = weight.reshape(1, -1, C) if scale.numel() == 1 else weight.reshape(-1, R, C)
     block = _block(found, scale, rows.shape[1], C)
@@ -103,10 +115,12 @@ def _parts(
     own = (
         _numbers(scale).reshape(len(rows), *found.scale.shape[1:]) if rows.shape == _dense_shape(found, scale) else None
     )
+    if own is None and not anew:
+        raise ValueError(f"{names[0]}: scales of another shape than the weight's")
     codes, grids = [], []
     for e in range(len(rows)):  # several copies of one expert are held, not of a stack
         values, grid = _coded(
-            rows[e].contiguous(), found.coding, block, scale.dtype, powers, None if own is None else own[e]
+            rows[e].contiguous(), found.coding, block, scale.dtype, powers, None if own is None else own[e], anew=anew
         )
         codes.append(_packed(values, found.coding, like[names[0]], scale))
         grids.append(grid)
@@ -140,12 +154,19 @@ def _dense_shape(found: Quantised, scale: Tensor) -> tuple[int, ...]:
 
 
 def _coded(
-    weight: Tensor, coding: str, block: tuple[int, int], dtype: torch.dtype, powers: bool, own: Tensor | None
+    weight: Tensor,
+    coding: str,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    powers: bool,
+    own: Tensor | None,
+    *,
+    anew: bool,
 ) -> tuple[Tensor, Tensor]:
     """Values of the codes [R, C] and scales [S, Q], float32, of one matrix. own: the scales that it has had."""
     largest = _by_block(weight.abs(), block).amax((1, 3))
     candidates = [] if own is None else [own]
-    for made in _scales(largest, coding, powers):
+    for made in _scales(largest, coding, powers) if anew else ():
         candidates.append(_numbers(made.to(E8M0 if dtype == torch.uint8 else dtype)))
     best_values, best_scale, least = None, None, None
     for scale in candidates:

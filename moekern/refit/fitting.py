@@ -36,7 +36,7 @@ class Fitting:
 
 def fitted(work: Fitting, variant: Variant, key: str) -> dict[str, Any]:
     """Fit the experts of layer `key`, in place; what is told of it, as JSON."""
-    work.experts.subtract_from(work.lacks)
+    work.experts.subtract_from(work.lacks, work.units)
     record: dict[str, Any] = {"target": "block" if work.target.scale is None else "stream"}
     if variant.ridge is not None and not work.experts.known.linear:
         record["notes"] = ["a norm lies behind its experts: their down projections are not fitted by least squares"]
@@ -53,7 +53,8 @@ def fitted(work: Fitting, variant: Variant, key: str) -> dict[str, Any]:
                 name=key, team=work.team, memory=work.memory, folder=work.folder,
             )  # fmt: skip
         record |= {"refine": _of_refine(refined, work.target)}
-    return record
+    error = None if work.experts.stored is None else work.experts.stored.error()
+    return record if error is None else {**record, "requantised": error}
 
 
 def _of_ridge(found: Refit, target: Target) -> dict[str, Any]:

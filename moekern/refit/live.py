@@ -17,7 +17,8 @@ from moekern.model.projections import Halves, halves, one_expert, views
 from moekern.model.walk import hidden_of
 from moekern.refit.refine import Trainable
 from moekern.refit.rows import RowStore
-from moekern.refit.units import ROWS, Units
+from moekern.refit.stored import StoredExperts
+from moekern.refit.units import ROWS, Unit, Units
 
 See = Callable[[Tensor, Tensor, Tensor, bool], None]  # (rows [T, H], ids [T, K], gates [T, K], gates are in the rows)
 
@@ -91,13 +92,16 @@ def block_of(layer: nn.Module) -> nn.Module:
 class LiveExperts:
     """As `ridge.Experts` and `refine.TrainableExperts`: the experts that the layer has now, and what they are asked.
 
-    Each process has the rows of its own tokens. Weights are rounded to the type that they will be `stored` in.
+    Each process has the rows of its own tokens. With `stored` the layer only ever holds what the checkpoint can.
     """
 
-    def __init__(self, block: nn.Module, asked: Asked, device: torch.device, stored: torch.dtype) -> None:
+    def __init__(
+        self, block: nn.Module, asked: Asked, device: torch.device, stored: StoredExperts | None = None
+    ) -> None:
         found = halves(block)
         assert found is not None
-        self.block, self.asked, self.device, self.stored = block, asked, device, stored
+        self.stored = stored
+        self.block, self.asked, self.device = block, asked, device
         self.known, self.views = found, views(block)
         self.count, self.hidden, self.width = self.views.down.shape
         order, offsets = sort_by_expert(asked.ids, self.count)
@@ -130,7 +134,7 @@ class LiveExperts:
         return self.views.down[expert].float()
 
     def set_down(self, expert: int, weight: Tensor) -> Tensor:
-        self.views.down[expert].copy_(weight.to(self.stored))
+        self.views.down[expert].copy_(weight if self.stored is None else self.stored.down(expert, weight))
         self.alone = None
         return self.down(expert)
 
@@ -144,18 +148,24 @@ class LiveExperts:
         paths = self.known.parameters
         rows = len(self.block.get_parameter(paths[-1])) // self.count
         with torch.no_grad():
+            if self.stored is not None:
+                assert isinstance(trained, _Trained)
+                self.stored.all(expert, views(trained.one))
             for path, own in zip(paths, trained.parameters, strict=True):
                 whole = self.block.get_parameter(path)[expert * rows : (expert + 1) * rows]
-                whole.copy_(own.to(self.stored))
+                whole.copy_(own)
                 own.copy_(whole)
         self.alone = None
 
-    def subtract_from(self, residual: RowStore) -> None:
-        """Take what all experts put out from float32 [N, H]."""
+    def subtract_from(self, residual: RowStore, units: Sequence[Unit]) -> None:
+        """Take what all experts put out from float32 [N, H]: a unit at a time, since rows may be rounded by how many
+        are computed together."""
         for expert in range(self.count):
-            for tokens in self.tokens(expert).split(ROWS):
-                put_out = self.outputs(expert, tokens).to(residual.tensor.device)
-                residual.scatter(tokens, residual.gather(tokens) - put_out)
+            own = self.tokens(expert)
+            for unit in units:
+                for tokens in own[(own >= unit.start) & (own < unit.stop)].split(ROWS):
+                    put_out = self.outputs(expert, tokens).to(residual.tensor.device)
+                    residual.scatter(tokens, residual.gather(tokens) - put_out)
 
     def energies(self, parts: Units, counted: Tensor) -> Tensor:
         """Sums over all processes' tokens, of those that are `counted` (bool [N]), of the squares of features, float64

@@ -129,8 +129,7 @@ def refine_experts(
     be taken for an expert's targets, beyond which they go to a file in `folder`. Raises InputError for several
     processes, a residual that is not finite, and where there is no room.
     """
-    if team.size > 1:
-        raise InputError("--refine: experts are trained by one process; run it without torchrun")
+    check_alone(team)
     store = residual if isinstance(residual, RowStore) else RowStore.of(residual)
     check_rows(store, held, experts.hidden)
     layer = _Layer(experts, store, held, bool(held.any()), options, Room(memory, folder), name)
@@ -149,6 +148,12 @@ def refine_experts(
         alone=tuple(sorted({expert for expert, outcome in outcomes if outcome is None})),
         passes=layer.passed / max(1, routed),
     )
+
+
+def check_alone(team: Team) -> None:
+    """Raise InputError for several processes."""
+    if team.size > 1:
+        raise InputError("--refine: experts are trained by one process; run it without torchrun")
 
 
 def _refined(layer: _Layer, expert: int, sweep: int) -> bool | None:

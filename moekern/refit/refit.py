@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.widths import narrow_problem
@@ -27,7 +27,8 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
-from moekern.refit.stored import stored_dtype, stored_experts
+from moekern.refit.refine import check_alone
+from moekern.refit.stored import Stored, check_formats, format_of
 from moekern.refit.streams import Streams
 from moekern.refit.variants import FITTED, Split, Variant
 from moekern.version import versions
@@ -53,6 +54,7 @@ def refit(
     *,
     judged: TokenData | None = None,
     resume: Resume | None = None,
+    until: str | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Refitting:
     """Make variants of a model, and hold them against it, in one pass over its weights with a stream of hidden states
@@ -61,7 +63,8 @@ def refit(
     Of each domain a tenth of the sequences is held back to choose between candidates. All are held against the original
     on other text, `judged` (None: another tenth), which decides nothing. What a variant computes is written to its
     folder, a file for each layer, for `prune(..., refitted=)`. With `resume` the same call goes on where it was
-    stopped. Several processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
+    stopped. `until` names the last layer that is wanted: nothing behind it is made, and nothing is judged. Several
+    processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
     not fit the model, models that cannot be refitted, and text that is too little.
     """
     check_type("compute", compute, Compute)
@@ -70,9 +73,11 @@ def refit(
     check_data(data, checkpoint)
     for variant in variants:
         _check(variant, layout, checkpoint)
-    compute = settled(compute, checkpoint, layout)
     team = compute.team
-    team.together(refit, checkpoint.folder, data, variants, compute, judged=judged)
+    if any(variant.refine is not None for variant in variants):
+        check_alone(team)
+    compute = settled(compute, checkpoint, layout)
+    team.together(refit, checkpoint.folder, data, variants, compute, judged=judged, until=until)
     team.check_alike(facts_of(checkpoint, compute))
     split = Split.of(data, judged)
     _check_text(split, variants)
@@ -81,11 +86,9 @@ def refit(
         resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
     recipes = {variant.name: recipe_of(key, variant) for variant in variants}
 
-    def write(variant: Variant, name: str, kept: LayerPlan, block: nn.Module) -> None:
+    def write(variant: Variant, name: str, kept: LayerPlan, tensors: Stored) -> None:
         if variant.folder is None or not team.first:
             return
-        layer, all_parts = layout.layers[name], variant.refine is not None
-        tensors = stored_experts(block, layer, kept.keep, checkpoint.tensors, all_parts=all_parts)
         variant.folder.mkdir(parents=True, exist_ok=True)
         write_layer(
             variant.folder, name, tensors, recipe=recipes[variant.name], kept=kept, model=checkpoint.fingerprint
@@ -98,7 +101,11 @@ def refit(
         opened(resume, key, (STAGE,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
-        streams = Streams(layerwise, split, variants, write, progress)
+        for variant in variants:
+            if variant.fits:
+                all_parts = variant.refine is not None
+                check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=all_parts)
+        streams = Streams(layerwise, split, variants, write, progress, until)
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
     if journal is not None and team.first:
@@ -112,10 +119,10 @@ def refit(
 
 def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
     check_plan(variant.plan, layout, checkpoint)
+    if variant.fits:
+        format_of(variant.computed, checkpoint, layout)
     if variant.name == ORIGINAL:
         raise InputError(f"refit: a variant is named {ORIGINAL!r}, as the unpruned model is; give it another name")
-    for layer in layout.layers.values() if variant.fits else ():
-        stored_dtype(layer, checkpoint.tensors)
     if variant.width is not None and variant.plan.width is not None:
         raise InputError(f"{variant.name}: the plan says which channels stay; do not ask for {variant.width} of them")
     problem = narrow_problem(checkpoint, layout) if variant.width is not None else None
@@ -142,7 +149,7 @@ def key_of(
         "model": checkpoint.fingerprint,
         "config.json": checkpoint.config_sha256,
         "text": {**text_key(whole), "uses": list(split.uses)},
-        "variants": [_described(variant) for variant in variants],
+        "variants": [described(variant) for variant in variants],
         "--dtype": compute.dtype_name,
         "--device": compute.place.type,
         "threads": torch.get_num_threads(),
@@ -152,14 +159,15 @@ def key_of(
 
 def recipe_of(key: Mapping[str, Any], variant: Variant) -> str:
     """sha256 of all that decides what is computed for one variant, whatever others are made beside it."""
-    return digest({**key, "variants": _described(variant)})
+    return digest({**key, "variants": described(variant)})
 
 
-def _described(variant: Variant) -> dict[str, Any]:
+def described(variant: Variant) -> dict[str, Any]:
     """All that makes a variant what it is."""
     return {
         "plan": variant.plan.digest,
         "width": variant.width,
+        "computed": variant.computed,
         "ridge": None if variant.ridge is None else asdict(variant.ridge),
         "refine": None if variant.refine is None else asdict(variant.refine),
     }
@@ -182,7 +190,7 @@ def _plan(
     said = {
         "recipe": recipe,
         "layers": dict(records),
-        **_described(variant),
+        **described(variant),
         "data": data.recipe,
         "judged": {domain: asdict(loss) for domain, loss in losses.items()},
     }

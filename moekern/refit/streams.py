@@ -35,13 +35,13 @@ from moekern.plan.live import live_channels
 from moekern.refit.fitting import Fitting, fitted
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
-from moekern.refit.stored import stored_dtype
+from moekern.refit.stored import Stored, StoredExperts, format_of, stored_bytes
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
 from moekern.refit.variants import HELD, JUDGED, Split, Variant
 
 ORIGINAL = 0
-Write = Callable[[Variant, str, LayerPlan, nn.Module], None]  # what a layer's experts have become
+Write = Callable[[Variant, str, LayerPlan, Stored], None]  # what a layer's experts have become
 Rounds = Generator[Round["Task"]]
 
 
@@ -63,17 +63,23 @@ class Streams(Pass[Task]):
         variants: Sequence[Variant],
         write: Write,
         progress: Callable[[float, int], None] = lambda done, total: None,
+        until: str | None = None,
     ) -> None:
         self.layerwise, self.split, self.variants, self.write, self.progress = (
             layerwise, split, tuple(variants), write, progress,
         )  # fmt: skip
-        self.team, self.keys, self.last = layerwise.team, layerwise.moe_keys, len(layerwise.layers) - 1
+        self.team, self.keys = layerwise.team, layerwise.moe_keys
+        self.stop_after = next((layer for layer, key in self.keys.items() if key == until), None)
+        self.last = len(layerwise.layers) - 1 if self.stop_after is None else self.stop_after
         sizes = [batch.input_ids.numel() for batch in split.batches]
         load = [0] * (max(split.numbers) + 1)
         for number, size in zip(split.numbers, sizes, strict=True):
             load[number] += size
         owners = dealt(load, self.team.size)
-        self.places = [p for p, number in enumerate(split.numbers) if owners[number] == self.team.rank]
+        self.places = [
+            p for p, number in enumerate(split.numbers)
+            if owners[number] == self.team.rank and (until is None or split.uses[p] != JUDGED)
+        ]  # fmt: skip
         fit = [p for p in self.places if split.uses[p] != JUDGED]
         ends = np.cumsum([0, *(sizes[p] for p in fit)]).tolist()
         self.rows_of = {p: slice(a, b) for p, a, b in zip(fit, ends[:-1], ends[1:], strict=True)}
@@ -207,7 +213,8 @@ class Streams(Pass[Task]):
             with listening(module, watcher), made_by(module, lambda hidden: made.append(hidden.detach())):
                 yield Round(first, on=False, more=True)
         own = scale_of(made[1] - made[0], loud.put_out, made[1]) if made and loud.put_out is not None else None
-        scale = self.team.broadcast(own)
+        found = self.team.every((next(iter(self.rows_of)), own) if made else None)
+        scale = min((each for each in found if each is not None), key=lambda each: each[0])[1]  # of the first batch
         stream = scale is not None
         size = self.layerwise.embedding_size if stream else loud.hidden
         wanted = stack.enter_context(self._room().store(self.tokens, size))
@@ -228,14 +235,15 @@ class Streams(Pass[Task]):
                 with self.pruner.pruned(key, plan.keep):
                     asked, lacks = yield from self._asked(layer, number, target if variant.fits else None, stack)
                     if variant.width is not None:
-                        live = self._live(key, module, asked)
+                        live = LiveExperts(block_of(module), asked, self.layerwise.device)
                         plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
             self.plans[number - 1][key] = plan
             with self.pruner.pruned(key, plan.keep, live_channels(plan)):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
-                    live = self._live(key, module, asked)
+                    stored = self._stored(variant, key, plan, block)
+                    live = LiveExperts(block, asked, self.layerwise.device, stored)
                     fitting = Fitting(
                         live,
                         lacks,
@@ -247,7 +255,7 @@ class Streams(Pass[Task]):
                         self.layerwise.spill,
                     )
                     self.records[number - 1][key] = fitted(fitting, variant, key)
-                    self.write(variant, key, plan, block)
+                    self.write(variant, key, plan, stored.tensors(block))
                 if last:
                     self.saved[number] = [p.detach().clone() for p in block.parameters()] if variant.fits else []
                 else:
@@ -286,10 +294,13 @@ class Streams(Pass[Task]):
             lacks.copy_from(target.wanted)
         return asked, lacks
 
-    def _live(self, key: str, module: nn.Module, asked: Asked) -> LiveExperts:
-        checkpoint = self.layerwise.checkpoint
-        stored = stored_dtype(self.layerwise.layout.layers[key], checkpoint.tensors)
-        return LiveExperts(block_of(module), asked, self.layerwise.device, stored)
+    def _stored(self, variant: Variant, key: str, plan: LayerPlan, block: nn.Module) -> StoredExperts:
+        """As what the experts of a layer are stored."""
+        of = self.layerwise
+        return StoredExperts(
+            of.checkpoint, of.loader, of.layout.layers[key], plan.keep, block,
+            all_parts=variant.refine is not None, dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
+        )  # fmt: skip
 
     def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:
         """Of each expert the `width` channels whose features times their columns of down have the most energy on the
@@ -340,8 +351,9 @@ class Streams(Pass[Task]):
             store[self._rows()] = value.detach().float().flatten(0, -2).cpu()
 
     def _memory(self) -> int:
-        """Bytes that are left beside hidden states."""
-        return max(0, self.layerwise.takes.room - (0 if self.states is None else self.states.size))
+        """Bytes that are left beside hidden states, and what is stored of quantised experts."""
+        stored = stored_bytes(self.layerwise.checkpoint, self.layerwise.layout)
+        return max(0, self.layerwise.takes.room - (0 if self.states is None else self.states.size) - stored)
 
     def _room(self) -> Room:
         return Room(self._memory() // 2, self.layerwise.spill)

@@ -21,7 +21,8 @@ class Variant:
     """A way to make the model smaller. `plan` says which experts stay, and may say which channels of them.
 
     `width` M: that many channels of each expert stay, those with the most energy on the text as it then flows. `ridge`
-    and `refine` say how what stays is computed anew, if it is. What is computed is written to `folder`.
+    and `refine` say how what stays is computed anew, if it is. What is computed is written to `folder`, in the format
+    that `computed` asks for (`plan.formats.COMPUTED`).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Variant:
     ridge: Ridge | None = None
     refine: Refine | None = None
     folder: Path | None = None
+    computed: str = "source"
 
     @property
     def fits(self) -> bool:

@@ -81,6 +81,7 @@ run
   --refit = False
   --refine = False
   --shape = None
+  --computed-dtype = source
   --restart = False
   --trust-remote-code = False
   --revision = None
@@ -236,10 +237,11 @@ prune
 refit
   MODEL required
   PLAN required
-  --out required
+  --out = None
   --data* = None
   --refine = False
   --width = None
+  --computed-dtype = source
   --preset = None
   --tokens = 1M
   --sequence-length = 2048
@@ -258,6 +260,8 @@ refit
   --mtp = None
   --copy = auto
   --forward/--no-forward = True
+  --verify = None
+  --full = False
   --restart = False
   --trust-remote-code = False
   --revision = None

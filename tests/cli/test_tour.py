@@ -24,12 +24,13 @@ SHARES = (0.75, 0.5, 0.25)
 def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default with an eighth of the text that criteria are compared on."""
     monkeypatch.setattr(tour, "EVALUATION_TOKENS", tokens)
+    monkeypatch.setattr(tour, "REFIT_TOKENS", 4 * tokens)
     with console.output(False):
         result = CliRunner().invoke(app, ["demo", "--json", "--seeds", str(seeds), "--out", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output
     told = [json.loads(line) for line in result.stderr.splitlines()]
     stages = dict.fromkeys(line["stage"].split()[0] for line in told if "stage" in line)
-    assert list(stages) == ["calibrating", "evaluating", "pruning", "verifying", "comparing"]
+    assert list(stages) == ["calibrating", "evaluating", "pruning", "verifying", "comparing", "refitting"]
     assert any(line.get("note", "").startswith("generated: ") for line in told)
     document = json.loads(result.stdout)
     assert document["verified"]["good"]
@@ -37,6 +38,8 @@ def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.M
     rows = {(row["criterion"], row["kept"]): row for row in document["rows"]}
     assert set(rows) == {("original", 1.0), *((name, share) for name in SHOWN for share in SHARES)}
     original = rows["original", 1.0]
+    fitted = {name: sum(x["nll"] for x in row.values()) / len(row) for name, row in document["refit"].items()}
+    assert fitted["original"] < fitted["refitted"] < fitted["dropped"]
     assert set(original["loss"]) == {path.name for path in TEXT.iterdir() if path.is_dir()}
     for share in SHARES:
         random = rows["random", share]

@@ -24,6 +24,8 @@ from triton.compiler import ASTSource
 from moekern import kernels
 from moekern.kernels import triton as backend
 from tests.helpers.cases import Case, mlp, moved, router, rows, stream
+from tests.helpers.grouped import Size, grouped
+from tests.helpers.grouped import moved as moved_rows
 
 mlp_kernels = import_module("moekern.kernels.triton.grouped_mlp")  # the package's name of it is the op's function
 
@@ -80,6 +82,7 @@ def main() -> None:
     JITFunction.run = compiled
     if "mlp" not in sys.argv:
         compile_statistics()
+        compile_refit()
     compile_mlp()
 
 
@@ -96,6 +99,19 @@ def compile_statistics() -> None:
         sums, args = kernels.expert_sums(case.E, case.H, "meta"), rows(case, dtype)
         for residual in residuals:
             backend.combine_and_measure(*meta((*args, stream(args) if residual else None)), sums)
+
+
+def compile_refit() -> None:
+    for args in (grouped(Size((30, 300), 45, 64, 300)), grouped(Size((30, 300), 512, 77, 300))):
+        on, (E, M, H) = moved_rows(args, "meta"), args.delta.shape
+        for mask, tokens, r in ((on.mask, on.tokens, on.r), (None, None, torch.empty(len(on.a), H, device="meta"))):
+            backend.expert_gram(on.a, r, on.offsets, mask, kernels.gram_sums(E, M, H, "meta"), tokens=tokens)
+        backend.scatter_residual(on.r, on.a, on.delta, on.tokens, on.offsets)
+        for activation, dtype in ((None, torch.float16), ("silu", torch.float32), ("gelu", torch.bfloat16)):
+            rows = torch.empty(len(on.a), 2 * M if activation else M, dtype=dtype, device="meta")
+            energy, gates = torch.empty(E, M, dtype=torch.float64, device="meta"), rows.new_empty(len(rows))
+            for mask in (None, on.mask):
+                backend.gated_energy(rows, gates, on.offsets, mask, energy, activation=activation)
 
 
 def compile_mlp() -> None:

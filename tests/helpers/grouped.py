@@ -33,6 +33,13 @@ SIZES = {
 }
 
 
+def fitting(size: Size, device: str, backend: str) -> Size:
+    """Triton's interpreter takes milliseconds a program: fewer rows and channels, but more than a chunk of both."""
+    if (device, backend) != ("cpu", "triton"):
+        return size
+    return size._replace(rows=tuple(min(n, 270) for n in size.rows), M=min(size.M, 270))
+
+
 class Grouped(NamedTuple):
     a: Tensor  # [N, M] float32
     r: Tensor  # [T, H] float32

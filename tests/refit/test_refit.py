@@ -69,7 +69,7 @@ def test_every_family_is_refitted_written_and_verified_or_refused(
         made = refit(source, text(name), [variant], FLOAT32)
     except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017
-        assert name in TANGLED, error  # noqa: PT017
+        assert name in (*TANGLED, "openai_privacy_filter"), error  # noqa: PT017
         return
     whole = made.plans["new"]
     told = whole.provenance[REFIT]["layers"]

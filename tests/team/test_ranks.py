@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import dealt
 from moekern.demo import MODEL, TEXT
+from moekern.plan.document import LayerPlan, Plan
 from moekern.statistics.layer import TIERS
 from tests.helpers.commands import Done, contents, model_and_ids
 from tests.helpers.ranks import ended, started, torchrun
@@ -86,6 +89,41 @@ def test_run_makes_the_same_checkpoint(tmp_path: Path) -> None:
     assert one.pop(manifest)
     assert two.pop(manifest)
     assert one == two
+
+
+@pytest.mark.parametrize("tokens", [700, pytest.param(1400, marks=pytest.mark.whole)])
+def test_refit_makes_the_same_checkpoint(tmp_path: Path, tokens: int) -> None:
+    """Shares of the text are no whole units for some sizes, and some ranks may have none that is fitted."""
+    text = [word if word != 700 else tokens for word in WORDS]
+    made = []
+    for size in (1, 2, 3):
+        out = tmp_path / f"{size}" / "out"
+        out.parent.mkdir()
+        command = ["refit", MODEL, _half(tmp_path), *text, *FLOAT32, "--no-forward", "--out", out]
+        well(torchrun(tmp_path / f"words-{size}", size, *command))
+        made.append({name: value for name, value in contents(out.parent).items() if "manifest" not in name})
+    assert made[1] == made[0]
+    assert made[2] == made[0]
+
+
+@pytest.mark.parametrize("command", ["refit", "run"])
+def test_refine_is_refused_before_anything_is_read(tmp_path: Path, command: str) -> None:
+    what = [_half(tmp_path)] if command == "refit" else ["--keep", 0.5, "--refit"]
+    out = tmp_path / "out"
+    done = torchrun(tmp_path / "words", 2, command, MODEL, *what, *WORDS, "--refine", "--out", out)
+    assert done[0].returncode == 2, done[0].stderr
+    assert "--refine: experts are trained by one process" in done[0].stderr
+    assert "reading" not in done[0].stderr
+    assert not out.exists()
+
+
+def _half(folder: Path) -> Path:
+    """A plan that keeps half of the experts."""
+    layers = find_layout(open_checkpoint(MODEL)).layers
+    Plan({key: LayerPlan(tuple(range(layer.num_experts // 2))) for key, layer in layers.items()}, {}).save(
+        folder / "plan.json"
+    )
+    return folder / "plan.json"
 
 
 def test_layers_that_hand_on_more_make_all_begin_again(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""The comparison of refits: its lines, its tables, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import refit
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.refit", *map(str, arguments)])
+    refit.main()
+
+
+def test_lines_tables_and_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.jsonl"
+    arguments = "--shares", 0.5, "--tokens", 6144, "--held-out-tokens", 1536, "--out", out
+    run(monkeypatch, *arguments, "--seeds", 0)
+    before = out.read_text()
+    lines = {line["method"]: line for line in map(json.loads, before.splitlines())}
+    assert tuple(lines) == ("original", "dropped", "re-estimated", "ridge", "shape, ridge", "ridge, refine",
+                            "shape, ridge, refine")  # fmt: skip
+    assert lines["original"]["mean"] < lines["ridge"]["mean"] < lines["dropped"]["mean"]
+    assert lines["shape, ridge"]["shape"] in lines["shape, ridge"]["tried"]
+    assert all(line["cpu_seconds"] >= 0 for name, line in lines.items() if name != "original")
+    run(monkeypatch, *arguments, "--seeds", 0)  # nothing is left to measure
+    assert out.read_text() == before
+    second = "".join(json.dumps({**line, "seed": 1, "mean": line["mean"] + 0.2}) + "\n" for line in lines.values())
+    out.write_text(before + second)
+    capsys.readouterr()
+    run(monkeypatch, "--show", out)
+    shown = capsys.readouterr().out
+    assert "| kept | method | loss | gain over dropping |" in shown
+    assert f"| 50% | dropped | {lines['dropped']['mean'] + 0.1:.3f} ± 0.100 |  |" in shown
+    assert "| 50% | ridge |" in shown

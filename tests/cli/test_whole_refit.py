@@ -1,0 +1,96 @@
+"""The command `refit`: what it has written is proved by the same computation, and what it cannot write is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import moekern._C as _C
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.pruning.prune import MANIFEST
+from tests.helpers.commands import contents, document, model_and_ids, moekern
+from tests.helpers.in_flight import random_plan
+from tests.helpers.quantised_models import plain, twins
+
+
+def text(work: Path, tokens: int = 800) -> tuple[object, ...]:
+    return ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 40, "--tokens", tokens, "--dtype", "fp32")
+
+
+def spoil(out: Path, key: str) -> None:
+    """Let one weight of the last expert of a refitted layer, and its checksum, be another."""
+    name = f"model.layers.{key}.mlp.experts.3.down_proj.weight"
+    checkpoint = open_checkpoint(out)
+    entry = checkpoint.tensors[name]
+    path = out / entry.shard
+    raw = bytearray(path.read_bytes())
+    raw[entry.start] ^= 1
+    path.write_bytes(raw)
+    state = _C.Xxh3()
+    state.update(bytes(raw[entry.start : entry.stop]))
+    lines = [json.loads(line) for line in (out / MANIFEST).read_text().splitlines()]
+    for line in lines:
+        if name in line.get("tensors", {}):
+            line["tensors"][name] = state.digest().hex()
+    (out / MANIFEST).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
+    model = model_and_ids(tmp_path) / "model"
+    random_plan(find_layout(open_checkpoint(model)), 0).save(tmp_path / "plan.json")
+    command, out = ("refit", model, tmp_path / "plan.json"), tmp_path / "out"
+    assert moekern(*command, *text(tmp_path), "--no-forward", "--out", out).returncode == 0
+    before = {**contents(tmp_path)}
+    found = document(*command, *text(tmp_path), "--verify", out, "--json")
+    full = document(*command, *text(tmp_path), "--verify", out, "--full", "--json")
+    assert found["good"]
+    assert full["good"]
+    assert full["recomputed"] == full["computed"]
+    assert 0 < int(str(found["recomputed"])) < int(str(full["recomputed"]))
+    assert contents(tmp_path) == before
+    for change, line in (
+        (("--refine",), "with another refine"),
+        (("--width", 16), "with another width"),
+        (("--tokens", 400), "to other text"),
+        (("--dtype", "bf16"), r"another model, type \(--dtype\)"),
+    ):
+        done = moekern(*command, *text(tmp_path), *change, "--verify", out)
+        assert done.returncode == 2
+        assert line.replace("\\", "") in done.stderr
+    spoil(out, "3")
+    done = moekern(*command, *text(tmp_path), "--verify", out, "--full")
+    assert done.returncode == 1
+    assert "differs from what is computed again" in done.stderr + done.stdout
+    assert moekern("verify", model, out / "moekern_plan.json", out).returncode == 2
+
+
+CHANNELS = "channels are cut of plain ones only"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("gptq", ("gptq, which is read, and not written", "not written", "one format; use --computed-dtype source")),
+        ("compressed_int4_ordered", ("zero points) are read, and not written", CHANNELS, "one format")),
+        ("fp8_static", (CHANNELS, CHANNELS, "one format")),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_text_is_read(
+    kind: str, lines: tuple[str, ...], tmp_path: Path
+) -> None:
+    source, _ = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, kind, only=".experts.")
+    random_plan(find_layout(open_checkpoint(source)), 0).save(tmp_path / "plan.json")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    refit, options = ("refit", source, tmp_path / "plan.json"), ("--data", tmp_path / "text.txt")
+    commands = (
+        (*refit, "--width", 16),
+        ("run", source, "--keep", 4, "--refit", "--shape", "auto"),
+        (*refit, "--computed-dtype", "bf16"),
+    )
+    for command, line in zip(commands, lines, strict=True):
+        done = moekern(*command, *options, "--out", tmp_path / "out")
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
