@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
+from moekern.plan.served import served_as
 from moekern.plan.several import Planning, make_plans
 from moekern.plan.shapes import Shape, candidates, parse_shape
+from moekern.plan.targets import Target, check_width, widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import Refitting, refit
 from moekern.refit.shapes import best, some_of, trials
@@ -73,6 +75,21 @@ class Refitter:
         """What is made of a plan."""
         return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
 
+    def check(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
+        """Raise InputError for a shape that the model's experts cannot have, or that a target would not run. Returns a
+        line for each target that its width costs something on."""
+        if self.shape is None:
+            return []
+        problem = narrow_problem(checkpoint, layout)
+        if layout.width is None or problem:
+            raise InputError(f"--shape {self.shape}: {problem or 'experts of several widths'}")
+        chosen = parse_shape(self.shape)
+        if chosen is None:
+            return []
+        if chosen.width > layout.width:
+            raise InputError(f"--shape {self.shape}: experts have {layout.width} channels")
+        return check_width(f"--shape {self.shape}", chosen.width, served_as(layout, checkpoint.config), targets)
+
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
         """The refit of one --keep."""
         plain = work.plan(keep)
@@ -84,18 +101,16 @@ class Refitter:
 
     def _shaped(self, work: Work, keep: float | int, plain: Plan, place: Place) -> tuple[Plan, int | None]:
         """The plan of a shape, and how many channels its experts keep (None: all)."""
-        assert self.shape is not None
         width = work.layout.width
-        problem = narrow_problem(work.checkpoint, work.layout)
-        if width is None or problem:
-            raise InputError(f"--shape {self.shape}: {problem or 'experts of several widths'}")
+        assert self.shape is not None
+        assert width is not None, "check has looked"
         chosen = parse_shape(self.shape)
         table: Mapping[str, float] = {}
         if chosen is None:
             share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts
-            chosen, table = self._tried(work, candidates(work.layout.router, width, share), width, place)
-        if chosen.width > width:
-            raise InputError(f"--shape {self.shape}: experts have {width} channels")
+            allowed = widths_for(served_as(work.layout, work.checkpoint.config), work.planning.targets, share)
+            shapes = candidates(work.layout.router, width, share, set(allowed).__contains__)
+            chosen, table = self._tried(work, shapes, width, place)
         plan = plain if chosen.experts == len(next(iter(plain.layers.values())).keep) else work.plan(chosen.experts)
         said = {"chosen": str(chosen), "keep": keep, **({"tried": dict(table)} if table else {})}
         plan = replace(plan, provenance={**plan.provenance, "shape": said})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,4 +82,6 @@ def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
     weights = weight_format(config, experts)
     known_as, keys = frozenset(names | kinds), frozenset(config)
     shards = shards_of(config, layout.family.holder)
+    if layout.width is not None:
+        shards = replace(shards, width=layout.width)  # of the tensors
     return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys, shards)

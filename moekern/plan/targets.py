@@ -1,9 +1,9 @@
 """What engines can load and run: one table of rules about expert counts, each with its source.
 
 A rule that `stops` names what does not load or gives wrong results; the others name what runs, but slowly or not in
-full. Which models an engine knows at all is in `engines`, what it makes of the weights' format in `formats`, of MTP
-layers in `mtp`. Sources are the engines' code, of the versions in `engines.json` unless a rule names another, and their
-issue trackers. Speeds were not measured here.
+full. Which models an engine knows at all is in `engines`, what it makes of the weights' format in `formats`, of the
+width of experts in `widths`, of MTP layers in `mtp`. Sources are the engines' code, of the versions in `engines.json`
+unless a rule names another, and their issue trackers. Speeds were not measured here.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 from moekern.errors import InputError, nearest_name
 from moekern.plan.engines import Finding, listed, missing_keys, names_of
 from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
-from moekern.plan.shards import Shards, heads_problem, width_problem
+from moekern.plan.shards import Shards, heads_problem
+from moekern.plan.widths import Stored, multiple_of, width_cost, width_problem
 from moekern.router import Router, count_problem
 
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "ik_llama.cpp", "mlx-lm", "mistral.rs")
 PARALLEL = ("vllm", "sglang")  # engines whose rules depend on tp and ep
+GROUP = 32  # numbers that share a scale in the smallest groups of GGUF, MX formats and most others
 ORDER: Mapping[bool | None, int] = {True: 0, None: 1, False: 2}  # of findings
 
 
@@ -57,6 +60,11 @@ class Served:
     @property
     def known_as(self) -> frozenset[str]:
         return self.names or names_of(self.family)
+
+    def stored(self, width: int | None = None) -> Stored:
+        """The experts as rules of width see them; of other experts with `width` channels."""
+        shards = self.shards if width is None else replace(self.shards, width=width)
+        return Stored(self.family, self.quantization, shards)
 
     @property
     def grouped(self) -> bool:
@@ -105,9 +113,6 @@ RULES: tuple[Rule, ...] = (
     # Attention in vllm/model_executor/models (vllm/config/model.py asks for the heads first), and in sglang/srt/models:
     # assertions on heads, and on key-value heads, of which ranks have copies where there are fewer than ranks.
     Rule(PARALLEL, True, lambda n, model, target: heads_problem(model.shards, target.tp)),
-    # fused_moe/layer.py of both: intermediate_size % tp_size; quantization/fp8.py of both: what a rank has of gate and
-    # up by block_n. With ep vLLM shards no expert; SGLang spreads each over tp / ep ranks.
-    Rule(PARALLEL, True, lambda n, model, target: width_problem(model.shards, _expert_ranks(target))),
     # fused_moe/moe_align_block_size: the count rounded up to a warp of 32 must stay below 1024 threads.
     Rule(
         ("vllm",), True,
@@ -273,21 +278,53 @@ def runs(count: int, served: Served, targets: Sequence[Target]) -> bool:
 
 def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
     """The counts below and above that run, as the end of a message."""
+    if any(width_problem(target.engine, served.stored(), expert_ranks(target)) for target in targets):
+        return ""  # which says what widths run
     legal = [n for n in range(1, served.router.num_experts + 1) if runs(n, served, targets)]
     around = [*[n for n in legal if n < count][-1:], *[n for n in legal if n > count][:1]]
     return f"; nearest that runs: {' or '.join(map(str, around))}" if around else "; no count of this model runs there"
+
+
+def check_width(what: str, width: int, served: Served, targets: Sequence[Target]) -> list[str]:
+    """Raise InputError, with the rule and the nearest widths that run, unless every target runs experts of `width`
+    channels. Returns a line for each target that they cost something on."""
+    stored, costs = served.stored(width), {target: "" for target in targets}
+    for target in targets:
+        problem = width_problem(target.engine, stored, expert_ranks(target))
+        if problem:
+            raise InputError(f"{what}: {target} would not run it: {problem}")
+        costs[target] = width_cost(target.engine, stored, expert_ranks(target)) or ""
+    return [f"{target}: {cost}" for target, cost in costs.items() if cost]
+
+
+def widths_for(served: Served, targets: Sequence[Target], share: float) -> list[int]:
+    """Widths below that of the model's experts that every target and transformers run, rising, from the widest that is
+    no more than `share` of it: at `share` of the bytes all experts have room then.
+
+    Where some of them break no rule at all, these alone; else, if there are any, those that quantisers' groups of 32
+    divide.
+    """
+    asked, width = {*targets, Target("transformers")}, served.shards.width
+    engines = [(target.engine, served.stored(), expert_ranks(target)) for target in asked]
+    least = lcm(*(multiple_of(*each) for each in engines))
+    for step in (lcm(*(multiple_of(*each, whole=True) for each in engines)), lcm(least, GROUP), least):
+        found = list(range(max(int(share * width) // step, 1) * step, width, step))
+        if found:
+            return found
+    return []
 
 
 def _broken(target: Target, count: int, served: Served) -> list[Finding]:
     texts = ((rule, rule.broken(count, served, target)) for rule in RULES if target.engine in rule.engines)
     model = listed(target.engine, served.known_as)
     weights = format_finding(target.engine, served.family, served.known_as, served.quantization)
-    told = [found for found in (model, weights) if found]
+    width = width_problem(target.engine, served.stored(), expert_ranks(target))
+    told = [found for found in (model, weights, Finding(True, width) if width else None) if found]
     return [*told, *(Finding(rule.stops, text) for rule, text in texts if text)]
 
 
-def _expert_ranks(target: Target) -> int:
-    """Ranks that share each expert."""
+def expert_ranks(target: Target) -> int:
+    """Ranks that share each expert: with ep vLLM shards none, and SGLang spreads each over tp / ep ranks."""
     if target.ep == 1:
         return target.tp
     return max(1, target.tp // target.ep) if target.engine == "sglang" else 1

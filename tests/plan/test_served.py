@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moekern.architectures import find_layout
@@ -101,6 +102,8 @@ def test_a_config_as_transformers_5_saves_it(tmp_path: Path) -> None:
         ({"kv_lora_rank": 8, "num_key_value_heads": 2}, Shards(4)),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}, Shards(4, 4, block=16)),
         ({"num_attention_heads": None}, Shards()),
+        ({"torch_dtype": "float32", "dtype": None}, Shards(4, 4, bytes=4)),
+        ({"dtype": ["float16"]}, Shards(4, 4)),
         ({"num_attention_heads": "four", "num_key_value_heads": -1}, Shards()),
     ],
 )
@@ -108,6 +111,21 @@ def test_what_ranks_share_is_read_from_the_text_models_config(more: dict[str, An
     config = {"num_attention_heads": 4, **more}
     assert shards_of(config, "") == expected
     assert shards_of({"vision_config": {"num_attention_heads": 5}, "text_config": config}, "text_config") == expected
+
+
+def test_the_width_is_that_of_the_tensors(tmp_path: Path) -> None:
+    config, tensors = synthetic.qwen3()
+    rng = np.random.default_rng(0)
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name] = synthetic.data(rng, "BF16", [4, 20] if "down_proj" in name else [20, 4])
+    config |= {"dtype": "bfloat16", "moe_intermediate_size": 24}
+    folder = synthetic.write(tmp_path / "in", config, tensors)
+    runs, text = told(folder, "transformers")
+    assert runs is False
+    assert text.startswith("experts have 20 channels: its grouped product")
+    assert text.endswith("nearest width that runs: 16 or 24")
+    assert check_folder(folder, [parse_target("transformers")]).nearest == {"transformers": ""}
 
 
 def test_ranks_that_heads_cannot_be_spread_over_are_refused(tmp_path: Path) -> None:

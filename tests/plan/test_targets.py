@@ -8,7 +8,19 @@ from moekern.errors import InputError
 from moekern.plan.make import make_plan
 from moekern.plan.mtp import Mtp
 from moekern.plan.shards import Shards
-from moekern.plan.targets import ENGINES, RULES, Served, Target, check_counts, findings, nearest, parse_target, runs
+from moekern.plan.targets import (
+    ENGINES,
+    RULES,
+    Served,
+    Target,
+    check_counts,
+    check_width,
+    findings,
+    nearest,
+    parse_target,
+    runs,
+    widths_for,
+)
 from moekern.router import Router, count_problem
 from tests.helpers.measured import model_statistics
 
@@ -36,7 +48,7 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
         "sglang:tp=8", replace(QWEN, shards=Shards(64, 3)), 64, True, "divides the 3 key-value heads nor",
     ),
     "width": ("vllm:tp=32", replace(QWEN, shards=Shards(64, 64, 48)), 64, True, "do not divide an expert's 48"),
-    "blocks": ("vllm:tp=8", SHARDED, 64, True, "1536 rows over 8 ranks are no whole blocks of 128"),
+    "blocks": ("vllm:tp=8", SHARDED, 64, True, "channels over 8 ranks: a scale goes with 128 rows"),
     "992": ("vllm", WIDE, 993, True, "at most 992"),
     "softplus": ("vllm", V4, 144, True, "sqrt-softplus router takes 1, 2, 4, 8, 16, 32, 64, 128, 192"),
     "v4 divides": ("vllm:tp=3", V4, 128, False, "deepseek_v4 code needs a multiple of tp=3"),
@@ -102,6 +114,44 @@ def test_a_plain_half_runs_everywhere(engine):
 def test_heads_are_copied_and_experts_stay_whole_where_the_engine_does_so(text: str) -> None:
     """Four key-value heads serve eight ranks; with ep an expert is on one rank of vLLM, and on tp / ep of SGLang."""
     assert not [finding for finding in findings(parse_target(text), {"0": 64}, SHARDED) if finding.stops]
+
+
+def test_a_width_that_does_not_run_is_told_with_the_nearest_that_does() -> None:
+    narrow = replace(QWEN, shards=replace(SHARDED.shards, width=1400, block=0))
+    with pytest.raises(InputError) as caught:
+        check_width("--shape 64x700", 700, narrow, [parse_target("llama.cpp"), parse_target("transformers")])
+    assert str(caught.value) == (
+        "--shape 64x700: transformers would not run it: experts have 700 channels: its grouped product takes multiples "
+        "of 8, unless loaded with experts_implementation='eager'; nearest width that runs: 696 or 704"
+    )
+    with pytest.raises(InputError, match="vllm:tp=8 would not run it: 8 ranks do not .* runs: 696 or 704$"):
+        check_width("--shape 64x700", 700, narrow, [parse_target("vllm:tp=8")])
+    (line,) = check_width("--shape 64x704", 704, narrow, [parse_target("llama.cpp"), parse_target("vllm:tp=8")])
+    assert line.startswith("llama.cpp: experts have 704 channels: K-quants")
+    assert line.endswith("nearest width without this: 512 or 768")
+    odd = replace(narrow, shards=replace(narrow.shards, width=700))
+    assert not runs(64, odd, [Target("transformers")])
+    assert nearest(64, odd, [Target("transformers")]) == ""
+
+
+@pytest.mark.parametrize(
+    ("texts", "width", "share", "expected"),
+    [
+        ((), 96, 0.5, [48, 56, 64, 72, 80, 88]),
+        (("vllm:tp=48",), 768, 0.75, [576, 624, 672, 720]),
+        (("llama.cpp",), 2048, 0.6, [1024, 1280, 1536, 1792]),
+        (("llama.cpp",), 256, 0.5, [128, 160, 192, 224]),  # 256 divides none, 32 some
+        (("llama.cpp", "sglang:tp=2,ep=2"), 32, 0.4, [8, 16, 24]),
+        (("vllm:tp=16",), 96, 0.5, [48, 64, 80]),
+        (("vllm:tp=96",), 96, 0.5, []),
+    ],
+)
+def test_widths_that_all_targets_run(texts: tuple[str, ...], width: int, share: float, expected: list[int]) -> None:
+    model = replace(QWEN, shards=Shards(width=width))
+    found = widths_for(model, [parse_target(text) for text in texts], share)
+    assert found == expected
+    for m in found:
+        check_width("", m, model, [Target("transformers"), *map(parse_target, texts)])
 
 
 def test_gpt_oss_as_published_and_before_its_config_was_seen() -> None:
