@@ -1,5 +1,4 @@
-"""`moekern demo`: calibrate, score, plan, prune, verify, load and generate, what each criterion costs in loss, and what a
-refit brings."""
+"""`moekern demo`: calibrate, plan, prune, verify, generate; what each criterion costs in loss, and what a refit mends."""
 
 from __future__ import annotations
 
