@@ -60,12 +60,9 @@ class Refitter:
     computed: str = "source"
 
     def check(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
-        """Raise InputError where experts cannot be written as they are computed, or made narrower. No tensor but those
-        of an expert of each layer is read."""
+        """Raise InputError where experts cannot be written as they are computed. No tensor but those of an expert of
+        each layer is read."""
         format_of(self.computed, checkpoint, layout)
-        problem = None if self.shape is None else narrow_problem(checkpoint, layout)
-        if problem:
-            raise InputError(f"--shape {self.shape}: {problem}")
         if any(layer.width is None for layer in layout.layers.values()):
             code, names = compute.trust_remote_code, checkpoint.tensors
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
@@ -75,7 +72,7 @@ class Refitter:
         """What is made of a plan."""
         return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
 
-    def check(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
+    def check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
         """Raise InputError for a shape that the model's experts cannot have, or that a target would not run. Returns a
         line for each target that its width costs something on."""
         if self.shape is None:
@@ -103,7 +100,7 @@ class Refitter:
         """The plan of a shape, and how many channels its experts keep (None: all)."""
         width = work.layout.width
         assert self.shape is not None
-        assert width is not None, "check has looked"
+        assert width is not None, "check_shape has looked"
         chosen = parse_shape(self.shape)
         table: Mapping[str, float] = {}
         if chosen is None:

@@ -151,7 +151,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
     check_options(checkpoint, planning)
-    for line in asked.refit.check(checkpoint, layout, planning.targets) if asked.refit is not None else ():
+    for line in asked.refit.check_shape(checkpoint, layout, planning.targets) if asked.refit is not None else ():
         console.say(line)
     check_work(out)
     if asked.refit is not None:
