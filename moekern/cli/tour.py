@@ -1,4 +1,4 @@
-"""`moekern demo`: calibrate, plan, prune, verify, generate; what each criterion costs in loss, and what a refit mends."""
+"""`moekern demo`: calibrate, plan, prune, verify, generate; what each criterion costs in loss; what a refit mends."""
 
 from __future__ import annotations
 
