@@ -12,6 +12,7 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console
 from moekern.data.batches import TokenData
+from moekern.evaluation.held_out import LEAST
 from moekern.evaluation.losses import ORIGINAL, Loss, losses_document, mean_loss
 from moekern.files import is_folder, is_plain, write_bytes
 from moekern.model.compute import Compute
@@ -20,7 +21,7 @@ from moekern.plan.document import Plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import SUFFIX
 from moekern.refit.refit import Refitting, key_of, recipe_of, refit
-from moekern.refit.variants import Split, Variant
+from moekern.refit.variants import HELD, Split, Variant
 
 DROPPED, REFITTED = "dropped", "refitted"
 
@@ -63,6 +64,9 @@ def refitted(
 ) -> Refitting:
     """Refit, and say how it goes; or take what an earlier run has left. The last variant is the one that is written."""
     split = Split.of(data, judged)
+    if not split.tokens(HELD):
+        few = f"no domain has the {LEAST} sequences of which one is held back: nothing chooses how strongly experts are"
+        console.say(f"refit: {few} fitted, or puts back what is worse; give more text, or a shorter --sequence-length")
     recipe = recipe_of(key_of(checkpoint, split, data, variants, compute), variants[-1])
     if not restart and is_plain(place.document):
         found = read_json(place.document)
@@ -106,6 +110,8 @@ def show_refit(made: Refitting) -> None:
     console.show("what a layer's output lacks, relative to the original's, before and after", columns, rows)
     if any(made.losses.values()):
         show_quality(made)
+    else:
+        console.say("refit: no text was held back to judge it by; `moekern evaluate` does on text of your choice")
 
 
 def _pair(values: Sequence[float | None]) -> str:
@@ -131,3 +137,6 @@ def show_quality(made: Refitting) -> None:
     tokens = sum(loss.tokens for loss in made.losses[ORIGINAL].values())
     columns = ("model", "loss, nats a token", "KL to original", "same top-1")
     console.show(f"on {tokens} tokens that nothing was fitted to", columns, rows)
+    before, after = (mean_loss({d: loss.kl for d, loss in made.losses[name].items()}) for name in (DROPPED, REFITTED))
+    if after > before:
+        console.say("refit: on this text the plan as it is, without a refit, is nearer to the original; prefer it")

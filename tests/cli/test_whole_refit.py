@@ -10,6 +10,7 @@ import pytest
 import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.demo import MODEL, TEXT
 from moekern.pruning.prune import MANIFEST
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
@@ -94,3 +95,15 @@ def test_what_cannot_be_written_is_refused_before_any_text_is_read(
         done = moekern(*command, *options, "--out", tmp_path / "out")
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
+
+
+def test_text_of_too_few_sequences_is_told(tmp_path: Path) -> None:
+    """Nothing can be held back of it: to choose by, or to judge by."""
+    plan = {"format": "moekern.plan/1", "layers": {str(i): {"keep": list(range(8))} for i in range(4)}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    few = ("--data", TEXT / "c" / "calibration.txt", "--tokens", 300, "--sequence-length", 100, "--no-forward")
+    done = moekern("refit", MODEL, tmp_path / "plan.json", *few, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    said = done.stderr + done.stdout
+    assert "no domain has the 4 sequences of which one is held back" in said
+    assert "no text was held back to judge it by" in said
