@@ -94,3 +94,23 @@ def test_what_cannot_be_written_is_refused_before_any_text_is_read(
         done = moekern(*command, *options, "--out", tmp_path / "out")
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "line"),
+    [
+        ("4x9", "sglang", "--shape 4x9: sglang would not run it: experts have 9 channels: its activation"),
+        ("4x9999", "vllm", "--shape 4x9999: experts have "),
+    ],
+)
+def test_a_shape_that_does_not_run_is_refused_before_any_text_is_read(
+    shape: str, target: str, line: str, tmp_path: Path
+) -> None:
+    source = plain("qwen3_moe", tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    done = moekern(
+        "run", source, "--keep", 4, "--refit", "--shape", shape, "--target", target, "--data", tmp_path / "text.txt",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
