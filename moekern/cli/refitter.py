@@ -59,34 +59,33 @@ class Refitter:
     shape: str | None = None
     computed: str = "source"
 
-    def check(
-        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, targets: Sequence[Target] = ()
-    ) -> list[str]:
-        """Raise InputError where experts cannot be written as they are computed, or made as narrow, or a target would
-        not run them. Returns a line for each target that their width costs something on. No tensor but those of an
-        expert of each layer is read."""
+    def check(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
+        """Raise InputError where experts cannot be written as they are computed. No tensor but those of an expert of
+        each layer is read."""
         format_of(self.computed, checkpoint, layout)
-        costs = [] if self.shape is None else self._check_shape(self.shape, checkpoint, layout, targets)
         if any(layer.width is None for layer in layout.layers.values()):
             code, names = compute.trust_remote_code, checkpoint.tensors
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
             check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
-        return costs
-
-    def _check_shape(self, shape: str, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
-        problem = narrow_problem(checkpoint, layout)
-        if layout.width is None or problem:
-            raise InputError(f"--shape {shape}: {problem or 'experts of several widths'}")
-        chosen = parse_shape(shape)
-        if chosen is None or chosen.width == layout.width:
-            return []
-        if chosen.width > layout.width:
-            raise InputError(f"--shape {shape}: experts have {layout.width} channels")
-        return check_width(f"--shape {shape}", chosen.width, served_as(layout, checkpoint.config), targets)
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""
         return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
+
+    def check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
+        """Raise InputError for a shape that the model's experts cannot have, or that a target would not run. Returns a
+        line for each target that its width costs something on."""
+        if self.shape is None:
+            return []
+        problem = narrow_problem(checkpoint, layout)
+        if layout.width is None or problem:
+            raise InputError(f"--shape {self.shape}: {problem or 'experts of several widths'}")
+        chosen = parse_shape(self.shape)
+        if chosen is None:
+            return []
+        if chosen.width > layout.width:
+            raise InputError(f"--shape {self.shape}: experts have {layout.width} channels")
+        return check_width(f"--shape {self.shape}", chosen.width, served_as(layout, checkpoint.config), targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
         """The refit of one --keep."""
@@ -101,7 +100,7 @@ class Refitter:
         """The plan of a shape, and how many channels its experts keep (None: all)."""
         width = work.layout.width
         assert self.shape is not None
-        assert width is not None, "check has looked"
+        assert width is not None, "check_shape has looked"
         chosen = parse_shape(self.shape)
         table: Mapping[str, float] = {}
         if chosen is None:

@@ -151,10 +151,11 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
     check_options(checkpoint, planning)
+    for line in asked.refit.check_shape(checkpoint, layout, planning.targets) if asked.refit is not None else ():
+        console.say(line)
     check_work(out)
     if asked.refit is not None:
-        for line in asked.refit.check(checkpoint, layout, compute, planning.targets):
-            console.say(line)
+        asked.refit.check(checkpoint, layout, compute)
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made

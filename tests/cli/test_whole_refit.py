@@ -73,7 +73,7 @@ CHANNELS = "channels are cut of plain ones only"
 @pytest.mark.parametrize(
     ("kind", "lines"),
     [
-        ("gptq", ("gptq, which is read, and not written", "not written", "one format; use --computed-dtype source")),
+        ("gptq", ("gptq, which is read, and not written", CHANNELS, "one format; use --computed-dtype source")),
         ("compressed_int4_ordered", ("zero points) are read, and not written", CHANNELS, "one format")),
         ("fp8_static", (CHANNELS, CHANNELS, "one format")),
     ],

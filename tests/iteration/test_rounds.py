@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moekern import kernels
 from moekern.architectures import find_layout
-from moekern.calibration.calibrate import calibrate
+from moekern.calibration.calibrate import calibrate, recipe_of
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.app import app, main
@@ -193,7 +193,8 @@ def test_every_round_says_where_it_comes_from_as_other_plans_do(
         found = dict(plan.provenance)
         assert len(found.pop("earlier_rounds")) == done
         assert (found.pop("rounds"), found.pop("reestimate")) == (3, data is not None)
-        assert (found.pop("data"), found.pop("dtype")) == (data and data.recipe, data and "float32")
+        recipe = None if data is None else recipe_of(data, Compute(dtype="float32"), ())
+        assert (found.pop("data"), found.pop("dtype")) == (recipe, data and "float32")
         assert (found.pop("backend") is None) == (data is None)
         assert found.pop("config") == open_checkpoint(source).config_sha256
         assert found == {**other.provenance, "kept": (6, 4, 2)[done]}

@@ -191,8 +191,8 @@ from moekern.pruning.pieces import computed
 from moekern.pruning.prune import prune
 is_computed, piece = OutputTensor.is_computed, OutputTensor.computed
 OutputTensor.is_computed = property(lambda t: t.name.startswith("big.") or is_computed.fget(t))
-OutputTensor.computed = lambda t, checkpoint: piece(t, checkpoint) if not t.name.startswith("big.") else computed(
-    t.name, "0" * 64, t.nbytes, lambda: memoryview(numpy.full(t.nbytes, ord(t.name[-1]), "u1")))
+OutputTensor.computed = lambda t, checkpoint: piece(t, checkpoint) if not t.name.startswith("big.") else [computed(
+    t.name, "0" * 64, t.nbytes, lambda: memoryview(numpy.full(t.nbytes, ord(t.name[-1]), "u1")))]
 plan = Plan({{str(layer): LayerPlan({KEPT}) for layer in range(3)}})
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
