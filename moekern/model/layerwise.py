@@ -396,5 +396,4 @@ def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                part._buffers[name] = buffer.to(device)
+            part._buffers[name] = buffer if buffer is None or buffer.is_meta else buffer.to(device)

@@ -107,3 +107,23 @@ def test_text_of_too_few_sequences_is_told(tmp_path: Path) -> None:
     said = done.stderr + done.stdout
     assert "no domain has the 4 sequences of which one is held back" in said
     assert "no text was held back to judge it by" in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "line"),
+    [
+        ("4x9", "sglang", "--shape 4x9: sglang would not run it: experts have 9 channels: its activation"),
+        ("4x9999", "vllm", "--shape 4x9999: experts have "),
+    ],
+)
+def test_a_shape_that_does_not_run_is_refused_before_any_text_is_read(
+    shape: str, target: str, line: str, tmp_path: Path
+) -> None:
+    source = plain("qwen3_moe", tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    done = moekern(
+        "run", source, "--keep", 4, "--refit", "--shape", shape, "--target", target, "--data", tmp_path / "text.txt",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
