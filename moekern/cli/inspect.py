@@ -56,6 +56,11 @@ def inspect(
     result(asdict(seen), lambda: show_overview(seen))
 
 
+def _channels(found: Overview) -> str:
+    width = "not known" if found.width is None else str(found.width)
+    return f"{width}; all stay: {found.not_narrowed}" if found.not_narrowed else f"{width}; some can go"
+
+
 def show_overview(found: Overview) -> None:
     """The checkpoint's experts and what pruning would leave."""
     from moekern.checkpoint.contents import lines_left_out
@@ -69,6 +74,7 @@ def show_overview(found: Overview) -> None:
             ("family", found.family),
             ("MoE layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
             ("experts a layer, top-k", f"{found.num_experts}, {found.top_k}"),
+            ("channels an expert", _channels(found)),
             ("router", f"{found.score}, groups: {groups}"),
             ("MTP layers with experts", ", ".join(found.mtp_layers) or "none"),
             ("files, tensors", f"{found.shards}, {found.tensors}"),

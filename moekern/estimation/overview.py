@@ -11,6 +11,7 @@ from typing import Any
 from moekern.architectures import Family, built_by_transformers, family_named, find_layout
 from moekern.architectures.config_keys import model_types, own_code
 from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
+from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import shown
 from moekern.router import count_problem
@@ -45,6 +46,8 @@ class Overview:
     notes: tuple[str, ...]  # what files and config.json leave open or say wrong, and what keeps it from being pruned
     left_out: Mapping[str, str]  # files that a pruned checkpoint will not have -> why
     legal_counts: tuple[int, ...]  # kept experts a layer that the router can work with
+    width: int | None  # channels of each expert, where the tensors say it
+    not_narrowed: str | None  # why experts cannot lose channels; None: they can
 
     def bytes_at(self, kept: int) -> int:
         """Size after pruning to `kept` experts a layer, up to the few bytes of router rows."""
@@ -94,6 +97,8 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *refused),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
+        width=layout.width,
+        not_narrowed=narrow_problem(checkpoint, layout),
     )
 
 

@@ -10,7 +10,7 @@ from moekern.architectures.twins import router_numbers, same_routers
 from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
-from moekern.plan.channels import channel_ids
+from moekern.plan.channels import channel_count, channel_rows
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
 from moekern.router import Router, count_problem, nearest_counts
 
@@ -41,9 +41,8 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
     A twin of the plan's model, the same layers, experts and routers in another format, is as good as the model itself;
     the line that is returned then says so. Refused: another model's plan; an unknown or missing layer; a number out of
     range or twice; scores that are not one an expert; a count the router cannot work with; groups that keep different
-    numbers of experts, and layers that do unless the plan's provenance allows it; channels that experts do not have,
-    and of models whose experts lose none. Raises TypeError for anything but a
-    plan.
+    numbers of experts, and layers that do unless the plan's provenance allows it; channels that experts do not have, or
+    not as many of each, and of models whose experts lose none. Raises TypeError for anything but a plan.
     """
     check_type("plan", plan, Plan)
     note = _check_model(plan, layout, model, source)
@@ -56,7 +55,7 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
         raise InputError(
             f"{source}: layer {some_of(missing)} is missing; every MoE layer needs its list of kept experts"
         )
-    if plan.width is not None:
+    if any(layer.channels is not None for layer in plan.layers.values()):
         _check_channels(plan, layout, model, source)
     for key, layer in plan.layers.items():
         _check_layer(layer, layout.router.of(known[key].num_experts), f"{source}: layer {key}")
@@ -79,14 +78,18 @@ def _check_channels(plan: Plan, layout: Model, model: Checkpoint | str, source: 
     if problem:
         raise InputError(f"{source}: says which channels of experts stay: {problem}; take a plan of whole experts")
     width = layout.width if isinstance(layout, Layout) else None
-    if width is None:
-        return
     for key, layer in plan.layers.items():
+        where = f"{source}: layer {key}"
         if layer.channels is None:
-            raise InputError(f"{source}: layer {key}: says nothing of channels, and other layers lose some")
-        last = max(int(channel_ids(text)[-1]) for text in layer.channels)
-        if last >= width:
-            raise InputError(f"{source}: layer {key}: channel {last} is out of range; experts have 0 to {width - 1}")
+            raise InputError(f"{where}: says nothing of channels, and other layers lose some")
+        if len(layer.channels) != len(layer.keep):
+            raise InputError(f"{where}: channels of {len(layer.channels)} experts, and {len(layer.keep)} are kept")
+        if {channel_count(text) for text in layer.channels} != {plan.width}:
+            what = f"experts that keep other than the {plan.width} channels of the plan's first one"
+            raise InputError(f"{where}: {what}; all must have as many")
+        rows = channel_rows(layer.channels)
+        if width is not None and rows.max() >= width:
+            raise InputError(f"{where}: channel {rows.max()} is out of range; experts have 0 to {width - 1}")
 
 
 def _check_model(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> str | None:

@@ -73,11 +73,13 @@ def way_of(shard: OutputShard, known: Mapping[str, Way]) -> Way:
 
 
 def space_needed(checkpoint: Checkpoint, shard: OutputShard, known: Mapping[str, Way]) -> int:
-    """Bytes of disk that a shard will take, at the most: shared blocks and holes take none."""
+    """Bytes of disk that a shard will take, at the most: shared blocks and holes take none, what is computed does."""
     size = shard.size
     if all(known[file].startswith("reflink") for file in shard.files):
         size -= best_phase(shard.tensors)[1]
-    return min(size, len(shard.header()) + sum(map(_data_bytes, (checkpoint.folder / file for file in shard.files))))
+    made = sum(tensor.nbytes for tensor in shard.tensors if tensor.is_computed)
+    copied = sum(map(_data_bytes, (checkpoint.folder / file for file in shard.files)))
+    return min(size, len(shard.header()) + made + copied)
 
 
 def room_needed(checkpoint: Checkpoint, folder: Path, nbytes: int) -> int:

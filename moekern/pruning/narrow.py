@@ -20,6 +20,8 @@ from moekern.plan.channels import channel_ids, channel_text
 from moekern.plan.document import Plan
 from moekern.pruning.pieces import Computed, computed, recipe
 
+BLOCK = 1 << 20  # numbers whose squares are summed at a time
+
 
 @dataclass(frozen=True)
 class Narrow:
@@ -82,7 +84,7 @@ def strongest_channels(checkpoint: Checkpoint, layer: MoeLayer, keep: Sequence[i
             continue
         for expert in keep if tensor.expert is None else [tensor.expert] if tensor.expert in energy else []:
             rows = np.moveaxis(_numbers(checkpoint, tensor, entry, expert), _axis(tensor), 0)
-            square = np.square(rows.astype(np.float64)).sum(1)
+            square = _energies(rows)
             if tensor.projection == "gate_up":
                 pairs = square.reshape(-1, 2) if tensor.channel_form == "alternating" else square.reshape(2, -1).T
                 square = pairs.prod(1)
@@ -93,6 +95,23 @@ def strongest_channels(checkpoint: Checkpoint, layer: MoeLayer, keep: Sequence[i
             raise InputError(f"{checkpoint.folder}: {what}; use --mtp drop")
     best = {e: np.sort(np.argsort(-values, kind="stable")[:width]) for e, values in energy.items()}
     return {expert: channel_text(ids, layer.width) for expert, ids in best.items()}
+
+
+def _energies(rows: np.ndarray) -> np.ndarray:
+    """Sums of squares of the rows of [n, m], float64: the same bits in whatever order a row's numbers stand.
+
+    Squares are parted into multiples of a power of two, whose sum is exact, and what is left; that once more.
+    """
+    out, step, bits = np.zeros(len(rows)), max(1, BLOCK // max(1, rows.shape[1])), rows.shape[1].bit_length()
+    for start in range(0, len(rows), step):
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are told by whoever ranks
+            left = np.square(rows[start : start + step].astype(np.float64))
+            for _ in range(2):
+                unit = np.ldexp(1.5, np.frexp(np.abs(left).max(1, initial=0))[1] + bits)[:, None]
+                part = (left + unit) - unit
+                out[start : start + step] += part.sum(1)
+                left -= part
+    return out
 
 
 def widened(layout: Layout, layer: MoeLayer, width: int) -> dict[str, Widened]:

@@ -14,6 +14,8 @@ from moekern.plan.channels import channel_rows
 from moekern.plan.document import Plan
 from moekern.verification.opened import Folder
 
+ROWS = 256  # channels of an expert whose squares are summed at a time
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -57,12 +59,25 @@ def _largest(old: Folder, layer: MoeLayer, expert: int, width: int, left: int) -
         matrix = _part(tensor, old.tensor(tensor.name), expert)
         if matrix.ndim != 2:
             continue
-        rows = matrix.movedim(_axis(tensor), 0).double().square().sum(1)
+        rows = torch.cat([_energies(part) for part in matrix.movedim(_axis(tensor), 0).split(ROWS)])
         if tensor.projection == "gate_up":
             rows = rows.unflatten(0, (-1, 2) if tensor.channel_form == "alternating" else (2, -1))
             rows = rows.prod(1 if tensor.channel_form == "alternating" else 0)
         product *= rows
     return product.argsort(descending=True, stable=True)[:left].sort().values
+
+
+def _energies(rows: Tensor) -> Tensor:
+    """Sums of squares of rows [n, m], in two parts of multiples of a power of two: in any order they are the same."""
+    left, total = rows.double().square(), torch.zeros(len(rows), dtype=torch.float64)
+    for _ in range(2):
+        exponents = left.abs().amax(1).frexp().exponent.tolist()
+        units = [math.ldexp(1.5, exponent + left.shape[1].bit_length()) for exponent in exponents]
+        unit = torch.tensor(units, dtype=torch.float64)[:, None]
+        part = (left + unit) - unit
+        total += part.sum(1)
+        left = left - part
+    return total
 
 
 def widened(layout: Layout, layer: MoeLayer, channels: Channels) -> dict[str, tuple[int, int]]:

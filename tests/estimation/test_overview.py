@@ -43,3 +43,14 @@ def test_what_no_code_is_known_for_is_pruned_and_verified_by_bytes(tmp_path: Pat
         " ".join(shown.replace("│", " ").split())
     )
     assert "its Engram tables are copied as they are" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(("held", "said"), [(16, "some can go"), (24, "all stay: no key of config.json holds")])
+def test_whether_experts_can_lose_channels(held: int, said: str, tmp_path: Path) -> None:
+    keys = moe_keys("model.layers.0.mlp.", GUD)
+    keys |= {name: ("BF16", [32, 16]) for name in keys if "down_proj" in name}
+    config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": held}
+    folder = write_checkpoint(tmp_path / "m", config, keys)
+    found = document("inspect", folder)
+    assert (found["width"], found["not_narrowed"] is None) == (16, held == 16)
+    assert said in " ".join(moekern("inspect", folder).stdout.split())

@@ -1,10 +1,13 @@
 """Plans that take channels from experts: bytes, config, and what the result computes."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,13 +16,17 @@ from moekern.architectures import find_layout
 from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
+from moekern.plan.channels import channel_ids, channel_text
 from moekern.plan.document import LayerPlan, Plan
+from moekern.pruning.narrow import strongest_channels
 from moekern.pruning.prune import prune
 from moekern.team import Part
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
-from tests.helpers import families
+from tests.helpers import families, synthetic
+from tests.helpers.faulty import Bench, benches_in_memory, finished, nothing_or_all
 from tests.helpers.in_flight import REFUSED
+from tests.helpers.layouts import GUD, moe_keys, write_checkpoint
 from tests.helpers.narrow import narrow_plan
 
 MakeCheckpoint = Callable[[str], Path]
@@ -66,6 +73,58 @@ def test_a_narrow_checkpoint_computes_what_the_masked_original_does(
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def plain(ids: np.ndarray) -> np.ndarray:
+    return ids
+
+
+def halves(ids: np.ndarray) -> np.ndarray:
+    return np.concatenate([ids, ids + 24])
+
+
+def alternating(ids: np.ndarray) -> np.ndarray:
+    return np.array([place for c in ids for place in (2 * c, 2 * c + 1)])
+
+
+# Of a family's tensors: the axis of one expert's part on which channels lie, and their places there.
+FORMS: dict[str, dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]]] = {
+    "qwen3_moe": {"gate_proj": (0, plain), "up_proj": (0, plain), "down_proj": (1, plain)},
+    "gpt_oss": {"gate_up_proj": (1, alternating), "gate_up_proj_bias": (0, alternating), "down_proj": (0, plain)},
+    "aria": {"fc1": (1, halves), "fc2": (0, plain)},
+    "granitemoe": {"input_linear": (0, halves), "output_linear": (1, plain)},
+    "dbrx": {"w1": (0, plain), "v1": (0, plain), "w2": (0, plain)},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_cut_byte_by_byte(name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Against the plan written out in numpy."""
+    source = family_checkpoint(name)
+    plan, before = planned(source), {key: value.numpy() for key, value in everything(source).items()}
+    prune(source, plan, tmp_path / "out")
+    after, seen = {key: value.numpy() for key, value in everything(tmp_path / "out").items()}, 0
+    for key, value in before.items():
+        parts = key.removesuffix(".weight").split(".")
+        form = FORMS[name].get(parts[-1])
+        if form is None or not {"experts", "block_sparse_moe"} & {*parts}:
+            continue
+        layer = plan.layers[next(part for part in parts if part.isdecimal())]
+        channels = {e: form[1](channel_ids(text)) for e, text in zip(layer.keep, layer.channels or (), strict=True)}
+        if parts[-2].isdecimal():
+            expert = int(parts[-2])
+            if expert not in layer.keep:
+                continue
+            new = key.replace(f"experts.{expert}.", f"experts.{layer.keep.index(expert)}.")
+            want = value.take(channels[expert], form[0])
+        else:
+            own = value.reshape(8, 24, 32) if name == "dbrx" else value
+            new, want = key, np.stack([own[e].take(channels[e], form[0]) for e in layer.keep])
+            want = want.reshape(-1, 32) if name == "dbrx" else want
+        assert after[new].shape == want.shape
+        assert after[new].tobytes() == want.tobytes()
+        seen += 1
+    assert seen == len(FORMS[name]) * len(plan.layers) * (4 if name == "qwen3_moe" else 1)
 
 
 @pytest.fixture
@@ -151,6 +210,27 @@ def mtp_source(family_checkpoint: MakeCheckpoint) -> Path:
     return folder
 
 
+def test_channels_that_are_alike_go_by_their_numbers(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """In an MTP layer every three channels have the same numbers, each in an order of its own."""
+    source = shutil.copytree(mtp_source(family_checkpoint), tmp_path / "in")
+    layer = next(iter(find_layout(open_checkpoint(source)).mtp.values()))
+    tensors, generator = everything(source), torch.Generator().manual_seed(0)
+    for tensor in layer.tensors:
+        if tensor.channel_axis is not None:
+            rows = tensors[tensor.name].movedim(tensor.channel_axis, 0)
+            for c in range(len(rows)):
+                rows[c] = rows[c - c % 3][torch.randperm(rows.shape[1], generator=generator)]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    plan = planned(source)
+    prune(source, plan, tmp_path / "out")
+    assert verify(source, plan, tmp_path / "out").problems == ()
+    for text in strongest_channels(open_checkpoint(source), layer, range(8), WIDTH).values():
+        ids = {*channel_ids(text).tolist()}
+        firsts = [c for c in ids if c % 3 == 0]
+        assert len(firsts) == 6  # five whole threes, and the first of another
+        assert all(c % 3 == 0 or c - 1 in ids for c in ids)
+
+
 def test_channels_that_experts_do_not_have_are_one_line(source: Path, tmp_path: Path) -> None:
     plan = planned(source)
     key, layer = next(iter(plan.layers.items()))
@@ -162,3 +242,81 @@ def test_channels_that_experts_do_not_have_are_one_line(source: Path, tmp_path: 
     last = list(plan.layers)[-1]
     with pytest.raises(InputError, match=f"layer {last}: says nothing of channels"):
         prune(source, Plan({**plan.layers, last: lacking}), tmp_path / "out")
+
+
+def test_plans_of_a_program_are_checked_as_files_are(source: Path, tmp_path: Path) -> None:
+    plan = planned(source)
+    first, *_, last = plan.layers
+    layer = plan.layers[last]
+    assert layer.channels is not None
+    fewer = tuple(channel_text(channel_ids(text)[1:], 24) for text in layer.channels)
+    for key, spoilt, line in [
+        (last, replace(layer, channels=fewer), f"layer {last}: experts that keep other than the 16 channels"),
+        (last, replace(layer, channels=(fewer[0], *layer.channels[1:])), "keep other than the 16 channels"),
+        (last, replace(layer, channels=layer.channels[1:]), f"layer {last}: channels of 3 experts, and 4 are kept"),
+        (first, LayerPlan(layer.keep), f"layer {first}: says nothing of channels"),
+    ]:
+        with pytest.raises(InputError, match=line):
+            prune(source, Plan({**plan.layers, key: spoilt}), tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_made_of_holes_takes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+    keys = moe_keys("model.layers.0.mlp.", GUD)
+    sizes = {name: ("BF16", [32, 512] if "down" in name else [512, 32]) for name in keys if "experts" in name}
+    folder = write_checkpoint(tmp_path / "in", config, keys | sizes)
+    text = channel_text(np.arange(0, 512, 2), 512)
+    plan = Plan({"0": LayerPlan(tuple(range(8)), None, (text,) * 8)})
+    found = list(os.statvfs(folder))
+    found[4] = 200 * 1024 // found[1]  # blocks that are free
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: os.statvfs_result(found))
+        with pytest.raises(InputError, match=r"needs [34]\d\d\.\d KiB, and .* free"):
+            prune(folder, plan, tmp_path / "out")
+    prune(folder, plan, tmp_path / "out")
+    assert verify(folder, plan, tmp_path / "out").problems == ()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Three shards of experts that lose channels."""
+    with benches_in_memory(tmp_path_factory, shards=3) as made:
+        config, tensors = synthetic.qwen3(layers=3)
+        rng = np.random.default_rng(1)
+        for name in tensors:
+            if ".experts." in name:
+                tensors[name] = synthetic.data(rng, "BF16", [4, 640] if "down" in name else [640, 4])
+        folder = synthetic.write(made.folder / "narrow", {**config, "moe_intermediate_size": 640}, tensors, shards=3)
+        texts = tuple(channel_text(np.sort(rng.permutation(640)[:320]), 640) for _ in range(4))
+        plan = Plan({str(layer): LayerPlan((0, 2, 3, 7), None, texts) for layer in range(3)})
+        plan.save(made.folder / "narrow.json")
+        yield replace(made, source=folder, plan=made.folder / "narrow.json")
+
+
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+def test_killed_while_channels_are_cut(bench: Bench, copy: str) -> None:
+    """What was proved is taken over, and the rest made again, to the same bytes."""
+    options = ("--copy", copy)
+    want = bench.want(*options)
+    changes = bench.changes(*options)
+    for k in range(1, len(changes) + 1, 3):
+        out = bench.fresh()
+        assert bench.prune(out, *options, rules=f"change:{k}:KILL").code < 0
+        if nothing_or_all(out, want):
+            assert "exists already" in bench.prune(out, *options).line
+        else:
+            ended = bench.prune(out, *options)
+            assert ended.code == 0, ended.said
+        assert finished(out) == want
+
+
+def test_other_channels_are_another_shard(bench: Bench, tmp_path: Path) -> None:
+    """What a stopped run has left is not taken over by a plan of the same experts with other channels."""
+    plan = Plan.load(bench.plan)
+    texts = tuple(channel_text(np.arange(320), 640) for _ in range(4))
+    Plan({key: replace(layer, channels=texts) for key, layer in plan.layers.items()}).save(tmp_path / "other.json")
+    other, out = replace(bench, plan=tmp_path / "other.json"), bench.fresh()
+    assert bench.prune(out, rules="open@model-00003:1:KILL").code < 0
+    assert other.prune(out).code == 0
+    assert finished(out) == other.want()
