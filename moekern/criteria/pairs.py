@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,21 +58,27 @@ def _common_tokens(statistics: LayerStatistics, criterion: str) -> Tensor:
 def _rarer_of_a_pair(statistics: LayerStatistics, together: Tensor, *, closest: bool = True) -> Tensor:
     """The step at which each expert is dropped; `together` [E, E] counts from 0 on, and the pair with most goes first,
     or with `closest` False the one with least."""
-    count, E = statistics.count, statistics.num_experts
-    left = (together if closest else 1 + together.max() - together).clone().fill_diagonal_(-1.0)
-    scores = torch.zeros(E, dtype=torch.float64, device=count.device)
-    alive = torch.ones(E, dtype=torch.bool, device=count.device)
+    count, E = statistics.count.tolist(), statistics.num_experts
+    left = (together if closest else 1 + together.max() - together).cpu().numpy().copy()
+    np.fill_diagonal(left, -1.0)
+    most, partner = left.max(1), left.argmax(1)  # of each row
+    scores = np.zeros(E)
+    alive = np.ones(E, dtype=bool)
     for step in range(E - 1):
-        i, j = divmod(int(left.argmax()), E)  # of equal pairs the first
-        if left[i, j] <= 0:  # none of the survivors meet: the least used goes
-            dropped = min(alive.nonzero().flatten().tolist(), key=lambda e: (int(count[e]), -e))
+        i = int(most.argmax())  # of equal pairs the first
+        j = int(partner[i])
+        if most[i] <= 0:  # none of the survivors meet: the least used goes
+            dropped = min(np.flatnonzero(alive).tolist(), key=lambda e: (count[e], -e))
         else:
-            dropped = i if (int(count[i]), -i) < (int(count[j]), -j) else j
+            dropped = i if (count[i], -i) < (count[j], -j) else j
         scores[dropped] = step
         alive[dropped] = False
         left[dropped], left[:, dropped] = -1.0, -1.0
+        changed = np.flatnonzero(partner == dropped)
+        most[changed], partner[changed] = left[changed].max(1), left[changed].argmax(1)
+        most[dropped] = -1.0
     scores[alive] = E - 1 if E > 1 else 0
-    return idle_lowest(statistics, scores)
+    return idle_lowest(statistics, torch.from_numpy(scores).to(statistics.count.device))
 
 
 def m_smoe(statistics: LayerStatistics) -> Tensor:

@@ -40,8 +40,9 @@ def hope(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Col
     """Keep `kept` experts, kept / groups in each of `groups` equal blocks, protected ones among them.
 
     Idle experts are dropped first. Up to 12870 candidate sets are enumerated; beyond, the relaxation of p to the
-    capped simplex is descended, rounded and improved by swaps, as are three rankings, and the best set is taken; from
-    there the search goes on past sets that are no better, until 200 exchanges in a row have found none that is.
+    capped simplex is descended and rounded, another set is dropped one by one, and both are improved by swaps. From the
+    best of them and of two rankings the search goes on past sets that are no better, until 200 exchanges in a row have
+    found none that is.
     The displayed score of an expert is the objective that dropping it adds to the rest of the dropped set:
     F[e, e] + 2 Σ F[e, j] over dropped j ≠ e. With kept = E that is the diagonal, the cost of dropping e alone.
     """
@@ -95,13 +96,13 @@ def conditional_pairs(statistics: LayerStatistics) -> Matrix:
 def best_set(F: Matrix, group: NDArray[np.int64], quota: NDArray[np.int64], rankings: Iterable[Vector] = ()) -> Mask:
     """The set P with quota[g] members in group g and the least pᵀ F p found, as a mask [n].
 
-    Exact for up to 12870 candidates; ties drop the highest numbers. `rankings` [n] are further starting points.
+    Exact for up to 12870 candidates; ties drop the highest numbers. `rankings` [n]: what they keep is tried too.
     """
     if prod(comb(int((group == g).sum()), int(q)) for g, q in enumerate(quota)) <= EXACT:
         return _enumerate(F, group, quota)
-    starts = [relax(F, group, quota), -F.diagonal(), *(-np.asarray(r) for r in rankings)]
-    sets = [_swap(F, group, _round(start, group, quota)) for start in starts]
-    sets.append(_swap(F, group, _greedy(F, group, quota)))
+    near = _round(relax(F, group, quota), group, quota), _greedy(F, group, quota)
+    ranked = (_round(-np.asarray(r), group, quota) for r in (F.diagonal(), *rankings))
+    sets = [*(_swap(F, group, p) for p in near), *ranked]
     values = np.array([objective(F, p) for p in sets])
     return _swap(F, group, sets[int(np.flatnonzero(values <= values.min() + TIE * np.trace(F))[0])], PATIENCE)
 
@@ -210,24 +211,28 @@ def _swap(F: Matrix, group: NDArray[np.int64], dropped: Mask, patience: int = 0)
     """
     dropped, best, twice = dropped.copy(), dropped.copy(), 2 * F
     diagonal, tie, load = F.diagonal(), TIE * np.trace(F), twice @ dropped
+    apart = group[dropped][:, None] != group[~dropped][None, :]  # of any sets: as many of each group are in them
     rests = np.zeros(len(F), dtype=np.int64)  # until which step
     above, idle, step = 0.0, 0, 0  # the objective less the best one; steps since that
-    while True:
+    while not apart.all():
         out, kept = np.flatnonzero(dropped), np.flatnonzero(~dropped)
-        if not len(out) or not len(kept):
-            return best
-        change = (diagonal + load)[None, kept] - (load - diagonal)[out, None] - twice[np.ix_(out, kept)]
-        change[group[out][:, None] != group[kept][None, :]] = np.inf
-        if idle:
-            change[((rests[out] > step)[:, None] | (rests[kept] > step)) & (change >= -tie - above)] = np.inf
+        change = twice.take(out, 0).take(kept, 1)
+        np.subtract((diagonal + load)[None, kept], change, out=change)
+        change -= (load - diagonal)[out, None]
+        change[apart] = np.inf
         i, j = divmod(int(change.argmin()), len(kept))
+        if idle and not above + change[i, j] < -tie:
+            change[rests[out] > step] = np.inf
+            change[:, rests[kept] > step] = np.inf
+            i, j = divmod(int(change.argmin()), len(kept))
         above, idle, step = above + change[i, j], idle + 1, step + 1
         if above < -tie:
             above, idle = 0.0, 0
         elif idle > patience or not np.isfinite(above):
-            return best
+            break
         dropped[out[i]], dropped[kept[j]] = False, True
         rests[[out[i], kept[j]]] = step + REST
         load += twice[kept[j]] - twice[out[i]]
         if not idle:
             best = dropped.copy()
+    return best
