@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-regression bench-streaming bench-ranks bench-scale fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -53,6 +53,10 @@ bench-ranks: $(VENV)/.ready
 # All of calibration's machinery on a 1T model of holes, in 8 GB: half an hour.
 bench-scale: $(VENV)/.ready
 	$(BIN)/python -m bench.scale
+
+# The command plan on the statistics of a 1T model, every criterion of the routed tier.
+bench-planning: $(VENV)/.ready
+	$(BIN)/python -m bench.planning
 
 # Mutated headers against the parser and the safetensors library; needs Python 3.11 to 3.13 for atheris.
 fuzz: $(VENV)/.ready

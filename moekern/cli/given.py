@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moekern.data.text import Text
     from moekern.model.compute import Compute
     from moekern.plan.document import Plan
+    from moekern.statistics.file import Statistics
 
 
 def parsed_size(flag: str, text: str) -> int:
@@ -164,3 +165,28 @@ def result(document: Any, table: Callable[[], None]) -> None:
         else:
             table()
         sys.stdout.flush()
+
+
+def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
+    """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once: only
+    then what runs models is imported, which takes longer than a plan.
+
+    Raises InputError for a folder and a criterion that needs text.
+    """
+    from moekern.criteria import CRITERIA, criterion_named
+    from moekern.statistics.file import Statistics
+
+    for text in criteria:
+        if criterion_named(text).family != "weight" and source.is_dir():
+            alone = ", ".join(name for name, row in CRITERIA.items() if row.family == "weight")
+            raise InputError(
+                f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file; "
+                f"these need none: {alone}"
+            )
+    if not source.is_dir():
+        return Statistics.load(source)
+    from moekern.measurement.weights import weigh
+
+    costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
+    with console.progress("weighing") as step:
+        return weigh(source, costly=costly, progress=step)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from moekern.cli.parts_left import (
     remove_parts,
 )
 from moekern.cli.text_groups import divided, measured_in_groups
-from moekern.criteria import CRITERIA, criterion_named
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError, NoRoomForText
@@ -49,7 +47,6 @@ from moekern.files import (
 )
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import backends_of, wanted_tiers
-from moekern.measurement.weights import weigh
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
 from moekern.model.journal import Resume, clean_up, removed
@@ -274,25 +271,6 @@ def losses_of(
         console.hint(check_plan(plan, layout, checkpoint, name))
     with console.progress(what) as step:
         return evaluate(checkpoint, data, plans, compute, resume=resume, progress=step)
-
-
-def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:
-    """A statistics file; or, for criteria of the weights alone, a checkpoint folder, whose shards are read once.
-
-    Raises InputError for a folder and a criterion that needs text.
-    """
-    for text in criteria:
-        if criterion_named(text).family != "weight" and source.is_dir():
-            alone = ", ".join(name for name, row in CRITERIA.items() if row.family == "weight")
-            raise InputError(
-                f"{source}: --criterion {text} needs text: calibrate first, and give the statistics file; "
-                f"these need none: {alone}"
-            )
-    if not source.is_dir():
-        return Statistics.load(source)
-    costly = any(re.search(r"\b(ews|wsr)\b", text) for text in criteria)
-    with console.progress("weighing") as step:
-        return weigh(source, costly=costly, progress=step)
 
 
 def check_iterated(out: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from moekern.cli import console
 from moekern.cli.console import say, show
-from moekern.cli.given import check_statistics, optional_headers, parsed_reserve, parsed_size, result
+from moekern.cli.given import check_statistics, optional_headers, parsed_reserve, parsed_size, result, statistics_of
 from moekern.cli.options import (
     RESERVE,
     AllowNonuniform,
@@ -102,7 +102,6 @@ def plan(
     check_statistics(statistics)
 
     from moekern.checkpoint.folder import open_checkpoint
-    from moekern.cli.pipeline import statistics_of
     from moekern.plan.fits_model import TWIN
     from moekern.plan.several import Planning, make_plans
     from moekern.plan.targets import parse_target

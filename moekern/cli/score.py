@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moekern.cli import console
 from moekern.cli.console import show
-from moekern.cli.given import check_statistics, result
+from moekern.cli.given import check_statistics, result, statistics_of
 from moekern.cli.options import CriterionOption, Domains, Json, Seed, StatisticsFile
 from moekern.cli.plan import with_tiers
 from moekern.criteria.table import DEFAULT
@@ -22,10 +22,9 @@ def score(
     """Show the best and the worst experts of each layer with their scores (--json: all of them); higher is kept."""
     check_statistics(statistics)
 
-    from moekern.cli import pipeline
     from moekern.plan.scores import score as scored
 
-    scores = scored(pipeline.statistics_of(statistics, [criterion]), criterion, domain, seed).layers
+    scores = scored(statistics_of(statistics, [criterion]), criterion, domain, seed).layers
     result({"criterion": criterion, "layers": scores}, lambda: show_scores(criterion, scores))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from moekern.plan.document import Plan
 from moekern.plan.several import Planning, make_plans
 from moekern.plan.targets import parse_target
 from moekern.statistics.file import Statistics
-from tests.helpers import families
+from tests.helpers import ROOT, families
 from tests.helpers.commands import contents, document, moekern
 
 
@@ -32,6 +34,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = moekern("calibrate", folder / "model", *data, "--sequence-length", 30, "--out", out)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.parametrize("command", ["plan", "score"])
+def test_a_plan_of_statistics_imports_nothing_that_runs_models(work: Path, tmp_path: Path, command: str) -> None:
+    """Which takes longer, and more memory, than the plan."""
+    options = ["--keep", "4", "--out", str(tmp_path / "plan.json")] if command == "plan" else []
+    code = (
+        "import sys\nfrom moekern.cli.app import main\ntry:\n    main()\nfinally:\n"
+        "    print([name for name in ('transformers', 'moekern.model', 'moekern.calibration') if name in sys.modules])"
+    )
+    asked = [sys.executable, "-c", code, command, str(work / "s.safetensors"), *options]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
 
 
 def test_plans_that_are_there_already_are_left(work: Path, tmp_path: Path) -> None:
@@ -150,7 +165,7 @@ def test_check_says_where_a_checkpoint_runs(work: Path) -> None:
 def test_options_are_checked_before_weights_are_read(
     words: tuple[object, ...], message: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moekern.cli.pipeline.weigh", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("moekern.measurement.weights.weigh", lambda *a, **k: pytest.fail("weights were read"))
     done = moekern("plan", work / "model", "--criterion", "ewn", *words, "--out", tmp_path / "plan.json")
     assert done.returncode == 2
     assert message in done.stderr
