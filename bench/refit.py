@@ -39,10 +39,12 @@ from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.iteration.rounds import Method, iterate
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
+from moekern.plan.served import served_as
 from moekern.plan.shapes import Shape, candidates
+from moekern.plan.targets import widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import refit
-from moekern.refit.shapes import best, some_of, trials
+from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.variants import Variant
 from moekern.statistics.file import Statistics
 from moekern.version import versions
@@ -87,10 +89,11 @@ class Draw:
         layout = find_layout(self.checkpoint)
         if layout.width is None:
             raise InputError(f"{self.checkpoint.folder}: experts of several widths; no shapes to try")
-        shapes, width = candidates(layout.router, layout.width, share), layout.width
+        allowed = widths_for(served_as(layout, self.checkpoint.config), (), share)
+        shapes, width = candidates(layout.router, layout.width, share, allowed), layout.width
         rest, held = held_back(self.data)
         found, seconds = timed(
-            lambda: refit(self.checkpoint, some_of(rest), trials(shapes, self.plan, width), COMPUTE, judged=held)
+            lambda: refit(self.checkpoint, trial_text(rest), trials(shapes, self.plan, width), COMPUTE, judged=held)
         )
         return *best(shapes, found.losses), seconds
 

@@ -111,11 +111,10 @@ def iterate(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(
+    compute = ranks.together(compute_of(
         device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    compute = ranks.together(compute)
+    ))  # fmt: skip
     folder = ranks.folder_of(model, revision, compute.team)
     checkpoint = open_checkpoint(folder) if targets else None
     options = Planning((criterion,), (share,), targets=targets, model=checkpoint)

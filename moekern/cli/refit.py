@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,6 +46,19 @@ from moekern.cli.verify import show_verdict
 from moekern.errors import InputError
 from moekern.files import standing
 
+if TYPE_CHECKING:
+    from moekern.cli.whole_refit import Found
+
+
+Forward = Annotated[
+    bool, typer.Option(help="Prove the result by comparing logits with the model made in memory (two more passes).")
+]
+Verify = Annotated[
+    Path | None,
+    typer.Option(help="Write nothing: refit the first layer and one by chance again, and compare with this folder."),
+]
+Full = Annotated[bool, typer.Option("--full", help="With --verify: all layers.")]
+
 
 def refit(
     model: Model,
@@ -72,16 +85,9 @@ def refit(
     spill: Spill = None,
     mtp: MtpOption = None,
     copy: CopyOption = CopyMode.auto,
-    forward: Annotated[
-        bool, typer.Option(help="Prove the result by comparing logits with the model made in memory (two more passes).")
-    ] = True,
-    verify: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write nothing: refit the first layer and one by chance again, and compare with this folder."
-        ),
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="With --verify: all layers.")] = False,
+    forward: Forward = True,
+    verify: Verify = None,
+    full: Full = False,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -94,54 +100,53 @@ def refit(
     command goes on, in the layer that it was in. With --verify in the place of --out the same command proves what an
     earlier one has written.
     """
-    from moekern.cli import whole_refit
-    from moekern.cli.refitting import show_refit
-    from moekern.plan.document import Plan
-    from moekern.pruning.work_folder import check_target
+    _check_flags(out, verify, full)
 
-    if (out is None) == (verify is None):
-        raise InputError("--out, --verify: give one of the two")
-    if full and verify is None:
-        raise InputError("--full: goes with --verify")
+    from moekern.cli import whole_refit
+    from moekern.plan.document import Plan
+
     given = Plan.load(plan)
-    if out is not None and not whole_refit.has_run(out):
-        check_target(out)
+    if out is not None:
+        whole_refit.check_out(out)
     say_unused(batch_size)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
-    compute = compute_of(
+    compute = ranks.together(compute_of(
         device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory,
-        spill=spill or standing((out or verify or Path()).parent),
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    compute = ranks.together(compute)
+        spill=spill or standing((out or verify or Path()).parent), trust_remote_code=trust_remote_code,
+    ))  # fmt: skip
     asked = whole_refit.Asked(
-        width=width,
-        refine=refine,
-        computed=computed_dtype.value,
-        mtp=mtp.value if mtp else None,
-        copy=copy.value,
-        forward=forward,
-        restart=restart,
+        width, refine, computed_dtype.value, mtp.value if mtp else None, copy.value, forward=forward, restart=restart
     )
     folder = ranks.folder_of(model, revision, compute.team)
-    if out is None:
+    if out is not None:
+        done = whole_refit.refit_stages(folder, given, text, compute, out, asked)
+        result(done.document(), lambda: show_done(done))
+        good = done.good
+    else:
         assert verify is not None
         verdict = whole_refit.verify_stages(folder, given, text, compute, verify, asked, full=full)
         result(verdict.document(), lambda: show_verdict(verdict))
-        if not verdict.good:
-            raise typer.Exit(1)
-        return
-    found = whole_refit.refit_stages(folder, given, text, compute, out, asked)
-
-    def table() -> None:
-        show_refit(found.refit)
-        show_pruned(found.pruned)
-        show_verdict(found.verdict)
-        say(f"plan: {found.plan}")
-
-    result(found.document(), table)
-    if not found.good:
+        good = verdict.good
+    if not good:
         raise typer.Exit(1)
+
+
+def _check_flags(out: Path | None, verify: Path | None, full: bool) -> None:
+    """Raise InputError for flags that do not go together."""
+    if (out is None) == (verify is None):
+        raise InputError("--out, --verify: give one of the two")
+    if full and verify is None:
+        raise InputError("--full: goes with --verify")
+
+
+def show_done(done: Found) -> None:
+    """What was fitted and how well, what was written, and whether it is right."""
+    from moekern.cli.refitting import show_refit
+
+    show_refit(done.refit)
+    show_pruned(done.pruned)
+    show_verdict(done.verdict)
+    say(f"plan: {done.plan}")

@@ -24,8 +24,9 @@ from moekern.plan.several import Planning, make_plans
 from moekern.plan.shapes import Shape, candidates, parse_shape
 from moekern.plan.targets import Target, check_width, widths_for
 from moekern.refit import Refine, Ridge
+from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, refit
-from moekern.refit.shapes import best, some_of, trials
+from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.stored import check_formats, format_of
 from moekern.refit.variants import Variant
 from moekern.router import kept_count
@@ -59,22 +60,27 @@ class Refitter:
     shape: str | None = None
     computed: str = "source"
 
-    def check(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
-        """Raise InputError where experts cannot be written as they are computed. No tensor but those of an expert of
-        each layer is read."""
+    def check(
+        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, targets: Sequence[Target] = ()
+    ) -> list[str]:
+        """Raise InputError for what several processes cannot do, for a shape that the model's experts cannot have, or
+        that a target would not run, and where experts cannot be written as they are computed. No tensor but those of an
+        expert of each layer is read. Returns a line for each target that a width costs something on."""
+        if self.refine:
+            check_alone(compute.team)
+        lines = self._check_shape(checkpoint, layout, targets)
         format_of(self.computed, checkpoint, layout)
         if any(layer.width is None for layer in layout.layers.values()):
             code, names = compute.trust_remote_code, checkpoint.tensors
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
             check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
+        return lines
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""
         return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
 
-    def check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
-        """Raise InputError for a shape that the model's experts cannot have, or that a target would not run. Returns a
-        line for each target that its width costs something on."""
+    def _check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
         if self.shape is None:
             return []
         problem = narrow_problem(checkpoint, layout)
@@ -92,21 +98,19 @@ class Refitter:
         plain = work.plan(keep)
         plan, width = (plain, None) if self.shape is None else self._shaped(work, keep, plain, place)
         variants = Variant(DROPPED, plain), self.variant(plan, width, place.folder)
-        return refitted(
-            work.checkpoint, work.data, work.judged, variants, work.compute, place, restart=work.restart
-        )  # fmt: skip
+        return refitted(work.checkpoint, work.data, work.judged, variants, work.compute, place, restart=work.restart)
 
     def _shaped(self, work: Work, keep: float | int, plain: Plan, place: Place) -> tuple[Plan, int | None]:
         """The plan of a shape, and how many channels its experts keep (None: all)."""
         width = work.layout.width
         assert self.shape is not None
-        assert width is not None, "check_shape has looked"
+        assert width is not None, "check has looked"
         chosen = parse_shape(self.shape)
         table: Mapping[str, float] = {}
         if chosen is None:
             share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts
             allowed = widths_for(served_as(work.layout, work.checkpoint.config), work.planning.targets, share)
-            shapes = candidates(work.layout.router, width, share, set(allowed).__contains__)
+            shapes = candidates(work.layout.router, width, share, allowed)
             chosen, table = self._tried(work, shapes, width, place)
         plan = plain if chosen.experts == len(next(iter(plain.layers.values())).keep) else work.plan(chosen.experts)
         said = {"chosen": str(chosen), "keep": keep, **({"tried": dict(table)} if table else {})}
@@ -122,7 +126,7 @@ class Refitter:
             raise InputError("--shape auto: too little text to hold some back; give more, or name a shape", kind="data")
         with console.progress("trying shapes") as step:
             found = refit(
-                work.checkpoint, some_of(rest), trials(shapes, work.plan, width), work.compute,
+                work.checkpoint, trial_text(rest), trials(shapes, work.plan, width), work.compute,
                 judged=judged, resume=Resume(place.side, work.restart, console.say), progress=step,
             )  # fmt: skip
         chosen, kl = best(shapes, found.losses)

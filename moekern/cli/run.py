@@ -69,6 +69,9 @@ from moekern.router import parse_keep
 
 if TYPE_CHECKING:
     from moekern.cli.whole_run import Run
+    from moekern.estimation.footprint import Fit
+    from moekern.plan.budgets import Budget
+    from moekern.plan.several import Planning
 
 Out = Annotated[
     Path,
@@ -137,20 +140,12 @@ def run(
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter
-    from moekern.criteria import criterion_named
-    from moekern.plan.guards import Guards
-    from moekern.plan.several import Planning
-    from moekern.plan.targets import parse_target
 
-    criterion_named(criterion)
+    fitting = fit_of(fit, bits, context, sequences, reserve)
+    budgets = budget_of(budget, None, normalise, "usage", 1, allow_nonuniform)
     whole_run.check_targets(out, keeps)
     asked = whole_run.Asked(
-        Planning(
-            criteria=(criterion,), keeps=keeps, domains=tuple(domain) if domain else None, seed=seed,
-            budget=budget_of(budget, None, normalise, "usage", 1, allow_nonuniform),
-            guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in target or ()),
-            fit=fit_of(fit, bits, context, sequences, reserve),
-        ),
+        _planning(criterion, keeps, domain, seed, budgets, protect_super, target, fitting),
         tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
         until_stable=until_stable, restart=restart,
         refit=Refitter(refine, shape, computed_dtype.value) if refit else None,
@@ -179,6 +174,30 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     if len({f"{keep:g}" for keep in keeps}) < len(keeps):
         raise InputError(f"--keep {', '.join(texts)}: the same is given twice")
     return keeps
+
+
+def _planning(
+    criterion: str,
+    keeps: tuple[float | int, ...],
+    domains: Sequence[str] | None,
+    seed: int,
+    budget: Budget,
+    protect_super: bool,
+    targets: Sequence[str] | None,
+    fit: Fit | None,
+) -> Planning:
+    """How experts are chosen. Raises InputError for a criterion or an engine that is none."""
+    from moekern.criteria import criterion_named
+    from moekern.plan.guards import Guards
+    from moekern.plan.several import Planning
+    from moekern.plan.targets import parse_target
+
+    criterion_named(criterion)
+    return Planning(
+        criteria=(criterion,), keeps=keeps, domains=tuple(domains) if domains else None, seed=seed, budget=budget,
+        guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in targets or ()),
+        fit=fit,
+    )  # fmt: skip
 
 
 def _check_refit(refit: bool, refine: bool, shape: str | None, quality: bool, computed: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moekern.architectures import find_layout
 from moekern.architectures.widths import narrow_problem
-from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint, read_data
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
@@ -21,16 +21,18 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
-from moekern.files import check_work, is_folder, is_plain, work_path, working
+from moekern.files import check_work, is_folder, is_plain, scratch, work_path, working
 from moekern.model.compute import AUTO, Compute
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
 from moekern.pruning.prune import Copy, PruneReport
-from moekern.pruning.refitted import SUFFIX, RefittedTensor, open_refitted
-from moekern.refit.refine import check_alone
+from moekern.pruning.refitted import SUFFIX, open_refitted
+from moekern.pruning.work_folder import check_target
 from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
+
+PLAN = "plan.json"  # in the work folder: what the refit has made of the plan
 
 
 @dataclass(frozen=True)
@@ -68,26 +70,24 @@ class Found:
         }
 
 
-def has_run(out: Path) -> bool:
-    """Whether `refit` has made this target before it was stopped, and was not done with it. What is left of one that
-    was done is removed."""
+def check_out(out: Path) -> None:
+    """Raise InputError unless `refit` can make this target, or go on with one that it had made when it was stopped.
+    What a run that was done has left of its layers is removed."""
+    check_work(out)
     place = Place(work_path(out))
-    if not out.name or not is_folder(out):
-        return False
-    if not is_plain(place.document):
+    if is_folder(out) and is_plain(place.document):
+        return
+    if is_folder(out) and is_plain(place.side / PLAN):  # which is there when layers are done
         place.clear()
-        return False
-    return True
+    check_target(out)
 
 
 def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Path, asked: Asked) -> Found:
     """Refit, prune, verify. What an earlier run with the same model, plan and data left is used again."""
     check_work(out)
-    if asked.refine:
-        check_alone(compute.team)
     refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked)
     with working(out) as side:
-        place, path = Place(side), side / "plan.json"
+        place, path = Place(side), side / PLAN
         variants = Variant(DROPPED, plan), refitter.variant(plan, asked.width, place.folder)
         made = refitted(checkpoint, data, judged, variants, compute, place, restart=asked.restart)
         whole = made.plans[REFITTED]
@@ -112,8 +112,8 @@ def verify_stages(
     if record is None:
         raise InputError(f"--verify {pruned}: none of its layers was refitted; `verify` compares it with the source")
     last = list(record.layers)[-1]
-    with tempfile.TemporaryDirectory(dir=compute.spill) as place:
-        variant = refitter.variant(plan, asked.width, Path(place) / "refit")
+    with scratch(compute.spill or tempfile.gettempdir(), "verify") as place:
+        variant = refitter.variant(plan, asked.width, place / "refit")
         key = key_of(checkpoint, Split.of(data, judged), data, [variant], compute)
         if recipe_of(key, variant) != record.recipe:
             raise InputError(f"--verify {pruned}: {_other_recipe(whole, plan, variant, data)}")
@@ -126,7 +126,11 @@ def verify_stages(
                 with console.progress("refitting again") as step:
                     refit(checkpoint, data, [variant], compute, judged=judged, until=until, progress=step)
             found = open_refitted(variant.folder).tensors
-            return {name: _bytes_of(each) for name, each in found.items() if each.layer == key}
+            return {
+                name: read_data(each.path, each.entry, each.entry.start, each.entry.nbytes)
+                for name, each in found.items()
+                if each.layer == key
+            }
 
         return pipeline.verify_both(folder, whole, pruned, compute, forward=False, recompute=again, full=full)
 
@@ -168,9 +172,3 @@ def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) ->
         return "was fitted to other text; give the text that its refit was given"
     what = "the same text and options, and another model, type (--dtype), device, number of threads or version"
     return f"was refitted with {what} of torch or transformers; compute as its refit did"
-
-
-def _bytes_of(tensor: RefittedTensor) -> bytes:
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.entry.start)
-        return file.read(tensor.entry.nbytes)

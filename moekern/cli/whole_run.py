@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
-from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
+from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 
 
@@ -141,21 +141,16 @@ def has_run(target: Path, out: Path) -> bool:
 
 def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Asked) -> Run:
     """Calibrate, plan, evaluate, prune, verify. What an earlier run with the same model and data left is used again."""
-    tiers = asked.wanted
-    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    wanted = wanted_tiers(asked.wanted, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
     check_tiers_of(wanted, compute.team)
-    if asked.refit is not None and asked.refit.refine:
-        check_alone(compute.team)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
     check_options(checkpoint, planning)
-    for line in asked.refit.check_shape(checkpoint, layout, planning.targets) if asked.refit is not None else ():
+    for line in asked.refit.check(checkpoint, layout, compute, planning.targets) if asked.refit is not None else ():
         console.say(line)
     check_work(out)
-    if asked.refit is not None:
-        asked.refit.check(checkpoint, layout, compute)
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
     made = [has_run(target, out) for target in targets]  # then it is verified; `prune` tells it from what others made
@@ -180,35 +175,27 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             is_plain(temporary_path(path))
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
-        try:
-            statistics = earlier_statistics(statistics_path, checkpoint, data, compute, tiers, restart=asked.restart)
-        except InputError:
-            _check_made(targets, made)  # which is the matter then
-            raise
-        if statistics is None:
-            _check_made(targets, made)
-            statistics_path.unlink(missing_ok=True)  # it is measured anew
-            statistics = pipeline.measured(
-                checkpoint, data, compute, tiers=tiers, out=statistics_path, stable=stable, restart=asked.restart
-            )
-        refits: list[Refitting | None] = [None] * len(targets)
+        check = lambda: _check_made(targets, made)  # noqa: E731
+        statistics = _statistics(statistics_path, checkpoint, data, compute, asked, stable, check)
+        refits: list[Refitting] = []
         if asked.refit is None:
             plans = list(make_plans(statistics, planning).values())
         else:
             work = Work(checkpoint, layout, statistics, planning, data, held, compute, asked.restart)
             refits = [asked.refit.made(work, keep, place) for keep, place in zip(keeps, places, strict=True)]
-            plans = [made.plans[REFITTED] for made in refits if made is not None]
+            plans = [each.plans[REFITTED] for each in refits]
         for plan, target in zip(plans, targets, strict=True):
             if planning.budget.kind != "uniform":
                 _say_of(target, slower_with(plan, statistics.header, planning), len(targets) > 1)
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
                 plan.save(path)
-        named = dict(zip(map(str, targets), plans, strict=True))
+        names = list(map(str, targets))
         if asked.refit is None:
+            named = dict(zip(names, plans, strict=True))
             quality = _quality(checkpoint, held, compute, named, out, asked.restart)
         else:
-            quality = joined({str(target): made for target, made in zip(targets, refits, strict=True) if made})
+            quality = joined(dict(zip(names, refits, strict=True)))
         reports = [
             prune_to(
                 checkpoint, plan, target,
@@ -229,7 +216,31 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     ]
     for place in places if asked.refit is not None else ():
         place.clear()
-    return Run(statistics_path, coverage(statistics), quality, results, [made for made in refits if made is not None])
+    return Run(statistics_path, coverage(statistics), quality, results, refits)
+
+
+def _statistics(
+    path: Path,
+    checkpoint: Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    asked: Asked,
+    stable: Stable | None,
+    check: Callable[[], None],
+) -> Statistics:
+    """Those that an earlier run has left, or measured now, where `check` does not refuse that."""
+    try:
+        found = earlier_statistics(path, checkpoint, data, compute, asked.wanted, restart=asked.restart)
+    except InputError:
+        check()  # which is the matter then
+        raise
+    if found is not None:
+        return found
+    check()
+    path.unlink(missing_ok=True)  # it is measured anew
+    return pipeline.measured(
+        checkpoint, data, compute, tiers=asked.wanted, out=path, stable=stable, restart=asked.restart
+    )
 
 
 def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Stable | None:

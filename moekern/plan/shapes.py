@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moekern.errors import InputError
@@ -11,7 +11,6 @@ from moekern.router import Router, count_problem
 
 AUTO = "auto"
 TRIED = (1.0, 0.875, 0.75, 0.625, 0.5)  # widths over I; and the width at which all experts stay
-WIDTH_STEP = 8  # what transformers' grouped products need in bfloat16; engines need more
 
 
 @dataclass(frozen=True, order=True)
@@ -26,24 +25,22 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape | None:
-    """ "21x48", or None for "auto". Raises InputError."""
+    """The shape that a text such as "21x48" names; None for "auto". Raises InputError."""
     found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
     if found is None and text != AUTO:
         raise InputError(f"--shape {text}: expected auto, or experts x channels such as 64x512")
     return None if found is None else Shape(int(found[1]), int(found[2]))
 
 
-def candidates(
-    router: Router, width: int, share: float, allowed: Callable[[int], bool] = lambda m: not m % WIDTH_STEP
-) -> list[Shape]:
+def candidates(router: Router, width: int, share: float, allowed: Collection[int]) -> list[Shape]:
     """Shapes of at most `share` of the bytes of all experts, of `width` I: from few and whole to many and narrow.
 
-    `allowed` says which widths there may be; the whole one always is.
+    `allowed` are the widths that there may be, as `targets.widths_for` has them; the whole one always is.
     """
     E, found = router.num_experts, list[Shape]()
     for part in (*TRIED, share):
         wanted = int(part * width + 1e-9)
-        narrow = next((m for m in range(wanted, 0, -1) if m == width or allowed(m)), None)
+        narrow = max((m for m in (*allowed, width) if m <= wanted), default=None)
         if narrow is None:
             continue
         most = min(E, int(share * E * width / narrow + 1e-9))

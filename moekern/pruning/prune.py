@@ -152,7 +152,7 @@ def prune(
 
     Everything is checked before the first byte is written. The output grows in `NAME.moekern` beside `out` and gets
     its name at the end; what is interrupted goes on where it was when it is called again with the same arguments. The
-    source is only read. Memory: headers, and buffers of 32 MiB. `progress` is called with the bytes so far and in all.
+    source is only read. Memory: headers, 32 MiB, some copies of an expert that is cut. progress: (bytes, of so many).
 
     mtp: "prune" keeps as many experts in MTP layers as in the fullest other layer, "drop" removes these layers, "keep"
     copies them; None does what the plan says, else "prune".
@@ -161,8 +161,8 @@ def prune(
     what passes through memory, "blake3" and `reread` read every file back from the disk. max_shard_size: make shards
     anew with at most so many bytes of data, instead of one for each of the source's. part: write this part of the
     shards; the part that finds all of them written finishes. again: a target that was made of the same source by the
-    same plan is no error, as it is none for a part. refitted: the folder of tensors that a refit computed,
-    where the plan says that layers were refitted. Raises InputError.
+    same plan is no error, as it is none for a part. refitted: the folder of what a refit computed, where the plan says
+    that there was one. Raises InputError.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -186,8 +186,6 @@ def prune(
     _check_out(job, target, mine, again=again)
     tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
     finished, waiting, already = (True, 0, True) if again else _written(job, target, part, mine, tally)
-    if already:
-        tally.reused = sum(shard.size for shard in shards)
     return PruneReport(
         out=target,
         bytes_in=sum(shard.size for shard in checkpoint.shards),
@@ -205,7 +203,7 @@ def prune(
         cloned=tally.cloned,
         holes=tally.holes,
         copied=tally.copied,
-        reused=tally.reused,
+        reused=sum(shard.size for shard in shards) if already else tally.reused,
         finished=finished,
         waiting=waiting,
         already=already,

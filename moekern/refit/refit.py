@@ -64,8 +64,8 @@ def refit(
     on other text, `judged` (None: another tenth), which decides nothing. What a variant computes is written to its
     folder, a file for each layer, for `prune(..., refitted=)`. With `resume` the same call goes on where it was
     stopped. `until` names the last layer that is wanted: nothing behind it is made, and nothing is judged. Several
-    processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do
-    not fit the model, models that cannot be refitted, and text that is too little.
+    processes (`compute.team`) share the text, with the same bits. Raises InputError for plans that do not fit the
+    model, models that cannot be refitted, and text that is too little.
     """
     check_type("compute", compute, Compute)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -73,6 +73,8 @@ def refit(
     check_data(data, checkpoint)
     for variant in variants:
         _check(variant, layout, checkpoint)
+    if until is not None and until not in layout.layers:
+        raise InputError(f"refit: until: the model has no layer {until!r} with experts")
     team = compute.team
     if any(variant.refine is not None for variant in variants):
         check_alone(team)

@@ -24,7 +24,7 @@ def trials(shapes: Sequence[Shape], plan_of: Callable[[int], Plan], width: int) 
     ]
 
 
-def some_of(data: TokenData) -> TokenData:
+def trial_text(data: TokenData) -> TokenData:
     """The first sequences of each domain, up to TRIAL tokens and one at least."""
     left = dict.fromkeys(data.tokens, TRIAL)
     taken: list[Batch] = []

@@ -95,7 +95,7 @@ class Streams(Pass[Task]):
         self.saved: dict[int, list[Tensor]] = {}  # variant -> weights of the last layer's experts
         self.task: Task | None = None
         self.original: Tensor | None = None  # log probabilities of the batch that streams are compared on
-        self.states: States | None = None
+        self.room = Room(0)  # of all rows of the layer at work, beside hidden states
         self.through = 0
         self.started()
 
@@ -113,9 +113,11 @@ class Streams(Pass[Task]):
         tasks = list(self._tasks())
         layerwise.expect(sum(task.batch.input_ids.numel() for task in tasks), self._beside(), "rows of a layer")
         half = layerwise.takes.room // 2
+        stored = stored_bytes(layerwise.checkpoint, layerwise.layout)
+        self.room = Room(max(0, layerwise.takes.room - half - stored), layerwise.spill)
         try:
-            with States(half, layerwise.spill) as self.states, self.applied:
-                layerwise.run_stepwise(tasks, self, self.states, stage)
+            with States(half, layerwise.spill) as states, self.applied:
+                layerwise.run_stepwise(tasks, self, states, stage)
         except Tangled as found:
             why = "and two streams of such cannot be kept side by side"
             raise InputError(f"{layerwise.checkpoint.folder}: {found}, {why}; prune it without a refit") from None
@@ -217,7 +219,7 @@ class Streams(Pass[Task]):
         scale = min((each for each in found if each is not None), key=lambda each: each[0])[1]  # of the first batch
         stream = scale is not None
         size = self.layerwise.embedding_size if stream else loud.hidden
-        wanted = stack.enter_context(self._room().store(self.tokens, size))
+        wanted = stack.enter_context(self.room.store(self.tokens, size))
         if scale is not None:
             with made_by(module, lambda hidden: self._put(wanted, hidden)):
                 yield Round(_of(ORIGINAL), on=on, more=True)
@@ -244,16 +246,8 @@ class Streams(Pass[Task]):
                     assert target is not None
                     stored = self._stored(variant, key, plan, block)
                     live = LiveExperts(block, asked, self.layerwise.device, stored)
-                    fitting = Fitting(
-                        live,
-                        lacks,
-                        target,
-                        self.held_rows,
-                        self.units,
-                        self.team,
-                        self._memory() // 2,
-                        self.layerwise.spill,
-                    )
+                    place = self.held_rows, self.units, self.team
+                    fitting = Fitting(live, lacks, target, *place, self.room.left, self.room.folder)
                     self.records[number - 1][key] = fitted(fitting, variant, key)
                     self.write(variant, key, plan, stored.tensors(block))
                 if last:
@@ -267,10 +261,9 @@ class Streams(Pass[Task]):
         """What a variant's experts are given, and, where there is a target, what lacks of it without them."""
         module = self.layerwise.layers[layer]
         block = block_of(module)
-        rows = stack.enter_context(
-            self._room().store(self.tokens, views(block).up.shape[2], self.layerwise.loader.dtype)
-        )
-        lacks = stack.enter_context(self._room().store(self.tokens if target else 0, target.size if target else 0))
+        given, dtype = views(block).up.shape[2], self.layerwise.loader.dtype
+        rows = stack.enter_context(self.room.store(self.tokens, given, dtype))
+        lacks = stack.enter_context(self.room.store(self.tokens if target else 0, target.size if target else 0))
         asked = Asked(rows, torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1))
 
         def hear(hidden: Tensor, ids: Tensor, gates: Tensor, applied: bool) -> None:
@@ -349,14 +342,6 @@ class Streams(Pass[Task]):
         assert self.task is not None
         if self.task.place in self.rows_of:
             store[self._rows()] = value.detach().float().flatten(0, -2).cpu()
-
-    def _memory(self) -> int:
-        """Bytes that are left beside hidden states, and what is stored of quantised experts."""
-        stored = stored_bytes(self.layerwise.checkpoint, self.layerwise.layout)
-        return max(0, self.layerwise.takes.room - (0 if self.states is None else self.states.size) - stored)
-
-    def _room(self) -> Room:
-        return Room(self._memory() // 2, self.layerwise.spill)
 
     def _beside(self) -> int:
         """Bytes of a layer's rows: the target, what lacks, one copy for each factor, and what experts are given."""

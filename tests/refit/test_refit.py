@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, evaluate
 from moekern.model.compute import Compute
+from moekern.model.expert_groups import Takes
 from moekern.model.journal import Resume
 from moekern.model.layerwise import LayerwiseModel
 from moekern.plan.channels import channel_ids
@@ -26,6 +28,7 @@ from moekern.plan.refit import REFIT
 from moekern.pruning.prune import prune
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import refit
+from moekern.refit.rows import RowStore
 from moekern.refit.variants import HELD, JUDGED, Split, Variant
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
@@ -186,6 +189,33 @@ def test_weights_are_those_that_the_checkpoint_s_type_can_hold(
     data = TokenData(tuple(b for b, use in zip(split.batches, split.uses, strict=True) if use == JUDGED), {})
     alone = evaluate(tmp_path / "out", data, {}, FLOAT32)[ORIGINAL]["a"]
     assert alone.nll == pytest.approx(made.losses["n"]["a"].nll, rel=1e-6)
+
+
+def test_rows_of_a_layer_share_the_half_of_the_budget_that_hidden_states_leave(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no room there goes to files, which changes no bit."""
+    plan, data, room = half(source), text("qwen3_moe"), 120_000
+    whole = refit(source, data, [Variant("n", plan, 16, Ridge(), None, tmp_path / "whole")], FLOAT32)
+    make, held, peak, files = RowStore.__init__, dict[int, int](), 0, 0
+
+    def counted(self: RowStore, *shape: Any, on_disk: bool = False, folder: Path | None = None) -> None:
+        nonlocal peak, files
+        make(self, *shape, on_disk=on_disk, folder=folder)
+        files += on_disk
+        held[id(self)] = 0 if on_disk else self.tensor.nbytes
+        peak = max(peak, sum(held.values()))
+
+    monkeypatch.setattr(RowStore, "__init__", counted)
+    monkeypatch.setattr(RowStore, "close", lambda self: held.pop(id(self), None))
+    monkeypatch.setattr(Takes, "room", room)
+    assert (
+        refit(source, data, [Variant("n", plan, 16, Ridge(), None, tmp_path / "small")], FLOAT32).plans == whole.plans
+    )
+    assert 0 < peak <= room // 2
+    assert files
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
 
 
 def test_what_cannot_be_is_one_line(source: Path, tmp_path: Path) -> None:
