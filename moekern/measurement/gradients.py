@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.files import reserve, scratch, sized
+from moekern.files import scratch, sized
 from moekern.model.backward import Backward
 from moekern.model.backward_apart import BackwardApart
 from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
@@ -29,6 +29,7 @@ from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.journal import Journal
 from moekern.model.layerwise import LayerwiseModel
+from moekern.model.paged import paged_zeros
 from moekern.model.transformers_api import experts_implementation, is_experts_module
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
@@ -240,20 +241,10 @@ def _accumulators(parts: list[Matrix], E: int, folder: Path | None, name: str) -
             if folder is None:
                 totals.append(torch.zeros(shape))
                 continue
-            path, n = folder / f"G-{name}-{number}", part.weight.numel()
+            path = folder / f"G-{name}-{number}"
             stack.callback(path.unlink, missing_ok=True)
-            _make(path, 4 * n)
-            totals.append(torch.from_file(str(path), shared=True, size=n, dtype=torch.float32).view(shape))
+            totals.append(paged_zeros(path, shape, "gradients"))
         yield totals
-
-
-def _make(path: Path, nbytes: int) -> None:
-    """A file of zeros that has its blocks: a page that found none would end the process."""
-    try:
-        with open(path, "wb") as file:
-            reserve(file.fileno(), nbytes)
-    except OSError as error:
-        raise InputError(f"{path.parent}: no room for gradients beyond --memory: {error.strerror}") from error
 
 
 def _add(total: Tensor, gradient: Tensor) -> None:

@@ -37,6 +37,11 @@ class Backward(Generic[Task]):
     tasks: Sequence[Task]
     loss: Callable[[Task], Tensor]
     kept: Callable[[], Any] = lambda: None  # what another process must know that goes on with this
+    what: str = "--tier gradient"  # what it is for, in refusals
+    loaded: Callable[[int], None] = lambda i: None  # a layer's weights are in memory, on the way forward: see `Pass`
+    done: Callable[[int], None] = lambda i: None
+    outside: Sequence[Tensor] = ()  # leaves behind the layers (a norm's weight) whose gradients are wanted too
+    of_outside: list[Tensor] = field(default_factory=list)  # these, summed over tasks in float32
     steps: Stepwise = field(init=False)
 
     def forward(self, progress: Callable[[int], None], stage: Stage | None = None) -> None:
@@ -97,11 +102,19 @@ class Backward(Generic[Task]):
             self.store.put(("next", -1, task), State(hidden, {}))
             self.store.put(("gradient", -1, task), State(gradient, {}))
 
+    def add_outside(self, gradients: Sequence[Tensor | None]) -> None:
+        """One task's gradients of `outside`."""
+        if not self.of_outside:
+            self.of_outside.extend(torch.zeros_like(leaf, dtype=torch.float32) for leaf in self.outside)
+        for total, gradient in zip(self.of_outside, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+
     def refusal(self, i: int) -> InputError:
         """The error for a family in which layers depend on each other by more than the hidden states."""
         layer, name = type(self.layerwise.layers[i]).__name__, self.layerwise.layout.family.name
         return InputError(
-            f"--tier gradient: {name}: decoder layer {i} ({layer}) is given more of the layers before it than hidden "
+            f"{self.what}: {name}: decoder layer {i} ({layer}) is given more of the layers before it than hidden "
             "states, so gradients cannot be handed back layer by layer"
         )
 
@@ -130,10 +143,13 @@ class _Forward(Pass[tuple[int, Task]]):
             total = self.back.loss(batch)
             if not all_finite(total):
                 raise NotFinite(len(self.back.layerwise.layers))
-            (gradient,) = torch.autograd.grad(total, self.leaves.pop(number))
+            leaf = self.leaves.pop(number)
+            gradient, *others = torch.autograd.grad(total, [leaf, *self.back.outside], allow_unused=True)
         finally:
             torch.set_grad_enabled(False)
+        assert gradient is not None
         self.back.store.put(("gradient", -1, number), State(gradient, {}))
+        self.back.add_outside(others)
 
     @contextmanager
     def entering(self, task: tuple[int, Task], layer: int) -> Iterator[None]:
@@ -149,7 +165,11 @@ class _Forward(Pass[tuple[int, Task]]):
     def kept(self) -> Any:
         return self.back.kept()
 
+    def loaded(self, layer: int) -> None:
+        self.back.loaded(layer)
+
     def done(self, layer: int) -> None:
+        self.back.done(layer)
         self.progress(layer)
 
     def name(self, task: tuple[int, Task]) -> str:

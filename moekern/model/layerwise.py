@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +37,8 @@ from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, exper
 from moekern.model.journal import ANEW, Stage, undamaged
 from moekern.model.memory import drop, return_freed_memory
 from moekern.model.position import Position
-from moekern.model.reader import LayerReader, read_tensors
+from moekern.model.reader import LayerReader
+from moekern.model.skeleton import fill_skeleton
 from moekern.model.spent import Spent
 from moekern.model.states import States
 from moekern.model.stepwise import Beside, Stepwise, Tangled
@@ -74,6 +75,7 @@ class LayerwiseModel:
     team: Team = ALONE  # the processes that take this pass, each with tasks of its own
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
     notes: list[str] = field(default_factory=list)  # said once the first layer is there
+    stays: bool = False  # what is filled stays so from pass to pass: there is memory for all layers
 
     @property
     def model(self) -> nn.Module:
@@ -230,7 +232,7 @@ class LayerwiseModel:
                 stage.save(i + 1, last + 1, states, run.kept, self.returns)
 
         if first <= last:
-            self.reader.start(first)
+            self._begin(first)
         try:
             walk(
                 list(self.layers), tasks, run, way,
@@ -294,7 +296,7 @@ class LayerwiseModel:
     def visit(self, order: Sequence[int]) -> Iterator[int]:
         """Fill these decoder layers in this order, one at a time; each is dropped when the next one is asked for."""
         if order:
-            self.reader.start(order[0])
+            self._begin(order[0])
         try:
             for i, after in zip(order, (*order[1:], None)[: len(order)], strict=True):
                 self._load(i, after)
@@ -306,23 +308,33 @@ class LayerwiseModel:
     def _load(self, i: int, after: int | None) -> None:
         """Fill layer i, whose reading was started, and start to read `after`; of a layer that is cut, its experts wait,
         and the first group of them is read instead."""
-        what = f"the weights of decoder layer {i}"
-        self.groups.made(self.reader, i, what, partial(self.groups.fill_layer, i))
-        self._check_filled(i)
+        if not self._is_here(i):
+            what = f"the weights of decoder layer {i}"
+            self.groups.made(self.reader, i, what, partial(self.groups.fill_layer, i))
+            self._check_filled(i)
         while self.notes:
             LOG.info(self.notes.pop(0))
         after = self.groups.numbers.get((i, 0), after)
         if after is not None:
-            self.reader.start(after)
+            self._begin(after)
+
+    def _begin(self, i: int) -> None:
+        """Start to read layer i, or a group of experts, where it is not there."""
+        if not self._is_here(i):
+            self.reader.start(i)
+
+    def _is_here(self, i: int) -> bool:
+        return self.stays and not any(parameter.is_meta for parameter in self.layers[i].parameters())
 
     def _unload(self, i: int) -> None:
-        drop(self.layers[i])
-        return_freed_memory()
+        if not self.stays:
+            drop(self.layers[i])
+            return_freed_memory()
 
     def _let_go(self) -> None:
         """No layer is wanted any longer."""
         self.reader.cancel()
-        for layer in self.layers:
+        for layer in () if self.stays else self.layers:
             drop(layer)
 
     def _check_filled(self, i: int) -> None:
@@ -371,29 +383,6 @@ def open_layerwise(
             checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
-            _fill_skeleton(model, skeleton)
+            fill_skeleton(model, skeleton)
         yield model
         LOG.info(spent.described)
-
-
-def _fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
-    if model.team.local_size == 1:
-        model.loader.load(read_tensors(model.checkpoint, keys), model.device)
-    else:
-        with LayerReader(model.checkpoint, [keys], torch.device("cpu"), team=model.team) as once:
-            once.start(0)
-            model.loader.load(once.take(), model.device)
-            once.release(model.model)
-    module: Any = model.model
-    module.tie_weights()
-    inside = model.layers_name + "."
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta and not name.startswith(inside):
-            raise InputError(f"{model.checkpoint.folder}: no tensor for the model's {name}")
-    _move_buffers(module, model.device)
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer if buffer is None or buffer.is_meta else buffer.to(device)

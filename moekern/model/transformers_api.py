@@ -27,6 +27,9 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.core_model_loading import (
+    revert_weight_conversion as revert_weight_conversion,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import moe
 from transformers.modeling_utils import LoadStateDictConfig

@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import moekern._C as _C
 from moekern.checkpoint.header import DTYPE_BITS, Shard, TensorEntry, read_shard
-from moekern.checkpoint.strict_json import HEADER_CAP, parse_json, shown
+from moekern.checkpoint.strict_json import parse_json, shown
+from moekern.checkpoint.writing import Buffer, write_tensors
 from moekern.errors import InputError
-from moekern.files import is_folder, is_plain, replacing
+from moekern.files import is_folder, is_plain
 from moekern.plan.document import KEY_CAP, LAYER_CAP, LayerPlan, Plan
 from moekern.plan.refit import is_sha256, kept_digest, refit_of
 
@@ -27,8 +28,6 @@ METADATA = "moekern"  # the key of a header's metadata
 SUFFIX = ".safetensors"
 CHECKSUM = re.compile(r"[0-9a-f]{32}")  # XXH3-128
 NUMBERS = ("F64", "F32", "F16", "BF16")  # what is plain numbers may become another of these
-
-Buffer: TypeAlias = bytes | bytearray | memoryview | Any  # whatever memoryview takes: numpy arrays do
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,37 +71,18 @@ def write_layer(
         raise ValueError("[write_layer] recipe, model: expected sha256")
     if not key or key.startswith(".") or os.sep in key or not tensors:
         raise ValueError(f"[write_layer] key: expected a layer with tensors, got {key!r}")
-    bits = {name: DTYPE_BITS[dtype] for name, (dtype, _, _) in tensors.items()}
-    views: dict[str, memoryview] = {}
-    header: dict[str, Any] = {}
-    stop = 0
-    for name in sorted(tensors, key=lambda name: (-bits[name], name)):  # wide ones first: all lie aligned
-        dtype, shape, data = tensors[name]
-        view = views[name] = _bytes(data)
-        numbers = bits[name]
-        for size in shape:
-            numbers *= size
-        if numbers != 8 * view.nbytes:
-            raise ValueError(f"[write_layer] {name}: {view.nbytes} bytes are not {dtype} {list(shape)}")
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [stop, stop := stop + view.nbytes]}
+    order = sorted(tensors, key=lambda name: (-DTYPE_BITS[tensors[name][0]], name))  # wide ones first: all lie aligned
     said = {
         "format": FORMAT,
         "layer": key,
         "recipe": recipe,
         "kept": kept_digest(kept),
         "model": model,
-        "checksums": {name: _checksum(view).hex() for name, view in views.items()},
+        "checksums": {name: _checksum(tensors[name][2]).hex() for name in order},
     }
-    metadata = {"__metadata__": {METADATA: json.dumps(said, ensure_ascii=False, separators=(",", ":"))}}
-    text = json.dumps({**metadata, **header}, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_CAP:
-        raise ValueError(f"[write_layer] tensors: a header of {len(text)} bytes, more than the limit of {HEADER_CAP}")
     path = Path(folder) / f"{key}{SUFFIX}"
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for view in views.values():
-            file.write(view)
+    metadata = {METADATA: json.dumps(said, ensure_ascii=False, separators=(",", ":"))}
+    write_tensors(path, {name: tensors[name] for name in order}, metadata)
     return path
 
 
@@ -217,12 +197,7 @@ def _said(shard: Shard) -> dict[str, Any]:
     return said
 
 
-def _bytes(data: Buffer) -> memoryview:
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else memoryview(b"")
-
-
-def _checksum(data: memoryview) -> bytes:
+def _checksum(data: Buffer) -> bytes:
     state = _C.Xxh3()
-    state.update(data)
+    state.update(memoryview(data).cast("B") if memoryview(data).nbytes else b"")
     return bytes(state.digest())

@@ -1,0 +1,78 @@
+"""A model opened to be trained: what memory its layers, what trains of them, and hidden states share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import Checkpoint
+from moekern.files import scratch, sized
+from moekern.model.compute import Compute
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.recovery.selection import Chosen, check_written, chosen
+from moekern.recovery.settings import Training
+from moekern.recovery.trained import Trained, bytes_trained
+
+SHARE = 2  # of what is left beside a layer, one part in so many for what trains, and of the rest for layers that stay
+
+
+@dataclass(frozen=True)
+class Ready:
+    """trained: what trains, with nothing in it yet. described: what lies where, for people."""
+
+    layerwise: LayerwiseModel
+    trained: Trained
+    described: str
+
+
+@contextmanager
+def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Iterator[Ready]:
+    """Raises InputError for what cannot be trained, or not written."""
+    with open_layerwise(checkpoint, find_layout(checkpoint), compute, compute.team) as layerwise:
+        layerwise.model.requires_grad_(False)
+        some = chosen(layerwise, training)
+        check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
+        if layerwise.groups.cuts:
+            raise layerwise.takes.refusal("layers that are run in groups of experts are not trained")
+        with _paged(layerwise, some) as folder:
+            inside = folder is None
+            room = layerwise.takes.room - (bytes_trained(some) if inside else 0)
+            layers = sum(_bytes(layer) for layer in layerwise.layers)
+            on_gpu = layerwise.takes.budget.gpu
+            free = room if on_gpu is None else on_gpu - layerwise.takes.on_device
+            stays = layers <= free // SHARE
+            left = room - (layers if stays and on_gpu is None else 0)
+            there = _with_room(layerwise, max(0, left), stays=stays)
+            where = "in memory" if inside else f"in files in {folder and folder.parent}"
+            of_layers = f"all layers in memory ({sized(layers)})" if stays else "one layer in memory at a time"
+            numbers = sum(value.numel() for one in some for value in [layerwise.model.get_parameter(one.name)])
+            said = f"{numbers} weights train, {sized(bytes_trained(some))} {where} for them; {of_layers}"
+            yield Ready(there, Trained(there, some, training, folder), said)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in layer.parameters())
+
+
+@contextmanager
+def _paged(layerwise: LayerwiseModel, some: list[Chosen]) -> Iterator[Path | None]:
+    """A folder for what trains; None where memory has room for it."""
+    if bytes_trained(some) <= layerwise.takes.room // SHARE:
+        yield None
+        return
+    import tempfile
+
+    with scratch(layerwise.spill or tempfile.gettempdir(), "recover") as folder:
+        yield folder
+
+
+def _with_room(layerwise: LayerwiseModel, room: int, *, stays: bool) -> LayerwiseModel:
+    """The same with less room for hidden states."""
+    budget = layerwise.takes.budget
+    less = replace(budget, host=max(0, budget.host - (layerwise.takes.room - room)))
+    return replace(layerwise, takes=replace(layerwise.takes, budget=less), stays=stays)

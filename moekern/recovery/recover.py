@@ -1,0 +1,325 @@
+"""The stage that trains: what the original predicts, then steps with looks at held-back text, then what is best."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekern.architectures import find_layout
+from moekern.calibration.sharing import facts_of
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.data.batches import TokenData
+from moekern.data.text import check_data
+from moekern.errors import InputError, check_type
+from moekern.evaluation.losses import Loss, mean_loss
+from moekern.files import is_folder, is_plain
+from moekern.model.compute import Compute
+from moekern.model.journal import ANEW, Resume, opened, removed
+from moekern.model.layerwise import open_layerwise
+from moekern.model.position import differences, digest, text_key
+from moekern.model.precision import settled
+from moekern.recovery.course import Course, Sample
+from moekern.recovery.loaded import ready
+from moekern.recovery.objective import Objective
+from moekern.recovery.settings import VOCABULARY, Training
+from moekern.recovery.steps import Steps
+from moekern.recovery.teacher import Teacher, Teaching
+from moekern.recovery.trained import Trained
+from moekern.recovery.written import write_trained
+from moekern.version import versions
+
+STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
+TEACHING = "the original's predictions"
+Losses = Mapping[str, Loss]  # by domain
+Progress = Callable[[str, float], None]  # what is being done, and how much of it is (0 to 1)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint.
+
+    Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
+    (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
+    curve: a record for each step and each look. record: what decided the result.
+    """
+
+    folder: Path
+    tensors: int
+    best: int
+    steps: int
+    held: tuple[Losses, Losses]
+    judged: tuple[Losses, Losses]
+    curve: Sequence[Mapping[str, Any]]
+    record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _State:
+    """How far a run is."""
+
+    step: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, dict[str, Any]] = field(default_factory=dict)  # of text that is judged by
+    best: int = 0
+    least: float | None = None  # of the looks
+    stale: int = 0  # looks since then
+
+
+def recover(
+    pruned: str | Path | Checkpoint,
+    original: str | Path | Checkpoint | None,
+    data: TokenData,
+    folder: Path,
+    training: Training = Training(),
+    compute: Compute = Compute(),
+    *,
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda what, share: None,
+) -> Recovery:
+    """Train weights of a pruned model towards the original's predictions of a text (`original` None: by the loss of
+    the next token alone), with one layer of it in memory, or all of them where there is room: the same numbers.
+
+    Of each domain a tenth of the sequences is held back to choose the best state, and another one to judge it. What is
+    not done yet lies in `folder`, and the same call goes on from there after a kill, to the same bytes. Several
+    processes (`compute.team`) share the sequences of each step, and the folder, which all must see; another number of
+    them gives numbers that differ by rounding. Raises InputError for models that cannot be trained, or not so, and for
+    text that is too little.
+    """
+    training.check()
+    check_type("compute", compute, Compute)
+    student = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
+    whole = open_checkpoint(original) if isinstance(original, (str, Path)) else original
+    check_data(data, student)
+    if training.kl and whole is None:
+        raise InputError("recover: --kl trains towards an original: name it (--original), or give --kl 0 --next 1")
+    compute = settled(compute, student, find_layout(student))
+    team = compute.team
+    team.together(recover, student.folder, whole and whole.folder, data, folder, training, compute, restart=restart)
+    team.check_alike(facts_of(student, compute))
+    course = Course.of(data, training)
+    key = _key(student, whole if training.kl else None, course, data, training, compute)
+    if team.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_left(folder, key, restart=restart)
+    team.meet()
+    if not is_folder(folder):
+        raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
+    with ready(student, compute, training):
+        pass  # what cannot be trained is found before anything is computed
+    teacher = None
+    if training.kl and whole is not None:
+        teacher = taught(
+            whole, course.samples, folder, training.top, compute, restart=restart, tell=tell, progress=progress
+        )
+    with ready(student, compute, training) as there:
+        tell(f"recover: {there.described}")
+        steps = Steps(there.layerwise, there.trained, Objective(training.kl, training.next), teacher)
+        run = _Run(steps, course, training, folder, key, tell, progress)
+        return run.finished(run.trained_on())
+
+
+def taught(
+    original: Checkpoint,
+    samples: Sequence[Sample],
+    folder: Path,
+    top: int | str,
+    compute: Compute,
+    *,
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda what, share: None,
+) -> Teacher:
+    """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
+    team, batches = compute.team, [sample.batch for sample in samples]
+    key = {
+        "original": original.fingerprint,
+        "config.json": original.config_sha256,
+        "text": text_key(TokenData(tuple(batches), {})),
+        "--top": top,
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "versions": versions(),
+    }
+    resume = Resume(folder / "teaching", restart, tell)
+    with open_layerwise(original, find_layout(original), compute, team) as layerwise:
+        teacher = Teacher(folder / TEACHER, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
+        if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
+            team.meet()
+            teacher.open(digest(key))
+            return teacher
+        with opened(resume, key, (TEACHING,), team) as journal:
+            team.meet()
+            if not team.first:
+                teacher.share()
+            stage = None if journal is None else journal.stage(TEACHING)
+            total = len(layerwise.layers)
+            Teaching(layerwise, teacher, lambda done, of: progress(TEACHING, done / total)).run(batches, stage)
+            if team.first:
+                teacher.finished()
+        if journal is not None and team.first:
+            removed(journal.folder)
+    return teacher
+
+
+@dataclass
+class _Run:
+    """A run from where it was stopped to its end."""
+
+    steps: Steps
+    course: Course
+    training: Training
+    folder: Path
+    key: Mapping[str, Any]
+    tell: Callable[[str], None]
+    progress: Progress
+
+    @property
+    def trained(self) -> Trained:
+        return self.steps.trained
+
+    def trained_on(self) -> _State:
+        """Train to the end. The state is written down at every look."""
+        state = self._left()
+        of = self.training.steps
+        if state.step == 0 and not state.curve:
+            state.before = _document(self._look(self.course.judged))
+            self._looked(state)
+        while state.step < of and state.stale < self.training.patience:
+            rate = self.training.rate_at(state.step)
+            told = self.steps.step(
+                self.course.steps[state.step], rate, lambda share: self.progress("training", (state.step + share) / of)
+            )
+            if state.step == 0:
+                self._check_touched()
+            state.step += 1
+            tokens = self.course.tokens(state.step - 1)
+            state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **told})
+            if state.step % self.training.looks == 0 or state.step == of:
+                self._looked(state)
+        return state
+
+    def finished(self, state: _State) -> Recovery:
+        """Write what the best state is, and judge it."""
+        team, notes = self.steps.layerwise.team, list(self.course.notes)
+        best = state.best if self.course.held else state.step
+        if best != state.step:
+            self.trained.load(self.folder / BEST, ("value",))
+        after = self._look(self.course.judged)
+        if self.course.held and not best:
+            notes.append(
+                "no state was better on held-back text than the first: nothing is changed; a lower --rate may help"
+            )
+        elif state.step < self.training.steps:
+            notes.append(f"ended after step {state.step} of {self.training.steps}: {state.stale} looks brought nothing")
+        out = self.folder / TRAINED
+        if team.first:
+            if is_folder(out):
+                shutil.rmtree(out)
+            out.mkdir()
+        team.meet()
+        count = write_trained(self.trained, out)
+        looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
+        held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
+        return Recovery(
+            out, count, best, state.step, held, (_losses(state.before), after), tuple(state.curve),
+            {"training": asdict(self.training), "best": best, "steps": state.step, **self.key}, tuple(notes),
+        )  # fmt: skip
+
+    def _look(self, samples: Sequence[Sample]) -> Losses:
+        if not samples:
+            return {}
+        return self.steps.look(samples, lambda share: self.progress("looking at held-back text", share))
+
+    def _looked(self, state: _State) -> None:
+        """Look at what is held back, keep what is best, and write down how far the run is."""
+        team, held = self.steps.layerwise.team, self._look(self.course.held)
+        if held:
+            state.curve.append({"step": state.step, "held": _document(held)})
+            value = _value(held, self.training)
+            if state.least is None or value < state.least:
+                state.least, state.best, state.stale = value, state.step, 0
+                if team.first:
+                    self.trained.save(self.folder / BEST, {"step": state.step}, ("value",))
+            else:
+                state.stale += 1
+        if team.first and len(self.trained.begun) == len(self.trained.some):
+            self.trained.save(self.folder / STATE, {"key": self.key, **asdict(state)})
+        team.meet()
+
+    def _left(self) -> _State:
+        """Where a run was stopped; its beginning where none was."""
+        if not is_plain(self.folder / STATE):
+            return _State()
+        found = self.trained.load(self.folder / STATE)
+        state = _State(**{name: found[name] for name in asdict(_State())})
+        self.trained.steps = state.step
+        self.tell(f"recover: going on behind step {state.step} of {self.training.steps}, where a stopped run was")
+        return state
+
+    def _check_touched(self) -> None:
+        """Raise InputError where no gradient reaches anything that trains; say it of some."""
+        names = [one.name for one in self.trained.some if one.name not in self.trained.touched]
+        if len(names) == len(self.trained.some):
+            what = f"no gradient reaches {names[0]}: it decides which experts are chosen, and how much of each does not"
+            raise InputError(f"--train {','.join(self.training.train)}: {what} depend on it")
+        if names:
+            self.tell(
+                f"recover: no gradient reaches {len(names)} of the parameters, as {names[0]}: they stay as they are"
+            )
+
+
+def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:
+    """Raise InputError where a run of another kind was stopped; with `restart` what it left is removed."""
+    if restart:
+        for name in (STATE, BEST):
+            (folder / name).unlink(missing_ok=True)
+    if is_plain(folder / STATE):
+        then = Trained.said_in(folder / STATE).get("key")
+        differing = differences(then, key) if isinstance(then, dict) else "key"
+        if differing:
+            what = f"a stopped run is kept there, with another {differing}; give the same again and it goes on"
+            raise InputError(f"{folder}: {what}, or {ANEW}", kind="option")
+
+
+def _key(
+    student: Checkpoint,
+    original: Checkpoint | None,
+    course: Course,
+    data: TokenData,
+    training: Training,
+    compute: Compute,
+) -> dict[str, Any]:
+    """All that decides the bits, in words for people."""
+    text = replace(data, batches=tuple(sample.batch for sample in course.samples))
+    return {
+        "model": student.fingerprint,
+        "original": None if original is None else original.fingerprint,
+        "text": text_key(text),
+        "training": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training).items()},
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "threads": torch.get_num_threads(),
+        "processes": compute.team.size,
+        "versions": versions(),
+    }
+
+
+def _value(losses: Losses, training: Training) -> float:
+    """What training makes smaller, on some text: a mean over domains."""
+    parts = (mean_loss({d: getattr(loss, name) for d, loss in losses.items()}) for name in ("kl", "nll"))
+    return sum(weight * part for weight, part in zip((training.kl, training.next), parts, strict=True) if weight)
+
+
+def _document(losses: Losses) -> dict[str, dict[str, Any]]:
+    return {domain: asdict(loss) for domain, loss in losses.items()}
+
+
+def _losses(document: Mapping[str, Mapping[str, Any]]) -> Losses:
+    return {domain: Loss(**loss) for domain, loss in document.items()}

@@ -1,0 +1,168 @@
+"""Steps of training, and looks at held-back text: passes over the layers, forward and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern.data.batches import dealt
+from moekern.errors import InputError
+from moekern.evaluation.losses import Loss, means
+from moekern.model.backward import Backward
+from moekern.model.compute import few_tokens
+from moekern.model.finite import NotFinite, all_finite
+from moekern.model.layerwise import LayerwiseModel
+from moekern.model.transformers_api import experts_implementation, is_experts_module
+from moekern.model.walk import Pass
+from moekern.recovery.course import Sample
+from moekern.recovery.objective import Objective
+from moekern.recovery.teacher import Teacher, check_head
+from moekern.recovery.trained import Trained
+
+WHAT = "recover"
+
+
+@dataclass
+class Steps:
+    """What trains of a model, towards what. teacher: None where the loss is cross-entropy alone."""
+
+    layerwise: LayerwiseModel
+    trained: Trained
+    objective: Objective
+    teacher: Teacher | None
+
+    def step(self, samples: Sequence[Sample], rate: float, progress: Callable[[float], None]) -> dict[str, float]:
+        """One step on these samples, which the ranks share. What is told of it: loss, its parts, the norm of gradients.
+
+        Raises InputError for numbers that are not finite, before anything has changed.
+        """
+        layerwise, trained = self.layerwise, self.trained
+        total = sum(sample.predicted for sample in samples)
+        mine = self._own(samples)
+        sums = torch.zeros(4, dtype=torch.float64)
+
+        def loss(sample: Sample) -> Tensor:
+            found, parts = self._loss(sample)
+            nonlocal sums
+            sums = sums + parts
+            return found / total
+
+        layers = len(layerwise.layers)
+        with self._training() as stack:
+            states = stack.enter_context(layerwise.states())
+            trained.put_in(None)
+            first = min((one.layer for one in trained.some if one.layer is not None), default=layers)
+            back = Backward(
+                layerwise, first, states, mine, loss,
+                what=WHAT, loaded=trained.put_in, done=trained.take_out, outside=trained.parameters(None),
+            )  # fmt: skip
+            back.forward(lambda i: progress((i + 1) / layers / 3))
+            trained.add(None, back.of_outside or [None] * len(trained.of_layer(None)))
+            trained.take_out(None)
+            for i in back.layers():
+                trained.put_in(i)
+                self._through(back, i)
+                trained.take_out(i)
+                progress(1 / 3 + 2 / 3 * (layers - i) / layers)
+        sums = sum(layerwise.team.every(sums), torch.zeros_like(sums))
+        self._gather()
+        told = {"nll": float(sums[0]) / total, "kl": float(sums[1]) / total, "top1": float(sums[2]) / total}
+        norm = trained.stepped(rate)
+        if not math.isfinite(norm):
+            raise InputError(f"{WHAT}: the gradients are not finite; a lower --rate, or --dtype float32, may mend it")
+        return {**told, "norm": norm}
+
+    def _through(self, back: Backward[Sample], i: int) -> None:
+        """The way back of all tasks through a layer that is filled, with the gradients of what trains in it."""
+        parameters = self.trained.parameters(i)
+        totals: list[Tensor | None] = [None] * len(parameters)
+        for number in range(len(back.tasks)):
+            found = back.through(i, number, lambda: parameters)
+            for n, gradient in enumerate(found):
+                if gradient is not None:
+                    total = totals[n]
+                    totals[n] = gradient.float() if total is None else total.add_(gradient)
+        self.trained.add(i, totals)
+
+    def _gather(self) -> None:
+        """Gradients of all ranks are added, in the order of ranks."""
+        team = self.layerwise.team
+        if team.size == 1:
+            return
+        self.trained.touched = {name for each in team.every(self.trained.touched) for name in each}
+        for name in self.trained.names:
+            own = self.trained.numbers["gradient", name]
+            parts = team.every(own.clone())
+            own.copy_(sum(parts[1:], parts[0]))
+
+    def look(
+        self, samples: Sequence[Sample], progress: Callable[[float], None] = lambda share: None
+    ) -> Mapping[str, Loss]:
+        """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank."""
+        look = _Look(self, self._own(samples), progress)
+        with self._training():
+            self.trained.put_in(None)
+            self.layerwise.run(look.samples, look)
+            self.trained.take_out(None)
+        found: dict[int, Tensor] = {}
+        for each in self.layerwise.team.every(look.sums):
+            found |= each
+        rows = ((WHAT, sample.batch.domain, found[sample.place]) for sample in samples)
+        return means([WHAT], rows)[WHAT]
+
+    def _own(self, samples: Sequence[Sample]) -> list[Sample]:
+        team = self.layerwise.team
+        owners = dealt([sample.batch.input_ids.numel() for sample in samples], team.size)
+        return [sample for sample, owner in zip(samples, owners, strict=True) if owner == team.rank]
+
+    @contextmanager
+    def _training(self) -> Iterator[ExitStack]:
+        """Experts are computed by a function that autograd knows."""
+        modules = [m for m in self.layerwise.model.modules() if is_experts_module(m)]
+        with ExitStack() as stack:
+            stack.enter_context(experts_implementation(modules, "eager"))
+            yield stack
+
+    def _loss(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        ids, logits = sample.batch.input_ids, self.layerwise.compute(sample.batch).logits
+        check_head(self.layerwise, logits, self.layerwise.vocab_size)
+        rows, wanted = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device)
+        return self.objective(rows, wanted, None if self.teacher is None else self.teacher.of(sample.place))
+
+
+class _Look(Pass[Sample]):
+    """Losses of samples, without a gradient."""
+
+    def __init__(self, steps: Steps, samples: Sequence[Sample], progress: Callable[[float], None]) -> None:
+        self.steps, self.samples, self.progress = steps, samples, progress
+        self.sums: dict[int, Tensor] = {}
+
+    def forward(self, task: Sample) -> None:
+        _, found = self.steps._loss(task)
+        if not all_finite(found):
+            raise NotFinite(len(self.steps.layerwise.layers))
+        self.sums[task.place] = found
+
+    @contextmanager
+    def entering(self, task: Sample, layer: int) -> Iterator[None]:
+        with few_tokens(task.batch.input_ids.numel(), self.steps.layerwise.device):
+            yield
+
+    def name(self, task: Sample) -> str:
+        return f"domain {task.batch.domain}"
+
+    def loaded(self, layer: int) -> None:
+        self.steps.trained.put_in(layer)
+
+    def done(self, layer: int) -> None:
+        self.steps.trained.take_out(layer)
+        self.progress((layer + 1) / len(self.steps.layerwise.layers))
+
+    def kept(self) -> Any:
+        return None

@@ -1,0 +1,47 @@
+"""What training made, as tensors of the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from moekern.checkpoint.writing import write_tensors
+from moekern.errors import InputError
+from moekern.model.finite import all_finite
+from moekern.model.reader import DTYPES
+from moekern.model.requantised import as_stored
+from moekern.model.saved import check_place, saved
+from moekern.recovery.selection import named
+from moekern.recovery.trained import Trained
+
+
+def write_trained(trained: Trained, folder: Path) -> int:
+    """Write what changes, by its names in the checkpoint and in its types, a file for each layer. Returns how many
+    tensors there are. Raises InputError for numbers that the checkpoint's types cannot hold."""
+    layerwise, count = trained.layerwise, 0
+    layers = sorted({one.layer for one in trained.some if one.layer is not None})
+    for i in layerwise.visit(layers):
+        own = named(layerwise.layers_name, i, layerwise.layers[i])
+        count += _write(trained, i, own, folder / f"layer-{i:05d}.safetensors")
+    behind = {one.name: layerwise.model.get_parameter(one.name) for one in trained.of_layer(None)}
+    return count + (_write(trained, None, dict(behind), folder / "behind.safetensors") if behind else 0)
+
+
+def _write(trained: Trained, layer: int | None, parameters: dict[str, Tensor], path: Path) -> int:
+    names = {one.name for one in trained.of_layer(layer)}
+    made = {name: value.detach().cpu() for name, value in parameters.items()} | trained.made(layer)
+    loader, checkpoint = trained.layerwise.loader, trained.layerwise.checkpoint
+    tensors: dict[str, Tensor] = {}
+    for name, value in saved(loader, made).items():
+        if loader.model_key(name) not in names:
+            continue
+        check_place(checkpoint, name, value)
+        own = value.to("cpu", DTYPES[checkpoint.tensors[name].dtype]).contiguous()
+        if not all_finite(own):
+            raise InputError(
+                f"recover: {name}: became numbers that {own.dtype} cannot hold; a lower --rate may mend it"
+            )
+        tensors[name] = own
+    write_tensors(path, {name: as_stored(value) for name, value in tensors.items()}, {})
+    return len(tensors)
