@@ -17,9 +17,8 @@ from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.measurement import gradients
 from moekern.measurement.gradients import measure_gradients
-from moekern.model import expert_groups, journal
+from moekern.model import expert_groups, journal, paged
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.layerwise import open_layerwise
@@ -141,7 +140,7 @@ def test_a_disk_without_room_for_gradients_is_one_line(
 
     folder = family_checkpoint("qwen3_moe")
     tighten(monkeypatch, folder, F32)
-    monkeypatch.setattr(gradients, "reserve", full)
+    monkeypatch.setattr(paged, "reserve", full)
     with pytest.raises(InputError, match="no room for gradients beyond --memory: No space left .* bytes are needed"):
         calibrate(folder, text("qwen3_moe"), Compute(dtype=torch.float32, spill=tmp_path), tiers=("gradient",))
     assert not list(tmp_path.iterdir())
