@@ -12,7 +12,7 @@ from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 from moekern.pruning.cuts import OutputTensor
 from moekern.pruning.pieces import Piece
-from moekern.pruning.shards import OutputShard, best_phase
+from moekern.pruning.shards import OutputShard
 
 Copy = Literal["auto", "reflink", "kernel", "stream"]
 Checksum = Literal["xxh3", "blake3", "none"]
@@ -76,10 +76,10 @@ def space_needed(checkpoint: Checkpoint, shard: OutputShard, known: Mapping[str,
     """Bytes of disk that a shard will take, at the most: shared blocks and holes take none, what is computed does."""
     size = shard.size
     if all(known[file].startswith("reflink") for file in shard.files):
-        size -= best_phase(shard.tensors)[1]
+        size -= shard.shared
     made = sum(tensor.nbytes for tensor in shard.tensors if tensor.is_computed)
     copied = sum(map(_data_bytes, (checkpoint.folder / file for file in shard.files)))
-    return min(size, len(shard.header()) + made + copied)
+    return min(size, shard.header_bytes + made + copied)
 
 
 def room_needed(checkpoint: Checkpoint, folder: Path, nbytes: int) -> int:
@@ -130,7 +130,7 @@ def _as_computed(tensor: OutputTensor, found: bytes | None) -> bytes | None:
     if tensor.refitted is None:
         return found
     if found not in (None, tensor.refitted.checksum):
-        what = "its bytes are not those that were computed; the file is damaged: refit this layer again"
+        what = "its bytes are not those that were computed; the file is damaged: compute it again"
         raise InputError(f"{tensor.refitted.path}: tensor {shown(tensor.name)}: {what}")
     return tensor.refitted.checksum
 
@@ -175,8 +175,10 @@ def _hashes(checksum: Checksum) -> list[Any]:
     return hashes
 
 
-def check_checksum(checksum: str) -> None:
-    """Raise InputError when the checksum is unknown, or its library is not installed."""
+def check_copying(copy: str, checksum: str) -> None:
+    """Raise InputError when the way or the checksum is unknown, or its library is not installed."""
+    if copy not in COPIES:
+        raise InputError(f"--copy {copy}: expected one of {', '.join(COPIES)}")
     if checksum not in CHECKSUMS:
         raise InputError(f"--checksum {checksum}: expected one of {', '.join(CHECKSUMS)}")
     if checksum == "blake3":

@@ -2,28 +2,24 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from moekern.plan.document import Plan
-from moekern.pruning.refitted import Refitted
 from moekern.pruning.side_files import MANIFEST, SideFile, side_file
 from moekern.pruning.work_folder import Record
 
 
-def manifest(
-    records: Sequence[Record], plan: Plan, refitted: Refitted | None, names: Mapping[str, Sequence[str]]
-) -> SideFile:
-    """names: shard -> its tensors that were refitted, which count as computed, and are named with their recipe."""
+def manifest(records: Sequence[Record], plan: str | None, told: Mapping[str, Mapping[str, Any]]) -> SideFile:
+    """plan: its sha256. told: shard -> what else is to stand in its line: of a refit, of training."""
     text = ""
     for record in records:
         line = {
             "shard": record.shard,
             "size": record.size,
-            "plan": plan.digest,
+            "plan": plan,
             "checksum": record.checksum,
             "tensors": dict(record.tensors),
             "computed": list(record.computed),
+            **told.get(record.shard, {}),
         }
-        if refitted is not None and names[record.shard]:
-            line["refit"] = {"recipe": refitted.recipe, "tensors": list(names[record.shard])}
         text += json.dumps(line, ensure_ascii=False) + "\n"
     return side_file(MANIFEST, text.encode())
