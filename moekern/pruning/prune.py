@@ -137,7 +137,7 @@ def prune(
         finished=finished,
         waiting=waiting,
         already=already,
-        refitted=sum(len(shard.refitted) for shard in shards),
+        refitted=sum(len(shard.new) for shard in shards),
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
         notes=tuple(filter(None, (twin, *checkpoint.notes, *layout.notes, *(n for file in side for n in file.notes)))),
@@ -149,7 +149,7 @@ def _told(shards: Sequence[OutputShard], refitted: Refitted | None) -> dict[str,
     """Shard -> what its line of the manifest says of a refit."""
     if refitted is None:
         return {}
-    refits = {shard.name: shard.refitted for shard in shards if shard.refitted}
+    refits = {shard.name: shard.new for shard in shards if shard.new}
     return {name: {"refit": {"recipe": refitted.recipe, "tensors": list(names)}} for name, names in refits.items()}
 
 

@@ -63,12 +63,12 @@ class OutputShard:
     @property
     def computed(self) -> tuple[str, ...]:
         """Names of the tensors whose bytes stand in no file of the source."""
-        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed or tensor.refitted)
+        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed or tensor.new)
 
     @property
-    def refitted(self) -> tuple[str, ...]:
-        """Names of those of them that a refit has computed."""
-        return tuple(tensor.name for tensor in self.tensors if tensor.refitted)
+    def new(self) -> tuple[str, ...]:
+        """Names of those of them that were computed before: by a refit, by training."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.new)
 
     def header(self) -> bytes:
         """Length and JSON, padded with spaces so that most of the data lies at the same place in its block as in the
@@ -148,7 +148,7 @@ def output_shards(
                     new = refitted.tensors.get(out.name) if refitted else None
                     if new is not None:
                         check_fits(new, experts.get(entry.name), out.dtype, out.shape)
-                    yield replace(out, refitted=new)
+                    yield replace(out, new=new)
 
     if max_shard_size is not None:
         groups = _packed(made(e for shard in checkpoint.shards for e in shard.tensors), home, max_shard_size)
@@ -167,7 +167,7 @@ def output_shards(
 
 def _check_used(refitted: Refitted | None, shards: Sequence[OutputShard]) -> None:
     """Raise InputError for a refitted tensor that the output has no place for."""
-    used = {name for shard in shards for name in shard.refitted}
+    used = {name for shard in shards for name in shard.new}
     for name, tensor in refitted.tensors.items() if refitted else ():
         if name not in used:
             raise InputError(f"{tensor.path}: tensor {shown(name)}: the pruned model has no tensor of this name")

@@ -107,7 +107,9 @@ def check_out(job: Job, target: Path, mine: Sequence[OutputShard], *, again: boo
         check_new(target, folder=True)
 
 
-def written(job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally) -> tuple[bool, int, bool]:
+def written(
+    job: Job, target: Path, part: Part | None, mine: Sequence[OutputShard], tally: Tally
+) -> tuple[bool, int, bool]:
     """What _write tells; and whether other parts have finished while this one waited for them."""
     try:
         return *_write(job, target, part, mine, tally), False
@@ -117,7 +119,7 @@ def written(job: Job, target: Path, part: Part | None, mine: list[OutputShard], 
         return True, 0, True
 
 
-def _write(job: Job, target: Path, part: Part | None, mine: list[OutputShard], tally: Tally) -> tuple[bool, int]:
+def _write(job: Job, target: Path, part: Part | None, mine: Sequence[OutputShard], tally: Tally) -> tuple[bool, int]:
     """Write what is missing, and finish if nothing is missing any more; (finished, shards left to other parts)."""
     with _resumable(target), open_work(target, part) as work:
         if part is None:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.checkpoint.strict_json import parse_json, read_json, regular_size
+from moekern.checkpoint.strict_json import read_json, read_json_lines
 from moekern.errors import InputError
 from moekern.plan.document import MTP_MODES, Mtp, Plan
 
 PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 FORMAT = "moekern.pruned/1"
-MANIFEST_CAP = 1 << 28  # bytes; that of 140,000 tensors has 20 MB
 
 
 def without_folder(folder: Path, error: Exception) -> str:
@@ -76,13 +75,7 @@ def record_problems(
 
 def manifest_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of the manifest. Raises InputError for a file that holds no such lines."""
-    path = folder / MANIFEST
-    if (size := regular_size(path)) > MANIFEST_CAP:
-        raise InputError(f"{path}: {size} bytes, more than the limit of {MANIFEST_CAP}")
-    try:
-        return [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: not readable: {error}") from None
+    return read_json_lines(folder / MANIFEST)
 
 
 def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection[str]]) -> Iterator[str]:
