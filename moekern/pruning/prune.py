@@ -102,16 +102,14 @@ def prune(
         check_target(target, checkpoint.folder)
     twin = check_plan(plan, layout, checkpoint)
     mtp = planned_mtp(plan) if mtp is None else mtp
-    _check_options(mtp, max_shard_size)
-    check_copying(copy, checksum)
+    _check_options(mtp, copy, checksum, max_shard_size)
     refitted = open_refitted(refitted) if isinstance(refitted, (str, Path)) else refitted
     check_refitted(refitted, plan, checkpoint.fingerprint)
     kept = kept_experts(checkpoint, layout, plan, mtp)
     narrow = narrowed_layers(checkpoint, layout, plan, kept)
     shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp)
-    told = _told(shards, refitted)
-    job = job_of(checkpoint, plan.digest, shards, side, told, target, copy, checksum, reread=reread)
+    job = job_of(checkpoint, plan.digest, shards, side, _told(shards, refitted), target, copy, checksum, reread=reread)
     mine = _share(shards, part)
     check_out(job, target, mine, again=again)
     tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
@@ -153,9 +151,10 @@ def _told(shards: Sequence[OutputShard], refitted: Refitted | None) -> dict[str,
     return {name: {"refit": {"recipe": refitted.recipe, "tensors": list(names)}} for name, names in refits.items()}
 
 
-def _check_options(mtp: str, max_shard_size: int | None) -> None:
+def _check_options(mtp: str, copy: str, checksum: str, max_shard_size: int | None) -> None:
     if mtp not in MTP_MODES:
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
+    check_copying(copy, checksum)
     if max_shard_size is not None:
         check_type("max_shard_size", max_shard_size, int)
     if max_shard_size is not None and max_shard_size < 1:
