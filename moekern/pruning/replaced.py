@@ -54,7 +54,7 @@ class ReplacedReport:
 def write_replaced(
     source: Checkpoint | str | Path,
     out: str | Path,
-    replaced: Path,
+    replaced: str | Path,
     record: Mapping[str, Any],
     *,
     copy: Copy = "auto",
@@ -76,7 +76,7 @@ def write_replaced(
     check_target(target, checkpoint.folder)
     check_copying(copy, checksum)
     check_side_files(checkpoint)
-    new = _open_replaced(checkpoint, replaced)
+    new = _open_replaced(checkpoint, Path(replaced))
     earlier = read_recovery(checkpoint.folder)
     computed, refits = read_manifest(checkpoint.folder)
     _check_names(checkpoint, MANIFEST, refits)
