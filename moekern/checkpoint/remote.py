@@ -19,6 +19,7 @@ from moekern.checkpoint.contents import ADAPTER_WEIGHTS
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint, open_checkpoint, sampled
 from moekern.checkpoint.header import Shard, TensorEntry, header_length, parse_header
 from moekern.checkpoint.hub import Progress, Repository, Step, Tell, alone_with, asking, broken_off
+from moekern.checkpoint.recovery import RECOVERY
 from moekern.checkpoint.strict_json import HEADER_CAP, read_start, shown
 from moekern.errors import InputError
 
@@ -57,7 +58,7 @@ def _keep_headers(repository: Repository, progress: Progress) -> None:
     folder, sizes = repository.folder, repository.sizes
     for name in sizes:
         _stand_in(folder, name)
-    for name in (CONFIG, INDEX, PLAN_FILE):
+    for name in (CONFIG, INDEX, PLAN_FILE, RECOVERY):
         if name in sizes and (folder / name).stat().st_size != sizes[name]:
             if sizes[name] > HEADER_CAP:
                 raise InputError(f"{repository}: {name}: {sizes[name]} bytes, more than the limit of {HEADER_CAP}")

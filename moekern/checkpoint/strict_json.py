@@ -14,6 +14,7 @@ from moekern.checkpoint.pointers import check_no_pointer
 from moekern.errors import InputError
 
 HEADER_CAP = 100_000_000  # bytes of JSON: a million tensors in a header or an index
+LINES_CAP = 1 << 28  # bytes of JSON lines; a manifest of 140,000 tensors has 20 MB
 DEPTH_CAP = 64  # levels of a config, where real ones have six
 
 
@@ -22,6 +23,11 @@ def read_json(path: Path) -> dict[str, Any]:
     value = parse_json(read_file(path, HEADER_CAP), str(path))
     check_depth(value, str(path))
     return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file with one a line."""
+    return [parse_json(line, str(path)) for line in read_file(path, LINES_CAP).splitlines()]
 
 
 def check_depth(value: Any, source: str) -> None:

@@ -58,7 +58,7 @@ from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 from moekern.team import Part
 from moekern.verification.computed import Recompute
-from moekern.verification.logits import ForwardVerdict, compare_forward
+from moekern.verification.logits import ForwardVerdict, compare_forward, not_compared
 from moekern.verification.tensors import VerifyReport, verify
 
 PLANNED = 40  # bytes of a plan for each expert, at the most: its number and its score
@@ -70,6 +70,7 @@ class Verdict:
 
     report: VerifyReport
     forward: ForwardVerdict | None
+    skipped: str | None = None  # why logits were not compared, though asked for
 
     @property
     def good(self) -> bool:
@@ -77,7 +78,7 @@ class Verdict:
 
     def document(self) -> dict[str, Any]:
         forward = None if self.forward is None else {**asdict(self.forward), "equal": self.forward.equal}
-        return {"good": self.good, **asdict(self.report), "forward": forward}
+        return {"good": self.good, **asdict(self.report), "forward": forward, "forward_skipped": self.skipped}
 
 
 def calibrate_to(
@@ -220,7 +221,7 @@ def verify_both(
     full: bool = False,
 ) -> Verdict:
     """Bytes first, of refitted layers those that `recompute` gives too; logits only of a checkpoint whose bytes are
-    right."""
+    right, and of which none were trained."""
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
     console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
@@ -228,6 +229,8 @@ def verify_both(
         report = verify(checkpoint, plan, pruned, mtp=mtp, recompute=recompute, full=full, progress=step)
     if not forward or report.problems:
         return Verdict(report, None)
+    if report.trained:
+        return Verdict(report, None, not_compared(str(pruned), report.trained))
     console.hint(inputs_line(checkpoint.tensors))
     with console.progress("comparing logits") as step:
         compared = compare_forward(checkpoint, plan, pruned, compute=compute, progress=step)

@@ -57,6 +57,7 @@ def verify(
 def show_verdict(found: Verdict) -> None:
     """Problems, or what was compared; what of the original belongs to no pruned checkpoint."""
     from moekern.checkpoint.contents import lines_left_out
+    from moekern.checkpoint.recovery import RECOVERY
     from moekern.verification.tensors import MAX_PROBLEMS
 
     for problem in found.report.problems:
@@ -67,6 +68,9 @@ def show_verdict(found: Verdict) -> None:
         say(f"bytes: {found.report.tensors_compared} tensors, {sized(found.report.bytes_compared)} equal")
     if found.report.computed:
         say(_computed_line(found.report))
+    if found.report.trained:
+        held = f"and have no original: they are held against {RECOVERY}"
+        say(f"recovered: {found.report.trained} tensors were trained after pruning, {held}")
     if found.report.left_out:
         say(f"not taken from the original: {lines_left_out(found.report.left_out)}")
     if found.forward is not None:
@@ -76,6 +80,8 @@ def show_verdict(found: Verdict) -> None:
             f"of {f.logit_std:.3g}, same top-1 for {f.top1_agreement:.2%}: {'equal' if f.equal else 'NOT equal'} "
             f"to the {'original, pruned and refitted in memory' if found.report.computed else 'masked original'}"
         )
+    if found.skipped:
+        say(f"logits: not compared: {found.skipped}")
     right = "verified: the bytes are right (how good the model is, evaluate tells)"
     say(right if found.good else "NOT verified: do not use this checkpoint")
 

@@ -13,7 +13,9 @@ from moekern.architectures.config_keys import model_types, own_code
 from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
 from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import shown
+from moekern.errors import InputError
 from moekern.router import count_problem
 
 
@@ -94,7 +96,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         not_run=not_run,
         no_gradient=layout.family.no_gradient,
         note=layout.family.note,
-        notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *refused),
+        notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *_recovered(checkpoint), *refused),
         left_out=checkpoint.contents.left_out,
         legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
         width=layout.width,
@@ -119,6 +121,17 @@ def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
     if family_named(name) is None:
         return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
     return False, "", f"transformers has no class for model_type {shown(name)}"
+
+
+def _recovered(checkpoint: Checkpoint) -> Iterator[str]:
+    """That tensors were trained after pruning, where a file says so."""
+    try:
+        found = read_recovery(checkpoint.folder)
+    except InputError as error:
+        yield str(error)
+        return
+    if found is not None:
+        yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says"
 
 
 def _running(checkpoint: Checkpoint) -> Iterator[str]:

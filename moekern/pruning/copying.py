@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import moekern._C as _C
 from moekern.checkpoint.folder import Checkpoint
@@ -12,7 +12,7 @@ from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 from moekern.pruning.cuts import OutputTensor
 from moekern.pruning.pieces import Piece
-from moekern.pruning.shards import OutputShard, best_phase
+from moekern.pruning.shards import OutputShard
 
 Copy = Literal["auto", "reflink", "kernel", "stream"]
 Checksum = Literal["xxh3", "blake3", "none"]
@@ -76,10 +76,10 @@ def space_needed(checkpoint: Checkpoint, shard: OutputShard, known: Mapping[str,
     """Bytes of disk that a shard will take, at the most: shared blocks and holes take none, what is computed does."""
     size = shard.size
     if all(known[file].startswith("reflink") for file in shard.files):
-        size -= best_phase(shard.tensors)[1]
+        size -= shard.shared
     made = sum(tensor.nbytes for tensor in shard.tensors if tensor.is_computed)
     copied = sum(map(_data_bytes, (checkpoint.folder / file for file in shard.files)))
-    return min(size, len(shard.header()) + made + copied)
+    return min(size, shard.header_bytes + made + copied)
 
 
 def room_needed(checkpoint: Checkpoint, folder: Path, nbytes: int) -> int:
@@ -109,8 +109,8 @@ def copy_shard(
     """Write the shard to the new file `path` and fsync it; `reread`, which blake3 needs, reads it back from the disk.
 
     xxh3 is taken of what passes through memory on the way; reading back compares with it and takes the checksum of the
-    rest. What a refit has computed has the checksum that it gave. Raises OSError, and InputError when the disk gives
-    back other bytes than were written, or refitted tensors are not what was computed.
+    rest. What was computed before, by a refit or by training, has the checksum that it got then. Raises OSError, and
+    InputError when the disk gives back other bytes than were written, or such tensors are not what was computed.
     """
     spans = shard.spans()
     names = [tensor.name for tensor in shard.tensors]
@@ -125,14 +125,14 @@ def copy_shard(
 
 
 def _as_computed(tensor: OutputTensor, found: bytes | None) -> bytes | None:
-    """The checksum of a tensor: of what passed through memory, which is held against what a refit gave, or the latter.
-    Raises InputError where they differ."""
-    if tensor.refitted is None:
+    """The checksum of a tensor: of what passed through memory, which is held against the one that it got when it was
+    computed, or the latter. Raises InputError where they differ."""
+    if tensor.new is None:
         return found
-    if found not in (None, tensor.refitted.checksum):
-        what = "its bytes are not those that were computed; the file is damaged: refit this layer again"
-        raise InputError(f"{tensor.refitted.path}: tensor {shown(tensor.name)}: {what}")
-    return tensor.refitted.checksum
+    if found not in (None, tensor.new.checksum):
+        what = "its bytes are not those that were computed; the file is damaged: compute it again"
+        raise InputError(f"{tensor.new.path}: tensor {shown(tensor.name)}: {what}")
+    return tensor.new.checksum
 
 
 def _read_back(
@@ -145,38 +145,43 @@ def _read_back(
 ) -> list[bytes | None]:
     """Checksums of what the disk holds, once the file has left the page cache."""
     found: list[bytes | None] = []
-    buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for name, (start, stop), before in zip(names, spans, written, strict=True):
-            hashes = _hashes(checksum)
-            while start < stop:
-                got = os.preadv(file.fileno(), [buffer[: stop - start]], start)
-                if not got:
-                    raise InputError(f"{path}: ends inside {name}, at byte {start}, just after it was written whole")
-                for state in hashes:
-                    state.update(buffer[:got])
-                os.posix_fadvise(file.fileno(), start, got, os.POSIX_FADV_DONTNEED)
-                start += got
-                report(start)
-            if before is not None and hashes[0].digest() != before:
+            hashes = read_checksums(file, name, start, stop, checksum, report)
+            if before is not None and hashes[0] != before:
                 raise InputError(f"{path}: {name}: the disk gives back other bytes than were written; it is faulty")
-            found.append(hashes[-1].digest())
+            found.append(hashes[-1])
     return found
 
 
-def _hashes(checksum: Checksum) -> list[Any]:
-    """xxh3, to compare with what was written, and the one that is asked for."""
+def read_checksums(
+    file: IO[bytes], name: str, start: int, stop: int, checksum: Checksum, report: Report = lambda done: None
+) -> list[bytes]:
+    """xxh3 of the bytes of tensor `name` in an open file, and the one that is asked for, if it is another. What was
+    read leaves the page cache. Raises InputError for a file that ends before `stop`."""
     hashes: list[Any] = [_C.Xxh3()]
     if checksum == "blake3":
         import blake3
 
         hashes.append(blake3.blake3())
-    return hashes
+    buffer = memoryview(bytearray(min(CHUNK, max(1, stop - start))))
+    while start < stop:
+        got = os.preadv(file.fileno(), [buffer[: stop - start]], start)
+        if not got:
+            raise InputError(f"{file.name}: ends inside {name}, at byte {start}: it has become shorter")
+        for state in hashes:
+            state.update(buffer[:got])
+        os.posix_fadvise(file.fileno(), start, got, os.POSIX_FADV_DONTNEED)
+        start += got
+        report(start)
+    return [state.digest() for state in hashes]
 
 
-def check_checksum(checksum: str) -> None:
-    """Raise InputError when the checksum is unknown, or its library is not installed."""
+def check_copying(copy: str, checksum: str) -> None:
+    """Raise InputError when the way or the checksum is unknown, or its library is not installed."""
+    if copy not in COPIES:
+        raise InputError(f"--copy {copy}: expected one of {', '.join(COPIES)}")
     if checksum not in CHECKSUMS:
         raise InputError(f"--checksum {checksum}: expected one of {', '.join(CHECKSUMS)}")
     if checksum == "blake3":

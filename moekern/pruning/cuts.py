@@ -16,7 +16,7 @@ from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
 from moekern.pruning.narrow import Narrow, Widened, narrow_pieces, narrow_shape, widened_piece
 from moekern.pruning.pieces import Computed, computed, recipe
-from moekern.pruning.refitted import RefittedTensor
+from moekern.pruning.refitted import NewTensor
 
 Range = tuple[int, int]  # first byte and the byte past the last, in the source file
 SMALL = 16 << 20  # a tensor up to this many bytes may be read whole and cut in memory
@@ -43,22 +43,22 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor to write: `entry` of the source, whole when `cut` is None; or the one that was `refitted` for it."""
+    """One tensor to write: `entry` of the source, whole when `cut` is None; or the `new` one in its place."""
 
     name: str
     shape: tuple[int, ...]
     entry: TensorEntry
     cut: Cut | Widened | None
-    refitted: RefittedTensor | None = None
+    new: NewTensor | None = None
 
     @property
     def dtype(self) -> str:
-        return (self.refitted or self).entry.dtype
+        return (self.new or self).entry.dtype
 
     @property
     def file(self) -> str:
         """The file that its bytes come from, by its path from the source's folder on."""
-        return self.entry.shard if self.refitted is None else str(self.refitted.path)
+        return self.entry.shard if self.new is None else str(self.new.path)
 
     @property
     def elements(self) -> int:
@@ -75,8 +75,8 @@ class OutputTensor:
             return None
         if not self.nbytes:
             return ()
-        if self.refitted is not None:
-            return ((self.refitted.entry.start, self.refitted.entry.stop),)
+        if self.new is not None:
+            return ((self.new.entry.start, self.new.entry.stop),)
         if cut is None:
             return ((entry.start, entry.stop),)
         assert isinstance(cut, Cut)
@@ -88,7 +88,7 @@ class OutputTensor:
     def is_computed(self) -> bool:
         """Tables of expert ids are, and what would be many ranges: channels, and rows of a small tensor that is cut on
         an inner axis; and what zeros are added to."""
-        if self.cut is None or self.refitted is not None or not self.nbytes:
+        if self.cut is None or self.new is not None or not self.nbytes:
             return False
         if isinstance(self.cut, Widened) or self.cut.narrow is not None:
             return True

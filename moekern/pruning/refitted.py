@@ -31,10 +31,11 @@ NUMBERS = ("F64", "F32", "F16", "BF16")  # what is plain numbers may become anot
 
 
 @dataclass(frozen=True, slots=True)
-class RefittedTensor:
-    """One of them: the file that holds it, by its absolute path, and XXH3-128 of its bytes as it was computed."""
+class NewTensor:
+    """A tensor that takes the place of the source's: the file that holds it, by its path from the source's folder on,
+    and XXH3-128 of its bytes as it was computed. layer: the one that a refit computed it for; None: no refit did."""
 
-    layer: str
+    layer: str | None
     path: Path
     entry: TensorEntry
     checksum: bytes
@@ -49,7 +50,7 @@ class Refitted:
     recipe: str
     model: str
     kept: Mapping[str, str]
-    tensors: Mapping[str, RefittedTensor]
+    tensors: Mapping[str, NewTensor]
 
 
 def write_layer(
@@ -98,7 +99,7 @@ def open_refitted(folder: str | Path) -> Refitted:
         raise InputError(f"{folder}: no refitted layer is in it; name the folder that the refit wrote")
     if len(names) > LAYER_CAP:
         raise InputError(f"{folder}: {len(names)} layers, more than the limit of {LAYER_CAP}")
-    tensors: dict[str, RefittedTensor] = {}
+    tensors: dict[str, NewTensor] = {}
     kept: dict[str, str] = {}
     first: tuple[str, str] | None = None
     for name in names:
@@ -114,7 +115,7 @@ def open_refitted(folder: str | Path) -> Refitted:
             if entry.name in tensors:
                 raise InputError(f"{path}: tensor {shown(entry.name)} is also in {tensors[entry.name].path.name}")
             checksum = bytes.fromhex(said["checksums"][entry.name])
-            tensors[entry.name] = RefittedTensor(said["layer"], path, entry, checksum)
+            tensors[entry.name] = NewTensor(said["layer"], path, entry, checksum)
     assert first is not None
     return Refitted(folder, *first, kept, tensors)
 
@@ -158,7 +159,7 @@ def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> N
             raise InputError(f"--refitted {folder}: {key}{SUFFIX} {what}; use the plan that this refit wrote")
 
 
-def check_fits(new: RefittedTensor, layer: str | None, dtype: str, shape: Sequence[int]) -> None:
+def check_fits(new: NewTensor, layer: str | None, dtype: str, shape: Sequence[int]) -> None:
     """Raise InputError unless it can take the place of a tensor of an expert of `layer` (None: of no expert)."""
 
     def refuse(what: str) -> InputError:

@@ -27,6 +27,7 @@ class OutputShard:
     name: str
     metadata: dict[str, str]
     tensors: tuple[OutputTensor, ...]
+    taken: int | None = None  # bytes of the header of the source's file of this name, where it stays as it is
 
     @property
     def data_bytes(self) -> int:
@@ -35,7 +36,18 @@ class OutputShard:
     @cached_property
     def size(self) -> int:
         """Bytes of the file."""
-        return len(self.header()) + self.data_bytes
+        return self.header_bytes + self.data_bytes
+
+    @property
+    def header_bytes(self) -> int:
+        return len(self.header()) if self.taken is None else self.taken
+
+    @property
+    def shared(self) -> int:
+        """Bytes of whole blocks that lie in their block as in the file that they come from."""
+        if self.taken is None:
+            return best_phase(self.tensors)[1]
+        return _blocks(self.tensors).get(self.taken % BLOCK, 0)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -45,17 +57,18 @@ class OutputShard:
     @property
     def files(self) -> tuple[str, ...]:
         """The files that bytes come from: the source's, and those of refitted layers, by paths from its folder on."""
-        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors))
+        own = () if self.taken is None else (self.name,)
+        return tuple(dict.fromkeys((*own, *(tensor.file for tensor in self.tensors))))
 
     @property
     def computed(self) -> tuple[str, ...]:
         """Names of the tensors whose bytes stand in no file of the source."""
-        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed or tensor.refitted)
+        return tuple(tensor.name for tensor in self.tensors if tensor.is_computed or tensor.new)
 
     @property
-    def refitted(self) -> tuple[str, ...]:
-        """Names of those of them that a refit has computed."""
-        return tuple(tensor.name for tensor in self.tensors if tensor.refitted)
+    def new(self) -> tuple[str, ...]:
+        """Names of those of them that were computed before: by a refit, by training."""
+        return tuple(tensor.name for tensor in self.tensors if tensor.new)
 
     def header(self) -> bytes:
         """Length and JSON, padded with spaces so that most of the data lies at the same place in its block as in the
@@ -83,7 +96,8 @@ class OutputShard:
     def pieces(self, checkpoint: Checkpoint) -> list[Piece]:
         """Header and data in file order. Ranges that touch in the source are joined; tensors that have to be computed
         are so when they are written, from what is read from `checkpoint` then."""
-        pieces: list[Piece] = [self.header()]
+        own = (str(checkpoint.folder / self.name), 0, self.taken) if self.taken is not None else self.header()
+        pieces: list[Piece] = [own]
         for run in _runs(self.tensors):
             if isinstance(run, OutputTensor):
                 pieces += run.computed(checkpoint)
@@ -134,7 +148,7 @@ def output_shards(
                     new = refitted.tensors.get(out.name) if refitted else None
                     if new is not None:
                         check_fits(new, experts.get(entry.name), out.dtype, out.shape)
-                    yield replace(out, refitted=new)
+                    yield replace(out, new=new)
 
     if max_shard_size is not None:
         groups = _packed(made(e for shard in checkpoint.shards for e in shard.tensors), home, max_shard_size)
@@ -153,7 +167,7 @@ def output_shards(
 
 def _check_used(refitted: Refitted | None, shards: Sequence[OutputShard]) -> None:
     """Raise InputError for a refitted tensor that the output has no place for."""
-    used = {name for shard in shards for name in shard.refitted}
+    used = {name for shard in shards for name in shard.new}
     for name, tensor in refitted.tensors.items() if refitted else ():
         if name not in used:
             raise InputError(f"{tensor.path}: tensor {shown(name)}: the pruned model has no tensor of this name")
@@ -237,14 +251,20 @@ def _runs(tensors: Iterable[OutputTensor]) -> Iterator["_Run | OutputTensor"]:
 def best_phase(tensors: Iterable[OutputTensor]) -> tuple[int | None, int]:
     """Where the data must start, modulo the block, for the most bytes to lie in their block as in the source; and how
     many bytes of whole blocks these are. None when there are none. A multiple of 8, so that alignment is kept."""
-    blocks: dict[int, int] = {}
-    for run in _runs(tensors):
-        if isinstance(run, _Run) and run.phase % 8 == 0 and run.blocks:
-            blocks[run.phase] = blocks.get(run.phase, 0) + run.blocks
+    blocks = {phase: nbytes for phase, nbytes in _blocks(tensors).items() if phase % 8 == 0}
     if not blocks:
         return None, 0
     phase = min(blocks, key=lambda p: (-blocks[p], p))
     return phase, blocks[phase]
+
+
+def _blocks(tensors: Iterable[OutputTensor]) -> dict[int, int]:
+    """Where the data may start, modulo the block -> bytes of whole blocks that then lie as in the source."""
+    blocks: dict[int, int] = {}
+    for run in _runs(tensors):
+        if isinstance(run, _Run) and run.blocks:
+            blocks[run.phase] = blocks.get(run.phase, 0) + run.blocks
+    return blocks
 
 
 def _arranged(tensors: list[OutputTensor]) -> tuple[OutputTensor, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import mtp_counts
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
+from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
@@ -76,11 +77,11 @@ def side_files(
             files.append(settings.quantiser(name))
         elif name == MODEL_CARD:
             files.append(_model_card(path, layout, plan, kept))
-        elif name not in (PLAN_FILE, MANIFEST):
-            files.append(side_file(name, _whole(path), notes=stale(path, name, checkpoint.config, layout, kept)))
-    files.append(_text(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
+        elif name not in (PLAN_FILE, MANIFEST, RECOVERY):
+            files.append(side_file(name, whole_file(path), notes=stale(path, name, checkpoint.config, layout, kept)))
+    files.append(text_file(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
     if checkpoint.index is not None or len(shards) > 1:
-        files.append(_text(INDEX, _index(checkpoint, shards)))
+        files.append(text_file(INDEX, _index(checkpoint, shards)))
     files.append(settings.config())
     return files
 
@@ -115,14 +116,14 @@ class Settings:
         lists = expert_lists(str(path), self.checkpoint.config, self.layout, self.kept)
         new = change(lists.cut(content), names)
         notes = (*names.notes(name), *lists.notes(name))
-        return _text(name, dumped_like(new, path.read_text(encoding="utf-8")), notes)
+        return text_file(name, dumped_like(new, path.read_text(encoding="utf-8")), notes)
 
 
-def _text(name: str, text: str, notes: Iterable[str] = ()) -> SideFile:
+def text_file(name: str, text: str, notes: Iterable[str] = ()) -> SideFile:
     return side_file(name, text.encode(), notes=notes)
 
 
-def _whole(path: Path) -> Range:
+def whole_file(path: Path) -> Range:
     return str(path), 0, regular_size(path)
 
 
@@ -144,7 +145,7 @@ def _provenance(
     checkpoint: Checkpoint, layout: Layout, plan: Plan, kept: Mapping[str, tuple[int, ...]], mtp: Mtp
 ) -> str:
     """JSON: the plan and its sha256, the source's fingerprint, what MTP layers keep; under "source" that of the source,
-    if it was pruned itself."""
+    if it was pruned itself, with its "recovery" in it, if it was trained then."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": checkpoint.fingerprint,
@@ -153,9 +154,11 @@ def _provenance(
         "plan": json.loads(plan.to_json()),
         "plan_sha256": plan.digest,
     }
-    earlier = checkpoint.folder / PLAN_FILE
+    earlier, recovery = checkpoint.folder / PLAN_FILE, read_recovery(checkpoint.folder)
     if earlier.is_file():
         content["source"] = read_json(earlier)
+    if recovery is not None:
+        content["source"] = {**content.get("source", {}), "recovery": recovery}
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 

@@ -50,7 +50,7 @@ class Record:
     size: int
     mtime_ns: int  # of the shard's file: tells it from one that another plan put in its place
     made_from: str  # sha256 of all that decides the shard's bytes
-    plan: str  # sha256 of the plan
+    plan: str | None  # sha256 of the plan
     checksum: str | None  # how `tensors` were made: "xxh3-128", "blake3"
     tensors: Mapping[str, str | None]  # hex; None where the bytes did not pass through memory
     computed: Sequence[str] = ()  # of these tensors the bytes stand in no file of the source

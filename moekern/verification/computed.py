@@ -1,15 +1,14 @@
-"""Tensors that a refit has computed: what a pruned checkpoint claims of them, and whether that can be so.
+"""Tensors that a refit has computed, or training has changed: what a pruned checkpoint claims of them, and whether that
+can be so.
 
-They stand in no source. So they are held against their dtype, their shape and the manifest's checksum, must be finite,
-and are compared with the same computation where somebody can make it again.
+They stand in no source. So they are held against their dtype, their shape and the checksum that they got then, must be
+finite, and are compared with the same computation where somebody can make it again.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 
 import moekern._C as _C
 from moekern.architectures import Layout
-from moekern.errors import InputError
+from moekern.checkpoint.recovery import RECOVERY
 from moekern.layer_keys import natural
 from moekern.plan.document import Plan
 from moekern.plan.refit import refit_of
 from moekern.verification.opened import Folder
-from moekern.verification.record import MANIFEST, manifest_lines
+from moekern.verification.record import MANIFEST
 
 FLOAT8 = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -37,11 +36,18 @@ Recompute = Callable[[str], Mapping[str, Any]]  # layer key -> name -> bytes, as
 
 @dataclass(frozen=True)
 class Claim:
-    """What a manifest says of a tensor: the layer that it belongs to, and its checksum, hex, None where it has none."""
+    """What a file of the folder says of a tensor: its checksum, hex, None where it has none; the layer that a refit
+    computed it for, None where training has changed it."""
 
-    layer: str
+    layer: str | None
     kind: str | None  # of the checksum
     checksum: str | None
+    plain: bool = True  # plain numbers may have another dtype than the source's
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """Who computed it, what they did, and the file that has its checksum."""
+        return ("training", "trained", RECOVERY) if self.layer is None else ("refit", "computed", MANIFEST)
 
 
 @dataclass
@@ -54,18 +60,25 @@ class Found:
     recomputed: int = 0  # the same bytes when they were computed again
 
 
-def claims_of(
-    folder: Path, plan: Plan, layout: Layout, sources: Mapping[str, str], problems: list[str]
-) -> dict[str, Claim]:
-    """Name -> claim, for each tensor that the manifest in `folder` says was refitted and that the plan's refit may have
-    computed. sources: name in the pruned checkpoint -> name in the source. What is wrong is added to `problems`; raises
-    InputError for the plan alone."""
-    record, claims = refit_of(plan), dict[str, Claim]()
+def layers_refitted(plan: Plan, layout: Layout, sources: Mapping[str, str]) -> dict[str, str]:
+    """Name -> layer, for each tensor of the pruned checkpoint that the plan's refit may have computed. sources: name in
+    the pruned checkpoint -> name in the source. Raises InputError for the plan."""
+    record = refit_of(plan)
     experts = {t.name: key for key, layer in layout.layers.items() for t in layer.of_role("expert")}
-    try:
-        lines = manifest_lines(folder) if os.path.lexists(folder / MANIFEST) else []
-    except InputError:  # told by whoever reads the rest of it
-        lines = []
+    found = {name: experts.get(source) for name, source in sources.items()}
+    return {name: key for name, key in found.items() if key is not None and record is not None and key in record.layers}
+
+
+def claims_of(
+    lines: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    layers: Mapping[str, str],
+    trained: Collection[str],
+    problems: list[str],
+) -> dict[str, Claim]:
+    """Name -> claim, for each tensor that the manifest's lines say was refitted, that is in `layers_refitted`, and was
+    not `trained` since. What is wrong is added to `problems`; raises InputError for the plan alone."""
+    record, claims = refit_of(plan), dict[str, Claim]()
     for line in lines:
         found, shard = line.get("refit"), line.get("shard")
         if found is None:
@@ -78,14 +91,14 @@ def claims_of(
         elif recipe != record.recipe:
             problems.append(f"{MANIFEST}: {shard}: refitted by another recipe than the plan's")
         else:
-            for name in names:
-                layer = experts.get(sources.get(name, ""))
-                if layer not in record.layers:
+            for name in (name for name in names if name not in trained):
+                layer = layers.get(name)
+                if layer is None:
                     problems.append(f"{MANIFEST}: {name} was refitted, and is of no expert of a layer that was")
                 else:
                     checksum = line["tensors"].get(name) if isinstance(line.get("tensors"), dict) else None
-                    claims[name] = Claim(str(layer), line.get("checksum"), checksum)
-    there = {claim.layer for claim in claims.values()}
+                    claims[name] = Claim(layer, line.get("checksum"), checksum)
+    there = {layers[name] for name in (*claims, *trained) if name in layers}
     for key in record.layers if record else ():
         if key not in there:
             problems.append(f"{MANIFEST}: names no refitted tensor of layer {key}, which the plan says was refitted")
@@ -96,7 +109,8 @@ def computed_tensors(
     claims: Mapping[str, tuple[Claim, Described]], new: Folder, plan: Plan, recompute: Recompute | None, *, full: bool
 ) -> Found:
     """claims: name -> claim, and the dtype and shape that the tensor must have. With `recompute` layers are computed
-    again: the first that was refitted, and one that the plan's digest draws; all of them with `full`."""
+    again: the first that was refitted, and one that the plan's digest draws; all of them with `full`. Trained tensors
+    are not."""
     found, right = Found(), dict[str, str]()
     for name, (claim, expected) in claims.items():
         problem, checked, nbytes = _problem(name, claim, expected, new)
@@ -104,15 +118,17 @@ def computed_tensors(
         if problem:
             found.problems.append(problem)
             continue
-        right[name] = claim.layer
-        found.unchecked += not checked
+        if claim.layer is not None:
+            right[name] = claim.layer
+            found.unchecked += not checked
     layers = sorted(set(right.values()), key=natural)
     if not full and len(layers) > 2:
         layers = [layers[0], layers[1 + int(plan.digest, 16) % (len(layers) - 1)]]
     for key in layers if recompute else ():
         assert recompute is not None
         made, names = recompute(key), {name for name, layer in right.items() if layer == key}
-        for name in sorted(made.keys() - {name for name, (claim, _) in claims.items() if claim.layer == key}):
+        known = {name for name, (claim, _) in claims.items() if claim.layer in (key, None)}
+        for name in sorted(made.keys() - known):
             found.problems.append(f"{name}: is computed again for layer {key}, and {MANIFEST} does not name it")
         for name in sorted(names):
             if name not in made:
@@ -127,7 +143,7 @@ def computed_tensors(
 def _problem(name: str, claim: Claim, expected: Described, new: Folder) -> tuple[str | None, bool, int]:
     """What is wrong with a computed tensor, or None; whether it was held against a checksum; its bytes."""
     (dtype, shape), (want, want_shape) = new.described(name), expected
-    if dtype != want and not {dtype, want} <= {*PLAIN}:
+    if dtype != want and not (claim.plain and {dtype, want} <= {*PLAIN}):
         return f"{name}: dtype {dtype}, expected {want}", False, 0
     if shape != want_shape:
         return f"{name}: shape {shape}, expected {want_shape}", False, 0
@@ -141,10 +157,11 @@ def _problem(name: str, claim: Claim, expected: Described, new: Folder) -> tuple
             numbers = flat.view(FLOATS[dtype])
             finite = finite and bool((numbers.float() if dtype in FLOAT8 else numbers).isfinite().all())
     if not finite:
-        return f"{name}: holds NaN or infinities, which no refit leaves", False, nbytes
+        return f"{name}: holds NaN or infinities, which no {claim.words[0]} leaves", False, nbytes
     checked = state is not None and claim.checksum is not None
     if checked and state.digest().hex() != claim.checksum:
-        return f"{name}: differs from what was computed, whose checksum is in {MANIFEST}", True, nbytes
+        _, made, file = claim.words
+        return f"{name}: differs from what was {made}, whose checksum is in {file}", True, nbytes
     return None, checked, nbytes
 
 

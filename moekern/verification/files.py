@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint
+from moekern.checkpoint.recovery import RECOVERY
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
 from moekern.verification.record import MANIFEST, PLAN_FILE, without_folder
@@ -28,7 +29,7 @@ def file_problems(
     experts, and lists in them are `cut`; a model card has a notice in it, which names the plan, where moekern made the
     checkpoint (plan_sha256)."""
     for name in checkpoint.side_files:
-        if name in (PLAN_FILE, MANIFEST):
+        if name in (PLAN_FILE, MANIFEST, RECOVERY):
             continue
         before, after = checkpoint.folder / name, folder / name
         if not os.path.lexists(after):
@@ -47,7 +48,7 @@ def file_problems(
             continue
         if not same:
             yield f"{name}: differs from the source's"
-    known = {*checkpoint.side_files, *shards, PLAN_FILE, MANIFEST, INDEX, CONFIG}
+    known = {*checkpoint.side_files, *shards, PLAN_FILE, MANIFEST, RECOVERY, INDEX, CONFIG}
     for path in sorted(folder.rglob("*")):
         if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in known:
             yield f"{path.relative_to(folder).as_posix()}: should not be there"

@@ -15,8 +15,9 @@ from torch import Tensor
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import Progress, Steps
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.checkpoint.recovery import read_recovery
 from moekern.data.batches import Batch
-from moekern.errors import check_type
+from moekern.errors import InputError, check_type
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
@@ -64,11 +65,14 @@ def compare_forward(
 
     `progress` counts the layers of both; the one at work by the share of batches that are through it.
 
-    The dtype "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU.
+    The dtype "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU. Raises InputError
+    for a checkpoint with trained tensors, which nothing equals.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
+    if (recovery := read_recovery(after.folder)) is not None:
+        raise InputError(not_compared(after.name, len(recovery["tensors"])))
     chosen = compute.torch_dtype or torch.float32
     logits: dict[str, list[Tensor]] = {}
     refitted = None
@@ -91,6 +95,11 @@ def compare_forward(
                 layerwise.run(tasks, masked)
             logits[side] = masked.logits
     return _verdict(logits["masked"], logits["pruned"], chosen)
+
+
+def not_compared(what: str, trained: int) -> str:
+    """Why the logits of a checkpoint with trained tensors are not compared."""
+    return f"{what}: {trained} tensors were trained after pruning, so its logits are not those of the masked original"
 
 
 def random_batches(vocab_size: int, *, sequences: int = 4, length: int = 64, seed: int = 0) -> tuple[Batch, ...]:

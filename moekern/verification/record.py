@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.checkpoint.strict_json import parse_json, read_json, regular_size
+from moekern.checkpoint.recovery import read_recovery
+from moekern.checkpoint.strict_json import read_json, read_json_lines
 from moekern.errors import InputError
 from moekern.plan.document import MTP_MODES, Mtp, Plan
 
 PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 FORMAT = "moekern.pruned/1"
-MANIFEST_CAP = 1 << 28  # bytes; that of 140,000 tensors has 20 MB
 
 
 def without_folder(folder: Path, error: Exception) -> str:
@@ -41,6 +41,14 @@ def recorded_mtp(found: Mapping[str, Any] | None) -> Mtp | None:
     return next((mode for mode in MTP_MODES if found is not None and found.get("mtp") == mode), None)
 
 
+def lines_told(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the manifest; none where it is not there or no good, which record_problems tells."""
+    try:
+        return manifest_lines(folder) if os.path.lexists(folder / MANIFEST) else []
+    except InputError:
+        return []
+
+
 def record_problems(
     found: Mapping[str, Any] | None,
     folder: Path,
@@ -51,14 +59,19 @@ def record_problems(
     shards: Mapping[str, Collection[str]],
 ) -> Iterator[str]:
     """A line for each thing that the files say and that is not so. found: what the plan's file holds; mtp_keep: what
-    MTP layers keep; shards: name -> its tensors. A checkpoint of another tool's has neither file."""
+    MTP layers keep; shards: name -> its tensors. A checkpoint of another tool's has neither file; one that was trained
+    then has a manifest, which names no plan."""
     if found is None:
         if os.path.lexists(folder / MANIFEST) and not os.path.lexists(folder / PLAN_FILE):
-            yield f"{PLAN_FILE}: missing"
+            if any(line.get("plan") is not None for line in lines_told(folder)):
+                yield f"{PLAN_FILE}: missing"
+            else:
+                yield from _manifest_problems(folder, None, shards)
         return
     if found.get("plan_sha256") != plan.digest:
         return  # told before
-    earlier = checkpoint.folder / PLAN_FILE
+    earlier, recovery = checkpoint.folder / PLAN_FILE, read_recovery(checkpoint.folder)
+    before = {**(read_json(earlier) if earlier.is_file() else {}), **({"recovery": recovery} if recovery else {})}
     want: dict[str, Any] = {
         "fingerprint": checkpoint.fingerprint,
         "format": FORMAT,
@@ -66,28 +79,22 @@ def record_problems(
         "mtp_keep": {key: list(keep) for key, keep in mtp_keep.items()},
         "plan": json.loads(plan.to_json()),
         "plan_sha256": plan.digest,
-        **({"source": read_json(earlier)} if earlier.is_file() else {}),
+        **({"source": before} if before else {}),
     }
     for key in sorted(want.keys() | found.keys()):
         if json.dumps(want.get(key), sort_keys=True) != json.dumps(found.get(key), sort_keys=True):
             yield f"{PLAN_FILE}: {key} is not that of this source and plan"
-    yield from _manifest_problems(folder, plan, shards)
+    yield from _manifest_problems(folder, plan.digest, shards)
 
 
 def manifest_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of the manifest. Raises InputError for a file that holds no such lines."""
-    path = folder / MANIFEST
-    if (size := regular_size(path)) > MANIFEST_CAP:
-        raise InputError(f"{path}: {size} bytes, more than the limit of {MANIFEST_CAP}")
-    try:
-        return [parse_json(line, str(path)) for line in path.read_bytes().splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: not readable: {error}") from None
+    return read_json_lines(folder / MANIFEST)
 
 
-def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection[str]]) -> Iterator[str]:
+def _manifest_problems(folder: Path, plan: str | None, shards: Mapping[str, Collection[str]]) -> Iterator[str]:
     """Sizes, names and plan of the manifest's lines. Its checksums are of the files as they were written: they are read
-    of what was refitted alone (`computed`), since every other byte is compared with the source."""
+    of what was refitted alone (`computed`), since every other byte is compared with the source. plan: its sha256."""
     if not os.path.lexists(folder / MANIFEST):
         yield f"{MANIFEST}: missing"
         return
@@ -107,7 +114,7 @@ def _manifest_problems(folder: Path, plan: Plan, shards: Mapping[str, Collection
     for name, line in named.items():
         if line.get("size") != (folder / name).stat().st_size:
             yield f"{MANIFEST}: {name} has another size"
-        if line.get("plan") != plan.digest:
+        if line.get("plan") != plan:
             yield f"{MANIFEST}: {name}: made from another plan"
         if other := held[name] - set(shards[name]):
             yield f"{MANIFEST}: {name} does not hold {min(map(str, other))}"

@@ -1,7 +1,8 @@
 """Read the pruned checkpoint by another road than the one that wrote it, and compare it with its source.
 
 Tensors come through the safetensors library and are compared as torch bytes; what is expected follows from layout and
-plan alone. Nothing of pruning is used here. What a refit has computed stands in no source: see `computed`.
+plan alone. Nothing of pruning is used here. What a refit has computed, or training has changed, stands in no
+source: see `computed`.
 """
 
 import json
@@ -21,13 +22,14 @@ from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
-from moekern.verification.computed import Recompute, claims_of, computed_tensors
+from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
 from moekern.verification.narrow import Channels, kept_channels, narrow_problems, narrow_shape, wide_problems, widened
 from moekern.verification.opened import Folder, blocks
-from moekern.verification.record import PLAN_FILE, record_problems, recorded, recorded_mtp, without_folder
+from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
+from moekern.verification.recovered import trained_claims
 from moekern.verification.settings import modules_of, renumbered
 
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
@@ -46,6 +48,7 @@ class VerifyReport:
     computed: int = 0  # tensors that a refit has computed; the counts above are of others
     unchecked: int = 0  # of them, those for which the manifest has no checksum that could be taken
     recomputed: int = 0  # of them, those that were computed again to the same bytes
+    trained: int = 0  # tensors that training has changed; no other count has them
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ def verify(
     opened once their kind and size are known: a pipe or a device is a problem like others. mtp: as given to prune; None
     takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Tensors that the manifest says
     were refitted, and the plan that their layers were, are held against the manifest's checksum instead of the source,
-    and must be finite. recompute: gives the tensors of a refitted layer once more, name -> bytes; of the first one and
-    another that the plan's digest draws they are compared, with `full` of all. Raises InputError when `source` or
-    `plan` is at fault, never for what is in `pruned`.
+    and must be finite; so are those that moekern_recovery.json says were trained, against its checksum. recompute:
+    gives the tensors of a refitted layer once more, name -> bytes; of the first one and another that the plan's digest
+    draws they are compared, with `full` of all. Raises InputError when `source` or `plan` is at fault, never for what
+    is in `pruned`.
     """
     if mtp not in (None, *MTP_MODES):
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
@@ -105,7 +109,7 @@ def verify(
             return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
         problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
         problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
-        claims = claims_of(folder, plan, layout, {name: each.source for name, each in expected.items()}, problems)
+        claims = _claims(folder, plan, layout, expected, problems)
         names = [name for name in new.shards if name in expected and name not in claims]
         for name in names:
             found, nbytes = _compare(name, expected[name], old, new)
@@ -114,10 +118,10 @@ def verify(
             if progress is not None:
                 progress(compared, new.data_bytes)
         there = {name: (claims[name], _described(expected[name], old)) for name in new.shards if name in claims}
-        of_refit = computed_tensors(there, new, plan, recompute, full=full)
-        problems += of_refit.problems
+        computed = computed_tensors(there, new, plan, recompute, full=full)
+        problems += computed.problems
         if progress is not None and there:
-            progress(compared + of_refit.nbytes, new.data_bytes)
+            progress(compared + computed.nbytes, new.data_bytes)
         problems += _metadata_problems(expected, old, new)
         problems += _index_problems(checkpoint, new)
         mtp_keep = {key: kept[key] for key in layout.mtp if key in kept}
@@ -131,8 +135,19 @@ def verify(
     problems += config_problems(
         checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width
     )
-    counts = len(there), of_refit.unchecked, of_refit.recomputed
+    trained = sum(claim.layer is None for claim, _ in there.values())
+    counts = len(there) - trained, computed.unchecked, computed.recomputed, trained
     return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out, *counts)
+
+
+def _claims(
+    folder: Path, plan: Plan, layout: Layout, expected: Mapping[str, Expected], problems: list[str]
+) -> dict[str, Claim]:
+    """What the folder says of tensors that stand in no source: refitted ones, and trained ones."""
+    lines = lines_told(folder)
+    layers = layers_refitted(plan, layout, {name: each.source for name, each in expected.items()})
+    trained = trained_claims(folder, lines, expected.keys(), layers.keys(), problems)
+    return claims_of(lines, plan, layers, trained.keys(), problems) | trained
 
 
 def _listed(problems: Sequence[str]) -> tuple[str, ...]:

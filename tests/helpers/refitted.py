@@ -39,7 +39,7 @@ def refit(
     for key in layers or plan.layers:
         prefix = find_layout(checkpoint).layers[key].prefix
         new: dict[str, Any] = {
-            name: _finite(data(rng, dtype or kind, shape))
+            name: finite(data(rng, dtype or kind, shape))
             for name, (kind, shape, _) in tensors.items()
             if name.startswith(prefix) and "shared" not in name and any(part in name for part in parts)
         }
@@ -49,7 +49,7 @@ def refit(
     return replace(plan, provenance={**plan.provenance, "refit": {"recipe": RECIPE, "layers": told}})
 
 
-def _finite(tensor: tuple[str, list[int], bytes]) -> tuple[str, list[int], bytes]:
+def finite(tensor: tuple[str, list[int], bytes]) -> tuple[str, list[int], bytes]:
     """Random bytes of narrow floats with a bit of their exponent cleared."""
     dtype, shape, raw = tensor
     return (dtype, shape, bytes(byte & 0x77 for byte in raw)) if dtype[:2] == "F8" or dtype == "F16" else tensor

@@ -123,7 +123,7 @@ def cut_short(path: Path) -> None:
 def test_a_side_file_that_changes_while_it_is_copied(
     source: Path, tmp_path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = sys.modules["moekern.pruning.prune"]
+    module: Any = sys.modules["moekern.pruning.writing"]
     write_side_files = module._write_side_files
 
     def first(*arguments: Any) -> None:
