@@ -29,6 +29,7 @@ from moekern.cli.iterate import iterate
 from moekern.cli.merge import merge
 from moekern.cli.plan import plan
 from moekern.cli.prune import prune
+from moekern.cli.recover import recover
 from moekern.cli.refit import refit
 from moekern.cli.run import run
 from moekern.cli.score import score
@@ -164,6 +165,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (check, "moekern check MODEL-pruned --target vllm:tp=4,ep=4"),
     (prune, "moekern prune MODEL plan.json --out MODEL-pruned"),
     (refit, "moekern refit MODEL plan.json --data prose=book.txt --out MODEL-pruned"),
+    (recover, "moekern recover MODEL-pruned --original MODEL --data prose=book.txt --out MODEL-recovered"),
     (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
     (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
     (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),

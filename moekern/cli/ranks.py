@@ -15,7 +15,14 @@ from moekern.team import Member, Team, current
 if TYPE_CHECKING:
     from moekern.model.compute import Compute
 
-TOGETHER = ("calibrate", "evaluate", "iterate", "refit", "run")  # commands whose layers several processes compute
+TOGETHER = (
+    "calibrate",
+    "evaluate",
+    "iterate",
+    "recover",
+    "refit",
+    "run",
+)  # commands whose layers several processes compute
 APART = ("prune",)  # that share their work without a word between them
 
 

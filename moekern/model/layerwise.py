@@ -385,4 +385,5 @@ def open_layerwise(
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             fill_skeleton(model, skeleton)
         yield model
-        LOG.info(spent.described)
+        if spent.loading:
+            LOG.info(spent.described)

@@ -16,27 +16,32 @@ PLAIN = ("F32", "BF16", "F16")
 
 
 def saved(loader: Loader, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name in the checkpoint -> numbers. `parameters` are all of a decoder layer, or others, by the model's names."""
+    """Name in the checkpoint -> numbers. `parameters` are all of a decoder layer, or others, by the model's names.
+
+    The loader must have been asked for the names of all of the checkpoint's tensors, as a layerwise model's has: what
+    was turned on the way in is turned back, and nothing else.
+    """
     model = loader.model
     before = getattr(model, "_weight_conversions", None)
-    model._weight_conversions = loader.mapping
+    model._weight_conversions = [each for each in loader.mapping if each.was_used()]
     try:
         return dict(revert_weight_conversion(model, dict(parameters)))
     finally:
         model._weight_conversions = before
 
 
-def check_saved(checkpoint: Checkpoint, loader: Loader, parameters: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Raise InputError unless those of `parameters` (as `saved` has them, on any device) that are named can be written
-    into the checkpoint: as plain numbers, under names and of shapes that it has."""
+def places(checkpoint: Checkpoint, loader: Loader, parameters: Mapping[str, Tensor], names: Iterable[str]) -> set[str]:
+    """The checkpoint's tensors that hold those of `parameters` (as `saved` has them, on any device) that are named.
+
+    Raises InputError unless all of them hold plain numbers, and are of the shapes that the model makes.
+    """
     wanted = set(names)
-    found = saved(loader, {name: torch.empty_like(value, device="meta") for name, value in parameters.items()})
-    own = {name: value for name, value in found.items() if loader.model_key(name) in wanted}
-    missing = wanted - {loader.model_key(name) for name in own}
-    if missing:
-        raise InputError(f"{checkpoint.folder}: {min(missing)}: trained weights of it have no place in the checkpoint")
+    types = {name: torch.float64 if name in wanted else torch.float32 for name in parameters}  # which joining keeps
+    found = saved(loader, {n: torch.empty(p.shape, dtype=types[n], device="meta") for n, p in parameters.items()})
+    own = {name: value for name, value in found.items() if value.dtype == torch.float64}
     for name, value in own.items():
         check_place(checkpoint, name, value)
+    return set(own)
 
 
 def check_place(checkpoint: Checkpoint, name: str, value: Tensor) -> None:

@@ -36,7 +36,7 @@ from moekern.version import versions
 STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
 TEACHING = "the original's predictions"
 Losses = Mapping[str, Loss]  # by domain
-Progress = Callable[[str, float], None]  # what is being done, and how much of it is (0 to 1)
+Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def recover(
     *,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, share: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Recovery:
     """Train weights of a pruned model towards the original's predictions of a text (`original` None: by the loss of
     the next token alone), with one layer of it in memory, or all of them where there is room: the same numbers.
@@ -134,7 +134,7 @@ def taught(
     *,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, share: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Teacher:
     """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
     team, batches = compute.team, [sample.batch for sample in samples]
@@ -159,8 +159,7 @@ def taught(
             if not team.first:
                 teacher.share()
             stage = None if journal is None else journal.stage(TEACHING)
-            total = len(layerwise.layers)
-            Teaching(layerwise, teacher, lambda done, of: progress(TEACHING, done / total)).run(batches, stage)
+            Teaching(layerwise, teacher, lambda done, of: progress(TEACHING, done, of)).run(batches, stage)
             if team.first:
                 teacher.finished()
         if journal is not None and team.first:
@@ -181,27 +180,30 @@ class _Run:
     progress: Progress
 
     @property
+    def of(self) -> int:
+        """Steps in all."""
+        return len(self.course.steps)
+
+    @property
     def trained(self) -> Trained:
         return self.steps.trained
 
     def trained_on(self) -> _State:
         """Train to the end. The state is written down at every look."""
         state = self._left()
-        of = self.training.steps
+        of, looks = self.of, self.training.looks(self.of)
         if state.step == 0 and not state.curve:
             state.before = _document(self._look(self.course.judged))
             self._looked(state)
         while state.step < of and state.stale < self.training.patience:
-            rate = self.training.rate_at(state.step)
-            told = self.steps.step(
-                self.course.steps[state.step], rate, lambda share: self.progress("training", (state.step + share) / of)
-            )
+            rate, samples = self.training.rate_at(state.step, of), self.course.steps[state.step]
+            told = self.steps.step(samples, rate, lambda share: self.progress("training", state.step + share, of))
             if state.step == 0:
                 self._check_touched()
             state.step += 1
             tokens = self.course.tokens(state.step - 1)
             state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **told})
-            if state.step % self.training.looks == 0 or state.step == of:
+            if state.step % looks == 0 or state.step == of:
                 self._looked(state)
         return state
 
@@ -216,8 +218,8 @@ class _Run:
             notes.append(
                 "no state was better on held-back text than the first: nothing is changed; a lower --rate may help"
             )
-        elif state.step < self.training.steps:
-            notes.append(f"ended after step {state.step} of {self.training.steps}: {state.stale} looks brought nothing")
+        elif state.step < self.of:
+            notes.append(f"ended after step {state.step} of {self.of}: {state.stale} looks brought nothing")
         out = self.folder / TRAINED
         if team.first:
             if is_folder(out):
@@ -235,7 +237,7 @@ class _Run:
     def _look(self, samples: Sequence[Sample]) -> Losses:
         if not samples:
             return {}
-        return self.steps.look(samples, lambda share: self.progress("looking at held-back text", share))
+        return self.steps.look(samples)
 
     def _looked(self, state: _State) -> None:
         """Look at what is held back, keep what is best, and write down how far the run is."""
@@ -260,7 +262,7 @@ class _Run:
         found = self.trained.load(self.folder / STATE)
         state = _State(**{name: found[name] for name in asdict(_State())})
         self.trained.steps = state.step
-        self.tell(f"recover: going on behind step {state.step} of {self.training.steps}, where a stopped run was")
+        self.tell(f"recover: going on behind step {state.step} of {self.of}, where a stopped run was")
         return state
 
     def _check_touched(self) -> None:

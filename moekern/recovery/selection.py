@@ -13,7 +13,7 @@ from moekern.model.expert_lists import LIST, expert_modules
 from moekern.model.experts import experts_of
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.projections import halves
-from moekern.model.saved import check_saved
+from moekern.model.saved import places
 from moekern.model.transformers_api import Loader, router_modules
 from moekern.recovery.forms import Direct, Form, Lora, Scale
 from moekern.recovery.settings import Training
@@ -75,7 +75,7 @@ def check_written(
             own: dict[str, Tensor] = {name: loader.model.get_parameter(name) for name in names}
         else:
             own = named(layers_name, layer, layers[layer])
-        check_saved(checkpoint, loader, own, names)
+        places(checkpoint, loader, own, names)
 
 
 def named(layers_name: str, i: int, layer: nn.Module) -> dict[str, Tensor]:
@@ -108,11 +108,13 @@ def _of_kind(kind: str, layerwise: LayerwiseModel, training: Training) -> Iterat
 
 
 def _behind(layerwise: LayerwiseModel) -> Iterator[Chosen]:
-    """The norms beside the list of decoder layers: the last one."""
-    owner_name = layerwise.layers_name.rpartition(".")[0]
-    owner = layerwise.model.get_submodule(owner_name)
-    for child, module in owner.named_children():
-        for name in _norms(module) if "Norm" in type(module).__name__ else ():
+    """The norm behind the decoder layers: the first that is made behind their list."""
+    owner_name, _, layers = layerwise.layers_name.rpartition(".")
+    children = list(layerwise.model.get_submodule(owner_name).named_children())
+    start = [name for name, _ in children].index(layers)
+    norms = [(name, module) for name, module in children[start:] if "norm" in type(module).__name__.lower()]
+    for child, module in norms[:1]:
+        for name in _norms(module):
             path = ".".join(filter(None, (owner_name, child, name)))
             yield Chosen(path, None, Direct(), tuple(layerwise.model.get_parameter(path).shape))
 

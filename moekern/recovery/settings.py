@@ -19,20 +19,22 @@ KINDS = {  # what trains -> the peak of the learning rate where nobody names one
 }
 TARGETS = ("attention", "experts", "linear")  # of lora: linear is every matrix but routers
 VOCABULARY = "vocabulary"
+STEPS, FEWEST, MOST = 24, 4096, 65536
 
 
 @dataclass(frozen=True)
 class Training:
-    """tokens: of all steps, each of about `step_tokens`. The loss is `kl` times KL(original || pruned) plus `next`
+    """The text is gone through `epochs` times, in steps of about `step_tokens` (None: STEPS of them, where these have
+    neither fewer than FEWEST tokens nor more than MOST). The loss is `kl` times KL(original || pruned) plus `next`
     times the cross-entropy of the next token, means over predicted tokens. `top`: the original's likeliest tokens that
     KL is over, the others as one; "vocabulary": all of them. Rates rise over a share `warmup` of the steps to `rate`
-    (None: the least of those of KINDS) and fall by a cosine to a share `floor`. Every `every` steps (None: twenty times
+    (None: the least of those of KINDS) and fall by a cosine to a share `floor`. Every `every` steps (None: ten times
     in all) the loss on held-back text is looked at, and training ends where `patience` such looks brought nothing.
     """
 
     train: tuple[str, ...] = ("all",)
-    tokens: int = 100_000
-    step_tokens: int = 4096
+    epochs: float = 1.0
+    step_tokens: int | None = None
     kl: float = 1.0
     next: float = 0.0
     top: int | str = 64
@@ -60,8 +62,8 @@ class Training:
                 raise InputError(f"--lora-targets {target}: {expected}{nearest_name(target, TARGETS)}")
         if not self.train:
             raise InputError(f"--train: name what trains: {', '.join(KINDS)}")
-        least = {"--tokens": self.tokens, "--step-tokens": self.step_tokens, "--patience": self.patience}
-        least |= {"--lora-rank": self.lora_rank} | ({} if self.every is None else {"--every": self.every})
+        least = {"--patience": self.patience, "--lora-rank": self.lora_rank}
+        least |= {"--step-tokens": self.step_tokens or 1, "--every": self.every or 1}
         for flag, value in least.items():
             check_type(flag, value, int)
             if value < 1:
@@ -71,7 +73,8 @@ class Training:
                 raise InputError(f"{flag} {number}: expected 0 or more")
         if not self.kl and not self.next:
             raise InputError("--kl 0 --next 0: nothing is left to train towards")
-        for flag, number in {"--rate": self.peak, "--clip": self.clip, "--lora-alpha": self.lora_alpha}.items():
+        positive = {"--rate": self.peak, "--clip": self.clip, "--lora-alpha": self.lora_alpha, "--epochs": self.epochs}
+        for flag, number in positive.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{flag} {number}: expected more than 0")
         for flag, number in {"--warmup": self.warmup, "--floor": self.floor}.items():
@@ -80,23 +83,22 @@ class Training:
         if self.top != VOCABULARY and not (isinstance(self.top, int) and self.top > 0):
             raise InputError(f"--top {self.top}: expected a number of tokens, or {VOCABULARY}")
 
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // self.step_tokens)
+    def tokens_of_step(self, tokens: int) -> int:
+        """Of each step, where all have so many."""
+        return self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS))
 
-    @property
-    def looks(self) -> int:
-        """Steps from one look at held-back text to the next."""
-        return self.every or max(1, self.steps // 20)
+    def looks(self, steps: int) -> int:
+        """Steps from one look at held-back text to the next, of so many in all."""
+        return self.every or max(1, steps // 10)
 
     @property
     def peak(self) -> float:
         return self.rate if self.rate is not None else min(KINDS[kind] for kind in self.train)
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        warm = round(self.warmup * self.steps)
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0, of so many in all."""
+        warm = round(self.warmup * steps)
         if step < warm:
             return self.peak * (step + 1) / (warm + 1)
-        share = (step - warm) / max(1, self.steps - warm)
+        share = (step - warm) / max(1, steps - warm)
         return self.peak * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * share)) / 2)

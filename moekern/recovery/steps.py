@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +53,7 @@ class Steps:
             return found / total
 
         layers = len(layerwise.layers)
-        with self._training() as stack:
-            states = stack.enter_context(layerwise.states())
+        with self._training(), layerwise.states() as states:
             trained.put_in(None)
             first = min((one.layer for one in trained.some if one.layer is not None), default=layers)
             back = Backward(
@@ -101,11 +99,9 @@ class Steps:
             parts = team.every(own.clone())
             own.copy_(sum(parts[1:], parts[0]))
 
-    def look(
-        self, samples: Sequence[Sample], progress: Callable[[float], None] = lambda share: None
-    ) -> Mapping[str, Loss]:
+    def look(self, samples: Sequence[Sample]) -> Mapping[str, Loss]:
         """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank."""
-        look = _Look(self, self._own(samples), progress)
+        look = _Look(self, self._own(samples))
         with self._training():
             self.trained.put_in(None)
             self.layerwise.run(look.samples, look)
@@ -121,13 +117,10 @@ class Steps:
         owners = dealt([sample.batch.input_ids.numel() for sample in samples], team.size)
         return [sample for sample, owner in zip(samples, owners, strict=True) if owner == team.rank]
 
-    @contextmanager
-    def _training(self) -> Iterator[ExitStack]:
+    def _training(self) -> AbstractContextManager[None]:
         """Experts are computed by a function that autograd knows."""
         modules = [m for m in self.layerwise.model.modules() if is_experts_module(m)]
-        with ExitStack() as stack:
-            stack.enter_context(experts_implementation(modules, "eager"))
-            yield stack
+        return experts_implementation(modules, "eager")
 
     def _loss(self, sample: Sample) -> tuple[Tensor, Tensor]:
         ids, logits = sample.batch.input_ids, self.layerwise.compute(sample.batch).logits
@@ -139,8 +132,8 @@ class Steps:
 class _Look(Pass[Sample]):
     """Losses of samples, without a gradient."""
 
-    def __init__(self, steps: Steps, samples: Sequence[Sample], progress: Callable[[float], None]) -> None:
-        self.steps, self.samples, self.progress = steps, samples, progress
+    def __init__(self, steps: Steps, samples: Sequence[Sample]) -> None:
+        self.steps, self.samples = steps, samples
         self.sums: dict[int, Tensor] = {}
 
     def forward(self, task: Sample) -> None:
@@ -162,7 +155,3 @@ class _Look(Pass[Sample]):
 
     def done(self, layer: int) -> None:
         self.steps.trained.take_out(layer)
-        self.progress((layer + 1) / len(self.steps.layerwise.layers))
-
-    def kept(self) -> Any:
-        return None

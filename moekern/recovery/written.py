@@ -11,7 +11,7 @@ from moekern.errors import InputError
 from moekern.model.finite import all_finite
 from moekern.model.reader import DTYPES
 from moekern.model.requantised import as_stored
-from moekern.model.saved import check_place, saved
+from moekern.model.saved import places, saved
 from moekern.recovery.selection import named
 from moekern.recovery.trained import Trained
 
@@ -33,10 +33,10 @@ def _write(trained: Trained, layer: int | None, parameters: dict[str, Tensor], p
     made = {name: value.detach().cpu() for name, value in parameters.items()} | trained.made(layer)
     loader, checkpoint = trained.layerwise.loader, trained.layerwise.checkpoint
     tensors: dict[str, Tensor] = {}
+    changed = places(checkpoint, loader, parameters, names)
     for name, value in saved(loader, made).items():
-        if loader.model_key(name) not in names:
+        if name not in changed:
             continue
-        check_place(checkpoint, name, value)
         own = value.to("cpu", DTYPES[checkpoint.tensors[name].dtype]).contiguous()
         if not all_finite(own):
             raise InputError(
