@@ -166,7 +166,7 @@ def recover(
     from moekern.cli import whole_recovery
     from moekern.pruning.work_folder import check_target
 
-    check_target(out)
+    check_target(out, pruned)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,

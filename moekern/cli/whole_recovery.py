@@ -88,7 +88,7 @@ def recover_stages(
         with console.progress("writing", "bytes") as step:
             report = write_replaced(checkpoint, out, found.folder, record, copy=copy, progress=step)
         shutil.rmtree(side / WORK)
-    return Recovered(found, report, original is not None)
+    return Recovered(found, report, original is not None and training.kl > 0)
 
 
 class _Shown:

@@ -111,13 +111,14 @@ def recover(
     team.meet()
     if not is_folder(folder):
         raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
-    with ready(student, compute, training):
-        pass  # what cannot be trained is found before anything is computed
+    with ready(student, compute, training) as there:  # what cannot be trained is found before anything is computed
+        classes = there.layerwise.vocab_size
     teacher = None
     if training.kl and whole is not None:
         teacher = taught(
-            whole, course.samples, folder, training.top, compute, restart=restart, tell=tell, progress=progress
-        )
+            whole, course.samples, folder, training.top, compute, classes,
+            restart=restart, tell=tell, progress=progress,
+        )  # fmt: skip
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
         steps = Steps(there.layerwise, there.trained, Objective(training.kl, training.next), teacher)
@@ -131,12 +132,16 @@ def taught(
     folder: Path,
     top: int | str,
     compute: Compute,
+    classes: int,
     *,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Teacher:
-    """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
+    """What the original predicts of some text, from a file in `folder`, which is made where it is not there.
+
+    Raises InputError for an original whose vocabulary has not so many `classes`.
+    """
     team, batches = compute.team, [sample.batch for sample in samples]
     key = {
         "original": original.fingerprint,
@@ -149,7 +154,10 @@ def taught(
     }
     resume = Resume(folder / "teaching", restart, tell)
     with open_layerwise(original, find_layout(original), compute, team) as layerwise:
-        teacher = Teacher(folder / TEACHER, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
+        if layerwise.vocab_size != classes:
+            what = f"its vocabulary has {layerwise.vocab_size} tokens, and that of the model that trains {classes}"
+            raise InputError(f"--original {original.folder}: {what}; name the model that it was pruned from")
+        teacher = Teacher(folder / TEACHER, batches, None if top == VOCABULARY else int(top), classes)
         if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
             team.meet()
             teacher.open(digest(key))
@@ -302,7 +310,8 @@ def _key(
     text = replace(data, batches=tuple(sample.batch for sample in course.samples))
     return {
         "model": student.fingerprint,
-        "original": None if original is None else original.fingerprint,
+        "config.json": student.config_sha256,
+        "original": None if original is None else [original.fingerprint, original.config_sha256],
         "text": text_key(text),
         "training": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training).items()},
         "--dtype": compute.dtype_name,

@@ -20,6 +20,7 @@ KINDS = {  # what trains -> the peak of the learning rate where nobody names one
 TARGETS = ("attention", "experts", "linear")  # of lora: linear is every matrix but routers
 VOCABULARY = "vocabulary"
 STEPS, FEWEST, MOST = 24, 4096, 65536
+LARGEST = 1000  # epochs, and rate
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,12 @@ class Training:
                 raise InputError(f"{flag} {number}: expected 0 or more")
         if not self.kl and not self.next:
             raise InputError("--kl 0 --next 0: nothing is left to train towards")
-        positive = {"--rate": self.peak, "--clip": self.clip, "--lora-alpha": self.lora_alpha, "--epochs": self.epochs}
-        for flag, number in positive.items():
+        for flag, number in {"--clip": self.clip, "--lora-alpha": self.lora_alpha}.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{flag} {number}: expected more than 0")
+        for flag, number in {"--rate": self.peak, "--epochs": self.epochs}.items():
+            if not 0 < number <= LARGEST:
+                raise InputError(f"{flag} {number}: expected more than 0, and {LARGEST} at the most")
         for flag, number in {"--warmup": self.warmup, "--floor": self.floor}.items():
             if not 0 <= number <= 1:
                 raise InputError(f"{flag} {number}: expected a share, from 0 to 1")
@@ -85,7 +88,7 @@ class Training:
 
     def tokens_of_step(self, tokens: int) -> int:
         """Of each step, where all have so many."""
-        return self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS))
+        return min(max(1, tokens), self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS)))
 
     def looks(self, steps: int) -> int:
         """Steps from one look at held-back text to the next, of so many in all."""
