@@ -234,7 +234,7 @@ class _Run:
                 shutil.rmtree(out)
             out.mkdir()
         team.meet()
-        count = write_trained(self.trained, out)
+        count = write_trained(self.trained, out, as_it_was=not best)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
         held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
         return Recovery(
