@@ -21,9 +21,8 @@ from moekern.recovery.trained import Trained
 
 def write_trained(trained: Trained, folder: Path, *, as_it_was: bool = False) -> int:
     """Write what changes, by its names in the checkpoint and in its types, a file for each layer; of several ranks the
-    first writes. Returns how many tensors there are. `as_it_was`: with the bytes that they have in the checkpoint, which
-    its numbers may not make where another type was computed in. Raises InputError for numbers that the checkpoint's
-    types cannot hold."""
+    first writes. Returns how many tensors there are. `as_it_was`: with their bytes in the checkpoint, which numbers of
+    another type may not make. Raises InputError for numbers that the checkpoint's types cannot hold."""
     layerwise, count = trained.layerwise, 0
     layers = sorted({one.layer for one in trained.some if one.layer is not None})
     for i in layerwise.visit(layers):
