@@ -94,9 +94,10 @@ class Refitter:
         return check_width(f"--shape {self.shape}", chosen.width, served_as(layout, checkpoint.config), targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
-        """The refit of one --keep."""
+        """The refit of one --keep. The plan from before it is kept."""
         plain = work.plan(keep)
         plan, width = (plain, None) if self.shape is None else self._shaped(work, keep, plain, place)
+        plan.save(place.before)
         variants = Variant(DROPPED, plain), self.variant(plan, width, place.folder)
         return refitted(work.checkpoint, work.data, work.judged, variants, work.compute, place, restart=work.restart)
 

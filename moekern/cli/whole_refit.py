@@ -23,6 +23,7 @@ from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
 from moekern.files import check_work, is_folder, is_plain, scratch, work_path, working
 from moekern.model.compute import AUTO, Compute
+from moekern.model.position import differences
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
@@ -164,10 +165,11 @@ def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) ->
     """In what this refit differs from the one that made a plan, as far as that says it."""
     told, asked = whole.provenance[REFIT], json.loads(json.dumps(described(variant)))
     if told.get("plan") != plan.digest:
-        return "was refitted from another plan; give the one that its refit was given"
-    names = [name for name, value in asked.items() if told.get(name) != value]
-    if names:
-        return f"was refitted with another {', '.join(names)}; give the options that its refit was given"
+        where = "`run` keeps it in its work folder, in a name that ends in before-refit.json"
+        return f"was refitted from another plan; give the one that its refit was given ({where})"
+    other = differences({name: told.get(name) for name in asked}, asked)
+    if other:
+        return f"was refitted with another {other}; give the options that its refit was given"
     if told.get("data") != data.recipe:
         return "was fitted to other text; give the text that its refit was given"
     what = "the same text and options, and another model, type (--dtype), device, number of threads or version"

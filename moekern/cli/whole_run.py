@@ -166,17 +166,17 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
-    data = data if stable is None else stable.asked(data)
+    measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
         places = [Place(work_path(out), target.name.removeprefix(out.name)) for target in targets]
-        for path in paths:
+        for path in (*paths, *(place.before for place in places if asked.refit is not None)):
             is_plain(temporary_path(path))
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
         check = lambda: _check_made(targets, made)  # noqa: E731
-        statistics = _statistics(statistics_path, checkpoint, data, compute, asked, stable, check)
+        statistics = _statistics(statistics_path, checkpoint, measured, compute, asked, stable, check)
         refits: list[Refitting] = []
         if asked.refit is None:
             plans = list(make_plans(statistics, planning).values())

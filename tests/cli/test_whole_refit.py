@@ -68,6 +68,22 @@ def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
     assert moekern("verify", model, out / "moekern_plan.json", out).returncode == 2
 
 
+def test_what_a_run_has_refitted_is_computed_again_from_the_plan_that_it_keeps(tmp_path: Path) -> None:
+    model, out = model_and_ids(tmp_path) / "model", tmp_path / "out"
+    narrow = ("--keep", 4, "--until-stable", 0.1, "--refit", "--shape", "6x16", "--no-forward")
+    done = moekern("run", model, *text(tmp_path), *narrow, "--out", out)
+    assert done.returncode == 0, done.stderr
+    kept = tmp_path / "out.moekern" / "plan.before-refit.json"
+    verify = (*text(tmp_path), "--verify", out)
+    assert document("refit", model, kept, *verify, "--width", 16, "--json")["good"]
+    for plan, line in (
+        (kept, "with another width (16 then, none now)"),
+        (tmp_path / "out.moekern" / "plan.json", "from another plan; give the one that its refit was given"),
+    ):
+        done = moekern("refit", model, plan, *verify)
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+
+
 CHANNELS = "channels are cut of plain ones only"
 
 
