@@ -83,15 +83,9 @@ class Refitter:
     def _check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
         if self.shape is None:
             return []
-        problem = narrow_problem(checkpoint, layout)
-        if layout.width is None or problem:
-            raise InputError(f"--shape {self.shape}: {problem or 'experts of several widths'}")
         chosen = parse_shape(self.shape)
-        if chosen is None:
-            return []
-        if chosen.width > layout.width:
-            raise InputError(f"--shape {self.shape}: experts have {layout.width} channels")
-        return check_width(f"--shape {self.shape}", chosen.width, served_as(layout, checkpoint.config), targets)
+        width = None if chosen is None else chosen.width
+        return check_narrow(f"--shape {self.shape}", width, checkpoint, layout, targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
         """The refit of one --keep. The plan from before it is kept."""
@@ -134,6 +128,21 @@ class Refitter:
         rows = [(name, f"{value:.4f}", "taken" if name == str(chosen) else "") for name, value in kl.items()]
         console.show("shapes of the same bytes", ("experts x channels", "KL to original", "choice"), rows)
         return chosen, kl
+
+
+def check_narrow(
+    what: str, width: int | None, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]
+) -> list[str]:
+    """Raise InputError, which begins with `what`, unless the model's experts can become so narrow (None: it is not
+    known yet how much) and every target runs that. Returns a line for each target that it costs something on."""
+    problem = narrow_problem(checkpoint, layout)
+    if layout.width is None or problem:
+        raise InputError(f"{what}: {problem or 'experts of several widths'}")
+    if width is None:
+        return []
+    if width > layout.width:
+        raise InputError(f"{what}: experts have {layout.width} channels")
+    return check_width(what, width, served_as(layout, checkpoint.config), targets)
 
 
 def joined(made: Mapping[str, Refitting]) -> Evaluation | None:

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
-from moekern.architectures.widths import narrow_problem
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint, read_data
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
-from moekern.cli.refitter import Refitter
+from moekern.cli.refitter import Refitter, check_narrow
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refitted
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
@@ -27,6 +26,9 @@ from moekern.model.position import differences
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
+from moekern.plan.served import served_as
+from moekern.plan.serving import slower
+from moekern.plan.targets import Target, check_counts
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
@@ -47,6 +49,7 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True
     restart: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,26 @@ def _looked_at(
     console.hint(check_plan(plan, layout, checkpoint))
     refitter = Refitter(asked.refine, computed=asked.computed)
     refitter.check(checkpoint, layout, compute)
-    if asked.width is not None and (problem := narrow_problem(checkpoint, layout)):
-        raise InputError(f"--width {asked.width}: {problem}")
+    for line in _check_served(plan, asked, checkpoint, layout):
+        console.say(line)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     return refitter, checkpoint, compute, data, judged
+
+
+def _check_served(plan: Plan, asked: Asked, checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """Raise InputError for a width that experts cannot have, and for a width or counts that a target does not run.
+    Returns a line for all that they cost there."""
+    served, lines = served_as(layout, checkpoint.config), list[str]()
+    if asked.width is not None and plan.width is not None:
+        raise InputError(f"--width {asked.width}: the plan says which channels stay, {plan.width} of each expert")
+    width, what = asked.width or plan.width, f"--width {asked.width}" if asked.width else "plan"
+    if width is not None:
+        lines = check_narrow(what, width, checkpoint, layout, asked.targets)
+        served = replace(served, shards=served.stored(width).shards)
+    counts = {key: len(layer.keep) for key, layer in plan.layers.items() if key in layout.layers}
+    check_counts("plan", counts, served, asked.targets)
+    return [*lines, *slower(counts, served, asked.targets)]
 
 
 def _plan_of(pruned: Path) -> Plan:

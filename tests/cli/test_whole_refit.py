@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.demo import MODEL, TEXT
+from moekern.plan.channels import channel_text
+from moekern.plan.document import Plan
 from moekern.pruning.prune import MANIFEST
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
@@ -126,20 +130,47 @@ def test_text_of_too_few_sequences_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "target", "line"),
+    ("width", "target", "line"),
     [
-        ("4x9", "sglang", "--shape 4x9: sglang would not run it: experts have 9 channels: its activation"),
-        ("4x9999", "vllm", "--shape 4x9999: experts have "),
+        ("9", "sglang", "sglang would not run it: experts have 9 channels: its activation"),
+        ("9999", "vllm", "experts have 32 channels"),
     ],
 )
-def test_a_shape_that_does_not_run_is_refused_before_any_text_is_read(
-    shape: str, target: str, line: str, tmp_path: Path
+def test_a_width_that_does_not_run_is_refused_before_any_text_is_read(
+    width: str, target: str, line: str, tmp_path: Path
 ) -> None:
     source = plain("qwen3_moe", tmp_path / "plain")
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    plan.save(tmp_path / "plan.json")
+    channels = channel_text(np.arange(int(width)), int(width))
+    Plan({key: replace(layer, channels=(channels,) * len(layer.keep)) for key, layer in plan.layers.items()}).save(
+        tmp_path / "narrow.json"
+    )
     (tmp_path / "text.txt").write_text("the model has no tokenizer")
-    done = moekern(
-        "run", source, "--keep", 4, "--refit", "--shape", shape, "--target", target, "--data", tmp_path / "text.txt",
-        "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    refit, narrow = ("refit", source, tmp_path / "plan.json"), ("refit", source, tmp_path / "narrow.json")
+    of_a_plan = line if width == "9" else "experts have 0 to 31"
+    for command, says in (
+        (("run", source, "--keep", 4, "--refit", "--shape", f"4x{width}"), f"--shape 4x{width}: {line}"),
+        ((*refit, "--width", width), f"--width {width}: {line}"),
+        (narrow, of_a_plan),
+    ):
+        done = moekern(*command, "--target", target, "--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
+
+
+def test_a_plan_is_held_against_targets_before_any_text_is_read(tmp_path: Path) -> None:
+    source = plain("qwen3_moe", tmp_path / "plain")
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    plan.save(tmp_path / "plan.json")
+    narrow = {key: replace(layer, channels=("ff",) * len(layer.keep)) for key, layer in plan.layers.items()}
+    Plan(narrow).save(tmp_path / "narrow.json")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    for name, more, says in (
+        ("plan", ("--target", "sglang:ep=5"), "plan: sglang:ep=5 would not run it: experts must be a multiple"),
+        ("plan", ("--target", "llama.cpp", "--width", 16), "llama.cpp: experts have 16 channels: K-quants"),
+        ("narrow", ("--width", 4), "--width 4: the plan says which channels stay, 8 of each expert"),
+    ):
+        data = ("--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+        done = moekern("refit", source, tmp_path / f"{name}.json", *data, *more)
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
