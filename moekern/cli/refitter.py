@@ -22,14 +22,14 @@ from moekern.plan.document import Plan
 from moekern.plan.served import served_as
 from moekern.plan.several import Planning, make_plans
 from moekern.plan.shapes import Shape, candidates, parse_shape
-from moekern.plan.targets import Target, check_width, widths_for
+from moekern.plan.targets import Target, check_counts, check_width, widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, refit
 from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.stored import check_formats, format_of
 from moekern.refit.variants import Variant
-from moekern.router import kept_count
+from moekern.router import count_problem, kept_count, nearest_counts
 from moekern.statistics.file import Statistics
 
 
@@ -61,14 +61,14 @@ class Refitter:
     computed: str = "source"
 
     def check(
-        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, targets: Sequence[Target] = ()
+        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, planning: Planning | None = None
     ) -> list[str]:
         """Raise InputError for what several processes cannot do, for a shape that the model's experts cannot have, or
         that a target would not run, and where experts cannot be written as they are computed. No tensor but those of an
         expert of each layer is read. Returns a line for each target that a width costs something on."""
         if self.refine:
             check_alone(compute.team)
-        lines = self._check_shape(checkpoint, layout, targets)
+        lines = [] if planning is None else self._check_shape(checkpoint, layout, planning)
         format_of(self.computed, checkpoint, layout)
         if any(layer.width is None for layer in layout.layers.values()):
             code, names = compute.trust_remote_code, checkpoint.tensors
@@ -80,12 +80,16 @@ class Refitter:
         """What is made of a plan."""
         return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
 
-    def _check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
+    def _check_shape(self, checkpoint: Checkpoint, layout: Layout, planning: Planning) -> list[str]:
         if self.shape is None:
             return []
-        chosen = parse_shape(self.shape)
-        width = None if chosen is None else chosen.width
-        return check_narrow(f"--shape {self.shape}", width, checkpoint, layout, targets)
+        what, chosen, targets = f"--shape {self.shape}", parse_shape(self.shape), planning.targets
+        if chosen is not None and (problem := count_problem(chosen.experts, layout.router)):
+            raise InputError(f"{what}: {problem}; {nearest_counts(chosen.experts, layout.router)}")
+        if chosen is not None and planning.budget.kind == "uniform":  # else counts are known with the plan
+            counts = dict.fromkeys(layout.layers, chosen.experts)
+            check_counts(what, counts, served_as(layout, checkpoint.config), targets)
+        return check_narrow(what, None if chosen is None else chosen.width, checkpoint, layout, targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
         """The refit of one --keep. The plan from before it is kept."""

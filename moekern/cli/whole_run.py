@@ -148,7 +148,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
     check_options(checkpoint, planning)
-    for line in asked.refit.check(checkpoint, layout, compute, planning.targets) if asked.refit is not None else ():
+    for line in asked.refit.check(checkpoint, layout, compute, planning) if asked.refit is not None else ():
         console.say(line)
     check_work(out)
     statistics_path = work_path(out) / "statistics.safetensors"

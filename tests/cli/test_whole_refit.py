@@ -159,6 +159,25 @@ def test_a_width_that_does_not_run_is_refused_before_any_text_is_read(
     assert not (tmp_path / "out.moekern").exists()
 
 
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ("99x16", "--shape 99x16: more than the 8 experts there are; nearest legal: 8"),
+        ("5x16", "--shape 5x16: sglang:ep=2 would not run it: experts must be a multiple of ep=2"),
+    ],
+)
+def test_a_shape_s_number_of_experts_is_looked_at_before_any_text_is_read(
+    shape: str, line: str, tmp_path: Path
+) -> None:
+    source = plain("qwen3_moe", tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    done = moekern(
+        "run", source, "--keep", 4, "--refit", "--shape", shape, "--target", "sglang:ep=2",
+        "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+
+
 def test_a_plan_is_held_against_targets_before_any_text_is_read(tmp_path: Path) -> None:
     source = plain("qwen3_moe", tmp_path / "plain")
     plan = random_plan(find_layout(open_checkpoint(source)), 0)
