@@ -13,6 +13,7 @@ from moekern.cli import console
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refitted
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
+from moekern.estimation.refit import refitted_bytes
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
@@ -60,6 +61,11 @@ class Refitter:
     shape: str | None = None
     computed: str = "source"
 
+    @property
+    def named(self) -> Shape | None:
+        """The shape that is asked for by name."""
+        return None if self.shape is None else parse_shape(self.shape)
+
     def check(
         self, checkpoint: Checkpoint, layout: Layout, compute: Compute, planning: Planning | None = None
     ) -> list[str]:
@@ -80,10 +86,15 @@ class Refitter:
         """What is made of a plan."""
         return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
 
+    def room(self, checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], width: int | None) -> int:
+        """Bytes of what is computed of so many experts of each layer, with so many channels (None: all)."""
+        dtype = format_of(self.computed, checkpoint, layout).dtype
+        return refitted_bytes(checkpoint, layout, kept, all_parts=self.refine, width=width, dtype=dtype)
+
     def _check_shape(self, checkpoint: Checkpoint, layout: Layout, planning: Planning) -> list[str]:
         if self.shape is None:
             return []
-        what, chosen, targets = f"--shape {self.shape}", parse_shape(self.shape), planning.targets
+        what, chosen, targets = f"--shape {self.shape}", self.named, planning.targets
         if chosen is not None and (problem := count_problem(chosen.experts, layout.router)):
             raise InputError(f"{what}: {problem}; {nearest_counts(chosen.experts, layout.router)}")
         if chosen is not None and planning.budget.kind == "uniform":  # else counts are known with the plan
@@ -102,9 +113,8 @@ class Refitter:
     def _shaped(self, work: Work, keep: float | int, plain: Plan, place: Place) -> tuple[Plan, int | None]:
         """The plan of a shape, and how many channels its experts keep (None: all)."""
         width = work.layout.width
-        assert self.shape is not None
         assert width is not None, "check has looked"
-        chosen = parse_shape(self.shape)
+        chosen = self.named
         table: Mapping[str, float] = {}
         if chosen is None:
             share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts

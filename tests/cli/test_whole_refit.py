@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli import whole_refit, whole_run
 from moekern.demo import MODEL, TEXT
+from moekern.estimation.overview import overview
+from moekern.estimation.refit import refitted_bytes
 from moekern.plan.channels import channel_text
 from moekern.plan.document import Plan
 from moekern.pruning.prune import MANIFEST
@@ -157,6 +161,45 @@ def test_a_width_that_does_not_run_is_refused_before_any_text_is_read(
         done = moekern(*command, "--target", target, "--data", tmp_path / "text.txt", "--out", tmp_path / "out")
         assert (done.returncode, says in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
+
+
+def test_refitted_layers_need_room_that_is_looked_for_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the target, in its work folder, until it is done; where they are compared, in the folder of --spill."""
+    source = plain("qwen3_moe", tmp_path / "plain")
+    checkpoint = open_checkpoint(source)
+    layout, found = find_layout(checkpoint), overview(checkpoint)
+    plan = random_plan(layout, 0)
+    plan.save(tmp_path / "plan.json")
+    monkeypatch.setattr(whole_refit, "room_needed", lambda checkpoint, folder, nbytes: nbytes)
+    monkeypatch.setattr(whole_run, "room_needed", lambda checkpoint, folder, nbytes: nbytes)
+    kept = {key: len(layer.keep) for key, layer in plan.layers.items()}
+    layers = refitted_bytes(checkpoint, layout, kept, all_parts=False)
+    size = found.bytes_at(next(iter(kept.values())))
+    status = list(os.statvfs(tmp_path))
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    data = ("--data", tmp_path / "text.txt")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "moekern_plan.json").write_text(json.dumps({"plan": json.loads(plan.to_json())}))
+    out, other = ("--out", tmp_path / "out"), ("--verify", tmp_path / "made", "--spill", tmp_path)
+    refit, run = ("refit", source, tmp_path / "plan.json"), ("run", source, "--keep", next(iter(kept.values())))
+    for command, needed in (
+        ((*refit, *out), size + layers),
+        ((*refit, *out, "--refine"), size + 3 * layers),
+        ((*refit, *out, "--width", 16), found.bytes_at(next(iter(kept.values())), 16) + layers // 2),
+        ((*run, *out, "--refit"), size + layers),
+        ((*refit, *other), layers),
+    ):
+        status[1], status[4] = 1, needed - 1  # f_frsize, f_bavail
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "statvfs", lambda path: os.statvfs_result(status))
+            short = moekern(*command, *data)
+            status[4] = needed
+            enough = moekern(*command, *data)
+        assert (short.returncode, short.stderr.count("of it for refitted layers until it is done")) == (2, 1), short
+        assert "of it for refitted layers" not in enough.stderr
+        assert not (tmp_path / "out.moekern").exists()
 
 
 @pytest.mark.parametrize(

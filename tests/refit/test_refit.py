@@ -17,6 +17,7 @@ from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.estimation.refit import refitted_bytes
 from moekern.evaluation.losses import ORIGINAL, evaluate
 from moekern.model.compute import Compute
 from moekern.model.expert_groups import Takes
@@ -26,6 +27,7 @@ from moekern.plan.channels import channel_ids
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.prune import prune
+from moekern.pruning.refitted import open_refitted
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import refit
 from moekern.refit.rows import RowStore
@@ -82,6 +84,10 @@ def test_every_family_is_refitted_written_and_verified_or_refused(
             for found in (layer, layer["refine"]):
                 assert part not in found or found[part][1] <= found[part][0] or part == "fitted"
     mtp = "drop" if layout.mtp_prefixes else "prune"
+    kept = {key: len(layer.keep) for key, layer in plan.layers.items()}
+    tensors = open_refitted(tmp_path / "refit").tensors.values()
+    nbytes = refitted_bytes(checkpoint, layout, kept, all_parts=True, width=width)
+    assert nbytes == sum(each.entry.nbytes for each in tensors)
     prune(source, whole, tmp_path / "out", mtp=mtp, refitted=tmp_path / "refit")
     report = verify(source, whole, tmp_path / "out")
     assert report.problems == ()
