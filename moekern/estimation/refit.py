@@ -8,7 +8,14 @@ from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS
 
+HELD, MOST = 0.1, 8192  # share of the tokens that a result is judged by, and the most of a domain
 FACTORS = 3  # candidates of the ridge, each with a copy of the residual and of the down projections
+
+
+def row_bytes(tokens: int, hidden: int, itemsize: int, copies: int = FACTORS) -> int:
+    """Bytes of a layer's rows [tokens, hidden]: the target, what lacks of it and `copies` of that, in float32, and what
+    experts are given."""
+    return tokens * hidden * (4 * (2 + copies) + itemsize)
 
 
 def refitted_bytes(

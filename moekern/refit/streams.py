@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moekern.data.batches import Batch, dealt
 from moekern.errors import InputError
+from moekern.estimation.refit import row_bytes
 from moekern.evaluation.losses import compared
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
@@ -347,8 +348,7 @@ class Streams(Pass[Task]):
         """Bytes of a layer's rows: the target, what lacks, one copy for each factor, and what experts are given."""
         fits = [variant for variant in self.variants if variant.fits]
         copies = max((len(v.ridge.factors) if v.ridge else 1 for v in fits), default=-2)
-        row = self.layerwise.embedding_size
-        return self.tokens * row * (4 * (2 + copies) + self.layerwise.loader.dtype.itemsize)
+        return row_bytes(self.tokens, self.layerwise.embedding_size, self.layerwise.loader.dtype.itemsize, copies)
 
 
 def _of(number: int) -> Callable[[Task], bool]:
