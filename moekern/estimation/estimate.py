@@ -20,7 +20,7 @@ from moekern.data.batches import SEGMENTS
 from moekern.estimation.counted import Asked, Counted, Figure, Layer, Part, Stage
 from moekern.estimation.overview import overview, running
 from moekern.estimation.probe import Rates
-from moekern.estimation.refit import FACTORS, HELD, MOST, refitted_bytes, row_bytes
+from moekern.estimation.refit import FACTORS, HELD, MOST, REFINE, RIDGE, refitted_bytes, row_bytes
 from moekern.files import sized
 from moekern.model.budget import Budget
 from moekern.model.sizes import Size
@@ -33,7 +33,6 @@ LOGITS = 14  # times that evaluation writes the logits of a batch in float32; as
 HELD_LOGITS = 6  # of them, that are held at the same time; assumed
 BACKWARD = 4  # forward passes that the gradient tier is worth: one, and one with its backward pass; assumed
 PRUNING = 150 << 20  # bytes of memory that `prune` takes, whatever the model; assumed
-RIDGE, REFINE = 6, 17  # forward passes of the experts that these are worth; 5 to 7 and 15 to 18 measured on a CPU
 WORKING = 6  # copies of an expert in training: weights, gradients, Adam's two, the best, those that it had; assumed
 REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
 

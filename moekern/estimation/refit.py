@@ -9,6 +9,7 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS
 
 HELD, MOST = 0.1, 8192  # share of the tokens that a result is judged by, and the most of a domain
+RIDGE, REFINE = 6, 17  # forward passes of the experts that these are worth; 5 to 7 and 15 to 18 measured on a CPU
 FACTORS = 3  # candidates of the ridge, each with a copy of the residual and of the down projections
 
 

@@ -224,6 +224,19 @@ def test_rows_of_a_layer_share_the_half_of_the_budget_that_hidden_states_leave(
         assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
 
 
+def test_progress_goes_on_within_a_layer_expert_by_expert(source: Path) -> None:
+    told: list[float] = []
+    plan, ridge, refine = half(source), Ridge(sweeps=2), Refine(epochs=1, sweeps=2)
+    variants = [Variant("dropped", plan), Variant("n", plan, 16, ridge, refine)]
+    refit(source, text("qwen3_moe"), variants, FLOAT32, progress=lambda done, total: told.append(done / total))
+    assert told == sorted(told)
+    assert told[-1] == 1
+    layers = find_layout(open_checkpoint(source)).layers
+    for number, (key, layer) in enumerate(plan.layers.items()):
+        within = {value for value in told if number < value * len(layers) < number + 1}
+        assert len(within) > len(layer.keep) * (1 + 3 + 2), key
+
+
 def test_what_cannot_be_is_one_line(source: Path, tmp_path: Path) -> None:
     plan, data = half(source), text("qwen3_moe")
     narrow = refit(source, data, [Variant("n", plan, 16)], FLOAT32).plans["n"]
