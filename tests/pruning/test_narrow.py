@@ -19,7 +19,7 @@ from moekern.errors import InputError
 from moekern.plan.channels import channel_ids, channel_text
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.narrow import strongest_channels
-from moekern.pruning.prune import prune
+from moekern.pruning.prune import MANIFEST, prune
 from moekern.team import Part
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
@@ -125,6 +125,24 @@ def test_every_form_is_cut_byte_by_byte(name: str, family_checkpoint: MakeCheckp
         assert after[new].tobytes() == want.tobytes()
         seen += 1
     assert seen == len(FORMS[name]) * len(plan.layers) * (4 if name == "qwen3_moe" else 1)
+
+
+def test_a_plan_that_names_all_channels_moves_the_bytes_that_one_of_whole_experts_does(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Ranges of the source, nothing that is made; the MTP layers too."""
+    source = family_checkpoint("deepseek_v3")
+    narrow = planned(source, 24)
+    plain = Plan({key: replace(layer, channels=None) for key, layer in narrow.layers.items()})
+    for name, plan in {"narrow": narrow, "plain": plain}.items():
+        prune(source, plan, tmp_path / name)
+        assert verify(source, plan, tmp_path / name).problems == ()
+    made = {name: (tmp_path / name / MANIFEST).read_text().splitlines() for name in ("narrow", "plain")}
+    computed = {name: [json.loads(line).get("computed") for line in lines] for name, lines in made.items()}
+    assert computed["narrow"] == computed["plain"]
+    for path in (tmp_path / "plain").iterdir():
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            assert path.read_bytes() == (tmp_path / "narrow" / path.name).read_bytes()
 
 
 @pytest.fixture
