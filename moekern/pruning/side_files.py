@@ -77,7 +77,8 @@ def side_files(
         elif name == MODEL_CARD:
             files.append(_model_card(path, layout, plan, kept))
         elif name not in (PLAN_FILE, MANIFEST):
-            files.append(side_file(name, _whole(path), notes=stale(path, name, checkpoint.config, layout, kept)))
+            notes = stale(path, name, checkpoint.config, layout, kept, plan.width)
+            files.append(side_file(name, _whole(path), notes=notes))
     files.append(_text(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
     if checkpoint.index is not None or len(shards) > 1:
         files.append(_text(INDEX, _index(checkpoint, shards)))

@@ -163,6 +163,29 @@ def test_shared_experts_follow_with_zeros_behind_them(source: Path, tmp_path: Pa
     assert not new[:, before.shape[1] :].any()
 
 
+def test_files_that_say_how_wide_the_originals_experts_are_are_told(source: Path, tmp_path: Path) -> None:
+    """In any format, under the keys of config.json and those of other programs; the shared expert's too."""
+    folder = tmp_path / "in"
+    shutil.copytree(source, folder)
+    times = json.loads((source / "config.json").read_text())["n_shared_experts"]
+    texts = {
+        "inference.json": (f'{{"moe_inter_dim": 24, "n_shared_experts": {times}}}', ["moe_inter_dim: 24", "n_shared"]),
+        "train.yaml": ("moe_ffn_hidden_size: 24\n", ["experts have 24 channels (moe_ffn_hidden_size: 24)"]),
+        "same.toml": ("moe_intermediate_size = [24, 24]\n", ["experts have 24 channels"]),
+        "other.json": ('{"moe_intermediate_size": 240, "intermediate_size": 24, "n_shared_experts": 99}', []),
+    }
+    for name, (text, _) in texts.items():
+        (folder / name).write_text(text)
+    notes = prune(folder, planned(source), tmp_path / "out", mtp="drop").notes
+    for name, (_, said) in texts.items():
+        lines = [note for note in notes if note.startswith(f"{name}: copied as it is")]
+        assert len(lines) == len(said)
+        assert all(words in line for words, line in zip(said, lines, strict=True))
+    whole = Plan({key: replace(layer, channels=None) for key, layer in planned(source).layers.items()})
+    for name, plan in {"whole": whole, "all": planned(source, 24)}.items():
+        assert not any("channels" in note for note in prune(folder, plan, tmp_path / name, mtp="drop").notes)
+
+
 SPOIL = {
     "a channel": ("experts.1.down_proj.weight", lambda t: t[:, [1, 0, *range(2, t.shape[1])]]),
     "a row": ("experts.0.up_proj.weight", lambda t: t[[1, 0, *range(2, len(t))]]),
