@@ -45,6 +45,11 @@ class ExpertTensor:
     channel_axis: int | None = None
     channel_form: Form = "plain"
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of a projection."""
+        return self.name.endswith(("_bias", ".bias"))
+
     def renamed(self, new: int) -> str:
         """The key of this tensor when its expert has become number `new`."""
         return self.template.replace("{}", str(new))
@@ -65,6 +70,12 @@ class MoeLayer:
 
     def of_role(self, *roles: str) -> Iterator[ExpertTensor]:
         return (tensor for tensor in self.tensors if tensor.role in roles)
+
+    def refitted(self, *, all_parts: bool) -> list[ExpertTensor]:
+        """The tensors that a refit computes: the matrices of down, or with `all_parts` all matrices and biases."""
+        found = [t for t in self.of_role("expert") if t.projection and (all_parts or t.projection == "down")]
+        found = [t for t in found if all_parts or not t.is_bias]
+        return found if self.width is None else [t for t in found if t.channel_axis is not None or t.is_bias]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from moekern.files import sized
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
-    from moekern.estimation.estimate import Figure, Stage
+    from moekern.architectures import Layout
+    from moekern.checkpoint.folder import Checkpoint
+    from moekern.estimation.counted import Figure, Stage
 
 
 def estimate(
@@ -38,7 +40,7 @@ def estimate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Time, memory and disk of calibrate, evaluate and prune, before any of it is done.
+    """Time, memory and disk of calibrate, evaluate, prune and refit, before any of it is done.
 
     From headers and config alone, so that a hub id is enough, and from ten seconds of measuring this machine.
     """
@@ -47,7 +49,7 @@ def estimate(
         raise InputError(f"--out {out}: no folder that can be written to; name one on the disk that results go to")
 
     from moekern.architectures import find_layout
-    from moekern.estimation.estimate import Asked, counted
+    from moekern.estimation.counted import Asked, counted
     from moekern.estimation.estimate import estimate as estimated
     from moekern.estimation.probe import probe
     from moekern.model.budget import budget_of, resident
@@ -67,7 +69,8 @@ def estimate(
     say(f"{compute.described}, {found.described}, {budget.described}; measuring this machine")
     stated = counted(checkpoint, layout, compute, asked)
     rates = probe(checkpoint, stated.shapes, out)
-    stages = estimated(checkpoint, layout, stated, rates, asked, budget, held=held, started=started)
+    stages = estimated(checkpoint, layout, stated, rates, asked, budget, held=held, started=started,
+                       not_refitted=_not_refitted(checkpoint, layout))  # fmt: skip
     document: dict[str, Any] = {
         "model": checkpoint.name, "tokens": count, "device": str(compute.place), "dtype": found.name,
         "memory": budget.host, "gpu_memory": budget.gpu,
@@ -75,6 +78,18 @@ def estimate(
         "stages": {stage.name: stage.document() for stage in stages},
     }  # fmt: skip
     result(document, lambda: show_estimate(checkpoint.name, count, stages, document["rates"]))
+
+
+def _not_refitted(checkpoint: Checkpoint, layout: Layout) -> str:
+    """Why what is computed of its experts cannot be written; empty where it can."""
+    from moekern.plan.formats import computed_format, weight_format
+
+    names = [tensor.name for layer in layout.layers.values() for tensor in layer.of_role("expert")]
+    try:
+        computed_format("source", weight_format(checkpoint.config, names))
+    except InputError as error:
+        return str(error).partition(": ")[2]
+    return ""
 
 
 def _count(text: str) -> int:

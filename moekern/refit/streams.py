@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moekern.data.batches import Batch, dealt
 from moekern.errors import InputError
+from moekern.estimation.refit import row_bytes
 from moekern.evaluation.losses import compared
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
@@ -32,7 +33,7 @@ from moekern.model.walk import Pass, Round
 from moekern.plan.channels import channel_text
 from moekern.plan.document import LayerPlan
 from moekern.plan.live import live_channels
-from moekern.refit.fitting import Fitting, fitted
+from moekern.refit.fitting import Fitting, fitted, forwards
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
 from moekern.refit.stored import Stored, StoredExperts, format_of, stored_bytes
@@ -175,8 +176,13 @@ class Streams(Pass[Task]):
             yield
         if layer >= 0:
             self.through += 1
-            expected = (3 * len(self.variants) + 1) * len(self.places) if layer in self.keys else len(self.places)
-            self.progress(layer + min(self.through / max(1, expected), 0.99), len(self.layerwise.layers))
+            self._tell(layer)
+
+    def _tell(self, layer: int, more: float = 0) -> None:
+        """How far the layer at work is, counted in batches that go through it once; `more` of a fit at work."""
+        passes = 3 * len(self.variants) + 1 + sum(map(forwards, self.variants)) if layer in self.keys else 1
+        done = (self.through + more) / max(1, passes * len(self.places))
+        self.progress(layer + min(done, 0.99), len(self.layerwise.layers))
 
     def loaded(self, layer: int) -> None:
         self.through = 0
@@ -247,8 +253,11 @@ class Streams(Pass[Task]):
                     stored = self._stored(variant, key, plan, block)
                     live = LiveExperts(block, asked, self.layerwise.device, stored)
                     place = self.held_rows, self.units, self.team
-                    fitting = Fitting(live, lacks, target, *place, self.room.left, self.room.folder)
+                    worth = forwards(variant) * len(self.places)
+                    told = lambda share: self._tell(layer, share * worth)  # noqa: E731
+                    fitting = Fitting(live, lacks, target, *place, self.room.left, self.room.folder, told)
                     self.records[number - 1][key] = fitted(fitting, variant, key)
+                    self.through += worth
                     self.write(variant, key, plan, stored.tensors(block))
                 if last:
                     self.saved[number] = [p.detach().clone() for p in block.parameters()] if variant.fits else []
@@ -347,8 +356,7 @@ class Streams(Pass[Task]):
         """Bytes of a layer's rows: the target, what lacks, one copy for each factor, and what experts are given."""
         fits = [variant for variant in self.variants if variant.fits]
         copies = max((len(v.ridge.factors) if v.ridge else 1 for v in fits), default=-2)
-        row = self.layerwise.embedding_size
-        return self.tokens * row * (4 * (2 + copies) + self.layerwise.loader.dtype.itemsize)
+        return row_bytes(self.tokens, self.layerwise.embedding_size, self.layerwise.loader.dtype.itemsize, copies)
 
 
 def _of(number: int) -> Callable[[Task], bool]:

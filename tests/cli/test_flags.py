@@ -242,6 +242,7 @@ refit
   --refine = False
   --width = None
   --computed-dtype = source
+  --target* = None
   --preset = None
   --tokens = 1M
   --sequence-length = 2048

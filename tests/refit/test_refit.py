@@ -17,6 +17,7 @@ from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.estimation.refit import refitted_bytes
 from moekern.evaluation.losses import ORIGINAL, evaluate
 from moekern.model.compute import Compute
 from moekern.model.expert_groups import Takes
@@ -26,6 +27,7 @@ from moekern.plan.channels import channel_ids
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.prune import prune
+from moekern.pruning.refitted import open_refitted
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import refit
 from moekern.refit.rows import RowStore
@@ -82,6 +84,10 @@ def test_every_family_is_refitted_written_and_verified_or_refused(
             for found in (layer, layer["refine"]):
                 assert part not in found or found[part][1] <= found[part][0] or part == "fitted"
     mtp = "drop" if layout.mtp_prefixes else "prune"
+    kept = {key: len(layer.keep) for key, layer in plan.layers.items()}
+    tensors = open_refitted(tmp_path / "refit").tensors.values()
+    nbytes = refitted_bytes(checkpoint, layout, kept, all_parts=True, width=width)
+    assert nbytes == sum(each.entry.nbytes for each in tensors)
     prune(source, whole, tmp_path / "out", mtp=mtp, refitted=tmp_path / "refit")
     report = verify(source, whole, tmp_path / "out")
     assert report.problems == ()
@@ -216,6 +222,19 @@ def test_rows_of_a_layer_share_the_half_of_the_budget_that_hidden_states_leave(
     assert files
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
+
+
+def test_progress_goes_on_within_a_layer_expert_by_expert(source: Path) -> None:
+    told: list[float] = []
+    plan, ridge, refine = half(source), Ridge(sweeps=2), Refine(epochs=1, sweeps=2)
+    variants = [Variant("dropped", plan), Variant("n", plan, 16, ridge, refine)]
+    refit(source, text("qwen3_moe"), variants, FLOAT32, progress=lambda done, total: told.append(done / total))
+    assert told == sorted(told)
+    assert told[-1] == 1
+    layers = find_layout(open_checkpoint(source)).layers
+    for number, (key, layer) in enumerate(plan.layers.items()):
+        within = {value for value in told if number < value * len(layers) < number + 1}
+        assert len(within) > len(layer.keep) * (1 + 3 + 2), key
 
 
 def test_what_cannot_be_is_one_line(source: Path, tmp_path: Path) -> None:
