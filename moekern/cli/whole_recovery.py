@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def recover_stages(
     compute = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     with working(out) as side:
-        with _Shown() as shown:
+        with changing_progress() as shown:
             found = recover(
                 checkpoint, original, data, side / WORK, training, compute,
                 restart=restart, tell=console.say, progress=shown,
@@ -91,21 +91,17 @@ def recover_stages(
     return Recovered(found, report, original is not None)
 
 
-class _Shown:
-    """A bar for what is being done, and another one when that changes."""
+@contextmanager
+def changing_progress() -> Iterator[Callable[[str, float, int], None]]:
+    """As `console.progress`, of one thing after another: yields step(what, done, total)."""
+    with ExitStack() as stack:
+        current: list[tuple[str, console.Step]] = []
 
-    def __init__(self) -> None:
-        self.what, self.stack = "", ExitStack()
+        def step(what: str, done: float, total: int) -> None:
+            if not current or current[0][0] != what:
+                stack.close()
+                unit = "steps" if what == "training" else "layers"
+                current[:] = [(what, stack.enter_context(console.progress(what, unit)))]
+            current[0][1](done, total)
 
-    def __enter__(self) -> _Shown:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-
-    def __call__(self, what: str, done: float, total: int) -> None:
-        if what != self.what:
-            self.stack.close()
-            self.step = self.stack.enter_context(console.progress(what, "steps" if what == "training" else "layers"))
-            self.what = what
-        self.step(done, total)
+        yield step

@@ -79,6 +79,7 @@ def recover(
     training: Training = Training(),
     compute: Compute = Compute(),
     *,
+    judged: TokenData | None = None,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -86,11 +87,11 @@ def recover(
     """Train weights of a pruned model towards the original's predictions of a text (`original` None: by the loss of
     the next token alone), with one layer of it in memory, or all of them where there is room: the same numbers.
 
-    Of each domain a tenth of the sequences is held back to choose the best state, and another one to judge it. What is
-    not done yet lies in `folder`, and the same call goes on from there after a kill, to the same bytes. Several
-    processes (`compute.team`) share the sequences of each step, and the folder, which all must see; another number of
-    them gives numbers that differ by rounding. Raises InputError for models that cannot be trained, or not so, and for
-    text that is too little.
+    Of each domain a tenth of the sequences is held back to choose the best state, and another one, unless `judged` is
+    given, to judge it. What is not done yet lies in `folder`, and the same call goes on from there after a kill, to the
+    same bytes. Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
+    another number of them gives numbers that differ by rounding. Raises InputError for models that cannot be trained,
+    or not so, and for text that is too little.
     """
     training.check()
     check_type("compute", compute, Compute)
@@ -101,9 +102,10 @@ def recover(
         raise InputError("recover: --kl trains towards an original: name it (--original), or give --kl 0 --next 1")
     compute = settled(compute, student, find_layout(student))
     team = compute.team
-    team.together(recover, student.folder, whole and whole.folder, data, folder, training, compute, restart=restart)
+    folders = student.folder, whole and whole.folder
+    team.together(recover, *folders, data, folder, training, compute, judged=judged, restart=restart)
     team.check_alike(facts_of(student, compute))
-    course = Course.of(data, training)
+    course = Course.of(data, training, judged)
     key = _key(student, whole if training.kl else None, course, data, training, compute)
     if team.first:
         folder.mkdir(parents=True, exist_ok=True)
