@@ -51,6 +51,7 @@ class Recovered:
             "tensors": found.tensors,
             "curve": list(found.curve),
             "notes": list(found.notes),
+            "settings": {".".join(path): number for path, number in found.settings.items()},
             "written": {**asdict(self.written), "out": str(self.written.out)},
         }
 
@@ -86,7 +87,9 @@ def recover_stages(
             )  # fmt: skip
         record = {**found.record, **losses_of(found), "curve": list(found.curve)}
         with console.progress("writing", "bytes") as step:
-            report = write_replaced(checkpoint, out, found.folder, record, copy=copy, progress=step)
+            report = write_replaced(
+                checkpoint, out, found.folder, record, settings=found.settings, copy=copy, progress=step
+            )
         shutil.rmtree(side / WORK)
     return Recovered(found, report, original is not None)
 
