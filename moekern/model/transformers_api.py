@@ -217,22 +217,19 @@ def open_loader(
             raise InputError(f"{source}: {what}; inspect, prune and verify work without") from error
         raise InputError(f"{source}: transformers cannot read it: {first_line(error)}") from error
 
-    def build(config: Any) -> Loader:
+    def build(numbers: Numbers) -> Loader:
+        changed = put_numbers(copy.deepcopy(config), numbers)
         try:
-            _check_room(cls, copy.deepcopy(config), wanted, tensors)
-            model = _empty_model(cls, config, wanted)
+            _check_room(cls, copy.deepcopy(changed), wanted, tensors)
+            model = _empty_model(cls, changed, wanted)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         except Exception as error:
             raise InputError(f"{source}: no model can be built from it: {first_line(error)}") from error
         return Loader(model, get_model_conversion_mapping(model), model.state_dict(), wanted, quantisation)
 
-    loader = build(copy.deepcopy(config))
-    return (
-        loader
-        if layout is None
-        else _with_own_counts(loader, layout, lambda ns: build(put_numbers(copy.deepcopy(config), ns)))
-    )
+    loader = build({})
+    return loader if layout is None else _with_own_counts(loader, layout, build)
 
 
 def _read_config(
