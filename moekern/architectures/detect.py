@@ -197,6 +197,8 @@ def top_k(family: Family, config: dict[str, Any], source: str, num_experts: int)
 
 def top_ks(family: Family, config: dict[str, Any]) -> Iterator[tuple[keys.Path, int]]:
     """Where the config says how many experts a token chooses, and how many; the first counts."""
+    if family.top_k.isdigit():
+        return iter(())
     return keys.values(config, (*family.top_k.split("|"), *keys.TOP_K_KEYS), family.holder)
 
 

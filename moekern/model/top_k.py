@@ -41,7 +41,8 @@ class TopK:
                 f"--top-k {k}: each token chooses {self.of_config} experts now; give 1 to {self.of_config}"
             )
         if not self.layout.top_k_paths:
-            raise InputError(f"--top-k: {name}: no key of {CONFIG} says how many experts a token chooses")
+            what = f"its code chooses {self.of_config} experts for each token, whatever {CONFIG} says"
+            raise InputError(f"--top-k {k}: {name}: {what}")
         self._places(k)
 
     def choose(self, k: int) -> None:
