@@ -37,6 +37,7 @@ from moekern.version import versions
 
 STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
 TEACHING = "the original's predictions"
+NOTHING = 1e-6  # of the largest norm of gradients: what rounding leaves of none
 RECONSTRUCTED = (
     "SEER-MoE (arXiv:2404.05089): that the gate is tuned with an entropy term while fewer and fewer experts are chosen "
     "is known; the form of the term, its weight, the steps, the rate and the schedule are not"
@@ -251,6 +252,7 @@ class _Run:
                 f"each token chooses {now} experts instead of {own}: losses before are with {own} on text that decided "
                 f"nothing, with {now} on text that chose the best state"
             )
+            notes += _idle(state.curve)
         out = self.folder / TRAINED
         if team.first:
             if is_folder(out):
@@ -291,7 +293,7 @@ class _Run:
                 state.least, state.best, state.stale = value, state.step, 0
                 if team.first:
                     self.trained.save(self.folder / BEST, {"step": state.step}, ("value",))
-            else:
+            elif self.training.top_k_at(state.step, self.of, self.chosen.of_config) == self.top_k:
                 state.stale += 1
         if team.first and len(self.trained.begun) == len(self.trained.some):
             self.trained.save(self.folder / STATE, {"key": self.key, **asdict(state)})
@@ -317,6 +319,15 @@ class _Run:
             self.tell(
                 f"recover: no gradient reaches {len(names)} of the parameters, as {names[0]}: they stay as they are"
             )
+
+
+def _idle(curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where steps had next to no gradient: a gate that is made 1 whatever the router says."""
+    norms = [each["norm"] for each in curve if "norm" in each]
+    count = sum(norm <= NOTHING * max(norms) for norm in norms)
+    what = "the gates of one expert a token are made 1, and the router changes nothing else of it"
+    more = "add --entropy, or train more than routers"
+    return [f"in {count} of {len(norms)} steps no gradient reached what trains: {what}; {more}"] if count else []
 
 
 def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:

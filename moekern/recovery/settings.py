@@ -31,7 +31,8 @@ class Training:
     (None: the least of those of KINDS) and fall by a cosine to a share `floor`. Every `every` steps (None: ten times
     in all) the loss on held-back text is looked at, and training ends where `patience` such looks brought nothing.
     `entropy` times the entropy of what routers choose from is added to the loss (see `entropy.py`). `top_k`: each token
-    chooses fewer and fewer experts in the first half of the steps, and so many from then on (None: as many as ever).
+    chooses fewer and fewer experts in the first half of the steps, which is not ended early, and so many from then on
+    (None: as many as ever).
     """
 
     train: tuple[str, ...] = ("all",)

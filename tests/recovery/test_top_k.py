@@ -182,6 +182,26 @@ def test_what_comes_after_knows_the_number(made: tuple[Path, Recovery], tmp_path
     assert any(note.endswith("num_experts_per_tok is 1 since") for note in told["notes"])
 
 
+def test_steps_in_which_nothing_reaches_the_router_are_told(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A single gate that is divided by its own sum is 1."""
+    for weight in (0.0, 0.1):
+        training = Training(
+            ("router",), 2, step_tokens=16, kl=0, next=1, every=100, patience=9, top_k=1, entropy=weight
+        )
+        where = tmp_path / str(weight)
+        done = recover(family_checkpoint("mixtral"), None, text("mixtral", 4), where, training, Compute("cpu"))
+        told = [note for note in done.notes if "no gradient reached what trains" in note]
+        assert [note.split(" steps")[0] for note in told] == ([] if weight else ["in 3 of 6"])
+
+
+def test_it_does_not_end_before_the_number_has_fallen(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    for k, steps in ((1, 4), (None, 1)):
+        training = Training(("norms",), 2, step_tokens=16, kl=0, next=1, rate=1e-30, every=1, patience=1, top_k=k)
+        folder = family_checkpoint("qwen3_moe")
+        done = recover(folder, None, text("qwen3_moe", 4), tmp_path / str(k), training, Compute("cpu"))
+        assert (done.steps, done.best) == (steps, 0)
+
+
 def test_rounds_of_a_lottery_do_not_take_it(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     method = Lottery(0.5, training=Training(top_k=1))
     with pytest.raises(InputError, match="lottery: .*is trained by recover"):
