@@ -171,10 +171,8 @@ def markdown(lines: Sequence[Line]) -> str:
         gains = [starts[share, start, x["seed"]] - x["mean"] for x in some] if kind else []
         kl = "" if some[0]["kl"] is None or not kind else spread([x["kl"] for x in some])
         seconds = f"{statistics.fmean(x['cpu_seconds'] for x in some):.0f}" if kind else ""
-        cells.append([
-            f"{share:.0%}", start, kind, spread([x["mean"] for x in some]), spread(gains, sign="+") if gains else "", kl,
-            seconds,
-        ])  # fmt: skip
+        gain = spread(gains, sign="+") if gains else ""
+        cells.append([f"{share:.0%}", start, kind, spread([x["mean"] for x in some]), gain, kl, seconds])
     rows = [header, ["---"] * 3 + ["---:"] * 4, *cells]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -193,12 +193,12 @@ class _Run:
     def trained_on(self) -> _State:
         """Train to the end. The state is written down at every look."""
         state = self._left()
-        of, looks = self.of, self.training.looks(self.of)
+        of, looks, width = self.of, self.training.looks(self.of), self.steps.layerwise.embedding_size
         if state.step == 0 and not state.curve:
             state.before = _document(self._look(self.course.judged))
             self._looked(state)
         while state.step < of and state.stale < self.training.patience:
-            rate, samples = self.training.rate_at(state.step, of), self.course.steps[state.step]
+            rate, samples = self.training.rate_at(state.step, of, width), self.course.steps[state.step]
             told = self.steps.step(samples, rate, lambda share: self.progress("training", state.step + share, of))
             if state.step == 0:
                 self._check_touched()
