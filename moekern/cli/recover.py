@@ -98,6 +98,7 @@ class Options:
     lora_rank: int
     lora_alpha: float
     lora_targets: str
+    adapter: bool = False
 
     def training(self) -> Training:
         """Raises InputError."""
@@ -136,6 +137,9 @@ def recover(
     lora_rank: LoraRank = 16,
     lora_alpha: LoraAlpha = 32.0,
     lora_targets: LoraTargets = "attention",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="With --train lora: write an adapter for peft instead of a checkpoint.")
+    ] = False,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -165,7 +169,7 @@ def recover(
     """
     options = Options(
         train, kl, next_token, top, rate, epochs, step_tokens, warmup, floor, clip, decay, every, patience, seed,
-        lora_rank, lora_alpha, lora_targets,
+        lora_rank, lora_alpha, lora_targets, adapter,
     )  # fmt: skip
     training = options.training()
 
@@ -229,5 +233,8 @@ def show_recovered(done: Recovered) -> None:
     for note in found.notes:
         say(note)
     report = done.written
+    if report is None:
+        say(f"{done.out}: an adapter of {found.tensors} matrices for {done.base}; peft loads it on that checkpoint")
+        return
     say(f"{found.tensors} tensors trained; {sized(report.bytes_out)} in {report.shards} files (--copy {report.copy})")
     say(f"{report.out}: load it as any checkpoint; moekern_recovery.json says how it was trained")

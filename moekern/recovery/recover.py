@@ -30,7 +30,7 @@ from moekern.recovery.settings import VOCABULARY, Training
 from moekern.recovery.steps import Steps
 from moekern.recovery.teacher import Teacher, Teaching
 from moekern.recovery.trained import Trained
-from moekern.recovery.written import write_trained
+from moekern.recovery.written import write_adapter, write_trained
 from moekern.version import versions
 
 STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
@@ -41,7 +41,7 @@ Progress = Callable[[str, float, int], None]  # what is being done, how much of 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint.
+    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint, or an adapter.
 
     Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
     (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
@@ -228,7 +228,7 @@ class _Run:
                 shutil.rmtree(out)
             out.mkdir()
         team.meet()
-        count = write_trained(self.trained, out)
+        count = write_adapter(self.trained, out) if self.training.adapter else write_trained(self.trained, out)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
         held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
         return Recovery(

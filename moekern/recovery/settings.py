@@ -52,6 +52,7 @@ class Training:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("attention",)
+    adapter: bool = False  # what is written is an adapter of peft's, and no checkpoint
 
     def check(self) -> None:
         """Raise InputError for what no training can be."""
@@ -64,6 +65,8 @@ class Training:
                 raise InputError(f"--lora-targets {target}: {expected}{nearest_name(target, TARGETS)}")
         if not self.train:
             raise InputError(f"--train: name what trains: {', '.join(KINDS)}")
+        if self.adapter and self.train != ("lora",):
+            raise InputError("--adapter: goes with --train lora alone")
         least = {"--patience": self.patience, "--lora-rank": self.lora_rank}
         least |= {"--step-tokens": self.step_tokens or 1, "--every": self.every or 1}
         for flag, value in least.items():
