@@ -155,6 +155,10 @@ def recover(
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
     copy: CopyOption = CopyMode.auto,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="A folder for what the original predicts, kept for other runs on the same text."),
+    ] = None,
     only_estimate: Annotated[
         bool, typer.Option("--estimate", help="Say what it takes (time, memory, disk, reads), and do nothing.")
     ] = False,
@@ -194,7 +198,9 @@ def recover(
         trust_remote_code=trust_remote_code,
     ))  # fmt: skip
     whole = None if original is None else ranks.folder_of(original, None, compute.team)
-    done = whole_recovery.recover_stages(pruned, whole, text, training, compute, out, copy.value, restart=restart)
+    done = whole_recovery.recover_stages(
+        pruned, whole, text, training, compute, out, copy.value, predictions=predictions, restart=restart
+    )
     result(done.document(), lambda: show_recovered(done))
 
 

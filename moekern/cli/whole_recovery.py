@@ -77,6 +77,7 @@ def recover_stages(
     out: Path,
     copy: Copy = "auto",
     *,
+    predictions: Path | None = None,
     restart: bool = False,
 ) -> Recovered:
     """Train, and write. What a run that was stopped has left is used again."""
@@ -87,7 +88,7 @@ def recover_stages(
         with changing_progress() as shown:
             found = recover(
                 checkpoint, original, data, side / WORK, training, compute,
-                restart=restart, tell=console.say, progress=shown,
+                predictions=predictions, restart=restart, tell=console.say, progress=shown,
             )  # fmt: skip
         record = {**found.record, **losses_of(found), "curve": list(found.curve)}
         report = None

@@ -33,7 +33,7 @@ from moekern.recovery.trained import Trained
 from moekern.recovery.written import write_adapter, write_trained
 from moekern.version import versions
 
-STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
+STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
 TEACHING = "the original's predictions"
 Losses = Mapping[str, Loss]  # by domain
 Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
@@ -80,6 +80,7 @@ def recover(
     compute: Compute = Compute(),
     *,
     judged: TokenData | None = None,
+    predictions: Path | None = None,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -89,7 +90,8 @@ def recover(
 
     Of each domain a tenth of the sequences is held back to choose the best state, and another one, unless `judged` is
     given, to judge it. What is not done yet lies in `folder`, and the same call goes on from there after a kill, to the
-    same bytes. Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
+    same bytes. What the original predicts lies in `predictions` (None: there too), for other runs on the same text.
+    Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
     another number of them gives numbers that differ by rounding. Raises InputError for models that cannot be trained,
     or not so, and for text that is too little.
     """
@@ -103,7 +105,8 @@ def recover(
     compute = settled(compute, student, find_layout(student))
     team = compute.team
     folders = student.folder, whole and whole.folder
-    team.together(recover, *folders, data, folder, training, compute, judged=judged, restart=restart)
+    more = {"judged": judged, "predictions": predictions, "restart": restart}
+    team.together(recover, *folders, data, folder, training, compute, **more)
     team.check_alike(facts_of(student, compute))
     course = Course.of(data, training, judged)
     key = _key(student, whole if training.kl else None, course, data, training, compute)
@@ -117,8 +120,9 @@ def recover(
         pass  # what cannot be trained is found before anything is computed
     teacher = None
     if training.kl and whole is not None:
+        place = predictions or folder
         teacher = taught(
-            whole, course.samples, folder, training.top, compute, restart=restart, tell=tell, progress=progress
+            whole, course.samples, place, training.top, compute, restart=restart, tell=tell, progress=progress
         )
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
@@ -139,6 +143,8 @@ def taught(
     progress: Progress = lambda what, done, total: None,
 ) -> Teacher:
     """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
+    if compute.team.first:
+        folder.mkdir(parents=True, exist_ok=True)
     team, batches = compute.team, [sample.batch for sample in samples]
     key = {
         "original": original.fingerprint,
@@ -149,9 +155,10 @@ def taught(
         "--device": compute.place.type,
         "versions": versions(),
     }
-    resume = Resume(folder / "teaching", restart, tell)
+    resume = Resume(folder / f"teaching-{digest(key)[:16]}", restart, tell)
     with open_layerwise(original, find_layout(original), compute, team) as layerwise:
-        teacher = Teacher(folder / TEACHER, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
+        path = folder / f"predictions-{digest(key)[:16]}.safetensors"
+        teacher = Teacher(path, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
         if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
             team.meet()
             teacher.open(digest(key))
