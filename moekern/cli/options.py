@@ -361,7 +361,7 @@ RefineOption = Annotated[
 ReEstimate = Annotated[
     bool,
     typer.Option(
-        "--re-estimate",
+        "--reestimate",
         help="Choose the experts of each layer anew, as many as before, behind layers that are pruned and refitted.",
     ),
 ]

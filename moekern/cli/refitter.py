@@ -78,7 +78,7 @@ class Refitter:
         if self.refine:
             check_alone(compute.team)
         if self.re_estimate:
-            check_alone(compute.team, "--re-estimate", "chosen")
+            check_alone(compute.team, "--reestimate", "chosen")
         if self.re_estimate and planning is not None:
             check_criterion(planning.criteria[0], guarded=planning.guards != Guards())
         lines = [] if planning is None else self._check_shape(checkpoint, layout, planning)

@@ -207,7 +207,7 @@ def _check_refit(refit: bool, refine: bool, shape: str | None, re_estimate: bool
     for flag, given in (
         ("--refine", refine),
         (f"--shape {shape}", shape is not None),
-        ("--re-estimate", re_estimate),
+        ("--reestimate", re_estimate),
         (f"--computed-dtype {computed}", computed != "source"),
     ):
         if given and not refit:

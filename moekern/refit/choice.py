@@ -26,7 +26,7 @@ from moekern.statistics.header import Source, make_header
 from moekern.team import Team
 from moekern.version import versions
 
-FLAG = "--re-estimate"
+FLAG = "--reestimate"
 
 
 @dataclass(frozen=True)

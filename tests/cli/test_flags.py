@@ -81,7 +81,7 @@ run
   --refit = False
   --refine = False
   --shape = None
-  --re-estimate = False
+  --reestimate = False
   --computed-dtype = source
   --restart = False
   --trust-remote-code = False
@@ -242,7 +242,7 @@ refit
   --data* = None
   --refine = False
   --width = None
-  --re-estimate = False
+  --reestimate = False
   --computed-dtype = source
   --target* = None
   --preset = None

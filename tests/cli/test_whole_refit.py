@@ -78,12 +78,12 @@ def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
 
 def test_what_a_run_has_refitted_is_computed_again_from_the_plan_that_it_keeps(tmp_path: Path) -> None:
     model, out = model_and_ids(tmp_path) / "model", tmp_path / "out"
-    narrow = ("--keep", 4, "--until-stable", 0.1, "--refit", "--shape", "6x16", "--re-estimate", "--no-forward")
+    narrow = ("--keep", 4, "--until-stable", 0.1, "--refit", "--shape", "6x16", "--reestimate", "--no-forward")
     done = moekern("run", model, *text(tmp_path), *narrow, "--out", out)
     assert done.returncode == 0, done.stderr
     kept = tmp_path / "out.moekern" / "plan.before-refit.json"
     verify = (*text(tmp_path), "--verify", out)
-    assert document("refit", model, kept, *verify, "--width", 16, "--re-estimate", "--json")["good"]
+    assert document("refit", model, kept, *verify, "--width", 16, "--reestimate", "--json")["good"]
     for plan, line in (
         (kept, "with another width (16 then, none now), choice;"),
         (tmp_path / "out.moekern" / "plan.json", "from another plan; give the one that its refit was given"),
@@ -207,12 +207,12 @@ def test_experts_are_chosen_anew_by_a_criterion_alone(tmp_path: Path) -> None:
     source = plain("qwen3_moe", tmp_path / "plain")
     random_plan(find_layout(open_checkpoint(source)), 0).save(tmp_path / "plan.json")
     (tmp_path / "text.txt").write_text("the model has no tokenizer")
-    run, again = ("run", source, "--keep", 4), ("--re-estimate", "--data", tmp_path / "text.txt")
+    run, again = ("run", source, "--keep", 4), ("--reestimate", "--data", tmp_path / "text.txt")
     for command, line in (
-        (run, "--re-estimate: goes with --refit"),
-        ((*run, "--refit", "--protect-super"), "--re-estimate: some experts are to stay or go whatever their score"),
-        ((*run, "--refit", "--criterion", "ewn"), "--re-estimate: ewn looks at weights alone"),
-        (("refit", source, tmp_path / "plan.json"), "--re-estimate: the plan does not say by which criterion"),
+        (run, "--reestimate: goes with --refit"),
+        ((*run, "--refit", "--protect-super"), "--reestimate: some experts are to stay or go whatever their score"),
+        ((*run, "--refit", "--criterion", "ewn"), "--reestimate: ewn looks at weights alone"),
+        (("refit", source, tmp_path / "plan.json"), "--reestimate: the plan does not say by which criterion"),
     ):
         done = moekern(*command, *again, "--out", tmp_path / "out")
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr

@@ -268,7 +268,7 @@ def test_plans_that_do_not_say_how_experts_were_chosen_are_refused(told: dict[st
     if not line:
         assert Choice.of(plan) == Choice(told["criterion"])
         return
-    with pytest.raises(InputError, match=f"--re-estimate: .*(?:{line})"):
+    with pytest.raises(InputError, match=f"--reestimate: .*(?:{line})"):
         Choice.of(plan)
 
 
