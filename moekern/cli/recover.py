@@ -75,6 +75,21 @@ Patience = Annotated[int, typer.Option(help="Looks that may bring nothing before
 LoraRank = Annotated[int, typer.Option(help="With --train lora.", callback=at_least(1))]
 LoraAlpha = Annotated[float, typer.Option(help="With --train lora: its product is scaled by alpha / rank.")]
 LoraTargets = Annotated[str, typer.Option(help="With --train lora: attention, experts, linear; separated by commas.")]
+EntropyOption = Annotated[
+    float,
+    typer.Option(
+        help="Weight of the entropy of what routers choose from, a mean over tokens and layers (SEER-MoE, "
+        "arXiv:2404.05089; reconstructed)."
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Each token chooses so many experts in the end, as config.json then says; the number falls in the first "
+        "half of the steps (SEER-MoE, arXiv:2404.05089; the schedule is reconstructed).",
+        callback=at_least(1),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,8 @@ class Options:
     lora_alpha: float
     lora_targets: str
     adapter: bool = False
+    entropy: float = 0.0
+    top_k: int | None = None
 
     def training(self) -> Training:
         """Raises InputError."""
@@ -140,6 +157,8 @@ def recover(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="With --train lora: write an adapter for peft instead of a checkpoint.")
     ] = False,
+    entropy: EntropyOption = 0.0,
+    top_k: TopK = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -173,7 +192,7 @@ def recover(
     """
     options = Options(
         train, kl, next_token, top, rate, epochs, step_tokens, warmup, floor, clip, decay, every, patience, seed,
-        lora_rank, lora_alpha, lora_targets, adapter,
+        lora_rank, lora_alpha, lora_targets, adapter, entropy, top_k,
     )  # fmt: skip
     training = options.training()
 

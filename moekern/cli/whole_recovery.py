@@ -55,6 +55,7 @@ class Recovered:
             "tensors": found.tensors,
             "curve": list(found.curve),
             "notes": list(found.notes),
+            "settings": {".".join(path): number for path, number in found.settings.items()},
             "out": str(self.out),
             "written": None if self.written is None else {**asdict(self.written), "out": str(self.out)},
         }
@@ -97,7 +98,9 @@ def recover_stages(
             found.folder.rename(out)
         else:
             with console.progress("writing", "bytes") as step:
-                report = write_replaced(checkpoint, out, found.folder, record, copy=copy, progress=step)
+                report = write_replaced(
+                    checkpoint, out, found.folder, record, settings=found.settings, copy=copy, progress=step
+                )
         shutil.rmtree(side / WORK)
     return Recovered(found, pruned, out, report, original is not None)
 

@@ -23,7 +23,9 @@ from moekern.model.journal import ANEW, Resume, opened, removed
 from moekern.model.layerwise import open_layerwise
 from moekern.model.position import differences, digest, text_key
 from moekern.model.precision import settled
+from moekern.model.top_k import TopK
 from moekern.recovery.course import Course, Sample
+from moekern.recovery.entropy import check_entropy
 from moekern.recovery.loaded import ready
 from moekern.recovery.objective import Objective
 from moekern.recovery.settings import VOCABULARY, Training
@@ -35,6 +37,10 @@ from moekern.version import versions
 
 STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
 TEACHING = "the original's predictions"
+RECONSTRUCTED = (
+    "SEER-MoE (arXiv:2404.05089): that the gate is tuned with an entropy term while fewer and fewer experts are chosen "
+    "is known; the form of the term, its weight, the steps, the rate and the schedule are not"
+)
 Losses = Mapping[str, Loss]  # by domain
 Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
@@ -45,7 +51,9 @@ class Recovery:
 
     Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
     (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
-    curve: a record for each step and each look. record: what decided the result.
+    curve: a record for each step and each look. record: what decided the result. settings: numbers that config.json
+    must have from now on, by path. Where each token chooses fewer experts, losses are with so many, but for those of
+    `judged` before.
     """
 
     folder: Path
@@ -57,6 +65,7 @@ class Recovery:
     curve: Sequence[Mapping[str, Any]]
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    settings: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
 
 @dataclass
@@ -116,8 +125,11 @@ def recover(
     team.meet()
     if not is_folder(folder):
         raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
-    with ready(student, compute, training):
-        pass  # what cannot be trained is found before anything is computed
+    with ready(student, compute, training) as there:  # what cannot be trained is found before anything is computed
+        if training.entropy:
+            check_entropy(there.layerwise)
+        if training.top_k is not None:
+            TopK(there.layerwise.loader, there.layerwise.layout).check(training.top_k)
     teacher = None
     if training.kl and whole is not None:
         place = predictions or folder
@@ -126,8 +138,10 @@ def recover(
         )
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
-        steps = Steps(there.layerwise, there.trained, Objective(training.kl, training.next), teacher)
-        run = _Run(steps, course, training, folder, key, tell, progress)
+        objective = Objective(training.kl, training.next)
+        steps = Steps(there.layerwise, there.trained, objective, teacher, training.entropy)
+        chosen = TopK(there.layerwise.loader, there.layerwise.layout)
+        run = _Run(steps, chosen, course, training, folder, key, tell, progress)
         return run.finished(run.trained_on())
 
 
@@ -181,6 +195,7 @@ class _Run:
     """A run from where it was stopped to its end."""
 
     steps: Steps
+    chosen: TopK
     course: Course
     training: Training
     folder: Path
@@ -192,6 +207,11 @@ class _Run:
     def of(self) -> int:
         """Steps in all."""
         return len(self.course.steps)
+
+    @property
+    def top_k(self) -> int:
+        """What each token chooses in the end."""
+        return self.chosen.of_config if self.training.top_k is None else self.training.top_k
 
     @property
     def trained(self) -> Trained:
@@ -206,12 +226,14 @@ class _Run:
             self._looked(state)
         while state.step < of and state.stale < self.training.patience:
             rate, samples = self.training.rate_at(state.step, of, width), self.course.steps[state.step]
+            self.chosen.choose(self.training.top_k_at(state.step, of, self.chosen.of_config))
             told = self.steps.step(samples, rate, lambda share: self.progress("training", state.step + share, of))
             if state.step == 0:
                 self._check_touched()
             state.step += 1
             tokens = self.course.tokens(state.step - 1)
-            state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **told})
+            fewer = {} if self.training.top_k is None else {"top_k": self.chosen.now}
+            state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **fewer, **told})
             if state.step % looks == 0 or state.step == of:
                 self._looked(state)
         return state
@@ -222,6 +244,7 @@ class _Run:
         best = state.best if self.course.held else state.step
         if best != state.step:
             self.trained.load(self.folder / BEST, ("value",))
+        self.chosen.choose(self.top_k)
         after = self._look(self.course.judged)
         if self.course.held and not best:
             notes.append(
@@ -229,6 +252,12 @@ class _Run:
             )
         elif state.step < self.of:
             notes.append(f"ended after step {state.step} of {self.of}: {state.stale} looks brought nothing")
+        if fewer := self._settings():
+            own, now = self.chosen.of_config, self.top_k
+            notes.append(
+                f"each token chooses {now} experts instead of {own}: losses before are with {own} on text that decided "
+                f"nothing, with {now} on text that chose the best state"
+            )
         out = self.folder / TRAINED
         if team.first:
             if is_folder(out):
@@ -240,8 +269,18 @@ class _Run:
         held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
         return Recovery(
             out, count, best, state.step, held, (_losses(state.before), after), tuple(state.curve),
-            {"training": asdict(self.training), "best": best, "steps": state.step, **self.key}, tuple(notes),
+            {"training": asdict(self.training), "best": best, "steps": state.step, **self.key, **self._reconstructed()},
+            tuple(notes), fewer,
         )  # fmt: skip
+
+    def _settings(self) -> dict[tuple[str, ...], int]:
+        fewer = self.top_k != self.chosen.of_config
+        return dict.fromkeys(self.chosen.layout.top_k_paths, self.top_k) if fewer else {}
+
+    def _reconstructed(self) -> dict[str, str]:
+        """What of a method is not known from its paper, for the record."""
+        seer = self.training.entropy or self.training.top_k is not None
+        return {"reconstructed": RECONSTRUCTED} if seer else {}
 
     def _look(self, samples: Sequence[Sample]) -> Losses:
         if not samples:
@@ -250,6 +289,7 @@ class _Run:
 
     def _looked(self, state: _State) -> None:
         """Look at what is held back, keep what is best, and write down how far the run is."""
+        self.chosen.choose(self.top_k)
         team, held = self.steps.layerwise.team, self._look(self.course.held)
         if held:
             state.curve.append({"step": state.step, "held": _document(held)})

@@ -32,6 +32,8 @@ class Training:
     KL is over, the others as one; "vocabulary": all of them. Rates rise over a share `warmup` of the steps to `rate`
     (None: see `peak`) and fall by a cosine to a share `floor`. Every `every` steps (None: ten times in all) the loss on
     held-back text is looked at, and training ends where `patience` such looks brought nothing.
+    `entropy` times the entropy of what routers choose from is added to the loss (see `entropy.py`). `top_k`: each token
+    chooses fewer and fewer experts in the first half of the steps, and so many from then on (None: as many as ever).
     """
 
     train: tuple[str, ...] = ("all",)
@@ -53,6 +55,8 @@ class Training:
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("attention",)
     adapter: bool = False  # what is written is an adapter of peft's, and no checkpoint
+    entropy: float = 0.0
+    top_k: int | None = None
 
     def check(self) -> None:
         """Raise InputError for what no training can be."""
@@ -67,13 +71,17 @@ class Training:
             raise InputError(f"--train: name what trains: {', '.join(KINDS)}")
         if self.adapter and self.train != ("lora",):
             raise InputError("--adapter: goes with --train lora alone")
+        if self.adapter and self.top_k is not None:
+            raise InputError("--adapter: goes without --top-k, which config.json says")
         least = {"--patience": self.patience, "--lora-rank": self.lora_rank}
         least |= {"--step-tokens": self.step_tokens or 1, "--every": self.every or 1}
+        least |= {} if self.top_k is None else {"--top-k": self.top_k}
         for flag, value in least.items():
             check_type(flag, value, int)
             if value < 1:
                 raise InputError(f"{flag} {value}: expected 1 or more")
-        for flag, number in {"--kl": self.kl, "--next": self.next, "--decay": self.decay}.items():
+        weights = {"--kl": self.kl, "--next": self.next, "--decay": self.decay, "--entropy": self.entropy}
+        for flag, number in weights.items():
             if not 0 <= number < math.inf:
                 raise InputError(f"{flag} {number}: expected 0 or more")
         if not self.kl and not self.next:
@@ -116,3 +124,9 @@ class Training:
             return peak * (step + 1) / (warm + 1)
         share = (step - warm) / max(1, steps - warm)
         return peak * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * share)) / 2)
+
+    def top_k_at(self, step: int, steps: int, of: int) -> int:
+        """What each token chooses in a step, counted from 0, of so many in all, where it chose `of` before: a line from
+        there to `top_k` over the first half of the steps, rounded up (reconstructed: see `entropy.py`)."""
+        least = of if self.top_k is None else self.top_k
+        return least + max(0, -(-(of - least) * (steps - 2 * step) // steps))
