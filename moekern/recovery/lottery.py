@@ -91,6 +91,7 @@ def lottery(
     folder: Path,
     compute: Compute = Compute(),
     *,
+    judged: TokenData | None = None,
     control: bool = True,
     keep_rounds: bool = False,
     restart: bool = False,
@@ -99,10 +100,10 @@ def lottery(
 ) -> Drawn:
     """Cut a model in rounds with training between them, and write the last round's to the new folder `out`.
 
-    A tenth of the text is judged by, and trains nothing. What is not done lies in `folder`: the round at work, and the
-    checkpoint of the one before it (with `keep_rounds` of all); the same call goes on there. With `control` the model
-    is also cut once and trained on all of the text, and only its losses are kept. Raises InputError for what the stages
-    refuse.
+    A tenth of the text, unless `judged` is given, is judged by, and trains nothing. What is not done lies in `folder`:
+    the round at work, and the checkpoint of the one before it (with `keep_rounds` of all); the same call goes on there.
+    With `control` the model is also cut once and trained on all of the text, and only its losses are kept. Raises
+    InputError for what the stages refuse.
     """
     check_type("method", method, Lottery)
     method.training.check()
@@ -115,7 +116,7 @@ def lottery(
     kept = kept_count(method.keep, layout.router)
     counts = schedule(layout.num_experts, kept, method.rounds, layout.n_group)
     needs_text(method.criterion)
-    whole, judged = held_back(data)
+    whole, judged = held_back(data) if judged is None else (data, judged)
     if not judged.batches:
         raise InputError("lottery: too little text to hold some back to judge by; give more (--tokens)", kind="data")
     if restart and is_folder(folder):

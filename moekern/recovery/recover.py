@@ -32,10 +32,10 @@ from moekern.recovery.settings import VOCABULARY, Training
 from moekern.recovery.steps import Steps
 from moekern.recovery.teacher import Teacher, Teaching
 from moekern.recovery.trained import Trained
-from moekern.recovery.written import write_trained
+from moekern.recovery.written import write_adapter, write_trained
 from moekern.version import versions
 
-STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
+STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
 TEACHING = "the original's predictions"
 NOTHING = 1e-6  # of the largest norm of gradients: what rounding leaves of none
 RECONSTRUCTED = (
@@ -48,7 +48,7 @@ Progress = Callable[[str, float, int], None]  # what is being done, how much of 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint.
+    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint, or an adapter.
 
     Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
     (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
@@ -90,6 +90,7 @@ def recover(
     compute: Compute = Compute(),
     *,
     judged: TokenData | None = None,
+    predictions: Path | None = None,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -99,7 +100,8 @@ def recover(
 
     Of each domain a tenth of the sequences is held back to choose the best state, and another one, unless `judged` is
     given, to judge it. What is not done yet lies in `folder`, and the same call goes on from there after a kill, to the
-    same bytes. Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
+    same bytes. What the original predicts lies in `predictions` (None: there too), for other runs on the same text.
+    Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
     another number of them gives numbers that differ by rounding. Raises InputError for models that cannot be trained,
     or not so, and for text that is too little.
     """
@@ -113,7 +115,8 @@ def recover(
     compute = settled(compute, student, find_layout(student))
     team = compute.team
     folders = student.folder, whole and whole.folder
-    team.together(recover, *folders, data, folder, training, compute, judged=judged, restart=restart)
+    more = {"judged": judged, "predictions": predictions, "restart": restart}
+    team.together(recover, *folders, data, folder, training, compute, **more)
     team.check_alike(facts_of(student, compute))
     course = Course.of(data, training, judged)
     key = _key(student, whole if training.kl else None, course, data, training, compute)
@@ -130,8 +133,9 @@ def recover(
             TopK(there.layerwise.loader, there.layerwise.layout).check(training.top_k)
     teacher = None
     if training.kl and whole is not None:
+        place = predictions or folder
         teacher = taught(
-            whole, course.samples, folder, training.top, compute, restart=restart, tell=tell, progress=progress
+            whole, course.samples, place, training.top, compute, restart=restart, tell=tell, progress=progress
         )
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
@@ -154,6 +158,8 @@ def taught(
     progress: Progress = lambda what, done, total: None,
 ) -> Teacher:
     """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
+    if compute.team.first:
+        folder.mkdir(parents=True, exist_ok=True)
     team, batches = compute.team, [sample.batch for sample in samples]
     key = {
         "original": original.fingerprint,
@@ -164,9 +170,10 @@ def taught(
         "--device": compute.place.type,
         "versions": versions(),
     }
-    resume = Resume(folder / "teaching", restart, tell)
+    resume = Resume(folder / f"teaching-{digest(key)[:16]}", restart, tell)
     with open_layerwise(original, find_layout(original), compute, team) as layerwise:
-        teacher = Teacher(folder / TEACHER, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
+        path = folder / f"predictions-{digest(key)[:16]}.safetensors"
+        teacher = Teacher(path, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
         if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
             team.meet()
             teacher.open(digest(key))
@@ -214,12 +221,12 @@ class _Run:
     def trained_on(self) -> _State:
         """Train to the end. The state is written down at every look."""
         state = self._left()
-        of, looks = self.of, self.training.looks(self.of)
+        of, looks, width = self.of, self.training.looks(self.of), self.steps.layerwise.embedding_size
         if state.step == 0 and not state.curve:
             state.before = _document(self._look(self.course.judged))
             self._looked(state)
         while state.step < of and state.stale < self.training.patience:
-            rate, samples = self.training.rate_at(state.step, of), self.course.steps[state.step]
+            rate, samples = self.training.rate_at(state.step, of, width), self.course.steps[state.step]
             self.chosen.choose(self.training.top_k_at(state.step, of, self.chosen.of_config))
             told = self.steps.step(samples, rate, lambda share: self.progress("training", state.step + share, of))
             if state.step == 0:
@@ -259,7 +266,7 @@ class _Run:
                 shutil.rmtree(out)
             out.mkdir()
         team.meet()
-        count = write_trained(self.trained, out)
+        count = write_adapter(self.trained, out) if self.training.adapter else write_trained(self.trained, out)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
         held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
         return Recovery(
