@@ -147,7 +147,9 @@ def test_losses_before_are_with_all_and_after_with_fewer(made: tuple[Path, Recov
     first, last = (row["a"].nll for row in done.held)
     assert first > last
     assert abs(loss(only, judged) - before) > 1e-3
-    assert any(note.startswith("each token chooses 1 experts instead of 2: losses before are") for note in done.notes)
+    assert any(
+        note.startswith("each token chooses 1 of the experts instead of 2: losses before are") for note in done.notes
+    )
 
 
 def test_the_output_says_so_and_nothing_else_of_config_changes(made: tuple[Path, Recovery]) -> None:
