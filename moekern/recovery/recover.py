@@ -256,8 +256,8 @@ class _Run:
         if fewer := self._settings():
             own, now = self.chosen.of_config, self.top_k
             notes.append(
-                f"each token chooses {now} of the experts instead of {own}: losses before are with {own} on text that decided "
-                f"nothing, with {now} on text that chose the best state"
+                f"each token chooses {now} of the experts instead of {own}: losses before are with {own} on text that "
+                f"decided nothing, with {now} on text that chose the best state"
             )
             notes += _idle(state.curve)
         out = self.folder / TRAINED
