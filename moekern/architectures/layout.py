@@ -45,6 +45,11 @@ class ExpertTensor:
     channel_axis: int | None = None
     channel_form: Form = "plain"
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of a projection."""
+        return self.name.endswith(("_bias", ".bias"))
+
     def renamed(self, new: int) -> str:
         """The key of this tensor when its expert has become number `new`."""
         return self.template.replace("{}", str(new))
@@ -66,6 +71,12 @@ class MoeLayer:
     def of_role(self, *roles: str) -> Iterator[ExpertTensor]:
         return (tensor for tensor in self.tensors if tensor.role in roles)
 
+    def refitted(self, *, all_parts: bool) -> list[ExpertTensor]:
+        """The tensors that a refit computes: the matrices of down, or with `all_parts` all matrices and biases."""
+        found = [t for t in self.of_role("expert") if t.projection and (all_parts or t.projection == "down")]
+        found = [t for t in found if all_parts or not t.is_bias]
+        return found if self.width is None else [t for t in found if t.channel_axis is not None or t.is_bias]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -81,6 +92,7 @@ class Layout:
     router: Router
     count_paths: tuple[Path, ...]  # config keys that hold the expert count
     mtp_paths: tuple[Path, ...]  # config keys that hold the number of multi-token-prediction layers
+    top_k_paths: tuple[Path, ...] = ()  # config keys that hold how many experts a token chooses
     width_paths: tuple[Path, ...] = ()  # config keys that hold the width of routed experts
     shared_paths: tuple[Path, ...] = ()  # config keys that hold how many times as wide the shared expert is
     shared_times: int = 0  # what they hold; 0: no shared expert follows the width of the others

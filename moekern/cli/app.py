@@ -26,6 +26,7 @@ from moekern.cli.estimate import estimate
 from moekern.cli.evaluate import evaluate
 from moekern.cli.inspect import inspect
 from moekern.cli.iterate import iterate
+from moekern.cli.lottery import lottery
 from moekern.cli.merge import merge
 from moekern.cli.plan import plan
 from moekern.cli.prune import prune
@@ -166,6 +167,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (prune, "moekern prune MODEL plan.json --out MODEL-pruned"),
     (refit, "moekern refit MODEL plan.json --data prose=book.txt --out MODEL-pruned"),
     (recover, "moekern recover MODEL-pruned --original MODEL --data prose=book.txt --out MODEL-recovered"),
+    (lottery, "moekern lottery MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out MODEL-pruned"),
     (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
     (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
     (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),

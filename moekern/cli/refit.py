@@ -27,6 +27,7 @@ from moekern.cli.options import (
     MtpOption,
     Pack,
     Preset,
+    ReEstimate,
     RefineOption,
     Restart,
     Revision,
@@ -34,6 +35,7 @@ from moekern.cli.options import (
     SequenceLength,
     Spill,
     Strict,
+    Targets,
     Thinking,
     ThinkingOption,
     Tokens,
@@ -67,7 +69,9 @@ def refit(
     data: Data = None,
     refine: RefineOption = False,
     width: WidthOption = None,
+    re_estimate: ReEstimate = False,
     computed_dtype: ComputedDtype = Computed.source,
+    target: Targets = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -104,6 +108,7 @@ def refit(
 
     from moekern.cli import whole_refit
     from moekern.plan.document import Plan
+    from moekern.plan.targets import parse_target
 
     given = Plan.load(plan)
     if out is not None:
@@ -118,8 +123,9 @@ def refit(
         spill=spill or standing((out or verify or Path()).parent), trust_remote_code=trust_remote_code,
     ))  # fmt: skip
     asked = whole_refit.Asked(
-        width, refine, computed_dtype.value, mtp.value if mtp else None, copy.value, forward=forward, restart=restart
-    )
+        width, refine, computed_dtype.value, mtp.value if mtp else None, copy.value, forward=forward, restart=restart,
+        re_estimate=re_estimate, targets=tuple(parse_target(each) for each in target or ()),
+    )  # fmt: skip
     folder = ranks.folder_of(model, revision, compute.team)
     if out is not None:
         done = whole_refit.refit_stages(folder, given, text, compute, out, asked)

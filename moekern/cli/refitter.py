@@ -13,23 +13,26 @@ from moekern.cli import console
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refitted
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
+from moekern.estimation.refit import refitted_bytes
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
+from moekern.plan.guards import Guards
 from moekern.plan.served import served_as
 from moekern.plan.several import Planning, make_plans
 from moekern.plan.shapes import Shape, candidates, parse_shape
-from moekern.plan.targets import Target, check_width, widths_for
+from moekern.plan.targets import Target, check_counts, check_width, widths_for
 from moekern.refit import Refine, Ridge
+from moekern.refit.choice import Choice, check_criterion
 from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, refit
 from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.stored import check_formats, format_of
 from moekern.refit.variants import Variant
-from moekern.router import kept_count
+from moekern.router import count_problem, kept_count, nearest_counts
 from moekern.statistics.file import Statistics
 
 
@@ -59,16 +62,26 @@ class Refitter:
     refine: bool = False
     shape: str | None = None
     computed: str = "source"
+    re_estimate: bool = False  # experts are chosen anew on the way
+
+    @property
+    def named(self) -> Shape | None:
+        """The shape that is asked for by name."""
+        return None if self.shape is None else parse_shape(self.shape)
 
     def check(
-        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, targets: Sequence[Target] = ()
+        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, planning: Planning | None = None
     ) -> list[str]:
         """Raise InputError for what several processes cannot do, for a shape that the model's experts cannot have, or
         that a target would not run, and where experts cannot be written as they are computed. No tensor but those of an
         expert of each layer is read. Returns a line for each target that a width costs something on."""
         if self.refine:
             check_alone(compute.team)
-        lines = self._check_shape(checkpoint, layout, targets)
+        if self.re_estimate:
+            check_alone(compute.team, "--reestimate", "chosen")
+        if self.re_estimate and planning is not None:
+            check_criterion(planning.criteria[0], guarded=planning.guards != Guards())
+        lines = [] if planning is None else self._check_shape(checkpoint, layout, planning)
         format_of(self.computed, checkpoint, layout)
         if any(layer.width is None for layer in layout.layers.values()):
             code, names = compute.trust_remote_code, checkpoint.tensors
@@ -78,34 +91,38 @@ class Refitter:
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""
-        return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
+        refine, choice = Refine() if self.refine else None, Choice.of(plan) if self.re_estimate else None
+        return Variant(REFITTED, plan, width, Ridge(), refine, folder, self.computed, choice)
 
-    def _check_shape(self, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[str]:
+    def room(self, checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], width: int | None) -> int:
+        """Bytes of what is computed of so many experts of each layer, with so many channels (None: all)."""
+        dtype = format_of(self.computed, checkpoint, layout).dtype
+        return refitted_bytes(checkpoint, layout, kept, all_parts=self.refine, width=width, dtype=dtype)
+
+    def _check_shape(self, checkpoint: Checkpoint, layout: Layout, planning: Planning) -> list[str]:
         if self.shape is None:
             return []
-        problem = narrow_problem(checkpoint, layout)
-        if layout.width is None or problem:
-            raise InputError(f"--shape {self.shape}: {problem or 'experts of several widths'}")
-        chosen = parse_shape(self.shape)
-        if chosen is None:
-            return []
-        if chosen.width > layout.width:
-            raise InputError(f"--shape {self.shape}: experts have {layout.width} channels")
-        return check_width(f"--shape {self.shape}", chosen.width, served_as(layout, checkpoint.config), targets)
+        what, chosen, targets = f"--shape {self.shape}", self.named, planning.targets
+        if chosen is not None and (problem := count_problem(chosen.experts, layout.router)):
+            raise InputError(f"{what}: {problem}; {nearest_counts(chosen.experts, layout.router)}")
+        if chosen is not None and planning.budget.kind == "uniform":  # else counts are known with the plan
+            counts = dict.fromkeys(layout.layers, chosen.experts)
+            check_counts(what, counts, served_as(layout, checkpoint.config), targets)
+        return check_narrow(what, None if chosen is None else chosen.width, checkpoint, layout, targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
-        """The refit of one --keep."""
+        """The refit of one --keep. The plan from before it is kept."""
         plain = work.plan(keep)
         plan, width = (plain, None) if self.shape is None else self._shaped(work, keep, plain, place)
+        plan.save(place.before)
         variants = Variant(DROPPED, plain), self.variant(plan, width, place.folder)
         return refitted(work.checkpoint, work.data, work.judged, variants, work.compute, place, restart=work.restart)
 
     def _shaped(self, work: Work, keep: float | int, plain: Plan, place: Place) -> tuple[Plan, int | None]:
         """The plan of a shape, and how many channels its experts keep (None: all)."""
         width = work.layout.width
-        assert self.shape is not None
         assert width is not None, "check has looked"
-        chosen = parse_shape(self.shape)
+        chosen = self.named
         table: Mapping[str, float] = {}
         if chosen is None:
             share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts
@@ -133,6 +150,21 @@ class Refitter:
         rows = [(name, f"{value:.4f}", "taken" if name == str(chosen) else "") for name, value in kl.items()]
         console.show("shapes of the same bytes", ("experts x channels", "KL to original", "choice"), rows)
         return chosen, kl
+
+
+def check_narrow(
+    what: str, width: int | None, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]
+) -> list[str]:
+    """Raise InputError, which begins with `what`, unless the model's experts can become so narrow (None: it is not
+    known yet how much) and every target runs that. Returns a line for each target that it costs something on."""
+    problem = narrow_problem(checkpoint, layout)
+    if layout.width is None or problem:
+        raise InputError(f"{what}: {problem or 'experts of several widths'}")
+    if width is None:
+        return []
+    if width > layout.width:
+        raise InputError(f"{what}: experts have {layout.width} channels")
+    return check_width(what, width, served_as(layout, checkpoint.config), targets)
 
 
 def joined(made: Mapping[str, Refitting]) -> Evaluation | None:

@@ -39,6 +39,11 @@ class Place:
         return self.side / f"refit{self.suffix}"
 
     @property
+    def before(self) -> Path:
+        """The plan that is refitted: it stays, since `refit --verify` asks for it."""
+        return self.side / f"plan{self.suffix}.before-refit.json"
+
+    @property
     def document(self) -> Path:
         """Its plans and losses: there when it is done."""
         return self.side / f"refitted{self.suffix}.json"

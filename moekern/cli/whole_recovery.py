@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.recovery import RECOVERY
 from moekern.cli import console, pipeline
 from moekern.data.text import Text
+from moekern.errors import InputError
 from moekern.evaluation.losses import Loss, mean_loss
-from moekern.files import working
+from moekern.files import is_folder, work_path, working, write_bytes
 from moekern.model.compute import Compute
 from moekern.pruning.copying import Copy
 from moekern.pruning.replaced import ReplacedReport, write_replaced
@@ -30,7 +33,9 @@ class Recovered:
     """What came of training, and where it was written. `against`: whether there was an original to compare with."""
 
     recovery: Recovery
-    written: ReplacedReport
+    base: Path
+    out: Path
+    written: ReplacedReport | None  # None: an adapter was
     against: bool
 
     def pairs(self, before: Row, after: Row) -> list[str]:
@@ -51,7 +56,9 @@ class Recovered:
             "tensors": found.tensors,
             "curve": list(found.curve),
             "notes": list(found.notes),
-            "written": {**asdict(self.written), "out": str(self.written.out)},
+            "settings": {".".join(path): number for path, number in found.settings.items()},
+            "out": str(self.out),
+            "written": None if self.written is None else {**asdict(self.written), "out": str(self.out)},
         }
 
 
@@ -72,6 +79,7 @@ def recover_stages(
     out: Path,
     copy: Copy = "auto",
     *,
+    predictions: Path | None = None,
     restart: bool = False,
 ) -> Recovered:
     """Train, and write. What a run that was stopped has left is used again."""
@@ -79,33 +87,45 @@ def recover_stages(
     compute = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     with working(out) as side:
-        with _Shown() as shown:
+        with changing_progress() as shown:
             found = recover(
                 checkpoint, original, data, side / WORK, training, compute,
-                restart=restart, tell=console.say, progress=shown,
+                predictions=predictions, restart=restart, tell=console.say, progress=shown,
             )  # fmt: skip
         record = {**found.record, **losses_of(found), "curve": list(found.curve)}
-        with console.progress("writing", "bytes") as step:
-            report = write_replaced(checkpoint, out, found.folder, record, copy=copy, progress=step)
+        report = None
+        if training.adapter:
+            write_bytes(found.folder / RECOVERY, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+            found.folder.rename(out)
+        else:
+            with console.progress("writing", "bytes") as step:
+                report = write_replaced(
+                    checkpoint, out, found.folder, record, settings=found.settings, copy=copy, progress=step
+                )
         shutil.rmtree(side / WORK)
-    return Recovered(found, report, original is not None and training.kl > 0)
+    return Recovered(found, pruned, out, report, original is not None and training.kl > 0)
 
 
-class _Shown:
-    """A bar for what is being done, and another one when that changes."""
+def clean_up(out: Path) -> None:
+    """Remove what a process that was killed between giving `out` its name and removing this has left."""
+    side = work_path(out) if out.name else out
+    made = is_folder(out) and (out / RECOVERY).is_file() and not (side / "checkpoint").exists()
+    if made and is_folder(side) and is_folder(side / WORK):
+        with suppress(InputError), working(out):
+            shutil.rmtree(side / WORK)
 
-    def __init__(self) -> None:
-        self.what, self.stack = "", ExitStack()
 
-    def __enter__(self) -> _Shown:
-        return self
+@contextmanager
+def changing_progress() -> Iterator[Callable[[str, float, int], None]]:
+    """As `console.progress`, of one thing after another: yields step(what, done, total)."""
+    with ExitStack() as stack:
+        current: list[tuple[str, console.Step]] = []
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+        def step(what: str, done: float, total: int) -> None:
+            if not current or current[0][0] != what:
+                stack.close()
+                unit = "steps" if what == "training" else "layers"
+                current[:] = [(what, stack.enter_context(console.progress(what, unit)))]
+            current[0][1](done, total)
 
-    def __call__(self, what: str, done: float, total: int) -> None:
-        if what != self.what:
-            self.stack.close()
-            self.step = self.stack.enter_context(console.progress(what, "steps" if what == "training" else "layers"))
-            self.what = what
-        self.step(done, total)
+        yield step

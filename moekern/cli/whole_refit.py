@@ -9,26 +9,33 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
-from moekern.architectures.widths import narrow_problem
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint, read_data
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
-from moekern.cli.refitter import Refitter
+from moekern.cli.refitter import Refitter, check_narrow
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refitted
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
+from moekern.estimation.overview import overview
 from moekern.evaluation.held_out import held_back
-from moekern.files import check_work, is_folder, is_plain, scratch, work_path, working
+from moekern.files import check_work, is_folder, is_plain, scratch, standing, work_path, working
 from moekern.model.compute import AUTO, Compute
+from moekern.model.position import differences
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
+from moekern.plan.served import served_as
+from moekern.plan.serving import slower
+from moekern.plan.targets import Target, check_counts
+from moekern.pruning.copying import room_needed
+from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
+from moekern.refit.choice import Choice
 from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
 
@@ -46,6 +53,8 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True
     restart: bool = False
+    re_estimate: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def check_out(out: Path) -> None:
 def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Path, asked: Asked) -> Found:
     """Refit, prune, verify. What an earlier run with the same model, plan and data left is used again."""
     check_work(out)
-    refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked)
+    refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked, out)
     with working(out) as side:
         place, path = Place(side), side / PLAN
         variants = Variant(DROPPED, plan), refitter.variant(plan, asked.width, place.folder)
@@ -107,7 +116,7 @@ def verify_stages(
     """Hold what an earlier refit of this plan left in `pruned` against the source, and layers that it computed, all of
     them with `full`, against the same computed again. Raises InputError where it was not made in this way."""
     whole = _plan_of(pruned)
-    refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked)
+    refitter, checkpoint, compute, data, judged = _looked_at(folder, plan, text, compute, asked, None)
     record = refit_of(whole)
     if record is None:
         raise InputError(f"--verify {pruned}: none of its layers was refitted; `verify` compares it with the source")
@@ -136,7 +145,7 @@ def verify_stages(
 
 
 def _looked_at(
-    folder: Path, plan: Plan, text: Text, compute: Compute, asked: Asked
+    folder: Path, plan: Plan, text: Text, compute: Compute, asked: Asked, out: Path | None
 ) -> tuple[Refitter, Checkpoint, Compute, TokenData, TokenData]:
     """What is refitted, once everything that is asked for is known to be possible; the text that it is fitted to, and
     that it is judged by."""
@@ -145,13 +154,49 @@ def _looked_at(
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     console.hint(check_plan(plan, layout, checkpoint))
-    refitter = Refitter(asked.refine, computed=asked.computed)
+    refitter = Refitter(asked.refine, None, asked.computed, asked.re_estimate)
+    if asked.re_estimate:
+        Choice.of(plan)  # refuses plans that do not say how experts were chosen
     refitter.check(checkpoint, layout, compute)
-    if asked.width is not None and (problem := narrow_problem(checkpoint, layout)):
-        raise InputError(f"--width {asked.width}: {problem}")
+    for line in _check_served(plan, asked, checkpoint, layout):
+        console.say(line)
+    _check_room(plan, asked, refitter, checkpoint, layout, out, compute)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     return refitter, checkpoint, compute, data, judged
+
+
+def _check_served(plan: Plan, asked: Asked, checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """Raise InputError for a width that experts cannot have, and for a width or counts that a target does not run.
+    Returns a line for all that they cost there."""
+    served, lines = served_as(layout, checkpoint.config), list[str]()
+    if asked.width is not None and plan.width is not None:
+        raise InputError(f"--width {asked.width}: the plan says which channels stay, {plan.width} of each expert")
+    width, what = asked.width or plan.width, f"--width {asked.width}" if asked.width else "plan"
+    if width is not None:
+        lines = check_narrow(what, width, checkpoint, layout, asked.targets)
+        served = replace(served, shards=served.stored(width).shards)
+    counts = {key: len(layer.keep) for key, layer in plan.layers.items() if key in layout.layers}
+    check_counts("plan", counts, served, asked.targets)
+    return [*lines, *slower(counts, served, asked.targets)]
+
+
+def _check_room(
+    plan: Plan, asked: Asked, refitter: Refitter, checkpoint: Checkpoint, layout: Layout, out: Path | None,
+    compute: Compute,
+) -> None:  # fmt: skip
+    """Raise InputError where the disk has no room for what is computed, and for the target, if one is written (None:
+    layers are only compared) and is not there yet."""
+    kept = {key: len(layer.keep) for key, layer in plan.layers.items() if key in layout.layers}
+    width = asked.width or plan.width
+    layers = refitter.room(checkpoint, layout, kept, width)
+    if out is None:
+        place = Path(compute.spill or tempfile.gettempdir())
+        check_space(place / "refit", 0, len(kept), {place / "refit": layers})
+    elif not is_folder(out):
+        mean = layout.num_experts * sum(kept.values()) / sum(layout.layers[key].num_experts for key in kept)
+        room = room_needed(checkpoint, standing(out.parent), overview(checkpoint).bytes_at(mean, width))
+        check_space(out, room, len(checkpoint.shards) + len(kept), {Place(work_path(out)).folder: layers})
 
 
 def _plan_of(pruned: Path) -> Plan:
@@ -164,10 +209,12 @@ def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) ->
     """In what this refit differs from the one that made a plan, as far as that says it."""
     told, asked = whole.provenance[REFIT], json.loads(json.dumps(described(variant)))
     if told.get("plan") != plan.digest:
-        return "was refitted from another plan; give the one that its refit was given"
-    names = [name for name, value in asked.items() if told.get(name) != value]
-    if names:
-        return f"was refitted with another {', '.join(names)}; give the options that its refit was given"
+        where = "`run` keeps it in its work folder, in a name that ends in before-refit.json"
+        return f"was refitted from another plan; give the one that its refit was given ({where})"
+    names = (*asked, "choice")
+    other = differences({name: told.get(name) for name in names}, {name: asked.get(name) for name in names})
+    if other:
+        return f"was refitted with another {other}; give the options that its refit was given"
     if told.get("data") != data.recipe:
         return "was fitted to other text; give the text that its refit was given"
     what = "the same text and options, and another model, type (--dtype), device, number of threads or version"

@@ -148,7 +148,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
     check_options(checkpoint, planning)
-    for line in asked.refit.check(checkpoint, layout, compute, planning.targets) if asked.refit is not None else ():
+    for line in asked.refit.check(checkpoint, layout, compute, planning) if asked.refit is not None else ():
         console.say(line)
     check_work(out)
     statistics_path = work_path(out) / "statistics.safetensors"
@@ -157,7 +157,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     keeps = planning.keeps
     if planning.fit is not None:
         keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
-    _check_room(checkpoint, layout, keeps, targets, made)
+    places = [Place(work_path(out), target.name.removeprefix(out.name)) for target in targets]
+    _check_room(checkpoint, layout, keeps, targets, made, asked.refit, places)
     stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
@@ -166,17 +167,16 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
-    data = data if stable is None else stable.asked(data)
+    measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
-        places = [Place(work_path(out), target.name.removeprefix(out.name)) for target in targets]
-        for path in paths:
+        for path in (*paths, *(place.before for place in places if asked.refit is not None)):
             is_plain(temporary_path(path))
             if is_plain(path):
                 Plan.load(path)  # else it is not this program's to write over
         check = lambda: _check_made(targets, made)  # noqa: E731
-        statistics = _statistics(statistics_path, checkpoint, data, compute, asked, stable, check)
+        statistics = _statistics(statistics_path, checkpoint, measured, compute, asked, stable, check)
         refits: list[Refitting] = []
         if asked.refit is None:
             plans = list(make_plans(statistics, planning).values())
@@ -282,18 +282,27 @@ def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
 
 
 def _check_room(
-    checkpoint: Checkpoint, layout: Layout, keeps: Sequence[float | int], targets: Sequence[Path], made: Sequence[bool]
+    checkpoint: Checkpoint,
+    layout: Layout,
+    keeps: Sequence[float | int],
+    targets: Sequence[Path],
+    made: Sequence[bool],
+    refitter: Refitter | None,
+    places: Sequence[Place],
 ) -> None:
     """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
-    missing = [(target, keep) for target, keep, done in zip(targets, keeps, made, strict=True) if not done]
-    room, found = 0, overview(checkpoint)
-    for target, keep in missing:
+    missing = [each for each, done in zip(zip(targets, keeps, places, strict=True), made, strict=True) if not done]
+    room, found, layers = 0, overview(checkpoint), dict[Path, int]()
+    for target, keep, place in missing:
         check_target(target, checkpoint.folder)
-        nbytes = found.bytes_at(kept_count(keep, layout.router))
-        room += room_needed(checkpoint, standing(target.parent), nbytes)
+        shape = None if refitter is None else refitter.named
+        count, width = (kept_count(keep, layout.router), None) if shape is None else (shape.experts, shape.width)
+        room += room_needed(checkpoint, standing(target.parent), found.bytes_at(count, width))
+        if refitter is not None:
+            layers[place.folder] = refitter.room(checkpoint, layout, dict.fromkeys(layout.layers, count), width)
     if missing:
         check_side_files(checkpoint)
-        check_space(missing[0][0], room, len(checkpoint.shards) * len(missing))
+        check_space(missing[0][0], room, len(checkpoint.shards) * len(missing), layers)
 
 
 def _quality(

@@ -9,23 +9,21 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moekern.architectures import Layout
-from moekern.architectures.config_keys import SIZE_CAP, check_sizes, first
 from moekern.architectures.quantisation import quantisation_of, unread
-from moekern.checkpoint.folder import CONFIG, Checkpoint
-from moekern.data.batches import CHUNK_TOKENS, SEGMENTS
-from moekern.errors import InputError
+from moekern.checkpoint.folder import Checkpoint
+from moekern.data.batches import SEGMENTS
+from moekern.estimation.counted import Asked, Counted, Figure, Layer, Part, Stage
 from moekern.estimation.overview import overview, running
-from moekern.estimation.probe import Known, Rates, Shapes
+from moekern.estimation.probe import Rates
+from moekern.estimation.refit import FACTORS, HELD, MOST, REFINE, RIDGE, refitted_bytes, row_bytes
 from moekern.files import sized
 from moekern.model.budget import Budget
-from moekern.model.compute import Compute
-from moekern.model.sizes import Size, size_of, sizes_of
+from moekern.model.sizes import Size
 from moekern.router import kept_count
 from moekern.statistics.layer import HALVES, LayerStatistics
 
@@ -35,160 +33,29 @@ LOGITS = 14  # times that evaluation writes the logits of a batch in float32; as
 HELD_LOGITS = 6  # of them, that are held at the same time; assumed
 BACKWARD = 4  # forward passes that the gradient tier is worth: one, and one with its backward pass; assumed
 PRUNING = 150 << 20  # bytes of memory that `prune` takes, whatever the model; assumed
+WORKING = 6  # copies of an expert in training: weights, gradients, Adam's two, the best, those that it had; assumed
 REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a figure, and how it is known."""
-
-    name: str
-    value: float
-    known: Known
+def estimate(job: Job, not_refitted: str = "") -> tuple[Stage, ...]:
+    """Calibrate, evaluate, prune, and a refit without and with --refine. `not_refitted` says why experts cannot be."""
+    return job.calibrate(), job.evaluate(), job.prune(), *(job.refit(each, not_refitted) for each in (False, True))
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Seconds or bytes: the sum of its parts."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def value(self) -> float:
-        return sum(part.value for part in self.parts)
-
-    def document(self) -> dict[str, Any]:
-        """As JSON data."""
-        return {"value": self.value, "parts": [asdict(part) for part in self.parts]}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one command takes. bound: what most of its time goes to."""
-
-    name: str
-    seconds: Figure
-    memory: Figure
-    gpu_memory: Figure | None
-    disk: Figure
-    bound: str
-    notes: tuple[str, ...] = ()
-
-    def document(self) -> dict[str, Any]:
-        """As JSON data."""
-        found = {name: getattr(self, name) for name in ("seconds", "memory", "gpu_memory", "disk")}
-        figures = {name: None if figure is None else figure.document() for name, figure in found.items()}
-        return {**figures, "bound": self.bound, "notes": list(self.notes)}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be done with the model."""
-
-    tokens: int
-    sequence: int = 2048
-    domains: int = 1
-    tiers: Collection[str] = ()
-    keep: float | int = 0.5
-    plans: int = 1
-
-    def __post_init__(self) -> None:
-        for flag, value in (
-            ("--tokens", self.tokens), ("--sequence-length", self.sequence), ("--domains", self.domains),
-        ):  # fmt: skip
-            if value < 1:
-                raise InputError(f"{flag} {value}: expected 1 or more")
-        if self.plans < 0:
-            raise InputError(f"--plans {self.plans}: expected 0 or more")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Of one decoder layer, from headers alone."""
-
-    size: Size
-    experts: int  # E, 0 in a layer without
-    routed: int  # weights of all E experts
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What headers and config say of a model."""
-
-    layers: Sequence[Layer]
-    skeleton: Size
-    shapes: Shapes
-    vocabulary: int  # V
-
-    @property
-    def upto(self) -> int:
-        """How many layers calibration runs: none behind the last one with experts."""
-        return max(i for i, layer in enumerate(self.layers) if layer.experts) + 1
-
-    @property
-    def itemsize(self) -> int:
-        return self.shapes.dtype.itemsize
-
-
-def counted(checkpoint: Checkpoint, layout: Layout, compute: Compute, asked: Asked) -> Counted:
-    """What the stages are made of. `compute` has its type settled.
-
-    Sizes that the probe computes with are those of tensors, or are held against them. Raises InputError for a size in
-    config.json that no model has.
-    """
-    check_sizes(checkpoint.config, str(checkpoint.folder / CONFIG))
-    sizes, dtype = sizes_of(checkpoint, layout), compute.torch_dtype
-    assert dtype is not None
-    by_place = {int(layer.prefix.rpartition(".")[2]): layer for layer in layout.layers.values()}
-    layers = []
-    for i, size in sizes.layers.items():
-        moe = by_place.get(i)
-        names = () if moe is None else {tensor.name for tensor in moe.of_role("expert")}
-        inside = sum((size_of(checkpoint.tensors[name]) for name in names), Size())
-        layers.append(Layer(size, 0 if moe is None else moe.num_experts, inside.weights))
-
-    def number(*names: str) -> int | None:
-        return first(checkpoint.config, names, layout.family.holder)
-
-    routers = [tensor for layer in layout.layers.values() for tensor in layer.of_role("router")]
-    hidden = number("hidden_size", "d_model", "n_embd") or 0
-    if not any(hidden in entry.shape for entry in checkpoint.tensors.values()):
-        hidden = max(math.prod(checkpoint.tensors[tensor.name].shape[1:]) for tensor in routers)
-    if not 1 <= hidden <= SIZE_CAP:
-        raise InputError(f"{checkpoint.folder}: {routers[0].name}: {hidden} is no width of hidden states")
-    heads = min(number("num_attention_heads", "n_heads", "n_head") or 1, hidden)
-    routed = max(layers, key=lambda layer: layer.routed)
-    inner = max(1, routed.routed // max(1, routed.experts) // (3 * hidden))
-    latent = (number("qk_nope_head_dim") or 0) + (number("qk_rope_head_dim") or 0)
-    head_size = min(number("head_dim", "attention_head_dim") or latent or hidden // heads, 16 * hidden // heads)
-    chunk = max(1, CHUNK_TOKENS // asked.sequence) * asked.sequence
-    shapes = Shapes(
-        min(chunk, asked.tokens), min(asked.sequence, asked.tokens), hidden, inner, routed.experts,
-        layout.router.top_k, heads, head_size, dtype, compute.place,
-    )  # fmt: skip
-    return Counted(layers, sizes.skeleton, shapes, number("vocab_size") or 0)
-
-
-def estimate(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    model: Counted,
-    rates: Rates,
-    asked: Asked,
-    budget: Budget,
-    *,
-    held: int = 0,
-    started: float = 0.0,
-) -> tuple[Stage, ...]:
-    """Calibrate, evaluate, prune. `held` are the bytes that a process has before it reads a weight, `started` the
+def job_of(
+    checkpoint: Checkpoint, layout: Layout, model: Counted, rates: Rates, asked: Asked, budget: Budget,
+    *, held: int = 0, started: float = 0.0,
+) -> Job:  # fmt: skip
+    """What stages are estimated of. `held` are the bytes that a process has before it reads a weight, `started` the
     seconds that it needs to get there."""
-    job = _Job(checkpoint, layout, model, rates, asked, budget, Part("the process itself", held, "measured"),
+    return Job(checkpoint, layout, model, rates, asked, budget, Part("the process itself", held, "measured"),
                Part("start", started, "measured" if started else "assumed"))  # fmt: skip
-    return job.calibrate(), job.evaluate(), job.prune()
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A model, a machine, and what is to be done."""
+
     checkpoint: Checkpoint
     layout: Layout
     model: Counted
@@ -234,10 +101,7 @@ class _Job:
             + plans * self.kept * layer.size.weights * model.itemsize / self.rates.fill.value
             for layer in model.layers
         ]
-        tokens = self.asked.tokens * (1 + plans)
-        head = 2 * tokens * shapes.hidden * model.vocabulary / self.rates.dense.value
-        head += LOGITS * tokens * model.vocabulary * 4 / self.rates.fill.value
-        more = [Part("logits and losses", head, "assumed")]
+        more = [Part("logits and losses", self.head_seconds(self.asked.tokens * (1 + plans)), "assumed")]
         return self.stage("evaluate", [each], more, working, device, Figure(()))
 
     def prune(self) -> Stage:
@@ -253,15 +117,62 @@ class _Job:
             ("less time and disk where the file system shares blocks (--copy reflink)",),
         )
 
+    def refit(self, refine: bool, not_refitted: str) -> Stage:
+        """One pass of the original's stream and the pruned model's: in each layer experts are asked once without any
+        output and once with, and fitted in between. Of the plan as it is, what is judged goes through."""
+        model, shapes, asked = self.model, self.model.shapes, self.asked
+        experts = [self.experts_seconds(layer) for layer in model.layers]
+        judged = min(HELD * asked.tokens, MOST * asked.domains)
+        share, size = judged / asked.tokens, model.itemsize
+        cut = self.kept * self.largest.weights * size
+        each = [
+            (2 + share + bool(layer.experts)) * self.layer_seconds(layer, measured=False)
+            + 3 * self.kept * layer.size.weights * size / self.rates.fill.value * bool(layer.experts)
+            for layer in model.layers
+        ]
+        more = [
+            Part("logits and losses", self.head_seconds(3 * judged), "assumed"),
+            Part(f"ridge, {RIDGE} forwards of the experts", RIDGE * sum(experts), "assumed"),
+            *([Part(f"refine, {REFINE} more", REFINE * sum(experts), "assumed")] if refine else []),
+        ]
+        kept = dict.fromkeys(self.layout.layers, kept_count(asked.keep, self.layout.router))
+        one = max(layer.routed // max(1, layer.experts) for layer in model.layers)
+        count = max(kept.values()) * shapes.inner
+        rows = asked.tokens * shapes.top_k
+        working = [
+            Part("hidden states", (2 + share) * self.hidden + 8 * asked.tokens, "counted"),
+            Part("rows of a layer", row_bytes(asked.tokens, shapes.hidden, size), "counted"),
+            Part("copies of the down projections", 4 * (1 + FACTORS) * count * shapes.hidden, "counted"),
+        ]
+        device = [
+            Part("a layer cut to a plan, and the last one again", 2 * cut, "counted"),
+            Part("logits of a batch", HELD_LOGITS * shapes.tokens * model.vocabulary * 4, "assumed"),
+            Part("activations", self.activations(), "assumed"),
+            *([Part("an expert in training", 4 * WORKING * one, "assumed")] if refine else []),
+        ]
+        computed = refitted_bytes(self.checkpoint, self.layout, kept, all_parts=refine)
+        disk = Figure((Part("refitted layers, until the checkpoint is done", computed, "counted"),))
+        found = self.stage("refit --refine" if refine else "refit", [each], more, working, device, disk, whole=True)
+        why = not_refitted or ("" if computed else "its experts are no matrices of gate, up and down")
+        spare = sized(8 * count * shapes.inner + 4 * shapes.inner * rows)
+        moving = "" if self.rates.transfer is None else "; moving rows between memory and GPU is not in it"
+        notes = (
+            *([f"it cannot be refitted: {why}"] if why else []),
+            "an estimate: forwards were counted on a CPU, where ridge took 5 to 7, refine 15 to 18 more; up to "
+            f"{spare} of features and their products are kept where memory has room, else computed anew{moving}",
+        )
+        return replace(found, notes=(*found.notes, *notes))
+
     def stage(
         self, name: str, passes: Sequence[Sequence[float]], more: Sequence[Part], working: Sequence[Part],
-        device: Sequence[Part], disk: Figure, grouped: bool = False,
+        device: Sequence[Part], disk: Figure, grouped: bool = False, whole: bool = False,
     ) -> Stage:  # fmt: skip
         """One that takes passes over the layers, of so many seconds each: a layer is read while the one before it
-        computes, then filled. Text that there is no room for may be `grouped`, with so many times the passes."""
+        computes, then filled. Text that there is no room for may be `grouped`, with so many times the passes; one that
+        needs `whole` layers cannot run them in groups of experts."""
         layers = self.model.layers
         memory, on_gpu = self.resident(working, device)
-        spilled, groups, notes = self.within(memory, working, grouped)
+        spilled, groups, notes = self.within(memory, working, grouped, whole)
         passes = [[each / groups for each in computing] for computing in passes for _ in range(groups)]
         reads = [self.read_seconds([layer]) for layer in layers]
         waiting = (
@@ -297,7 +208,9 @@ class _Job:
             return Figure((self.process, *weights, buffer, *working, *device)), None
         return Figure((self.process, buffer, *working)), Figure((*weights, *device))
 
-    def within(self, memory: Figure, working: Sequence[Part], grouped: bool) -> tuple[list[Part], int, tuple[str, ...]]:
+    def within(
+        self, memory: Figure, working: Sequence[Part], grouped: bool, whole: bool
+    ) -> tuple[list[Part], int, tuple[str, ...]]:
         """What goes to the disk where memory is less than a stage would take, in how many groups the text is taken
         where the disk has no room for that, and what happens then."""
         room = self.budget.host + self.process.value
@@ -307,7 +220,7 @@ class _Job:
         spilled = min(movable, memory.value - room)
         notes = [f"{sized(memory.value)} are more than the {sized(room)} there are: hidden states go to a file"]
         if memory.value - movable > room:
-            notes.append("a layer is run in groups of experts")
+            notes.append("layers are too large for it: allow more" if whole else "a layer is run in groups of experts")
         place, groups = Path(tempfile.gettempdir()), 1
         free = shutil.disk_usage(place).free
         if spilled > free:
@@ -348,12 +261,25 @@ class _Job:
     def layer_seconds(self, layer: Layer, *, measured: bool) -> float:
         """Computing a layer for all tokens."""
         shapes, rates = self.model.shapes, self.rates
-        filled = shapes.rows * shapes.experts / (shapes.tokens * shapes.top_k)  # rows for each routed one
-        used = layer.routed * shapes.top_k / layer.experts if layer.experts else 0
-        token = 2 * used * filled / rates.experts.value + 2 * (layer.size.weights - layer.routed) / rates.dense.value
+        token = 2 * (layer.size.weights - layer.routed) / rates.dense.value
         token += TOUCHED * shapes.hidden * self.model.itemsize / rates.fill.value
         token += 1 / rates.measuring.value if measured and layer.experts else 0
-        return self.asked.tokens * token + self.asked.tokens / shapes.sequence / rates.attention.value
+        whole = self.asked.tokens * token + self.asked.tokens / shapes.sequence / rates.attention.value
+        return whole + self.experts_seconds(layer)
+
+    def experts_seconds(self, layer: Layer) -> float:
+        """Computing its routed experts for all tokens."""
+        shapes = self.model.shapes
+        filled = shapes.rows * shapes.experts / (shapes.tokens * shapes.top_k)  # rows for each routed one
+        used = layer.routed * shapes.top_k / layer.experts if layer.experts else 0
+        return 2 * self.asked.tokens * used * filled / self.rates.experts.value
+
+    def head_seconds(self, tokens: float) -> float:
+        """Logits and losses of so many tokens."""
+        numbers = tokens * self.model.vocabulary
+        return 2 * numbers * self.model.shapes.hidden / self.rates.dense.value + LOGITS * numbers * 4 / (
+            self.rates.fill.value
+        )
 
     def replay_seconds(self) -> float:
         tokens = min(self.asked.tokens, REPLAYED * self.asked.domains)

@@ -51,9 +51,12 @@ class Overview:
     width: int | None  # channels of each expert, where the tensors say it
     not_narrowed: str | None  # why experts cannot lose channels; None: they can
 
-    def bytes_at(self, kept: int) -> int:
-        """Size after pruning to `kept` experts a layer, up to the few bytes of router rows."""
-        return self.total_bytes - self.routed_bytes * (self.num_experts - kept) // self.num_experts
+    def bytes_at(self, kept: float, width: int | None = None) -> int:
+        """Size after pruning to `kept` experts a layer, or a mean of so many, of `width` channels (None: all), up to
+        the few bytes of router rows."""
+        of = self.width or 1
+        whole, left = self.num_experts * of, kept * (of if width is None else width)
+        return self.total_bytes - int(self.routed_bytes * (whole - left) // whole)
 
 
 def overview(source: str | Path | Checkpoint) -> Overview:
@@ -131,7 +134,8 @@ def _recovered(checkpoint: Checkpoint) -> Iterator[str]:
         yield str(error)
         return
     if found is not None:
-        yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says"
+        fewer = "".join(f"; {name} is {number} since" for name, number in found.get("settings", {}).items())
+        yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says{fewer}"
 
 
 def _running(checkpoint: Checkpoint) -> Iterator[str]:

@@ -57,9 +57,12 @@ class Plan:
 
     @property
     def width(self) -> int | None:
-        """The channels that every kept expert has left; None where experts stay whole."""
-        first = next(iter(self.layers.values())).channels
-        return channel_count(first[0]) if first else None
+        """The channels that every kept expert has left; None where experts stay whole. Raises InputError for channels
+        of the first one that are no `channels.channel_text`."""
+        key, first = next(iter(self.layers.items()), ("", LayerPlan(())))
+        if not first.channels:
+            return None
+        return len(ids_of(first.channels[0], f"plan: layer {short(key)}: channels of expert {short(first.keep[0])}"))
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), [
@@ -224,12 +227,19 @@ def _parse_channels(channels: Any, where: str) -> str:
         if len(set(channels)) < len(channels):
             raise InputError(f"{where}: one is listed twice")
         channels = channel_text(np.array(channels, np.int64), max(channels, default=0) + 1) or None
+    ids = ids_of(channels, where)
+    return channel_text(ids, int(ids[-1]) + 1)
+
+
+def ids_of(channels: Any, where: str) -> np.ndarray:
+    """The channels that a text names, int64 and rising. Raises InputError, which begins with `where`, for what is no
+    text of channels, or of none."""
     try:
         if not isinstance(channels, str) or not len(ids := channel_ids(channels)):
             raise ValueError("expected numbers of channels, or a text with a hexadecimal digit for each four of them")
     except ValueError as error:
         raise InputError(f"{where}: {error}, got {short(channels)}") from None
-    return channel_text(ids, int(ids[-1]) + 1)
+    return ids
 
 
 def _check_widths(plan: Plan, source: str) -> None:

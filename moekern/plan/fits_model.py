@@ -10,8 +10,7 @@ from moekern.architectures.twins import router_numbers, same_routers
 from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
-from moekern.plan.channels import channel_count, channel_rows
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, short, some_of
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, short, some_of
 from moekern.router import Router, count_problem, nearest_counts
 
 TWIN = "made on a twin of this model: the same layers, experts and routers, stored otherwise"
@@ -84,12 +83,16 @@ def _check_channels(plan: Plan, layout: Model, model: Checkpoint | str, source: 
             raise InputError(f"{where}: says nothing of channels, and other layers lose some")
         if len(layer.channels) != len(layer.keep):
             raise InputError(f"{where}: channels of {len(layer.channels)} experts, and {len(layer.keep)} are kept")
-        if {channel_count(text) for text in layer.channels} != {plan.width}:
+        found = [
+            ids_of(text, f"{where}: channels of expert {short(e)}")
+            for e, text in zip(layer.keep, layer.channels, strict=True)
+        ]
+        if {len(ids) for ids in found} != {plan.width}:
             what = f"experts that keep other than the {plan.width} channels of the plan's first one"
             raise InputError(f"{where}: {what}; all must have as many")
-        rows = channel_rows(layer.channels)
-        if width is not None and rows.max() >= width:
-            raise InputError(f"{where}: channel {rows.max()} is out of range; experts have 0 to {width - 1}")
+        highest = max(int(ids[-1]) for ids in found)
+        if width is not None and highest >= width:
+            raise InputError(f"{where}: channel {highest} is out of range; experts have 0 to {width - 1}")
 
 
 def _check_model(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> str | None:

@@ -55,9 +55,9 @@ class Widened:
 def narrowed_layers(
     checkpoint: Checkpoint, layout: Layout, plan: Plan, kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Narrow]:
-    """Layer key -> what stays of the channels, for layers that are cut; none where experts stay whole. Layers that the
-    plan does not name (MTP) keep the `strongest_channels`."""
-    if plan.width is None:
+    """Layer key -> what stays of the channels, for layers that are cut; none where experts stay whole, which a plan may
+    say by naming all of their channels. Layers that the plan does not name (MTP) keep the `strongest_channels`."""
+    if plan.width is None or plan.width == layout.width:
         return {}
     found = {}
     for key, layer in {**layout.layers, **layout.mtp}.items():

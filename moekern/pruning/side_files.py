@@ -78,7 +78,8 @@ def side_files(
         elif name == MODEL_CARD:
             files.append(_model_card(path, layout, plan, kept))
         elif name not in (PLAN_FILE, MANIFEST, RECOVERY):
-            files.append(side_file(name, whole_file(path), notes=stale(path, name, checkpoint.config, layout, kept)))
+            notes = stale(path, name, checkpoint.config, layout, kept, plan.width)
+            files.append(side_file(name, whole_file(path), notes=notes))
     files.append(text_file(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
     if checkpoint.index is not None or len(shards) > 1:
         files.append(text_file(INDEX, _index(checkpoint, shards)))

@@ -40,12 +40,13 @@ class Course:
     notes: tuple[str, ...]
 
     @staticmethod
-    def of(data: TokenData, training: Training) -> Course:
-        """Chunks of the text in an order drawn anew each time it has been gone through.
+    def of(data: TokenData, training: Training, judged: TokenData | None = None) -> Course:
+        """Chunks of the text in an order drawn anew each time it has been gone through. Of each domain a tenth is held
+        back, and another one, unless it is given, to judge by.
 
         Raises InputError where there is nothing to train on.
         """
-        split = Split.of(data)
+        split = Split.of(data, judged)
         batches = {use: _of(split, use) for use in (FITTED, HELD, JUDGED)}
         fitted = batches[FITTED]
         if not fitted:
@@ -54,12 +55,12 @@ class Course:
         used = sorted({n for step in order for n in step})
         samples = [Sample(n, b) for n, b in enumerate([fitted[n] for n in used] + batches[HELD] + batches[JUDGED])]
         of = dict(zip(used, samples, strict=False))
-        held, judged = len(used), len(used) + len(batches[HELD])
+        first, last = len(used), len(used) + len(batches[HELD])
         return Course(
             tuple(samples),
             tuple(tuple(of[n] for n in step) for step in order),
-            tuple(samples[held:judged]),
-            tuple(samples[judged:]),
+            tuple(samples[first:last]),
+            tuple(samples[last:]),
             _notes(split, order, [batch.input_ids.numel() for batch in fitted]),
         )
 

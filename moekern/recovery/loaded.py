@@ -15,7 +15,7 @@ from moekern.errors import InputError
 from moekern.files import scratch, sized
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.recovery.selection import Chosen, check_written, chosen
+from moekern.recovery.selection import Chosen, check_adapter, check_written, chosen
 from moekern.recovery.settings import Training
 from moekern.recovery.trained import Trained, bytes_trained
 
@@ -40,7 +40,10 @@ def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Itera
     with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
         layerwise.model.requires_grad_(False)
         some = chosen(layerwise, training)
-        check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
+        if training.adapter:
+            check_adapter(layerwise.model, some)
+        else:
+            check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
         if layerwise.groups.cuts:
             raise layerwise.takes.refusal("layers that are run in groups of experts are not trained")
         with _paged(layerwise, some) as folder:

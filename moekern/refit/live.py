@@ -157,15 +157,16 @@ class LiveExperts:
                 own.copy_(whole)
         self.alone = None
 
-    def subtract_from(self, residual: RowStore, units: Sequence[Unit]) -> None:
+    def subtract_from(self, residual: RowStore, units: Sequence[Unit], step: Callable[[], None]) -> None:
         """Take what all experts put out from float32 [N, H]: a unit at a time, since rows may be rounded by how many
-        are computed together."""
+        are computed together. `step` is called behind each."""
         for expert in range(self.count):
             own = self.tokens(expert)
             for unit in units:
                 for tokens in own[(own >= unit.start) & (own < unit.stop)].split(ROWS):
                     put_out = self.outputs(expert, tokens).to(residual.tensor.device)
                     residual.scatter(tokens, residual.gather(tokens) - put_out)
+            step()
 
     def energies(self, parts: Units, counted: Tensor) -> Tensor:
         """Sums over all processes' tokens, of those that are `counted` (bool [N]), of the squares of features, float64

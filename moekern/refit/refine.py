@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -118,6 +118,7 @@ def refine_experts(
     team: Team = ALONE,
     memory: int | None = None,
     folder: Path | None = None,
+    step: Callable[[], None] = lambda: None,
 ) -> Refined:
     """Train each expert alone against what the layer lacks, `residual` float32 [N, H], and its own output.
 
@@ -126,8 +127,8 @@ def refine_experts(
     rounded weights, and else stays bit for bit (steps that are large for few rows overshoot in those that are fitted,
     whose error may rise meanwhile); the epoch that is best by that error is taken, and the first that is
     worse than the one before is the last. Batches are drawn with a seed of `name`, expert and sweep. `memory` bytes may
-    be taken for an expert's targets, beyond which they go to a file in `folder`. Raises InputError for several
-    processes, a residual that is not finite, and where there is no room.
+    be taken for an expert's targets, beyond which they go to a file in `folder`. `step` is called behind each expert.
+    Raises InputError for several processes, a residual that is not finite, and where there is no room.
     """
     check_alone(team)
     store = residual if isinstance(residual, RowStore) else RowStore.of(residual)
@@ -136,7 +137,11 @@ def refine_experts(
     before = _squares(store, held)
     if not all(value < float("inf") for value in before):
         raise InputError("what a layer should put out, less what it does, holds NaN or infinities", "checkpoint")
-    outcomes = [(e, _refined(layer, e, sweep)) for sweep in range(options.sweeps) for e in range(experts.count)]
+    outcomes = []
+    for sweep in range(options.sweeps):
+        for expert in range(experts.count):
+            outcomes.append((expert, _refined(layer, expert, sweep)))
+            step()
     after = _squares(store, held)
     better = [outcome for _, outcome in outcomes if outcome is not None]
     routed = sum(len(experts.tokens(expert)) for expert in range(experts.count))
@@ -150,10 +155,10 @@ def refine_experts(
     )
 
 
-def check_alone(team: Team) -> None:
+def check_alone(team: Team, flag: str = "--refine", done: str = "trained") -> None:
     """Raise InputError for several processes."""
     if team.size > 1:
-        raise InputError("--refine: experts are trained by one process; run it without torchrun")
+        raise InputError(f"{flag}: experts are {done} by one process; run it without torchrun")
 
 
 def _refined(layer: _Layer, expert: int, sweep: int) -> bool | None:

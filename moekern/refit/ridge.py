@@ -3,7 +3,7 @@ expert (Gauss-Seidel)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,8 +115,15 @@ class _Layer:
     held: Tensor
     first: RowStore  # [n x H, m], the weights that were found
     grams: dict[int, Tensor] | None  # [m, m] float64 by expert, at rank 0; None: there is no room for all
+    step: Callable[[], None]
     alone: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+
+    def each(self) -> Iterator[int]:
+        """The experts, of which each is told when it is done."""
+        for expert in range(self.experts.count):
+            yield expert
+            self.step()
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -133,6 +140,7 @@ def refit_down(
     team: Team = ALONE,
     memory: int | None = None,
     folder: Path | None = None,
+    step: Callable[[], None] = lambda: None,
 ) -> Refit:
     """Minimise sum over tokens of ||T - sum_e W_e phi_e||^2 + lambda sum_e ||W_e - W0_e||^2, expert by expert.
 
@@ -144,8 +152,9 @@ def refit_down(
 
     `memory` bytes may be taken for copies of the residual and of the weights, Gram matrices and features; what has no
     room goes to a file in `folder`, or is computed anew. It changes no bit, nor does the number of processes of
-    `team`, of which each has tokens, and so rows of `residual` and `held`, of its own. Raises InputError for a
-    residual that is not finite and where there is no room.
+    `team`, of which each has tokens, and so rows of `residual` and `held`, of its own. `step` is called when an expert
+    has been gone through, once to find lambda and once a sweep. Raises InputError for a residual that is not finite and
+    where there is no room.
     """
     store = residual if isinstance(residual, RowStore) else RowStore.of(residual)
     check_rows(store, held, experts.hidden)
@@ -161,7 +170,7 @@ def refit_down(
         first = stack.enter_context(room.store(*shape))
         downs = [stack.enter_context(room.store(*shape)) if len(factors) > 1 else None for _ in factors]
         kept = team.broadcast(room.take(8 * experts.count * experts.width**2) if team.first else False)
-        layer = _Layer(experts, Features(experts, parts, held, room), parts, held, first, {} if kept else None)
+        layer = _Layer(experts, Features(experts, parts, held, room), parts, held, first, {} if kept else None, step)
         for expert in range(experts.count):
             first[_rows(experts, expert)] = experts.down(expert)
         for down in downs:
@@ -215,7 +224,7 @@ def _race(layer: _Layer, trials: Sequence[_Trial]) -> tuple[_Trial, tuple[tuple[
 def _sweep(layer: _Layer, trials: Sequence[_Trial]) -> None:
     """Solve for every expert once, in the order of their numbers."""
     experts, team = layer.experts, layer.units.team
-    for expert in range(experts.count):
+    for expert in layer.each():
         if expert in layer.alone:
             continue
         rows = _rows(experts, expert)
@@ -315,7 +324,7 @@ def _mean_diagonal(layer: _Layer) -> float:
     """The mean, over experts with fitted rows, of the mean diagonal of their Gram matrices; which of them are to be
     left alone; and, where they are kept, the matrices."""
     means = []
-    for expert in range(layer.experts.count):
+    for expert in layer.each():
 
         def of_unit(place: int, expert: int = expert) -> list[Tensor] | None:
             total: list[Tensor] | None = None

@@ -101,9 +101,9 @@ class StoredExperts:
         dtype: str | None = None,
     ) -> None:
         self.layer, self.entries, self.dtype, self.config = layer, checkpoint.tensors, dtype, loader.quantisation
-        self.order, self.chosen = sorted(keep), _chosen(layer, all_parts=all_parts)
+        self.order, self.chosen = sorted(keep), layer.refitted(all_parts=all_parts)
         self.plain = {  # projection or bias of plain experts -> its type
-            (part, _is_bias(t)): DTYPES[dtype or self.entries[t.name].dtype]
+            (part, t.is_bias): DTYPES[dtype or self.entries[t.name].dtype]
             for t in (self.chosen if layer.width is not None else ())
             for part in t.projection.split("_")
         }
@@ -211,31 +211,19 @@ class StoredExperts:
         return {name: (dtype, tuple(value.shape), bytes_of(value))}
 
 
-def _chosen(layer: MoeLayer, *, all_parts: bool) -> list[ExpertTensor]:
-    """The tensors of a layer that are computed."""
-    found = [t for t in layer.of_role("expert") if t.projection and (all_parts or t.projection == "down")]
-    if not all_parts:
-        found = [t for t in found if not _is_bias(t)]
-    return found if layer.width is None else [t for t in found if t.channel_axis is not None or _is_bias(t)]
-
-
-def _is_bias(tensor: ExpertTensor) -> bool:
-    return tensor.name.endswith(("_bias", ".bias"))
-
-
 def _read(
     checkpoint: Checkpoint, loader: Loader, layer: MoeLayer, experts: Sequence[int], *, all_parts: bool
 ) -> dict[Name, _Weight]:
     """What is computed of these experts as the source stores it. Raises InputError for what the model has no place
     for."""
-    chosen = {t.name: t for t in _chosen(layer, all_parts=all_parts) if t.expert is None or t.expert in experts}
+    chosen = {t.name: t for t in layer.refitted(all_parts=all_parts) if t.expert is None or t.expert in experts}
     if any(tensor.rows > 1 for tensor in chosen.values()):
         raise InputError(f"{checkpoint.folder}: {layer.prefix}: experts that are rows of one matrix are not refitted")
     stored = read_experts(checkpoint, replace(layer, tensors=tuple(chosen.values())), experts)
     found: dict[Name, _Weight] = {}
     for names in weights_of(loader, chosen).values():
         first = chosen[next(iter(names.values()))]
-        weight = found.setdefault((first.projection, _is_bias(first)), _Weight())
+        weight = found.setdefault((first.projection, first.is_bias), _Weight())
         if not weight.tensors:
             weight.tensors, weight.likes = [{} for _ in experts], [{} for _ in experts]
         for rank, expert in enumerate(experts):

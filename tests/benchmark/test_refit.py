@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import refit
+from moekern.refit import Refine, Ridge
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -19,8 +20,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_lines_tables_and_going_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "r.jsonl"
-    arguments = "--shares", 0.5, "--tokens", 6144, "--held-out-tokens", 1536, "--out", out
+    out, short = tmp_path / "r.jsonl", {"ridge": (Ridge(), None), "ridge, refine": (Ridge(), Refine(epochs=1))}
+    monkeypatch.setattr(refit, "FITS", short)
+    arguments = "--shares", 0.5, "--tokens", 3072, "--held-out-tokens", 768, "--out", out
     run(monkeypatch, *arguments, "--seeds", 0)
     before = out.read_text()
     lines = {line["method"]: line for line in map(json.loads, before.splitlines())}

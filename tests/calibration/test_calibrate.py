@@ -196,8 +196,7 @@ BATCHES = [(1, 1), (2, 2), (4, 1), (7, 4)]  # sequences, threads
 @pytest.mark.parametrize(
     ("dtype", "runs"),
     [
-        ("float32", [BATCHES[0], BATCHES[1], BATCHES[3]]),
-        ("bfloat16", [BATCHES[0], BATCHES[3]]),
+        *((dtype, [BATCHES[0], BATCHES[3]]) for dtype in ("float32", "bfloat16")),
         *(pytest.param(dtype, BATCHES, marks=pytest.mark.whole) for dtype in ("float32", "bfloat16")),
     ],
 )

@@ -25,6 +25,7 @@ from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from tests.helpers.bad_files import BAD, EXPECTED, GOOD, HOSTILE, MADE, entry, judge, kept, mutated, raw, single, valid
+from tests.helpers.commands import moekern
 from tests.helpers.synthetic import deepseek_v3, qwen3, tree, write
 
 PLAN = Plan({key: LayerPlan((0, 2, 4, 6)) for key in ("0", "1")}, {})
@@ -205,6 +206,23 @@ SHOWN = [
 ]
 
 
+# How a line is encoded, and that nothing else is written, is seen of a process; the other cases run in this one.
+IN_A_PROCESS = ("headers/lone_surrogate.safetensors", "file name of terminal codes")
+
+
+def spoken(command: list[str], folder: Path, process: bool) -> tuple[int, bytes, bytes]:
+    """How a command ends in a folder, and what it writes to standard output and error."""
+    if process:
+        environment = {**os.environ, "PYTHONPATH": str(BAD.parents[1])}
+        line = [sys.executable, "-m", "moekern", *command]
+        done = subprocess.run(line, cwd=folder, capture_output=True, timeout=120, env=environment)
+        return done.returncode, done.stdout, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, out, err = moekern(*command)
+    return code, out.encode(), err.encode()
+
+
 def listing(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.lstat().st_mtime_ns) for path in folder.rglob("*"))
 
@@ -222,12 +240,9 @@ def test_the_command_line_says_one_line_and_writes_nothing(tmp_path: Path, name:
     (tmp_path / "plan.json").write_text(PLAN.to_json())
     before, kept_before = listing(tmp_path), tree(BAD)
     for command in (["inspect", "m"], ["prune", "m", "plan.json", "--out", "o"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "moekern", *command], cwd=tmp_path, capture_output=True, timeout=120,
-            env={**os.environ, "PYTHONPATH": str(BAD.parents[1])},
-        )  # fmt: skip
-        line, end = done.stderr.decode()[:-1], done.stderr[-1:]
-        assert (done.returncode, done.stdout, end) == (2, b"", b"\n")
+        code, out, err = spoken(command, tmp_path, name in IN_A_PROCESS)
+        line, end = err.decode()[:-1], err[-1:]
+        assert (code, out, end) == (2, b"", b"\n")
         assert line.startswith("moekern: m")
         assert expected in line
         assert line.isprintable()

@@ -29,10 +29,10 @@ def hub(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> Iterator[Hub]:
         yield served
 
 
-def test_three_stages_and_what_each_figure_is_known_by(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_stages_and_what_each_figure_is_known_by(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     given = (family_checkpoint("qwen3_moe"), "--tokens", "4k", "--tier", "outliers", "--out", tmp_path)
     found: dict[str, Any] = document("estimate", *given)
-    assert list(found["stages"]) == ["calibrate", "evaluate", "prune"]
+    assert list(found["stages"]) == ["calibrate", "evaluate", "prune", "refit", "refit --refine"]
     assert (found["tokens"], found["dtype"], found["gpu_memory"]) == (4000, "float32", None)
     for stage in found["stages"].values():
         for name in ("seconds", "memory", "disk"):

@@ -18,13 +18,13 @@ SHARES = (0.75, 0.5, 0.25)
 
 @pytest.mark.parametrize(
     ("tokens", "seeds"),
-    [(1536, 2), pytest.param(EVALUATION_TOKENS, 3, marks=pytest.mark.whole)],
+    [(768, 2), pytest.param(EVALUATION_TOKENS, 3, marks=pytest.mark.whole)],
     ids=["short", "as is"],
 )
 def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default with an eighth of the text that criteria are compared on."""
     monkeypatch.setattr(tour, "EVALUATION_TOKENS", tokens)
-    monkeypatch.setattr(tour, "REFIT_TOKENS", 4 * tokens)
+    monkeypatch.setattr(tour, "REFIT_TOKENS", 8 * tokens)
     with console.output(False):
         result = CliRunner().invoke(app, ["demo", "--json", "--seeds", str(seeds), "--out", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output

@@ -241,6 +241,20 @@ def test_a_stopped_command_with_other_options_is_refused(work: Path, tmp_path: P
     assert contents(tmp_path) == {f"out/{name}": data for name, data in contents(work / "want").items()}
 
 
+def test_what_a_command_leaves_that_was_killed_at_its_very_end_is_removed_by_the_next(
+    work: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_recovery.shutil, "rmtree", lambda path: _interrupt())
+        assert moekern(*command(work, out)).returncode == 130
+    assert (tmp_path / "out.moekern" / "recover").is_dir()
+    before = contents(out)
+    assert "exists already" in line_of(moekern(*command(work, out)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(out) == before
+
+
 def _interrupt() -> None:
     raise KeyboardInterrupt
 

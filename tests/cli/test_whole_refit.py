@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moekern._C as _C
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli import whole_refit, whole_run
 from moekern.demo import MODEL, TEXT
+from moekern.estimation.overview import overview
+from moekern.estimation.refit import refitted_bytes
+from moekern.plan.channels import channel_text
+from moekern.plan.document import Plan
 from moekern.pruning.prune import MANIFEST
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
@@ -68,6 +76,22 @@ def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
     assert moekern("verify", model, out / "moekern_plan.json", out).returncode == 2
 
 
+def test_what_a_run_has_refitted_is_computed_again_from_the_plan_that_it_keeps(tmp_path: Path) -> None:
+    model, out = model_and_ids(tmp_path) / "model", tmp_path / "out"
+    narrow = ("--keep", 4, "--until-stable", 0.1, "--refit", "--shape", "6x16", "--reestimate", "--no-forward")
+    done = moekern("run", model, *text(tmp_path), *narrow, "--out", out)
+    assert done.returncode == 0, done.stderr
+    kept = tmp_path / "out.moekern" / "plan.before-refit.json"
+    verify = (*text(tmp_path), "--verify", out)
+    assert document("refit", model, kept, *verify, "--width", 16, "--reestimate", "--json")["good"]
+    for plan, line in (
+        (kept, "with another width (16 then, none now), choice;"),
+        (tmp_path / "out.moekern" / "plan.json", "from another plan; give the one that its refit was given"),
+    ):
+        done = moekern("refit", model, plan, *verify)
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+
+
 CHANNELS = "channels are cut of plain ones only"
 
 
@@ -110,20 +134,122 @@ def test_text_of_too_few_sequences_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "target", "line"),
+    ("width", "target", "line"),
     [
-        ("4x9", "sglang", "--shape 4x9: sglang would not run it: experts have 9 channels: its activation"),
-        ("4x9999", "vllm", "--shape 4x9999: experts have "),
+        ("9", "sglang", "sglang would not run it: experts have 9 channels: its activation"),
+        ("9999", "vllm", "experts have 32 channels"),
     ],
 )
-def test_a_shape_that_does_not_run_is_refused_before_any_text_is_read(
-    shape: str, target: str, line: str, tmp_path: Path
+def test_a_width_that_does_not_run_is_refused_before_any_text_is_read(
+    width: str, target: str, line: str, tmp_path: Path
+) -> None:
+    source = plain("qwen3_moe", tmp_path / "plain")
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    plan.save(tmp_path / "plan.json")
+    channels = channel_text(np.arange(int(width)), int(width))
+    Plan({key: replace(layer, channels=(channels,) * len(layer.keep)) for key, layer in plan.layers.items()}).save(
+        tmp_path / "narrow.json"
+    )
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    refit, narrow = ("refit", source, tmp_path / "plan.json"), ("refit", source, tmp_path / "narrow.json")
+    of_a_plan = line if width == "9" else "experts have 0 to 31"
+    for command, says in (
+        (("run", source, "--keep", 4, "--refit", "--shape", f"4x{width}"), f"--shape 4x{width}: {line}"),
+        ((*refit, "--width", width), f"--width {width}: {line}"),
+        (narrow, of_a_plan),
+    ):
+        done = moekern(*command, "--target", target, "--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
+
+
+def test_refitted_layers_need_room_that_is_looked_for_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the target, in its work folder, until it is done; where they are compared, in the folder of --spill."""
+    source = plain("qwen3_moe", tmp_path / "plain")
+    checkpoint = open_checkpoint(source)
+    layout, found = find_layout(checkpoint), overview(checkpoint)
+    plan = random_plan(layout, 0)
+    plan.save(tmp_path / "plan.json")
+    monkeypatch.setattr(whole_refit, "room_needed", lambda checkpoint, folder, nbytes: nbytes)
+    monkeypatch.setattr(whole_run, "room_needed", lambda checkpoint, folder, nbytes: nbytes)
+    kept = {key: len(layer.keep) for key, layer in plan.layers.items()}
+    layers = refitted_bytes(checkpoint, layout, kept, all_parts=False)
+    size = found.bytes_at(next(iter(kept.values())))
+    status = list(os.statvfs(tmp_path))
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    data = ("--data", tmp_path / "text.txt")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "moekern_plan.json").write_text(json.dumps({"plan": json.loads(plan.to_json())}))
+    out, other = ("--out", tmp_path / "out"), ("--verify", tmp_path / "made", "--spill", tmp_path)
+    refit, run = ("refit", source, tmp_path / "plan.json"), ("run", source, "--keep", next(iter(kept.values())))
+    for command, needed in (
+        ((*refit, *out), size + layers),
+        ((*refit, *out, "--refine"), size + 3 * layers),
+        ((*refit, *out, "--width", 16), found.bytes_at(next(iter(kept.values())), 16) + layers // 2),
+        ((*run, *out, "--refit"), size + layers),
+        ((*refit, *other), layers),
+    ):
+        status[1], status[4] = 1, needed - 1  # f_frsize, f_bavail
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "statvfs", lambda path: os.statvfs_result(status))
+            short = moekern(*command, *data)
+            status[4] = needed
+            enough = moekern(*command, *data)
+        assert (short.returncode, short.stderr.count("of it for refitted layers until it is done")) == (2, 1), short
+        assert "of it for refitted layers" not in enough.stderr
+        assert not (tmp_path / "out.moekern").exists()
+
+
+def test_experts_are_chosen_anew_by_a_criterion_alone(tmp_path: Path) -> None:
+    """What cannot be is refused before any text is read."""
+    source = plain("qwen3_moe", tmp_path / "plain")
+    random_plan(find_layout(open_checkpoint(source)), 0).save(tmp_path / "plan.json")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    run, again = ("run", source, "--keep", 4), ("--reestimate", "--data", tmp_path / "text.txt")
+    for command, line in (
+        (run, "--reestimate: goes with --refit"),
+        ((*run, "--refit", "--protect-super"), "--reestimate: some experts are to stay or go whatever their score"),
+        ((*run, "--refit", "--criterion", "ewn"), "--reestimate: ewn looks at weights alone"),
+        (("refit", source, tmp_path / "plan.json"), "--reestimate: the plan does not say by which criterion"),
+    ):
+        done = moekern(*command, *again, "--out", tmp_path / "out")
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ("99x16", "--shape 99x16: more than the 8 experts there are; nearest legal: 8"),
+        ("5x16", "--shape 5x16: sglang:ep=2 would not run it: experts must be a multiple of ep=2"),
+    ],
+)
+def test_a_shape_s_number_of_experts_is_looked_at_before_any_text_is_read(
+    shape: str, line: str, tmp_path: Path
 ) -> None:
     source = plain("qwen3_moe", tmp_path / "plain")
     (tmp_path / "text.txt").write_text("the model has no tokenizer")
     done = moekern(
-        "run", source, "--keep", 4, "--refit", "--shape", shape, "--target", target, "--data", tmp_path / "text.txt",
-        "--out", tmp_path / "out",
+        "run", source, "--keep", 4, "--refit", "--shape", shape, "--target", "sglang:ep=2",
+        "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
     )  # fmt: skip
     assert (done.returncode, line in done.stderr) == (2, True), done.stderr
-    assert not (tmp_path / "out.moekern").exists()
+
+
+def test_a_plan_is_held_against_targets_before_any_text_is_read(tmp_path: Path) -> None:
+    source = plain("qwen3_moe", tmp_path / "plain")
+    plan = random_plan(find_layout(open_checkpoint(source)), 0)
+    plan.save(tmp_path / "plan.json")
+    narrow = {key: replace(layer, channels=("ff",) * len(layer.keep)) for key, layer in plan.layers.items()}
+    Plan(narrow).save(tmp_path / "narrow.json")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    for name, more, says in (
+        ("plan", ("--target", "sglang:ep=5"), "plan: sglang:ep=5 would not run it: experts must be a multiple"),
+        ("plan", ("--target", "llama.cpp", "--width", 16), "llama.cpp: experts have 16 channels: K-quants"),
+        ("narrow", ("--width", 4), "--width 4: the plan says which channels stay, 8 of each expert"),
+    ):
+        data = ("--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+        done = moekern("refit", source, tmp_path / f"{name}.json", *data, *more)
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr

@@ -16,10 +16,13 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.estimation import estimate as estimating
-from moekern.estimation.estimate import Asked, Counted, Stage, counted, estimate
+from moekern.estimation.counted import Asked, Counted, Stage, counted
+from moekern.estimation.estimate import estimate, job_of
 from moekern.estimation.probe import Rate, Rates
+from moekern.estimation.refit import FACTORS
 from moekern.model.budget import Budget
 from moekern.model.compute import Compute
+from moekern.refit import Ridge
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
@@ -35,7 +38,7 @@ def stages(folder: Path, asked: Asked, budget: Budget = ROOM, rates: Rates = RAT
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     model = counted(checkpoint, layout, FLOAT32, asked)
-    found = estimate(checkpoint, layout, model, rates, asked, budget, held=1000)
+    found = estimate(job_of(checkpoint, layout, model, rates, asked, budget, held=1000))
     return model, {stage.name: stage for stage in found}
 
 
@@ -159,6 +162,41 @@ def test_a_gpu_holds_the_layer_and_the_host_its_buffer(family_checkpoint: MakeCh
     assert parts(stage, "seconds")["making parameters"] == pytest.approx(moved / 1e6)
 
 
+def test_a_refit_is_forwards_of_the_experts_rows_of_a_layer_and_its_tensors(family_checkpoint: MakeCheckpoint) -> None:
+    asked = Asked(tokens=1920, sequence=96, keep=0.5)
+    model, found = stages(family_checkpoint("qwen3_moe"), asked)
+    H, K, E = model.shapes.hidden, model.shapes.top_k, model.shapes.experts
+    layers = [layer for layer in model.layers if layer.experts]
+    experts = sum(1920 * 2 * layer.routed * K / E / 1e6 for layer in layers)
+    ridge, refine = found["refit"], found["refit --refine"]
+    assert parts(ridge, "seconds")["ridge, 6 forwards of the experts"] == pytest.approx(6 * experts)
+    assert parts(refine, "seconds")["refine, 17 more"] == pytest.approx(17 * experts)
+    assert refine.seconds.value - ridge.seconds.value == pytest.approx(17 * experts)
+    assert len(Ridge().factors) == FACTORS
+    assert parts(ridge, "memory")["rows of a layer"] == 1920 * H * (4 * (2 + FACTORS) + 4)
+    down = sum(layer.routed for layer in layers) // 3 * 4 // 2
+    assert (ridge.disk.value, refine.disk.value) == (down, 3 * down)
+    assert "an estimate" in ridge.notes[-1]
+
+
+def test_what_cannot_be_refitted_is_said(family_checkpoint: MakeCheckpoint) -> None:
+    folder, asked = family_checkpoint("qwen3_moe"), Asked(tokens=100_000)
+    _, found = stages(folder, asked)
+    working = sum(part.value for part in found["refit"].memory.parts if part.name in BESIDE)
+    _, little = stages(folder, asked, Budget(int(found["refit"].memory.value - working - 2000)))
+    assert "layers are too large for it: allow more" in little["refit"].notes[0]
+    checkpoint = open_checkpoint(folder)
+    layout = find_layout(checkpoint)
+    model = counted(checkpoint, layout, FLOAT32, asked)
+    told = estimate(job_of(checkpoint, layout, model, RATES, asked, ROOM), "it is stored as gptq")
+    assert [stage.name for stage in told if "it cannot be refitted: it is stored as gptq" in stage.notes] == [
+        "refit", "refit --refine",
+    ]  # fmt: skip
+
+
+BESIDE = ("hidden states", "rows of a layer", "copies of the down projections")
+
+
 @pytest.mark.parametrize("tiers", [(), ("dimensions", "vocabulary", "weights")])
 def test_statistics_take_what_was_said(
     tiers: tuple[str, ...], family_checkpoint: MakeCheckpoint, tmp_path: Path
@@ -180,7 +218,7 @@ def test_what_cannot_be_run_is_said(family_checkpoint: MakeCheckpoint) -> None:
     def notes(config: dict[str, object], only_pruned: str = "") -> tuple[str, ...]:
         changed = replace(checkpoint, config={**checkpoint.config, **config})
         known = replace(layout, family=replace(layout.family, only_pruned=only_pruned))
-        return estimate(changed, known, model, RATES, asked, ROOM)[0].notes
+        return estimate(job_of(changed, known, model, RATES, asked, ROOM))[0].notes
 
     before = "it cannot be run, only pruned: "
     assert notes({}, "it has no causal forward") == (f"{before}it has no causal forward",)

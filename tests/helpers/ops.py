@@ -32,9 +32,9 @@ def runs(op: str) -> list[Any]:
 
 def fitting(case: Case, device: str, backend: str) -> Case:
     """Triton's interpreter takes milliseconds a program, and each expert is some: fewer, but no power of two."""
-    if (device, backend) != ("cpu", "triton") or case.E <= 100:
+    if (device, backend) != ("cpu", "triton") or max(case.E, case.H // 10) <= 100:
         return case
-    return case._replace(T=min(case.T, 20), E=35, K=min(case.K, 6))
+    return case._replace(T=min(case.T, 20), E=min(case.E, 11), K=min(case.K, 6))
 
 
 def to(device: str, args: Any) -> list[Tensor | None]:

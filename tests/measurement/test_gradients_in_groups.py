@@ -17,6 +17,7 @@ from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.measurement import gradients
 from moekern.measurement.gradients import measure_gradients
 from moekern.model import expert_groups, journal, paged
 from moekern.model.compute import Compute

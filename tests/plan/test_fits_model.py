@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import evaluate
 from moekern.plan.compare import compare
-from moekern.plan.document import Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import TWIN, check_plan
 from moekern.plan.make import make_plan
 from moekern.plan.several import Planning, make_plans
@@ -50,6 +52,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     tuned = rewrite(source, root / "tuned", lambda name, t: {name: t * 1.02 if ".mlp.gate." in name else t})
     others = tuple(twins(source, root, kind)[0] for kind in FORMATS)
     return Made(source, statistics, make_plan(statistics, "gated_norm", keep=4), others, tuned)
+
+
+@pytest.mark.parametrize("text", ["zz", "", "0", "FF", "f" * (1 << 19), None, 3, [0, 1]])
+@pytest.mark.parametrize("place", [(0, 0), (2, 1)])
+def test_what_a_program_says_of_channels_is_checked_where_it_stands(
+    text: Any, place: tuple[int, int], family_checkpoint: Callable[[str], Path]
+) -> None:
+    """In the first layer, whose width is that of the plan, and in a later one."""
+    folder = family_checkpoint("qwen3_moe")
+    layers = {key: LayerPlan((1, 3), None, ("ff", "ff")) for key in find_layout(open_checkpoint(folder)).layers}
+    key, (number, which) = str(place[0]), place
+    layers[key] = replace(layers[key], channels=tuple(text if i == which else "ff" for i in range(2)))
+    assert list(layers)[number] == key
+    with pytest.raises(InputError, match=rf"layer '?{key}'?: channels of expert {1 + 2 * which}: expected .*, got "):
+        _check(Plan(layers), folder)
 
 
 def _check(plan: Plan, folder: Path) -> str | None:

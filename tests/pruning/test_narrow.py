@@ -19,7 +19,7 @@ from moekern.errors import InputError
 from moekern.plan.channels import channel_ids, channel_text
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.narrow import strongest_channels
-from moekern.pruning.prune import prune
+from moekern.pruning.prune import MANIFEST, prune
 from moekern.team import Part
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
@@ -127,6 +127,24 @@ def test_every_form_is_cut_byte_by_byte(name: str, family_checkpoint: MakeCheckp
     assert seen == len(FORMS[name]) * len(plan.layers) * (4 if name == "qwen3_moe" else 1)
 
 
+def test_a_plan_that_names_all_channels_moves_the_bytes_that_one_of_whole_experts_does(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Ranges of the source, nothing that is made; the MTP layers too."""
+    source = family_checkpoint("deepseek_v3")
+    narrow = planned(source, 24)
+    plain = Plan({key: replace(layer, channels=None) for key, layer in narrow.layers.items()})
+    for name, plan in {"narrow": narrow, "plain": plain}.items():
+        prune(source, plan, tmp_path / name)
+        assert verify(source, plan, tmp_path / name).problems == ()
+    made = {name: (tmp_path / name / MANIFEST).read_text().splitlines() for name in ("narrow", "plain")}
+    computed = {name: [json.loads(line).get("computed") for line in lines] for name, lines in made.items()}
+    assert computed["narrow"] == computed["plain"]
+    for path in (tmp_path / "plain").iterdir():
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            assert path.read_bytes() == (tmp_path / "narrow" / path.name).read_bytes()
+
+
 @pytest.fixture
 def source(family_checkpoint: MakeCheckpoint) -> Path:
     return family_checkpoint("deepseek_v3")
@@ -143,6 +161,29 @@ def test_shared_experts_follow_with_zeros_behind_them(source: Path, tmp_path: Pa
     assert new.shape[1] == WIDTH * after["n_shared_experts"] > before.shape[1]
     assert torch.equal(new[:, : before.shape[1]], before)
     assert not new[:, before.shape[1] :].any()
+
+
+def test_files_that_say_how_wide_the_originals_experts_are_are_told(source: Path, tmp_path: Path) -> None:
+    """In any format, under the keys of config.json and those of other programs; the shared expert's too."""
+    folder = tmp_path / "in"
+    shutil.copytree(source, folder)
+    times = json.loads((source / "config.json").read_text())["n_shared_experts"]
+    texts = {
+        "inference.json": (f'{{"moe_inter_dim": 24, "n_shared_experts": {times}}}', ["moe_inter_dim: 24", "n_shared"]),
+        "train.yaml": ("moe_ffn_hidden_size: 24\n", ["experts have 24 channels (moe_ffn_hidden_size: 24)"]),
+        "same.toml": ("moe_intermediate_size = [24, 24]\n", ["experts have 24 channels"]),
+        "other.json": ('{"moe_intermediate_size": 240, "intermediate_size": 24, "n_shared_experts": 99}', []),
+    }
+    for name, (text, _) in texts.items():
+        (folder / name).write_text(text)
+    notes = prune(folder, planned(source), tmp_path / "out", mtp="drop").notes
+    for name, (_, said) in texts.items():
+        lines = [note for note in notes if note.startswith(f"{name}: copied as it is")]
+        assert len(lines) == len(said)
+        assert all(words in line for words, line in zip(said, lines, strict=True))
+    whole = Plan({key: replace(layer, channels=None) for key, layer in planned(source).layers.items()})
+    for name, plan in {"whole": whole, "all": planned(source, 24)}.items():
+        assert not any("channels" in note for note in prune(folder, plan, tmp_path / name, mtp="drop").notes)
 
 
 SPOIL = {

@@ -85,7 +85,7 @@ def test_steps_are_those_of_adamw_on_a_model_in_memory(
     some, original = samples("qwen3_moe"), families.build("qwen3_moe", seed=1)
     training = Training(kl=0.7, next=0.4, top="vocabulary", rate=3e-3, warmup=0.3, floor=0.2, clip=0.05, decay=0.1)
     count = 4
-    rates = [training.rate_at(n, count) for n in range(count)]
+    rates = [training.rate_at(n, count, 3e-3) for n in range(count)]
     assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3 * (0.2 + 0.8 * 0.75), 3e-3 * (0.2 + 0.8 * 0.25)])
     told = []
     with steps(family_checkpoint("qwen3_moe"), training, teacher_of(original, some, tmp_path / "teacher")) as own:

@@ -22,6 +22,7 @@ from tests.helpers.threads import using_threads
 
 TIERS = ["dimensions", "coalitions", "weights", "vocabulary"]
 FLOAT32 = Compute(dtype="float32")
+pytestmark = pytest.mark.xdist_group("parts")  # what they share is dear
 
 
 def text(tokens: int = 500, seed: int = 0) -> TokenData:
