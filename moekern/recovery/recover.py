@@ -283,7 +283,10 @@ class _Run:
                 shutil.rmtree(out)
             out.mkdir()
         team.meet()
-        count = write_adapter(self.trained, out) if self.training.adapter else write_trained(self.trained, out)
+        if self.training.adapter:
+            count = write_adapter(self.trained, out)
+        else:
+            count = write_trained(self.trained, out, as_it_was=not best)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
         held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
         return Recovery(

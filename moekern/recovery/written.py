@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.writing import write_tensors
 from moekern.errors import InputError
 from moekern.files import write_bytes
@@ -18,18 +21,17 @@ from moekern.recovery.selection import named
 from moekern.recovery.trained import Trained
 
 
-def write_trained(trained: Trained, folder: Path) -> int:
+def write_trained(trained: Trained, folder: Path, *, as_it_was: bool = False) -> int:
     """Write what changes, by its names in the checkpoint and in its types, a file for each layer; of several ranks the
-    first writes. Returns how many tensors there are. Raises InputError for numbers that the checkpoint's types cannot
-    hold."""
+    first writes. Returns how many tensors there are. `as_it_was`: with their bytes in the checkpoint, which numbers of
+    another type may not make. Raises InputError for numbers that the checkpoint's types cannot hold."""
     layerwise, count = trained.layerwise, 0
-    first = layerwise.team.first
     layers = sorted({one.layer for one in trained.some if one.layer is not None})
     for i in layerwise.visit(layers):
         own = named(layerwise.layers_name, i, layerwise.layers[i])
-        count += _write(trained, i, own, folder / f"layer-{i:05d}.safetensors") if first else 0
+        count += _write(trained, i, own, folder / f"layer-{i:05d}.safetensors", as_it_was)
     behind = {one.name: layerwise.model.get_parameter(one.name) for one in trained.of_layer(None)}
-    return count + (_write(trained, None, dict(behind), folder / "behind.safetensors") if behind and first else 0)
+    return count + (_write(trained, None, dict(behind), folder / "behind.safetensors", as_it_was) if behind else 0)
 
 
 def write_adapter(trained: Trained, folder: Path) -> int:
@@ -60,21 +62,32 @@ def write_adapter(trained: Trained, folder: Path) -> int:
     return len(tensors)
 
 
-def _write(trained: Trained, layer: int | None, parameters: dict[str, Tensor], path: Path) -> int:
+def _write(trained: Trained, layer: int | None, parameters: dict[str, Tensor], path: Path, as_it_was: bool) -> int:
     names = {one.name for one in trained.of_layer(layer)}
     made = {name: value.detach().cpu() for name, value in parameters.items()} | trained.made(layer)
     loader, checkpoint = trained.layerwise.loader, trained.layerwise.checkpoint
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, tuple[str, Sequence[int], Any]] = {}
     changed = places(checkpoint, loader, parameters, names)
     for name, value in saved(loader, made).items():
         if name not in changed:
+            continue
+        if as_it_was:
+            tensors[name] = _stored(checkpoint, name)
             continue
         own = value.to("cpu", DTYPES[checkpoint.tensors[name].dtype]).contiguous()
         if not all_finite(own):
             raise InputError(
                 f"recover: {name}: became numbers that {own.dtype} cannot hold; a lower --rate may mend it"
             )
-        tensors[name] = own
+        tensors[name] = as_stored(own)
     if trained.layerwise.team.first:
-        write_tensors(path, {name: as_stored(value) for name, value in tensors.items()}, {})
+        write_tensors(path, tensors, {})
     return len(tensors)
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> tuple[str, Sequence[int], bytes]:
+    """dtype, shape and bytes of a tensor of the checkpoint."""
+    entry = checkpoint.tensors[name]
+    with (checkpoint.folder / entry.shard).open("rb") as file:
+        file.seek(entry.start)
+        return entry.dtype, entry.shape, file.read(entry.stop - entry.start)

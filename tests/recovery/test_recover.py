@@ -19,13 +19,13 @@ from moekern.errors import InputError
 from moekern.evaluation.losses import Loss
 from moekern.pruning.prune import prune
 from moekern.recovery import Recovery, Training, recover
-from moekern.recovery.recover import BEST, STATE, TEACHER, _Run
+from moekern.recovery.recover import BEST, STATE, _Run
 from moekern.recovery.steps import Steps
 from moekern.recovery.trained import Trained
 from tests.helpers import families
 from tests.helpers.commands import contents
 from tests.helpers.in_flight import random_plan
-from tests.helpers.recovering import FLOAT32, data
+from tests.helpers.recovering import FLOAT32, data, predictions
 
 STEPS = Training(train=("router", "norms"), step_tokens=64, top=8, every=1)  # 4 steps, 5 looks
 
@@ -227,7 +227,7 @@ def test_what_cannot_train_is_refused_before_anything_is_computed(
 ) -> None:
     with pytest.raises(InputError, match=line):
         trained(work, tmp_path, training)
-    assert not (tmp_path / TEACHER).exists()
+    assert not predictions(tmp_path)
 
 
 def test_an_original_of_another_vocabulary_is_one_line(work: Path, tmp_path: Path) -> None:
@@ -240,4 +240,4 @@ def test_an_original_of_another_vocabulary_is_one_line(work: Path, tmp_path: Pat
     for top in (8, "vocabulary"):
         with pytest.raises(InputError, match="128 .* 96"):
             recover(work / "half", tmp_path / "other", data(20), tmp_path / "out", replace(STEPS, top=top), FLOAT32)
-    assert not (tmp_path / "out" / TEACHER).exists()
+    assert not predictions(tmp_path / "out")
