@@ -29,6 +29,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.pruning.replaced import write_replaced
 from moekern.recovery import Recovery, Training, recover
+from moekern.recovery.course import Course
 from moekern.recovery.lottery import Lottery, lottery
 from moekern.verification.tensors import verify
 from tests.helpers import families
@@ -115,17 +116,19 @@ def text(name: str, sequences: int = 8, seed: int = 0) -> TokenData:
     return TokenData(tuple(Batch("a", row[None]) for row in rows), {})
 
 
+TRAINING = Training(("router", "norms"), 3, step_tokens=48, kl=0, next=1, rate=1e-2, every=100, top_k=1)
+JUDGED = text("qwen3_moe", 2, 9)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recovery]:
     """in: a model of two experts a token. pruned: by PLAN. out: trained then to choose one. And what came of that."""
     tmp_path = tmp_path_factory.mktemp("top_k")
     families.save("qwen3_moe", tmp_path / "in")
     prune(tmp_path / "in", PLAN, tmp_path / "pruned")
-    training = Training(("router", "norms"), 3, step_tokens=48, kl=0, next=1, rate=1e-2, every=100, top_k=1)
     done = recover(
-        tmp_path / "pruned", None, text("qwen3_moe"), tmp_path / "work", training, Compute("cpu"),
-        judged=text("qwen3_moe", 2, 9),
-    )  # fmt: skip
+        tmp_path / "pruned", None, text("qwen3_moe"), tmp_path / "work", TRAINING, Compute("cpu"), judged=JUDGED
+    )
     write_replaced(tmp_path / "pruned", tmp_path / "out", done.folder, done.record, settings=done.settings)
     return tmp_path, done
 
@@ -140,13 +143,14 @@ def test_losses_before_are_with_all_and_after_with_fewer(made: tuple[Path, Recov
     assert steps == sorted(steps, reverse=True)
     assert (steps[0], steps[-1]) == (2, 1)
     before, after = (row["a"].nll for row in done.judged)
-    judged = text("qwen3_moe", 2, 9)
-    assert before == pytest.approx(loss(folder / "pruned", judged), rel=1e-5)
-    assert after == pytest.approx(loss(folder / "out", judged), rel=1e-5)
+    assert before == pytest.approx(loss(folder / "pruned", JUDGED), rel=1e-5)
+    assert after == pytest.approx(loss(folder / "out", JUDGED), rel=1e-5)
+    held = TokenData(tuple(s.batch for s in Course.of(text("qwen3_moe"), TRAINING, JUDGED).held), {})
     only = with_top_k(folder / "pruned", tmp_path / "only", 1)
     first, last = (row["a"].nll for row in done.held)
-    assert first > last
-    assert abs(loss(only, judged) - before) > 1e-3
+    assert first == pytest.approx(loss(only, held), rel=1e-5)
+    assert last == pytest.approx(loss(folder / "out", held), rel=1e-5)
+    assert abs(first - loss(folder / "pruned", held)) > 1e-3
     assert any(
         note.startswith("each token chooses 1 of the experts instead of 2: losses before are") for note in done.notes
     )
@@ -162,7 +166,7 @@ def test_the_output_says_so_and_nothing_else_of_config_changes(made: tuple[Path,
     assert "2404.05089" in record["reconstructed"]
     model = families.load(folder / "out")
     assert model.config.num_experts_per_tok == 1
-    ids = [batch.input_ids for batch in text("qwen3_moe", 2, 9).batches]
+    ids = [batch.input_ids for batch in JUDGED.batches]
     with torch.no_grad():
         found = [
             torch.nn.functional.cross_entropy(model(input_ids=each).logits[0, :-1].float(), each[0, 1:]) for each in ids
