@@ -188,6 +188,25 @@ def test_what_comes_after_knows_the_number(made: tuple[Path, Recovery], tmp_path
     assert any(note.endswith("num_experts_per_tok is 1 since") for note in told["notes"])
 
 
+def test_stopped_on_the_way_and_gone_on(made: tuple[Path, Recovery], tmp_path: Path) -> None:
+    """From a look on, to the same bytes."""
+    pruned, data = made[0] / "pruned", text("qwen3_moe")
+    training = Training(("router",), 1, step_tokens=16, kl=0, next=1, every=1, entropy=0.1, top_k=1)
+    whole = recover(pruned, None, data, tmp_path / "whole", training, Compute("cpu"))
+
+    def stop(what: str, done: float, total: int) -> None:
+        if what == "training" and done > 1.5:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        recover(pruned, None, data, tmp_path / "parts", training, Compute("cpu"), progress=stop)
+    parts = recover(pruned, None, data, tmp_path / "parts", training, Compute("cpu"))
+    assert parts.curve == whole.curve
+    assert [each["top_k"] for each in parts.curve if "norm" in each] == [2, 2, 2, 1, 1, 1]
+    for path in whole.folder.iterdir():
+        assert path.read_bytes() == (parts.folder / path.name).read_bytes()
+
+
 def test_steps_in_which_nothing_reaches_the_router_are_told(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """A single gate that is divided by its own sum is 1."""
     for weight in (0.0, 0.1):
