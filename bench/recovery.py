@@ -47,6 +47,7 @@ Line = dict[str, Any]
 DROPPED, REFITTED, WHOLE = "dropped", "shape, ridge, refine", "whole"
 NEXT = ", next token"
 KINDS = ("scale", "router", "norms", "lora", "down", "experts", "all")
+AGAIN = ("router", "norms", "experts", "all")  # from a refitted model
 LOTTERY = "lottery, 4 rounds"
 STARTS = (WHOLE, DROPPED, REFITTED)
 
@@ -67,10 +68,11 @@ class Bench:
         whole = replace(training, train=("all",), kl=0.0, next=1.0)
         yield self._trained(share, WHOLE, draw.checkpoint.folder, "all" + NEXT, whole)
         for start, folder in ((DROPPED, dropped), (REFITTED, refitted)):
-            for kind in KINDS if start == DROPPED else ("scale", "router", "norms", "all"):
+            for kind in KINDS if start == DROPPED else AGAIN:
                 way = replace(training, train=(kind,), lora_targets=("linear",))
                 yield self._trained(share, start, folder, kind, way)
-            yield self._trained(share, start, folder, "all" + NEXT, whole)
+            if start == DROPPED:
+                yield self._trained(share, start, folder, "all" + NEXT, whole)
         tokens = sum(draw.data.tokens.values())
         method = Lottery(share, 4, draw.criterion, tokens // 4, False, replace(training, train=("all",)))
         seconds = time.process_time()

@@ -199,7 +199,7 @@ def recover(
     from moekern.cli import whole_recovery
     from moekern.pruning.work_folder import check_target
 
-    check_target(out)
+    check_target(out, pruned)
     if only_estimate:
         _estimate(pruned, training, tokens, sequence_length, len(data or (1,)), compute_of(
             device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=trust_remote_code,

@@ -102,7 +102,7 @@ def recover_stages(
                     checkpoint, out, found.folder, record, settings=found.settings, copy=copy, progress=step
                 )
         shutil.rmtree(side / WORK)
-    return Recovered(found, pruned, out, report, original is not None)
+    return Recovered(found, pruned, out, report, original is not None and training.kl > 0)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint
+from moekern.errors import InputError
 from moekern.files import scratch, sized
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
@@ -33,7 +34,10 @@ class Ready:
 @contextmanager
 def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Iterator[Ready]:
     """Raises InputError for what cannot be trained, or not written."""
-    with open_layerwise(checkpoint, find_layout(checkpoint), compute, compute.team) as layerwise:
+    layout = find_layout(checkpoint)
+    if layout.family.no_gradient:
+        raise InputError(f"recover: {layout.family.name} cannot be trained: {layout.family.no_gradient}")
+    with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
         layerwise.model.requires_grad_(False)
         some = chosen(layerwise, training)
         if training.adapter:

@@ -127,6 +127,7 @@ def recover(
     if not is_folder(folder):
         raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
     with ready(student, compute, training) as there:  # what cannot be trained is found before anything is computed
+        classes = there.layerwise.vocab_size
         if training.entropy:
             check_entropy(there.layerwise)
         if training.top_k is not None:
@@ -135,8 +136,9 @@ def recover(
     if training.kl and whole is not None:
         place = predictions or folder
         teacher = taught(
-            whole, course.samples, place, training.top, compute, restart=restart, tell=tell, progress=progress
-        )
+            whole, course.samples, place, training.top, compute, classes,
+            restart=restart, tell=tell, progress=progress,
+        )  # fmt: skip
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
         objective = Objective(training.kl, training.next)
@@ -152,12 +154,16 @@ def taught(
     folder: Path,
     top: int | str,
     compute: Compute,
+    classes: int,
     *,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Teacher:
-    """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
+    """What the original predicts of some text, from a file in `folder`, which is made where it is not there.
+
+    Raises InputError for an original whose vocabulary has not so many `classes`.
+    """
     if compute.team.first:
         folder.mkdir(parents=True, exist_ok=True)
     team, batches = compute.team, [sample.batch for sample in samples]
@@ -172,8 +178,11 @@ def taught(
     }
     resume = Resume(folder / f"teaching-{digest(key)[:16]}", restart, tell)
     with open_layerwise(original, find_layout(original), compute, team) as layerwise:
+        if layerwise.vocab_size != classes:
+            what = f"its vocabulary has {layerwise.vocab_size} tokens, and that of the model that trains {classes}"
+            raise InputError(f"--original {original.folder}: {what}; name the model that it was pruned from")
         path = folder / f"predictions-{digest(key)[:16]}.safetensors"
-        teacher = Teacher(path, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
+        teacher = Teacher(path, batches, None if top == VOCABULARY else int(top), classes)
         if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
             team.meet()
             teacher.open(digest(key))
@@ -221,12 +230,13 @@ class _Run:
     def trained_on(self) -> _State:
         """Train to the end. The state is written down at every look."""
         state = self._left()
-        of, looks, width = self.of, self.training.looks(self.of), self.steps.layerwise.embedding_size
+        of, looks = self.of, self.training.looks(self.of)
         if state.step == 0 and not state.curve:
             state.before = _document(self._look(self.course.judged))
             self._looked(state)
+        peak = self.training.peak(self.steps.layerwise.embedding_size, self._distance(state))
         while state.step < of and state.stale < self.training.patience:
-            rate, samples = self.training.rate_at(state.step, of, width), self.course.steps[state.step]
+            rate, samples = self.training.rate_at(state.step, of, peak), self.course.steps[state.step]
             self.chosen.choose(self.training.top_k_at(state.step, of, self.chosen.of_config))
             told = self.steps.step(samples, rate, lambda share: self.progress("training", state.step + share, of))
             if state.step == 0:
@@ -238,6 +248,13 @@ class _Run:
             if state.step % looks == 0 or state.step == of:
                 self._looked(state)
         return state
+
+    def _distance(self, state: _State) -> float | None:
+        """KL to the original before anything was trained; None where nothing tells it."""
+        held = next((each["held"] for each in state.curve if each["step"] == 0), None)
+        if held is None or not self.training.kl:
+            return None
+        return mean_loss({domain: loss["kl"] for domain, loss in held.items()})
 
     def finished(self, state: _State) -> Recovery:
         """Write what the best state is, and judge it."""
@@ -362,7 +379,8 @@ def _key(
     text = replace(data, batches=tuple(sample.batch for sample in course.samples))
     return {
         "model": student.fingerprint,
-        "original": None if original is None else original.fingerprint,
+        "config.json": student.config_sha256,
+        "original": None if original is None else [original.fingerprint, original.config_sha256],
         "text": text_key(text),
         "training": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training).items()},
         "--dtype": compute.dtype_name,

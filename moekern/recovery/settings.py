@@ -19,9 +19,11 @@ KINDS = {  # what trains -> the peak of the learning rate where nobody names one
 }
 WIDTH = 128  # of the model that they were measured on; of wider ones they are as much smaller (arXiv:2203.03466)
 AT_ANY_WIDTH = ("bias", "scale")
+FAR = 0.5  # nats of KL to the original, of the models that they were measured on; nearer ones move less
 TARGETS = ("attention", "experts", "linear")  # of lora: linear is every matrix but routers
 VOCABULARY = "vocabulary"
 STEPS, FEWEST, MOST = 24, 2048, 65536
+LARGEST = 1000  # epochs, and rate
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,12 @@ class Training:
                 raise InputError(f"{flag} {number}: expected 0 or more")
         if not self.kl and not self.next:
             raise InputError("--kl 0 --next 0: nothing is left to train towards")
-        positive = {
-            "--rate": self.peak(WIDTH),
-            "--clip": self.clip,
-            "--lora-alpha": self.lora_alpha,
-            "--epochs": self.epochs,
-        }
-        for flag, number in positive.items():
+        for flag, number in {"--clip": self.clip, "--lora-alpha": self.lora_alpha}.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{flag} {number}: expected more than 0")
+        for flag, number in {"--rate": self.peak(WIDTH), "--epochs": self.epochs}.items():
+            if not 0 < number <= LARGEST:
+                raise InputError(f"{flag} {number}: expected more than 0, and {LARGEST} at the most")
         for flag, number in {"--warmup": self.warmup, "--floor": self.floor}.items():
             if not 0 <= number <= 1:
                 raise InputError(f"{flag} {number}: expected a share, from 0 to 1")
@@ -104,23 +103,24 @@ class Training:
 
     def tokens_of_step(self, tokens: int) -> int:
         """Of each step, where all have so many."""
-        return self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS))
+        return min(max(1, tokens), self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS)))
 
     def looks(self, steps: int) -> int:
         """Steps from one look at held-back text to the next, of so many in all."""
         return self.every or max(1, steps // 10)
 
-    def peak(self, width: int) -> float:
-        """The largest learning rate, of a model of so many hidden dimensions. Adam's steps are as large for every
-        weight, and a wider sum of them moves its output as much further."""
+    def peak(self, width: int, distance: float | None = None) -> float:
+        """The largest learning rate, of a model of so many hidden dimensions that is so far from the original: Adam's
+        steps are as large for every weight, a wider sum of them moves its output as much further, and what is near to
+        the original (refitted, say) is spoilt by steps that serve what is not."""
         if self.rate is not None:
             return self.rate
-        share = min(1.0, WIDTH / width)
-        return min(KINDS[kind] * (1.0 if kind in AT_ANY_WIDTH else share) for kind in self.train)
+        share, near = min(1.0, WIDTH / width), 1.0 if distance is None else min(1.0, distance / FAR)
+        return near * min(KINDS[kind] * (1.0 if kind in AT_ANY_WIDTH else share) for kind in self.train)
 
-    def rate_at(self, step: int, steps: int, width: int) -> float:
+    def rate_at(self, step: int, steps: int, peak: float) -> float:
         """The learning rate of a step, counted from 0, of so many in all."""
-        warm, peak = round(self.warmup * steps), self.peak(width)
+        warm = round(self.warmup * steps)
         if step < warm:
             return peak * (step + 1) / (warm + 1)
         share = (step - warm) / max(1, steps - warm)

@@ -19,9 +19,9 @@ from moekern.recovery.trained import Trained
 
 
 def write_trained(trained: Trained, folder: Path) -> int:
-    """Write what changes, by its names in the checkpoint and in its types, a file for each layer (every rank calls it,
-    and the first one writes). Returns how many tensors there are. Raises InputError for numbers that the checkpoint's
-    types cannot hold."""
+    """Write what changes, by its names in the checkpoint and in its types, a file for each layer; of several ranks the
+    first writes. Returns how many tensors there are. Raises InputError for numbers that the checkpoint's types cannot
+    hold."""
     layerwise, count = trained.layerwise, 0
     first = layerwise.team.first
     layers = sorted({one.layer for one in trained.some if one.layer is not None})
@@ -75,5 +75,6 @@ def _write(trained: Trained, layer: int | None, parameters: dict[str, Tensor], p
                 f"recover: {name}: became numbers that {own.dtype} cannot hold; a lower --rate may mend it"
             )
         tensors[name] = own
-    write_tensors(path, {name: as_stored(value) for name, value in tensors.items()}, {})
+    if trained.layerwise.team.first:
+        write_tensors(path, {name: as_stored(value) for name, value in tensors.items()}, {})
     return len(tensors)
