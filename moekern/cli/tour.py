@@ -1,5 +1,5 @@
 """`moekern demo`: calibrate, score, plan, prune, verify, load and generate, what each criterion costs in loss, what
-a refit brings."""
+a refit and training bring."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from moekern.cli.pipeline import Verdict, calibrate_to, evaluate_plans, verify_b
 from moekern.cli.prune import prune_to
 from moekern.cli.refitting import DROPPED, REFITTED, show_quality
 from moekern.cli.verify import show_verdict
+from moekern.cli.whole_recovery import changing_progress, losses_of
 from moekern.criteria import CRITERIA
 from moekern.criteria.table import DEFAULT
+from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
@@ -26,6 +28,7 @@ from moekern.files import check_new, scratch, sized
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
+from moekern.recovery import Recovery, Training, recover
 from moekern.refit import Ridge
 from moekern.refit.refit import Refitting, refit
 from moekern.refit.variants import Variant
@@ -70,7 +73,9 @@ def run_demo(out: Path | None, seeds: int) -> dict[str, Any]:
 
 def _tour(work: Path, seeds: int) -> dict[str, Any]:
     console.say(f"the model: {MODEL}")
-    console.say("it is calibrated, planned, evaluated, pruned and verified: half a minute on two idle cores")
+    console.say(
+        "it is calibrated, planned, evaluated, pruned and verified: three quarters of a minute on two idle cores"
+    )
     text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
     statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors", tiers=TIERS)
     console.say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
@@ -99,11 +104,20 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
             f"losses are of one calibration, on {EVALUATION_TOKENS:,} tokens: those of docs/comparison.md are means of "
             "several; --json has every criterion's by domain"
         )
-    fitted = _refit(plan)
+    data, judged = _texts()
+    fitted = _refit(plan, data, judged)
     if not console.as_json():
         show_quality(fitted)
         console.say(f"refitted: the {share:.0%} that stay, their down projections fitted to {REFIT_TOKENS:,} tokens")
-    return {**_document(rows, verdict, texts), "refit": losses_document(fitted.losses)}
+    trained = _recover(pruned, data, judged, work / "training")
+    before, after = ({name: mean_loss({d: getattr(x, name) for d, x in row.items()}) for name in ("nll", "kl")}
+                     for row in trained.judged)  # fmt: skip
+    console.say(
+        f"trained instead, experts towards the original's predictions of the same text ({trained.steps} steps): loss "
+        f"{before['nll']:.4f} -> {after['nll']:.4f}, KL to original {before['kl']:.4f} -> {after['kl']:.4f}"
+    )
+    document = {**_document(rows, verdict, texts), "refit": losses_document(fitted.losses)}
+    return {**document, "recover": losses_of(trained)["judged"]}
 
 
 def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
@@ -124,16 +138,29 @@ def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]
     return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
 
 
-def _refit(plan: Plan) -> Refitting:
-    """The plan that is carried out, with what stays fitted by least squares; nothing is written."""
+def _texts() -> tuple[TokenData, TokenData]:
+    """What is fitted to and trained on, and what judges that."""
     checkpoint = open_checkpoint(MODEL)
     data, judged = (
         Text(text_sources(part), tokens=tokens, sequence_length=LENGTH, batch_size=BATCH).read(checkpoint)
         for part, tokens in (("calibration", REFIT_TOKENS), ("evaluation", EVALUATION_TOKENS))
     )
+    return data, judged
+
+
+def _refit(plan: Plan, data: TokenData, judged: TokenData) -> Refitting:
+    """The plan that is carried out, with what stays fitted by least squares; nothing is written."""
     variants = Variant(DROPPED, plan), Variant(REFITTED, plan, ridge=Ridge())
     with console.progress("refitting") as step:
-        return refit(checkpoint, data, variants, COMPUTE, judged=judged, progress=step)
+        return refit(open_checkpoint(MODEL), data, variants, COMPUTE, judged=judged, progress=step)
+
+
+def _recover(pruned: Path, data: TokenData, judged: TokenData, folder: Path) -> Recovery:
+    """The checkpoint that was written, with its experts trained; nothing of it is kept."""
+    with changing_progress() as step:
+        found = recover(pruned, MODEL, data, folder, Training(("experts",)), COMPUTE, judged=judged, progress=step)
+    shutil.rmtree(folder)
+    return found
 
 
 def table_rows(losses: Mapping[Key | str, Mapping[str, float]], seeds: int) -> list[dict[str, Any]]:

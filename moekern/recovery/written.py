@@ -26,15 +26,12 @@ def write_trained(trained: Trained, folder: Path, *, as_it_was: bool = False) ->
     first writes. Returns how many tensors there are. `as_it_was`: with their bytes in the checkpoint, which numbers of
     another type may not make. Raises InputError for numbers that the checkpoint's types cannot hold."""
     layerwise, count = trained.layerwise, 0
-    first = layerwise.team.first
     layers = sorted({one.layer for one in trained.some if one.layer is not None})
     for i in layerwise.visit(layers):
         own = named(layerwise.layers_name, i, layerwise.layers[i])
-        count += _write(trained, i, own, folder / f"layer-{i:05d}.safetensors", as_it_was) if first else 0
+        count += _write(trained, i, own, folder / f"layer-{i:05d}.safetensors", as_it_was)
     behind = {one.name: layerwise.model.get_parameter(one.name) for one in trained.of_layer(None)}
-    return count + (
-        _write(trained, None, dict(behind), folder / "behind.safetensors", as_it_was) if behind and first else 0
-    )
+    return count + (_write(trained, None, dict(behind), folder / "behind.safetensors", as_it_was) if behind else 0)
 
 
 def write_adapter(trained: Trained, folder: Path) -> int:
@@ -83,7 +80,8 @@ def _write(trained: Trained, layer: int | None, parameters: dict[str, Tensor], p
                 f"recover: {name}: became numbers that {own.dtype} cannot hold; a lower --rate may mend it"
             )
         tensors[name] = as_stored(own)
-    write_tensors(path, tensors, {})
+    if trained.layerwise.team.first:
+        write_tensors(path, tensors, {})
     return len(tensors)
 
 

@@ -23,6 +23,11 @@ from tests.helpers import families
 FLOAT32 = Compute("cpu", "float32")
 
 
+def predictions(folder: Path) -> list[Path]:
+    """The files of what originals predict in a folder of training."""
+    return sorted(folder.glob("predictions-*.safetensors"))
+
+
 def samples(name: str, count: int = 2, length: int = 12) -> list[Sample]:
     """Batches of two sequences, and their places."""
     return [Sample(n, Batch("a", families.input_ids(name, 2, length, n))) for n in range(count)]

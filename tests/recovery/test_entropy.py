@@ -116,7 +116,7 @@ def test_entropy_of_logits() -> None:
     torch.testing.assert_close(gradient[1], -p * (p.log() + found[1].detach()))
 
 
-def text(name: str, sequences: int = 6) -> TokenData:
+def text(name: str, sequences: int = 4) -> TokenData:
     rows = families.input_ids(name, sequences, 16)
     return TokenData(tuple(Batch("a", row[None]) for row in rows), {})
 
@@ -124,7 +124,7 @@ def text(name: str, sequences: int = 6) -> TokenData:
 def test_it_falls_where_it_weighs_much_and_is_told(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     found = {}
     for weight in (0.0, 10.0):
-        epochs = 6 if weight else 1
+        epochs = 4 if weight else 1
         training = Training(("router",), epochs, step_tokens=64, kl=0, next=1, rate=3e-2, every=100, entropy=weight)
         where = tmp_path / str(weight)
         made = recover(family_checkpoint("qwen3_moe"), None, text("qwen3_moe"), where, training, Compute("cpu"))

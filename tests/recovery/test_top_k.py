@@ -29,6 +29,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.pruning.replaced import write_replaced
 from moekern.recovery import Recovery, Training, recover
+from moekern.recovery.course import Course
 from moekern.recovery.lottery import Lottery, lottery
 from moekern.verification.tensors import verify
 from tests.helpers import families
@@ -115,17 +116,19 @@ def text(name: str, sequences: int = 8, seed: int = 0) -> TokenData:
     return TokenData(tuple(Batch("a", row[None]) for row in rows), {})
 
 
+TRAINING = Training(("router", "norms"), 3, step_tokens=48, kl=0, next=1, rate=1e-2, every=100, top_k=1)
+JUDGED = text("qwen3_moe", 2, 9)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recovery]:
     """in: a model of two experts a token. pruned: by PLAN. out: trained then to choose one. And what came of that."""
     tmp_path = tmp_path_factory.mktemp("top_k")
     families.save("qwen3_moe", tmp_path / "in")
     prune(tmp_path / "in", PLAN, tmp_path / "pruned")
-    training = Training(("router", "norms"), 3, step_tokens=48, kl=0, next=1, rate=1e-2, every=100, top_k=1)
     done = recover(
-        tmp_path / "pruned", None, text("qwen3_moe"), tmp_path / "work", training, Compute("cpu"),
-        judged=text("qwen3_moe", 2, 9),
-    )  # fmt: skip
+        tmp_path / "pruned", None, text("qwen3_moe"), tmp_path / "work", TRAINING, Compute("cpu"), judged=JUDGED
+    )
     write_replaced(tmp_path / "pruned", tmp_path / "out", done.folder, done.record, settings=done.settings)
     return tmp_path, done
 
@@ -140,13 +143,14 @@ def test_losses_before_are_with_all_and_after_with_fewer(made: tuple[Path, Recov
     assert steps == sorted(steps, reverse=True)
     assert (steps[0], steps[-1]) == (2, 1)
     before, after = (row["a"].nll for row in done.judged)
-    judged = text("qwen3_moe", 2, 9)
-    assert before == pytest.approx(loss(folder / "pruned", judged), rel=1e-5)
-    assert after == pytest.approx(loss(folder / "out", judged), rel=1e-5)
+    assert before == pytest.approx(loss(folder / "pruned", JUDGED), rel=1e-5)
+    assert after == pytest.approx(loss(folder / "out", JUDGED), rel=1e-5)
+    held = TokenData(tuple(s.batch for s in Course.of(text("qwen3_moe"), TRAINING, JUDGED).held), {})
     only = with_top_k(folder / "pruned", tmp_path / "only", 1)
     first, last = (row["a"].nll for row in done.held)
-    assert first > last
-    assert abs(loss(only, judged) - before) > 1e-3
+    assert first == pytest.approx(loss(only, held), rel=1e-5)
+    assert last == pytest.approx(loss(folder / "out", held), rel=1e-5)
+    assert abs(first - loss(folder / "pruned", held)) > 1e-3
     assert any(
         note.startswith("each token chooses 1 of the experts instead of 2: losses before are") for note in done.notes
     )
@@ -162,7 +166,7 @@ def test_the_output_says_so_and_nothing_else_of_config_changes(made: tuple[Path,
     assert "2404.05089" in record["reconstructed"]
     model = families.load(folder / "out")
     assert model.config.num_experts_per_tok == 1
-    ids = [batch.input_ids for batch in text("qwen3_moe", 2, 9).batches]
+    ids = [batch.input_ids for batch in JUDGED.batches]
     with torch.no_grad():
         found = [
             torch.nn.functional.cross_entropy(model(input_ids=each).logits[0, :-1].float(), each[0, 1:]) for each in ids
@@ -184,25 +188,41 @@ def test_what_comes_after_knows_the_number(made: tuple[Path, Recovery], tmp_path
     assert any(note.endswith("num_experts_per_tok is 1 since") for note in told["notes"])
 
 
+def test_stopped_on_the_way_and_gone_on(made: tuple[Path, Recovery], tmp_path: Path) -> None:
+    """From a look on, to the same bytes."""
+    pruned, data = made[0] / "pruned", text("qwen3_moe", 2)
+    training = Training(("router",), 1, step_tokens=16, kl=0, next=1, every=1, entropy=0.1, top_k=1)
+    whole = recover(pruned, None, data, tmp_path / "whole", training, Compute("cpu"))
+
+    def stop(what: str, done: float, total: int) -> None:
+        if what == "training" and done > 1.5:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        recover(pruned, None, data, tmp_path / "parts", training, Compute("cpu"), progress=stop)
+    parts = recover(pruned, None, data, tmp_path / "parts", training, Compute("cpu"))
+    assert parts.curve == whole.curve
+    assert [each["top_k"] for each in parts.curve if "norm" in each] == [2, 1]
+    for path in whole.folder.iterdir():
+        assert path.read_bytes() == (parts.folder / path.name).read_bytes()
+
+
 def test_steps_in_which_nothing_reaches_the_router_are_told(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """A single gate that is divided by its own sum is 1."""
     for weight in (0.0, 0.1):
-        training = Training(
-            ("router",), 2, step_tokens=16, kl=0, next=1, every=100, patience=9, top_k=1, entropy=weight
-        )
+        training = Training(("router",), step_tokens=16, kl=0, next=1, every=100, top_k=1, entropy=weight)
         where = tmp_path / str(weight)
-        done = recover(family_checkpoint("mixtral"), None, text("mixtral", 4), where, training, Compute("cpu"))
+        done = recover(family_checkpoint("mixtral"), None, text("mixtral", 2), where, training, Compute("cpu"))
         told = [note for note in done.notes if "no gradient reached what trains" in note]
-        assert [note.split(" steps")[0] for note in told] == ([] if weight else ["in 3 of 6"])
+        assert [note.split(" steps")[0] for note in told] == ([] if weight else ["in 1 of 2"])
 
 
 def test_it_does_not_end_before_the_number_has_fallen(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """Looks that bring nothing count from the step on before which it has: 3 of 6."""
-    for k, steps in ((1, 3), (None, 1)):
-        training = Training(("norms",), step_tokens=16, kl=0, next=1, rate=1e-30, every=1, patience=1, top_k=k)
-        folder = family_checkpoint("qwen3_moe")
-        done = recover(folder, None, text("qwen3_moe"), tmp_path / str(k), training, Compute("cpu"))
-        assert (done.steps, done.best) == (steps, 0)
+    """Looks that bring nothing count from the step on before which it has: 4 of 7."""
+    training = Training(("norms",), step_tokens=16, kl=0, next=1, rate=1e-30, every=1, patience=1, top_k=1)
+    folder = family_checkpoint("qwen3_moe")
+    done = recover(folder, None, text("qwen3_moe"), tmp_path, training, Compute("cpu"), judged=JUDGED)
+    assert (done.steps, done.best) == (4, 0)
 
 
 def test_rounds_of_a_lottery_do_not_take_it(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
