@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import whole_recovery
 from moekern.data.text import Text
+from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.recovery import Training
 from moekern.recovery.course import Course
@@ -332,3 +333,40 @@ def test_a_rank_that_dies_ends_it_and_the_same_ranks_go_on(work: Path, tmp_path:
     first, second = ranks.torchrun(tmp_path / "words", 2, *words)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert "going on after step 1" in first.stderr
+
+
+def test_different_numbers_of_experts_and_mtp_layers(tmp_path: Path) -> None:
+    """Layers that kept 4 and 6 experts train; the MTP layer's bytes stay."""
+    model_and_ids(tmp_path, 640)
+    shutil.rmtree(tmp_path / "model")
+    model = families.save("deepseek_v3", tmp_path / "model")
+    with_mtp(model)
+    layout = find_layout(open_checkpoint(model))
+    layers = {key: LayerPlan((0, 1, 4, 5) if n % 2 else (0, 1, 2, 4, 5, 6)) for n, key in enumerate(layout.layers)}
+    plan = Plan(layers, {"allow_nonuniform": True, "mtp": "prune"})
+    plan.save(tmp_path / "plan.json")
+    prune(model, plan, tmp_path / "half")
+    done = moekern(*command(tmp_path, tmp_path / "out", "--rate", 0.01, train="experts,router,norms"))
+    assert done.returncode == 0, done.stderr
+    new = changed(tmp_path / "half", tmp_path / "out")
+    for i in (1, 2, 3):
+        assert any(name.startswith(f"model.layers.{i}.mlp.experts.") for name in new)
+    assert "model.norm.weight" in new
+    assert not any(name.startswith("model.layers.4.") or "shared" in name for name in new)
+    done = moekern("verify", model, tmp_path / "plan.json", tmp_path / "out")
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def with_mtp(model: Path) -> None:
+    """A layer behind the last one, as DeepSeek-V3 has it: that one's weights again, and its own."""
+    last = {name: value for name, value in tensors(model).items() if name.startswith("model.layers.3.")}
+    new = {name.replace("layers.3.", "layers.4."): value.clone() for name, value in last.items()}
+    H = families.HIDDEN
+    for name, shape in (("eh_proj.weight", (H, 2 * H)), ("enorm.weight", (H,)), ("hnorm.weight", (H,))):
+        new[f"model.layers.4.{name}"] = torch.ones(shape)
+    save_file(new, model / "model-mtp.safetensors", {"format": "pt"})
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(new, "model-mtp.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
