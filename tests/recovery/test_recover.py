@@ -71,7 +71,9 @@ def test_losses_fall_and_the_best_state_is_told(work: Path, tmp_path: Path) -> N
     assert contents(tmp_path) == contents(work / "want")
 
 
-@pytest.mark.parametrize("stop", ["step", "look", "saved", "best", "written"])
+@pytest.mark.parametrize(
+    "stop", ["step", "best", "written", *(pytest.param(each, marks=pytest.mark.whole) for each in ("look", "saved"))]
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     stop: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
