@@ -264,13 +264,15 @@ class _Run:
             self.trained.load(self.folder / BEST, ("value",))
         self.chosen.choose(self.top_k)
         after = self._look(self.course.judged)
+        fewer = self._settings()
         if self.course.held and not best:
+            changed = "no weight" if fewer else "nothing"
             notes.append(
-                "no state was better on held-back text than the first: nothing is changed; a lower --rate may help"
+                f"no state was better on held-back text than the first: {changed} is changed; a lower --rate may help"
             )
         elif state.step < self.of:
             notes.append(f"ended after step {state.step} of {self.of}: {state.stale} looks brought nothing")
-        if fewer := self._settings():
+        if fewer:
             own, now = self.chosen.of_config, self.top_k
             notes.append(
                 f"each token chooses {now} of the experts instead of {own}: losses before are with {own} on text that "
