@@ -199,6 +199,7 @@ def recover(
     from moekern.cli import whole_recovery
     from moekern.pruning.work_folder import check_target
 
+    whole_recovery.clean_up(out)
     check_target(out, pruned)
     if only_estimate:
         _estimate(pruned, training, tokens, sequence_length, len(data or (1,)), compute_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.checkpoint.recovery import RECOVERY
 from moekern.cli import console, pipeline
 from moekern.data.text import Text
+from moekern.errors import InputError, add_note
 from moekern.evaluation.losses import Loss, mean_loss
-from moekern.files import working, write_bytes
+from moekern.files import is_folder, work_path, working, write_bytes
 from moekern.model.compute import Compute
 from moekern.pruning.copying import Copy
 from moekern.pruning.replaced import ReplacedReport, write_replaced
 from moekern.recovery import Recovery, Training, recover
+from moekern.recovery.recover import STATE
+from moekern.recovery.trained import Trained
 
 WORK = "recover"  # in the work folder
 METRICS = ("nll", "kl", "top1")
@@ -85,7 +88,7 @@ def recover_stages(
     checkpoint = open_checkpoint(pruned)
     compute = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
-    with working(out) as side:
+    with working(out) as side, _told_how_to_go_on(side / WORK / STATE):
         with changing_progress() as shown:
             found = recover(
                 checkpoint, original, data, side / WORK, training, compute,
@@ -103,6 +106,26 @@ def recover_stages(
                 )
         shutil.rmtree(side / WORK)
     return Recovered(found, pruned, out, report, original is not None and training.kl > 0)
+
+
+@contextmanager
+def _told_how_to_go_on(state: Path) -> Iterator[None]:
+    """Who stops it is told what becomes of its work."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if state.is_file():
+            add_note(error, f"the same command goes on after step {Trained.said_in(state).get('step')}")
+        raise
+
+
+def clean_up(out: Path) -> None:
+    """Remove what a process that was killed between giving `out` its name and removing this has left."""
+    side = work_path(out) if out.name else out
+    made = is_folder(out) and (out / RECOVERY).is_file() and not (side / "checkpoint").exists()
+    if made and is_folder(side) and is_folder(side / WORK):
+        with suppress(InputError), working(out):
+            shutil.rmtree(side / WORK)
 
 
 @contextmanager

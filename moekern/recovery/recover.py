@@ -330,7 +330,7 @@ class _Run:
         found = self.trained.load(self.folder / STATE)
         state = _State(**{name: found[name] for name in asdict(_State())})
         self.trained.steps = state.step
-        self.tell(f"recover: going on behind step {state.step} of {self.of}, where a stopped run was")
+        self.tell(f"recover: going on after step {state.step} of {self.of}, as a stopped run has left it")
         return state
 
     def _check_touched(self) -> None:
