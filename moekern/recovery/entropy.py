@@ -7,7 +7,7 @@ weight, which is added to the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,12 @@ from moekern.errors import InputError
 from moekern.model.expert_lists import blocks_with_lists
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import router_modules
+
+NOTHING = 1e-6  # of the largest norm of gradients: what rounding leaves of none
+RECONSTRUCTED = (
+    "SEER-MoE (arXiv:2404.05089): that the gate is tuned with an entropy term while fewer and fewer experts are chosen "
+    "is known; the form of the term, its weight, the steps, the rate and the schedule are not"
+)
 
 
 def check_entropy(layerwise: LayerwiseModel) -> None:
@@ -90,3 +96,12 @@ def entropy(logits: Tensor) -> Tensor:
     logp = logits.float().log_softmax(-1)
     p = logp.exp()
     return -(p * logp.masked_fill(p == 0, 0)).sum(-1)
+
+
+def idle(curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where steps had next to no gradient: a gate that is made 1 whatever the router says."""
+    norms = [each["norm"] for each in curve if "norm" in each]
+    count = sum(norm <= NOTHING * max(norms) for norm in norms)
+    what = "the gates of one expert a token are made 1, and the router changes nothing else of it"
+    more = "add --entropy, or train more than routers"
+    return [f"in {count} of {len(norms)} steps no gradient reached what trains: {what}; {more}"] if count else []

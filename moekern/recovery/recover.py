@@ -25,7 +25,7 @@ from moekern.model.position import differences, digest, text_key
 from moekern.model.precision import settled
 from moekern.model.top_k import TopK
 from moekern.recovery.course import Course, Sample
-from moekern.recovery.entropy import check_entropy
+from moekern.recovery.entropy import RECONSTRUCTED, check_entropy, idle
 from moekern.recovery.loaded import ready
 from moekern.recovery.objective import Objective
 from moekern.recovery.settings import VOCABULARY, Training
@@ -37,11 +37,6 @@ from moekern.version import versions
 
 STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
 TEACHING = "the original's predictions"
-NOTHING = 1e-6  # of the largest norm of gradients: what rounding leaves of none
-RECONSTRUCTED = (
-    "SEER-MoE (arXiv:2404.05089): that the gate is tuned with an entropy term while fewer and fewer experts are chosen "
-    "is known; the form of the term, its weight, the steps, the rate and the schedule are not"
-)
 Losses = Mapping[str, Loss]  # by domain
 Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
@@ -264,19 +259,21 @@ class _Run:
             self.trained.load(self.folder / BEST, ("value",))
         self.chosen.choose(self.top_k)
         after = self._look(self.course.judged)
+        fewer = self._settings()
         if self.course.held and not best:
+            changed = "no weight" if fewer else "nothing"
             notes.append(
-                "no state was better on held-back text than the first: nothing is changed; a lower --rate may help"
+                f"no state was better on held-back text than the first: {changed} is changed; a lower --rate may help"
             )
         elif state.step < self.of:
             notes.append(f"ended after step {state.step} of {self.of}: {state.stale} looks brought nothing")
-        if fewer := self._settings():
+        if fewer:
             own, now = self.chosen.of_config, self.top_k
             notes.append(
                 f"each token chooses {now} of the experts instead of {own}: losses before are with {own} on text that "
                 f"decided nothing, with {now} on text that chose the best state"
             )
-            notes += _idle(state.curve)
+            notes += idle(state.curve)
         out = self.folder / TRAINED
         if team.first:
             if is_folder(out):
@@ -346,15 +343,6 @@ class _Run:
             self.tell(
                 f"recover: no gradient reaches {len(names)} of the parameters, as {names[0]}: they stay as they are"
             )
-
-
-def _idle(curve: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line where steps had next to no gradient: a gate that is made 1 whatever the router says."""
-    norms = [each["norm"] for each in curve if "norm" in each]
-    count = sum(norm <= NOTHING * max(norms) for norm in norms)
-    what = "the gates of one expert a token are made 1, and the router changes nothing else of it"
-    more = "add --entropy, or train more than routers"
-    return [f"in {count} of {len(norms)} steps no gradient reached what trains: {what}; {more}"] if count else []
 
 
 def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:

@@ -223,6 +223,7 @@ def test_it_does_not_end_before_the_number_has_fallen(family_checkpoint: MakeChe
     folder = family_checkpoint("qwen3_moe")
     done = recover(folder, None, text("qwen3_moe"), tmp_path, training, Compute("cpu"), judged=JUDGED)
     assert (done.steps, done.best) == (4, 0)
+    assert any("no weight is changed; a lower --rate may help" in note for note in done.notes)
 
 
 def test_rounds_of_a_lottery_do_not_take_it(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
