@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -160,11 +159,14 @@ def _per_round(text: str) -> tuple[int, bool]:
     """Tokens of the first round, and whether they double."""
     from moekern.data.mixes import parse_tokens
 
-    found = re.fullmatch(r"([^,]+)(,doubling)?", text)
-    count = parse_tokens(found[1]) if found else None
-    if found is None or not count:
+    first, comma, then = text.partition(",")
+    try:
+        count = parse_tokens(first)
+    except InputError:
+        count = None
+    if not count or (comma and then != "doubling"):
         raise InputError(f"--tokens-per-round {text}: expected a number of tokens, as 200k or 200k,doubling")
-    return count, found[2] is not None
+    return count, bool(comma)
 
 
 def show_drawn(drawn: Drawn, method: Lottery) -> None:

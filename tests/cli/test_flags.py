@@ -269,6 +269,85 @@ refit
   --trust-remote-code = False
   --revision = None
   --json = False
+recover
+  PRUNED required
+  --out required
+  --original = None
+  --data* = None
+  --train = all
+  --kl = 1.0
+  --next = 0.0
+  --top = 64
+  --rate = None
+  --epochs = 1.0
+  --step-tokens = None
+  --warmup = 0.05
+  --floor = 0.1
+  --clip = 1.0
+  --decay = 0.0
+  --every = None
+  --patience = 5
+  --lora-rank = 16
+  --lora-alpha = 32.0
+  --lora-targets = attention
+  --adapter = False
+  --entropy = 0.0
+  --top-k = None
+  --preset = None
+  --tokens = 1M
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --chunk = None
+  --column* = None
+  --thinking = row
+  --strict = False
+  --seed = 0
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
+  --copy = auto
+  --predictions = None
+  --estimate = False
+  --restart = False
+  --trust-remote-code = False
+  --json = False
+lottery
+  MODEL required
+  --keep required
+  --out required
+  --data* = None
+  --criterion = gated_norm
+  --rounds = 4
+  --tokens-per-round = 200k
+  --train = all
+  --paper = None
+  --kl = 1.0
+  --next = 0.0
+  --top = 64
+  --rate = None
+  --step-tokens = None
+  --control/--no-control = True
+  --keep-rounds = False
+  --preset = None
+  --tokens = 1M
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --chunk = None
+  --column* = None
+  --thinking = row
+  --strict = False
+  --seed = 0
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
+  --restart = False
+  --trust-remote-code = False
+  --revision = None
+  --json = False
 verify
   MODEL required
   PLAN required
