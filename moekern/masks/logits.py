@@ -3,6 +3,10 @@
 All experts of all layers lie in one vector, of which a `Pool` is the part that shares a number n. The logits of a pool
 lie on the surface sum sigmoid = n. A step of Adam is projected on the surface's tangent, goes back to the surface along
 its normal by bisection, and Adam's first moment is projected on the tangent there (arXiv:2605.00649).
+
+Adam's second moment is one number a pool, the mean of the squares: a straight-through gradient is next to nothing far
+from the cut, and a root of its own would make a step of full size of it; more than that where the first moment has been
+carried into the tangent and is no longer that expert's own.
 """
 
 from __future__ import annotations
@@ -124,7 +128,9 @@ class Logits:
         self.steps += 1
         mean, square = (old.double() for old in (self.mean, self.square))
         mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
-        square = BETAS[1] * square + (1 - BETAS[1]) * gradient.square()
+        for pool in self.pools.free:
+            own = gradient[pool.places].square().mean()
+            square[pool.places] = BETAS[1] * square[pool.places] + (1 - BETAS[1]) * own
         first, second = (1 - beta**self.steps for beta in BETAS)
         step = rate * (mean / first) / ((square / second).sqrt() + SMALL)
         values = self.values.double()

@@ -65,7 +65,11 @@ class Masked:
     own_choice: bool = False  # the mask does not hold: the layer is asked for its own choice
 
     def worth(
-        self, samples: Sequence[Sample], masks: Sequence[Dropped], progress: Callable[[float], None], plain: bool = False
+        self,
+        samples: Sequence[Sample],
+        masks: Sequence[Dropped],
+        progress: Callable[[float], None],
+        plain: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The derivative of the mean loss of samples, which are dealt to the masks, by each mask's experts: float64
         [masks, E] by layer (`slots`); and the sums that the objective tells.

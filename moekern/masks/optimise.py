@@ -1,7 +1,8 @@
-"""The stage that optimises masks: what the original predicts, then steps with looks at held-back text, then the best."""
+"""The stage that optimises masks: what the original predicts, steps with looks at held-back text, the best of these."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -189,7 +190,7 @@ class _Run:
             state.least, state.best, self.best = value if held else None, state.step, self.logits.values.clone()
         vectors = {name: self.best if name == "best" else getattr(self.logits, name) for name in VECTORS}
         tensors = {name: as_stored(vector) for name, vector in vectors.items()}
-        write_tensors(self.folder / STATE, tensors, _said({"key": self.key, **asdict(state)}))
+        write_tensors(self.folder / STATE, tensors, {"said": json.dumps({"key": self.key, **asdict(state)})})
 
     def _changed(self) -> int:
         """How many experts stay that did not in the beginning."""
@@ -230,7 +231,9 @@ def _check(plan: Plan, layout: Layout, checkpoint: Checkpoint, search: Search) -
     if plan.width is not None:
         raise InputError(f"{WHAT}: the plan says which channels of experts stay; take a plan of whole experts")
     if search.budget == "total" and layout.n_group > 1:
-        raise InputError(f"--budget total: each of the router's {layout.n_group} groups must keep as many; take uniform")
+        raise InputError(
+            f"--budget total: each of the router's {layout.n_group} groups must keep as many; take uniform"
+        )
 
 
 def _course(data: TokenData, search: Search) -> Course:
@@ -240,7 +243,9 @@ def _course(data: TokenData, search: Search) -> Course:
     small = replace(data, chunk=chunk)
     there = Split.of(small).tokens(FITTED)
     if there < 2:
-        raise InputError(f"{WHAT}: no sequence of two tokens is there to take steps on; give text (--data)", kind="data")
+        raise InputError(
+            f"{WHAT}: no sequence of two tokens is there to take steps on; give text (--data)", kind="data"
+        )
     epochs = search.steps * search.step_tokens / there
     return Course.of(small, Training(epochs=epochs, step_tokens=search.step_tokens, seed=search.seed))
 
@@ -291,9 +296,7 @@ def _planned(
     return Plan(layers, whole | {WHAT: said} | mtp)
 
 
-def _provenance(
-    checkpoint: Checkpoint, layout: Layout, plan: Plan, data: TokenData, search: Search
-) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, layout: Layout, plan: Plan, data: TokenData, search: Search) -> dict[str, Any]:
     first = next(iter(layout.layers))
     return {
         "fingerprint": checkpoint.fingerprint,
@@ -333,12 +336,6 @@ def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:
         if differing:
             what = f"a stopped run is kept there, with another {differing}; give the same again and it goes on"
             raise InputError(f"{folder}: {what}, or {ANEW}", kind="option")
-
-
-def _said(said: Mapping[str, Any]) -> dict[str, str]:
-    import json
-
-    return {"said": json.dumps(said)}
 
 
 def _document(losses: Losses) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,8 @@ adds nothing to the output; dL/dgate times the gate that the unmasked router gav
 gate would change, to first order, and its gate in a model that keeps it too would be no smaller.
 
 Where a router makes the gates of each token add up to one number, a factor on one expert's score takes from the others
-what it gives it. Then the derivative is gate x (dL/dgate - b), b the mean of the token's dL/dgate weighted by its gates.
+what it gives to it. Then the derivative is gate x (dL/dgate - b), b the mean of the token's dL/dgate weighted by its
+gates.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Slots:
         return [self.masked.gates, self.others]
 
     def worth(self, gradients: Sequence[Tensor | None], dropped: Sequence[int], *, plain: bool = False) -> Tensor:
-        """float64 [E]: the derivative of the loss by each expert's mask, of the gradients by `leaves`. With `plain` no b
-        is taken off."""
+        """float64 [E]: the derivative of the loss by each expert's mask, of the gradients by `leaves`; with `plain` no
+        b is taken off."""
         own, other = (
             torch.zeros_like(leaf, dtype=torch.float64) if found is None else found.double()
             for leaf, found in zip(self.leaves, gradients, strict=True)
