@@ -38,7 +38,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.recover import Every, Rate, Top
 from moekern.errors import InputError
-from moekern.files import check_document, check_work, is_folder, standing, work_path, working
+from moekern.files import check_new, check_work, is_folder, standing, work_path, working
 
 if TYPE_CHECKING:
     from moekern.data.text import Text
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 WORK = "optimise"  # in the work folder
 RATE = 0.1
 Budget = Annotated[
-    str, typer.Option("--budget", help="uniform: each layer keeps as many as in PLAN; total: all of them together do.")
+    str, typer.Option("--budget", help="uniform: each layer keeps as many as in PLAN; global: all of them together do.")
 ]
 
 
@@ -117,7 +117,7 @@ def check_out(out: Path) -> None:
     """Raise InputError unless the plan can be written there."""
     check_work(out)
     if not (os.path.lexists(out) and is_folder(work_path(out))):  # of a run that was killed when it had saved the plan
-        check_document(out)
+        check_new(out)
 
 
 def optimised(

@@ -68,7 +68,8 @@ class Masked:
         self,
         samples: Sequence[Sample],
         masks: Sequence[Dropped],
-        progress: Callable[[float], None],
+        progress: Callable[[float], None] = lambda share: None,
+        *,
         plain: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The derivative of the mean loss of samples, which are dealt to the masks, by each mask's experts: float64

@@ -230,9 +230,9 @@ def _check(plan: Plan, layout: Layout, checkpoint: Checkpoint, search: Search) -
         raise InputError(f"{WHAT}: {layout.family.name}: {layout.family.no_gradient}")
     if plan.width is not None:
         raise InputError(f"{WHAT}: the plan says which channels of experts stay; take a plan of whole experts")
-    if search.budget == "total" and layout.n_group > 1:
+    if search.budget == "global" and layout.n_group > 1:
         raise InputError(
-            f"--budget total: each of the router's {layout.n_group} groups must keep as many; take uniform"
+            f"--budget global: each of the router's {layout.n_group} groups must keep as many; take uniform"
         )
 
 
@@ -251,7 +251,7 @@ def _course(data: TokenData, search: Search) -> Course:
 
 
 def _pools(counts: Counts, layout: Layout, search: Search) -> Pools:
-    if search.budget == "total":
+    if search.budget == "global":
         return Pools.total(counts, layout.router.top_k)
     return Pools.uniform(counts, layout.n_group)
 

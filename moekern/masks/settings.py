@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from moekern.errors import InputError, check_type, nearest_name
 from moekern.recovery.settings import VOCABULARY
 
-BUDGETS = ("uniform", "total")
+BUDGETS = ("uniform", "global")
 
 
 @dataclass(frozen=True)
 class Search:
     """`steps` of Adam at `rate`, each on about `step_tokens` tokens, which are dealt to `masks` masks of it (as many as
     it has batches at the most). The temperature of the straight-through estimator falls from `hot` to `cold`
-    geometrically. budget: "uniform", each layer keeps as many experts as the plan it begins with; "total", all layers
+    geometrically. budget: "uniform", each layer keeps as many experts as the plan it begins with; "global", all layers
     together do, and each as many as a token chooses at the least. `top`: the original's likeliest tokens that KL is
     over, the others as one; "vocabulary": all of them. Every `every` steps (None: twenty times in all) the masks'
     likeliest is looked at on held-back text.

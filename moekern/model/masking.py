@@ -142,7 +142,8 @@ def _changed(loader: Loader, tensor: ExpertTensor, num_experts: int, dropped: Se
         after = before.index_fill(axis, torch.tensor(list(dropped), device=before.device), lowest)
     with torch.no_grad():
         value.copy_(after)
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with torch.no_grad():
             value.copy_(before)
