@@ -166,7 +166,10 @@ def test_samples_are_dealt_to_masks_which_add_up_to_one(family_checkpoint: Folde
 
 def test_experts_in_lists_and_experts_of_other_calls_are_refused(family_checkpoint: Folder, tmp_path: Path) -> None:
     listed = remote_code.write(tmp_path / "listed", next(iter(remote_code.STYLES)))
-    with opened(listed, trust_remote_code=True) as layerwise, pytest.raises(InputError, match="^optimise: .* in a list"):
+    with (
+        opened(listed, trust_remote_code=True) as layerwise,
+        pytest.raises(InputError, match="^optimise: .* in a list"),
+    ):
         check_optimised(layerwise)
     with opened(family_checkpoint("llama4_text")) as layerwise, pytest.raises(InputError, match="a way of its own"):
         check_optimised(layerwise)
