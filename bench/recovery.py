@@ -47,6 +47,7 @@ Line = dict[str, Any]
 DROPPED, REFITTED, WHOLE = "dropped", "shape, ridge, refine", "whole"
 NEXT = ", next token"
 KINDS = ("scale", "router", "norms", "lora", "down", "experts", "all")
+AGAIN = ("router", "norms", "experts", "all")  # from a refitted model
 LOTTERY = "lottery, 4 rounds"
 STARTS = (WHOLE, DROPPED, REFITTED)
 
@@ -67,10 +68,11 @@ class Bench:
         whole = replace(training, train=("all",), kl=0.0, next=1.0)
         yield self._trained(share, WHOLE, draw.checkpoint.folder, "all" + NEXT, whole)
         for start, folder in ((DROPPED, dropped), (REFITTED, refitted)):
-            for kind in KINDS if start == DROPPED else ("scale", "router", "norms", "all"):
+            for kind in KINDS if start == DROPPED else AGAIN:
                 way = replace(training, train=(kind,), lora_targets=("linear",))
                 yield self._trained(share, start, folder, kind, way)
-            yield self._trained(share, start, folder, "all" + NEXT, whole)
+            if start == DROPPED:
+                yield self._trained(share, start, folder, "all" + NEXT, whole)
         tokens = sum(draw.data.tokens.values())
         method = Lottery(share, 4, draw.criterion, tokens // 4, False, replace(training, train=("all",)))
         seconds = time.process_time()
@@ -171,10 +173,8 @@ def markdown(lines: Sequence[Line]) -> str:
         gains = [starts[share, start, x["seed"]] - x["mean"] for x in some] if kind else []
         kl = "" if some[0]["kl"] is None or not kind else spread([x["kl"] for x in some])
         seconds = f"{statistics.fmean(x['cpu_seconds'] for x in some):.0f}" if kind else ""
-        cells.append([
-            f"{share:.0%}", start, kind, spread([x["mean"] for x in some]), spread(gains, sign="+") if gains else "", kl,
-            seconds,
-        ])  # fmt: skip
+        gain = spread(gains, sign="+") if gains else ""
+        cells.append([f"{share:.0%}", start, kind, spread([x["mean"] for x in some]), gain, kl, seconds])
     rows = [header, ["---"] * 3 + ["---:"] * 4, *cells]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -1,6 +1,6 @@
 """The layout of a checkpoint, found from its keys; model_type only names the family among those that fit."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,14 +44,16 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
         check_depth(places, stacks, num_layers, declared_mtp(config), f"{source}: {'.'.join(counted)}")
     prefixes = mtp_prefixes(family, places, stacks, num_layers)
     shared_paths, shared_times = widths.shared_times(family, config)
+    router = find_router(family, config, source, num_experts)
     layout = Layout(
         family=replace(family, score=score(family, config)),
         layers=layers,
         mtp=by_key(checkpoint, [layer for layer in found if layer.mtp]),
         mtp_prefixes=prefixes,
-        router=find_router(family, config, source, num_experts),
+        router=router,
         count_paths=count_paths,
         mtp_paths=tuple(path for path, _ in keys.values(config, keys.MTP_KEYS)),
+        top_k_paths=tuple(dict.fromkeys(path for path, k in top_ks(family, config) if k == router.top_k)),
         shared_paths=shared_paths,
         shared_times=shared_times,
         notes=tuple(mtp_missing(config, prefixes)),
@@ -185,13 +187,19 @@ def find_router(family: Family, config: dict[str, Any], source: str, num_experts
 def top_k(family: Family, config: dict[str, Any], source: str, num_experts: int) -> int:
     if family.top_k.isdigit():
         return int(family.top_k)
-    own = tuple(family.top_k.split("|"))
-    value = keys.first(config, (*own, *keys.TOP_K_KEYS), family.holder)
+    value = next((k for _, k in top_ks(family, config)), None)
     if value is None:
-        raise InputError(f"{source}: no key gives the experts a token chooses; add {own[0]}")
+        raise InputError(f"{source}: no key gives the experts a token chooses; add {family.top_k.split('|')[0]}")
     if not 1 <= value <= num_experts:
         raise InputError(f"{source}: a token chooses {value} experts, but the tensors hold {num_experts}")
     return value
+
+
+def top_ks(family: Family, config: dict[str, Any]) -> Iterator[tuple[keys.Path, int]]:
+    """Where the config says how many experts a token chooses, and how many; the first counts."""
+    if family.top_k.isdigit():
+        return iter(())
+    return keys.values(config, (*family.top_k.split("|"), *keys.TOP_K_KEYS), family.holder)
 
 
 def groups(family: Family, config: dict[str, Any], source: str, num_experts: int) -> tuple[int, int]:

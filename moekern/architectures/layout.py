@@ -92,6 +92,7 @@ class Layout:
     router: Router
     count_paths: tuple[Path, ...]  # config keys that hold the expert count
     mtp_paths: tuple[Path, ...]  # config keys that hold the number of multi-token-prediction layers
+    top_k_paths: tuple[Path, ...] = ()  # config keys that hold how many experts a token chooses
     width_paths: tuple[Path, ...] = ()  # config keys that hold the width of routed experts
     shared_paths: tuple[Path, ...] = ()  # config keys that hold how many times as wide the shared expert is
     shared_times: int = 0  # what they hold; 0: no shared expert follows the width of the others

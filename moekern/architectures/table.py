@@ -30,7 +30,7 @@ class Family:
     group_top: int = 0  # scores that make up a group's score; 0: no groups
     group_if: tuple[str, str] | None = None  # config key and value without which groups are ignored
     count: str = "num_experts"
-    top_k: str = "num_experts_per_tok"  # config key, or a number
+    top_k: str = "num_experts_per_tok"  # config key, or the number that its code chooses whatever the config says
     groups: str = "n_group"
     width: str = "moe_intermediate_size"  # how many channels a routed expert has: "" where it is not known
     shared: str = ""  # how many times as wide the shared expert is; "1": always once; "": its width is its own
@@ -129,7 +129,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("jamba", block="feed_forward", router="router.weight", **WIDE),
     Family("mixtral", **W123, **WIDE),
-    *rows("minimax=minimax_text_01=minimax_m1 phimoe", router="gate.weight|router.weight", **W123, **WIDE),
+    *rows("minimax=minimax_text_01=minimax_m1", router="gate.weight|router.weight", **W123, **WIDE),
+    *rows("phimoe", top_k="2", router="gate.weight|router.weight", **W123, **WIDE),
     *rows("minimax_m2", **WIDE, **W123 | {**BIASED, "bias": V3_BLOCK_BIAS["bias"]}),
     *rows("minimax_m3_vl=minimax_m3_vl_text", **WIDE, **TEXT, **W123 | {**BIASED, "bias": V3_BLOCK_BIAS["bias"]}),
     Family(

@@ -18,7 +18,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def read_recovery(folder: Path) -> dict[str, Any] | None:
     """What the file in `folder` says, checked; None where there is none. Its "tensors" are those whose bytes training
-    has changed: name -> XXH3-128 of them, hex. "source_fingerprint" is that of the model that was trained last.
+    has changed: name -> XXH3-128 of them, hex. "settings", where it is there, are the numbers of config.json that are
+    others since, by dotted path. "source_fingerprint" is that of the model that was trained last.
 
     Raises InputError.
     """
@@ -40,4 +41,7 @@ def read_recovery(folder: Path) -> dict[str, Any] | None:
     for name, value in tensors.items():
         if not isinstance(value, str) or not CHECKSUM.fullmatch(value):
             raise refuse(f"checksum of {shown(name)}: expected 32 hexadecimal digits, got {shown(value)}")
+    settings = found.get("settings", {})
+    if not isinstance(settings, dict) or not all(type(number) is int and number > 0 for number in settings.values()):
+        raise refuse(f"settings: expected an object of numbers above 0, got {shown(settings)}")
     return found

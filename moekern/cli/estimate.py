@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,9 @@ from moekern.router import parse_keep
 if TYPE_CHECKING:
     from moekern.architectures import Layout
     from moekern.checkpoint.folder import Checkpoint
-    from moekern.estimation.counted import Figure, Stage
+    from moekern.estimation.counted import Asked, Figure, Stage
+    from moekern.estimation.estimate import Job
+    from moekern.model.compute import Compute
 
 
 def estimate(
@@ -49,11 +51,10 @@ def estimate(
         raise InputError(f"--out {out}: no folder that can be written to; name one on the disk that results go to")
 
     from moekern.architectures import find_layout
-    from moekern.estimation.counted import Asked, counted
+    from moekern.estimation.counted import Asked
     from moekern.estimation.estimate import estimate as estimated
-    from moekern.estimation.probe import probe
-    from moekern.model.budget import budget_of, resident
-    from moekern.model.precision import precision
+    from moekern.recovery.estimated import recovered
+    from moekern.recovery.settings import Training
     from moekern.router import kept_count
 
     compute = compute_of(
@@ -62,22 +63,52 @@ def estimate(
     asked = Asked(count, sequence_length, domains, tuple(tier or ()), share, plans)
     checkpoint = headers_of(model, revision)
     layout = find_layout(checkpoint)
-    kept_count(share, layout.router)
+    kept = kept_count(share, layout.router) / layout.num_experts
+    job = probed(checkpoint, layout, compute, asked, out)
+    trainings = (Training(train=(kind,)) for kind in ("router", "all"))
+    stages = (
+        *estimated(job, not_refitted=_not_refitted(checkpoint, layout)),
+        *(recovered(job, training, kept) for training in trainings),
+    )
+    document = estimate_document(job, stages)
+    result(document, lambda: show_estimate(job, stages))
+
+
+def estimate_document(job: Job, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Stages, and what they are estimated of, as JSON."""
+    from moekern.kernels.checks import short
+
+    return {
+        "model": job.checkpoint.name,
+        "tokens": job.asked.tokens,
+        "device": str(job.model.shapes.device),
+        "dtype": short(job.model.shapes.dtype),
+        "memory": job.budget.host,
+        "gpu_memory": job.budget.gpu,
+        "rates": _rates(job),
+        "stages": {stage.name: stage.document() for stage in stages},
+    }
+
+
+def _rates(job: Job) -> dict[str, Any]:
+    return {name: None if rate is None else rate._asdict() for name, rate in vars(job.rates).items()}
+
+
+def probed(checkpoint: Checkpoint, layout: Layout, compute: Compute, asked: Asked, out: Path) -> Job:
+    """What stages are estimated of: this machine is measured, and the disk that `out` is on."""
+    from moekern.estimation.counted import counted
+    from moekern.estimation.estimate import job_of
+    from moekern.estimation.probe import probe
+    from moekern.model.budget import budget_of, resident
+    from moekern.model.precision import precision
+
     found = precision(compute, checkpoint, layout)
     compute = replace(compute, dtype=found.name)
     held, started, budget = resident(), _seconds_since_start(), budget_of(compute)
     say(f"{compute.described}, {found.described}, {budget.described}; measuring this machine")
     stated = counted(checkpoint, layout, compute, asked)
     rates = probe(checkpoint, stated.shapes, out)
-    stages = estimated(checkpoint, layout, stated, rates, asked, budget, held=held, started=started,
-                       not_refitted=_not_refitted(checkpoint, layout))  # fmt: skip
-    document: dict[str, Any] = {
-        "model": checkpoint.name, "tokens": count, "device": str(compute.place), "dtype": found.name,
-        "memory": budget.host, "gpu_memory": budget.gpu,
-        "rates": {name: None if rate is None else rate._asdict() for name, rate in vars(rates).items()},
-        "stages": {stage.name: stage.document() for stage in stages},
-    }  # fmt: skip
-    result(document, lambda: show_estimate(checkpoint.name, count, stages, document["rates"]))
+    return job_of(checkpoint, layout, stated, rates, asked, budget, held=held, started=started)
 
 
 def _not_refitted(checkpoint: Checkpoint, layout: Layout) -> str:
@@ -107,16 +138,18 @@ def _seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def show_estimate(
-    model: str, tokens: int, stages: Sequence[Stage], rates: Mapping[str, Mapping[str, Any] | None]
-) -> None:
+def show_estimate(job: Job, stages: Sequence[Stage]) -> None:
     """A row a stage; then what the figures are made of, and how each is known."""
     rows = [
         (s.name, _time(s.seconds.value), s.bound, sized(s.memory.value),
          "-" if s.gpu_memory is None else sized(s.gpu_memory.value), sized(s.disk.value))
         for s in stages
     ]  # fmt: skip
-    show(f"{model}, {tokens} tokens", ("stage", "time", "most of it", "memory", "GPU memory", "disk"), rows)
+    show(
+        f"{job.checkpoint.name}, {job.asked.tokens} tokens",
+        ("stage", "time", "most of it", "memory", "GPU memory", "disk"),
+        rows,
+    )
     parts = [
         (stage.name, name, part.name, shown(part.value), part.known)
         for stage in stages
@@ -125,7 +158,7 @@ def show_estimate(
         if part.value
     ]
     show("what the figures are made of", ("stage", "figure", "part", "value", "known by"), parts)
-    measured = [(name, f"{r['value']:.3g} {r['unit']}", r["known"]) for name, r in rates.items() if r is not None]
+    measured = [(name, f"{r['value']:.3g} {r['unit']}", r["known"]) for name, r in _rates(job).items() if r is not None]
     show("this machine", ("what", "rate", "known by"), measured)
     for stage in stages:
         for note in stage.notes:

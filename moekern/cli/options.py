@@ -358,6 +358,13 @@ RefineOption = Annotated[
         "--refine", help="Train every kept expert alone as well, gate, up and down, against what its layer lacks."
     ),
 ]
+ReEstimate = Annotated[
+    bool,
+    typer.Option(
+        "--reestimate",
+        help="Choose the experts of each layer anew, as many as before, behind layers that are pruned and refitted.",
+    ),
+]
 ComputedDtype = Annotated[
     Computed,
     typer.Option(

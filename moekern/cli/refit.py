@@ -27,6 +27,7 @@ from moekern.cli.options import (
     MtpOption,
     Pack,
     Preset,
+    ReEstimate,
     RefineOption,
     Restart,
     Revision,
@@ -68,6 +69,7 @@ def refit(
     data: Data = None,
     refine: RefineOption = False,
     width: WidthOption = None,
+    re_estimate: ReEstimate = False,
     computed_dtype: ComputedDtype = Computed.source,
     target: Targets = None,
     preset: Preset = None,
@@ -122,7 +124,7 @@ def refit(
     ))  # fmt: skip
     asked = whole_refit.Asked(
         width, refine, computed_dtype.value, mtp.value if mtp else None, copy.value, forward=forward, restart=restart,
-        targets=tuple(parse_target(each) for each in target or ()),
+        re_estimate=re_estimate, targets=tuple(parse_target(each) for each in target or ()),
     )  # fmt: skip
     folder = ranks.folder_of(model, revision, compute.team)
     if out is not None:

@@ -20,11 +20,13 @@ from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
+from moekern.plan.guards import Guards
 from moekern.plan.served import served_as
 from moekern.plan.several import Planning, make_plans
 from moekern.plan.shapes import Shape, candidates, parse_shape
 from moekern.plan.targets import Target, check_counts, check_width, widths_for
 from moekern.refit import Refine, Ridge
+from moekern.refit.choice import Choice, check_criterion
 from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, refit
 from moekern.refit.shapes import best, trial_text, trials
@@ -60,6 +62,7 @@ class Refitter:
     refine: bool = False
     shape: str | None = None
     computed: str = "source"
+    re_estimate: bool = False  # experts are chosen anew on the way
 
     @property
     def named(self) -> Shape | None:
@@ -74,6 +77,10 @@ class Refitter:
         expert of each layer is read. Returns a line for each target that a width costs something on."""
         if self.refine:
             check_alone(compute.team)
+        if self.re_estimate:
+            check_alone(compute.team, "--reestimate", "chosen")
+        if self.re_estimate and planning is not None:
+            check_criterion(planning.criteria[0], guarded=planning.guards != Guards())
         lines = [] if planning is None else self._check_shape(checkpoint, layout, planning)
         format_of(self.computed, checkpoint, layout)
         if any(layer.width is None for layer in layout.layers.values()):
@@ -84,7 +91,8 @@ class Refitter:
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""
-        return Variant(REFITTED, plan, width, Ridge(), Refine() if self.refine else None, folder, self.computed)
+        refine, choice = Refine() if self.refine else None, Choice.of(plan) if self.re_estimate else None
+        return Variant(REFITTED, plan, width, Ridge(), refine, folder, self.computed, choice)
 
     def room(self, checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], width: int | None) -> int:
         """Bytes of what is computed of so many experts of each layer, with so many channels (None: all)."""

@@ -39,6 +39,7 @@ from moekern.cli.options import (
     Pack,
     Preset,
     ProtectSuper,
+    ReEstimate,
     RefineOption,
     RefitOption,
     Reserve,
@@ -127,6 +128,7 @@ def run(
     refit: RefitOption = False,
     refine: RefineOption = False,
     shape: ShapeOption = None,
+    re_estimate: ReEstimate = False,
     computed_dtype: ComputedDtype = Computed.source,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -136,7 +138,7 @@ def run(
     """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/, and after a kill the same command
     goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
-    _check_refit(refit, refine, shape, quality, computed_dtype.value)
+    _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter
@@ -148,7 +150,7 @@ def run(
         _planning(criterion, keeps, domain, seed, budgets, protect_super, target, fitting),
         tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
         until_stable=until_stable, restart=restart,
-        refit=Refitter(refine, shape, computed_dtype.value) if refit else None,
+        refit=Refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
@@ -200,11 +202,12 @@ def _planning(
     )  # fmt: skip
 
 
-def _check_refit(refit: bool, refine: bool, shape: str | None, quality: bool, computed: str) -> None:
+def _check_refit(refit: bool, refine: bool, shape: str | None, re_estimate: bool, quality: bool, computed: str) -> None:
     """Raise InputError for what goes with --refit alone."""
     for flag, given in (
         ("--refine", refine),
         (f"--shape {shape}", shape is not None),
+        ("--reestimate", re_estimate),
         (f"--computed-dtype {computed}", computed != "source"),
     ):
         if given and not refit:

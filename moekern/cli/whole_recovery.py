@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,10 +12,11 @@ from typing import Any
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.checkpoint.recovery import RECOVERY
 from moekern.cli import console, pipeline
 from moekern.data.text import Text
 from moekern.evaluation.losses import Loss, mean_loss
-from moekern.files import working
+from moekern.files import working, write_bytes
 from moekern.model.compute import Compute
 from moekern.pruning.copying import Copy
 from moekern.pruning.replaced import ReplacedReport, write_replaced
@@ -30,7 +32,9 @@ class Recovered:
     """What came of training, and where it was written. `against`: whether there was an original to compare with."""
 
     recovery: Recovery
-    written: ReplacedReport
+    base: Path
+    out: Path
+    written: ReplacedReport | None  # None: an adapter was
     against: bool
 
     def pairs(self, before: Row, after: Row) -> list[str]:
@@ -51,7 +55,9 @@ class Recovered:
             "tensors": found.tensors,
             "curve": list(found.curve),
             "notes": list(found.notes),
-            "written": {**asdict(self.written), "out": str(self.written.out)},
+            "settings": {".".join(path): number for path, number in found.settings.items()},
+            "out": str(self.out),
+            "written": None if self.written is None else {**asdict(self.written), "out": str(self.out)},
         }
 
 
@@ -72,6 +78,7 @@ def recover_stages(
     out: Path,
     copy: Copy = "auto",
     *,
+    predictions: Path | None = None,
     restart: bool = False,
 ) -> Recovered:
     """Train, and write. What a run that was stopped has left is used again."""
@@ -82,13 +89,20 @@ def recover_stages(
         with changing_progress() as shown:
             found = recover(
                 checkpoint, original, data, side / WORK, training, compute,
-                restart=restart, tell=console.say, progress=shown,
+                predictions=predictions, restart=restart, tell=console.say, progress=shown,
             )  # fmt: skip
         record = {**found.record, **losses_of(found), "curve": list(found.curve)}
-        with console.progress("writing", "bytes") as step:
-            report = write_replaced(checkpoint, out, found.folder, record, copy=copy, progress=step)
+        report = None
+        if training.adapter:
+            write_bytes(found.folder / RECOVERY, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+            found.folder.rename(out)
+        else:
+            with console.progress("writing", "bytes") as step:
+                report = write_replaced(
+                    checkpoint, out, found.folder, record, settings=found.settings, copy=copy, progress=step
+                )
         shutil.rmtree(side / WORK)
-    return Recovered(found, report, original is not None)
+    return Recovered(found, pruned, out, report, original is not None and training.kl > 0)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
+from moekern.refit.choice import Choice
 from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
 
@@ -52,6 +53,7 @@ class Asked:
     copy: Copy = "auto"
     forward: bool = True
     restart: bool = False
+    re_estimate: bool = False
     targets: tuple[Target, ...] = ()
 
 
@@ -152,7 +154,9 @@ def _looked_at(
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     console.hint(check_plan(plan, layout, checkpoint))
-    refitter = Refitter(asked.refine, computed=asked.computed)
+    refitter = Refitter(asked.refine, None, asked.computed, asked.re_estimate)
+    if asked.re_estimate:
+        Choice.of(plan)  # refuses plans that do not say how experts were chosen
     refitter.check(checkpoint, layout, compute)
     for line in _check_served(plan, asked, checkpoint, layout):
         console.say(line)
@@ -207,7 +211,8 @@ def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) ->
     if told.get("plan") != plan.digest:
         where = "`run` keeps it in its work folder, in a name that ends in before-refit.json"
         return f"was refitted from another plan; give the one that its refit was given ({where})"
-    other = differences({name: told.get(name) for name in asked}, asked)
+    names = (*asked, "choice")
+    other = differences({name: told.get(name) for name in names}, {name: asked.get(name) for name in names})
     if other:
         return f"was refitted with another {other}; give the options that its refit was given"
     if told.get("data") != data.recipe:

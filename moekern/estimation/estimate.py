@@ -37,27 +37,25 @@ WORKING = 6  # copies of an expert in training: weights, gradients, Adam's two, 
 REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
 
 
-def estimate(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    model: Counted,
-    rates: Rates,
-    asked: Asked,
-    budget: Budget,
-    *,
-    held: int = 0,
-    started: float = 0.0,
-    not_refitted: str = "",
-) -> tuple[Stage, ...]:
-    """Calibrate, evaluate, prune, and a refit without and with --refine. `held` are the bytes that a process has before
-    it reads a weight, `started` the seconds that it needs to get there; `not_refitted` says why experts cannot be."""
-    job = _Job(checkpoint, layout, model, rates, asked, budget, Part("the process itself", held, "measured"),
-               Part("start", started, "measured" if started else "assumed"))  # fmt: skip
+def estimate(job: Job, not_refitted: str = "") -> tuple[Stage, ...]:
+    """Calibrate, evaluate, prune, and a refit without and with --refine. `not_refitted` says why experts cannot be."""
     return job.calibrate(), job.evaluate(), job.prune(), *(job.refit(each, not_refitted) for each in (False, True))
 
 
+def job_of(
+    checkpoint: Checkpoint, layout: Layout, model: Counted, rates: Rates, asked: Asked, budget: Budget,
+    *, held: int = 0, started: float = 0.0,
+) -> Job:  # fmt: skip
+    """What stages are estimated of. `held` are the bytes that a process has before it reads a weight, `started` the
+    seconds that it needs to get there."""
+    return Job(checkpoint, layout, model, rates, asked, budget, Part("the process itself", held, "measured"),
+               Part("start", started, "measured" if started else "assumed"))  # fmt: skip
+
+
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A model, a machine, and what is to be done."""
+
     checkpoint: Checkpoint
     layout: Layout
     model: Counted

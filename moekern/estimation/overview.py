@@ -134,7 +134,8 @@ def _recovered(checkpoint: Checkpoint) -> Iterator[str]:
         yield str(error)
         return
     if found is not None:
-        yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says"
+        fewer = "".join(f"; {name} is {number} since" for name, number in found.get("settings", {}).items())
+        yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says{fewer}"
 
 
 def _running(checkpoint: Checkpoint) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Backward(Generic[Task]):
     what: str = "--tier gradient"  # what it is for, in refusals
     loaded: Callable[[int], None] = lambda i: None  # a layer's weights are in memory, on the way forward: see `Pass`
     done: Callable[[int], None] = lambda i: None
+    beside: Callable[[], Tensor | None] = lambda: None  # what the layer that has run adds to the loss, a number
     outside: Sequence[Tensor] = ()  # leaves behind the layers (a norm's weight) whose gradients are wanted too
     of_outside: list[Tensor] = field(default_factory=list)  # these, summed over tasks in float32
     steps: Stepwise = field(init=False)
@@ -87,7 +88,10 @@ class Backward(Generic[Task]):
         """Gradients of `wanted` by way of what layer i has put out; that of its output is used up."""
         out = hidden_of(output)
         upstream = self.store.take(("gradient", -1, task)).hidden.to(out.device, out.dtype)
-        found = torch.autograd.grad(out, wanted, upstream.view_as(out), allow_unused=True)
+        outputs, by = [out], [upstream.view_as(out)]
+        if (own := self.beside()) is not None:
+            outputs, by = [*outputs, own], [*by, torch.ones_like(own)]
+        found = torch.autograd.grad(outputs, wanted, by, allow_unused=True)
         if i + 1 < len(self.layerwise.layers):
             after = self.store.take(("next", -1, task)).hidden
             if after.shape != out.shape or not _alike(out.detach().to("cpu"), after):

@@ -217,18 +217,19 @@ def open_loader(
             raise InputError(f"{source}: {what}; inspect, prune and verify work without") from error
         raise InputError(f"{source}: transformers cannot read it: {first_line(error)}") from error
 
-    def build(config: Any) -> Loader:
+    def build(numbers: Numbers) -> Loader:
+        changed = put_numbers(copy.deepcopy(config), numbers)
         try:
-            _check_room(cls, copy.deepcopy(config), wanted, tensors)
-            model = _empty_model(cls, config, wanted)
+            _check_room(cls, copy.deepcopy(changed), wanted, tensors)
+            model = _empty_model(cls, changed, wanted)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         except Exception as error:
             raise InputError(f"{source}: no model can be built from it: {first_line(error)}") from error
         return Loader(model, get_model_conversion_mapping(model), model.state_dict(), wanted, quantisation)
 
-    loader = build(copy.deepcopy(config))
-    return loader if layout is None else _with_own_counts(loader, layout, lambda ns: build(_changed(config, ns)))
+    loader = build({})
+    return loader if layout is None else _with_own_counts(loader, layout, build)
 
 
 def _read_config(
@@ -279,7 +280,7 @@ def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) ->
 
 def layers_with(loader: Loader, numbers: Numbers) -> nn.ModuleList:
     """The decoder layers of the same model with these numbers in its config, by path: parameters on the meta device."""
-    model = _empty_model(type(loader.model), _changed(loader.model.config, numbers), loader.dtype)
+    model = _empty_model(type(loader.model), put_numbers(copy.deepcopy(loader.model.config), numbers), loader.dtype)
     return _module_list(model, loader.decoder_layers()[0])
 
 
@@ -294,18 +295,17 @@ def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[Numbers], 
     return replace(loader, names=loader.model.state_dict()) if fewer else loader
 
 
-def _changed(config: Any, numbers: Numbers) -> Any:
-    """A copy of the configuration with other numbers at these paths."""
-    changed = copy.deepcopy(config)
+def put_numbers(config: Any, numbers: Numbers) -> Any:
+    """Change the numbers at these paths of a configuration, which is returned."""
     for (*sections, key), number in numbers.items():
-        section = changed
+        section = config
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
         if isinstance(section, dict):
             section[key] = number
         elif section is not None:
             setattr(section, key, number)
-    return changed
+    return config
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:

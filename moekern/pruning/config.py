@@ -51,6 +51,19 @@ def pruned_config(
     return dict(renamed(out, names, inside=False))
 
 
+def with_numbers(config: Mapping[str, Any], numbers: Mapping[tuple[str, ...], int]) -> dict[str, Any]:
+    """A copy with other numbers at these paths, or lists of them. Raises KeyError, dotted, where no number stands."""
+    out = deepcopy(dict(config))
+    for path, number in numbers.items():
+        old: Any = out
+        for key in path:
+            old = old.get(key) if isinstance(old, dict) else None
+        if not all(type(each) is int for each in (old if isinstance(old, list) else [old])):
+            raise KeyError(".".join(path))
+        _set(out, path, partial(_alike, number))
+    return out
+
+
 def renamed(value: Any, names: Renamer, *, inside: bool) -> Any:
     """`value` with its strings and its keys replaced by those that mean the same modules: in lists and keys by none for
     names in dropped experts, and by several for what has to be spelt out. inside: of a quantiser's settings, where any

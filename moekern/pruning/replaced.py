@@ -15,6 +15,7 @@ from moekern.checkpoint.strict_json import HEADER_CAP, check_depth, parse_json, 
 from moekern.errors import InputError
 from moekern.files import is_plain
 from moekern.plan.refit import is_sha256
+from moekern.pruning.config import dumped_like, with_numbers
 from moekern.pruning.copying import Checksum, Copy, check_copying, read_checksums
 from moekern.pruning.cuts import OutputTensor
 from moekern.pruning.manifest import RefittedBefore, read_manifest
@@ -24,7 +25,7 @@ from moekern.pruning.side_files import MANIFEST, SideFile, check_side_files, sid
 from moekern.pruning.work_folder import check_target
 from moekern.pruning.writing import Progress, Tally, check_out, job_of, written
 
-OWN = ("format", "source_fingerprint", "tensors", "earlier")  # keys of RECOVERY that no caller gives
+OWN = ("format", "source_fingerprint", "tensors", "settings", "earlier")  # keys of RECOVERY that no caller gives
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def write_replaced(
     replaced: str | Path,
     record: Mapping[str, Any],
     *,
+    settings: Mapping[tuple[str, ...], int] = {},
     copy: Copy = "auto",
     checksum: Checksum = "xxh3",
     progress: Progress | None = None,
@@ -66,8 +68,10 @@ def write_replaced(
 
     Shards keep names, headers and order, side files their bytes. moekern_manifest.jsonl is written anew, and
     moekern_recovery.json names the tensors that were trained, those of an earlier time too, and holds `record` (values
-    of JSON). Everything is checked before the first byte is written; the output grows in `NAME.moekern` beside `out`
-    and gets its name at the end; what is interrupted goes on where it was when it is called again with the same files.
+    of JSON). settings: numbers of config.json that become others, by path (a list of equal ones stays one); they stand
+    in the record too, with those of an earlier time, and nothing else of the file changes. Everything is checked before
+    the first byte is written; the output grows in `NAME.moekern` beside `out` and gets its name at the end; what is
+    interrupted goes on where it was when it is called again with the same files.
     copy, checksum, progress: as of `prune`. Raises InputError.
     """
     start = time.perf_counter()
@@ -86,7 +90,9 @@ def write_replaced(
     refits = {name: refit for name, refit in refits.items() if name not in trained}
     held = _refitted(checkpoint, refits) | {n: _in_source(checkpoint, n, value) for n, value in before.items()} | new
     shards = _shards(checkpoint, held)
-    side = _side_files(checkpoint, _recovery(checkpoint, trained, record, earlier))
+    numbers = {**(earlier or {}).get("settings", {}), **{".".join(path): n for path, n in settings.items()}}
+    recovery = _recovery(checkpoint, trained, numbers, record, earlier)
+    side = _side_files(checkpoint, recovery, _config(checkpoint, settings))
     told = {shard.name: _line(shard, computed, refits, trained) for shard in shards}
     job = job_of(checkpoint, _plan_sha256(checkpoint), shards, side, told, target, copy, checksum)
     check_out(job, target, shards, again=False)
@@ -225,8 +231,24 @@ def _plan_sha256(checkpoint: Checkpoint) -> str | None:
     return str(found)
 
 
+def _config(checkpoint: Checkpoint, settings: Mapping[tuple[str, ...], int]) -> SideFile:
+    """config.json with these numbers."""
+    path = checkpoint.folder / CONFIG
+    if not settings:
+        return side_file(CONFIG, whole_file(path))
+    try:
+        changed = with_numbers(checkpoint.config, settings)
+    except KeyError as error:
+        raise InputError(f"{path}: {error.args[0]}: no number is there that could become another") from None
+    return text_file(CONFIG, dumped_like(changed, path.read_text(encoding="utf-8")))
+
+
 def _recovery(
-    checkpoint: Checkpoint, trained: Mapping[str, bytes], record: Mapping[str, Any], earlier: Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    trained: Mapping[str, bytes],
+    numbers: Mapping[str, int],
+    record: Mapping[str, Any],
+    earlier: Mapping[str, Any] | None,
 ) -> SideFile:
     if own := [key for key in OWN if key in record]:
         raise ValueError(f"[write_replaced] record: {own[0]} is a key of the file's own")
@@ -235,6 +257,7 @@ def _recovery(
         "format": FORMAT,
         "source_fingerprint": checkpoint.fingerprint,
         "tensors": {name: value.hex() for name, value in trained.items()},
+        **({"settings": numbers} if numbers else {}),
         **({"earlier": earlier} if earlier is not None else {}),
     }
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -244,9 +267,9 @@ def _recovery(
     return text_file(RECOVERY, text)
 
 
-def _side_files(checkpoint: Checkpoint, recovery: SideFile) -> Sequence[SideFile]:
+def _side_files(checkpoint: Checkpoint, recovery: SideFile, config: SideFile) -> Sequence[SideFile]:
     """In the order of writing: what is copied, the record, then index and config."""
     names = [name for name in checkpoint.side_files if name not in (MANIFEST, RECOVERY)]
-    last = [CONFIG] if checkpoint.index is None else [INDEX, CONFIG]
+    last = [] if checkpoint.index is None else [INDEX]
     copied, ends = ([side_file(name, whole_file(checkpoint.folder / name)) for name in some] for some in (names, last))
-    return [*copied, recovery, *ends]
+    return [*copied, recovery, *ends, config]

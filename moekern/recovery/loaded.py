@@ -11,10 +11,11 @@ from torch import nn
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint
+from moekern.errors import InputError
 from moekern.files import scratch, sized
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.recovery.selection import Chosen, check_written, chosen
+from moekern.recovery.selection import Chosen, check_adapter, check_written, chosen
 from moekern.recovery.settings import Training
 from moekern.recovery.trained import Trained, bytes_trained
 
@@ -33,10 +34,16 @@ class Ready:
 @contextmanager
 def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Iterator[Ready]:
     """Raises InputError for what cannot be trained, or not written."""
-    with open_layerwise(checkpoint, find_layout(checkpoint), compute, compute.team) as layerwise:
+    layout = find_layout(checkpoint)
+    if layout.family.no_gradient:
+        raise InputError(f"recover: {layout.family.name} cannot be trained: {layout.family.no_gradient}")
+    with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
         layerwise.model.requires_grad_(False)
         some = chosen(layerwise, training)
-        check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
+        if training.adapter:
+            check_adapter(layerwise.model, some)
+        else:
+            check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
         if layerwise.groups.cuts:
             raise layerwise.takes.refusal("layers that are run in groups of experts are not trained")
         with _paged(layerwise, some) as folder:

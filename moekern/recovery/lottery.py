@@ -107,6 +107,10 @@ def lottery(
     """
     check_type("method", method, Lottery)
     method.training.check()
+    if method.training.top_k is not None:
+        raise InputError(
+            "lottery: rounds leave fewer experts; that a token chooses fewer is trained by recover (--top-k)"
+        )
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     kept = kept_count(method.keep, layout.router)

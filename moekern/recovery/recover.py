@@ -23,29 +23,38 @@ from moekern.model.journal import ANEW, Resume, opened, removed
 from moekern.model.layerwise import open_layerwise
 from moekern.model.position import differences, digest, text_key
 from moekern.model.precision import settled
+from moekern.model.top_k import TopK
 from moekern.recovery.course import Course, Sample
+from moekern.recovery.entropy import check_entropy
 from moekern.recovery.loaded import ready
 from moekern.recovery.objective import Objective
 from moekern.recovery.settings import VOCABULARY, Training
 from moekern.recovery.steps import Steps
 from moekern.recovery.teacher import Teacher, Teaching
 from moekern.recovery.trained import Trained
-from moekern.recovery.written import write_trained
+from moekern.recovery.written import write_adapter, write_trained
 from moekern.version import versions
 
-STATE, BEST, TEACHER, TRAINED = "state.safetensors", "best.safetensors", "teacher.safetensors", "trained"
+STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
 TEACHING = "the original's predictions"
+NOTHING = 1e-6  # of the largest norm of gradients: what rounding leaves of none
+RECONSTRUCTED = (
+    "SEER-MoE (arXiv:2404.05089): that the gate is tuned with an entropy term while fewer and fewer experts are chosen "
+    "is known; the form of the term, its weight, the steps, the rate and the schedule are not"
+)
 Losses = Mapping[str, Loss]  # by domain
 Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint.
+    """What came of training: `folder` holds the tensors that changed, by their names in the checkpoint, or an adapter.
 
     Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
     (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
-    curve: a record for each step and each look. record: what decided the result.
+    curve: a record for each step and each look. record: what decided the result. settings: numbers that config.json
+    must have from now on, by path. Where each token chooses fewer experts, losses are with so many, but for those of
+    `judged` before.
     """
 
     folder: Path
@@ -57,6 +66,7 @@ class Recovery:
     curve: Sequence[Mapping[str, Any]]
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    settings: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,6 +90,7 @@ def recover(
     compute: Compute = Compute(),
     *,
     judged: TokenData | None = None,
+    predictions: Path | None = None,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -89,7 +100,8 @@ def recover(
 
     Of each domain a tenth of the sequences is held back to choose the best state, and another one, unless `judged` is
     given, to judge it. What is not done yet lies in `folder`, and the same call goes on from there after a kill, to the
-    same bytes. Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
+    same bytes. What the original predicts lies in `predictions` (None: there too), for other runs on the same text.
+    Several processes (`compute.team`) share the sequences of each step, and the folder, which all must see;
     another number of them gives numbers that differ by rounding. Raises InputError for models that cannot be trained,
     or not so, and for text that is too little.
     """
@@ -103,7 +115,8 @@ def recover(
     compute = settled(compute, student, find_layout(student))
     team = compute.team
     folders = student.folder, whole and whole.folder
-    team.together(recover, *folders, data, folder, training, compute, judged=judged, restart=restart)
+    more = {"judged": judged, "predictions": predictions, "restart": restart}
+    team.together(recover, *folders, data, folder, training, compute, **more)
     team.check_alike(facts_of(student, compute))
     course = Course.of(data, training, judged)
     key = _key(student, whole if training.kl else None, course, data, training, compute)
@@ -113,17 +126,25 @@ def recover(
     team.meet()
     if not is_folder(folder):
         raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
-    with ready(student, compute, training):
-        pass  # what cannot be trained is found before anything is computed
+    with ready(student, compute, training) as there:  # what cannot be trained is found before anything is computed
+        classes = there.layerwise.vocab_size
+        if training.entropy:
+            check_entropy(there.layerwise)
+        if training.top_k is not None:
+            TopK(there.layerwise.loader, there.layerwise.layout).check(training.top_k)
     teacher = None
     if training.kl and whole is not None:
+        place = predictions or folder
         teacher = taught(
-            whole, course.samples, folder, training.top, compute, restart=restart, tell=tell, progress=progress
-        )
+            whole, course.samples, place, training.top, compute, classes,
+            restart=restart, tell=tell, progress=progress,
+        )  # fmt: skip
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
-        steps = Steps(there.layerwise, there.trained, Objective(training.kl, training.next), teacher)
-        run = _Run(steps, course, training, folder, key, tell, progress)
+        objective = Objective(training.kl, training.next)
+        steps = Steps(there.layerwise, there.trained, objective, teacher, training.entropy)
+        chosen = TopK(there.layerwise.loader, there.layerwise.layout)
+        run = _Run(steps, chosen, course, training, folder, key, tell, progress)
         return run.finished(run.trained_on())
 
 
@@ -133,12 +154,18 @@ def taught(
     folder: Path,
     top: int | str,
     compute: Compute,
+    classes: int,
     *,
     restart: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Teacher:
-    """What the original predicts of some text, from a file in `folder`, which is made where it is not there."""
+    """What the original predicts of some text, from a file in `folder`, which is made where it is not there.
+
+    Raises InputError for an original whose vocabulary has not so many `classes`.
+    """
+    if compute.team.first:
+        folder.mkdir(parents=True, exist_ok=True)
     team, batches = compute.team, [sample.batch for sample in samples]
     key = {
         "original": original.fingerprint,
@@ -149,9 +176,13 @@ def taught(
         "--device": compute.place.type,
         "versions": versions(),
     }
-    resume = Resume(folder / "teaching", restart, tell)
+    resume = Resume(folder / f"teaching-{digest(key)[:16]}", restart, tell)
     with open_layerwise(original, find_layout(original), compute, team) as layerwise:
-        teacher = Teacher(folder / TEACHER, batches, None if top == VOCABULARY else int(top), layerwise.vocab_size)
+        if layerwise.vocab_size != classes:
+            what = f"its vocabulary has {layerwise.vocab_size} tokens, and that of the model that trains {classes}"
+            raise InputError(f"--original {original.folder}: {what}; name the model that it was pruned from")
+        path = folder / f"predictions-{digest(key)[:16]}.safetensors"
+        teacher = Teacher(path, batches, None if top == VOCABULARY else int(top), classes)
         if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
             team.meet()
             teacher.open(digest(key))
@@ -174,6 +205,7 @@ class _Run:
     """A run from where it was stopped to its end."""
 
     steps: Steps
+    chosen: TopK
     course: Course
     training: Training
     folder: Path
@@ -187,6 +219,11 @@ class _Run:
         return len(self.course.steps)
 
     @property
+    def top_k(self) -> int:
+        """What each token chooses in the end."""
+        return self.chosen.of_config if self.training.top_k is None else self.training.top_k
+
+    @property
     def trained(self) -> Trained:
         return self.steps.trained
 
@@ -197,17 +234,27 @@ class _Run:
         if state.step == 0 and not state.curve:
             state.before = _document(self._look(self.course.judged))
             self._looked(state)
+        peak = self.training.peak(self.steps.layerwise.embedding_size, self._distance(state))
         while state.step < of and state.stale < self.training.patience:
-            rate, samples = self.training.rate_at(state.step, of), self.course.steps[state.step]
+            rate, samples = self.training.rate_at(state.step, of, peak), self.course.steps[state.step]
+            self.chosen.choose(self.training.top_k_at(state.step, of, self.chosen.of_config))
             told = self.steps.step(samples, rate, lambda share: self.progress("training", state.step + share, of))
             if state.step == 0:
                 self._check_touched()
             state.step += 1
             tokens = self.course.tokens(state.step - 1)
-            state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **told})
+            fewer = {} if self.training.top_k is None else {"top_k": self.chosen.now}
+            state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **fewer, **told})
             if state.step % looks == 0 or state.step == of:
                 self._looked(state)
         return state
+
+    def _distance(self, state: _State) -> float | None:
+        """KL to the original before anything was trained; None where nothing tells it."""
+        held = next((each["held"] for each in state.curve if each["step"] == 0), None)
+        if held is None or not self.training.kl:
+            return None
+        return mean_loss({domain: loss["kl"] for domain, loss in held.items()})
 
     def finished(self, state: _State) -> Recovery:
         """Write what the best state is, and judge it."""
@@ -215,6 +262,7 @@ class _Run:
         best = state.best if self.course.held else state.step
         if best != state.step:
             self.trained.load(self.folder / BEST, ("value",))
+        self.chosen.choose(self.top_k)
         after = self._look(self.course.judged)
         if self.course.held and not best:
             notes.append(
@@ -222,19 +270,36 @@ class _Run:
             )
         elif state.step < self.of:
             notes.append(f"ended after step {state.step} of {self.of}: {state.stale} looks brought nothing")
+        if fewer := self._settings():
+            own, now = self.chosen.of_config, self.top_k
+            notes.append(
+                f"each token chooses {now} of the experts instead of {own}: losses before are with {own} on text that "
+                f"decided nothing, with {now} on text that chose the best state"
+            )
+            notes += _idle(state.curve)
         out = self.folder / TRAINED
         if team.first:
             if is_folder(out):
                 shutil.rmtree(out)
             out.mkdir()
         team.meet()
-        count = write_trained(self.trained, out)
+        count = write_adapter(self.trained, out) if self.training.adapter else write_trained(self.trained, out)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
         held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
         return Recovery(
             out, count, best, state.step, held, (_losses(state.before), after), tuple(state.curve),
-            {"training": asdict(self.training), "best": best, "steps": state.step, **self.key}, tuple(notes),
+            {"training": asdict(self.training), "best": best, "steps": state.step, **self.key, **self._reconstructed()},
+            tuple(notes), fewer,
         )  # fmt: skip
+
+    def _settings(self) -> dict[tuple[str, ...], int]:
+        fewer = self.top_k != self.chosen.of_config
+        return dict.fromkeys(self.chosen.layout.top_k_paths, self.top_k) if fewer else {}
+
+    def _reconstructed(self) -> dict[str, str]:
+        """What of a method is not known from its paper, for the record."""
+        seer = self.training.entropy or self.training.top_k is not None
+        return {"reconstructed": RECONSTRUCTED} if seer else {}
 
     def _look(self, samples: Sequence[Sample]) -> Losses:
         if not samples:
@@ -243,6 +308,7 @@ class _Run:
 
     def _looked(self, state: _State) -> None:
         """Look at what is held back, keep what is best, and write down how far the run is."""
+        self.chosen.choose(self.top_k)
         team, held = self.steps.layerwise.team, self._look(self.course.held)
         if held:
             state.curve.append({"step": state.step, "held": _document(held)})
@@ -251,7 +317,7 @@ class _Run:
                 state.least, state.best, state.stale = value, state.step, 0
                 if team.first:
                     self.trained.save(self.folder / BEST, {"step": state.step}, ("value",))
-            else:
+            elif self.training.top_k_at(state.step, self.of, self.chosen.of_config) == self.top_k:
                 state.stale += 1
         if team.first and len(self.trained.begun) == len(self.trained.some):
             self.trained.save(self.folder / STATE, {"key": self.key, **asdict(state)})
@@ -279,6 +345,15 @@ class _Run:
             )
 
 
+def _idle(curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where steps had next to no gradient: a gate that is made 1 whatever the router says."""
+    norms = [each["norm"] for each in curve if "norm" in each]
+    count = sum(norm <= NOTHING * max(norms) for norm in norms)
+    what = "the gates of one expert a token are made 1, and the router changes nothing else of it"
+    more = "add --entropy, or train more than routers"
+    return [f"in {count} of {len(norms)} steps no gradient reached what trains: {what}; {more}"] if count else []
+
+
 def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:
     """Raise InputError where a run of another kind was stopped; with `restart` what it left is removed."""
     if restart:
@@ -304,7 +379,8 @@ def _key(
     text = replace(data, batches=tuple(sample.batch for sample in course.samples))
     return {
         "model": student.fingerprint,
-        "original": None if original is None else original.fingerprint,
+        "config.json": student.config_sha256,
+        "original": None if original is None else [original.fingerprint, original.config_sha256],
         "text": text_key(text),
         "training": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(training).items()},
         "--dtype": compute.dtype_name,

@@ -53,6 +53,15 @@ def chosen(layerwise: LayerwiseModel, training: Training) -> list[Chosen]:
     return sorted(found.values(), key=lambda one: places[one.name])
 
 
+def check_adapter(model: nn.Module, some: Sequence[Chosen]) -> None:
+    """Raise InputError where peft has no place for matrices of low rank."""
+    for one in some:
+        owner, _, name = one.name.rpartition(".")
+        if name != "weight" or not isinstance(model.get_submodule(owner), nn.Linear):
+            what = f"{one.name} is no matrix of a module of its own, which an adapter could be put on"
+            raise InputError(f"--adapter: {what}; name other --lora-targets, or write a checkpoint")
+
+
 NOTHING = {
     "bias": "its routers have no bias that gates depend on; --train scale trains one number an expert as well",
     "scale": "its experts' down projections are not held in a way that is known",

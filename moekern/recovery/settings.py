@@ -7,19 +7,23 @@ from dataclasses import dataclass
 
 from moekern.errors import InputError, check_type, nearest_name
 
-KINDS = {  # what trains -> the peak of the learning rate where nobody names one
+KINDS = {  # what trains -> the peak of the learning rate where nobody names one, of a model whose H is WIDTH
     "bias": 1e-2,
     "scale": 1e-2,
-    "router": 1e-3,
-    "norms": 1e-3,
-    "lora": 1e-3,
-    "down": 3e-4,
-    "experts": 3e-4,
-    "all": 3e-4,
+    "router": 3e-3,
+    "norms": 1e-2,
+    "lora": 3e-3,
+    "down": 3e-3,
+    "experts": 2e-3,
+    "all": 1e-3,
 }
+WIDTH = 128  # of the model that they were measured on; of wider ones they are as much smaller (arXiv:2203.03466)
+AT_ANY_WIDTH = ("bias", "scale")
+FAR = 0.5  # nats of KL to the original, of the models that they were measured on; nearer ones move less
 TARGETS = ("attention", "experts", "linear")  # of lora: linear is every matrix but routers
 VOCABULARY = "vocabulary"
-STEPS, FEWEST, MOST = 24, 4096, 65536
+STEPS, FEWEST, MOST = 24, 2048, 65536
+LARGEST = 1000  # epochs, and rate
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,11 @@ class Training:
     neither fewer than FEWEST tokens nor more than MOST). The loss is `kl` times KL(original || pruned) plus `next`
     times the cross-entropy of the next token, means over predicted tokens. `top`: the original's likeliest tokens that
     KL is over, the others as one; "vocabulary": all of them. Rates rise over a share `warmup` of the steps to `rate`
-    (None: the least of those of KINDS) and fall by a cosine to a share `floor`. Every `every` steps (None: ten times
-    in all) the loss on held-back text is looked at, and training ends where `patience` such looks brought nothing.
+    (None: see `peak`) and fall by a cosine to a share `floor`. Every `every` steps (None: ten times in all) the loss on
+    held-back text is looked at, and training ends where `patience` such looks brought nothing.
+    `entropy` times the entropy of what routers choose from is added to the loss (see `entropy.py`). `top_k`: each token
+    chooses fewer and fewer experts in the first half of the steps, which is not ended early, and so many from then on
+    (None: as many as ever).
     """
 
     train: tuple[str, ...] = ("all",)
@@ -50,6 +57,9 @@ class Training:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("attention",)
+    adapter: bool = False  # what is written is an adapter of peft's, and no checkpoint
+    entropy: float = 0.0
+    top_k: int | None = None
 
     def check(self) -> None:
         """Raise InputError for what no training can be."""
@@ -62,21 +72,29 @@ class Training:
                 raise InputError(f"--lora-targets {target}: {expected}{nearest_name(target, TARGETS)}")
         if not self.train:
             raise InputError(f"--train: name what trains: {', '.join(KINDS)}")
+        if self.adapter and self.train != ("lora",):
+            raise InputError("--adapter: goes with --train lora alone")
+        if self.adapter and self.top_k is not None:
+            raise InputError("--adapter: goes without --top-k, which config.json says")
         least = {"--patience": self.patience, "--lora-rank": self.lora_rank}
         least |= {"--step-tokens": self.step_tokens or 1, "--every": self.every or 1}
+        least |= {} if self.top_k is None else {"--top-k": self.top_k}
         for flag, value in least.items():
             check_type(flag, value, int)
             if value < 1:
                 raise InputError(f"{flag} {value}: expected 1 or more")
-        for flag, number in {"--kl": self.kl, "--next": self.next, "--decay": self.decay}.items():
+        weights = {"--kl": self.kl, "--next": self.next, "--decay": self.decay, "--entropy": self.entropy}
+        for flag, number in weights.items():
             if not 0 <= number < math.inf:
                 raise InputError(f"{flag} {number}: expected 0 or more")
         if not self.kl and not self.next:
             raise InputError("--kl 0 --next 0: nothing is left to train towards")
-        positive = {"--rate": self.peak, "--clip": self.clip, "--lora-alpha": self.lora_alpha, "--epochs": self.epochs}
-        for flag, number in positive.items():
+        for flag, number in {"--clip": self.clip, "--lora-alpha": self.lora_alpha}.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{flag} {number}: expected more than 0")
+        for flag, number in {"--rate": self.peak(WIDTH), "--epochs": self.epochs}.items():
+            if not 0 < number <= LARGEST:
+                raise InputError(f"{flag} {number}: expected more than 0, and {LARGEST} at the most")
         for flag, number in {"--warmup": self.warmup, "--floor": self.floor}.items():
             if not 0 <= number <= 1:
                 raise InputError(f"{flag} {number}: expected a share, from 0 to 1")
@@ -85,20 +103,31 @@ class Training:
 
     def tokens_of_step(self, tokens: int) -> int:
         """Of each step, where all have so many."""
-        return self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS))
+        return min(max(1, tokens), self.step_tokens or max(FEWEST, min(MOST, tokens // STEPS)))
 
     def looks(self, steps: int) -> int:
         """Steps from one look at held-back text to the next, of so many in all."""
         return self.every or max(1, steps // 10)
 
-    @property
-    def peak(self) -> float:
-        return self.rate if self.rate is not None else min(KINDS[kind] for kind in self.train)
+    def peak(self, width: int, distance: float | None = None) -> float:
+        """The largest learning rate, of a model of so many hidden dimensions that is so far from the original: Adam's
+        steps are as large for every weight, a wider sum of them moves its output as much further, and what is near to
+        the original (refitted, say) is spoilt by steps that serve what is not."""
+        if self.rate is not None:
+            return self.rate
+        share, near = min(1.0, WIDTH / width), 1.0 if distance is None else min(1.0, distance / FAR)
+        return near * min(KINDS[kind] * (1.0 if kind in AT_ANY_WIDTH else share) for kind in self.train)
 
-    def rate_at(self, step: int, steps: int) -> float:
+    def rate_at(self, step: int, steps: int, peak: float) -> float:
         """The learning rate of a step, counted from 0, of so many in all."""
         warm = round(self.warmup * steps)
         if step < warm:
-            return self.peak * (step + 1) / (warm + 1)
+            return peak * (step + 1) / (warm + 1)
         share = (step - warm) / max(1, steps - warm)
-        return self.peak * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * share)) / 2)
+        return peak * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * share)) / 2)
+
+    def top_k_at(self, step: int, steps: int, of: int) -> int:
+        """What each token chooses in a step, counted from 0, of so many in all, where it chose `of` before: a line from
+        there to `top_k` over the first half of the steps, rounded up (reconstructed: see `entropy.py`)."""
+        least = of if self.top_k is None else self.top_k
+        return least + max(0, -(-(of - least) * (steps - 2 * step) // steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from moekern.model.layerwise import LayerwiseModel
 from moekern.model.transformers_api import experts_implementation, is_experts_module
 from moekern.model.walk import Pass
 from moekern.recovery.course import Sample
+from moekern.recovery.entropy import Entropy
 from moekern.recovery.objective import Objective
 from moekern.recovery.teacher import Teacher, check_head
 from moekern.recovery.trained import Trained
@@ -29,12 +30,14 @@ WHAT = "recover"
 
 @dataclass
 class Steps:
-    """What trains of a model, towards what. teacher: None where the loss is cross-entropy alone."""
+    """What trains of a model, towards what. teacher: None where the loss is cross-entropy alone. entropy: the weight of
+    that of routers."""
 
     layerwise: LayerwiseModel
     trained: Trained
     objective: Objective
     teacher: Teacher | None
+    entropy: float = 0.0
 
     def step(self, samples: Sequence[Sample], rate: float, progress: Callable[[float], None]) -> dict[str, float]:
         """One step on these samples, which the ranks share. What is told of it: loss, its parts, the norm of gradients.
@@ -53,24 +56,29 @@ class Steps:
             return found / total
 
         layers = len(layerwise.layers)
+        first = min((one.layer for one in trained.some if one.layer is not None), default=layers)
+        tokens = sum(sample.batch.input_ids.numel() for sample in samples)
+        routers = Entropy(layerwise, self.entropy, tokens, first)
         with self._training(), layerwise.states() as states:
             trained.put_in(None)
-            first = min((one.layer for one in trained.some if one.layer is not None), default=layers)
             back = Backward(
                 layerwise, first, states, mine, loss,
-                what=WHAT, loaded=trained.put_in, done=trained.take_out, outside=trained.parameters(None),
+                what=WHAT, loaded=trained.put_in, done=trained.take_out, beside=routers.term,
+                outside=trained.parameters(None),
             )  # fmt: skip
             back.forward(lambda i: progress((i + 1) / layers / 3))
             trained.add(None, back.of_outside or [None] * len(trained.of_layer(None)))
             trained.take_out(None)
             for i in back.layers():
                 trained.put_in(i)
-                self._through(back, i)
+                with routers.watching(i) if self.entropy else nullcontext():
+                    self._through(back, i)
                 trained.take_out(i)
                 progress(1 / 3 + 2 / 3 * (layers - i) / layers)
         sums = sum(layerwise.team.every(sums), torch.zeros_like(sums))
         self._gather()
         told = {"nll": float(sums[0]) / total, "kl": float(sums[1]) / total, "top1": float(sums[2]) / total}
+        told |= {"entropy": sum(layerwise.team.every(routers.mean))} if self.entropy else {}
         norm = trained.stepped(rate)
         if not math.isfinite(norm):
             raise InputError(f"{WHAT}: the gradients are not finite; a lower --rate, or --dtype float32, may mend it")

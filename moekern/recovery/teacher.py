@@ -23,7 +23,7 @@ from moekern.data.batches import Batch, dealt
 from moekern.errors import InputError, memory_for
 from moekern.files import fsync, is_plain, reserve, sized
 from moekern.model.compute import few_tokens
-from moekern.model.finite import NotFinite, all_finite
+from moekern.model.finite import NotFinite
 from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.walk import Pass
@@ -199,7 +199,7 @@ class Teaching(Pass[tuple[int, Batch]]):
         with memory_for("what the original predicts", "fewer sequences at a time take less (--chunk)"):
             found = [Predicted.of(part, self.teacher.top) for part in rows.split(ROWS)]
         logp = torch.cat([each.logp for each in found]) if found else torch.zeros(0, 1)
-        if not all_finite(logp[:, :1]):
+        if bool(logp[:, :1].isnan().any()):  # -inf is an entry of the vocabulary that is ruled out
             raise NotFinite(len(self.layerwise.layers))
         ids = None if self.teacher.top is None else torch.cat([each.ids for each in found if each.ids is not None])
         if len(logp):

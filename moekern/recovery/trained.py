@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class Trained:
 
     def stepped(self, rate: float) -> float:
         """One step of AdamW (arXiv:1711.05101) by the gradients, which become 0. Returns their norm before it is
-        clipped."""
+        clipped; where that is not finite no value changes."""
         names = self.names
         values = []
         for name in names:
@@ -112,6 +113,8 @@ class Trained:
             value.grad = self.numbers["gradient", name]
             values.append(value)
         norm = float(torch.nn.utils.clip_grad_norm_(values, self.training.clip, foreach=False))
+        if not math.isfinite(norm):
+            return norm
         optimiser = torch.optim.AdamW(
             values, lr=rate, betas=self.training.betas, weight_decay=self.training.decay, foreach=False
         )

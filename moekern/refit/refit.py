@@ -27,6 +27,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
+from moekern.refit.choice import check_choice
 from moekern.refit.refine import check_alone
 from moekern.refit.stored import Stored, check_formats, format_of
 from moekern.refit.streams import Streams
@@ -76,6 +77,8 @@ def refit(
     if until is not None and until not in layout.layers:
         raise InputError(f"refit: until: the model has no layer {until!r} with experts")
     team = compute.team
+    for choice in (variant.choice for variant in variants if variant.choice is not None):
+        check_choice(choice, data, team)
     if any(variant.refine is not None for variant in variants):
         check_alone(team)
     compute = settled(compute, checkpoint, layout)
@@ -107,7 +110,7 @@ def refit(
             if variant.fits:
                 all_parts = variant.refine is not None
                 check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=all_parts)
-        streams = Streams(layerwise, split, variants, write, progress, until)
+        streams = Streams(layerwise, split, variants, write, progress, until, compute.backend)
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
     if journal is not None and team.first:
@@ -172,6 +175,7 @@ def described(variant: Variant) -> dict[str, Any]:
         "computed": variant.computed,
         "ridge": None if variant.ridge is None else asdict(variant.ridge),
         "refine": None if variant.refine is None else asdict(variant.refine),
+        **({} if variant.choice is None else {"choice": asdict(variant.choice)}),
     }
 
 
@@ -184,11 +188,13 @@ def _plan(
     losses: Mapping[str, Any],
 ) -> Plan:
     """The plan of what a variant became."""
-    made = {key: replace(plan, channels=layers[key].channels) for key, plan in variant.plan.layers.items()
-            if key in layers}  # fmt: skip
+    before = {name: value for name, value in variant.plan.provenance.items() if name != "ties" or not variant.choice}
+    made = {key: replace(plan, keep=layers[key].keep, channels=layers[key].channels,
+                         scores=None if variant.choice else plan.scores)
+            for key, plan in variant.plan.layers.items() if key in layers}  # fmt: skip
     rest = {key: plan for key, plan in variant.plan.layers.items() if key not in layers}
     if not records:
-        return Plan({**made, **rest}, variant.plan.provenance)
+        return Plan({**made, **rest}, before)
     said = {
         "recipe": recipe,
         "layers": dict(records),
@@ -196,7 +202,7 @@ def _plan(
         "data": data.recipe,
         "judged": {domain: asdict(loss) for domain, loss in losses.items()},
     }
-    return Plan({**made, **rest}, {**variant.plan.provenance, REFIT: said})
+    return Plan({**made, **rest}, {**before, REFIT: said})
 
 
 def _losses(streams: Streams, split: Split, names: Sequence[str]) -> Evaluation:

@@ -9,7 +9,7 @@ weights are fitted to that, an expert at a time; and the tasks go on through the
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moekern.data.batches import Batch, dealt
+from moekern.data.batches import Batch, TokenData, dealt
 from moekern.errors import InputError
 from moekern.estimation.refit import row_bytes
 from moekern.evaluation.losses import compared
@@ -33,13 +33,14 @@ from moekern.model.walk import Pass, Round
 from moekern.plan.channels import channel_text
 from moekern.plan.document import LayerPlan
 from moekern.plan.live import live_channels
+from moekern.refit.choice import Chooser
 from moekern.refit.fitting import Fitting, fitted, forwards
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
 from moekern.refit.rows import Room, RowStore
 from moekern.refit.stored import Stored, StoredExperts, format_of, stored_bytes
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
-from moekern.refit.variants import HELD, JUDGED, Split, Variant
+from moekern.refit.variants import FITTED, HELD, JUDGED, Split, Variant
 
 ORIGINAL = 0
 Write = Callable[[Variant, str, LayerPlan, Stored], None]  # what a layer's experts have become
@@ -65,6 +66,7 @@ class Streams(Pass[Task]):
         write: Write,
         progress: Callable[[float, int], None] = lambda done, total: None,
         until: str | None = None,
+        backend: str | None = None,
     ) -> None:
         self.layerwise, self.split, self.variants, self.write, self.progress = (
             layerwise, split, tuple(variants), write, progress,
@@ -96,6 +98,12 @@ class Streams(Pass[Task]):
         self.saved: dict[int, list[Tensor]] = {}  # variant -> weights of the last layer's experts
         self.task: Task | None = None
         self.original: Tensor | None = None  # log probabilities of the batch that streams are compared on
+        fitted = tuple(b for b, use in zip(split.batches, split.uses, strict=True) if use == FITTED)
+        text = TokenData(fitted, {})  # which comes first: a chunk's place is its number
+        self.choosers = {
+            n: Chooser(layerwise, text, v.choice, backend) for n, v in enumerate(self.variants, start=1) if v.choice
+        }
+        self.choosing: Chooser | None = None  # the layer at work is measured
         self.room = Room(0)  # of all rows of the layer at work, beside hidden states
         self.through = 0
         self.started()
@@ -172,7 +180,8 @@ class Streams(Pass[Task]):
         self.task = task
         if self.judging:
             self._show(layer, task.number)
-        with few_tokens(task.batch.input_ids.numel(), self.layerwise.device):
+        measured = nullcontext() if self.choosing is None else self.choosing.batch(task.place)
+        with few_tokens(task.batch.input_ids.numel(), self.layerwise.device), measured:
             yield
         if layer >= 0:
             self.through += 1
@@ -180,7 +189,8 @@ class Streams(Pass[Task]):
 
     def _tell(self, layer: int, more: float = 0) -> None:
         """How far the layer at work is, counted in batches that go through it once; `more` of a fit at work."""
-        passes = 3 * len(self.variants) + 1 + sum(map(forwards, self.variants)) if layer in self.keys else 1
+        more_of = 3 * len(self.variants) + len(self.choosers) + sum(map(forwards, self.variants))
+        passes = 1 + more_of * (layer in self.keys)
         done = (self.through + more) / max(1, passes * len(self.places))
         self.progress(layer + min(done, 0.99), len(self.layerwise.layers))
 
@@ -238,6 +248,8 @@ class Streams(Pass[Task]):
         """Its tasks go through a layer, which becomes what it is in the variant."""
         last, module = layer == self.last, self.layerwise.layers[layer]
         plan = variant.plan.layers[key]
+        if number in self.choosers:
+            plan = yield from self._chosen(layer, key, number, len(plan.keep))
         with ExitStack() as stack:
             if variant.needs_text:
                 with self.pruner.pruned(key, plan.keep):
@@ -263,6 +275,16 @@ class Streams(Pass[Task]):
                     self.saved[number] = [p.detach().clone() for p in block.parameters()] if variant.fits else []
                 else:
                     yield Round(_of(number), more=number < len(self.variants))
+
+    def _chosen(self, layer: int, key: str, number: int, count: int) -> Generator[Round[Task], None, LayerPlan]:
+        """The experts that stay, by what all of the layer's do with the variant's text that is fitted to."""
+        chooser = self.choosers[number]
+        with chooser.watching(key, self.layerwise.layers[layer]):
+            self.choosing = chooser
+            fitted = lambda task: task.number == number and self.split.uses[task.place] == FITTED  # noqa: E731
+            yield Round(fitted, on=False, more=True)
+            self.choosing = None
+        return chooser.chosen(key, count, lambda: self.layerwise.blamed(layer))
 
     def _asked(
         self, layer: int, number: int, target: Target | None, stack: ExitStack

@@ -9,6 +9,7 @@ from pathlib import Path
 from moekern.data.batches import Batch, TokenData
 from moekern.evaluation.held_out import held_back
 from moekern.plan.document import Plan
+from moekern.refit.choice import Choice
 from moekern.refit.refine import Refine
 from moekern.refit.ridge import Ridge
 from moekern.refit.units import Unit
@@ -22,7 +23,8 @@ class Variant:
 
     `width` M: that many channels of each expert stay, those with the most energy on the text as it then flows. `ridge`
     and `refine` say how what stays is computed anew, if it is. What is computed is written to `folder`, in the format
-    that `computed` asks for (`plan.formats.COMPUTED`).
+    that `computed` asks for (`plan.formats.COMPUTED`). With a `choice` each layer keeps as many experts as the plan
+    says, chosen anew by what the layer does with the pruned model's stream.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Variant:
     refine: Refine | None = None
     folder: Path | None = None
     computed: str = "source"
+    choice: Choice | None = None
 
     @property
     def fits(self) -> bool:
@@ -41,7 +44,7 @@ class Variant:
     @property
     def needs_text(self) -> bool:
         """Whether it is made from the text, or only held against the original on what is held back."""
-        return self.fits or self.width is not None
+        return self.fits or self.width is not None or self.choice is not None
 
 
 FITTED, HELD, JUDGED = range(3)  # what a batch is for: weights are fitted to it, or candidates, or results, are judged

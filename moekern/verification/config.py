@@ -25,8 +25,10 @@ def config_problems(
     *,
     drop_mtp: bool,
     width: int | None = None,
+    trained: Mapping[tuple[str, ...], int] = {},
 ) -> Iterator[str]:
-    """One line for each value of the config at `path` that is not what the plan makes of `before`."""
+    """One line for each value of the config at `path` that is not what the plan makes of `before`, and training then:
+    `trained` numbers by path."""
     try:
         after = read_json(path)
     except InputError as error:
@@ -34,7 +36,7 @@ def config_problems(
         return
     count = max(len(kept[key]) for key in layout.layers)
     counts, mtp = set(layout.count_paths), set(layout.mtp_paths) if drop_mtp else set()
-    numbers = {} if width is None else dict.fromkeys(layout.width_paths, width)
+    numbers = {**trained, **({} if width is None else dict.fromkeys(layout.width_paths, width))}
     if width is not None and layout.shared_times and layout.width:  # as wide as it was, or the next that it can be
         numbers |= dict.fromkeys(layout.shared_paths, math.ceil(layout.shared_times * layout.width / width))
     want = dict(_leaves(lists_cut(before, before, layout, kept), modules))

@@ -1,4 +1,4 @@
-"""Tensors that were trained after pruning: what a recovered checkpoint claims of them.
+"""Tensors that were trained after pruning, and settings: what a recovered checkpoint claims of them.
 
 They stand in no source, as refitted ones do: what is known is that their bytes are those that training left.
 """
@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moekern.architectures import Layout
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
@@ -41,6 +42,25 @@ def trained_claims(
         for name in tensors.keys() | named
         if name in expected
     }
+
+
+def trained_settings(folder: Path, layout: Layout, problems: list[str]) -> dict[tuple[str, ...], int]:
+    """Config path -> number, of what moekern_recovery.json says that config.json has got since: how many experts a
+    token chooses, which is no more than before. Whatever else it names is a line in `problems`."""
+    try:
+        record = read_recovery(folder)
+    except InputError:
+        return {}  # told before
+    paths, found = {".".join(path): path for path in layout.top_k_paths}, {}
+    for name, number in ({} if record is None else record.get("settings", {})).items():
+        if name not in paths:
+            problems.append(f"{RECOVERY}: settings: {shown(name)} is nothing that training changes")
+        elif number > layout.router.top_k:
+            most = f"no more than {layout.router.top_k}"
+            problems.append(f"{RECOVERY}: settings: {name} is {shown(number)}, expected {most}")
+        else:
+            found[paths[name]] = number
+    return found
 
 
 def _named(lines: Sequence[Mapping[str, Any]], problems: list[str]) -> set[str]:

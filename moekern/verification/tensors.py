@@ -29,7 +29,7 @@ from moekern.verification.files import file_problems
 from moekern.verification.narrow import Channels, kept_channels, narrow_problems, narrow_shape, wide_problems, widened
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
-from moekern.verification.recovered import trained_claims
+from moekern.verification.recovered import trained_claims, trained_settings
 from moekern.verification.settings import modules_of, renumbered
 
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
@@ -132,8 +132,9 @@ def verify(
     modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
     told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
+    settings = trained_settings(folder, layout, problems)
     problems += config_problems(
-        checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width
+        checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width, trained=settings
     )
     trained = sum(claim.layer is None for claim, _ in there.values())
     counts = len(there) - trained, computed.unchecked, computed.recomputed, trained

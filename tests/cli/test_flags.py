@@ -81,6 +81,7 @@ run
   --refit = False
   --refine = False
   --shape = None
+  --reestimate = False
   --computed-dtype = source
   --restart = False
   --trust-remote-code = False
@@ -241,6 +242,7 @@ refit
   --data* = None
   --refine = False
   --width = None
+  --reestimate = False
   --computed-dtype = source
   --target* = None
   --preset = None

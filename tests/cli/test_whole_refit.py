@@ -78,14 +78,14 @@ def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
 
 def test_what_a_run_has_refitted_is_computed_again_from_the_plan_that_it_keeps(tmp_path: Path) -> None:
     model, out = model_and_ids(tmp_path) / "model", tmp_path / "out"
-    narrow = ("--keep", 4, "--until-stable", 0.1, "--refit", "--shape", "6x16", "--no-forward")
+    narrow = ("--keep", 4, "--until-stable", 0.1, "--refit", "--shape", "6x16", "--reestimate", "--no-forward")
     done = moekern("run", model, *text(tmp_path), *narrow, "--out", out)
     assert done.returncode == 0, done.stderr
     kept = tmp_path / "out.moekern" / "plan.before-refit.json"
     verify = (*text(tmp_path), "--verify", out)
-    assert document("refit", model, kept, *verify, "--width", 16, "--json")["good"]
+    assert document("refit", model, kept, *verify, "--width", 16, "--reestimate", "--json")["good"]
     for plan, line in (
-        (kept, "with another width (16 then, none now)"),
+        (kept, "with another width (16 then, none now), choice;"),
         (tmp_path / "out.moekern" / "plan.json", "from another plan; give the one that its refit was given"),
     ):
         done = moekern("refit", model, plan, *verify)
@@ -200,6 +200,23 @@ def test_refitted_layers_need_room_that_is_looked_for_before_any_text_is_read(
         assert (short.returncode, short.stderr.count("of it for refitted layers until it is done")) == (2, 1), short
         assert "of it for refitted layers" not in enough.stderr
         assert not (tmp_path / "out.moekern").exists()
+
+
+def test_experts_are_chosen_anew_by_a_criterion_alone(tmp_path: Path) -> None:
+    """What cannot be is refused before any text is read."""
+    source = plain("qwen3_moe", tmp_path / "plain")
+    random_plan(find_layout(open_checkpoint(source)), 0).save(tmp_path / "plan.json")
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    run, again = ("run", source, "--keep", 4), ("--reestimate", "--data", tmp_path / "text.txt")
+    for command, line in (
+        (run, "--reestimate: goes with --refit"),
+        ((*run, "--refit", "--protect-super"), "--reestimate: some experts are to stay or go whatever their score"),
+        ((*run, "--refit", "--criterion", "ewn"), "--reestimate: ewn looks at weights alone"),
+        (("refit", source, tmp_path / "plan.json"), "--reestimate: the plan does not say by which criterion"),
+    ):
+        done = moekern(*command, *again, "--out", tmp_path / "out")
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
 
 
 @pytest.mark.parametrize(

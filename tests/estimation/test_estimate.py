@@ -17,7 +17,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.estimation import estimate as estimating
 from moekern.estimation.counted import Asked, Counted, Stage, counted
-from moekern.estimation.estimate import estimate
+from moekern.estimation.estimate import estimate, job_of
 from moekern.estimation.probe import Rate, Rates
 from moekern.estimation.refit import FACTORS
 from moekern.model.budget import Budget
@@ -38,7 +38,7 @@ def stages(folder: Path, asked: Asked, budget: Budget = ROOM, rates: Rates = RAT
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     model = counted(checkpoint, layout, FLOAT32, asked)
-    found = estimate(checkpoint, layout, model, rates, asked, budget, held=1000)
+    found = estimate(job_of(checkpoint, layout, model, rates, asked, budget, held=1000))
     return model, {stage.name: stage for stage in found}
 
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_refitted_is_said(family_checkpoint: MakeCheckpoint) -> N
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     model = counted(checkpoint, layout, FLOAT32, asked)
-    told = estimate(checkpoint, layout, model, RATES, asked, ROOM, not_refitted="it is stored as gptq")
+    told = estimate(job_of(checkpoint, layout, model, RATES, asked, ROOM), "it is stored as gptq")
     assert [stage.name for stage in told if "it cannot be refitted: it is stored as gptq" in stage.notes] == [
         "refit", "refit --refine",
     ]  # fmt: skip
@@ -218,7 +218,7 @@ def test_what_cannot_be_run_is_said(family_checkpoint: MakeCheckpoint) -> None:
     def notes(config: dict[str, object], only_pruned: str = "") -> tuple[str, ...]:
         changed = replace(checkpoint, config={**checkpoint.config, **config})
         known = replace(layout, family=replace(layout.family, only_pruned=only_pruned))
-        return estimate(changed, known, model, RATES, asked, ROOM)[0].notes
+        return estimate(job_of(changed, known, model, RATES, asked, ROOM))[0].notes
 
     before = "it cannot be run, only pruned: "
     assert notes({}, "it has no causal forward") == (f"{before}it has no causal forward",)

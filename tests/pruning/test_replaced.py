@@ -86,6 +86,50 @@ def test_all_other_bytes_stay(pruned: Path, tmp_path: Path, copy: Any, checksum:
     }
 
 
+TOP_K = "num_experts_per_tok"
+
+
+def test_settings_become_others_and_nothing_else_of_config(pruned: Path, tmp_path: Path) -> None:
+    """In the form that the file has: indented by tabs, a list of equal numbers, escapes."""
+    config = json.loads((pruned / "config.json").read_text())
+    config |= {TOP_K: 2, "text_config": {"moe_topk": [2, 2], "note": "\u00e9"}, "rope_theta": 1e6}
+    (pruned / "config.json").write_text(json.dumps(config, indent="\t") + "\n\n")
+    train(pruned, tmp_path / "new", ".gate.")
+    settings = {(TOP_K,): 1, ("text_config", "moe_topk"): 1}
+    write_replaced(pruned, tmp_path / "out", tmp_path / "new", RECORD, settings=settings)
+    before, after = tree(pruned), tree(tmp_path / "out")
+    want = config | {TOP_K: 1, "text_config": {"moe_topk": [1, 1], "note": "\u00e9"}}
+    assert after["config.json"].decode() == json.dumps(want, indent="\t") + "\n\n"
+    told = json.loads(after[RECOVERY])["settings"]
+    assert told == {TOP_K: 1, "text_config.moe_topk": 1}
+    assert {name for name in before if before[name] != after[name] and "safetensors" not in name} <= {
+        "config.json", MANIFEST,
+    }  # fmt: skip
+    train(tmp_path / "out", tmp_path / "newer", ".gate.", seed=4)
+    write_replaced(tmp_path / "out", tmp_path / "twice", tmp_path / "newer", RECORD)
+    assert json.loads((tmp_path / "twice" / RECOVERY).read_text())["settings"] == told
+    assert (tmp_path / "twice/config.json").read_bytes() == after["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (("moe_topk",), "config.json: moe_topk: no number is there that could become another"),
+        (("architectures",), "config.json: architectures: no number is there"),
+        (("model_type", "k"), "config.json: model_type.k: no number is there"),
+    ],
+)
+def test_settings_that_are_not_there_are_refused(
+    pruned: Path, tmp_path: Path, path: tuple[str, ...], line: str
+) -> None:
+    config = json.loads((pruned / "config.json").read_text())
+    (pruned / "config.json").write_text(json.dumps(config | {"architectures": ["A"]}))
+    train(pruned, tmp_path / "new", ".gate.")
+    with pytest.raises(InputError, match=line):
+        write_replaced(pruned, tmp_path / "out", tmp_path / "new", RECORD, settings={path: 1})
+    assert not work_path(tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["fp8_block", "gptq", "f4", "odd"])
 def test_a_single_file_of_any_format_and_its_header(kind: str, tmp_path: Path) -> None:
     """With spaces in its header, and of an odd length: it stays, as do quantised bytes."""
@@ -189,6 +233,7 @@ OF_A = {"format": "moekern.recovered/1", "source_fingerprint": "0" * 64, "tensor
         (MANIFEST, of_a_refit(tensors=["a"], recipe=RECIPE), f"{MANIFEST}: {NO_TENSOR}"),
         (RECOVERY, "[" * 10_000, f"{RECOVERY}: not valid JSON"),
         (RECOVERY, json.dumps(OF_A), f"{RECOVERY}: {NO_TENSOR}"),
+        (RECOVERY, json.dumps({**OF_A, "settings": {"a": 0}}), f"{RECOVERY}: settings: expected an object of numbers"),
         ("moekern_plan.json", '{"plan_sha256": 5}', "moekern_plan.json: plan_sha256: expected a sha256, got 5"),
     ],
 )
@@ -204,7 +249,7 @@ def test_records_that_nobody_could_read(pruned: Path, tmp_path: Path) -> None:
     for _ in range(70):
         deep = [deep]
     refuse(pruned, tmp_path, f"{RECOVERY}: not valid JSON: nested more than 64 deep", {"deep": deep})
-    for record in ({"loss": float("nan")}, {"tensors": {}}):
+    for record in ({"loss": float("nan")}, {"tensors": {}}, {"settings": {}}):
         with pytest.raises(ValueError, match="JSON compliant|a key of the file's own"):
             write_replaced(pruned, tmp_path / "out", tmp_path / "new", record)
 

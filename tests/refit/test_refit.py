@@ -19,6 +19,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.estimation.refit import refitted_bytes
 from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.iteration.rounds import Method, iterate
 from moekern.model.compute import Compute
 from moekern.model.expert_groups import Takes
 from moekern.model.journal import Resume
@@ -29,9 +30,10 @@ from moekern.plan.refit import REFIT
 from moekern.pruning.prune import prune
 from moekern.pruning.refitted import open_refitted
 from moekern.refit import Refine, Ridge
+from moekern.refit.choice import Choice
 from moekern.refit.refit import refit
 from moekern.refit.rows import RowStore
-from moekern.refit.variants import HELD, JUDGED, Split, Variant
+from moekern.refit.variants import FITTED, HELD, JUDGED, Split, Variant
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import families
@@ -170,7 +172,8 @@ def test_the_same_call_goes_on_where_it_was_stopped(
 
             patch.setattr(LayerwiseModel, "_load", stop)
             resume = Resume(tmp_path / f"{folder}.state", tell=lambda line: None)
-            variant = Variant("n", plan, 16, Ridge(), Refine(epochs=1), tmp_path / folder)
+            choice = Choice("gated_norm")
+            variant = Variant("n", plan, 16, Ridge(), Refine(epochs=1), tmp_path / folder, choice=choice)
             return refit(source, data, [variant], FLOAT32, resume=resume).plans["n"]
 
     whole = run("whole")
@@ -224,6 +227,51 @@ def test_rows_of_a_layer_share_the_half_of_the_budget_that_hidden_states_leave(
         assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash"])
+def test_experts_are_chosen_anew_behind_pruned_layers(
+    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Those that `iterate` chooses of the same text, where nothing is fitted."""
+    source, data, choice = family_checkpoint(name), text(name, 40), Choice("gated_norm", ("a",))
+    plan = half(source)
+    fit = Variant("fitted", plan, None, Ridge(), None, tmp_path / "refit", choice=choice)
+    made = refit(source, data, [Variant("dropped", plan), Variant("again", plan, choice=choice), fit], FLOAT32)
+    split = Split.of(data)
+    fitted = tuple(b for b, use in zip(split.batches, split.uses, strict=True) if use == FITTED)
+    count = len(next(iter(plan.layers.values())).keep)
+    want = iterate(source, TokenData(fitted, {}, 4), Method("gated_norm", count, domains=("a",)), FLOAT32)
+    kept = {n: [layer.keep for layer in p.layers.values()] for n, p in made.plans.items()}
+    assert kept["again"] == [layer.keep for layer in want.layers.values()]
+    assert kept["dropped"] == [layer.keep for layer in plan.layers.values()] != kept["again"]
+    whole = made.plans["fitted"]
+    mtp = "drop" if name == "deepseek_v3" else "prune"
+    prune(source, whole, tmp_path / "out", mtp=mtp, refitted=tmp_path / "refit")
+    assert verify(source, whole, tmp_path / "out").problems == ()
+    assert whole.provenance[REFIT]["choice"]["criterion"] == "gated_norm"
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        ({}, "the plan does not say by which criterion"),
+        ({"criterion": "random"}, ""),
+        ({"criterion": "gated_norm", "protect_super": True}, "stay or go whatever their score"),
+        ({"criterion": "gated_norm", "guards": {"keep_always": {"0": [1]}}}, "stay or go whatever their score"),
+        ({"criterion": "ewn"}, "weights alone"),
+        ({"criterion": "my.py:score"}, "moekern's own criteria"),
+        ({"criterion": "gated_norm", "domains": "a"}, "a list of domains"),
+        ({"criterion": "gated_norm", "domains": [], "seed": "0"}, "a list of domains"),
+    ],
+)
+def test_plans_that_do_not_say_how_experts_were_chosen_are_refused(told: dict[str, Any], line: str) -> None:
+    plan = Plan({"0": LayerPlan((0, 1))}, told)
+    if not line:
+        assert Choice.of(plan) == Choice(told["criterion"])
+        return
+    with pytest.raises(InputError, match=f"--reestimate: .*(?:{line})"):
+        Choice.of(plan)
+
+
 def test_progress_goes_on_within_a_layer_expert_by_expert(source: Path) -> None:
     told: list[float] = []
     plan, ridge, refine = half(source), Ridge(sweeps=2), Refine(epochs=1, sweeps=2)
@@ -246,6 +294,7 @@ def test_what_cannot_be_is_one_line(source: Path, tmp_path: Path) -> None:
         ([Variant("n", plan, None, Ridge())], TokenData((), {}), "no batches|no text"),
         ([Variant("n", plan, 7, Ridge())], data, "multiple of 4 channels"),
         ([Variant("n", plan, 99, Ridge())], data, "24"),
+        ([Variant("n", plan, choice=Choice("gated_norm", ("b",)))], data, "domain 'b', which the text"),
     ]
     for variants, given, line in cases:
         with pytest.raises(InputError, match=line):

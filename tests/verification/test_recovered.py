@@ -97,6 +97,41 @@ def test_bytes_that_were_changed_afterwards(source: Path, recovered: Path, name:
     assert verify(source, PLAN, recovered).problems == (line,)
 
 
+TOP_K = "num_experts_per_tok"
+
+
+@pytest.fixture
+def fewer(source: Path, tmp_path: Path) -> Path:
+    """Pruned by PLAN; routers trained for one expert a token."""
+    prune(source, PLAN, tmp_path / "pruned")
+    train(tmp_path / "pruned", tmp_path / "new", ".gate.")
+    write_replaced(tmp_path / "pruned", tmp_path / "fewer", tmp_path / "new", RECORD, settings={(TOP_K,): 1})
+    return tmp_path / "fewer"
+
+
+def test_fewer_experts_a_token(source: Path, fewer: Path, tmp_path: Path) -> None:
+    assert verify(source, PLAN, fewer).problems == ()
+    twice = train_to(fewer, tmp_path / "twice", "layernorm")
+    assert verify(source, PLAN, twice).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "line"),
+    [
+        ("config.json", {TOP_K: 2}, f"config.json: {TOP_K} is 2, expected 1"),
+        ("config.json", {"hidden_size": 5}, "config.json: hidden_size is 5, expected "),
+        (RECOVERY, {"settings": {}}, f"config.json: {TOP_K} is 1, expected 2"),
+        (RECOVERY, {"settings": {TOP_K: 1, "hidden_size": 5}}, f"{RECOVERY}: settings: 'hidden_size' is nothing that"),
+        (RECOVERY, {"settings": {TOP_K: 3}}, f"{RECOVERY}: settings: {TOP_K} is 3, expected no more than 2"),
+        (RECOVERY, {"settings": {TOP_K: True}}, f"{RECOVERY}: settings: expected an object of numbers above 0, got"),
+        (RECOVERY, {"settings": [TOP_K]}, f"{RECOVERY}: settings: expected an object of numbers above 0, got"),
+    ],
+)
+def test_settings_that_are_not_so(source: Path, fewer: Path, file: str, change: dict[str, Any], line: str) -> None:
+    edit(fewer / file, lambda found: found.update(change))
+    assert verify(source, PLAN, fewer).problems[0].startswith(line)
+
+
 def test_numbers_that_are_not_finite_though_the_record_has_their_checksum(source: Path, tmp_path: Path) -> None:
     prune(source, PLAN, tmp_path / "pruned")
     (tmp_path / "new").mkdir()
