@@ -36,7 +36,7 @@ from moekern.cli.options import (
     TrustRemoteCode,
     at_least,
 )
-from moekern.cli.recover import Every, Rate, Top
+from moekern.cli.recover import Top
 from moekern.errors import InputError
 from moekern.files import check_new, check_work, is_folder, standing, work_path, working
 
@@ -47,7 +47,11 @@ if TYPE_CHECKING:
     from moekern.plan.document import Plan
 
 WORK = "optimise"  # in the work folder
-RATE = 0.1
+Rate = Annotated[float, typer.Option(help="The learning rate of the logits.")]
+Every = Annotated[
+    int | None,
+    typer.Option(help="Steps from one look at held-back text to the next. Default: 20 looks.", callback=at_least(1)),
+]
 Budget = Annotated[
     str, typer.Option("--budget", help="uniform: each layer keeps as many as in PLAN; global: all of them together do.")
 ]
@@ -61,7 +65,7 @@ def optimise(
     steps: Annotated[int, typer.Option(help="Steps, each a pass forward and back.", callback=at_least(1))] = 100,
     step_tokens: Annotated[int, typer.Option(help="Tokens of a step.", callback=at_least(1))] = 4096,
     masks: Annotated[int, typer.Option(help="Masks that share the tokens of a step.", callback=at_least(1))] = 4,
-    rate: Rate = None,
+    rate: Rate = 0.1,
     budget: Budget = "uniform",
     top: Top = "64",
     every: Every = None,
@@ -93,7 +97,7 @@ def optimise(
     from moekern.plan.document import Plan
 
     search = Search(
-        steps=steps, step_tokens=step_tokens, masks=masks, rate=RATE if rate is None else rate, budget=budget,
+        steps=steps, step_tokens=step_tokens, masks=masks, rate=rate, budget=budget,
         top=int(top) if top.isdecimal() else top, every=every, seed=seed,
     )  # fmt: skip
     search.check()

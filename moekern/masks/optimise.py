@@ -109,8 +109,9 @@ def optimise(
     _check_left(folder, key, restart=restart)
     with open_layerwise(checkpoint, layout, compute) as layerwise:
         check_optimised(layerwise)
+        classes = layerwise.vocab_size
     teacher = taught(
-        checkpoint, course.samples, folder, search.top, compute, restart=restart, tell=tell, progress=progress
+        checkpoint, course.samples, folder, search.top, compute, classes, restart=restart, tell=tell, progress=progress
     )
     with open_layerwise(checkpoint, layout, compute) as opened:
         layerwise = staying(opened)
