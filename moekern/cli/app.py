@@ -28,6 +28,7 @@ from moekern.cli.inspect import inspect
 from moekern.cli.iterate import iterate
 from moekern.cli.lottery import lottery
 from moekern.cli.merge import merge
+from moekern.cli.optimise import optimise
 from moekern.cli.plan import plan
 from moekern.cli.prune import prune
 from moekern.cli.recover import recover
@@ -161,6 +162,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (score, "moekern score s.safetensors --criterion hope"),
     (plan, "moekern plan s.safetensors --keep 0.5 --target vllm:tp=2 --out plan.json"),
     (iterate, "moekern iterate MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out plan.json"),
+    (optimise, "moekern optimise MODEL plan.json --data prose=book.txt --out optimised.json"),
     (compare, "moekern compare gated_norm.json reap.json --statistics s.safetensors"),
     (evaluate, "moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json"),
     (check, "moekern check MODEL-pruned --target vllm:tp=4,ep=4"),

@@ -115,12 +115,16 @@ class Backward(Generic[Task]):
                 total += gradient
 
     def refusal(self, i: int) -> InputError:
-        """The error for a family in which layers depend on each other by more than the hidden states."""
-        layer, name = type(self.layerwise.layers[i]).__name__, self.layerwise.layout.family.name
-        return InputError(
-            f"{self.what}: {name}: decoder layer {i} ({layer}) is given more of the layers before it than hidden "
-            "states, so gradients cannot be handed back layer by layer"
-        )
+        return handed_more(self.what, self.layerwise, i)
+
+
+def handed_more(what: str, layerwise: LayerwiseModel, i: int) -> InputError:
+    """The error for a family in which layers depend on each other by more than the hidden states."""
+    layer, name = type(layerwise.layers[i]).__name__, layerwise.layout.family.name
+    return InputError(
+        f"{what}: {name}: decoder layer {i} ({layer}) is given more of the layers before it than hidden states, so "
+        "gradients cannot be handed back layer by layer"
+    )
 
 
 class _Alone(Pass[Task]):

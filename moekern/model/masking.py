@@ -140,9 +140,9 @@ def _changed(loader: Loader, tensor: ExpertTensor, num_experts: int, dropped: Se
         axis = next(a for a, n in enumerate(before.shape) if n == num_experts + tensor.trailing)
         lowest = max(MASKED, torch.finfo(before.dtype).min)
         after = before.index_fill(axis, torch.tensor(list(dropped), device=before.device), lowest)
-    with torch.no_grad():
-        value.copy_(after)
-        try:
-            yield
-        finally:
-            value.copy_(before)
+    own = value.data  # whose changes autograd does not count: other weights may lie in the same buffer
+    own.copy_(after)
+    try:
+        yield
+    finally:
+        own.copy_(before)

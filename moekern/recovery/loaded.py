@@ -48,18 +48,23 @@ def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Itera
             raise layerwise.takes.refusal("layers that are run in groups of experts are not trained")
         with _paged(layerwise, some) as folder:
             inside = folder is None
-            room = layerwise.takes.room - (bytes_trained(some) if inside else 0)
-            layers = sum(_bytes(layer) for layer in layerwise.layers)
-            on_gpu = layerwise.takes.budget.gpu
-            free = room if on_gpu is None else on_gpu - layerwise.takes.on_device
-            stays = layers <= free // SHARE
-            left = room - (layers if stays and on_gpu is None else 0)
-            there = _with_room(layerwise, max(0, left), stays=stays)
+            there = staying(layerwise, bytes_trained(some) if inside else 0)
             where = "in memory" if inside else f"in files in {folder and folder.parent}"
-            of_layers = f"all layers in memory ({sized(layers)})" if stays else "one layer in memory at a time"
+            layers = sum(_bytes(layer) for layer in layerwise.layers)
+            of_layers = f"all layers in memory ({sized(layers)})" if there.stays else "one layer in memory at a time"
             numbers = sum(value.numel() for one in some for value in [layerwise.model.get_parameter(one.name)])
             said = f"{numbers} weights train, {sized(bytes_trained(some))} {where} for them; {of_layers}"
             yield Ready(there, Trained(there, some, training, folder), said)
+
+
+def staying(layerwise: LayerwiseModel, taken: int = 0) -> LayerwiseModel:
+    """The same with all layers in memory from pass to pass where there is room, of which so many bytes are `taken`."""
+    room, layers = layerwise.takes.room - taken, sum(_bytes(layer) for layer in layerwise.layers)
+    on_gpu = layerwise.takes.budget.gpu
+    free = room if on_gpu is None else on_gpu - layerwise.takes.on_device
+    stays = layers <= free // SHARE
+    left = room - (layers if stays and on_gpu is None else 0)
+    return _with_room(layerwise, max(0, left), stays=stays)
 
 
 def _bytes(layer: nn.Module) -> int:

@@ -191,6 +191,36 @@ iterate
   --trust-remote-code = False
   --revision = None
   --json = False
+optimise
+  MODEL required
+  PLAN required
+  --out required
+  --data* = None
+  --steps = 100
+  --step-tokens = 4096
+  --masks = 4
+  --rate = 0.1
+  --budget = uniform
+  --top = 64
+  --every = None
+  --preset = None
+  --tokens = 1M
+  --sequence-length = 2048
+  --pack/--no-pack = True
+  --chunk = None
+  --column* = None
+  --thinking = row
+  --strict = False
+  --seed = 0
+  --device = auto
+  --dtype = auto
+  --memory = None
+  --gpu-memory = None
+  --spill = None
+  --restart = False
+  --trust-remote-code = False
+  --revision = None
+  --json = False
 compare
   PLANS* required
   --statistics = None
