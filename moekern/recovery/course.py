@@ -70,16 +70,16 @@ class Course:
 
 def schedule(sizes: Sequence[int], training: Training) -> list[list[int]]:
     """The batches, of so many tokens each, of every step: as many as come nearest to a step's tokens, one at least."""
-    rng, waiting, steps = np.random.default_rng(training.seed), list[int](), list[list[int]]()
+    rng, steps = np.random.default_rng(training.seed), list[list[int]]()
+    waiting: list[int] = rng.permutation(len(sizes)).tolist()
     whole = round(training.epochs * sum(sizes))
     most = training.tokens_of_step(whole)
     for _ in range(max(1, round(whole / most))):
         step, total = list[int](), 0
-        while not step or total + sizes[(waiting or [0])[0]] / 2 <= most:
-            if not waiting:
-                waiting = rng.permutation(len(sizes)).tolist()
+        while not step or total + sizes[waiting[0]] / 2 <= most:
             step.append(waiting.pop(0))
             total += sizes[step[-1]]
+            waiting = waiting or rng.permutation(len(sizes)).tolist()
         steps.append(step)
     return steps
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from moekern.recovery.written import write_adapter, write_trained
 from moekern.version import versions
 
 STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
-TEACHING = "the original's predictions"
+TEACHING, LOOKING = "the original's predictions", "looking at held-back text"
 Losses = Mapping[str, Loss]  # by domain
 Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
@@ -301,15 +302,17 @@ class _Run:
         seer = self.training.entropy or self.training.top_k is not None
         return {"reconstructed": RECONSTRUCTED} if seer else {}
 
-    def _look(self, samples: Sequence[Sample]) -> Losses:
+    def _look(self, samples: Sequence[Sample], shown: bool = True) -> Losses:
+        """`shown`: it has a progress of its own, where it is not one of many between steps."""
         if not samples:
             return {}
-        return self.steps.look(samples)
+        step = partial(self.progress, LOOKING) if shown else lambda done, total: None
+        return self.steps.look(samples, step)
 
     def _looked(self, state: _State) -> None:
         """Look at what is held back, keep what is best, and write down how far the run is."""
         self.chosen.choose(self.top_k)
-        team, held = self.steps.layerwise.team, self._look(self.course.held)
+        team, held = self.steps.layerwise.team, self._look(self.course.held, shown=state.step == 0)
         if held:
             state.curve.append({"step": state.step, "held": _document(held)})
             value = _value(held, self.training)

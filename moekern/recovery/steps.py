@@ -107,9 +107,10 @@ class Steps:
             parts = team.every(own.clone())
             own.copy_(sum(parts[1:], parts[0]))
 
-    def look(self, samples: Sequence[Sample]) -> Mapping[str, Loss]:
-        """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank."""
-        look = _Look(self, self._own(samples))
+    def look(self, samples: Sequence[Sample], step: Callable[[float, int], None]) -> Mapping[str, Loss]:
+        """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank. `step` is told
+        how many layers are done, of how many."""
+        look = _Look(self, self._own(samples), step)
         with self._training():
             self.trained.put_in(None)
             self.layerwise.run(look.samples, look)
@@ -140,8 +141,8 @@ class Steps:
 class _Look(Pass[Sample]):
     """Losses of samples, without a gradient."""
 
-    def __init__(self, steps: Steps, samples: Sequence[Sample]) -> None:
-        self.steps, self.samples = steps, samples
+    def __init__(self, steps: Steps, samples: Sequence[Sample], step: Callable[[float, int], None]) -> None:
+        self.steps, self.samples, self.step = steps, samples, step
         self.sums: dict[int, Tensor] = {}
 
     def forward(self, task: Sample) -> None:
@@ -163,3 +164,4 @@ class _Look(Pass[Sample]):
 
     def done(self, layer: int) -> None:
         self.steps.trained.take_out(layer)
+        self.step(layer + 1, len(self.steps.layerwise.layers))
