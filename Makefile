@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-recovery bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -35,6 +35,11 @@ bench-criteria: $(VENV)/.ready
 bench-refit: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.refit --out $(OUT)/refit.jsonl
+
+# What training brings a pruned model back, by what trains; an hour.
+bench-recovery: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.recovery --out $(OUT)/recovery.jsonl
 
 # Times against the last saved run of this machine, in .benchmarks/, and saves this one.
 bench-regression: $(VENV)/.ready

@@ -107,7 +107,7 @@ class Bench:
                 )
             )
         before, after = made.judged
-        if training.kl == 0 and start != WHOLE:
+        if training.kl == 0:
             after = {d: replace(loss, kl=float("nan")) for d, loss in after.items()}
         return self._row(share, start, kind, after, seconds, before=mean_loss({d: x.nll for d, x in before.items()}))
 
