@@ -32,7 +32,8 @@ def hub(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> Iterator[Hub]:
 def test_stages_and_what_each_figure_is_known_by(family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     given = (family_checkpoint("qwen3_moe"), "--tokens", "4k", "--tier", "outliers", "--out", tmp_path)
     found: dict[str, Any] = document("estimate", *given)
-    assert list(found["stages"]) == ["calibrate", "evaluate", "prune", "refit", "refit --refine"]
+    trainings = ["recover --train router", "recover --train all"]
+    assert list(found["stages"]) == ["calibrate", "evaluate", "prune", "refit", "refit --refine", *trainings]
     assert (found["tokens"], found["dtype"], found["gpu_memory"]) == (4000, "float32", None)
     for stage in found["stages"].values():
         for name in ("seconds", "memory", "disk"):

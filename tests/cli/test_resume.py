@@ -28,7 +28,7 @@ Command = Callable[[Path], tuple[object, ...]]
 TIERS = ("outliers", "coalitions", "vocabulary", "gradient", "weights", "replay")
 
 
-COMMANDS = ("tiers", "iterate", "evaluate", "refit", pytest.param("run", marks=pytest.mark.whole))  # all of the others
+COMMANDS = ("iterate", "evaluate", "refit", *(pytest.param(n, marks=pytest.mark.whole) for n in ("tiers", "run")))
 KILLS, MANY = 1, 13  # of each command; with --whole 52 of all
 
 
@@ -180,8 +180,9 @@ def changed(work: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("calibrate", "--dtype"), ("calibrate", "--tier"), ("calibrate", "config.json"), ("calibrate", "text"),
-     ("iterate", "--seed"), ("iterate", "--rounds"), ("iterate", "config.json")],
+    [("calibrate", "--tier"), ("calibrate", "text"), ("iterate", "--seed"), ("iterate", "config.json"),
+     *(pytest.param(*each, marks=pytest.mark.whole) for each in (
+         ("calibrate", "--dtype"), ("calibrate", "config.json"), ("iterate", "--rounds")))],
 )  # fmt: skip
 def test_what_has_changed_is_refused_by_name_or_begun_anew(work: Path, tmp_path: Path, name: str, what: str) -> None:
     out, fresh = tmp_path / "here" / "out", tmp_path / "fresh" / "out"

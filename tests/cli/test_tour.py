@@ -30,7 +30,8 @@ def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     told = [json.loads(line) for line in result.stderr.splitlines()]
     stages = dict.fromkeys(line["stage"].split()[0] for line in told if "stage" in line)
-    assert list(stages) == ["calibrating", "evaluating", "pruning", "verifying", "comparing", "refitting"]
+    first = ["calibrating", "evaluating", "pruning", "verifying", "comparing", "refitting"]
+    assert list(stages) == [*first, "the", "looking", "training"]  # the original's predictions
     assert any(line.get("note", "").startswith("generated: ") for line in told)
     document = json.loads(result.stdout)
     assert document["verified"]["good"]
@@ -40,6 +41,8 @@ def test_the_tour(tokens: int, seeds: int, tmp_path: Path, monkeypatch: pytest.M
     original = rows["original", 1.0]
     fitted = {name: sum(x["nll"] for x in row.values()) / len(row) for name, row in document["refit"].items()}
     assert fitted["original"] < fitted["refitted"] < fitted["dropped"]
+    before, after = (sum(x["kl"] for x in document["recover"][when].values()) for when in ("before", "after"))
+    assert 0 < after < before
     assert set(original["loss"]) == {path.name for path in TEXT.iterdir() if path.is_dir()}
     for share in SHARES:
         random = rows["random", share]

@@ -192,7 +192,7 @@ def test_what_is_missing_or_in_the_way_is_one_line(work: Path, tmp_path: Path) -
     assert not inside.with_name("out.moekern").exists()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.whole)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(count: int, work: Path, tmp_path: Path) -> None:
     told = tmp_path / "told"
     done = killed.command(command(work, tmp_path / "whole"), told)
@@ -321,6 +321,7 @@ def _dies(rank: int) -> None:
     Steps.step = last  # type: ignore[method-assign]
 
 
+@pytest.mark.whole  # tests/team has the like of every command
 @pytest.mark.xdist_group("ranks")
 def test_a_rank_that_dies_ends_it_and_the_same_ranks_go_on(work: Path, tmp_path: Path) -> None:
     words = command(work, tmp_path / "out")

@@ -30,7 +30,7 @@ from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
 from tests.helpers.commands import moekern as command
 from tests.helpers.measured import close_gradients
-from tests.helpers.pairwise import thirds
+from tests.helpers.pairwise import USUAL
 
 MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS
@@ -113,7 +113,9 @@ def both_ways(
     return statistics, lambda batches: whole(model, layout, batches)
 
 
-@pytest.mark.parametrize("name", thirds([name for name in CHECKED if name not in REFUSED], 1))
+@pytest.mark.parametrize(
+    "name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.whole) for n in CHECKED if n not in REFUSED]
+)
 def test_gradients_are_those_of_a_whole_backward_pass(
     name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
 ) -> None:

@@ -50,7 +50,10 @@ PUBLISHED = {  # family -> a format that it is published in, beside Qwen3-MoE in
     "mixtral": "awq",
     "qwen3_5_moe": "gptq",
 }
-CASES = [*(("qwen3_moe", kind) for kind in FORMATS), *PUBLISHED.items()]
+CASES = [
+    *(("qwen3_moe", kind) for kind in FORMATS),
+    *(case if n < 3 else pytest.param(*case, marks=pytest.mark.whole) for n, case in enumerate(PUBLISHED.items())),
+]
 
 
 @pytest.fixture(scope="module")

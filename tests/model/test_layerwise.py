@@ -26,6 +26,7 @@ from moekern.model.stepwise import Stepwise, Tangled
 from moekern.model.suspended import Suspended
 from moekern.model.walk import Pass, Way, walk
 from tests.helpers import families
+from tests.helpers.pairwise import thirds
 from tests.helpers.passes import Given
 
 MakeCheckpoint = Callable[[str], Path]
@@ -34,7 +35,7 @@ MakeCheckpoint = Callable[[str], Path]
 TANGLED = ("inkling2", "inkling2_text", "mistral_large4")  # layers find in shared places what others have left
 
 
-@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in families.NO_CALIBRATION])
+@pytest.mark.parametrize("name", thirds([n for n in families.FAMILIES if n not in families.NO_CALIBRATION], 0))
 def test_streamed_logits_and_hidden_states_are_the_whole_models(
     name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]
 ) -> None:

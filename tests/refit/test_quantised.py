@@ -57,7 +57,12 @@ def made(source: Path, folder: Path, name: str, compute: Compute = Compute(), **
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "float32") for kind in KINDS), ("fp8_block", "bfloat16"), ("mxfp4", "bfloat16")]
+    ("kind", "dtype"),
+    [
+        *((kind, "float32") for kind in ("fp8_block", "mxfp4", "compressed_int4")),
+        *(pytest.param(kind, "float32", marks=pytest.mark.whole) for kind in ("fp8_static", "compressed_fp8")),
+        *(pytest.param(kind, "bfloat16", marks=pytest.mark.whole) for kind in ("fp8_block", "mxfp4")),
+    ],
 )
 def test_computed_weights_are_stored_in_the_checkpoints_format(
     kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
