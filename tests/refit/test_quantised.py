@@ -31,7 +31,6 @@ from tests.helpers.quantised import mxfp4
 from tests.helpers.quantised_models import plain, twins
 
 MakeCheckpoint = Callable[[str], Path]
-KINDS = ("fp8_block", "fp8_static", "compressed_fp8", "mxfp4", "compressed_int4")
 RIDGE = Ridge(factors=(0.1, 1.0), sweeps=2)
 
 
