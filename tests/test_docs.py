@@ -110,6 +110,13 @@ def little_text(models: Iterable[str]) -> str:
     return text
 
 
+def with_little_text(command: list[str]) -> list[str]:
+    """A command that does not train on what little text there is a hundred times over."""
+    return [
+        "300" if before == "--tokens-per-round" else word for before, word in zip(["", *command], command, strict=False)
+    ]
+
+
 def goes_on(page: list[list[str]], command: list[str]) -> bool:
     """Whether other commands of a page read what this one writes."""
     written = [word for before, word in zip(command, command[1:], strict=False) if before == "--out"]
@@ -139,7 +146,7 @@ def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch:
         if "--out" in command:  # of an earlier block
             out = Path(command[command.index("--out") + 1])
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-        done = moekern(*(word for given in command for word in sorted(glob(given)) or [given]))
+        done = moekern(*(word for given in with_little_text(command) for word in sorted(glob(given)) or [given]))
         assert done.returncode == 0, f"moekern {shlex.join(command)}: {done.stderr}"
 
 
