@@ -56,13 +56,13 @@ STARTS = (WHOLE, DROPPED, REFITTED)
 class Bench:
     """What is done from each start: all kinds from a dropped model, some of them from a refitted one."""
 
-    options: argparse.Namespace
     draw: Draw
+    seed: int
     work: Path
 
     def rows(self, share: float) -> Iterator[Line]:
         """Of one share."""
-        draw, training = self.draw, Training(seed=self.options.seed_now)
+        draw, training = self.draw, Training(seed=self.seed)
         dropped, refitted = self._pruned(share)
         yield self._row(share, WHOLE, "", self._original(), 0.0)
         whole = replace(training, train=("all",), kl=0.0, next=1.0)
@@ -137,7 +137,6 @@ def measure(options: argparse.Namespace) -> list[Line]:
     lines = read(options.out) if options.out and options.out.exists() else []
     there = {line["seed"] for line in lines}
     for seed in (seed for seed in options.seeds if seed not in there):
-        options.seed_now = seed
         data = _text(options, options.data, options.tokens, seed).read(checkpoint)
         base = {
             **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
@@ -146,7 +145,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
         }  # fmt: skip
         draw = Draw(checkpoint, data, judged, options.criterion, calibrate(checkpoint, data, COMPUTE), 0.0)
         with tempfile.TemporaryDirectory(dir=options.work) as work:
-            bench = Bench(options, draw, Path(work))
+            bench = Bench(draw, seed, Path(work))
             found = [{**base, **row} for share in options.shares for row in bench.rows(share)]
         append(options.out, found)
         lines += found

@@ -37,7 +37,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
-from moekern.cli.recover import Kl, Options, Rate, StepTokens, Top, Train
+from moekern.cli.recover import Kl, Next, Rate, StepTokens, Top, Train, training_of
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
 from moekern.files import standing
@@ -46,9 +46,12 @@ from moekern.router import parse_keep
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from moekern.data.text import Text
     from moekern.evaluation.losses import Loss
+    from moekern.model.compute import Compute
     from moekern.recovery.lottery import Drawn, Lottery
 
+WORK = "lottery"  # in the work folder
 PAPER = "2504.05586"
 TokensPerRound = Annotated[
     str,
@@ -74,7 +77,7 @@ def lottery(
     train: Train = "all",
     paper: Paper = None,
     kl: Kl = 1.0,
-    next_token: Annotated[float, typer.Option("--next", help="Weight of the loss of the next token.")] = 0.0,
+    next_token: Next = 0.0,
     top: Top = "64",
     rate: Rate = None,
     step_tokens: StepTokens = None,
@@ -110,19 +113,13 @@ def lottery(
     command goes on.
     """
     share, (first, doubling) = parse_keep(keep), _per_round(tokens_per_round)
-    options = Options(
-        train, kl, next_token, top, rate, 1.0, step_tokens, 0.05, 0.1, 1.0, 0.0, None, 5, seed, 16, 32.0, "attention"
-    )
-    training = options.training()
+    training = training_of(train=train, kl=kl, next=next_token, top=top, rate=rate, step_tokens=step_tokens, seed=seed)
 
-    from moekern.architectures import find_layout
-    from moekern.checkpoint.folder import open_checkpoint
-    from moekern.cli import pipeline
-    from moekern.cli.whole_recovery import changing_progress
-    from moekern.files import working
+    from moekern.cli import whole_recovery
     from moekern.pruning.work_folder import check_target
     from moekern.recovery import lottery as stage
 
+    whole_recovery.clean_up(out, WORK)
     check_target(out)
     if paper is not None:
         if paper != PAPER:
@@ -140,19 +137,35 @@ def lottery(
         device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
         trust_remote_code=trust_remote_code,
     ))  # fmt: skip
-    checkpoint = open_checkpoint(ranks.folder_of(model, revision, compute.team))
+    folder = ranks.folder_of(model, revision, compute.team)
+    drawn = _drawn(folder, text, method, compute, out, control=control, keep_rounds=keep_rounds, restart=restart)
+    result(_document(drawn, method), lambda: show_drawn(drawn, method))
+
+
+def _drawn(
+    folder: Path, text: Text, method: Lottery, compute: Compute, out: Path,
+    *, control: bool, keep_rounds: bool, restart: bool,
+) -> Drawn:  # fmt: skip
+    """All rounds. What a run that was stopped has left is used again."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
+    from moekern.cli import pipeline
+    from moekern.cli.whole_recovery import changing_progress
+    from moekern.files import working
+    from moekern.recovery.lottery import lottery
+
+    checkpoint = open_checkpoint(folder)
     compute = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
-    given = text.read(checkpoint, trust_remote_code=trust_remote_code)
+    data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     with working(out) as side:
-        folder = side / "lottery"
         with changing_progress() as shown:
-            drawn = stage.lottery(
-                checkpoint, given, method, out, folder, compute,
+            drawn = lottery(
+                checkpoint, data, method, out, side / WORK, compute,
                 control=control, keep_rounds=keep_rounds, restart=restart, tell=say, progress=shown,
             )  # fmt: skip
         if not keep_rounds:
-            shutil.rmtree(folder)
-    result(_document(drawn, method), lambda: show_drawn(drawn, method))
+            shutil.rmtree(side / WORK)
+    return drawn
 
 
 def _per_round(text: str) -> tuple[int, bool]:
@@ -199,17 +212,16 @@ def _cells(row: Mapping[str, Loss]) -> tuple[str, str]:
 def _document(drawn: Drawn, method: Lottery) -> dict[str, Any]:
     """The same as JSON."""
 
-    def losses(row: Mapping[str, Loss]) -> dict[str, Any]:
-        return {domain: asdict(loss) for domain, loss in row.items()}
+    from moekern.evaluation.losses import row_document
 
     def told(each: Any) -> dict[str, Any]:
-        parts = {name: losses(getattr(each, name)) for name in ("dropped", "trained")}
+        parts = {name: row_document(getattr(each, name)) for name in ("dropped", "trained")}
         return {"experts": each.experts, "tokens": each.tokens, **parts}
 
     return {
         "out": str(drawn.out),
         "method": asdict(method),
-        "original": losses(drawn.original),
+        "original": row_document(drawn.original),
         "rounds": [told(each) for each in drawn.rounds],
         "control": None if drawn.control is None else told(drawn.control),
         "notes": list(drawn.notes),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moekern.cli.console import say, show
+from moekern.cli.before_after import pairs_document, show_pairs
+from moekern.cli.console import say
 from moekern.cli.given import compute_of, folder_of, result, text_of
 from moekern.cli.options import (
     Chunk,
@@ -36,7 +36,7 @@ from moekern.cli.options import (
     TrustRemoteCode,
     at_least,
 )
-from moekern.cli.recover import Top
+from moekern.cli.recover import Top, top_of
 from moekern.errors import InputError
 from moekern.files import check_new, check_work, is_folder, standing, work_path, working
 
@@ -98,7 +98,7 @@ def optimise(
 
     search = Search(
         steps=steps, step_tokens=step_tokens, masks=masks, rate=rate, budget=budget,
-        top=int(top) if top.isdecimal() else top, every=every, seed=seed,
+        top=top_of(top), every=every, seed=seed,
     )  # fmt: skip
     search.check()
     given = Plan.load(plan)
@@ -148,11 +148,7 @@ def optimised(
 
 
 def document_of(found: Optimised, out: Path) -> dict[str, Any]:
-    pairs = {"held": found.held, "judged": found.judged}
-    losses = {
-        name: dict(zip(("before", "after"), ({d: asdict(loss) for d, loss in r.items()} for r in pair), strict=True))
-        for name, pair in pairs.items()
-    }
+    losses = pairs_document({"held": found.held, "judged": found.judged})
     return {
         "out": str(out), "digest": found.plan.digest, "best": found.best, "steps": found.steps,
         "changed": found.changed, "curve": list(found.curve), "notes": list(found.notes), **losses,
@@ -161,19 +157,8 @@ def document_of(found: Optimised, out: Path) -> dict[str, Any]:
 
 def show_optimised(found: Optimised, begun: Plan, out: Path) -> None:
     """How the losses fell, and how many experts changed."""
-    from moekern.evaluation.losses import mean_loss
-
-    rows = []
-    for name, (before, after) in (("chose the best mask", found.held), ("decided nothing", found.judged)):
-        if before:
-            cells = []
-            for metric in ("nll", "kl", "top1"):
-                pair = [mean_loss({d: getattr(loss, metric) for d, loss in row.items()}) for row in (before, after)]
-                cells.append(" -> ".join(f"{value:.1%}" if metric == "top1" else f"{value:.4f}" for value in pair))
-            rows.append((f"{sum(loss.tokens for loss in before.values())} tokens that {name}", *cells))
-    if rows:
-        columns = ("text that no step was taken on", "loss, nats a token", "KL to original", "same top-1")
-        show(f"before -> after {found.best} steps", columns, rows)
+    pairs = {"chose the best mask": found.held, "decided nothing": found.judged}
+    show_pairs(f"before -> after {found.best} steps", "text that no step was taken on", pairs)
     for note in found.notes:
         say(note)
     kept = sum(len(layer.keep) for layer in begun.layers.values())

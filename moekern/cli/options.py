@@ -359,11 +359,7 @@ RefineOption = Annotated[
     ),
 ]
 ReEstimate = Annotated[
-    bool,
-    typer.Option(
-        "--reestimate",
-        help="Choose the experts of each layer anew, as many as before, behind layers that are pruned and refitted.",
-    ),
+    bool, typer.Option("--reestimate", help="Choose as many experts anew behind layers that are pruned and refitted.")
 ]
 ComputedDtype = Annotated[
     Computed,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekern.cli import ranks
-from moekern.cli.console import say, show
+from moekern.cli.before_after import show_pairs
+from moekern.cli.console import say
 from moekern.cli.given import compute_of, result, text_of
 from moekern.cli.options import (
     Chunk,
@@ -40,6 +40,7 @@ from moekern.files import sized, standing
 
 if TYPE_CHECKING:
     from moekern.cli.whole_recovery import Recovered
+    from moekern.data.text import Text
     from moekern.model.compute import Compute
     from moekern.recovery import Training
 
@@ -51,7 +52,7 @@ Train = Annotated[
     ),
 ]
 Kl = Annotated[float, typer.Option(help="Weight of KL to the original's predictions.")]
-Next = Annotated[float, typer.Option(help="Weight of the loss of the next token.")]
+Next = Annotated[float, typer.Option("--next", help="Weight of the loss of the next token.")]
 Top = Annotated[
     str, typer.Option(help="The original's likeliest tokens that KL is over, 6 bytes each in a file; or vocabulary.")
 ]
@@ -75,6 +76,18 @@ Patience = Annotated[int, typer.Option(help="Looks that may bring nothing before
 LoraRank = Annotated[int, typer.Option(help="With --train lora.", callback=at_least(1))]
 LoraAlpha = Annotated[float, typer.Option(help="With --train lora: its product is scaled by alpha / rank.")]
 LoraTargets = Annotated[str, typer.Option(help="With --train lora: attention, experts, linear; separated by commas.")]
+Adapter = Annotated[
+    bool, typer.Option("--adapter", help="With --train lora: write an adapter for peft instead of a checkpoint.")
+]
+Original = Annotated[
+    str | None, typer.Option(help="The folder or hub id of the model that predicts what --kl trains towards.")
+]
+Predictions = Annotated[
+    Path | None, typer.Option(help="A folder for what the original predicts, kept for other runs on the same text.")
+]
+OnlyEstimate = Annotated[
+    bool, typer.Option("--estimate", help="Say what it takes (time, memory, disk, reads), and do nothing.")
+]
 EntropyOption = Annotated[
     float,
     typer.Option(
@@ -92,39 +105,19 @@ TopK = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Options:
-    """Of a training, as they are given."""
+def training_of(*, train: str, top: str, lora_targets: str = "attention", **given: Any) -> Training:
+    """How options say that a model is trained. Raises InputError."""
+    from moekern.recovery import Training
 
-    train: str
-    kl: float
-    next: float
-    top: str
-    rate: float | None
-    epochs: float
-    step_tokens: int | None
-    warmup: float
-    floor: float
-    clip: float
-    decay: float
-    every: int | None
-    patience: int
-    seed: int
-    lora_rank: int
-    lora_alpha: float
-    lora_targets: str
-    adapter: bool = False
-    entropy: float = 0.0
-    top_k: int | None = None
+    words: dict[str, Any] = {"train": _words(train), "lora_targets": _words(lora_targets)}
+    training = Training(**given, **words, top=top_of(top))
+    training.check()
+    return training
 
-    def training(self) -> Training:
-        """Raises InputError."""
-        from moekern.recovery import Training
 
-        given: dict[str, Any] = vars(self) | {name: _words(getattr(self, name)) for name in ("train", "lora_targets")}
-        training = Training(**given | {"top": int(self.top) if self.top.isdecimal() else self.top})
-        training.check()
-        return training
+def top_of(top: str) -> int | str:
+    """--top as a number; a word, which is checked where it is used."""
+    return int(top) if top.isdecimal() else top
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -134,13 +127,11 @@ def _words(text: str) -> tuple[str, ...]:
 def recover(
     pruned: Annotated[Path, typer.Argument(help="The checkpoint folder whose weights train; it is only read.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    original: Annotated[
-        str | None, typer.Option(help="The folder or hub id of the model that predicts what --kl trains towards.")
-    ] = None,
+    original: Original = None,
     data: Data = None,
     train: Train = "all",
     kl: Kl = 1.0,
-    next_token: Annotated[float, typer.Option("--next", help="Weight of the loss of the next token.")] = 0.0,
+    next_token: Next = 0.0,
     top: Top = "64",
     rate: Rate = None,
     epochs: Epochs = 1.0,
@@ -154,9 +145,7 @@ def recover(
     lora_rank: LoraRank = 16,
     lora_alpha: LoraAlpha = 32.0,
     lora_targets: LoraTargets = "attention",
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="With --train lora: write an adapter for peft instead of a checkpoint.")
-    ] = False,
+    adapter: Adapter = False,
     entropy: EntropyOption = 0.0,
     top_k: TopK = None,
     preset: Preset = None,
@@ -174,49 +163,42 @@ def recover(
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
     copy: CopyOption = CopyMode.auto,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(help="A folder for what the original predicts, kept for other runs on the same text."),
-    ] = None,
-    only_estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say what it takes (time, memory, disk, reads), and do nothing.")
-    ] = False,
+    predictions: Predictions = None,
+    only_estimate: OnlyEstimate = False,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Train what a pruned model has left towards the original's predictions, a decoder layer in memory.
 
-    A tenth of the text chooses the best state, and another one judges it. After a kill the same command goes on at the
-    last look at held-back text.
+    A tenth of the text chooses the best state, another one judges it. After a kill it goes on at the last look.
     """
-    options = Options(
-        train, kl, next_token, top, rate, epochs, step_tokens, warmup, floor, clip, decay, every, patience, seed,
-        lora_rank, lora_alpha, lora_targets, adapter, entropy, top_k,
+    training = training_of(
+        train=train, kl=kl, next=next_token, top=top, rate=rate, epochs=epochs, step_tokens=step_tokens,
+        warmup=warmup, floor=floor, clip=clip, decay=decay, every=every, patience=patience, seed=seed,
+        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter, entropy=entropy,
+        top_k=top_k,
     )  # fmt: skip
-    training = options.training()
 
     from moekern.cli import whole_recovery
     from moekern.pruning.work_folder import check_target
 
     whole_recovery.clean_up(out)
     check_target(out, pruned)
-    if only_estimate:
-        _estimate(pruned, training, tokens, sequence_length, len(data or (1,)), compute_of(
-            device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=trust_remote_code,
-            tell=False,
-        ), out)  # fmt: skip
-        return
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
+    compute = compute_of(
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
+        trust_remote_code=trust_remote_code, tell=not only_estimate,
+    )  # fmt: skip
+    if only_estimate:
+        _estimate(pruned, training, text, compute, out)
+        return
     if not text.data:
         raise InputError("recover: it trains on text: give --data", kind="option")
-    compute = ranks.together(compute_of(
-        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
-        trust_remote_code=trust_remote_code,
-    ))  # fmt: skip
+    compute = ranks.together(compute)
     whole = None if original is None else ranks.folder_of(original, None, compute.team)
     done = whole_recovery.recover_stages(
         pruned, whole, text, training, compute, out, copy.value, predictions=predictions, restart=restart
@@ -224,23 +206,19 @@ def recover(
     result(done.document(), lambda: show_recovered(done))
 
 
-def _estimate(
-    pruned: Path, training: Training, tokens: str, sequence: int, domains: int, compute: Compute, out: Path
-) -> None:
+def _estimate(pruned: Path, training: Training, text: Text, compute: Compute, out: Path) -> None:
     """What training would take, where the original is as large as what is trained is."""
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli.estimate import estimate_document, probed, show_estimate
-    from moekern.data.mixes import parse_tokens
     from moekern.estimation.counted import Asked
     from moekern.recovery.estimated import recovered
 
-    count = parse_tokens(tokens)
-    if count is None:
+    if text.tokens is None:
         raise InputError("--tokens all: an estimate needs a number, such as 2M")
     checkpoint = open_checkpoint(pruned)
-    layout = find_layout(checkpoint)
-    job = probed(checkpoint, layout, compute, Asked(count, sequence, domains), standing(out.parent))
+    asked = Asked(text.tokens, text.sequence_length, max(1, len(text.data)))
+    job = probed(checkpoint, find_layout(checkpoint), compute, asked, standing(out.parent))
     stages = (recovered(job, training, 1.0),)
     result(estimate_document(job, stages), lambda: show_estimate(job, stages))
 
@@ -248,14 +226,8 @@ def _estimate(
 def show_recovered(done: Recovered) -> None:
     """How the losses fell, and what was written."""
     found = done.recovery
-    rows = []
-    for name, (before, after) in (("chose the best state", found.held), ("decided nothing", found.judged)):
-        if before:
-            count = sum(loss.tokens for loss in before.values())
-            rows.append((f"{count} tokens that {name}", *done.pairs(before, after)))
-    columns = ("text that is not trained on", "loss, nats a token", "KL to original", "same top-1")
-    if rows:
-        show(f"before -> after {found.best} steps", columns, rows)
+    pairs = {"chose the best state": found.held, "decided nothing": found.judged}
+    show_pairs(f"before -> after {found.best} steps", "text that is not trained on", pairs, against=done.against)
     for note in found.notes:
         say(note)
     report = done.written

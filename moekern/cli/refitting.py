@@ -13,7 +13,7 @@ from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console
 from moekern.data.batches import TokenData
 from moekern.evaluation.held_out import LEAST
-from moekern.evaluation.losses import ORIGINAL, Loss, losses_document, mean_loss
+from moekern.evaluation.losses import ORIGINAL, losses_document, mean_loss, row_of
 from moekern.files import is_folder, is_plain, write_bytes
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
@@ -77,7 +77,7 @@ def refitted(
         found = read_json(place.document)
         if found.get("recipe") == recipe:
             plans = {name: Plan.from_json(json.dumps(plan)) for name, plan in found["plans"].items()}
-            losses = {n: {d: Loss(**loss) for d, loss in row.items()} for n, row in found["losses"].items()}
+            losses = {n: row_of(row) for n, row in found["losses"].items()}
             return Refitting(plans, losses)
     place.document.unlink(missing_ok=True)
     with console.progress("refitting") as step:

@@ -12,11 +12,12 @@ from typing import Any
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
+from moekern.cli.before_after import pairs_document
 from moekern.cli.pipeline import Verdict, calibrate_to, evaluate_plans, verify_both
 from moekern.cli.prune import prune_to
 from moekern.cli.refitting import DROPPED, REFITTED, show_quality
 from moekern.cli.verify import show_verdict
-from moekern.cli.whole_recovery import changing_progress, losses_of
+from moekern.cli.whole_recovery import changing_progress
 from moekern.criteria import CRITERIA
 from moekern.criteria.table import DEFAULT
 from moekern.data.batches import TokenData
@@ -117,7 +118,7 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
         f"{before['nll']:.4f} -> {after['nll']:.4f}, KL to original {before['kl']:.4f} -> {after['kl']:.4f}"
     )
     document = {**_document(rows, verdict, texts), "refit": losses_document(fitted.losses)}
-    return {**document, "recover": losses_of(trained)["judged"]}
+    return {**document, **pairs_document({"recover": trained.judged})}
 
 
 def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.checkpoint.recovery import RECOVERY
 from moekern.cli import console, pipeline
+from moekern.cli.before_after import pairs_document
 from moekern.data.text import Text
 from moekern.errors import InputError, add_note
-from moekern.evaluation.losses import Loss, mean_loss
 from moekern.files import is_folder, work_path, working, write_bytes
 from moekern.model.compute import Compute
 from moekern.pruning.copying import Copy
@@ -26,8 +26,6 @@ from moekern.recovery.recover import STATE
 from moekern.recovery.trained import Trained
 
 WORK = "recover"  # in the work folder
-METRICS = ("nll", "kl", "top1")
-Row = Mapping[str, Loss]
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,6 @@ class Recovered:
     out: Path
     written: ReplacedReport | None  # None: an adapter was
     against: bool
-
-    def pairs(self, before: Row, after: Row) -> list[str]:
-        """Means over domains before and after, for people."""
-        cells = []
-        for name in METRICS:
-            pair = [mean_loss({d: getattr(loss, name) for d, loss in row.items()}) for row in (before, after)]
-            shown = [f"{value:.1%}" if name == "top1" else f"{value:.4f}" for value in pair]
-            cells.append(" -> ".join(shown) if self.against or name == "nll" else "-")
-        return cells
 
     def document(self) -> dict[str, Any]:
         found = self.recovery
@@ -66,10 +55,7 @@ class Recovered:
 
 def losses_of(found: Recovery) -> dict[str, Any]:
     """held and judged, before and after, as JSON."""
-    return {
-        name: dict(zip(("before", "after"), ({d: asdict(loss) for d, loss in r.items()} for r in pair), strict=True))
-        for name, pair in (("held", found.held), ("judged", found.judged))
-    }
+    return pairs_document({"held": found.held, "judged": found.judged})
 
 
 def recover_stages(
@@ -94,7 +80,11 @@ def recover_stages(
                 checkpoint, original, data, side / WORK, training, compute,
                 predictions=predictions, restart=restart, tell=console.say, progress=shown,
             )  # fmt: skip
-        record = {**found.record, **losses_of(found), "curve": list(found.curve)}
+        record = {
+            **found.record,
+            **losses_of(found),
+            "curve": list(found.curve),
+        }
         report = None
         if training.adapter:
             write_bytes(found.folder / RECOVERY, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
@@ -119,13 +109,14 @@ def _told_how_to_go_on(state: Path) -> Iterator[None]:
         raise
 
 
-def clean_up(out: Path) -> None:
-    """Remove what a process that was killed between giving `out` its name and removing this has left."""
+def clean_up(out: Path, name: str = WORK) -> None:
+    """Remove what a process that was killed between giving `out` its name and removing this has left in its work
+    folder."""
     side = work_path(out) if out.name else out
     made = is_folder(out) and (out / RECOVERY).is_file() and not (side / "checkpoint").exists()
-    if made and is_folder(side) and is_folder(side / WORK):
+    if made and is_folder(side) and is_folder(side / name):
         with suppress(InputError), working(out):
-            shutil.rmtree(side / WORK)
+            shutil.rmtree(side / name)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.held_out import LEAST, held_back
-from moekern.evaluation.losses import ORIGINAL, STATE, Evaluation, Loss, losses_document, mean_loss
+from moekern.evaluation.losses import ORIGINAL, STATE, Evaluation, losses_document, mean_loss, row_of
 from moekern.files import (
     check_name,
     check_new,
@@ -337,7 +337,7 @@ def _quality(
         for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
             removed(left)
     names = {ORIGINAL: ORIGINAL, **digests}
-    return {name: {d: Loss(**loss) for d, loss in rows[key].items()} for name, key in names.items()}
+    return {name: row_of(rows[key]) for name, key in names.items()}
 
 
 def quality_lines(found: Evaluation | None, asked: bool) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,14 @@ def mean_loss(row: Mapping[str, float]) -> float:
 
 def losses_document(table: Evaluation) -> dict[str, Any]:
     """The same as JSON."""
-    return {
-        name: {d: {"nll": loss.nll, "kl": loss.kl, "top1": loss.top1, "tokens": loss.tokens} for d, loss in row.items()}
-        for name, row in table.items()
-    }
+    return {name: row_document(row) for name, row in table.items()}
+
+
+def row_document(row: Mapping[str, Loss]) -> dict[str, Any]:
+    """Losses by domain as JSON."""
+    return {domain: asdict(loss) for domain, loss in row.items()}
+
+
+def row_of(document: Mapping[str, Mapping[str, Any]]) -> dict[str, Loss]:
+    """The inverse. Raises TypeError for what is none."""
+    return {domain: Loss(**loss) for domain, loss in document.items()}

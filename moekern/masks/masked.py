@@ -15,14 +15,13 @@ from torch import Tensor
 from moekern.errors import InputError
 from moekern.evaluation.losses import Loss, means
 from moekern.masks.slots import Routing, asking, check_called, with_slots
-from moekern.model.backward import Backward, handed_more
+from moekern.model.backward import Backward, eager_experts, handed_more
 from moekern.model.compute import few_tokens
 from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.masking import masked_layer
 from moekern.model.stepwise import Tangled
-from moekern.model.transformers_api import experts_implementation, is_experts_module
 from moekern.model.walk import Pass
 from moekern.recovery.course import Sample
 from moekern.recovery.objective import Objective
@@ -88,7 +87,7 @@ class Masked:
             return value / total
 
         first, layers = min(layerwise.moe_keys), len(layerwise.layers)
-        with self._eager(), layerwise.states() as states:
+        with eager_experts(layerwise.model), layerwise.states() as states:
             back = Backward(layerwise, first, states, tasks, loss, what=WHAT, loaded=self._at)
             back.forward(lambda i: progress((i + 1) / layers / 3))
             for i in back.layers():
@@ -126,7 +125,7 @@ class Masked:
     def look(self, samples: Sequence[Sample], dropped: Dropped) -> Mapping[str, Loss]:
         """Losses by domain under one mask, in a pass forward."""
         look = _Look(self)
-        with self._eager(), self.layerwise.states() as states:
+        with eager_experts(self.layerwise.model), self.layerwise.states() as states:
             try:
                 self.layerwise.run_stepwise([Task(sample, 0, dropped) for sample in samples], look, states)
             except Tangled as found:
@@ -154,13 +153,6 @@ class Masked:
                 loader, layer = self.layerwise.loader, self.layerwise.layout.layers[key]
                 module = self.layerwise.layers[self.layer]
                 stack.enter_context(masked_layer(loader, layer, module, dropped[key]))
-            yield
-
-    @contextmanager
-    def _eager(self) -> Iterator[None]:
-        """Experts are computed by a function that autograd knows."""
-        modules = [m for m in self.layerwise.model.modules() if is_experts_module(m)]
-        with experts_implementation(modules, "eager"):
             yield
 
 

@@ -18,15 +18,15 @@ from moekern.checkpoint.writing import write_tensors
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.evaluation.losses import Loss, mean_loss
+from moekern.evaluation.losses import Loss, mean_loss, row_document, row_of
 from moekern.files import is_plain
 from moekern.masks.logits import Logits, Pools, drawn, gathered, spread
 from moekern.masks.masked import WHAT, Masked, check_optimised
 from moekern.masks.settings import Search
 from moekern.model.compute import Compute
-from moekern.model.journal import ANEW, undamaged
+from moekern.model.journal import check_same_run, undamaged
 from moekern.model.layerwise import open_layerwise
-from moekern.model.position import differences, text_key
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.model.requantised import as_stored
 from moekern.plan.budgets import Budget
@@ -149,7 +149,7 @@ class _Run:
         """Steps to the end. The state is written down at every look."""
         state, of = self._left(), len(self.course.steps)
         if state.step == 0 and not state.curve:
-            state.before = _document(self._look(self.course.judged, self.logits.values))
+            state.before = row_document(self._look(self.course.judged, self.logits.values))
             self._looked(state)
         while state.step < of:
             told = self._stepped(state.step, of)
@@ -186,7 +186,7 @@ class _Run:
         held = self._look(self.course.held, self.logits.values)
         if held:
             value = mean_loss({domain: loss.kl for domain, loss in held.items()})
-            state.curve.append({"step": state.step, "held": _document(held), "changed": self._changed()})
+            state.curve.append({"step": state.step, "held": row_document(held), "changed": self._changed()})
         if not held or state.least is None or value < state.least:
             state.least, state.best, self.best = value if held else None, state.step, self.logits.values.clone()
         vectors = {name: self.best if name == "best" else getattr(self.logits, name) for name in VECTORS}
@@ -218,9 +218,9 @@ class _Run:
         if self.course.held and not state.best:
             notes.append("no mask was better on held-back text than the plan's: it stays as it is; more steps may help")
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, state.best)]
-        held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
+        held = (row_of(looks[0]), row_of(looks[-1])) if self.course.held else ({}, {})
         changed = int((self.logits.pools.chosen(self.best) & ~self.start).sum())
-        judged = _losses(state.before), after
+        judged = row_of(state.before), after
         return Optimised(plan, state.best, state.step, changed, held, judged, tuple(state.curve), tuple(notes))
 
 
@@ -332,16 +332,4 @@ def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:
     if restart:
         (folder / STATE).unlink(missing_ok=True)
     if is_plain(folder / STATE):
-        then = Trained.said_in(folder / STATE).get("key")
-        differing = differences(then, key) if isinstance(then, dict) else "key"
-        if differing:
-            what = f"a stopped run is kept there, with another {differing}; give the same again and it goes on"
-            raise InputError(f"{folder}: {what}, or {ANEW}", kind="option")
-
-
-def _document(losses: Losses) -> dict[str, dict[str, Any]]:
-    return {domain: asdict(loss) for domain, loss in losses.items()}
-
-
-def _losses(document: Mapping[str, Mapping[str, Any]]) -> Losses:
-    return {domain: Loss(**loss) for domain, loss in document.items()}
+        check_same_run(folder, Trained.said_in(folder / STATE).get("key"), key)

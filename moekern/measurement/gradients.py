@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.files import scratch, sized
-from moekern.model.backward import Backward
+from moekern.model.backward import Backward, eager_experts
 from moekern.model.backward_apart import BackwardApart
 from moekern.model.expert_lists import NO_GRADIENT, blocks_with_lists
 from moekern.model.experts import experts_of
@@ -30,7 +30,6 @@ from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.journal import Journal
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.paged import paged_zeros
-from moekern.model.transformers_api import experts_implementation, is_experts_module
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
 STAGES = ("gradients, forward", "gradients, backward")
@@ -73,8 +72,7 @@ def measure_gradients(
 
     with ExitStack() as stack:
         folder = stack.enter_context(scratch(layerwise.spill or tempfile.gettempdir(), "spill"))
-        decorated = [m for m in model.modules() if is_experts_module(m)]
-        stack.enter_context(experts_implementation(decorated, "eager"))
+        stack.enter_context(eager_experts(model))
         states = stack.enter_context(layerwise.states())
         back = Backward(layerwise, min(layerwise.moe_keys), states, data.batches, loss, kept)
         forward, backward = (None if journal is None else journal.stage(name) for name in STAGES)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moekern import files
 from moekern.errors import InputError, add_note
 from moekern.model.position import OWN, Position, differences
@@ -294,6 +296,15 @@ def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
         raise
 
 
+def check_same_run(folder: Path, then: Any, now: Mapping[str, Any]) -> None:
+    """Raise InputError where a stopped run is kept in a folder that another key decides."""
+    with undamaged(folder):
+        differing = differences(then, json.loads(json.dumps(now)))
+    if differing:
+        what = f"a stopped run is kept there, with another {differing}; give the same again and it goes on"
+        raise InputError(f"{folder}: {what}, or {ANEW}", kind="option")
+
+
 @contextmanager
 def undamaged(folder: Path) -> Iterator[None]:
     """What is read there and cannot be becomes an InputError."""
@@ -301,7 +312,7 @@ def undamaged(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: what a stopped run has left there is damaged ({error}); {ANEW}") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
-from moekern.model.transformers_api import Loader, revert_weight_conversion
+from moekern.model.transformers_api import Loader, turned_back
 
 PLAIN = ("F32", "BF16", "F16")
 
@@ -25,7 +25,7 @@ def saved(loader: Loader, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
     before = getattr(model, "_weight_conversions", None)
     model._weight_conversions = [each for each in loader.mapping if each.was_used()]
     try:
-        return dict(revert_weight_conversion(model, dict(parameters)))
+        return dict(turned_back(model, dict(parameters)))
     finally:
         model._weight_conversions = before
 

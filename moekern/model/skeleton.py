@@ -36,4 +36,5 @@ def fill_skeleton(model: LayerwiseModel, keys: Iterable[str]) -> None:
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer if buffer is None or buffer.is_meta else buffer.to(device)
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)

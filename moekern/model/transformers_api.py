@@ -26,9 +26,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
-)
-from transformers.core_model_loading import (
-    revert_weight_conversion as revert_weight_conversion,
+    revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import moe
@@ -48,6 +46,7 @@ from moekern.model.memory import Unfilled
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
 EXPERTS_FUNCTIONS, grouped_linear = moe.ALL_EXPERTS_FUNCTIONS, moe._grouped_linear
+turned_back = revert_weight_conversion  # what a model holds, as its checkpoint does
 Numbers = Mapping[tuple[str, ...], int]  # config path -> what stands there
 TWIN = "; prune and verify work, and so does a plan that was made on an unquantised twin of the model"
 
@@ -369,8 +368,7 @@ def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _outermost_list(model: nn.Module, name: str) -> str | None:
-    parts = name.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(1, len(parts)))
+    prefixes = (".".join(parts[:n]) for parts in [name.split(".")] for n in range(1, len(parts)))
     return next((p for p in prefixes if isinstance(model.get_submodule(p), nn.ModuleList)), None)
 
 

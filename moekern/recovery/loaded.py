@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -32,8 +34,10 @@ class Ready:
 
 
 @contextmanager
-def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Iterator[Ready]:
-    """Raises InputError for what cannot be trained, or not written."""
+def trainable(
+    checkpoint: Checkpoint, compute: Compute, training: Training
+) -> Iterator[tuple[LayerwiseModel, list[Chosen]]]:
+    """A model and what trains of it. Raises InputError for what cannot be trained, or not written."""
     layout = find_layout(checkpoint)
     if layout.family.no_gradient:
         raise InputError(f"recover: {layout.family.name} cannot be trained: {layout.family.no_gradient}")
@@ -46,15 +50,21 @@ def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Itera
             check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
         if layerwise.groups.cuts:
             raise layerwise.takes.refusal("layers that are run in groups of experts are not trained")
-        with _paged(layerwise, some) as folder:
-            inside = folder is None
-            there = staying(layerwise, bytes_trained(some) if inside else 0)
-            where = "in memory" if inside else f"in files in {folder and folder.parent}"
-            layers = sum(_bytes(layer) for layer in layerwise.layers)
-            of_layers = f"all layers in memory ({sized(layers)})" if there.stays else "one layer in memory at a time"
-            numbers = sum(value.numel() for one in some for value in [layerwise.model.get_parameter(one.name)])
-            said = f"{numbers} weights train, {sized(bytes_trained(some))} {where} for them; {of_layers}"
-            yield Ready(there, Trained(there, some, training, folder), said)
+        yield layerwise, some
+
+
+@contextmanager
+def ready(checkpoint: Checkpoint, compute: Compute, training: Training) -> Iterator[Ready]:
+    """The same with room for what trains. Raises InputError as `trainable` does, and where the disk has none."""
+    with trainable(checkpoint, compute, training) as (layerwise, some), _paged(layerwise, some) as folder:
+        inside = folder is None
+        there = staying(layerwise, bytes_trained(some) if inside else 0)
+        where = "in memory" if inside else f"in files in {folder and folder.parent}"
+        layers = sum(_bytes(layer) for layer in layerwise.layers)
+        of_layers = f"all layers in memory ({sized(layers)})" if there.stays else "one layer in memory at a time"
+        numbers = sum(prod(one.shape) for one in some)
+        said = f"{numbers} weights train, {sized(bytes_trained(some))} {where} for them; {of_layers}"
+        yield Ready(there, Trained(there, some, training, folder), said)
 
 
 def staying(layerwise: LayerwiseModel, taken: int = 0) -> LayerwiseModel:
@@ -77,8 +87,6 @@ def _paged(layerwise: LayerwiseModel, some: list[Chosen]) -> Iterator[Path | Non
     if bytes_trained(some) <= layerwise.takes.room // SHARE:
         yield None
         return
-    import tempfile
-
     with scratch(layerwise.spill or tempfile.gettempdir(), "recover") as folder:
         yield folder
 

@@ -21,12 +21,12 @@ from moekern.checkpoint.strict_json import read_json
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError, check_type
 from moekern.evaluation.held_out import held_back
-from moekern.evaluation.losses import ORIGINAL, Loss, evaluate
+from moekern.evaluation.losses import ORIGINAL, evaluate, row_document, row_of
 from moekern.files import is_folder, is_plain, write_bytes
 from moekern.iteration.rounds import Method, iterate, needs_text, schedule
 from moekern.model.compute import Compute
-from moekern.model.journal import ANEW, undamaged
-from moekern.model.position import differences, text_key
+from moekern.model.journal import check_same_run
+from moekern.model.position import text_key
 from moekern.pruning.prune import prune
 from moekern.pruning.replaced import write_replaced
 from moekern.recovery.recover import TRAINED, Losses, Progress, recover
@@ -63,8 +63,8 @@ class Lottery:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round came to: experts left in each layer, tokens trained on, losses on text that decided nothing, as it
-    was dropped and as it was trained."""
+    """What a round came to: experts left in each layer, tokens that steps were taken on, losses on text that decided
+    nothing, as it was dropped and as it was trained."""
 
     experts: int
     tokens: int
@@ -154,7 +154,7 @@ class _Run:
         current, found, total = self.checkpoint, list[Round](), self.method.total
         for number, count in enumerate(counts, start=1):
             name, before = f"round-{number}", f"round-{number - 1}"
-            past, tokens = sum(each.tokens for each in found), self.method.tokens_of(number)
+            past, tokens = sum(map(self.method.tokens_of, range(1, number))), self.method.tokens_of(number)
             text = _portion(self.data, past / total, (past + tokens) / total)
             found.append(self.cut(name, current, count, text, tokens))
             trained = self.folder / name / TRAINED_MODEL
@@ -172,7 +172,7 @@ class _Run:
         place.mkdir(exist_ok=True)
         if is_plain(place / DONE):
             found = read_json(place / DONE)
-            return Round(count, tokens, _losses(found["dropped"]), _losses(found["trained"]))
+            return Round(count, found["tokens"], row_of(found["dropped"]), row_of(found["trained"]))
         pruned = place / PRUNED
         if not is_folder(pruned):
             way = Method(self.method.criterion, count, reestimate=False, seed=self.method.seed)
@@ -186,9 +186,15 @@ class _Run:
             judged=self.judged, tell=self.tell, progress=self.progress,
         )  # fmt: skip
         dropped, trained = made.judged
-        said = {"dropped": _document(dropped), "trained": _document(trained), "record": dict(made.record)}
+        taken = sum(each.get("tokens", 0) for each in made.curve)
+        said = {
+            "tokens": taken,
+            "dropped": row_document(dropped),
+            "trained": row_document(trained),
+            "record": dict(made.record),
+        }
         write_bytes(place / DONE, json.dumps(said).encode())
-        return Round(count, tokens, dropped, trained)
+        return Round(count, taken, dropped, trained)
 
     def write(self, name: str, out: Path) -> None:
         """The checkpoint that a round has trained, with what it was trained by."""
@@ -199,15 +205,10 @@ class _Run:
 
 def _check_key(folder: Path, key: Mapping[str, Any]) -> None:
     """Raise InputError where a run of another kind was stopped."""
-    now = json.loads(json.dumps(key))
-    if not is_plain(folder / KEY):
-        write_bytes(folder / KEY, json.dumps(now).encode())
-        return
-    with undamaged(folder):
-        differing = differences(read_json(folder / KEY), now)
-    if differing:
-        what = f"a stopped run is kept there, with another {differing}; give the same again and it goes on"
-        raise InputError(f"{folder}: {what}, or {ANEW}", kind="option")
+    if is_plain(folder / KEY):
+        check_same_run(folder, read_json(folder / KEY), key)
+    else:
+        write_bytes(folder / KEY, json.dumps(key).encode())
 
 
 def _trained(text: TokenData) -> int:
@@ -223,11 +224,3 @@ def _portion(data: TokenData, start: float, stop: float) -> TokenData:
         first = min(int(start * len(rows)), len(rows) - 1)
         batches += [Batch(domain, row[None]) for row in rows[first : max(first + 1, round(stop * len(rows)))]]
     return replace(data, batches=tuple(batches), recipe={**data.recipe, "portion": [start, stop]})
-
-
-def _document(losses: Losses) -> dict[str, Any]:
-    return {domain: asdict(loss) for domain, loss in losses.items()}
-
-
-def _losses(document: Mapping[str, Mapping[str, Any]]) -> Losses:
-    return {domain: Loss(**loss) for domain, loss in document.items()}

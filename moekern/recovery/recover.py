@@ -17,17 +17,17 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.evaluation.losses import Loss, mean_loss
+from moekern.evaluation.losses import Loss, mean_loss, row_document, row_of
 from moekern.files import is_folder, is_plain
 from moekern.model.compute import Compute
-from moekern.model.journal import ANEW, Resume, opened, removed
+from moekern.model.journal import Resume, check_same_run, opened, removed
 from moekern.model.layerwise import open_layerwise
-from moekern.model.position import differences, digest, text_key
+from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.model.top_k import TopK
 from moekern.recovery.course import Course, Sample
 from moekern.recovery.entropy import RECONSTRUCTED, check_entropy, idle
-from moekern.recovery.loaded import ready
+from moekern.recovery.loaded import ready, trainable
 from moekern.recovery.objective import Objective
 from moekern.recovery.settings import VOCABULARY, Training
 from moekern.recovery.steps import Steps
@@ -122,12 +122,12 @@ def recover(
     team.meet()
     if not is_folder(folder):
         raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
-    with ready(student, compute, training) as there:  # what cannot be trained is found before anything is computed
-        classes = there.layerwise.vocab_size
+    with trainable(student, compute, training) as (layerwise, _):  # what cannot be is found before anything is computed
+        classes = layerwise.vocab_size
         if training.entropy:
-            check_entropy(there.layerwise)
+            check_entropy(layerwise)
         if training.top_k is not None:
-            TopK(there.layerwise.loader, there.layerwise.layout).check(training.top_k)
+            TopK(layerwise.loader, layerwise.layout).check(training.top_k)
     teacher = None
     if training.kl and whole is not None:
         place = predictions or folder
@@ -228,7 +228,7 @@ class _Run:
         state = self._left()
         of, looks = self.of, self.training.looks(self.of)
         if state.step == 0 and not state.curve:
-            state.before = _document(self._look(self.course.judged))
+            state.before = row_document(self._look(self.course.judged))
             self._looked(state)
         peak = self.training.peak(self.steps.layerwise.embedding_size, self._distance(state))
         while state.step < of and state.stale < self.training.patience:
@@ -286,9 +286,9 @@ class _Run:
         else:
             count = write_trained(self.trained, out, as_it_was=not best)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
-        held = (_losses(looks[0]), _losses(looks[-1])) if self.course.held else ({}, {})
+        held = (row_of(looks[0]), row_of(looks[-1])) if self.course.held else ({}, {})
         return Recovery(
-            out, count, best, state.step, held, (_losses(state.before), after), tuple(state.curve),
+            out, count, best, state.step, held, (row_of(state.before), after), tuple(state.curve),
             {"training": asdict(self.training), "best": best, "steps": state.step, **self.key, **self._reconstructed()},
             tuple(notes), fewer,
         )  # fmt: skip
@@ -314,7 +314,7 @@ class _Run:
         self.chosen.choose(self.top_k)
         team, held = self.steps.layerwise.team, self._look(self.course.held, shown=state.step == 0)
         if held:
-            state.curve.append({"step": state.step, "held": _document(held)})
+            state.curve.append({"step": state.step, "held": row_document(held)})
             value = _value(held, self.training)
             if state.least is None or value < state.least:
                 state.least, state.best, state.stale = value, state.step, 0
@@ -354,11 +354,7 @@ def _check_left(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:
         for name in (STATE, BEST):
             (folder / name).unlink(missing_ok=True)
     if is_plain(folder / STATE):
-        then = Trained.said_in(folder / STATE).get("key")
-        differing = differences(then, key) if isinstance(then, dict) else "key"
-        if differing:
-            what = f"a stopped run is kept there, with another {differing}; give the same again and it goes on"
-            raise InputError(f"{folder}: {what}, or {ANEW}", kind="option")
+        check_same_run(folder, Trained.said_in(folder / STATE).get("key"), key)
 
 
 def _key(
@@ -389,11 +385,3 @@ def _value(losses: Losses, training: Training) -> float:
     """What training makes smaller, on some text: a mean over domains."""
     parts = (mean_loss({d: getattr(loss, name) for d, loss in losses.items()}) for name in ("kl", "nll"))
     return sum(weight * part for weight, part in zip((training.kl, training.next), parts, strict=True) if weight)
-
-
-def _document(losses: Losses) -> dict[str, dict[str, Any]]:
-    return {domain: asdict(loss) for domain, loss in losses.items()}
-
-
-def _losses(document: Mapping[str, Mapping[str, Any]]) -> Losses:
-    return {domain: Loss(**loss) for domain, loss in document.items()}

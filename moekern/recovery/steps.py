@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,10 @@ from torch import Tensor
 from moekern.data.batches import dealt
 from moekern.errors import InputError
 from moekern.evaluation.losses import Loss, means
-from moekern.model.backward import Backward
+from moekern.model.backward import Backward, eager_experts
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.transformers_api import experts_implementation, is_experts_module
 from moekern.model.walk import Pass
 from moekern.recovery.course import Sample
 from moekern.recovery.entropy import Entropy
@@ -59,7 +58,7 @@ class Steps:
         first = min((one.layer for one in trained.some if one.layer is not None), default=layers)
         tokens = sum(sample.batch.input_ids.numel() for sample in samples)
         routers = Entropy(layerwise, self.entropy, tokens, first)
-        with self._training(), layerwise.states() as states:
+        with eager_experts(layerwise.model), layerwise.states() as states:
             trained.put_in(None)
             back = Backward(
                 layerwise, first, states, mine, loss,
@@ -111,7 +110,7 @@ class Steps:
         """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank. `step` is told
         how many layers are done, of how many."""
         look = _Look(self, self._own(samples), step)
-        with self._training():
+        with eager_experts(self.layerwise.model):
             self.trained.put_in(None)
             self.layerwise.run(look.samples, look)
             self.trained.take_out(None)
@@ -125,11 +124,6 @@ class Steps:
         team = self.layerwise.team
         owners = dealt([sample.batch.input_ids.numel() for sample in samples], team.size)
         return [sample for sample, owner in zip(samples, owners, strict=True) if owner == team.rank]
-
-    def _training(self) -> AbstractContextManager[None]:
-        """Experts are computed by a function that autograd knows."""
-        modules = [m for m in self.layerwise.model.modules() if is_experts_module(m)]
-        return experts_implementation(modules, "eager")
 
     def _loss(self, sample: Sample) -> tuple[Tensor, Tensor]:
         ids, logits = sample.batch.input_ids, self.layerwise.compute(sample.batch).logits

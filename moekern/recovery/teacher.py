@@ -77,8 +77,9 @@ class Teacher:
     def open(self, key: str, *, anew: bool = False) -> bool:
         """Map the file; whether it holds the predictions that `key` names. One that does not is written anew, with
         zeros. Raises InputError where the disk has no room."""
-        complete = not anew and is_plain(self.path) and self._holds(key)
-        if not complete and not self._begun(key, anew=anew):
+        there = not anew and is_plain(self.path) and self._names(key)  # whole, or put in part by a run that was stopped
+        complete = there and is_plain(_done(self.path))
+        if not there:
             self._make(key)
         self._map("r" if complete else "r+")
         return complete
@@ -118,13 +119,6 @@ class Teacher:
         logp = torch.from_numpy(np.array(self.arrays["logp"][rows], dtype=np.float32))
         ids = self.arrays.get("ids")
         return Predicted(None if ids is None else torch.from_numpy(np.array(ids[rows], dtype=np.int64)), logp)
-
-    def _holds(self, key: str) -> bool:
-        return is_plain(_done(self.path)) and self._names(key)
-
-    def _begun(self, key: str, *, anew: bool) -> bool:
-        """A stopped run has left a file of these predictions, which it had put in part."""
-        return not anew and is_plain(self.path) and self._names(key)
 
     def _names(self, key: str) -> bool:
         try:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from moekern.checkpoint.writing import write_tensors
-from moekern.errors import InputError
+from moekern.model.journal import undamaged
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.paged import paged_zeros
 from moekern.model.requantised import as_stored
@@ -146,7 +145,7 @@ class Trained:
 
     def load(self, path: Path, kinds: Sequence[str] = WRITTEN) -> dict[str, Any]:
         """What `save` wrote; what was said. Raises InputError for a file that something has spoilt."""
-        with _undamaged(path), safe_open(path, framework="pt") as file:
+        with undamaged(path), safe_open(path, framework="pt") as file:
             for kind in kinds:
                 for name in self.names:
                     self.numbers[kind, name].copy_(file.get_tensor(f"{kind}/{name}"))
@@ -156,14 +155,5 @@ class Trained:
     @staticmethod
     def said_in(path: Path) -> dict[str, Any]:
         """What was said of what `save` wrote."""
-        with _undamaged(path), safe_open(path, framework="pt") as file:
+        with undamaged(path), safe_open(path, framework="pt") as file:
             return dict(json.loads(file.metadata()["said"]))
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    """A file that something has spoilt is told of."""
-    try:
-        yield
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: what a stopped run has left is damaged; --restart begins anew") from error

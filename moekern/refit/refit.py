@@ -17,7 +17,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.evaluation.losses import ORIGINAL, Evaluation, means
+from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import open_layerwise
@@ -200,7 +200,7 @@ def _plan(
         "layers": dict(records),
         **described(variant),
         "data": data.recipe,
-        "judged": {domain: asdict(loss) for domain, loss in losses.items()},
+        "judged": row_document(losses),
     }
     return Plan({**made, **rest}, {**before, REFIT: said})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +52,12 @@ def want(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, D
 
 def test_experts_go_in_rounds_and_what_stays_is_trained(want: tuple[Path, Drawn], model: Path) -> None:
     place, found = want
-    assert [(each.experts, each.tokens) for each in found.rounds] == [(6, 200), (4, 200)]
+    assert [(each.experts, each.tokens) for each in found.rounds] == [
+        (6, 192),
+        (4, 192),
+    ]  # of 200 asked, in whole batches
     assert found.control is not None
-    assert (found.control.experts, found.control.tokens) == (4, 400)
+    assert (found.control.experts, found.control.tokens) == (4, 384)
     for each in (*found.rounds, found.control):
         assert each.trained["a"].nll != each.dropped["a"].nll
         assert each.trained["a"].tokens == found.original["a"].tokens
@@ -132,3 +136,12 @@ def test_the_command_refuses_in_one_line(options: tuple[str, ...], line: str, mo
     assert done.returncode == 2
     assert line in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_command_leaves_that_was_killed_at_its_very_end_goes_with_the_next(
+    want: tuple[Path, Drawn], model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(want[0] / "out", tmp_path / "out")
+    (tmp_path / "out.moekern" / "lottery").mkdir(parents=True)
+    done = moekern("lottery", model, "--keep", 4, "--out", tmp_path / "out", "--data", tmp_path)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [tmp_path / "out"])
