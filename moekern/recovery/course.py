@@ -69,14 +69,16 @@ class Course:
 
 
 def schedule(sizes: Sequence[int], training: Training) -> list[list[int]]:
-    """The batches, of so many tokens each, of every step: as many as come nearest to a step's tokens, one at least."""
+    """The batches, of so many tokens each, of every step, one at least: a step ends where all so far come nearest to
+    what they are to have, so that what one lacks the next one has."""
     rng, steps = np.random.default_rng(training.seed), list[list[int]]()
     waiting: list[int] = rng.permutation(len(sizes)).tolist()
     whole = round(training.epochs * sum(sizes))
     most = training.tokens_of_step(whole)
-    for _ in range(max(1, round(whole / most))):
-        step, total = list[int](), 0
-        while not step or total + sizes[waiting[0]] / 2 <= most:
+    total = 0
+    for number in range(1, max(1, round(whole / most)) + 1):
+        step = list[int]()
+        while not step or total + sizes[waiting[0]] / 2 <= number * most:
             step.append(waiting.pop(0))
             total += sizes[step[-1]]
             waiting = waiting or rng.permutation(len(sizes)).tolist()

@@ -36,6 +36,12 @@ def test_the_text_is_gone_through_as_often_as_asked(sizes: list[int], epochs: fl
         assert sum(sizes[n] for n in order) == pytest.approx(whole, rel=0.7)
 
 
+def test_what_one_step_lacks_the_next_one_has() -> None:
+    found = schedule([7] * 100, Training(step_tokens=10))
+    assert len(found) == 70
+    assert [sum(7 for step in found[:n] for _ in step) for n in (10, 35, 70)] == pytest.approx([100, 350, 700], abs=4)
+
+
 def test_a_step_of_more_tokens_than_there_are_is_all_of_them_once() -> None:
     assert [sorted(step) for step in schedule([10] * 7, Training(step_tokens=5000))] == [list(range(7))]
     assert [len(step) for step in schedule([10] * 7, Training())] == [7]
