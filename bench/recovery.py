@@ -34,7 +34,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, Loss, evaluate, mean_loss
+from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.losses import ORIGINAL, Loss, mean_loss
 from moekern.pruning.prune import prune
 from moekern.recovery import Training, recover
 from moekern.recovery.lottery import Lottery, lottery

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moekern.data.read import read_data as read_data
     from moekern.data.text import Text as Text
     from moekern.errors import InputError as InputError
-    from moekern.evaluation.losses import evaluate as evaluate
+    from moekern.evaluation.evaluate import evaluate as evaluate
     from moekern.model.compute import Compute as Compute
     from moekern.plan.budgets import Budget as Budget
     from moekern.plan.document import Plan as Plan
@@ -56,7 +56,7 @@ HOMES = {
     "Text": "data.text",
     "calibrate": "calibration.calibrate",
     "compare_forward": "verification.logits",
-    "evaluate": "evaluation.losses",
+    "evaluate": "evaluation.evaluate",
     "make_plan": "plan.make",
     "merge": "statistics.file",
     "observe": "calibration.observe",

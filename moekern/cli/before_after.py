@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from moekern.cli.console import show
 
 if TYPE_CHECKING:
-    from moekern.evaluation.losses import Loss
+    from moekern.evaluation.losses import Loss, Metric
 
     Row = Mapping[str, Loss]  # by domain
     Pair = tuple[Row, Row]  # before and after; empty where there was no text
 
-METRICS = ("nll", "kl", "top1")
+METRICS: tuple[Metric, ...] = ("nll", "kl", "top1")
 COLUMNS = ("loss, nats a token", "KL to original", "same top-1")
 
 
@@ -38,8 +38,8 @@ def show_pairs(title: str, of: str, pairs: Mapping[str, Pair], *, against: bool 
         show(title, (of, *COLUMNS), rows)
 
 
-def _cell(metric: str, *pair: Row) -> str:
-    from moekern.evaluation.losses import mean_loss
+def _cell(metric: Metric, *pair: Row) -> str:
+    from moekern.evaluation.losses import mean_of
 
-    means = (mean_loss({d: getattr(loss, metric) for d, loss in row.items()}) for row in pair)
+    means = (mean_of(row, metric) for row in pair)
     return " -> ".join(f"{value:.1%}" if metric == "top1" else f"{value:.4f}" for value in means)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moekern.cli import ranks
-from moekern.cli.console import say, show
+from moekern.cli.console import say
 from moekern.cli.given import compute_of, named_plans, result, text_of
 from moekern.cli.options import (
     BatchSize,
@@ -33,9 +34,8 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
-
-if TYPE_CHECKING:
-    from moekern.evaluation.losses import Evaluation
+from moekern.errors import InputError
+from moekern.files import check_new, write_bytes
 
 
 def evaluate(
@@ -51,6 +51,7 @@ def evaluate(
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write losses and differences there too: .json, or .csv.")] = None,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
     memory: Memory = None,
@@ -61,9 +62,13 @@ def evaluate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss per domain of the original and of plans, in one pass over the weights."""
+    """Held-out loss per domain of the original and of plans, in one pass over the weights; differences between plans
+    are paired by sequence."""
+    check_written(out)
+
     from moekern.cli import pipeline
-    from moekern.evaluation.losses import losses_document
+    from moekern.cli.judged import judged_document, judged_rows, show_judged
+    from moekern.rows import csv_text
 
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
@@ -83,22 +88,17 @@ def evaluate(
         say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
     losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
-    result(losses_document(losses), lambda: show_losses(losses))
+    document = judged_document(losses)
+    if out is not None:
+        text_out = csv_text(judged_rows(losses)) if out.suffix == ".csv" else json.dumps(document, indent=1) + "\n"
+        write_bytes(out, text_out.encode(), new=True)
+    result(document, lambda: show_judged(losses))
 
 
-def show_losses(table: Evaluation) -> None:
-    """Loss per domain, a row a plan."""
-    from moekern.evaluation.losses import mean_loss
-
-    domains = list(next(iter(table.values())))
-    rows = [
-        (
-            name,
-            *(f"{row[d].nll:.4f}" for d in domains),
-            f"{mean_loss({d: row[d].nll for d in domains}):.4f}",
-            f"{mean_loss({d: row[d].kl for d in domains}):.4f}",
-            f"{mean_loss({d: row[d].top1 for d in domains}):.1%}",
-        )
-        for name, row in table.items()
-    ]
-    show("held-out loss, nats per token", ("plan", *domains, "mean", "KL to original", "same top-1"), rows)
+def check_written(out: Path | None) -> None:
+    """Raise InputError for a file that losses cannot be written to, before anything is measured."""
+    if out is None:
+        return
+    if out.suffix not in (".json", ".csv"):
+        raise InputError(f"--out {out}: losses are written as .json or .csv; name such a file")
+    check_new(out)

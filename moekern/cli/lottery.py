@@ -203,10 +203,9 @@ def show_drawn(drawn: Drawn, method: Lottery) -> None:
 
 
 def _cells(row: Mapping[str, Loss]) -> tuple[str, str]:
-    from moekern.evaluation.losses import mean_loss
+    from moekern.evaluation.losses import mean_of
 
-    nll, kl = (mean_loss({d: getattr(loss, name) for d, loss in row.items()}) for name in ("nll", "kl"))
-    return f"{nll:.4f}", f"{kl:.4f}"
+    return f"{mean_of(row, 'nll'):.4f}", f"{mean_of(row, 'kl'):.4f}"
 
 
 def _document(drawn: Drawn, method: Lottery) -> dict[str, Any]:

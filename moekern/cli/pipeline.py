@@ -32,7 +32,8 @@ from moekern.cli.text_groups import divided, measured_in_groups
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError, NoRoomForText
-from moekern.evaluation.losses import ORIGINAL, Evaluation, evaluate
+from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.files import (
     check_new,
     check_work,

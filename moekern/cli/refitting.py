@@ -13,7 +13,7 @@ from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console
 from moekern.data.batches import TokenData
 from moekern.evaluation.held_out import LEAST
-from moekern.evaluation.losses import ORIGINAL, losses_document, mean_loss, row_of
+from moekern.evaluation.losses import METRICS, ORIGINAL, losses_document, mean_of, row_of
 from moekern.files import is_folder, is_plain, write_bytes
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
@@ -137,11 +137,11 @@ def show_quality(made: Refitting) -> None:
     """Losses on text that decided nothing, a row a stream."""
     rows = []
     for name, row in made.losses.items():
-        means = [mean_loss({d: getattr(loss, field) for d, loss in row.items()}) for field in ("nll", "kl", "top1")]
+        means = [mean_of(row, metric) for metric in METRICS]
         rows.append((name, f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.1%}"))
     tokens = sum(loss.tokens for loss in made.losses[ORIGINAL].values())
     columns = ("model", "loss, nats a token", "KL to original", "same top-1")
     console.show(f"on {tokens} tokens that nothing was fitted to", columns, rows)
-    before, after = (mean_loss({d: loss.kl for d, loss in made.losses[name].items()}) for name in (DROPPED, REFITTED))
+    before, after = (mean_of(made.losses[name], "kl") for name in (DROPPED, REFITTED))
     if after > before:
         console.say("refit: on this text the plan as it is, without a refit, is nearer to the original; prefer it")

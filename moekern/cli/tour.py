@@ -24,7 +24,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, losses_document, mean_loss
+from moekern.evaluation.losses import ORIGINAL, losses_document, mean_loss, mean_of
 from moekern.files import check_new, scratch, sized
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
@@ -111,8 +111,7 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
         show_quality(fitted)
         console.say(f"refitted: the {share:.0%} that stay, their down projections fitted to {REFIT_TOKENS:,} tokens")
     trained = _recover(pruned, data, judged, work / "training")
-    before, after = ({name: mean_loss({d: getattr(x, name) for d, x in row.items()}) for name in ("nll", "kl")}
-                     for row in trained.judged)  # fmt: skip
+    before, after = ({"nll": mean_of(row, "nll"), "kl": mean_of(row, "kl")} for row in trained.judged)
     console.say(
         f"trained instead, experts towards the original's predictions of the same text ({trained.steps} steps): loss "
         f"{before['nll']:.4f} -> {after['nll']:.4f}, KL to original {before['kl']:.4f} -> {after['kl']:.4f}"

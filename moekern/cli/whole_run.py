@@ -24,8 +24,9 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
+from moekern.evaluation.evaluate import STATE
 from moekern.evaluation.held_out import LEAST, held_back
-from moekern.evaluation.losses import ORIGINAL, STATE, Evaluation, losses_document, mean_loss, row_of
+from moekern.evaluation.losses import ORIGINAL, Evaluation, losses_document, mean_of, row_of
 from moekern.files import (
     check_name,
     check_new,
@@ -347,12 +348,12 @@ def quality_lines(found: Evaluation | None, asked: bool) -> list[str]:
         return [f"quality: not measured{why}; `moekern evaluate` measures it on text of your choice"]
     whole = found[ORIGINAL]
     tokens = sum(loss.tokens for loss in whole.values())
-    before = mean_loss({d: loss.nll for d, loss in whole.items()})
+    before = mean_of(whole, "nll")
     lines = []
     for name, row in found.items():
         if name != ORIGINAL:
-            after = mean_loss({d: loss.nll for d, loss in row.items()})
-            same = mean_loss({d: loss.top1 for d, loss in row.items()})
+            after = mean_of(row, "nll")
+            same = mean_of(row, "top1")
             where = f"{name}: " if len(found) > 2 else ""
             lines.append(
                 f"quality: {where}loss {before:.3f} -> {after:.3f} nats a token, likeliest token the same for "

@@ -1,237 +1,66 @@
-"""Held-out loss of a checkpoint and of plans applied to it on the fly, in one pass over its weights."""
+"""Losses of a model's variants against the original: sums by sequence, what they come to, and how sure that is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import inf, sqrt
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekern.architectures import find_layout
-from moekern.calibration.sharing import facts_of
-from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import Batch, TokenData, dealt
-from moekern.data.text import check_data
-from moekern.errors import InputError, check_type, memory_for
-from moekern.model.compute import Compute
-from moekern.model.finite import NotFinite, all_finite
-from moekern.model.journal import Resume, Stage, opened, removed
-from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.model.position import digest, text_key
-from moekern.model.precision import settled
-from moekern.model.pruned_layers import LivePruner
-from moekern.model.walk import Pass
-from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
-from moekern.plan.live import live_channels
-from moekern.version import versions
+from moekern.errors import InputError
 
 ORIGINAL = "original"
-STATE = "moekern-evaluate-"  # and a digest: the folder of a run that is not done
+Metric = Literal["nll", "kl", "top1"]
+METRICS: tuple[Metric, ...] = ("nll", "kl", "top1")
+NORMAL = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
 
 
 @dataclass(frozen=True)
 class Loss:
     """Means over predicted tokens.
 
-    nll and kl(original || plan) are in nats; top1 is the share of tokens whose likeliest is the original's.
+    nll and kl(original || plan) are in nats; top1 is the share of tokens whose likeliest is the original's. The errors
+    are standard errors by sequence (`sequences` of them; None of fewer than two). `sums` [sequences, 4], float64, as
+    `compared` gives them, are what a difference is taken of; they are not written, so that none are read.
     """
 
     nll: float
     kl: float
     top1: float
     tokens: int
+    sequences: int = 0
+    nll_error: float | None = None
+    kl_error: float | None = None
+    top1_error: float | None = None
+    sums: Tensor | None = field(default=None, repr=False, compare=False)
 
 
-Evaluation = Mapping[str, Mapping[str, Loss]]  # plan name (or "original") -> domain -> loss
+Row = Mapping[str, Loss]  # domain -> loss
+Evaluation = Mapping[str, Row]  # plan name (or "original") -> domain -> loss
 
 
 @dataclass(frozen=True)
-class Task:
-    name: str
-    number: int  # of the plan, the original first
-    plan: Plan | None
-    batch: Batch
-    place: int  # of the batch
+class Difference:
+    """How much more of a metric one row has than another on the same sequences, each domain counting the same, in
+    `low` to `high` with a confidence of 95 % (minus infinity to infinity where a domain has one sequence)."""
 
+    mean: float
+    low: float
+    high: float
 
-def evaluate(
-    source: str | Path | Checkpoint,
-    data: TokenData,
-    plans: Mapping[str, Plan],
-    compute: Compute = Compute(),
-    *,
-    resume: Resume | None = None,
-    progress: Callable[[float, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
-    that the plan makes.
-
-    All plans share one pass over the weights; their hidden states are held at the same time, and the original's
-    predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
-    of its own for each model, text, plans and options. Several processes (`compute.team`) share the batches, and rank 0
-    has the losses: the same bits. Raises InputError for a plan that does not fit the model, and for data without
-    batches.
-    """
-    check_type("plans", plans, Mapping)
-    check_type("compute", compute, Compute)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    check_data(data, checkpoint)
-    predicted = {batch.domain for batch in data.batches if batch.input_ids[:, 1:].numel()}
-    for domain in data.tokens or ["of no name"]:
-        if domain not in predicted:
-            raise InputError(f"evaluate: domain {domain}: no sequence of two tokens, so none is predicted", kind="data")
-    if ORIGINAL in plans:
-        raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
-    layout = find_layout(checkpoint)
-    for plan in plans.values():
-        check_plan(plan, layout, checkpoint)
-    tasks = [  # of each batch the original first: the others are held against it
-        Task(name, number, plan, batch, place)
-        for place, batch in enumerate(data.batches)
-        for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
-    ]
-    compute = settled(compute, checkpoint, layout)
-    team = compute.team
-    team.together(evaluate, checkpoint.folder, data, plans, compute)
-    team.check_alike(facts_of(checkpoint, compute))
-    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
-    own = [task for task in tasks if owners[task.place] == team.rank]
-    key = _key(checkpoint, data, plans, compute)
-    if resume is not None:
-        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
-    with (
-        opened(resume, key, ("evaluating",), team) as journal,
-        open_layerwise(checkpoint, layout, compute, team) as layerwise,
-    ):
-        found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
-    whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
-    if journal is not None and team.first:
-        removed(journal.folder)
-    own = tasks if team.first else []  # in this order whatever ranks there are
-    return means((ORIGINAL, *plans), ((t.name, t.batch.domain, whole[t.place, t.number]) for t in own))
-
-
-def means(names: Iterable[str], found: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Loss]]:
-    """Name -> domain -> what batches' sums, as `compared` gives them for a name and a domain, come to."""
-    sums: dict[tuple[str, str], Tensor] = {}
-    for name, domain, one in found:
-        sums[name, domain] = sums[name, domain] + one if (name, domain) in sums else one
-    table: dict[str, dict[str, Loss]] = {name: {} for name in names}
-    for (name, domain), total in sums.items():
-        nll, kl, top1, count = total.tolist()
-        table[name][domain] = Loss(nll / count, kl / count, top1 / count, int(count))
-    return table
-
-
-def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], compute: Compute) -> dict[str, Any]:
-    """All that decides the bits of losses, in words for people."""
-    return {
-        "model": checkpoint.fingerprint,
-        "config.json": checkpoint.config_sha256,
-        "text": text_key(data),
-        "plans": [(name, plan.digest) for name, plan in plans.items()],
-        "--dtype": compute.dtype_name,
-        "--device": compute.place.type,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-
-
-class _Compare(Pass[Task]):
-    """Every task with its plan applied, one plan after another in each layer; logits are held against the original's.
-
-    A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
-    """
-
-    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
-        self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
-        self.plans = 1 + max((task.number for task in tasks), default=0)  # the original among them
-        self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
-        self.now: tuple[int, int] | None = None  # layer, plan number
-        self.through = 0  # tasks that have left the layer
-        self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> as `compared` gives them
-
-    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
-        """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its tokens."""
-        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
-        with self.applied:
-            self.layerwise.run(self.tasks, self, stage)
-        return self.sums
-
-    def kept(self) -> Any:
-        every = [each for sums in self.layerwise.team.gather(self.sums) for each in sums.items()]
-        return [(place, number, total.tolist()) for (place, number), total in every]
-
-    def restored(self, layer: int, kept: Any) -> None:
-        self.sums = {
-            (place, number): torch.tensor([float(x) for x in total], dtype=torch.float64)
-            for place, number, total in kept
-        }
-
-    def started(self) -> None:
-        self.sums.clear()
-
-    def label(self, number: int, task: Task) -> int:
-        return task.place * self.plans + task.number
-
-    def forward(self, task: Task) -> None:
-        logits = self.layerwise.compute(task.batch).logits
-        what = f"log probabilities of {logits.shape[0]} x {logits.shape[1]} tokens, {logits.shape[2]} for each"
-        with memory_for(what, "fewer sequences at a time take less (--batch-size), and so do shorter ones"):
-            predicted = logits[:, :-1].float().log_softmax(-1)
-            if task.name == ORIGINAL:
-                self.original = predicted
-            assert self.original is not None
-            found = compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
-        if not all_finite(found):
-            if not bool(predicted.isnan().any()):
-                raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
-            raise NotFinite(len(self.layerwise.layers))
-        self.sums[task.place, task.number] = found
-
-    @contextmanager
-    def entering(self, task: Task, layer: int) -> Iterator[None]:
-        key = self.layerwise.moe_keys.get(layer)
-        if key is not None and self.now != (layer, task.number):
-            self.applied.close()
-            self.now = layer, task.number
-            if task.plan is not None:
-                own = task.plan.layers[key]
-                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
-        yield
-        self.through += 1
-        total = len(self.tasks) * self.layerwise.visits(layer)
-        if layer >= 0 and self.through < total:
-            self.progress(layer + self.through / total, len(self.layerwise.layers))
-
-    def loaded(self, layer: int) -> None:
-        self.through = 0
-        self.progress(layer, len(self.layerwise.layers))
-
-    def group(self, task: Task) -> int:
-        return task.number
-
-    def name(self, task: Task) -> str:
-        plan = "the original" if task.plan is None else f"plan {task.name}"
-        return f"{plan}, domain {task.batch.domain}"
-
-    def held(self, layer: int) -> Sequence[int] | None:
-        return self.pruner.held.get(self.layerwise.moe_keys.get(layer, ""))
-
-    def done(self, layer: int) -> None:
-        self.applied.close()  # before the layer's weights go
-        self.progress(layer + 1, len(self.layerwise.layers))
+    @property
+    def clear(self) -> bool:
+        """Whether the text tells the two apart."""
+        return self.low > 0 or self.high < 0
 
 
 def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
-    """Sums over a batch's tokens, float64: -log p of those wanted [B, S], KL, equal likeliest tokens, tokens.
+    """Sums over each sequence's tokens [B, 4], float64: -log p of those wanted [B, S], KL, equal likeliest tokens,
+    tokens.
 
     predicted and original are log probabilities [B, S, V]; a sequence is looked at at a time.
     """
@@ -240,15 +69,71 @@ def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
         raise InputError(
             f"its head predicts {classes} classes, and the text has token {int(wanted.max())}: no loss of it"
         )
-    total = torch.zeros(4, dtype=torch.float64)
-    for mine, theirs, ids in zip(predicted, original, wanted, strict=True):
-        total[0] -= float(mine.gather(1, ids[:, None]).double().sum())
+    sums = torch.zeros(len(wanted), 4, dtype=torch.float64)
+    for row, mine, theirs, ids in zip(sums, predicted, original, wanted, strict=True):
+        row[0] = -float(mine.gather(1, ids[:, None]).double().sum())
         divergence = F.kl_div(mine, theirs, reduction="none", log_target=True)
         impossible = theirs == -torch.inf  # tokens that a head masks add nothing
-        total[1] += float(divergence.masked_fill_(impossible, 0).sum(1).double().sum())
-        total[2] += int((mine.argmax(1) == theirs.argmax(1)).sum())
-        total[3] += len(ids)
-    return total
+        row[1] = float(divergence.masked_fill_(impossible, 0).sum(1).double().sum())
+        row[2] = int((mine.argmax(1) == theirs.argmax(1)).sum())
+        row[3] = len(ids)
+    return sums
+
+
+def means(names: Iterable[str], found: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Loss]]:
+    """Name -> domain -> what sums, as `compared` gives them for a name and a domain, come to. Sums [4] of a whole batch
+    count as one sequence."""
+    sums: dict[tuple[str, str], list[Tensor]] = {}
+    for name, domain, one in found:
+        sums.setdefault((name, domain), []).append(one.reshape(-1, 4))
+    table: dict[str, dict[str, Loss]] = {name: {} for name in names}
+    for (name, domain), parts in sums.items():
+        rows = torch.cat(parts)
+        nll, kl, top1, count = rows.sum(0).tolist()
+        first, second, third = (_error(rows[:, i], rows[:, 3]) for i in range(3))
+        figures = nll / count, kl / count, top1 / count
+        table[name][domain] = Loss(*figures, int(count), len(rows), first, second, third, rows)
+    return table
+
+
+def _error(sums: Tensor, tokens: Tensor) -> float | None:
+    """Standard error of sums / tokens, a ratio of means over sequences [n]; None of fewer than two."""
+    n, total = len(sums), float(tokens.sum())
+    if n < 2:
+        return None
+    left = sums - tokens * (float(sums.sum()) / total)
+    return sqrt(float((left * left).sum()) * n / (n - 1)) / total
+
+
+def difference(one: Row, other: Row, metric: Metric) -> Difference:
+    """Paired by sequence. Both rows must hold the sums of the same text. Raises ValueError where they do not."""
+    column, shift, variance, free = METRICS.index(metric), 0.0, 0.0, 0
+    for domain, loss in one.items():
+        mine, theirs = loss.sums, other[domain].sums
+        if mine is None or theirs is None or not torch.equal(mine[:, 3], theirs[:, 3]):
+            raise ValueError(f"domain {domain}: the two were not measured on the same sequences")
+        apart = mine[:, column] - theirs[:, column]
+        error = _error(apart, mine[:, 3])
+        shift += float(apart.sum()) / float(mine[:, 3].sum()) / len(one)
+        variance += inf if error is None else (error / len(one)) ** 2
+        free += len(mine) - 1
+    reach = student(free) * sqrt(variance) if free else inf
+    return Difference(shift, shift - reach, shift + reach)
+
+
+def student(free: int) -> float:
+    """Within so many standard errors lie 95 % with so many degrees of freedom: the expansion of Student's t in 1 / free
+    (Abramowitz and Stegun, 26.7.5); off by less than 0.1 % from four on."""
+    if free < 4:
+        return {1: 12.7062, 2: 4.3027, 3: 3.1824}[free]
+    z = NORMAL
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / free**n for n, term in enumerate(terms, start=1))
 
 
 def mean_loss(row: Mapping[str, float]) -> float:
@@ -256,16 +141,29 @@ def mean_loss(row: Mapping[str, float]) -> float:
     return sum(row.values()) / len(row)
 
 
+def mean_of(row: Row, metric: Metric) -> float:
+    """The same of a row's metric."""
+    return mean_loss({domain: getattr(loss, metric) for domain, loss in row.items()})
+
+
+def error_of(row: Row, metric: Metric) -> float | None:
+    """Standard error of `mean_of`; None where a domain has none."""
+    errors = [getattr(loss, f"{metric}_error") for loss in row.values()]
+    return None if None in errors else sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
 def losses_document(table: Evaluation) -> dict[str, Any]:
     """The same as JSON."""
     return {name: row_document(row) for name, row in table.items()}
 
 
-def row_document(row: Mapping[str, Loss]) -> dict[str, Any]:
+def row_document(row: Row) -> dict[str, Any]:
     """Losses by domain as JSON."""
-    return {domain: asdict(loss) for domain, loss in row.items()}
+    return {
+        domain: {name: value for name, value in vars(loss).items() if name != "sums"} for domain, loss in row.items()
+    }
 
 
 def row_of(document: Mapping[str, Mapping[str, Any]]) -> dict[str, Loss]:
-    """The inverse. Raises TypeError for what is none."""
+    """The inverse, without sums. Raises TypeError for what is none."""
     return {domain: Loss(**loss) for domain, loss in document.items()}

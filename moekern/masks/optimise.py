@@ -18,7 +18,7 @@ from moekern.checkpoint.writing import write_tensors
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.evaluation.losses import Loss, mean_loss, row_document, row_of
+from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
 from moekern.files import is_plain
 from moekern.masks.logits import Logits, Pools, drawn, gathered, spread
 from moekern.masks.masked import WHAT, Masked, check_optimised
@@ -185,7 +185,7 @@ class _Run:
         """Look at what is held back, keep what is best, and write down how far the run is."""
         held = self._look(self.course.held, self.logits.values)
         if held:
-            value = mean_loss({domain: loss.kl for domain, loss in held.items()})
+            value = mean_of(held, "kl")
             state.curve.append({"step": state.step, "held": row_document(held), "changed": self._changed()})
         if not held or state.least is None or value < state.least:
             state.least, state.best, self.best = value if held else None, state.step, self.logits.values.clone()

@@ -20,8 +20,9 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError, check_type
+from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.held_out import held_back
-from moekern.evaluation.losses import ORIGINAL, evaluate, row_document, row_of
+from moekern.evaluation.losses import ORIGINAL, row_document, row_of
 from moekern.files import is_folder, is_plain, write_bytes
 from moekern.iteration.rounds import Method, iterate, needs_text, schedule
 from moekern.model.compute import Compute

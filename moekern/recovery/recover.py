@@ -17,7 +17,7 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
-from moekern.evaluation.losses import Loss, mean_loss, row_document, row_of
+from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
 from moekern.files import is_folder, is_plain
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, check_same_run, opened, removed
@@ -383,5 +383,5 @@ def _key(
 
 def _value(losses: Losses, training: Training) -> float:
     """What training makes smaller, on some text: a mean over domains."""
-    parts = (mean_loss({d: getattr(loss, name) for d, loss in losses.items()}) for name in ("kl", "nll"))
+    parts = mean_of(losses, "kl"), mean_of(losses, "nll")
     return sum(weight * part for weight, part in zip((training.kl, training.next), parts, strict=True) if weight)

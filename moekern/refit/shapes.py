@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from moekern.data.batches import Batch, TokenData
-from moekern.evaluation.losses import Evaluation, mean_loss
+from moekern.evaluation.losses import Evaluation, mean_of
 from moekern.plan.document import Plan
 from moekern.plan.shapes import Shape
 from moekern.refit.ridge import Ridge
@@ -39,5 +39,5 @@ def trial_text(data: TokenData) -> TokenData:
 
 def best(shapes: Sequence[Shape], found: Evaluation) -> tuple[Shape, Mapping[str, float]]:
     """The shape whose variant is nearest to the original, and the mean over domains of each one's KL in nats."""
-    kl = {str(shape): mean_loss({d: loss.kl for d, loss in found[str(shape)].items()}) for shape in shapes}
+    kl = {str(shape): mean_of(found[str(shape)], "kl") for shape in shapes}
     return min(shapes, key=lambda shape: (kl[str(shape)], shape)), kl

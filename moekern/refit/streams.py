@@ -142,10 +142,7 @@ class Streams(Pass[Task]):
 
     def restored(self, layer: int, kept: Any) -> None:
         self.started()
-        self.sums = {
-            (place, number): torch.tensor([float(x) for x in total], dtype=torch.float64)
-            for place, number, total in kept["sums"]
-        }
+        self.sums = {(place, number): torch.tensor(total, dtype=torch.float64) for place, number, total in kept["sums"]}
         for found, plans in zip(kept["plans"], self.plans, strict=True):
             for key, (keep, channels) in found.items():
                 plans[key] = LayerPlan(tuple(keep), None, None if channels is None else tuple(channels))

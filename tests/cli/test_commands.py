@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def test_the_stages_one_by_one(work: Path, tmp_path: Path) -> None:
     assert verdict["good"] is True
     assert verdict["forward"]["max_difference"] < 1e-4  # type: ignore[index]
     data = ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 40)
-    losses = document("evaluate", work / "model", *data, work / "plan.json")
-    alone = document("evaluate", out, *data)
-    on_the_fly, pruned = losses[str(work / "plan.json")]["a"], alone["original"]["a"]  # type: ignore[index]
+    losses: Any = document("evaluate", work / "model", *data, work / "plan.json")["losses"]
+    alone: Any = document("evaluate", out, *data)["losses"]
+    on_the_fly, pruned = losses[str(work / "plan.json")]["a"], alone["original"]["a"]
     assert on_the_fly["tokens"] == pruned["tokens"] == 585
-    assert abs(on_the_fly["nll"] - pruned["nll"]) < 1e-5 < abs(losses["original"]["a"]["nll"] - pruned["nll"])  # type: ignore[index]
+    assert abs(on_the_fly["nll"] - pruned["nll"]) < 1e-5 < abs(losses["original"]["a"]["nll"] - pruned["nll"])
 
 
 def test_merged_statistics_are_the_sum(work: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moekern.calibration.calibrate import calibrate
 from moekern.data.batches import SEGMENTS, Batch, TokenData
 from moekern.demo import MODEL
 from moekern.errors import InputError
-from moekern.evaluation.losses import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.iteration.rounds import Method, iterate
 
 

@@ -12,7 +12,8 @@ import torch
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.losses import ORIGINAL, difference, means, student
 from moekern.model import layerwise
 from moekern.model.compute import Compute
 from moekern.model.stepwise import Stepwise, Tangled
@@ -96,3 +97,44 @@ def test_a_pass_that_begins_again_with_a_plan_applied(
     monkeypatch.setattr(layerwise, "_TANGLED", set[type]())
     monkeypatch.setattr(Stepwise, "through", tangled)
     assert evaluate(folder, data, {"half": plan}, Compute(dtype=torch.float32)) == want
+
+
+def test_errors_are_those_of_a_ratio_of_means() -> None:
+    """By the literal formula, for sequences of unequal length."""
+    rows = torch.tensor([[3.0, 0.5, 1, 2], [2.0, 0.1, 2, 3], [8.0, 1.5, 1, 4], [1.0, 0.4, 1, 1]]).double()
+    loss = means(["p"], [("p", "d", rows[:2]), ("p", "d", rows[2:])])["p"]["d"]
+    assert (loss.nll, loss.kl, loss.top1) == pytest.approx((14 / 10, 2.5 / 10, 5 / 10))
+    assert (loss.tokens, loss.sequences) == (10, 4)
+    squares = sum((kl - 0.25 * n) ** 2 for _, kl, _, n in rows.tolist())
+    assert loss.kl_error == pytest.approx((squares * 4 / 3) ** 0.5 / 10)
+    assert means(["p"], [("p", "d", rows[0])])["p"]["d"].kl_error is None
+
+
+def test_paired_differences_cover_the_truth_as_often_as_they_say() -> None:
+    """Two plans whose KL differs by 0.1 a token, on texts of 6 sequences that differ much more among themselves."""
+    generator = torch.Generator().manual_seed(0)
+    covered, told, trials = 0, 0, 400
+    for _ in range(trials):
+        tokens = torch.full((6, 1), 20.0).double()
+        shared = torch.randn(6, 1, generator=generator).double() * 20
+        noise = torch.randn(6, 2, generator=generator).double()
+        kl = {"near": 40 + shared + noise[:, :1], "far": 42 + shared + noise[:, 1:]}
+        zeros = torch.zeros_like(tokens)
+        table = means(kl, ((name, "d", torch.cat([zeros, each, zeros, tokens], 1)) for name, each in kl.items()))
+        found = difference(table["far"], table["near"], "kl")
+        covered += found.low <= 0.1 <= found.high
+        told += found.clear
+    assert 0.92 < covered / trials < 0.98
+    assert told / trials > 0.5  # which the errors of each alone, ten times as large, would not allow
+
+
+def test_differences_of_other_text_are_refused() -> None:
+    rows = torch.ones(2, 4).double()
+    one, other = (means(["p"], [("p", "d", r)])["p"] for r in (rows, rows * 2))
+    with pytest.raises(ValueError, match="not measured on the same sequences"):
+        difference(one, other, "kl")
+
+
+@pytest.mark.parametrize(("free", "t"), [(1, 12.706), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042), (999, 1.962)])
+def test_student(free: int, t: float) -> None:
+    assert student(free) == pytest.approx(t, rel=1e-3)

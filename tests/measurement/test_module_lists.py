@@ -18,7 +18,7 @@ from moekern.calibration.calibrate import calibrate
 from moekern.calibration.observe import observe
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation.losses import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.iteration.rounds import Method, iterate
 from moekern.model.compute import Compute
 from moekern.plan.document import LayerPlan, Plan

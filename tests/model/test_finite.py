@@ -16,7 +16,7 @@ from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation.losses import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.iteration.rounds import Method, iterate
 from moekern.model.compute import Compute
 from moekern.model.finite import all_finite, blamed_weight

@@ -18,7 +18,7 @@ from moekern.cli import console
 from moekern.cli.app import app
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation.losses import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.plan.compare import compare
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import TWIN, check_plan

@@ -11,7 +11,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import PLAN_FILE, open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation.losses import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward

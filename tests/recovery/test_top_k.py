@@ -21,7 +21,8 @@ from moekern.checkpoint.recovery import RECOVERY
 from moekern.cli.app import app
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.losses import ORIGINAL
 from moekern.model.compute import Compute
 from moekern.model.top_k import TopK
 from moekern.model.transformers_api import loader_of

@@ -18,7 +18,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.estimation.refit import refitted_bytes
-from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.losses import ORIGINAL
 from moekern.iteration.rounds import Method, iterate
 from moekern.model.compute import Compute
 from moekern.model.expert_groups import Takes

@@ -1,0 +1,198 @@
+"""Held-out loss of a checkpoint and of plans applied to it on the fly, in one pass over its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern.architectures import find_layout
+from moekern.calibration.sharing import facts_of
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.data.batches import Batch, TokenData, dealt
+from moekern.data.text import check_data
+from moekern.errors import InputError, check_type, memory_for
+from moekern.evaluation.losses import ORIGINAL, Evaluation, compared, means
+from moekern.model.compute import Compute
+from moekern.model.finite import NotFinite, all_finite
+from moekern.model.journal import Resume, Stage, opened, removed
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import digest, text_key
+from moekern.model.precision import settled
+from moekern.model.pruned_layers import LivePruner
+from moekern.model.walk import Pass
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.live import live_channels
+from moekern.version import versions
+
+STATE = "moekern-evaluate-"  # and a digest: the folder of a run that is not done
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    number: int  # of the plan, the original first
+    plan: Plan | None
+    batch: Batch
+    place: int  # of the batch
+
+
+def evaluate(
+    source: str | Path | Checkpoint,
+    data: TokenData,
+    plans: Mapping[str, Plan],
+    compute: Compute = Compute(),
+    *,
+    resume: Resume | None = None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
+    that the plan makes.
+
+    All plans share one pass over the weights; their hidden states are held at the same time, and the original's
+    predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
+    of its own for each model, text, plans and options. Several processes (`compute.team`) share the batches, and rank 0
+    has the losses: the same bits. Raises InputError for a plan that does not fit the model, and for data without
+    batches.
+    """
+    check_type("plans", plans, Mapping)
+    check_type("compute", compute, Compute)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    check_data(data, checkpoint)
+    predicted = {batch.domain for batch in data.batches if batch.input_ids[:, 1:].numel()}
+    for domain in data.tokens or ["of no name"]:
+        if domain not in predicted:
+            raise InputError(f"evaluate: domain {domain}: no sequence of two tokens, so none is predicted", kind="data")
+    if ORIGINAL in plans:
+        raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
+    layout = find_layout(checkpoint)
+    for plan in plans.values():
+        check_plan(plan, layout, checkpoint)
+    tasks = [  # of each batch the original first: the others are held against it
+        Task(name, number, plan, batch, place)
+        for place, batch in enumerate(data.batches)
+        for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
+    ]
+    compute = settled(compute, checkpoint, layout)
+    team = compute.team
+    team.together(evaluate, checkpoint.folder, data, plans, compute)
+    team.check_alike(facts_of(checkpoint, compute))
+    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
+    own = [task for task in tasks if owners[task.place] == team.rank]
+    key = _key(checkpoint, data, plans, compute)
+    if resume is not None:
+        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
+    with (
+        opened(resume, key, ("evaluating",), team) as journal,
+        open_layerwise(checkpoint, layout, compute, team) as layerwise,
+    ):
+        found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
+    whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
+    if journal is not None and team.first:
+        removed(journal.folder)
+    own = tasks if team.first else []  # in this order whatever ranks there are
+    return means((ORIGINAL, *plans), ((t.name, t.batch.domain, whole[t.place, t.number]) for t in own))
+
+
+def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], compute: Compute) -> dict[str, Any]:
+    """All that decides the bits of losses, in words for people."""
+    return {
+        "model": checkpoint.fingerprint,
+        "config.json": checkpoint.config_sha256,
+        "text": text_key(data),
+        "plans": [(name, plan.digest) for name, plan in plans.items()],
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+class _Compare(Pass[Task]):
+    """Every task with its plan applied, one plan after another in each layer; logits are held against the original's.
+
+    A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
+    """
+
+    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
+        self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
+        self.plans = 1 + max((task.number for task in tasks), default=0)  # the original among them
+        self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
+        self.now: tuple[int, int] | None = None  # layer, plan number
+        self.through = 0  # tasks that have left the layer
+        self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
+        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> `compared`
+
+    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
+        """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its sequences' tokens."""
+        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
+        with self.applied:
+            self.layerwise.run(self.tasks, self, stage)
+        return self.sums
+
+    def kept(self) -> Any:
+        every = [each for sums in self.layerwise.team.gather(self.sums) for each in sums.items()]
+        return [(place, number, total.tolist()) for (place, number), total in every]
+
+    def restored(self, layer: int, kept: Any) -> None:
+        self.sums = {(place, number): torch.tensor(total, dtype=torch.float64) for place, number, total in kept}
+
+    def started(self) -> None:
+        self.sums.clear()
+
+    def label(self, number: int, task: Task) -> int:
+        return task.place * self.plans + task.number
+
+    def forward(self, task: Task) -> None:
+        logits = self.layerwise.compute(task.batch).logits
+        what = f"log probabilities of {logits.shape[0]} x {logits.shape[1]} tokens, {logits.shape[2]} for each"
+        with memory_for(what, "fewer sequences at a time take less (--batch-size), and so do shorter ones"):
+            predicted = logits[:, :-1].float().log_softmax(-1)
+            if task.name == ORIGINAL:
+                self.original = predicted
+            assert self.original is not None
+            found = compared(predicted, self.original, task.batch.input_ids[:, 1:].to(logits.device))
+        if not all_finite(found):
+            if not bool(predicted.isnan().any()):
+                raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
+            raise NotFinite(len(self.layerwise.layers))
+        self.sums[task.place, task.number] = found
+
+    @contextmanager
+    def entering(self, task: Task, layer: int) -> Iterator[None]:
+        key = self.layerwise.moe_keys.get(layer)
+        if key is not None and self.now != (layer, task.number):
+            self.applied.close()
+            self.now = layer, task.number
+            if task.plan is not None:
+                own = task.plan.layers[key]
+                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
+        yield
+        self.through += 1
+        total = len(self.tasks) * self.layerwise.visits(layer)
+        if layer >= 0 and self.through < total:
+            self.progress(layer + self.through / total, len(self.layerwise.layers))
+
+    def loaded(self, layer: int) -> None:
+        self.through = 0
+        self.progress(layer, len(self.layerwise.layers))
+
+    def group(self, task: Task) -> int:
+        return task.number
+
+    def name(self, task: Task) -> str:
+        plan = "the original" if task.plan is None else f"plan {task.name}"
+        return f"{plan}, domain {task.batch.domain}"
+
+    def held(self, layer: int) -> Sequence[int] | None:
+        return self.pruner.held.get(self.layerwise.moe_keys.get(layer, ""))
+
+    def done(self, layer: int) -> None:
+        self.applied.close()  # before the layer's weights go
+        self.progress(layer + 1, len(self.layerwise.layers))

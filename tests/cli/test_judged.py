@@ -1,0 +1,83 @@
+"""What `evaluate` says of plans: how sure losses are, and which of them the text tells apart."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli.judged import by_nearness, told_apart
+from moekern.evaluation.losses import ORIGINAL, means
+from moekern.plan.document import LayerPlan, Plan
+from tests.helpers import families
+from tests.helpers.commands import moekern
+
+PLANS = {"half": (0, 2, 5, 7), "same": (0, 2, 5, 7), "less": (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Any]:
+    """A folder with what `evaluate` wrote of three plans, two of which are the same; what it showed; its JSON."""
+    folder = tmp_path_factory.mktemp("judged")
+    families.save("qwen3_moe", folder / "model")
+    layers = find_layout(open_checkpoint(folder / "model")).layers
+    for name, keep in PLANS.items():
+        Plan({layer: LayerPlan(keep) for layer in layers}).save(folder / f"{name}.json")
+    for seed, name in enumerate("ab"):
+        np.save(folder / f"{name}.npy", np.random.default_rng(seed).integers(0, 96, 240))
+    data = [word for name in "ab" for word in ("--data", f"{name}={folder / name}.npy")]
+    command = ("evaluate", folder / "model", *(folder / f"{n}.json" for n in PLANS), *data, "--sequence-length", 24)
+    shown = moekern(*command, "--out", folder / "losses.csv")
+    assert shown.returncode == 0, shown.stderr
+    found = moekern(*command, "--out", folder / "losses.json", "--json")
+    return folder, shown.stdout + shown.stderr, json.loads(found.stdout)
+
+
+def test_losses_have_errors_and_differences_are_paired(judged: tuple[Path, str, Any]) -> None:
+    folder, _, document = judged
+    assert json.loads((folder / "losses.json").read_text()) == document
+    half = document["losses"][str(folder / "half.json")]["a"]
+    assert half["sequences"] == 10
+    assert half["kl_error"] > 0
+    pairs = {(Path(d["plan"]).stem, Path(d["than"]).stem, d["metric"]): d for d in document["differences"]}
+    assert len(pairs) == 6
+    same = pairs.get(("half", "same", "kl")) or pairs["same", "half", "kl"]
+    assert (same["mean"], same["low"], same["high"], same["clear"]) == (0, 0, 0, False)
+    worse = pairs["less", "half", "kl"]
+    assert 0 < worse["low"] < worse["mean"] < worse["high"]
+
+
+def test_the_same_as_rows(judged: tuple[Path, str, Any]) -> None:
+    folder, _, document = judged
+    rows = list(csv.DictReader((folder / "losses.csv").read_text().splitlines()))
+    assert [(row["plan"], row["domain"]) for row in rows][:2] == [(ORIGINAL, "a"), (ORIGINAL, "b")]
+    for row in rows:
+        assert float(row["nll"]) == document["losses"][row["plan"]][row["domain"]]["nll"]
+
+
+def test_what_is_shown(judged: tuple[Path, str, Any]) -> None:
+    _, shown, _ = judged
+    assert " ± " in shown
+    assert "farther are, with 95 % intervals of the paired difference" in shown
+    assert "20 sequences are too few to tell" in shown
+
+
+def test_no_file_of_another_kind_and_none_that_is_there(judged: tuple[Path, str, Any], tmp_path: Path) -> None:
+    folder, _, _ = judged
+    command = ("evaluate", folder / "model", "--data", f"a={folder / 'a.npy'}", "--out")
+    assert "losses are written as .json or .csv" in moekern(*command, tmp_path / "losses.txt").stderr
+    assert moekern(*command, folder / "losses.csv").returncode == 2
+
+
+def test_one_sequence_of_a_domain_tells_nothing_apart() -> None:
+    sums = {"near": torch.tensor([[5.0, 1, 3, 4]]), "far": torch.tensor([[5.0, 3, 2, 4]])}
+    table = means(sums, ((name, "d", rows) for name, rows in sums.items()))
+    assert by_nearness(table) == ["near", "far"]
+    assert "1 sequences are too few to tell far from near" in told_apart(table)[1]
