@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,9 @@ def evaluate(
     strict: Strict = False,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Write losses and differences there too: .json, or .csv.")] = None,
+    best: Annotated[
+        Path | None, typer.Option(help="Write the plan that is nearest to the original there, with how all did in it.")
+    ] = None,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
     memory: Memory = None,
@@ -64,10 +68,11 @@ def evaluate(
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights; differences between plans
     are paired by sequence."""
-    check_written(out)
+    check_written(out, best, len(plans or []))
 
     from moekern.cli import pipeline
     from moekern.cli.judged import judged_document, judged_rows, show_judged
+    from moekern.evaluation.choice import CHOICE, choice_document
     from moekern.rows import csv_text
 
     text = text_of(
@@ -92,11 +97,22 @@ def evaluate(
     if out is not None:
         text_out = csv_text(judged_rows(losses)) if out.suffix == ".csv" else json.dumps(document, indent=1) + "\n"
         write_bytes(out, text_out.encode(), new=True)
+    if best is not None:
+        taken = choice_document(losses)
+        chosen = named[taken["chosen"]]
+        replace(chosen, provenance={**chosen.provenance, CHOICE: taken}).save(best, new=True)
+        document["best"] = {"plan": taken["chosen"], "out": str(best)}
     result(document, lambda: show_judged(losses))
+    if best is not None:
+        say(f"{best}: the plan {document['best']['plan']}; judge it on text that did not choose it")
 
 
-def check_written(out: Path | None) -> None:
-    """Raise InputError for a file that losses cannot be written to, before anything is measured."""
+def check_written(out: Path | None, best: Path | None, plans: int) -> None:
+    """Raise InputError for files that losses or a plan cannot be written to, before anything is measured."""
+    if best is not None:
+        check_new(best, "--best")
+        if plans < 2:
+            raise InputError(f"--best {best}: takes one of several plans; name two or more after the model")
     if out is None:
         return
     if out.suffix not in (".json", ".csv"):

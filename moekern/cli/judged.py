@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from moekern.cli.console import say, show
+from moekern.evaluation.choice import COLUMNS, by_nearness, choice_document, choice_rows, doubt_of
 from moekern.evaluation.losses import (
     ORIGINAL,
     Difference,
@@ -21,11 +22,6 @@ from moekern.evaluation.losses import (
 )
 
 PAIRED: tuple[Metric, ...] = ("kl", "nll")
-
-
-def by_nearness(table: Evaluation) -> list[str]:
-    """Plans, the one that is nearest to the original first."""
-    return sorted((name for name in table if name != ORIGINAL), key=lambda name: mean_of(table[name], "kl"))
 
 
 def judged_document(table: Evaluation) -> dict[str, Any]:
@@ -63,7 +59,14 @@ def show_judged(table: Evaluation, title: str = "held-out loss, nats a token") -
         for name, row in table.items()
     ]
     show(title, ("plan", *several, "mean" if several else "loss", "KL to original", "same top-1"), rows)
-    for line in told_apart(table):
+    if len(table) > 2:
+        show_choice("which is nearest to the original", choice_document(table))
+
+
+def show_choice(title: str, document: Mapping[str, Any], what: str = "plan") -> None:
+    """Candidates, best first, and which of them the text does not tell from the best."""
+    show(title, (what, *COLUMNS), choice_rows(document))
+    if line := doubt_of(document):
         say(line)
 
 
@@ -71,22 +74,3 @@ def figure(row: Row, metric: Metric) -> str:
     """A mean over domains with its standard error, where it has one."""
     mean, error, form = mean_of(row, metric), error_of(row, metric), ".1%" if metric == "top1" else ".4f"
     return f"{mean:{form}}" + ("" if error is None else f" ± {error:{form}}")
-
-
-def told_apart(table: Evaluation) -> list[str]:
-    """Which plan is nearest to the original, by how much, and which others the text does not tell from it."""
-    names = by_nearness(table)
-    if len(names) < 2:
-        return []
-    first, sequences = names[0], sum(loss.sequences for loss in table[names[0]].values())
-    found = {name: difference(table[name], table[first], "kl") for name in names[1:]}
-    clear = [f"{n} by {d.mean:.4f} ({d.low:.4f} to {d.high:.4f})" for n, d in found.items() if d.clear]
-    lines = [f"nearest to the original (KL): {first}"]
-    if clear:
-        lines[0] += f"; farther are, with 95 % intervals of the paired difference: {', '.join(clear)}"
-    if rest := [name for name, d in found.items() if not d.clear]:
-        lines.append(
-            f"warning: {sequences} sequences are too few to tell {', '.join(rest)} from {first}; give more text, or "
-            "take either"
-        )
-    return lines

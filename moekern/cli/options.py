@@ -56,9 +56,11 @@ def check_model(name: str) -> str:
 
 def check_criteria(given: Any) -> Any:
     """Raise InputError for a criterion of no known name."""
-    from moekern.criteria.table import check_name
+    from moekern.criteria.table import AUTO, AUTO_ELSEWHERE, check_name
 
     for text in given if isinstance(given, list) else [given] if given else ():
+        if text == AUTO:
+            raise InputError(AUTO_ELSEWHERE)
         check_name(text)
     return given
 

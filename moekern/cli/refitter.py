@@ -80,7 +80,8 @@ class Refitter:
         if self.re_estimate:
             check_alone(compute.team, "--reestimate", "chosen")
         if self.re_estimate and planning is not None:
-            check_criterion(planning.criteria[0], guarded=planning.guards != Guards())
+            for criterion in planning.criteria:
+                check_criterion(criterion, guarded=planning.guards != Guards())
         lines = [] if planning is None else self._check_shape(checkpoint, layout, planning)
         format_of(self.computed, checkpoint, layout)
         if any(layer.width is None for layer in layout.layers.values()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,6 @@ from moekern.cli.options import (
     Context,
     CopyMode,
     CopyOption,
-    CriterionOption,
     Data,
     Device,
     Domains,
@@ -59,11 +58,12 @@ from moekern.cli.options import (
     TrustRemoteCode,
     UntilStable,
     UnusedBatchSize,
+    check_criteria,
 )
 from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
 from moekern.cli.verify import show_verdict
-from moekern.criteria.table import DEFAULT
+from moekern.criteria.table import AUTO, CANDIDATES, DEFAULT
 from moekern.errors import InputError
 from moekern.files import standing
 from moekern.router import parse_keep
@@ -74,6 +74,12 @@ if TYPE_CHECKING:
     from moekern.plan.budgets import Budget
     from moekern.plan.several import Planning
 
+
+def check_criterion_or_auto(given: Any) -> Any:
+    """The same where a choice by measurement is a criterion too."""
+    return given if given == AUTO else check_criteria(given)
+
+
 Out = Annotated[
     Path,
     typer.Option(help="The folder to write; it must not exist. Several --keep write OUT-0.5, OUT-64, ..."),
@@ -81,6 +87,20 @@ Out = Annotated[
 Forward = Annotated[
     bool, typer.Option(help="Prove the result by comparing logits with the masked original (two more passes).")
 ]
+AutoCriterionOption = Annotated[
+    str,
+    typer.Option(
+        "--criterion", help="How experts are ranked; `moekern criteria` lists them. auto: measured on held-back text.",
+        callback=check_criterion_or_auto,
+    ),
+]  # fmt: skip
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--candidate", help="With --criterion auto: a criterion to try. Repeat it. Default: a few that do well.",
+        callback=check_criteria,
+    ),
+]  # fmt: skip
 Quality = Annotated[
     bool,
     typer.Option(help="Hold a tenth of the text back and measure loss and top-1 on it (one more pass)."),
@@ -97,7 +117,8 @@ def run(
     context: Context = 0,
     sequences: Sequences = 1,
     reserve: Reserve = RESERVE,
-    criterion: CriterionOption = DEFAULT,
+    criterion: AutoCriterionOption = DEFAULT,
+    candidate: Candidates = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -139,6 +160,9 @@ def run(
     goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
     _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
+    criteria = candidates_of(criterion, candidate)
+    if len(criteria) > 1 and until_stable is not None:
+        raise InputError(f"--until-stable: is by one criterion; name one instead of {AUTO}")
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter
@@ -147,7 +171,7 @@ def run(
     budgets = budget_of(budget, None, normalise, "usage", 1, allow_nonuniform)
     whole_run.check_targets(out, keeps)
     asked = whole_run.Asked(
-        _planning(criterion, keeps, domain, seed, budgets, protect_super, target, fitting),
+        _planning(criteria, keeps, domain, seed, budgets, protect_super, target, fitting),
         tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
         until_stable=until_stable, restart=restart,
         refit=Refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
@@ -178,8 +202,20 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
+def candidates_of(criterion: str, candidates: Sequence[str] | None) -> tuple[str, ...]:
+    """The criterion, or those of which the best is to be taken. Raises InputError."""
+    if criterion != AUTO:
+        if candidates:
+            raise InputError(f"--candidate {candidates[0]}: goes with --criterion {AUTO}")
+        return (criterion,)
+    found = tuple(candidates or CANDIDATES)
+    if len(set(found)) < max(2, len(found)):
+        raise InputError(f"--candidate {', '.join(found)}: name two or more, each once")
+    return found
+
+
 def _planning(
-    criterion: str,
+    criteria: tuple[str, ...],
     keeps: tuple[float | int, ...],
     domains: Sequence[str] | None,
     seed: int,
@@ -194,9 +230,10 @@ def _planning(
     from moekern.plan.several import Planning
     from moekern.plan.targets import parse_target
 
-    criterion_named(criterion)
+    for criterion in criteria:
+        criterion_named(criterion)
     return Planning(
-        criteria=(criterion,), keeps=keeps, domains=tuple(domains) if domains else None, seed=seed, budget=budget,
+        criteria=criteria, keeps=keeps, domains=tuple(domains) if domains else None, seed=seed, budget=budget,
         guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in targets or ()),
         fit=fit,
     )  # fmt: skip
@@ -237,8 +274,9 @@ def _say_remarks(done: Run) -> None:
 def show_run(done: Run, quality: bool) -> None:
     """How well the text covers the experts; of each result what was written, and whether its bytes are right; how good
     it is; how it is served; the artefacts' places."""
+    from moekern.cli.quality import quality_lines
     from moekern.cli.refitting import show_refit
-    from moekern.cli.whole_run import quality_lines, show_coverage
+    from moekern.cli.whole_run import show_coverage
 
     show_coverage(done.coverage)
     for made in done.refits:

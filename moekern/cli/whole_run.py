@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,11 +11,12 @@ from moekern.architectures import Layout, find_layout
 from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
+from moekern.cli.choosing import Choice, choose, held_for_choice
 from moekern.cli.earlier import earlier_statistics
 from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
+from moekern.cli.quality import quality_of
 from moekern.cli.refitter import Refitter, Work, joined
 from moekern.cli.refitting import REFITTED, Place, refit_document
 from moekern.criteria import criterion_named
@@ -24,9 +24,8 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
-from moekern.evaluation.evaluate import STATE
-from moekern.evaluation.held_out import LEAST, held_back
-from moekern.evaluation.losses import ORIGINAL, Evaluation, losses_document, mean_of, row_of
+from moekern.evaluation.held_out import held_back
+from moekern.evaluation.losses import Evaluation, losses_document
 from moekern.files import (
     check_name,
     check_new,
@@ -37,11 +36,9 @@ from moekern.files import (
     temporary_path,
     work_path,
     working,
-    write_bytes,
 )
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
-from moekern.model.journal import Resume, removed
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.served import check_folder, served_as
 from moekern.plan.serving import serve_commands, slower
@@ -60,7 +57,7 @@ from moekern.statistics.layer import TIERS
 
 @dataclass(frozen=True)
 class Asked:
-    """What `run` is to do with the text: one criterion of `planning`, and one or several counts."""
+    """What `run` is to do with the text: the criterion of `planning`, or the best of several; one or more counts."""
 
     planning: Planning
     tiers: Sequence[str] = ()  # measured beside what the criterion needs
@@ -75,7 +72,12 @@ class Asked:
     @property
     def wanted(self) -> tuple[str, ...]:
         """Names of the tiers that are measured."""
-        return (*self.tiers, *criterion_named(self.planning.criteria[0]).tiers)
+        return (*self.tiers, *(tier for each in self.planning.criteria for tier in criterion_named(each).tiers))
+
+    @property
+    def auto(self) -> bool:
+        """Whether the criterion is chosen, among those of the planning, by measurement."""
+        return len(self.planning.criteria) > 1
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
+    data, choosing = held_for_choice(data, planning.domains) if asked.auto else (data, replace(data, batches=()))
     measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
@@ -178,13 +181,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
                 Plan.load(path)  # else it is not this program's to write over
         check = lambda: _check_made(targets, made)  # noqa: E731
         statistics = _statistics(statistics_path, checkpoint, measured, compute, asked, stable, check)
-        refits: list[Refitting] = []
-        if asked.refit is None:
-            plans = list(make_plans(statistics, planning).values())
-        else:
-            work = Work(checkpoint, layout, statistics, planning, data, held, compute, asked.restart)
-            refits = [asked.refit.made(work, keep, place) for keep, place in zip(keeps, places, strict=True)]
-            plans = [each.plans[REFITTED] for each in refits]
+        work = Work(checkpoint, layout, statistics, planning, data, held, compute, asked.restart)
+        chosen = _chosen(work, keeps, choosing, out, asked)
+        plans, refits = _made(work, keeps, places, chosen, asked.refit)
         for plan, target in zip(plans, targets, strict=True):
             if planning.budget.kind != "uniform":
                 _say_of(target, slower_with(plan, statistics.header, planning), len(targets) > 1)
@@ -194,7 +193,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         names = list(map(str, targets))
         if asked.refit is None:
             named = dict(zip(names, plans, strict=True))
-            quality = _quality(checkpoint, held, compute, named, out, asked.restart)
+            quality = quality_of(checkpoint, held, compute, named, out, asked.restart)
         else:
             quality = joined(dict(zip(names, refits, strict=True)))
         reports = [
@@ -218,6 +217,37 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     for place in places if asked.refit is not None else ():
         place.clear()
     return Run(statistics_path, coverage(statistics), quality, results, refits)
+
+
+def _chosen(
+    work: Work, keeps: Sequence[float | int], choosing: TokenData, out: Path, asked: Asked
+) -> Mapping[float | int, Choice]:
+    """The criterion of each --keep where it is chosen by measurement; none elsewhere."""
+    if not asked.auto:
+        return {}
+    return choose(work, keeps, choosing, work_path(out), refitted=asked.refit is not None)
+
+
+def _made(
+    work: Work,
+    keeps: Sequence[float | int],
+    places: Sequence[Place],
+    chosen: Mapping[float | int, Choice],
+    refitter: Refitter | None,
+) -> tuple[list[Plan], list[Refitting]]:
+    """The plan of each --keep, and its refit where what stays is computed anew."""
+    plans, refits = [], []
+    for keep, place in zip(keeps, places, strict=True):
+        choice = chosen.get(keep)
+        planning = work.planning if choice is None else choice.of(work.planning)
+        if refitter is None:
+            asked = planning if planning.fit is not None else replace(planning, keeps=(keep,))
+            plan = next(iter(make_plans(work.statistics, asked).values()))
+        else:
+            refits.append(refitter.made(replace(work, planning=planning), keep, place))
+            plan = refits[-1].plans[REFITTED]
+        plans.append(plan if choice is None else choice.marked(plan))
+    return plans, refits
 
 
 def _statistics(
@@ -304,62 +334,6 @@ def _check_room(
     if missing:
         check_side_files(checkpoint)
         check_space(missing[0][0], room, len(checkpoint.shards) * len(missing), layers)
-
-
-def _quality(
-    checkpoint: Checkpoint,
-    held: TokenData,
-    compute: Compute,
-    plans: Mapping[str, Plan],
-    out: Path,
-    restart: bool,
-) -> Evaluation | None:
-    """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
-    if not held.batches:
-        return None
-    path = work_path(out) / "quality.json"
-    digests = {name: plan.digest for name, plan in plans.items()}
-    made_from = {
-        "model": checkpoint.fingerprint,
-        "config": checkpoint.config_sha256,
-        "data": json.loads(json.dumps(held.recipe)),
-        "tokens": held.tokens,
-        "dtype": compute.dtype_name,
-    }
-    earlier = read_json(path) if is_plain(path) else {}
-    rows: dict[str, Mapping[str, Any]] = {}
-    if earlier.get("made_from") == made_from:
-        rows = earlier["losses"]  # original, and plans by their digests
-    if not {ORIGINAL, *digests.values()} <= rows.keys():
-        resume = Resume(work_path(out), restart, console.say)
-        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, "evaluating held-out text")
-        rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
-        write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
-        for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
-            removed(left)
-    names = {ORIGINAL: ORIGINAL, **digests}
-    return {name: row_of(rows[key]) for name, key in names.items()}
-
-
-def quality_lines(found: Evaluation | None, asked: bool) -> list[str]:
-    """What pruning costs, in words; where it was `asked` for and not measured, why."""
-    if found is None:
-        why = f" (no domain has the {LEAST} sequences of which one is held back)" if asked else ""
-        return [f"quality: not measured{why}; `moekern evaluate` measures it on text of your choice"]
-    whole = found[ORIGINAL]
-    tokens = sum(loss.tokens for loss in whole.values())
-    before = mean_of(whole, "nll")
-    lines = []
-    for name, row in found.items():
-        if name != ORIGINAL:
-            after = mean_of(row, "nll")
-            same = mean_of(row, "top1")
-            where = f"{name}: " if len(found) > 2 else ""
-            lines.append(
-                f"quality: {where}loss {before:.3f} -> {after:.3f} nats a token, likeliest token the same for "
-                f"{same:.1%} (a rough figure: {tokens} tokens of the same text, held back from calibration)"
-            )
-    return lines
 
 
 def show_coverage(found: Mapping[str, Coverage]) -> None:

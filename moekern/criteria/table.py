@@ -21,6 +21,12 @@ MC = "arXiv:2504.05586"
 # What is taken where nobody names a criterion: on the model that ships its loss is the lowest of all at 50 and 25 %
 # kept, and 0.004 nats above the lowest at 75 % (docs/comparison.md).
 DEFAULT = "gated_norm"
+AUTO = "auto"  # no criterion: the best of CANDIDATES by measurement
+CANDIDATES = ("gated_norm", "gated_square", "hope_all_tokens", "reap")
+AUTO_ELSEWHERE = (
+    f"--criterion {AUTO}: `run` chooses by measurement; elsewhere make several plans (`plan --criterion A --criterion "
+    "B --out plans/`), and `evaluate MODEL plans/*.json --data TEXT --best plan.json` takes the best"
+)
 HTS = "arXiv:2606.15716"
 REAP = "arXiv:2510.13999"
 HC = "arXiv:2410.08589"

@@ -27,7 +27,9 @@ def held_back(data: TokenData) -> tuple[TokenData, TokenData]:
     missing = replace(data, batches=tuple(held))
     if not held:
         return data, missing
-    recipe = {**data.recipe, "held_out": missing.tokens}
+    before = data.recipe.get("held_out", {})
+    tokens = {d: before.get(d, 0) + missing.tokens.get(d, 0) for d in {**before, **missing.tokens}}
+    recipe = {**data.recipe, "held_out": tokens}
     return replace(data, batches=tuple(kept), recipe=recipe), missing
 
 

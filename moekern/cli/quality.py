@@ -1,0 +1,76 @@
+"""How good the results of `run` are on text that was held back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import read_json
+from moekern.cli import console, pipeline
+from moekern.data.batches import TokenData
+from moekern.evaluation.evaluate import STATE
+from moekern.evaluation.held_out import LEAST
+from moekern.evaluation.losses import ORIGINAL, Evaluation, losses_document, mean_of, row_of
+from moekern.files import is_plain, work_path, write_bytes
+from moekern.model.compute import Compute
+from moekern.model.journal import Resume, removed
+from moekern.plan.document import Plan
+
+
+def quality_of(
+    checkpoint: Checkpoint,
+    held: TokenData,
+    compute: Compute,
+    plans: Mapping[str, Plan],
+    out: Path,
+    restart: bool,
+) -> Evaluation | None:
+    """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
+    if not held.batches:
+        return None
+    path = work_path(out) / "quality.json"
+    digests = {name: plan.digest for name, plan in plans.items()}
+    made_from = {
+        "model": checkpoint.fingerprint,
+        "config": checkpoint.config_sha256,
+        "data": json.loads(json.dumps(held.recipe)),
+        "tokens": held.tokens,
+        "dtype": compute.dtype_name,
+    }
+    earlier = read_json(path) if is_plain(path) else {}
+    rows: dict[str, Mapping[str, Any]] = {}
+    if earlier.get("made_from") == made_from:
+        rows = earlier["losses"]  # original, and plans by their digests
+    if not {ORIGINAL, *digests.values()} <= rows.keys():
+        resume = Resume(work_path(out), restart, console.say)
+        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, "evaluating held-out text")
+        rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
+        write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+        for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
+            removed(left)
+    names = {ORIGINAL: ORIGINAL, **digests}
+    return {name: row_of(rows[key]) for name, key in names.items()}
+
+
+def quality_lines(found: Evaluation | None, asked: bool) -> list[str]:
+    """What pruning costs, in words; where it was `asked` for and not measured, why."""
+    if found is None:
+        why = f" (no domain has the {LEAST} sequences of which one is held back)" if asked else ""
+        return [f"quality: not measured{why}; `moekern evaluate` measures it on text of your choice"]
+    whole = found[ORIGINAL]
+    tokens = sum(loss.tokens for loss in whole.values())
+    before = mean_of(whole, "nll")
+    lines = []
+    for name, row in found.items():
+        if name != ORIGINAL:
+            after = mean_of(row, "nll")
+            same = mean_of(row, "top1")
+            where = f"{name}: " if len(found) > 2 else ""
+            lines.append(
+                f"quality: {where}loss {before:.3f} -> {after:.3f} nats a token, likeliest token the same for "
+                f"{same:.1%} (a rough figure: {tokens} tokens of the same text, held back from calibration)"
+            )
+    return lines

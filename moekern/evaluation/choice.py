@@ -1,0 +1,96 @@
+"""A choice between plans by what they cost on held-back text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from moekern.evaluation.losses import METRICS, ORIGINAL, Evaluation, difference, error_of, mean_of
+from moekern.plan.document import Plan
+
+CHOICE = "choice"  # in a plan's provenance
+
+
+def by_nearness(table: Evaluation) -> list[str]:
+    """Plans, the one that is nearest to the original (least KL, mean over domains) first."""
+    return sorted((name for name in table if name != ORIGINAL), key=lambda name: mean_of(table[name], "kl"))
+
+
+def alike(plans: Mapping[str, Plan]) -> dict[str, str]:
+    """Name -> the first name of a plan that keeps the same experts, and the same channels of them."""
+    first: dict[tuple[Any, ...], str] = {}
+    kept = {name: tuple((k, p.keep, p.channels) for k, p in plan.layers.items()) for name, plan in plans.items()}
+    return {name: first.setdefault(layers, name) for name, layers in kept.items()}
+
+
+def choice_document(table: Evaluation, same: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Which plan of a table is nearest to the original, and how all of them did: for its provenance, or as JSON.
+
+    `same` names plans that are not in the table since they keep what another one keeps. What a candidate is farther
+    than the chosen one, in KL, is paired by sequence, with an interval of 95 %.
+    """
+    names = by_nearness(table)
+    best = table[names[0]]
+    candidates: dict[str, Any] = {}
+    for name in names:
+        row, found = table[name], difference(table[name], best, "kl")
+        told: dict[str, Any] = {metric: mean_of(row, metric) for metric in METRICS}
+        told |= {f"{metric}_error": error_of(row, metric) for metric in METRICS}
+        if name != names[0]:
+            interval = [each if isfinite(each) else None for each in (found.low, found.high)]
+            told["farther"] = {"mean": found.mean, "interval": interval, "clear": found.clear}
+        candidates[name] = told
+    for name, other in (same or {}).items():
+        if name != other:
+            candidates[name] = {"same_as": other}
+    return {
+        "chosen": names[0],
+        "by": "kl",
+        "domains": sorted(best),
+        "sequences": sum(loss.sequences for loss in best.values()),
+        "tokens": sum(loss.tokens for loss in best.values()),
+        "candidates": candidates,
+    }
+
+
+def choice_rows(document: Mapping[str, Any]) -> list[Sequence[str]]:
+    """A row for each candidate, best first: loss, KL, top-1, how much farther it is than the chosen one."""
+    rows: list[Sequence[str]] = []
+    for name, told in document["candidates"].items():
+        if "same_as" in told:
+            rows.append((name, "-", "-", "-", f"the same experts as {told['same_as']}"))
+            continue
+        farther = told.get("farther")
+        rows.append((
+            name, _figure(told, "nll", ".4f"), _figure(told, "kl", ".4f"), _figure(told, "top1", ".1%"),
+            "chosen" if farther is None else _farther(farther),
+        ))  # fmt: skip
+    return rows
+
+
+COLUMNS = ("loss", "KL to original", "same top-1", "farther by (95 % interval, paired)")
+
+
+def _figure(told: Mapping[str, Any], metric: str, form: str) -> str:
+    error = told[f"{metric}_error"]
+    return f"{told[metric]:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def _farther(told: Mapping[str, Any]) -> str:
+    low, high = told["interval"]
+    if low is None:
+        return f"{told['mean']:.4f}: one sequence tells no interval"
+    return f"{told['mean']:.4f} ({low:.4f} to {high:.4f})" + ("" if told["clear"] else ": not told apart")
+
+
+def doubt_of(document: Mapping[str, Any]) -> str | None:
+    """The line that says which candidates the text does not tell from the chosen one; None where it tells all."""
+    told = document["candidates"].items()
+    rest = [name for name, each in told if not each.get("farther", {"clear": True})["clear"]]
+    if not rest:
+        return None
+    return (
+        f"{document['sequences']} sequences are too few to tell {', '.join(rest)} from {document['chosen']}: "
+        "more text would, and either may be taken"
+    )
