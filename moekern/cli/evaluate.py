@@ -35,14 +35,33 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
+from moekern.cli.tasks import (
+    Limit,
+    MaxGenToks,
+    Shots,
+    TaskDir,
+    TasksOption,
+    asked_of,
+    document_of,
+    scores_of,
+    show_scores,
+)
 from moekern.errors import InputError
-from moekern.files import check_new, write_bytes
+from moekern.files import check_new, make_parents, write_bytes
 
 
 def evaluate(
     model: Model,
-    plans: Annotated[list[Path] | None, typer.Argument(help="Plans to apply on the fly.")] = None,
+    plans: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Plans to apply on the fly; with --tasks also folders of other models."),
+    ] = None,
     data: Data = None,
+    tasks: TasksOption = None,
+    task_dir: TaskDir = None,
+    shots: Shots = None,
+    limit: Limit = None,
+    max_gen_toks: MaxGenToks = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -52,7 +71,7 @@ def evaluate(
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write losses and differences there too: .json, or .csv.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result there too: .json, or .csv of losses.")] = None,
     best: Annotated[
         Path | None, typer.Option(help="Write the plan that is nearest to the original there, with how all did in it.")
     ] = None,
@@ -66,15 +85,21 @@ def evaluate(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss per domain of the original and of plans, in one pass over the weights; differences between plans
-    are paired by sequence."""
-    check_written(out, best, len(plans or []))
-
+    """Held-out loss per domain of the original and of plans, in one pass over the weights, differences between plans
+    paired by sequence; or scores at --tasks."""
     from moekern.cli import pipeline
     from moekern.cli.judged import judged_document, judged_rows, show_judged
     from moekern.evaluation.choice import CHOICE, choice_document
     from moekern.rows import csv_text
 
+    given = [*(data or ()), *((preset.value,) if preset else ())]
+    asked = asked_of(
+        tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed, text=given
+    )
+    check_written(out, best, len(plans or ()), scored=asked is not None)
+    folders = [path for path in plans or () if path.is_dir()]
+    if folders and asked is None:
+        raise InputError(f"{folders[0]}: a folder, and no plan; give --tasks to score other models beside", kind="plan")
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, batch_size=batch_size, seed=seed,
@@ -88,33 +113,43 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     compute = ranks.together(compute)
-    named = named_plans("evaluate", plans or [])
-    if not named:
-        say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
+    named = named_plans("evaluate", [path for path in plans or () if path not in folders])
+    if not named and not folders:
+        what = "the loss" if asked is None else "scores"
+        say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
-    losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
-    document = judged_document(losses)
-    if out is not None:
-        text_out = csv_text(judged_rows(losses)) if out.suffix == ".csv" else json.dumps(document, indent=1) + "\n"
-        write_bytes(out, text_out.encode(), new=True)
+    if asked is None:
+        losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
+        document, table = judged_document(losses), lambda: show_judged(losses)
+        rows = judged_rows(losses)
+    else:
+        scores = scores_of(folder, folders, named, asked, compute, restart=restart)
+        document, table, rows = document_of(scores, asked), lambda: show_scores(scores), []
     if best is not None:
         taken = choice_document(losses)
         chosen = named[taken["chosen"]]
+        make_parents(best)
         replace(chosen, provenance={**chosen.provenance, CHOICE: taken}).save(best, new=True)
-        document["best"] = {"plan": taken["chosen"], "out": str(best)}
-    result(document, lambda: show_judged(losses))
+        document = {**document, "best": {"plan": taken["chosen"], "out": str(best)}}
+    if out is not None:
+        make_parents(out)
+        content = csv_text(rows) if out.suffix == ".csv" else json.dumps(document, indent=1) + "\n"
+        write_bytes(out, content.encode(), new=True)
+    result(document, table)
     if best is not None:
         say(f"{best}: the plan {document['best']['plan']}; judge it on text that did not choose it")
 
 
-def check_written(out: Path | None, best: Path | None, plans: int) -> None:
-    """Raise InputError for files that losses or a plan cannot be written to, before anything is measured."""
+def check_written(out: Path | None, best: Path | None, plans: int, *, scored: bool) -> None:
+    """Raise InputError for files that scores, losses or a plan cannot be written to, before anything is measured."""
     if best is not None:
         check_new(best, "--best")
+        if scored:
+            raise InputError(f"--best {best}: the nearest plan is found by losses; leave --tasks or this out")
         if plans < 2:
             raise InputError(f"--best {best}: takes one of several plans; name two or more after the model")
-    if out is None:
-        return
-    if out.suffix not in (".json", ".csv"):
-        raise InputError(f"--out {out}: losses are written as .json or .csv; name such a file")
-    check_new(out)
+    if out is not None:
+        check_new(out)
+        if out.suffix not in (".json", ".csv")[: 1 if scored else 2]:
+            kinds = "scores are written as .json" if scored else "losses are written as .json or .csv"
+            raise InputError(f"--out {out}: {kinds}; name such a file")

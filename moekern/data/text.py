@@ -35,8 +35,8 @@ class Text:
         return read_data(
             self.data,
             checkpoint.folder,
-            vocab_size=_number(checkpoint, "vocab_size"),
-            max_positions=_number(checkpoint, "max_position_embeddings"),
+            vocab_size=config_number(checkpoint, "vocab_size"),
+            max_positions=config_number(checkpoint, "max_position_embeddings"),
             tokens=self.tokens,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
@@ -54,7 +54,7 @@ class Text:
 def check_data(data: TokenData, checkpoint: Checkpoint) -> None:
     """Raise TypeError for what is no TokenData of Batch, InputError for token ids outside a checkpoint's vocabulary."""
     check_type("data", data, TokenData)
-    vocabulary = _number(checkpoint, "vocab_size")
+    vocabulary = config_number(checkpoint, "vocab_size")
     for batch in data.batches:
         check_type("data.batches", batch, Batch)
         high = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
@@ -65,7 +65,7 @@ def check_data(data: TokenData, checkpoint: Checkpoint) -> None:
             )
 
 
-def _number(checkpoint: Checkpoint, key: str) -> int | None:
+def config_number(checkpoint: Checkpoint, key: str) -> int | None:
     """A number of config.json, or of its text_config."""
     nested = checkpoint.config.get("text_config")
     value = checkpoint.config.get(key, nested.get(key) if isinstance(nested, dict) else None)

@@ -117,6 +117,12 @@ class Tokenizer:
         self.get()
         return self._apart().submit(partial(self._tokens, documents)).result
 
+    def ids(self, text: str, *, special: bool) -> list[int]:
+        """The ids of a text; `special`: with what the tokenizer puts around it. Raises InputError where it fails."""
+        self.get()
+        work = self._apart().submit(lambda process: Writing(self, process, HeldNotes()).piece(text, special))
+        return [int(each) for each in work.result()]
+
     def _tokens(self, documents: Sequence[Document], process: TokenizerProcess) -> list[Tokens]:
         """Where one is refused, what comes behind it is not looked at."""
         found: list[Tokens] = []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,22 @@ from torch import Tensor
 from moekern.architectures import find_layout
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import Batch, TokenData, dealt
+from moekern.data.batches import TokenData, dealt
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.evaluation.losses import ORIGINAL, Evaluation, compared, means
+from moekern.evaluation.under_plans import Task, UnderPlans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Resume, Stage, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
-from moekern.model.pruned_layers import LivePruner
-from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.live import live_channels
 from moekern.version import versions
 
 STATE = "moekern-evaluate-"  # and a digest: the folder of a run that is not done
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    number: int  # of the plan, the original first
-    plan: Plan | None
-    batch: Batch
-    place: int  # of the batch
 
 
 def evaluate(
@@ -114,26 +102,17 @@ def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], com
     }
 
 
-class _Compare(Pass[Task]):
-    """Every task with its plan applied, one plan after another in each layer; logits are held against the original's.
-
-    A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
-    """
+class _Compare(UnderPlans):
+    """Logits of every plan are held against the original's."""
 
     def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
-        self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
-        self.plans = 1 + max((task.number for task in tasks), default=0)  # the original among them
-        self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
-        self.now: tuple[int, int] | None = None  # layer, plan number
-        self.through = 0  # tasks that have left the layer
+        super().__init__(layerwise, tasks, progress)
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
         self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> `compared`
 
     def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
-        """The whole pass, or what a stopped run has left of it; (batch, plan) -> sums over its sequences' tokens."""
-        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
-        with self.applied:
-            self.layerwise.run(self.tasks, self, stage)
+        """(batch, plan) -> sums over its sequences' tokens."""
+        self.through_all(stage)
         return self.sums
 
     def kept(self) -> Any:
@@ -145,9 +124,6 @@ class _Compare(Pass[Task]):
 
     def started(self) -> None:
         self.sums.clear()
-
-    def label(self, number: int, task: Task) -> int:
-        return task.place * self.plans + task.number
 
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits
@@ -163,36 +139,3 @@ class _Compare(Pass[Task]):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
             raise NotFinite(len(self.layerwise.layers))
         self.sums[task.place, task.number] = found
-
-    @contextmanager
-    def entering(self, task: Task, layer: int) -> Iterator[None]:
-        key = self.layerwise.moe_keys.get(layer)
-        if key is not None and self.now != (layer, task.number):
-            self.applied.close()
-            self.now = layer, task.number
-            if task.plan is not None:
-                own = task.plan.layers[key]
-                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
-        yield
-        self.through += 1
-        total = len(self.tasks) * self.layerwise.visits(layer)
-        if layer >= 0 and self.through < total:
-            self.progress(layer + self.through / total, len(self.layerwise.layers))
-
-    def loaded(self, layer: int) -> None:
-        self.through = 0
-        self.progress(layer, len(self.layerwise.layers))
-
-    def group(self, task: Task) -> int:
-        return task.number
-
-    def name(self, task: Task) -> str:
-        plan = "the original" if task.plan is None else f"plan {task.name}"
-        return f"{plan}, domain {task.batch.domain}"
-
-    def held(self, layer: int) -> Sequence[int] | None:
-        return self.pruner.held.get(self.layerwise.moe_keys.get(layer, ""))
-
-    def done(self, layer: int) -> None:
-        self.applied.close()  # before the layer's weights go
-        self.progress(layer + 1, len(self.layerwise.layers))

@@ -1,0 +1,115 @@
+"""Scores of a model and of plans at tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.data.text import config_number
+from moekern.data.tokenizer import Tokenizer
+from moekern.errors import InputError, check_type
+from moekern.evaluation.losses import ORIGINAL
+from moekern.model.compute import Compute
+from moekern.model.journal import Resume
+from moekern.model.layerwise import open_layerwise
+from moekern.model.precision import settled
+from moekern.model.pruned_layers import LivePruner
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.live import live_channels
+from moekern.recovery.loaded import staying
+from moekern.tasks import harness
+from moekern.tasks.harness import Tasks, Written
+from moekern.tasks.questions import answers
+from moekern.tasks.settings import Asked, Score
+
+LONGEST = 2048  # ids that a model takes, where its config does not say
+
+
+def task_scores(
+    source: str | Path | Checkpoint,
+    plans: Mapping[str, Plan],
+    asked: Asked,
+    compute: Compute = Compute(),
+    *,
+    resume: Resume | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
+) -> tuple[Score, ...]:
+    """Of the original, and of every plan with the bits of the checkpoint that it makes.
+
+    All questions about given answers are put in one pass over the weights, whatever memory there is. Answers that are
+    written token by token need all layers in memory, and one process. Raises InputError for a harness that is not
+    installed and for tasks that cannot be made; see `harness.opened`.
+    """
+    check_type("plans", plans, Mapping)
+    check_type("asked", asked, Asked)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    for plan in plans.values():
+        check_plan(plan, layout, checkpoint)
+    with harness.opened(asked, tell) as tasks:
+        return _scored(tasks, checkpoint, plans, settled(compute, checkpoint, layout), resume, tell, progress)
+
+
+def _scored(
+    tasks: Tasks,
+    checkpoint: Checkpoint,
+    plans: Mapping[str, Plan],
+    compute: Compute,
+    resume: Resume | None,
+    tell: Callable[[str], None],
+    progress: Callable[[float, int], None],
+) -> tuple[Score, ...]:
+    every = tasks.asked.shots or (None,)
+    tokenizer = Tokenizer(checkpoint.folder, compute.trust_remote_code)
+    with closing(tokenizer):
+        longest = config_number(checkpoint, "max_position_embeddings") or LONGEST
+        book = harness.book(tokenizer, longest)
+        for shots in every:
+            tasks.questions(shots, book)
+        if book.cut:
+            tell(f"{len(book.cut)} of {len(book.asked)} questions are longer than {longest} tokens: cut at the front")
+        found = answers(checkpoint, book.asked, plans, compute, resume=resume, progress=progress) if book.asked else {}
+        scores = list[Score]()
+        for name, plan in {ORIGINAL: None, **plans}.items():
+            book.answers = found.get(name, {})
+            if book.wanted:
+                book.texts = _written(checkpoint, plan, tokenizer, longest, tuple(book.wanted), compute)
+            for shots in every:
+                scores += tasks.scores(shots, book, name)
+    return tuple(scores)
+
+
+def _written(
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    tokenizer: Tokenizer,
+    longest: int,
+    wanted: tuple[Written, ...],
+    compute: Compute,
+) -> dict[Written, str]:
+    """What the model writes, whole or under a plan, with all layers in memory."""
+    what = "a task has answers written, token by token"
+    if compute.team.size > 1:
+        raise InputError(f"--tasks: {what}, which one process does: start it without torchrun")
+    with open_layerwise(checkpoint, find_layout(checkpoint), compute) as opened, ExitStack() as applied:
+        layerwise = staying(opened)
+        if not layerwise.stays or layerwise.groups.cuts:
+            raise layerwise.takes.refusal(f"{what}, which needs all layers in memory")
+        pruner = LivePruner(layerwise.loader, layerwise.layout)
+        for i in layerwise.visit(range(len(layerwise.layers))):
+            key = layerwise.moe_keys.get(i)
+            if key is not None and plan is not None:
+                own = plan.layers[key]
+                applied.enter_context(pruner.pruned(key, own.keep, live_channels(own)))
+        return harness.written(layerwise.model, tokenizer.get(), longest, wanted)
+
+
+def named(scores: tuple[Score, ...], model: str) -> tuple[Score, ...]:
+    """The same with a model's name in the place of "original"."""
+    return tuple(replace(score, model=model) if score.model == ORIGINAL else score for score in scores)
