@@ -24,7 +24,6 @@ PREFERENCE = {
 # What a backend cannot do yet on a device: this table only shrinks. grouped_mm is a road for grouped_mlp alone.
 NOT_IN_TRITON = frozenset({
     "similarity", "sketch", "vocabulary", "popcount", "pair_popcount", "weight_stats", "dequantize",
-    "mixture_stats",
 })  # fmt: skip
 ONLY_MLP = frozenset(OPS) - {"grouped_mlp"}
 MISSING = {
