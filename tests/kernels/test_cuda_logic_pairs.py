@@ -16,11 +16,10 @@ from moekern import _C, kernels
 from moekern.kernels import native, of_expert, weight_stats, weight_sums
 from moekern.kernels.dequantize import dequantize
 from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, pack_quantized, scaled
-from tests.helpers import cuda_on_cpu, similarity, stored, vocabulary, weights
+from tests.helpers import cuda_on_cpu, pairwise, similarity, stored, vocabulary, weights
 from tests.helpers.cases import EDGE, Case, Rows, rows
 from tests.helpers.mixture import assert_mixtures_agree, mixed
 from tests.helpers.ops import DTYPES
-from tests.helpers.pairwise import matrix
 from tests.helpers.stored import CASES, octets, positive, words
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")
@@ -245,7 +244,7 @@ def test_a_group_without_scales_is_nan_and_touches_nothing(cuda: cuda_on_cpu.Ext
     assert weights.summed(replace(good, group=group), 1).abs_sum.isnan().all()
 
 
-@matrix(None, case=EDGE, dtype=DTYPES)
+@pairwise.matrix(None, case=EDGE, dtype=DTYPES)
 def test_mixtures_agree_with_the_reference(cuda: cuda_on_cpu.Extension, case: Case, dtype: torch.dtype) -> None:
     case = case._replace(T=min(case.T, 90))  # a block is a token
     args = rows(case, dtype)
