@@ -102,6 +102,47 @@ void combine_and_measure(py::object y_, py::object weight_, py::object idx_, py:
   });
 }
 
+void mixture_stats(py::object y_, py::object weight_, py::object share_, py::object idx_, py::object order_,
+                   py::object offsets_, py::object mask_, py::object sums, py::object gram_, int threads,
+                   const std::string& level, uintptr_t stream) {
+  Args args("mixture_stats");
+  MixtureStats call;
+  const Tensor offsets = args.tensor("offsets", offsets_, {Dtype::i64}, "E+1");
+  const Tensor y = args.tensor("y", y_, kFloats, "N H");
+  const Tensor order = args.tensor("order", order_, {Dtype::i64}, "N");
+  const Tensor idx = args.tensor("topk_idx", idx_, kInts, "T K");
+  const Tensor weight = args.tensor("topk_weight", weight_, kFloats, "T K");
+  const Tensor share = args.tensor("share", share_, kFloats, "T K");
+  Tensor mask, gram;
+  call.y = y.typed();
+  call.weight = weight.typed();
+  call.share = share.typed();
+  call.idx = idx.typed();
+  call.order = order.data<const int64_t>();
+  call.offsets = offsets.data<const int64_t>();
+  call.mask = mask_of(args, mask_, mask);
+  if (!sums.is_none()) {
+    call.norm_sum = args.sum<double>(sums, "mixture_norm_sum", "E");
+    call.square_sum = args.sum<double>(sums, "mixture_square_sum", "E");
+    call.left_norm_sum = args.sum<double>(sums, "left_out_norm_sum", "E");
+    call.left_square_sum = args.sum<double>(sums, "left_out_square_sum", "E");
+    call.share_sum = args.sum<double>(sums, "share_sum", "1");
+    call.share_square_sum = args.sum<double>(sums, "share_square_sum", "1");
+  }
+  if (!gram_.is_none()) {
+    gram = args.tensor("gram", gram_, {Dtype::f64}, "E E");
+    call.gram = gram.data<double>();
+  }
+  call.T = args["T"];
+  call.E = args["E"];
+  call.K = args["K"];
+  call.H = args["H"];
+  call.N = args["N"];
+  launch(args, [&] {
+    y.is_cuda() ? cuda::mixture_stats(call, stream_of(stream)) : cpu::mixture_stats(call, {threads, level});
+  });
+}
+
 void similarity(py::object y_, py::object norm_square_, py::object mask_, py::object sums, int threads,
                 const std::string& level, uintptr_t stream) {
   Args args("similarity");
@@ -296,6 +337,7 @@ void sort_by_expert(py::object idx_, py::object mask_, py::object order_, py::ob
 PYBIND11_MODULE(_C, m) {
   m.def("router_stats", &moekern::router_stats);
   m.def("combine_and_measure", &moekern::combine_and_measure);
+  m.def("mixture_stats", &moekern::mixture_stats);
   m.def("similarity", &moekern::similarity);
   m.def("sketch", &moekern::sketch);
   m.def("vocabulary", &moekern::vocabulary);

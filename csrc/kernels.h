@@ -68,6 +68,24 @@ struct CombineAndMeasure {
   int64_t T, E, K, H, N;
 };
 
+struct MixtureStats {
+  Typed y;                             // [N, H]
+  Typed weight;                        // [T, K]
+  Typed share;                         // [T, K]
+  Typed idx;                           // [T, K]
+  const int64_t* order;                // [N]
+  const int64_t* offsets;              // [E + 1]
+  const bool* mask = nullptr;          // [T], or null
+  double* norm_sum = nullptr;          // [E], or null with the next five
+  double* square_sum = nullptr;        // [E]
+  double* left_norm_sum = nullptr;     // [E]
+  double* left_square_sum = nullptr;   // [E]
+  double* share_sum = nullptr;         // [1]
+  double* share_square_sum = nullptr;  // [1]
+  double* gram = nullptr;              // [E, E], or null
+  int64_t T, E, K, H, N;
+};
+
 struct Similarity {
   Typed y;                             // [E, T, H]
   const float* norm_square = nullptr;  // [E, T], or null: y's own
@@ -172,6 +190,7 @@ struct Run {
 std::vector<std::string> levels();  // the instruction sets of this machine, narrowest first
 void router_stats(const RouterStats& args, const Run& run);
 void combine_and_measure(const CombineAndMeasure& args, const Run& run);
+void mixture_stats(const MixtureStats& args, const Run& run);
 void similarity(const Similarity& args, const Run& run);
 void sketch(const Sketch& args, const Run& run);
 void vocabulary(const Vocabulary& args, const Run& run);
@@ -196,6 +215,7 @@ int device_count();           // visible devices that the compiled code runs on
 void router_stats(const RouterStats& args, void* stream);
 void combine_and_measure(const CombineAndMeasure& args, void* stream);
 void sort_by_expert(const SortByExpert& args, void* stream);
+void mixture_stats(const MixtureStats& args, void* stream);
 void similarity(const Similarity& args, void* stream);
 void sketch(const Sketch& args, void* stream);
 void vocabulary(const Vocabulary& args, void* stream);

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moekern.kernels.expert_gram import GramSums
 from moekern.kernels.similarity import SimilaritySums
-from moekern.kernels.sums import ExpertSums, RouterSums
+from moekern.kernels.sums import ExpertSums, MixtureSums, RouterSums
 from moekern.kernels.weight_stats import WeightSums
 
 # Sums are read by the names of their fields.
@@ -34,6 +34,20 @@ def combine_and_measure(
     residual: Tensor | None,
     sums: ExpertSums,
     out: Tensor,
+    threads: int,
+    level: str,
+    stream: int,
+) -> None: ...
+def mixture_stats(
+    y: Tensor,
+    topk_weight: Tensor,
+    share: Tensor,
+    topk_idx: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    sums: MixtureSums | None,
+    gram: Tensor | None,
     threads: int,
     level: str,
     stream: int,

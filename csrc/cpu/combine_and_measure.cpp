@@ -3,6 +3,7 @@
 #include "../kernels.h"
 #include "dimensions.h"
 #include "parallel.h"
+#include "rows.h"
 #include "slots.h"
 #include "turn.h"
 
@@ -30,29 +31,13 @@ Routing read_routing(const CombineAndMeasure& args) {
   Routing routing;
   routing.ids.resize(slots);
   routing.gates.resize(slots);
-  routing.row_of.assign(slots, -1);
   routing.square.resize(N);
   routing.top.resize(N);
   routing.gated.resize(slots);
   routing.turn.resize(args.residual ? args.T : 0);
   read_ids(args.idx, 0, slots, args.E, routing.ids.data());
   read_floats(args.weight, 0, slots, routing.gates.data());
-
-  bool rising = args.offsets[0] == 0 && args.offsets[args.E] <= N;
-  for (int64_t e = 0; e < args.E; ++e) rising = rising && args.offsets[e] <= args.offsets[e + 1];
-  if (!rising) throw ArgumentError("offsets", "expected offsets rising from 0 to at most " + std::to_string(N));
-  for (int64_t e = 0; e < args.E; ++e)
-    for (int64_t n = args.offsets[e]; n < args.offsets[e + 1]; ++n) {
-      const int64_t slot = args.order[n];
-      if (slot < 0 || slot >= slots || routing.ids[slot] != e || routing.row_of[slot] >= 0)
-        throw ArgumentError("order", "expected each slot of expert " + std::to_string(e) + " once, got slot " +
-                                         std::to_string(slot) + " in row " + std::to_string(n));
-      routing.row_of[slot] = n;
-    }
-  const int64_t filled = slots - std::count(routing.ids.begin(), routing.ids.end(), -1);
-  if (filled != args.offsets[args.E])
-    throw ArgumentError("offsets", "expected a row for each of " + std::to_string(filled) + " slots, got " +
-                                       std::to_string(args.offsets[args.E]));
+  routing.row_of = rows_of_slots(routing.ids, args.order, args.offsets, args.E, N);
   return routing;
 }
 

@@ -15,6 +15,7 @@ int device_count() { return 0; }
 void router_stats(const RouterStats&, void*) { refuse(); }
 void combine_and_measure(const CombineAndMeasure&, void*) { refuse(); }
 void sort_by_expert(const SortByExpert&, void*) { refuse(); }
+void mixture_stats(const MixtureStats&, void*) { refuse(); }
 void similarity(const Similarity&, void*) { refuse(); }
 void sketch(const Sketch&, void*) { refuse(); }
 void vocabulary(const Vocabulary&, void*) { refuse(); }

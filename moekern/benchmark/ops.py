@@ -112,6 +112,36 @@ def row_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
     for more in ("", "+residual", "+dimensions"):
         residual = normal(T, layer.H, device=DEVICE, seed=2) if more == "+residual" else None
         yield _row_job(layer, args, y, residual, more)
+    yield _mixture_job(layer, args, y)
+
+
+def _mixture_job(layer: Layer, args: Routing, y: Tensor) -> Job:
+    """kernels.mixture_stats on the same rows: distances and Gram matrix."""
+    _, idx, weight, order, offsets = args
+
+    def measuring(function: Callable[..., None]) -> Callable[[], Results]:
+        sums = kernels.mixture_sums(layer.E, DEVICE)
+        gram = torch.zeros(layer.E, layer.E, dtype=torch.float64, device=DEVICE)
+
+        def run() -> Results:
+            function(sums, gram)
+            return [*sums, gram]
+
+        return run
+
+    def native(backend: str) -> Callable[[], Results]:
+        return measuring(
+            lambda sums, gram: kernels.mixture_stats(y, weight, idx, order, offsets, None, sums, gram, backend=backend)
+        )
+
+    def rival(function: Callable[..., None]) -> Callable[[], Results]:
+        return measuring(lambda sums, gram: function(y, weight, idx, order, sums, gram))
+
+    return Job(
+        "mixture_stats", f"T={len(idx)} bf16", {b: partial(native, b) for b in names("mixture_stats")},
+        {"eager": partial(rival, rivals.mixture_stats)}, y.nbytes,
+        compiled=lambda compiled: partial(rival, compiled(rivals.mixture_stats)),
+    )  # fmt: skip
 
 
 def _row_job(layer: Layer, args: Routing, y: Tensor, residual: Tensor | None, more: str) -> Job:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekern.kernels import GramSums, SimilaritySums, WeightSums
-from moekern.kernels.sums import ExpertSums, RouterSums
+from moekern.kernels.sums import ExpertSums, MixtureSums, RouterSums
 
 
 def router_stats(logits: Tensor, topk_idx: Tensor, topk_weight: Tensor, sums: RouterSums, score: str) -> None:
@@ -65,6 +65,27 @@ def combine_and_measure(
         sums.residual_sum.index_add_(0, expert, a * turn[token])
         sums.residual_tokens.add_(T)
     return out.to(y.dtype)
+
+
+def mixture_stats(
+    y: Tensor, topk_weight: Tensor, topk_idx: Tensor, order: Tensor, sums: MixtureSums, gram: Tensor
+) -> None:
+    (T, K), E = topk_idx.shape, len(gram)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    p = y[place].view(T, K, -1).float() * topk_weight.float()[..., None]
+    total = topk_weight.double().sum(1, keepdim=True)
+    w = topk_weight.double() / total
+    apart = torch.linalg.vector_norm(p - w.float()[..., None] * p.sum(1, keepdim=True), dim=2).double()
+    left, expert = apart / (1 - w).clamp(min=1e-6), topk_idx.reshape(-1)
+    sums.mixture_norm_sum.index_add_(0, expert, apart.view(-1))
+    sums.mixture_square_sum.index_add_(0, expert, apart.view(-1).square())
+    sums.left_out_norm_sum.index_add_(0, expert, left.view(-1))
+    sums.left_out_square_sum.index_add_(0, expert, left.view(-1).square())
+    sums.share_sum.add_(total.sum())
+    sums.share_square_sum.add_(total.square().sum())
+    pairs = (topk_idx[:, :, None] * E + topk_idx[:, None, :]).view(-1)
+    gram.view(-1).index_add_(0, pairs, (p @ p.mT).double().view(-1))
 
 
 def sort_by_expert(topk_idx: Tensor, E: int) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ Tiers = Annotated[
     typer.Option(
         "--tier",
         help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
-        "replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
+        "mixture, gram, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
         callback=check_tiers,
     ),
 ]

@@ -17,6 +17,7 @@ from moekern import files
 from moekern.checkpoint.strict_json import shown
 from moekern.criteria import combine, scores
 from moekern.criteria.combine import Part
+from moekern.criteria.needs import NotForLayer
 from moekern.criteria.table import ALIASES, COMBINATORS, CRITERIA, Criterion, Family, unknown
 from moekern.errors import InputError, first_line
 from moekern.statistics.layer import TIERS, LayerStatistics
@@ -51,14 +52,20 @@ def criterion_named(text: str) -> Criterion:
 
 
 def score_layer(criterion: Criterion, statistics: LayerStatistics, key: str, seed: int = 0) -> Tensor:
-    """[E] float64, higher is kept. A selector scores the cost of dropping each expert alone."""
+    """[E] float64, higher is kept. A selector scores the cost of dropping each expert alone.
+
+    Raises InputError, naming the layer, where the criterion has nothing to say of it.
+    """
     if criterion.kind == "seeded":
         found: Tensor = criterion.function(statistics.num_experts, seed, key)
         return found
-    if criterion.kind == "domains":
-        chosen = criterion.function({"": statistics}, statistics.num_experts)
-        return chosen.scores  # type: ignore[no-any-return]
-    return combine.scored(criterion, statistics)
+    try:
+        if criterion.kind == "domains":
+            chosen = criterion.function({"": statistics}, statistics.num_experts)
+            return chosen.scores  # type: ignore[no-any-return]
+        return combine.scored(criterion, statistics)
+    except NotForLayer as error:
+        raise InputError(f"layer {key}: {error}") from None
 
 
 def _hts(text: str, inside: str) -> Criterion:

@@ -9,6 +9,10 @@ from moekern.errors import InputError
 from moekern.statistics.layer import LayerStatistics
 
 
+class NotForLayer(InputError):
+    """A criterion says nothing about a layer of this kind; whoever knows which one it is puts that before."""
+
+
 def need(statistics: LayerStatistics, criterion: str, *names: str) -> None:
     """Raise InputError, naming the tier, when one of these fields was not measured."""
     for name in names:

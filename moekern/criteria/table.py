@@ -29,6 +29,7 @@ AUTO_ELSEWHERE = (
 )
 HTS = "arXiv:2606.15716"
 REAP = "arXiv:2510.13999"
+RAZOR = "arXiv:2609.30465"
 HC = "arXiv:2410.08589"
 
 
@@ -59,8 +60,8 @@ class Module:
         return Function(self.name, function)
 
 
-activation, gradient, pairs, scores, selectors, subsets, weights = map(
-    Module, ("activation", "gradient", "pairs", "scores", "selectors", "subsets", "weights")
+activation, gradient, mixture, pairs, pursuit, scores, selectors, subsets, weights = map(
+    Module, ("activation", "gradient", "mixture", "pairs", "pursuit", "scores", "selectors", "subsets", "weights")
 )
 
 
@@ -148,6 +149,25 @@ LATER = (
         selectors, "activation", "routed",
         ("hope", "set", "least joint gate x norm of the dropped set (HOPE)", "arXiv:2609.18916"),
         ("hope_all_tokens", "set", "as hope, averaged over all tokens (HOPE's bound)", "arXiv:2609.18916"),
+    ),
+    *_rows(
+        mixture, "activation", "mixture",
+        ("rcs", "min", "sum of (gate x distance from the token's mixture) squared (RAZOR)", RAZOR),
+        ("rcs_sum", "min", "as rcs, the sum itself", RAZOR),
+        ("rcs_mean", "min", "as rcs, the mean", RAZOR),
+        ("rcs_rms", "min", "as rcs, the root mean square, as published", RAZOR),
+        ("rcs_loo", "min", "as rcs, over 1 - share of the gates: exact for one expert left out (RAZOR)", RAZOR),
+        ("rcs_loo_sum", "min", "as rcs_loo, the sum itself", RAZOR),
+        ("rcs_loo_mean", "min", "as rcs_loo, the mean", RAZOR),
+        ("rcs_loo_rms", "min", "as rcs_loo, the root mean square, as published", RAZOR),
+    ),
+    *_rows(
+        mixture, "activation", "replay",
+        ("razor", "min", "as rcs_loo_rms, with the expert that the router promotes (RAZOR)", RAZOR),
+    ),
+    *_rows(
+        pursuit, "activation", "gram",
+        ("omp", "set", "kept set that best makes up the sum of all contributions (OMP-MoE)", "arXiv:2609.31631"),
     ),
     *_rows(
         scores, "activation", "routed",

@@ -13,6 +13,7 @@ import torch
 OPS = (
     "router_stats", "combine_and_measure", "sort_by_expert", "similarity", "sketch", "vocabulary", "popcount",
     "pair_popcount", "weight_stats", "dequantize", "grouped_mlp", "expert_gram", "gated_energy", "scatter_residual",
+    "mixture_stats",
 )  # fmt: skip
 BACKENDS = ("native", "grouped_mm", "triton", "reference")  # modules beside this one
 # Every backend that may serve a device, the default first. On a CPU Triton only runs in its interpreter.

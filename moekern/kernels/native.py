@@ -14,7 +14,7 @@ import moekern._C as _C
 if TYPE_CHECKING:
     from moekern.kernels import GramSums, SimilaritySums
     from moekern.kernels.quantised import Quantised
-    from moekern.kernels.sums import ExpertSums, RouterSums
+    from moekern.kernels.sums import ExpertSums, MixtureSums, RouterSums
     from moekern.kernels.weight_stats import WeightSums
 
 
@@ -62,6 +62,17 @@ def combine_and_measure(
             y, topk_weight, topk_idx, order, offsets, mask, residual, sums, out, torch.get_num_threads(), level, stream
         )
     return out
+
+
+def mixture_stats(
+    y: Tensor, topk_weight: Tensor, share: Tensor, topk_idx: Tensor, order: Tensor, offsets: Tensor,
+    mask: Tensor | None, sums: MixtureSums | None, gram: Tensor | None, *, level: str = "",
+) -> None:  # fmt: skip
+    """kernels.mixture_stats with checked arguments: sums and gram, where they are there, added to in place."""
+    with stream_of(y) as stream:
+        _C.mixture_stats(
+            y, topk_weight, share, topk_idx, order, offsets, mask, sums, gram, torch.get_num_threads(), level, stream
+        )
 
 
 def similarity(

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
+from moekern.kernels.reference_mixture import add_at
+from moekern.kernels.reference_mixture import mixture_stats as mixture_stats
+
 if TYPE_CHECKING:
     from moekern.kernels import GramSums, SimilaritySums
     from moekern.kernels.quantised import Quantised
@@ -330,14 +333,6 @@ def grouped(offsets: Tensor, mask: Tensor | None) -> Iterator[tuple[int, Tensor]
     for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         rows = torch.arange(start, stop, device=offsets.device)
         yield e, rows if mask is None else rows[mask[start:stop]]
-
-
-def add_at(total: Tensor, index: Tensor, values: Tensor | None) -> None:
-    """total[index[n]] += values[n], or 1. Sorted by index first, so that sums have one order on every device."""
-    counts = torch.bincount(index, minlength=len(total))
-    if values is not None:
-        counts = torch.segment_reduce(values[index.argsort(stable=True)], "sum", lengths=counts)
-    total.add_(counts)
 
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -66,6 +66,18 @@ class ExpertSums(NamedTuple):
     residual_tokens: Annotated[Tensor, integers("1")]  # counted tokens whose residual was given
 
 
+class MixtureSums(NamedTuple):
+    """Sums over the counted rows of one MoE layer. p = gate·y is what a row adds to its token's mixture Σ p, w its
+    share, and d = ‖p - w Σ p‖₂: how far the expert is from the mixture that it is part of (RAZOR, arXiv:2609.30465)."""
+
+    mixture_norm_sum: Annotated[Tensor, Sum("E?")]  # Σ d
+    mixture_square_sum: Annotated[Tensor, Sum("E?")]  # Σ d²
+    left_out_norm_sum: Annotated[Tensor, Sum("E?")]  # Σ l, l = d / (1 - w)
+    left_out_square_sum: Annotated[Tensor, Sum("E?")]  # Σ l²
+    share_sum: Annotated[Tensor, Sum("1?")]  # Σ over tokens of the sum of their shares as they were given
+    share_square_sum: Annotated[Tensor, Sum("1?")]  # Σ of its square
+
+
 def router_sums(E: int, device: torch.device | str = "cpu", *, gram: bool = False) -> RouterSums:
     """Zeros for E experts; without `gram` logit_gram is left unmeasured."""
     return zeros(RouterSums, {"E": E, "E?": E if gram else 0}, device)
@@ -74,6 +86,11 @@ def router_sums(E: int, device: torch.device | str = "cpu", *, gram: bool = Fals
 def expert_sums(E: int, H: int = 0, device: torch.device | str = "cpu") -> ExpertSums:
     """Zeros for E experts; H = 0 leaves the sums of each dimension unmeasured."""
     return zeros(ExpertSums, {"E": E, "H?": H}, device)
+
+
+def mixture_sums(E: int, device: torch.device | str = "cpu") -> MixtureSums:
+    """Zeros for E experts."""
+    return zeros(MixtureSums, {"E?": E, "1?": 1}, device)
 
 
 def declared(kind: type[Any]) -> Mapping[str, Sum]:

@@ -54,7 +54,8 @@ class Seen:
 
     `outputs(tokens [M], offsets [E + 1])` runs any experts on any tokens: row n is of token tokens[n], and rows
     offsets[e]:offsets[e + 1] are expert e's; [M, H] before the gate. With `gates_applied`, outputs already are
-    gate-weighted contributions (Llama 4 scales the expert's input).
+    gate-weighted contributions (Llama 4 scales the expert's input). `gain` [E] is a number of each expert that gates
+    hold beside the router's weights (Gemma 4).
     """
 
     logits: Tensor | None  # [T, E or more]
@@ -65,6 +66,7 @@ class Seen:
     outputs: Outputs
     residual: Tensor | None = None  # [T, H]
     gates_applied: bool = False
+    gain: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Probe:
     ids: Tensor | None = None  # [T, K] of the batch that ran last
     choosing: bool = False  # raise Chosen instead of running experts
     differentiable: bool = False
+    gain: Callable[[], Tensor] | None = None  # [E], as the layer holds it now
 
     def measure(
         self,
@@ -61,7 +63,8 @@ class Probe:
         if isinstance(outputs, Asking):
             outputs.ask([own, *self.recorder.further(logits, ids, routed, context)])
         y = outputs(*own)
-        seen = Seen(logits, ids, gates, routed, y, outputs, stream(norm, hidden, y), gates_applied)
+        gain = None if self.gain is None else self.gain()
+        seen = Seen(logits, ids, gates, routed, y, outputs, stream(norm, hidden, y), gates_applied, gain)
         return self.recorder.measure(self.layer, seen, context)
 
 

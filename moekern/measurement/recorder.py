@@ -62,8 +62,7 @@ class Recorder:
         )
         if "coalitions" in self.tiers:
             self.coalitions.setdefault(layer, []).append(chosen_sets(ids, mask, E))
-        for tier in self.tiers:
-            add = TABLE[tier].add
+        for add in dict.fromkeys(TABLE[tier].add for tier in self.tiers):  # two tiers may be one read of the rows
             if add is not None:
                 add(replace(seen, logits=logits), context, sums, self.backend)
         return kernels.combine_and_measure(

@@ -26,6 +26,7 @@ from moekern.model.transformers_api import Loader, router_modules
 from moekern.model.walk import moved
 from moekern.statistics.layer import LayerStatistics
 
+SPREAD = 2.0**-7  # of tokens' sums of gates that are one number but for rounding, relative to it
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
 
 
@@ -129,7 +130,7 @@ class Replay:
         gates = _dense(chosen, E)
         scores = torch.zeros_like(gates) if chosen.logits is None else chosen.logits[:, :E].double().softmax(1)
         with few_tokens(0, gates.device):  # some experts have a token or two, on which the router is asked again
-            lost = self._deletions(key, call, chosen, gates)
+            lost, refilled = self._deletions(key, call, chosen, gates)
             subsets = self._subsets(key, call, chosen, gates) if sums.subset_loss.numel() else None
         n, H = len(gates), sums.output_sum.shape[1]
         step = max(1, TILE // (E * H))
@@ -140,7 +141,8 @@ class Replay:
             part = slice(start, start + step)
             _add_outputs(y, scores[part], sums, self.backend)
             with few_tokens(0, gates.device):  # a token at a time
-                _add_deletions(y, chosen.ids[part].long(), lost[part], sums)
+                own = lost[part]
+                _add_deletions(y, chosen.ids[part].long(), own, own if refilled is lost else refilled[part], sums)
                 if subsets is not None:
                     _add_subsets(y, subsets[part], sums)
 
@@ -161,8 +163,9 @@ class Replay:
             probe.choosing = False
         raise InputError(f"--tier replay: layer {key}: {self._name(key)} calls its experts in a way that is not seen")
 
-    def _deletions(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> Tensor:
-        """[n, K, E]: by how much each token's gates fall when its k-th expert is dropped; 0 for an empty slot."""
+    def _deletions(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, K, E]: by how much each token's gates fall when its k-th expert is dropped; 0 for an empty slot. And the
+        same with the gates of its other experts as they were, where gates do not sum to one number all the same."""
         (n, K), E = chosen.ids.shape, gates.shape[1]
         lost = torch.zeros(n, K, E, dtype=torch.float64, device=gates.device)
         for e in range(E):
@@ -170,7 +173,9 @@ class Replay:
             if len(token):
                 again = self._choose(key, _sliced(call, (1, n), token), (e,))
                 lost[token, slot] = gates[token] - _dense(again, E, (e,))
-        return lost
+        total = gates.sum(1)
+        one_number = total.std(correction=0) < SPREAD * total.mean()
+        return lost, lost if one_number else _with_frozen_gates(lost, chosen, gates)
 
     def _subsets(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> Tensor:
         """[n, 2^E, E]: the same for every kept set, by its bits; sets that are too small lose all."""
@@ -234,6 +239,19 @@ def _dense(chosen: Chosen, E: int, dropped: Sequence[int] = ()) -> Tensor:
     return gates.scatter_add_(1, ids.where(filled, 0), torch.where(filled, chosen.gates.double(), 0))
 
 
+def _with_frozen_gates(lost: Tensor, chosen: Chosen, gates: Tensor) -> Tensor:
+    """`lost` [n, K, E] where the token's other experts keep their gates, and the promoted one has its gate in their
+    measure: as it stood beside them before one was dropped."""
+    n, K, E = lost.shape
+    own = chosen.ids.long()[:, :, None] == torch.arange(E, device=lost.device)  # [n, K, E] the dropped expert
+    before = gates[:, None].expand(n, K, E)
+    others = (before != 0) & ~own & own.any(2, keepdim=True)
+    after = before - lost
+    now = torch.where(others, after, 0).sum(2, keepdim=True)
+    scale = torch.where(now == 0, 1, torch.where(others, before, 0).sum(2, keepdim=True) / now)
+    return torch.where(others, 0, torch.where(own, lost, lost * scale))
+
+
 def _add_outputs(y: Tensor, scores: Tensor, sums: LayerStatistics, backend: str | None) -> None:
     """y is [E, n, H]: all experts on a tile of tokens, scores [n, E] the softmax of their logits."""
     alike = kernels.SimilaritySums(sums.replay_tokens, sums.output_gram, sums.output_cosine)
@@ -243,8 +261,8 @@ def _add_outputs(y: Tensor, scores: Tensor, sums: LayerStatistics, backend: str 
         sums.scored_output_sum[e] += (scores[:, e, None] * rows.double()).sum(0)
 
 
-def _add_deletions(y: Tensor, ids: Tensor, lost: Tensor, sums: LayerStatistics) -> None:
-    """Of a tile: ids [n, K], lost [n, K, E]. An empty slot has lost nothing and is left out."""
+def _add_deletions(y: Tensor, ids: Tensor, lost: Tensor, refilled: Tensor, sums: LayerStatistics) -> None:
+    """Of a tile: ids [n, K], lost and refilled [n, K, E]. An empty slot has lost nothing and is left out."""
     for t, own in enumerate(ids):
         filled = (own >= 0) & (own < len(y))
         e = own[filled]
@@ -252,6 +270,9 @@ def _add_deletions(y: Tensor, ids: Tensor, lost: Tensor, sums: LayerStatistics) 
         sums.deletion_norm_sum[e] += delta.norm(dim=1)
         sums.deletion_gram[e[:, None], e] += delta @ delta.T
         sums.deletion_sum[e] += delta
+        sums.deletion_count[e] += 1
+        change = delta if refilled is lost else refilled[t, filled] @ y[:, t].double()
+        sums.refill_square_sum[e] += change.square().sum(1)
 
 
 def _add_subsets(y: Tensor, lost: Tensor, sums: LayerStatistics) -> None:

@@ -125,6 +125,25 @@ def add_reap(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: 
     sums.compat_gated_norm_sum.add_(torch.where(chosen, gate * dense, 0).sum(0))
 
 
+def add_mixture(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Add a batch to what was asked for of the tiers mixture and gram, in one read of its rows."""
+    share = seen.gates
+    if seen.gain is not None:
+        share = share.float() / seen.gain.float()[seen.ids.long().clamp(0, seen.num_experts - 1)]
+    kernels.mixture_stats(
+        seen.y,
+        torch.ones_like(seen.gates) if seen.gates_applied else seen.gates,
+        seen.ids,
+        seen.routed.order,
+        seen.routed.offsets,
+        context.mask,
+        sums.views(kernels.MixtureSums) if sums.mixture_norm_sum.numel() else None,
+        sums.contribution_gram if sums.contribution_gram.numel() else None,
+        share=share,
+        backend=backend,
+    )
+
+
 def by_logits(logits: Tensor, ids: Tensor, routed: Routed, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """[T, E] bool, twice: the counted tokens' K largest logits [T, E], and those of them that are not the choice."""
     (T, E), K = logits.shape, ids.shape[1]
@@ -171,6 +190,8 @@ TABLE: Mapping[str, Tier] = {
     "coalitions": Tier("batch"),
     "outliers": Tier("second pass", implies=("dimensions",)),
     "reap": Tier("batch", add=add_reap),
+    "mixture": Tier("batch", ops=("mixture_stats",), add=add_mixture),
+    "gram": Tier("batch", ops=("mixture_stats",), add=add_mixture),
     "replay": Tier("replay", ops=("similarity",)),
     "gradient": Tier("backward"),
     "weights": Tier("weights", ops=("weight_stats", "similarity", "dequantize")),

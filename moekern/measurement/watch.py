@@ -17,6 +17,8 @@ from moekern.model.expert_lists import expert_modules
 from moekern.model.experts import experts_of, in_place
 from moekern.model.transformers_api import router_modules
 
+GAIN = "per_expert_scale"  # Gemma 4's router
+
 
 @contextmanager
 def watching(
@@ -40,7 +42,7 @@ def watching(
                 raise InputError(f"layer {key}: {type(layer).__name__} has no experts that moekern can observe")
             if hasattr(block, "_moekern_probe"):
                 raise InputError(f"layer {key}: its experts are observed already; leave that context first")
-            probe = probes[key] = Probe(key, empty_slots, recorder, flight)
+            probe = probes[key] = Probe(key, empty_slots, recorder, flight, gain=_gain(layer))
             listed = expert_modules(block) is not None
             stack.enter_context(in_place(block, probe, measured_block if listed else None))
             for path, index in () if listed else router_modules(layer, model).items():
@@ -50,6 +52,14 @@ def watching(
                 if "Norm" in type(child).__name__:
                     stack.callback(child.register_forward_hook(_keep_norm(probe)).remove)
         yield probes
+
+
+def _gain(layer: nn.Module) -> Callable[[], Tensor] | None:
+    """What gives the gain of each expert that a layer's router multiplies its weights by; None where it has none."""
+    for module in layer.modules():
+        if isinstance(getattr(module, GAIN, None), Tensor):
+            return lambda: getattr(module, GAIN).detach()  # type: ignore[no-any-return]
+    return None
 
 
 def _keep_logits(probe: Probe, index: int) -> Callable[..., None]:

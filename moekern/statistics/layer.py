@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moekern.kernels.sums import ExpertSums, RouterSums, declared
+from moekern.kernels.sums import ExpertSums, MixtureSums, RouterSums, declared
 from moekern.statistics.contradictions import contradiction
 
 Views = TypeVar("Views")
 
 # What calibration may be asked to measure beside the routed tier, which is always there.
 TIERS = (
-    "dimensions", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "replay", "gradient", "weights"
+    "dimensions", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "mixture", "gram", "replay",
+    "gradient", "weights",
 )  # fmt: skip
 HALVES = "halves"  # a tier of its own to whoever reads: what is kept by halves of the text, always measured
 SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
@@ -45,6 +46,7 @@ def _added_by(kind: type[Any], name: str, *, tier: str = "routed", negative: boo
 
 
 _router, _experts = partial(_added_by, RouterSums), partial(_added_by, ExpertSums)
+_mixture = partial(_added_by, MixtureSums, tier="mixture")
 
 
 def _halves(name: str, *, negative: bool = False, merge: str = "halves") -> Any:
@@ -116,6 +118,15 @@ class LayerStatistics:
     compat_count: Tensor = _integers("E?", "reap")
     compat_gated_norm_sum: Tensor = _sum("E?", "reap")
 
+    # What mixture_stats adds to. shares are a token's gates, without the gain of each expert where the model has one.
+    mixture_norm_sum: Tensor = _mixture("mixture_norm_sum")
+    mixture_square_sum: Tensor = _mixture("mixture_square_sum")
+    left_out_norm_sum: Tensor = _mixture("left_out_norm_sum")
+    left_out_square_sum: Tensor = _mixture("left_out_square_sum")
+    share_sum: Tensor = _mixture("share_sum", negative=True)
+    share_square_sum: Tensor = _mixture("share_square_sum")
+    contribution_gram: Tensor = _signed("E? E?", "gram")  # Σ <gateᵢ yᵢ, gateⱼ yⱼ> over tokens
+
     # Over sampled tokens on which every expert was run. Δe is what the block's output loses when e is dropped and the
     # router chooses again without it; 0 for a token that did not choose e.
     replay_tokens: Tensor = _integers("1", "replay")
@@ -126,6 +137,8 @@ class LayerStatistics:
     deletion_norm_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂
     deletion_gram: Tensor = _signed("E? E?", "replay")  # Σ <Δᵢ, Δⱼ>; the diagonal is Σ ‖Δe‖₂²
     deletion_sum: Tensor = _signed("E? H?", "replay")  # Σ Δe
+    deletion_count: Tensor = _integers("E?", "replay")  # tokens that chose e
+    refill_square_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂², with the other gates as they were where none sum to 1
     subset_loss: Tensor = _sum("S?", "replay")  # Σ ‖all - kept‖₂², by the kept set's bits; where E <= SUBSETS
 
     gradients: Tensor = _integers("1", "gradient")  # how many G were added up

@@ -57,6 +57,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return cosine_similarity(a.flatten(), b.flatten(), dim=0)
 
 
+def apart(raw: Tokens, e: int) -> Tensor:
+    """[count] of each token that chose e: its gate times how far its output is from the layer's."""
+    return torch.stack([raw.gates(t)[e] * (raw.y[t, e] - raw.output(t)).norm() for t in raw.routed(e)])
+
+
+def left_out(raw: Tokens, e: int) -> Tensor:
+    """[count] of each token that chose e: the norm of what the output loses without it, gates summing to 1 again."""
+    return torch.stack([raw.left_out(t, e).norm() for t in raw.routed(e)])
+
+
+def rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
+
+
 def likeness_to_better(raw: Tokens, e: int, worth: list[float], alike: Callable[[int, int], Tensor]) -> float:
     """The largest likeness to an expert of more worth. That of the best is below all by the mean step between them."""
 
@@ -160,6 +174,16 @@ FORMULAS: dict[str, Formula] = {
         -sum(cosine_similarity(raw.y[:, e], raw.y[:, q], dim=1).mean() for q in others(e))
     ),
     "leave_one_out": lambda raw, e: lost(raw, e).square().sum(),
+    "rcs": lambda raw, e: apart(raw, e).square().sum(),
+    "rcs_sum": lambda raw, e: apart(raw, e).sum(),
+    "rcs_mean": lambda raw, e: apart(raw, e).mean(),
+    "rcs_rms": lambda raw, e: rms(apart(raw, e)),
+    "rcs_loo": lambda raw, e: left_out(raw, e).square().sum(),
+    "rcs_loo_sum": lambda raw, e: left_out(raw, e).sum(),
+    "rcs_loo_mean": lambda raw, e: left_out(raw, e).mean(),
+    "rcs_loo_rms": lambda raw, e: rms(left_out(raw, e)),
+    "razor": lambda raw, e: rms(lost(raw, e).norm(dim=1)[raw.routed(e)]),
+    "omp": lambda raw, e: (gates(raw, e)[:, None] * rows(raw, e)).square().sum(),  # of its choices see test_pursuit
 }
 # These are tested below, by what they choose or by the order they make; gradients where they are measured.
 OTHERWISE = {"ecc", "ets", "ets_tokens", "naee", "stun", "leave_one_out_greedy", "diet", "random"} | {

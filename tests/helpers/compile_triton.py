@@ -99,6 +99,9 @@ def compile_statistics() -> None:
         sums, args = kernels.expert_sums(case.E, case.H, "meta"), rows(case, dtype)
         for residual in residuals:
             backend.combine_and_measure(*meta((*args, stream(args) if residual else None)), sums)
+        mixture, gram = kernels.mixture_sums(case.E, "meta"), torch.empty(case.E, case.E, dtype=torch.float64)
+        share, on = args.topk_weight.float(), meta(args)
+        backend.mixture_stats(*on[:2], *meta([share]), *on[2:], mixture, gram.to("meta"))
 
 
 def compile_refit() -> None:

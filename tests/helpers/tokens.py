@@ -36,6 +36,12 @@ class Tokens:
         score, ids = logits.softmax(0).topk(self.K)
         return torch.zeros(self.E, dtype=torch.float64).index_add_(0, ids, score / score.sum())
 
+    def left_out(self, t: int, e: int) -> Tensor:
+        """[H], what the output loses when e goes and the others make up for its gate, nobody coming in."""
+        gates = self.gates(t)
+        gates[e] = 0
+        return self.output(t) - gates / gates.sum() @ self.y[t]
+
     def output(self, t: int, without: tuple[int, ...] = ()) -> Tensor:
         """[H], the layer's."""
         return self.gates(t, without) @ self.y[t]
@@ -64,7 +70,10 @@ def measured(raw: Tokens) -> LayerStatistics:
     """Sums of all tiers but gradients."""
     T, E, H = raw.y.shape
     s = LayerStatistics.zeros(
-        E, H, tiers=("vocabulary", "token_counts", "coalitions", "outliers", "reap", "replay", "weights"), words=1
+        E,
+        H,
+        tiers=("vocabulary", "token_counts", "coalitions", "outliers", "reap", "mixture", "gram", "replay", "weights"),
+        words=1,
     )
     sets: Counter[tuple[int, ...]] = Counter()
     everything = {e: torch.stack([raw.y[t, e] for t in raw.routed(e)]) for e in range(E) if raw.routed(e)}
@@ -101,6 +110,7 @@ def measured(raw: Tokens) -> LayerStatistics:
         for e in raw.logits[t].topk(raw.K).indices.tolist():
             s.compat_count[e] += 1
             s.compat_gated_norm_sum[e] += raw.logits[t].softmax(0)[e] * norm[e]
+        add_mixture(s, raw, t)
         add_replay(s, raw, t)
     rows = [[*ids, n] for ids, n in sorted(sets.items())]
     flat = raw.weights.flatten(1)
@@ -117,6 +127,21 @@ def measured(raw: Tokens) -> LayerStatistics:
     )
 
 
+def add_mixture(s: LayerStatistics, raw: Tokens, t: int) -> None:
+    """RAZOR's quantities as the paper prints them, of gates that sum to 1."""
+    w, c = raw.gates(t), raw.output(t)
+    s.share_sum.add_(w.sum())
+    s.share_square_sum.add_(w.sum() ** 2)
+    for e in raw.chosen(t):
+        apart = w[e] * (raw.y[t, e] - c).norm()
+        s.mixture_norm_sum[e] += apart
+        s.mixture_square_sum[e] += apart**2
+        s.left_out_norm_sum[e] += apart / (1 - w[e])
+        s.left_out_square_sum[e] += (apart / (1 - w[e])) ** 2
+        for other in raw.chosen(t):
+            s.contribution_gram[e, other] += (w[e] * raw.y[t, e]) @ (w[other] * raw.y[t, other])
+
+
 def add_replay(s: LayerStatistics, raw: Tokens, t: int) -> None:
     whole = raw.output(t)
     lost = torch.stack([whole - raw.output(t, (e,)) for e in range(raw.E)])
@@ -129,6 +154,8 @@ def add_replay(s: LayerStatistics, raw: Tokens, t: int) -> None:
     s.deletion_norm_sum.add_(lost.norm(dim=1))
     s.deletion_gram.add_(lost @ lost.T)
     s.deletion_sum.add_(lost)
+    s.deletion_count[raw.chosen(t)] += 1
+    s.refill_square_sum.add_(lost.square().sum(1))
     for kept in range(1 << raw.E):
         without = tuple(e for e in range(raw.E) if not kept >> e & 1)
         loss = (whole - raw.output(t, without)).square().sum() if raw.E - len(without) >= raw.K else whole @ whole

@@ -16,7 +16,9 @@ from moekern import _C, kernels
 from moekern.kernels import native, of_expert, weight_stats, weight_sums
 from moekern.kernels.dequantize import dequantize
 from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, pack_quantized, scaled
-from tests.helpers import cuda_on_cpu, similarity, stored, vocabulary, weights
+from tests.helpers import cuda_on_cpu, pairwise, similarity, stored, vocabulary, weights
+from tests.helpers.cases import EDGE, Case, Rows, rows
+from tests.helpers.mixture import assert_mixtures_agree, mixed
 from tests.helpers.ops import DTYPES
 from tests.helpers.stored import CASES, octets, positive, words
 
@@ -240,3 +242,29 @@ def test_a_group_without_scales_is_nan_and_touches_nothing(cuda: cuda_on_cpu.Ext
     want[:, 5] = torch.nan
     assert stored.same(got, want)
     assert weights.summed(replace(good, group=group), 1).abs_sum.isnan().all()
+
+
+@pairwise.matrix(None, case=EDGE, dtype=DTYPES)
+def test_mixtures_agree_with_the_reference(cuda: cuda_on_cpu.Extension, case: Case, dtype: torch.dtype) -> None:
+    case = case._replace(T=min(case.T, 90))  # a block is a token
+    args = rows(case, dtype)
+    got = mixed(args, case.E)
+    assert_mixtures_agree(got, mixed(args, case.E, backend="reference"), args)
+    assert torch.equal(got[1], got[1].T)
+
+
+def test_mixtures_repeat_bit_for_bit_whatever_the_values(cuda: cuda_on_cpu.Extension) -> None:
+    args = rows(EDGE["masked"]._replace(T=60))
+
+    def of(some: Rows) -> list[Tensor]:
+        sums, gram = mixed(some, EDGE["masked"].E)
+        return [*sums, gram]
+
+    assert_repeats(cuda, lambda: of(args))
+    wild = args._replace(order=torch.full_like(args.order, 2**62), offsets=args.offsets * 2**40 - 5)
+    of(wild)  # touches nothing outside the arguments
+
+
+def test_a_mixture_of_more_slots_than_lanes_is_refused(cuda: cuda_on_cpu.Extension) -> None:
+    with pytest.raises(ValueError, match=r"\[mixture_stats\] topk_idx: expected at most 32 slots on a GPU"):
+        mixed(rows(Case(1, 40, 33, 2)), 40)

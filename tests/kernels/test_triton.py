@@ -13,9 +13,10 @@ from tests.helpers import ROOT
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 KERNELS = {
-    "add_chunks_kernel", "combine_kernel", "count_kernel", "dimensions_kernel", "down_kernel", "energy_kernel",
-    "gate_up_kernel", "gates_kernel", "gram_kernel", "logits_kernel", "measure_kernel", "move_kernel", "pairs_kernel",
-    "products_kernel", "row_of_kernel", "slots_kernel", "subtract_kernel",
+    "add_chunks_kernel", "combine_kernel", "contributions_kernel", "count_kernel", "dimensions_kernel",
+    "distances_kernel", "down_kernel", "energy_kernel", "gate_up_kernel", "gates_kernel", "gram_kernel",
+    "logits_kernel", "measure_kernel", "mixture_kernel", "move_kernel", "pairs_kernel", "products_kernel",
+    "row_of_kernel", "slots_kernel", "subtract_kernel",
 }  # fmt: skip
 PRODUCTS = {"down_kernel", "gate_up_kernel", "gram_kernel", "products_kernel", "subtract_kernel"}
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # what a program may have (8.6 and 8.9 have no more than that)

@@ -12,13 +12,14 @@ from moekern.kernels.triton.combine_and_measure import combine_and_measure, row_
 from moekern.kernels.triton.expert_gram import expert_gram
 from moekern.kernels.triton.gated_energy import gated_energy
 from moekern.kernels.triton.grouped_mlp import grouped_mlp
+from moekern.kernels.triton.mixture_stats import mixture_stats
 from moekern.kernels.triton.router_stats import router_stats
 from moekern.kernels.triton.scatter_residual import scatter_residual
 from moekern.kernels.triton.sort_by_expert import sort_by_expert
 
 __all__ = (
-    "combine_and_measure", "expert_gram", "gated_energy", "grouped_mlp", "obstacle", "router_stats",
-    "scatter_residual", "sort_by_expert",
+    "combine_and_measure", "expert_gram", "gated_energy", "grouped_mlp", "mixture_stats", "obstacle",
+    "router_stats", "scatter_residual", "sort_by_expert",
 )  # fmt: skip
 
 

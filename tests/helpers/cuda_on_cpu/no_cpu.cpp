@@ -15,6 +15,7 @@ namespace {
 std::vector<std::string> levels() { return {}; }
 void router_stats(const RouterStats&, const Run&) { refuse(); }
 void combine_and_measure(const CombineAndMeasure&, const Run&) { refuse(); }
+void mixture_stats(const MixtureStats&, const Run&) { refuse(); }
 void similarity(const Similarity&, const Run&) { refuse(); }
 void sketch(const Sketch&, const Run&) { refuse(); }
 void vocabulary(const Vocabulary&, const Run&) { refuse(); }
