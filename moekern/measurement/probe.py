@@ -64,6 +64,7 @@ class Probe:
             outputs.ask([own, *self.recorder.further(logits, ids, routed, context)])
         y = outputs(*own)
         gain = None if self.gain is None else self.gain()
+        gain = None if gain is None or gain.shape != (num_experts,) else gain
         seen = Seen(logits, ids, gates, routed, y, outputs, stream(norm, hidden, y), gates_applied, gain)
         return self.recorder.measure(self.layer, seen, context)
 

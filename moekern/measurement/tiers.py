@@ -129,7 +129,8 @@ def add_mixture(seen: Seen, context: BatchContext, sums: LayerStatistics, backen
     """Add a batch to what was asked for of the tiers mixture and gram, in one read of its rows."""
     share = seen.gates
     if seen.gain is not None:
-        share = share.float() / seen.gain.float()[seen.ids.long().clamp(0, seen.num_experts - 1)]
+        gain = seen.gain.float()[seen.ids.long().clamp(0, seen.num_experts - 1)]
+        share = torch.where(gain == 0, 0, share.float() / gain)
     kernels.mixture_stats(
         seen.y,
         torch.ones_like(seen.gates) if seen.gates_applied else seen.gates,

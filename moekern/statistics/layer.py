@@ -137,8 +137,9 @@ class LayerStatistics:
     deletion_norm_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂
     deletion_gram: Tensor = _signed("E? E?", "replay")  # Σ <Δᵢ, Δⱼ>; the diagonal is Σ ‖Δe‖₂²
     deletion_sum: Tensor = _signed("E? H?", "replay")  # Σ Δe
-    deletion_count: Tensor = _integers("E?", "replay")  # tokens that chose e
-    refill_square_sum: Tensor = _sum("E?", "replay")  # Σ ‖Δe‖₂², with the other gates as they were where none sum to 1
+    # Files of before do not know these two. Of the second, the other gates are as they were where none sum to 1.
+    deletion_count: Tensor = _integers("E?", "replay", merge="halves")  # tokens that chose e
+    refill_square_sum: Tensor = _sum("E?", "replay", merge="halves")  # Σ ‖Δe‖₂²
     subset_loss: Tensor = _sum("S?", "replay")  # Σ ‖all - kept‖₂², by the kept set's bits; where E <= SUBSETS
 
     gradients: Tensor = _integers("1", "gradient")  # how many G were added up
@@ -373,7 +374,7 @@ MERGES: dict[str, Callable[..., Tensor]] = {
     "same": lambda a, b: a if a.numel() else b,
     "alike": lambda a, b: a if torch.equal(a, b) else torch.zeros_like(a if a.numel() else b),
     "rows": merge_rows,
-    # Halves that one side does not know are not known of both.
+    # Halves, and others, that one side does not know are not known of both.
     "halves": lambda a, b: a + b if a.numel() and b.numel() else a[:0],
     "half maxima": lambda a, b: torch.maximum(a, b) if a.numel() and b.numel() else a[:0],
 }

@@ -17,6 +17,8 @@ from tests.helpers.pairwise import matrix
 @matrix(runs("mixture_stats"), case=EDGE, dtype=DTYPES)
 def test_agrees_with_the_reference(device: str, backend: str, case: Case, dtype: torch.dtype) -> None:
     case = fitting(case, device, backend)
+    if (device, backend) == ("cpu", "triton") and case.K > 1:
+        case = case._replace(T=min(case.T, 60))
     args = rows(case, dtype)
     got, want = mixed(args, case.E, device, backend), mixed(args, case.E, backend="reference")
     assert_mixtures_agree(got, want, args)

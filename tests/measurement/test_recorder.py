@@ -17,7 +17,7 @@ from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import assert_same, with_halves
 
 E, K, H, T = 5, 2, 4, 6
-TIERS = ("dimensions", "coalitions", "reap", "vocabulary", "token_counts")
+TIERS = ("dimensions", "coalitions", "reap", "vocabulary", "token_counts", "mixture", "gram")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from moekern.criteria import CRITERIA
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.replay import sample
+from moekern.measurement.tiers import BY_BATCH
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.experts import experts_of
@@ -340,7 +341,7 @@ def test_a_router_that_cannot_be_asked_again_is_refused(name: str, family_checkp
 
 def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint) -> None:
     folder, token_ids = family_checkpoint("qwen3_moe"), families.input_ids("qwen3_moe", 2, 12, 1)
-    model, tiers = families.load(folder), ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")
+    model, tiers = families.load(folder), BY_BATCH
     with moekern.observe(model, tiers=tiers) as seen:
         families.forward(model, token_ids)
     streamed = calibrate(
@@ -361,7 +362,7 @@ def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint)
 def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
     model = families.load(family_checkpoint("deepseek_v3"))
     ids = families.input_ids("deepseek_v3", 1, 9, 3)
-    tiers = ("dimensions", "vocabulary", "token_counts", "coalitions", "reap")
+    tiers = BY_BATCH
     padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)
     with moekern.observe(model, tiers=tiers) as plain, torch.no_grad():
@@ -372,5 +373,6 @@ def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
         a, b = plain.layer(key), whole_.layer(key)
         for name in ("vocabulary", "token_count", "coalitions", "compat_count", "residual_tokens"):
             assert torch.equal(getattr(a, name), getattr(b, name))
-        for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum"):
+        for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum", "mixture_norm_sum",
+                     "left_out_square_sum", "share_sum", "contribution_gram"):  # fmt: skip
             close(getattr(b, name), getattr(a, name))

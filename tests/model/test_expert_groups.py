@@ -52,7 +52,7 @@ def plans(folder: Path) -> dict[str, Plan]:
 def test_statistics_are_those_of_whole_layers_bit_for_bit(
     name: str, family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder, tiers = family_checkpoint(name), ("dimensions", "coalitions", "reap", "outliers")
+    folder, tiers = family_checkpoint(name), ("dimensions", "coalitions", "reap", "mixture", "gram", "outliers")
     calibrate(folder, text(name), F32, tiers=tiers, out=tmp_path / "whole")
     tighten(monkeypatch, folder, F32)
     assert cuts_of(folder, F32) > 1
