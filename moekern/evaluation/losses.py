@@ -28,7 +28,7 @@ from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.live import live_channels
+from moekern.plan.live import live_channels, live_merging
 from moekern.version import versions
 
 ORIGINAL = "original"
@@ -203,8 +203,8 @@ class _Compare(Pass[Task]):
             self.applied.close()
             self.now = layer, task.number
             if task.plan is not None:
-                own = task.plan.layers[key]
-                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
+                own, merging = task.plan.layers[key], live_merging(task.plan, key)
+                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own), merging))
         yield
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)
