@@ -50,10 +50,10 @@ def check_groups(groups: Sequence[Group], keep: Sequence[int], where: str, exper
             what = f"{where}: groups: expert {e}: "
             if experts is not None and not 0 <= member < experts:
                 raise InputError(f"{what}member {member} is out of range; the layer has experts 0 to {experts - 1}")
-            if member in home:
-                raise InputError(f"{what}member {member} is in the group of expert {home[member]} too")
             if member != e and member in kept:
                 raise InputError(f"{what}member {member} stays itself, and cannot be merged into another")
+            if member in home:
+                raise InputError(f"{what}member {member} is in the group of expert {home[member]} too")
             if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
                 raise InputError(f"{what}weight of {member}: expected a number from 0 on, got {_short(weight)}")
             home[member] = e
