@@ -25,7 +25,7 @@ from moekern.cli.options import (
 from moekern.cli.prune import prune_to, show_pruned
 from moekern.cli.verify import show_verdict
 from moekern.errors import InputError
-from moekern.files import check_work, is_folder, work_path, working
+from moekern.files import check_work, is_folder, standing, work_path, working
 
 if TYPE_CHECKING:
     from moekern.cli.pipeline import Verdict
@@ -99,9 +99,13 @@ def merged(
     folder: Path, plan: Plan, out: Path, *, mtp: Any, copy: Any, again: bool
 ) -> tuple[Plan, PruneReport, Verdict]:
     """Merge, prune, verify. What an earlier run with the same model and plan left is used again."""
+    from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli import pipeline
+    from moekern.estimation.overview import overview
     from moekern.merging.merge import merge_experts, merged_bytes
+    from moekern.plan.fits_model import check_plan
+    from moekern.pruning.copying import room_needed
     from moekern.pruning.preflight import check_space
     from moekern.pruning.refitted import SUFFIX
 
@@ -109,7 +113,12 @@ def merged(
     with working(out) as side:
         layers = side / LAYERS
         if not again:
-            check_space(out, 0, len(plan.layers), {layers: merged_bytes(checkpoint, plan)})
+            layout = find_layout(checkpoint)
+            check_plan(plan, layout, checkpoint)
+            kept = [len(plan.layers[key].keep) / layer.num_experts for key, layer in layout.layers.items()]
+            mean = layout.num_experts * sum(kept) / len(kept)
+            room = room_needed(checkpoint, standing(out.parent), overview(checkpoint).bytes_at(mean))
+            check_space(out, room, len(checkpoint.shards) + len(kept), {layers: merged_bytes(checkpoint, plan)})
         with console.progress("merging") as step:
             whole = merge_experts(checkpoint, plan, layers, step)
         whole.save(side / PLAN)
