@@ -34,7 +34,7 @@ def merge_experts(
     check_plan(plan, layout, checkpoint)
     if not plan.merges:
         raise InputError("plan: no layer has groups, so that no expert is merged; `prune` drops experts")
-    check_plain(checkpoint, layout)
+    check_plain(checkpoint, layout, plan)
     align, recipe = aligned(plan.provenance), merge_recipe(plan, checkpoint.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     remove_others(folder, recipe)

@@ -16,7 +16,7 @@ from moekern.errors import InputError
 from moekern.model.merged_experts import Parts, merged_expert, shares
 from moekern.model.reader import DTYPES
 from moekern.model.states import bytes_of
-from moekern.plan.document import LayerPlan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.formats import weight_format
 from moekern.pruning.narrow import expert_axis, expert_matrix, expert_place
 from moekern.pruning.refitted import NUMBERS
@@ -24,10 +24,11 @@ from moekern.pruning.refitted import NUMBERS
 Stored = dict[str, tuple[str, Sequence[int], Any]]  # name -> safetensors dtype, shape, bytes
 
 
-def check_plain(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Raise InputError, naming a tensor, for experts that are no plain matrices of gate, up and down and their biases,
-    and where tables say which experts a token takes: these would name experts that are merged."""
-    for key, layer in layout.layers.items():
+def check_plain(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> None:
+    """Raise InputError, naming a tensor, for a layer with groups whose experts are no plain matrices of gate, up and
+    down and their biases, and for one in which a table says which experts a token takes: it would name merged ones."""
+    for key in (key for key, given in plan.layers.items() if given.groups is not None):
+        layer = layout.layers[key]
         known = {tensor.name for tensor in layer.refitted(all_parts=True)}
         for tensor in layer.of_role("expert"):
             entry = checkpoint.tensors[tensor.name]
@@ -39,7 +40,8 @@ def check_plain(checkpoint: Checkpoint, layout: Layout) -> None:
             if tensor.name not in known or tensor.axis or tensor.trailing:
                 raise InputError(f"{where}: it is not known how such tensors of experts are merged")
         if any(layer.of_role("table")):
-            raise InputError(f"{checkpoint.folder}: layer {key}: a table of ids chooses experts, and none are merged")
+            what = "a table of ids chooses its experts, so that none are merged; leave its groups out of the plan"
+            raise InputError(f"{checkpoint.folder}: layer {key}: {what}")
 
 
 def merged_layer(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan, *, align: bool) -> Stored:

@@ -133,8 +133,7 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
     if variant.plan.merges and (variant.width is not None or variant.choice is not None):
         what = "experts that stay are neither narrowed nor chosen anew"
         raise InputError(f"{variant.name}: the plan merges experts: {what}; take a plan that drops them")
-    if variant.plan.merges:
-        check_plain(checkpoint, layout)
+    check_plain(checkpoint, layout, variant.plan)
     problem = narrow_problem(checkpoint, layout) if variant.width is not None else None
     if problem:
         raise InputError(f"{variant.name}: {variant.width} channels are to stay: {problem}")

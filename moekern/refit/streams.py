@@ -345,7 +345,8 @@ class Streams(Pass[Task]):
         self.shown, key = number, self.keys[layer]
         if number == ORIGINAL:
             return
-        plan, merging = self.plans[number - 1][key], live_merging(self.variants[number - 1].plan, key)
+        plan = self.plans[number - 1][key]
+        merging = None if self.saved[number] else live_merging(self.variants[number - 1].plan, key)
         self.applied.enter_context(self.pruner.pruned(key, plan.keep, live_channels(plan), merging))
         if self.saved[number]:
             block = block_of(self.layerwise.layers[layer])
