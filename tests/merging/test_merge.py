@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from moekern.cli.app import app
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.merging.groups import merging_plan
 from moekern.merging.merge import merge_experts
 from moekern.model.compute import Compute
 from moekern.model.experts import experts_of
@@ -27,9 +29,11 @@ from moekern.pruning.prune import MANIFEST, prune
 from moekern.refit import Ridge
 from moekern.refit.refit import refit
 from moekern.refit.variants import Variant
+from moekern.statistics.file import Statistics
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
-from tests.helpers import families
+from tests.helpers import families, killed
+from tests.helpers.commands import model_and_ids
 from tests.helpers.digest import xxh3
 from tests.helpers.in_flight import REFUSED
 from tests.helpers.refitted import computed
@@ -220,5 +224,44 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: p
     assert [path.name for path in (tmp_path / "out.moekern").iterdir()] == ["plan.json"]
     again = CliRunner().invoke(app, command)
     assert again.exit_code != 0
-    for wrong in (["--statistics", "s"], ["--keep", "4"], ["--budget", "adaptive"]):
+    for wrong in (["--statistics", "s"], ["--data", f"a={source}"], ["--keep", "4"], ["--budget", "adaptive"]):
         assert CliRunner().invoke(app, [*command[:-3], "--out", str(tmp_path / "other"), *wrong]).exit_code != 0
+
+
+@pytest.mark.whole
+def test_a_command_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source = save("qwen3_moe", tmp_path / "model")
+    plan_of(source, ((KEPT, 2.0), (OTHER, 1.0))).save(tmp_path / "plan.json")
+
+    def command(out: Path, kill_at: int | None = None) -> Any:
+        given = ("merge-experts", source, "--plan", tmp_path / "plan.json", "--out", out)
+        return killed.command(given, tmp_path / "told", kill_at)
+
+    assert command(tmp_path / "whole").returncode == 0
+    calls = killed.calls(tmp_path / "told")
+    for share in (0.2, 0.4, 0.6, 0.8):
+        out = tmp_path / f"out-{share}"
+        assert command(out, int(share * calls)) is None
+        assert command(out).returncode == 0
+        assert read(out) == read(tmp_path / "whole")
+        assert {path.name for path in (tmp_path / f"out-{share}.moekern").iterdir()} == {"plan.json"}
+
+
+@pytest.mark.whole
+def test_text_is_measured_first_and_used_again(tmp_path: Path) -> None:
+    source = model_and_ids(tmp_path) / "model"
+    command = ["merge-experts", str(source), "--data", f"a={tmp_path / 'ids.npy'}", "--sequence-length", "40"]
+    command += ["--keep", "0.5", "--json"]
+    done = CliRunner().invoke(app, [*command, "--method", "hc-smoe", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    statistics = tmp_path / "out.moekern/statistics.safetensors"
+    plan = merging_plan(Statistics.load(statistics), "hc-smoe", 0.5)
+    written = Plan.load(tmp_path / "out.moekern/plan.json")
+    assert {key: layer.groups for key, layer in written.layers.items()} == {
+        key: layer.groups for key, layer in plan.layers.items()
+    }
+    shutil.rmtree(tmp_path / "out")
+    before = statistics.stat().st_mtime_ns
+    done = CliRunner().invoke(app, [*command, "--method", "m-smoe", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert statistics.stat().st_mtime_ns == before
