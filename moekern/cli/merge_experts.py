@@ -201,7 +201,7 @@ def show_merged(done: Merged) -> None:
     for key, layer in done.plan.layers.items():
         sizes = [len(group) for group in layer.groups or ()]
         into = sum(size > 1 for size in sizes)
-        rows.append((key, len(layer.keep), into, merged_into(layer.groups), max(sizes, default=1)))
+        rows.append((key, len(layer.keep), into, merged_into(layer), max(sizes, default=1)))
     columns = ("layer", "stay", "of them merged", "experts merged into them", "largest group")
     console.show("merged", columns, rows)
     show_pruned(done.pruned)

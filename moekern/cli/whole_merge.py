@@ -67,7 +67,7 @@ class Merged:
     def document(self) -> dict[str, Any]:
         return {
             "plan": str(self.path),
-            "merged": {key: merged_into(layer.groups) for key, layer in self.plan.layers.items()},
+            "merged": {key: merged_into(layer) for key, layer in self.plan.layers.items()},
             "pruned": {**asdict(self.pruned), "out": str(self.pruned.out)},
             "verify": self.verdict.document(),
         }
@@ -89,7 +89,7 @@ def by_text(text: Text, compute: Compute, grouping: Grouping, *, restart: bool) 
     def make(checkpoint: Checkpoint, side: Path) -> Plan:
         settled = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
         data, path = text.read(checkpoint, trust_remote_code=settled.trust_remote_code), side / STATISTICS
-        tiers = METHODS[grouping.method].tiers[1:]  # beside the routed one
+        tiers = METHODS[grouping.method].tiers
         found = earlier_statistics(path, checkpoint, data, settled, tiers, restart=restart)
         if found is None:
             path.unlink(missing_ok=True)

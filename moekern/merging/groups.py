@@ -133,7 +133,7 @@ def _salience(sums: LayerStatistics) -> Tensor:
 
 
 METHODS = {
-    "m-smoe": Method("usage", m_smoe, _usage, ("routed",), "arXiv:2310.01334"),
-    "hc-smoe": Method("hc_smoe_clusters", hc_smoe, _usage, ("routed", "replay"), "arXiv:2410.08589"),
-    "ream": Method("reap", ream, _salience, ("routed", "replay"), "arXiv:2604.04356"),
+    "m-smoe": Method("usage", m_smoe, _usage, (), "arXiv:2310.01334"),
+    "hc-smoe": Method("hc_smoe_clusters", hc_smoe, _usage, ("replay",), "arXiv:2410.08589"),
+    "ream": Method("reap", ream, _salience, ("replay",), "arXiv:2604.04356"),
 }

@@ -32,21 +32,21 @@ def merge_experts(
     """
     layout = find_layout(checkpoint)
     check_plan(plan, layout, checkpoint)
-    if not plan.merges:
-        raise InputError("plan: no layer has groups, so that no expert is merged; `prune` drops experts")
+    merged = {key: layer for key, layer in plan.layers.items() if merged_into(layer)}
+    if not merged:
+        raise InputError("plan: no expert is merged into another; `prune` drops experts")
     check_plain(checkpoint, layout, plan)
     align, recipe = aligned(plan.provenance), merge_recipe(plan, checkpoint.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     remove_others(folder, recipe)
     left = open_refitted(folder).kept if any(folder.glob(f"[!.]*{SUFFIX}")) else {}
-    groups = {key: layer.groups for key, layer in plan.layers.items() if layer.groups is not None}
-    for done, key in enumerate(groups):
-        progress(done, len(groups))
-        if left.get(key) != kept_digest(plan.layers[key]):
-            made = merged_layer(checkpoint, layout.layers[key], plan.layers[key], align=align)
-            write_layer(folder, key, made, recipe=recipe, kept=plan.layers[key], model=checkpoint.fingerprint)
-    progress(len(groups), len(groups))
-    told = {key: {"merged": merged_into(each)} for key, each in groups.items()}
+    for done, (key, layer) in enumerate(merged.items()):
+        progress(done, len(merged))
+        if left.get(key) != kept_digest(layer):
+            made = merged_layer(checkpoint, layout.layers[key], layer, align=align)
+            write_layer(folder, key, made, recipe=recipe, kept=layer, model=checkpoint.fingerprint)
+    progress(len(merged), len(merged))
+    told = {key: {"merged": merged_into(layer)} for key, layer in merged.items()}
     return replace(plan, provenance={**plan.provenance, REFIT: {"recipe": recipe, "layers": told}})
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
 if TYPE_CHECKING:
-    from moekern.plan.document import Plan
+    from moekern.plan.document import LayerPlan, Plan
 
 Group = tuple[tuple[int, float], ...]  # members by rising number, with weights of any scale
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # an expert's, as a key of JSON
@@ -95,9 +95,10 @@ def is_merged(plan: Plan, fingerprint: str) -> bool:
     return plan.merges and isinstance(told, dict) and told.get("recipe") == merge_recipe(plan, fingerprint)
 
 
-def merged_into(groups: Collection[Group] | None) -> int:
-    """How many experts are merged into others."""
-    return sum(len(group) - 1 for group in groups or ())
+def merged_into(layer: LayerPlan) -> int:
+    """How many experts of a layer are merged into others; those of weight 0 are not."""
+    groups = zip(layer.keep, layer.groups or (), strict=False)
+    return sum(weight > 0 for e, group in groups for member, weight in group if member != e)
 
 
 def _floats(group: Sequence[tuple[int, float]]) -> Group:

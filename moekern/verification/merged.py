@@ -18,7 +18,6 @@ from moekern.verification.narrow import channel_axis, expert_part
 from moekern.verification.opened import Folder
 
 Rows = NDArray[Any]  # [I, n]: what a tensor holds of each channel
-Field = tuple[str, bool, int]  # projection, whether it is a bias, and of gate and up in one tensor which
 
 
 def merged_again(old: Folder, layer: MoeLayer, of: Plan) -> dict[str, Any]:
@@ -77,30 +76,30 @@ def _order(tensors: list[ExpertTensor], whole: Mapping[str, Tensor], expert: int
     """The member's channel in the place of each of the expert's."""
     from scipy.optimize import linear_sum_assignment
 
-    one, two = ([_channels(t, whole[t.name], e) for t in tensors if t.expert in (None, e)] for e in (expert, member))
+    one, two = (_expert(tensors, whole, e) for e in (expert, member))
     likeness = np.zeros(())
-    for mine, theirs in zip(_ordered(one), _ordered(two), strict=True):
-        likeness = likeness + np.einsum("ih,jh->ij", mine, theirs, optimize=True)
+    for name in ("gate", "up", "down"):
+        if name in one:
+            likeness = likeness + np.einsum("ih,jh->ij", one[name], two[name], optimize=True)
     return np.asarray(linear_sum_assignment(-likeness.astype(np.float32))[1])
 
 
-def _channels(tensor: ExpertTensor, whole: Tensor, expert: int) -> dict[Field, Rows]:
-    """A matrix by its channels, of gate and up in one tensor each apart; {} of a bias."""
+def _expert(tensors: list[ExpertTensor], whole: Mapping[str, Tensor], expert: int) -> dict[str, Rows]:
+    parts = [_channels(t, whole[t.name], expert) for t in tensors if t.expert in (None, expert)]
+    return {name: rows for part in parts for name, rows in part.items()}
+
+
+def _channels(tensor: ExpertTensor, whole: Tensor, expert: int) -> dict[str, Rows]:
+    """Projection -> an expert's rows by channel, of gate and up in one tensor each apart; {} of a bias."""
     part = expert_part(tensor, whole, expert)
     if part.ndim != 2:
         return {}
     rows = np.moveaxis(part.double().numpy(), channel_axis(tensor), 0)
     if tensor.projection != "gate_up":
-        return {(tensor.projection, False, 0): rows}
+        return {tensor.projection: rows}
     half = len(rows) // 2
     gate, up = (rows[::2], rows[1::2]) if tensor.channel_form == "alternating" else (rows[:half], rows[half:])
-    return {("gate", False, 0): gate, ("up", False, 0): up}
-
-
-def _ordered(parts: list[dict[Field, Rows]]) -> list[Rows]:
-    """In one order, so that sums are alike: gate, up, down."""
-    joined = {field[0]: rows for part in parts for field, rows in part.items()}
-    return [joined[name] for name in ("gate", "up", "down") if name in joined]
+    return {"gate": gate, "up": up}
 
 
 def _same_place(one: ExpertTensor, other: ExpertTensor) -> bool:

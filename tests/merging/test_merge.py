@@ -97,14 +97,17 @@ def test_an_expert_and_its_permuted_copy_are_that_expert(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", SOME)
 def test_experts_are_weighted_means(name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = family_checkpoint(name)
-    _, out = merged(source, plan_of(source, ((1, 3.0), (KEPT, 2.0), (OTHER, 5.0)), "none"), tmp_path)
+    plan = plan_of(source, ((1, 3.0), (2, 0.0), (KEPT, 2.0), (OTHER, 5.0)), "none")
+    one, *others = plan.layers
+    plan = replace(plan, layers={one: replace(plan.layers[one], groups=None), **{k: plan.layers[k] for k in others}})
+    _, out = merged(source, plan, tmp_path)
     before, after = families.load(source), families.load(out)
-    for old, new in zip(blocks(before), blocks(after), strict=True):
+    for number, (old, new) in enumerate(zip(blocks(before), blocks(after), strict=True)):
         have = vars(views(new))
         for field, value in vars(views(old)).items():
             if value is not None:
                 want = 0.3 * value[1] + 0.2 * value[KEPT] + 0.5 * value[OTHER]
-                torch.testing.assert_close(have[field][1], want)
+                torch.testing.assert_close(have[field][1], want if number else value[KEPT])
                 assert torch.equal(have[field][[0, 2, 3]], value[[0, 4, 7]])
 
 
@@ -181,8 +184,9 @@ def test_what_cannot_be_merged_is_refused(family_checkpoint: MakeCheckpoint, tmp
     with pytest.raises(InputError, match="_blocks: stored as mxfp4, and only plain numbers are merged"):
         merge_experts(open_checkpoint(quantised), plan_of(quantised, group), tmp_path / "layers")
     plain = family_checkpoint("qwen3_moe")
-    with pytest.raises(InputError, match="no layer has groups"):
-        merge_experts(open_checkpoint(plain), plan_of(plain), tmp_path / "layers")
+    for nothing in (plan_of(plain), plan_of(plain, ((1, 0.0), (KEPT, 1.0)))):
+        with pytest.raises(InputError, match="no expert is merged into another"):
+            merge_experts(open_checkpoint(plain), nothing, tmp_path / "layers")
     for wrong in (
         Variant("x", plan_of(plain, group), 16, Ridge()),
         Variant("x", plan_of(quantised, group), None, Ridge()),
