@@ -13,7 +13,6 @@ from moekern.cli import console
 from moekern.cli.given import check_statistics, compute_of, folder_of, result, text_of
 from moekern.cli.options import (
     AllowNonuniform,
-    BudgetOption,
     Chunk,
     Column,
     CopyMode,
@@ -77,7 +76,9 @@ def merge_experts(
         Align, typer.Option(help="Put the channels of a member in the order of the expert that stays, or do not.")
     ] = Align.weights,
     domain: Domains = None,
-    budget: BudgetOption = "uniform",
+    budget: Annotated[
+        str, typer.Option(help="uniform, or adaptive: each layer a number of its own, by M-SMoE's rule.")
+    ] = "uniform",
     allow_nonuniform: AllowNonuniform = False,
     preset: Preset = None,
     tokens: Tokens = "1M",

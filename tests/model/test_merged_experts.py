@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import pytest
 import torch
 
-from moekern.model.merged_experts import matched, merged_expert, shares
+from moekern.errors import InputError
+from moekern.model.merged_experts import matched, merged_expert, shares, views_to_merge
+from tests.helpers import families
 
 CHANNELS, H = 5, 3
 
@@ -57,3 +60,13 @@ def test_weights_are_shares_of_the_group() -> None:
     for name, value in merged.items():
         want = 0.25 * own[name].double() + 0.125 * others[0][name].double() + 0.625 * others[1][name].double()
         torch.testing.assert_close(value.double(), want, rtol=0, atol=2**-20)
+
+
+def test_layers_without_all_experts_at_hand_are_refused() -> None:
+    layer = families.build("qwen3_moe").model.layers[1]
+    assert len(views_to_merge(layer, "1").down) == families.EXPERTS
+    with pytest.raises(InputError, match="layer 1: its experts run in groups") as found:
+        views_to_merge(layer.to("meta"), "1")
+    assert found.value.kind == "memory"
+    with pytest.raises(InputError, match="layer 1: its experts are not held together"):
+        views_to_merge(torch.nn.Linear(2, 2), "1")
