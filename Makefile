@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-recovery bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-merging bench-recovery bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -30,6 +30,11 @@ bench: $(VENV)/.ready
 bench-criteria: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.criteria --out $(OUT)/criteria.jsonl
+
+# What merging experts costs beside dropping them, on the model that ships, three draws of text. Lines go to OUT=.
+bench-merging: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.merging --out $(OUT)/merging.jsonl
 
 # What fitting the experts that stay is worth on the model that ships, three draws of text: half an hour. Lines go to OUT=.
 bench-refit: $(VENV)/.ready

@@ -28,6 +28,7 @@ from moekern.cli.inspect import inspect
 from moekern.cli.iterate import iterate
 from moekern.cli.lottery import lottery
 from moekern.cli.merge import merge
+from moekern.cli.merge_experts import merge_experts
 from moekern.cli.optimise import optimise
 from moekern.cli.plan import plan
 from moekern.cli.prune import prune
@@ -167,6 +168,10 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (evaluate, "moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json"),
     (check, "moekern check MODEL-pruned --target vllm:tp=4,ep=4"),
     (prune, "moekern prune MODEL plan.json --out MODEL-pruned"),
+    (
+        merge_experts,
+        "moekern merge-experts MODEL --statistics s.safetensors --keep 0.5 --method m-smoe --out OUT",
+    ),
     (refit, "moekern refit MODEL plan.json --data prose=book.txt --out MODEL-pruned"),
     (recover, "moekern recover MODEL-pruned --original MODEL --data prose=book.txt --out MODEL-recovered"),
     (lottery, "moekern lottery MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out MODEL-pruned"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,13 @@ from moekern.cli.enough import enough
 from moekern.cli.given import headers_of, result
 from moekern.cli.options import CriterionOption, Json, Revision, check_model
 from moekern.criteria.table import DEFAULT
+from moekern.errors import InputError
 from moekern.files import sized
 
 if TYPE_CHECKING:
+    from moekern.checkpoint.folder import Checkpoint
     from moekern.estimation.overview import Overview
+    from moekern.plan.document import Plan
 
 RUN_BY = {"transformers": "transformers", "its own code": "its own code, with --trust-remote-code"}
 
@@ -52,8 +56,42 @@ def inspect(
 
     from moekern.estimation.overview import overview
 
-    seen = overview(headers_of(model, revision))
-    result(asdict(seen), lambda: show_overview(seen))
+    checkpoint = headers_of(model, revision)
+    seen, plan = overview(checkpoint), _merged_by(checkpoint)
+
+    def shown() -> None:
+        show_overview(seen)
+        if plan is not None:
+            show_groups(plan)
+
+    result({**asdict(seen), **({} if plan is None else {"plan": json.loads(plan.to_json())})}, shown)
+
+
+def _merged_by(checkpoint: Checkpoint) -> Plan | None:
+    """The plan that merged experts of a checkpoint, as the file in it says; what is no plan is told."""
+    from moekern.checkpoint.folder import PLAN_FILE
+    from moekern.checkpoint.strict_json import read_json
+    from moekern.plan.document import plan_of
+
+    path = checkpoint.folder / PLAN_FILE
+    if not os.path.lexists(path):
+        return None
+    try:
+        plan = plan_of(read_json(path).get("plan"), f"{path}: plan")
+    except InputError as error:
+        say(str(error))
+        return None
+    return plan if plan.merges else None
+
+
+def show_groups(plan: Plan) -> None:
+    """Of each layer the experts that others were merged into, by their numbers in the original."""
+    rows = []
+    for key, layer in plan.layers.items():
+        groups = zip(layer.keep, layer.groups or (), strict=False)
+        told = [f"{e} <- {' '.join(str(m) for m, _ in group if m != e)}" for e, group in groups if len(group) > 1]
+        rows.append((key, "; ".join(told)))
+    show("merged into experts that stay, by their numbers in the original", ("layer", "experts"), rows)
 
 
 def _channels(found: Overview) -> str:

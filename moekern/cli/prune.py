@@ -132,7 +132,7 @@ def show_pruned(report: PruneReport) -> None:
         + f" in {report.seconds:.1f} s{rate} (--copy {report.copy})"
     )
     if report.refitted:
-        say(f"{report.refitted} tensors are those that the refit has computed")
+        say(f"{report.refitted} tensors are those that were computed before")
     say(report.mtp)
     for note in report.notes:
         say(note)

@@ -95,10 +95,19 @@ class Refitter:
         refine, choice = Refine() if self.refine else None, Choice.of(plan) if self.re_estimate else None
         return Variant(REFITTED, plan, width, Ridge(), refine, folder, self.computed, choice)
 
-    def room(self, checkpoint: Checkpoint, layout: Layout, kept: Mapping[str, int], width: int | None) -> int:
-        """Bytes of what is computed of so many experts of each layer, with so many channels (None: all)."""
+    def room(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        kept: Mapping[str, int],
+        width: int | None,
+        *,
+        merges: bool = False,
+    ) -> int:
+        """Bytes of what is computed of so many experts of each layer, with so many channels (None: all); merges: others
+        are merged into them before."""
         dtype = format_of(self.computed, checkpoint, layout).dtype
-        return refitted_bytes(checkpoint, layout, kept, all_parts=self.refine, width=width, dtype=dtype)
+        return refitted_bytes(checkpoint, layout, kept, all_parts=self.refine or merges, width=width, dtype=dtype)
 
     def _check_shape(self, checkpoint: Checkpoint, layout: Layout, planning: Planning) -> list[str]:
         if self.shape is None:

@@ -25,6 +25,9 @@ def verify(
     forward: Annotated[
         bool, typer.Option("--forward", help="Also stream both models and compare logits with the masked original.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Compute merged experts of all layers again, and not of two.")
+    ] = False,
     device: Device = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
@@ -48,7 +51,7 @@ def verify(
     )
     if not pruned.is_dir():
         raise InputError(f"{pruned}: no such folder")
-    verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward)
+    verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward, full=full)
     result(verdict.document(), lambda: show_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
@@ -92,6 +95,6 @@ def _computed_line(report: VerifyReport) -> str:
     checked = f"{n - report.unchecked} of {n}" if report.unchecked else "all"
     again = f"{report.recomputed} of them" if report.recomputed else "none of them"
     return (
-        f"refitted: {n} tensors are computed, and have no original; the checksums of {checked} are those of the refit, "
-        f"{again} were computed again"
+        f"refitted or merged: {n} tensors are computed, and have no original; the checksums of {checked} are those "
+        f"of that time, {again} were computed again"
     )

@@ -189,7 +189,7 @@ def _check_room(
     layers are only compared) and is not there yet."""
     kept = {key: len(layer.keep) for key, layer in plan.layers.items() if key in layout.layers}
     width = asked.width or plan.width
-    layers = refitter.room(checkpoint, layout, kept, width)
+    layers = refitter.room(checkpoint, layout, kept, width, merges=plan.merges)
     if out is None:
         place = Path(compute.spill or tempfile.gettempdir())
         check_space(place / "refit", 0, len(kept), {place / "refit": layers})

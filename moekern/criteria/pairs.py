@@ -115,10 +115,14 @@ def ream(statistics: LayerStatistics) -> Tensor:
     tokens, each expert's divided by their norm. Outputs are those of the replayed tokens, logits those of all.
     """
     need(statistics, "ream", "scored_output_sum", "logit_gram")
+    return _covered(statistics, ream_likeness(statistics), _reap(statistics))
+
+
+def ream_likeness(statistics: LayerStatistics) -> Tensor:
+    """[E, E], from 0 to 1: what `ream` compares experts by. The replay tier and router logits must be there."""
     outputs = (1 + cosines(statistics.scored_output_sum @ statistics.scored_output_sum.T)) / 2
     apart = distances(cosines(statistics.logit_gram))
-    routers = 1 - apart / apart.max().clamp(min=1e-300)
-    return _covered(statistics, (outputs + routers) / 2, _reap(statistics))
+    return (outputs + 1 - apart / apart.max().clamp(min=1e-300)) / 2
 
 
 def ream_tokens(statistics: LayerStatistics) -> Tensor:

@@ -195,7 +195,7 @@ def _one_of_each(
     for first in range(0, E, size):
         mine = list(range(first, first + size))
         ranked: list[tuple[tuple[bool, bool, bool, int], int]] = []
-        for members in _clusters(distance, mine, quota):
+        for members in average_linkage(distance, mine, quota):
             worth = value(members)
             scores[members] = worth
             order = sorted(zip(members, worth, strict=True), key=lambda m: (m[0] not in protected, idle[m[0]], -m[1]))
@@ -205,7 +205,7 @@ def _one_of_each(
     return Selection(tuple(sorted(keep)), idle_lowest(statistics, torch.from_numpy(scores)))
 
 
-def _clusters(distance: Matrix, members: list[int], number: int) -> list[list[int]]:
+def average_linkage(distance: Matrix, members: list[int], number: int) -> list[list[int]]:
     """The two clusters with the least mean distance are joined until `number` are left; of equal pairs the first."""
     clusters = [[e] for e in members]
     far = np.triu(distance[np.ix_(members, members)], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -18,10 +19,11 @@ def by_nearness(table: Evaluation) -> list[str]:
 
 
 def alike(plans: Mapping[str, Plan]) -> dict[str, str]:
-    """Name -> the first name of a plan that keeps the same experts, and the same channels of them."""
-    first: dict[tuple[Any, ...], str] = {}
-    kept = {name: tuple((k, p.keep, p.channels) for k, p in plan.layers.items()) for name, plan in plans.items()}
-    return {name: first.setdefault(layers, name) for name, layers in kept.items()}
+    """Name -> the first name of a plan that makes the same model, whatever the scores and where it came from."""
+    first: dict[str, str] = {}
+    bare = {n: replace(p, layers={k: replace(layer, scores=None) for k, layer in p.layers.items()}, provenance={})
+            for n, p in plans.items()}  # fmt: skip
+    return {name: first.setdefault(plan.digest, name) for name, plan in bare.items()}
 
 
 def choice_document(table: Evaluation, same: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from moekern.model.layerwise import LayerwiseModel
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.walk import Pass
 from moekern.plan.document import Plan
-from moekern.plan.live import live_channels
+from moekern.plan.live import live_channels, live_merging
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class UnderPlans(Pass[Task]):
             self.applied.close()
             self.now = layer, task.number
             if task.plan is not None:
-                own = task.plan.layers[key]
-                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own)))
+                own, merging = task.plan.layers[key], live_merging(task.plan, key)
+                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own), merging))
         yield
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)

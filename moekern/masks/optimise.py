@@ -231,6 +231,8 @@ def _check(plan: Plan, layout: Layout, checkpoint: Checkpoint, search: Search) -
         raise InputError(f"{WHAT}: {layout.family.name}: {layout.family.no_gradient}")
     if plan.width is not None:
         raise InputError(f"{WHAT}: the plan says which channels of experts stay; take a plan of whole experts")
+    if plan.merges:
+        raise InputError(f"{WHAT}: the plan merges experts, which a mask does not; take a plan that drops them")
     if search.budget == "global" and layout.n_group > 1:
         raise InputError(
             f"--budget global: each of the router's {layout.n_group} groups must keep as many; take uniform"

@@ -20,6 +20,7 @@ from moekern.architectures.id_tables import replace_experts
 from moekern.architectures.widths import narrow_numbers
 from moekern.model.expert_lists import LIST, blocks_with_lists
 from moekern.model.memory import drop
+from moekern.model.merged_experts import Merging, merge_live, views_to_merge
 from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, check_width, narrow_live
 from moekern.model.transformers_api import Loader, layers_with
 
@@ -38,11 +39,14 @@ class LivePruner:
     widths: dict[str, int] = field(default_factory=dict)  # layer key -> the channels of these, where some were cut
     tables: dict[str, Tensor] = field(default_factory=dict)  # name -> the table of expert ids before the first cut
 
-    def prune(self, key: str, keep: Sequence[int], channels: Tensor | None = None) -> None:
+    def prune(
+        self, key: str, keep: Sequence[int], channels: Tensor | None = None, merging: Merging | None = None
+    ) -> None:
         """Keep these experts, a subset of those that decoder layer `key` holds, whose weights must be loaded; with
-        `channels`, int64 [n, M], only these channels of each, in the order of their numbers, where they have all.
+        `channels`, int64 [n, M], only these channels of each, in the order of their numbers, where they have all; with
+        `merging`, of a layer that has all experts, others merged into them.
 
-        Raises InputError where channels cannot be cut.
+        Raises InputError where channels cannot be cut, or experts not merged.
         """
         layer = self.layout.layers[key]
         before = self.held.get(key, tuple(range(layer.num_experts)))
@@ -52,24 +56,29 @@ class LivePruner:
         module = self._module(key)
         if channels is not None:
             self._check_channels(key, module, channels, len(after))
+        whole = None if merging is None else views_to_merge(module, key)
         if after != before:
             place = self.loader.moe_places(self.layout)[key]
             tables = self._tables(layer, self._prefix(place), module, after)
             smaller = self._smaller(len(after), self.widths.get(key))[place]
             prune_live(module, smaller, before, after, tables)
             self.held[key] = after
+        if merging is not None and whole is not None:
+            merge_live(module, whole, merging, after, key)
         if channels is not None:
             self._narrow(key, module, len(after), channels)
 
     @contextmanager
-    def pruned(self, key: str, keep: Sequence[int], channels: Tensor | None = None) -> Iterator[None]:
+    def pruned(
+        self, key: str, keep: Sequence[int], channels: Tensor | None = None, merging: Merging | None = None
+    ) -> Iterator[None]:
         """As `prune` of a whole layer while the context is open; then the layer is what it was, bit for bit."""
         if key in self.held or key in self.widths:
             raise ValueError(f"[pruned] key: expected a whole layer, layer {key} was pruned already")
         module = self._module(key)
         before = dict(vars(module))
         try:
-            self.prune(key, keep, channels)
+            self.prune(key, keep, channels, merging)
             yield
         finally:
             held, width = self.held.pop(key, None), self.widths.pop(key, None)

@@ -18,10 +18,11 @@ from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
 from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.channels import WIDTH_CAP, channel_count, channel_ids, channel_text
+from moekern.plan.groups import Group, groups_document, parsed_groups
 from moekern.rows import Row, html_table, write_csv
 
 FORMAT = "moekern.plan/1"
-NARROW = "moekern.plan/2"  # of a plan that says which channels of an expert stay
+NARROW = "moekern.plan/2"  # of a plan that says which channels of an expert stay, or which experts are merged
 FORMATS = (FORMAT, NARROW)
 SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
 LAYER_CAP, KEY_CAP = 10_000, 256  # layers of a plan, and characters of a layer's key
@@ -34,11 +35,12 @@ NONUNIFORM = "allow_nonuniform"  # provenance: layers may keep different numbers
 class LayerPlan:
     """One layer: original numbers of the kept experts, rising; the scores of all E experts, when known; and where
     experts lose channels (rows of gate and up, columns of down), those that stay, for each kept expert as
-    `channels.channel_text`."""
+    `channels.channel_text`; and where experts are merged, for each kept one its members."""
 
     keep: tuple[int, ...]
     scores: tuple[float, ...] | None = None
     channels: tuple[str, ...] | None = None
+    groups: tuple[Group, ...] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,6 +65,11 @@ class Plan:
         if not first.channels:
             return None
         return len(ids_of(first.channels[0], f"plan: layer {short(key)}: channels of expert {short(first.keep[0])}"))
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts are merged into those that stay."""
+        return any(layer.groups is not None for layer in self.layers.values())
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), [
@@ -95,9 +102,10 @@ class Plan:
             key: {"keep": list(layer.keep)}
             | ({} if layer.scores is None else {"scores": list(layer.scores)})
             | ({} if layer.channels is None else {"channels": list(layer.channels)})
+            | groups_document(layer.groups, layer.keep)
             for key, layer in self.layers.items()
         }
-        form = FORMAT if self.width is None else NARROW
+        form = FORMAT if self.width is None and not self.merges else NARROW
         return _pretty({"format": form, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
 
     def save(self, path: str | Path, *, new: bool = False) -> bool:
@@ -183,9 +191,10 @@ def plan_of(document: Any, source: str) -> Plan:
     if not isinstance(provenance, dict):
         raise InputError(f"{source}: provenance: expected an object, got {short(provenance)}")
     check_layers(layers, source)
-    ordered = sorted(layers, key=natural)
+    merged = form == NARROW and any(isinstance(layer, dict) and "groups" in layer for layer in layers.values())
+    own = ("groups",) if merged else ("channels",) if form == NARROW else ()
     plan = Plan({
-        key: _parse_layer(layers[key], f"{source}: layer {short(key)}", narrow=form == NARROW) for key in ordered
+        key: _parse_layer(layers[key], f"{source}: layer {short(key)}", own) for key in sorted(layers, key=natural)
     }, provenance)  # fmt: skip
     _check_widths(plan, source)
     return plan
@@ -200,11 +209,14 @@ def check_layers(layers: Collection[str], source: str) -> None:
         raise InputError(f"{source}: {len(layers)} layers, more than the limit of {LAYER_CAP}")
 
 
-def _parse_layer(layer: Any, where: str, *, narrow: bool) -> LayerPlan:
+def _parse_layer(layer: Any, where: str, own: Sequence[str]) -> LayerPlan:
+    """own: the keys beside those of every layer: of channels, which all must have, or of groups, which may be left
+    out. A plan has one of the two."""
     if not isinstance(layer, dict) or not isinstance(layer.get("keep"), list) or not layer["keep"]:
         raise InputError(f'{where}: expected an object with "keep": [expert numbers], got {short(layer)}')
-    _known_keys(layer, ("keep", "scores", "channels") if narrow else ("keep", "scores"), where)
+    _known_keys(layer, ("keep", "scores", *own), where)
     keep, scores, channels = layer["keep"], layer.get("scores"), layer.get("channels")
+    narrow = "channels" in own
     check_ids(keep, where)
     if scores is not None and not (isinstance(scores, list) and all(_is_score(score) for score in scores)):
         raise InputError(f"{where}: scores: expected a list of finite numbers, got {short(scores)}")
@@ -214,10 +226,12 @@ def _parse_layer(layer: Any, where: str, *, narrow: bool) -> LayerPlan:
         raise InputError(f"{where}: channels: expected a list with one entry for each of the {len(keep)} kept experts")
     order = sorted(range(len(keep)), key=keep.__getitem__)
     texts = [_parse_channels(channels[i], f"{where}: channels of expert {keep[i]}") for i in (order if narrow else ())]
+    kept = tuple(keep[i] for i in order)
     return LayerPlan(
-        tuple(keep[i] for i in order),
+        kept,
         None if scores is None else tuple(float(score) for score in scores),
         tuple(texts) if narrow else None,
+        parsed_groups(layer["groups"], kept, where) if "groups" in layer else None,
     )
 
 

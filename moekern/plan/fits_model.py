@@ -11,6 +11,7 @@ from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, short, some_of
+from moekern.plan.groups import check_groups
 from moekern.router import Router, count_problem, nearest_counts
 
 TWIN = "made on a twin of this model: the same layers, experts and routers, stored otherwise"
@@ -58,6 +59,8 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
         _check_channels(plan, layout, model, source)
     for key, layer in plan.layers.items():
         _check_layer(layer, layout.router.of(known[key].num_experts), f"{source}: layer {key}")
+        if layer.groups is not None and key not in layout.layers:
+            raise InputError(f"{source}: layer {key}: experts of MTP layers are not merged; leave its groups out")
     if plan.provenance.get(NONUNIFORM) is True:
         return note
     first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())
@@ -119,6 +122,10 @@ def _check_layer(layer: LayerPlan, router: Router, where: str) -> None:
             raise InputError(f"{where}: expert {short(e)} is out of range; the layer has experts 0 to {experts - 1}")
     if layer.scores is not None and len(layer.scores) != experts:
         raise InputError(f"{where}: {len(layer.scores)} scores for {experts} experts; give one for each, or none")
+    if layer.groups is not None:
+        check_groups(layer.groups, layer.keep, where, experts)
+        if layer.channels is not None:
+            raise InputError(f"{where}: merges experts, and says which channels of experts stay; leave one of the two")
     problem = count_problem(len(layer.keep), router)
     if problem:
         raise InputError(

@@ -135,6 +135,9 @@ def convert(
             raise InputError(f"--to {tool}: its names are those of the model's modules: add --model MODEL")
         return plan.to_json()
     check_plan(plan, layout, checkpoint, str(path))
+    if tool != "moekern" and (plan.merges or plan.width is not None):
+        what = "merges experts" if plan.merges else "says which channels of experts stay"
+        raise InputError(f"{path}: {what}, for which {tool} has no words; prune with moekern")
     if tool == TOOLS[1] and layout.mtp:
         plan = _with_mtp(plan, layout, kept(checkpoint, layout, plan), str(path))
     if tool != "moekern":

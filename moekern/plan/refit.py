@@ -45,8 +45,9 @@ def refit_of(plan: Plan) -> RefitRecord | None:
 
 
 def kept_digest(layer: LayerPlan) -> str:
-    """sha256 of which experts and channels of a layer stay."""
-    return hashlib.sha256(json.dumps([layer.keep, layer.channels]).encode()).hexdigest()
+    """sha256 of which experts and channels of a layer stay, and of what is merged into them."""
+    merged = [] if layer.groups is None else [layer.groups]
+    return hashlib.sha256(json.dumps([layer.keep, layer.channels, *merged]).encode()).hexdigest()
 
 
 def is_sha256(value: object) -> bool:

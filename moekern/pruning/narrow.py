@@ -80,10 +80,10 @@ def strongest_channels(checkpoint: Checkpoint, layer: MoeLayer, keep: Sequence[i
     energy = {expert: np.ones(layer.width) for expert in keep}
     for tensor in layer.of_role("expert"):
         entry = checkpoint.tensors[tensor.name]
-        if tensor.channel_axis is None or len(_matrix(tensor, entry)) != 2:
+        if tensor.channel_axis is None or len(expert_matrix(tensor, entry)) != 2:
             continue
         for expert in keep if tensor.expert is None else [tensor.expert] if tensor.expert in energy else []:
-            rows = np.moveaxis(_numbers(checkpoint, tensor, entry, expert), _axis(tensor), 0)
+            rows = np.moveaxis(_numbers(checkpoint, tensor, entry, expert), expert_axis(tensor), 0)
             square = _energies(rows)
             if tensor.projection == "gate_up":
                 pairs = square.reshape(-1, 2) if tensor.channel_form == "alternating" else square.reshape(2, -1).T
@@ -140,21 +140,21 @@ def narrow_pieces(
 ) -> Iterator[Computed]:
     """The bytes of a tensor, one expert after another; `kept` are those that a stack keeps."""
     for expert in kept if tensor.expert is None else (tensor.expert,):
-        start, size = _place(tensor, entry, expert)
+        start, size = expert_place(tensor, entry, expert)
         digest = recipe(
             "narrow",
             [(str(checkpoint.folder / entry.shard), start, size)],
             channels=narrow.texts.get(expert, narrow.left),
             width=narrow.width,
             dtype=entry.dtype,
-            shape=_matrix(tensor, entry),
-            form=(_axis(tensor), tensor.channel_form),
+            shape=expert_matrix(tensor, entry),
+            form=(expert_axis(tensor), tensor.channel_form),
         )
-        length = size // _matrix(tensor, entry)[_axis(tensor)] * narrow.size(tensor)
+        length = size // expert_matrix(tensor, entry)[expert_axis(tensor)] * narrow.size(tensor)
 
         def make(expert: int = expert) -> bytes:
             rows = _items(checkpoint, tensor, entry, expert)
-            return np.take(rows, narrow.places(tensor, expert), axis=_axis(tensor)).tobytes()
+            return np.take(rows, narrow.places(tensor, expert), axis=expert_axis(tensor)).tobytes()
 
         yield computed(name, digest, length, make)
 
@@ -177,24 +177,24 @@ def _stacked(tensor: ExpertTensor) -> bool:
     return tensor.expert is None and tensor.rows == 1
 
 
-def _axis(tensor: ExpertTensor) -> int:
+def expert_axis(tensor: ExpertTensor) -> int:
     """The axis of one expert's matrix that is its channels."""
     assert tensor.channel_axis is not None
     return tensor.channel_axis - _stacked(tensor)
 
 
-def _matrix(tensor: ExpertTensor, entry: TensorEntry) -> tuple[int, ...]:
+def expert_matrix(tensor: ExpertTensor, entry: TensorEntry) -> tuple[int, ...]:
     """The shape of one expert's part."""
     if tensor.expert is not None:
         return entry.shape
     return (tensor.rows, *entry.shape[1:]) if tensor.rows > 1 else entry.shape[1:]
 
 
-def _place(tensor: ExpertTensor, entry: TensorEntry, expert: int) -> tuple[int, int]:
+def expert_place(tensor: ExpertTensor, entry: TensorEntry, expert: int) -> tuple[int, int]:
     """First byte and number of bytes of one expert's part in the source file."""
     if tensor.expert is not None:
         return entry.start, entry.nbytes
-    size = math.prod(_matrix(tensor, entry)) * DTYPE_BITS[entry.dtype] // 8
+    size = math.prod(expert_matrix(tensor, entry)) * DTYPE_BITS[entry.dtype] // 8
     return entry.start + expert * size, size
 
 
@@ -205,10 +205,10 @@ def _item(entry: TensorEntry) -> np.dtype:
 
 def _items(checkpoint: Checkpoint, tensor: ExpertTensor, entry: TensorEntry, expert: int) -> np.ndarray:
     """One expert's part, element by element."""
-    data = checkpoint.read_data(checkpoint.folder / entry.shard, entry, *_place(tensor, entry, expert))
-    return np.frombuffer(data, _item(entry)).reshape(_matrix(tensor, entry))
+    data = checkpoint.read_data(checkpoint.folder / entry.shard, entry, *expert_place(tensor, entry, expert))
+    return np.frombuffer(data, _item(entry)).reshape(expert_matrix(tensor, entry))
 
 
 def _numbers(checkpoint: Checkpoint, tensor: ExpertTensor, entry: TensorEntry, expert: int) -> np.ndarray:
-    data = checkpoint.read_data(checkpoint.folder / entry.shard, entry, *_place(tensor, entry, expert))
-    return decode(data, entry.dtype).reshape(_matrix(tensor, entry))
+    data = checkpoint.read_data(checkpoint.folder / entry.shard, entry, *expert_place(tensor, entry, expert))
+    return decode(data, entry.dtype).reshape(expert_matrix(tensor, entry))

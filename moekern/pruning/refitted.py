@@ -142,6 +142,11 @@ def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> N
                 "plan: its layers were refitted, and their tensors lie in a folder of their own: name it with "
                 "--refitted, or use the plan that the refit was given"
             )
+        if plan.merges:
+            raise InputError(
+                "plan: merges experts, whose weights are computed: `moekern merge-experts MODEL --plan PLAN --out OUT` "
+                "does, and so does `refit`"
+            )
         return
     folder = refitted.folder
     if record is None:

@@ -135,7 +135,7 @@ def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Seque
     most = max(len(kept[key]) for key in layout.layers)
     pieces = (
         (str(path), 0, at),
-        notice(most, layout.num_experts, plan.digest, plan.width, layout.width),
+        notice(most, layout.num_experts, plan.digest, plan.width, layout.width, merges=plan.merges),
         (str(path), at, size - at),
     )
     note = f"{MODEL_CARD}: the original's, behind a notice that names the plan; its numbers are the original's"

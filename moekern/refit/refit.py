@@ -18,6 +18,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
+from moekern.merging.tensors import check_plain
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import open_layerwise
@@ -108,8 +109,7 @@ def refit(
     ):
         for variant in variants:
             if variant.fits:
-                all_parts = variant.refine is not None
-                check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=all_parts)
+                check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=variant.all_parts)
         streams = Streams(layerwise, split, variants, write, progress, until, compute.backend)
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
@@ -130,6 +130,10 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
         raise InputError(f"refit: a variant is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     if variant.width is not None and variant.plan.width is not None:
         raise InputError(f"{variant.name}: the plan says which channels stay; do not ask for {variant.width} of them")
+    if variant.plan.merges and (variant.width is not None or variant.choice is not None):
+        what = "experts that stay are neither narrowed nor chosen anew"
+        raise InputError(f"{variant.name}: the plan merges experts: {what}; take a plan that drops them")
+    check_plain(checkpoint, layout, variant.plan)
     problem = narrow_problem(checkpoint, layout) if variant.width is not None else None
     if problem:
         raise InputError(f"{variant.name}: {variant.width} channels are to stay: {problem}")

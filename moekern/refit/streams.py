@@ -32,7 +32,7 @@ from moekern.model.stepwise import Tangled
 from moekern.model.walk import Pass, Round
 from moekern.plan.channels import channel_text
 from moekern.plan.document import LayerPlan
-from moekern.plan.live import live_channels
+from moekern.plan.live import live_channels, live_merging
 from moekern.refit.choice import Chooser
 from moekern.refit.fitting import Fitting, fitted, forwards
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
@@ -143,9 +143,10 @@ class Streams(Pass[Task]):
     def restored(self, layer: int, kept: Any) -> None:
         self.started()
         self.sums = {(place, number): torch.tensor(total, dtype=torch.float64) for place, number, total in kept["sums"]}
-        for found, plans in zip(kept["plans"], self.plans, strict=True):
+        for found, plans, variant in zip(kept["plans"], self.plans, self.variants, strict=True):
             for key, (keep, channels) in found.items():
-                plans[key] = LayerPlan(tuple(keep), None, None if channels is None else tuple(channels))
+                texts = None if channels is None else tuple(channels)
+                plans[key] = LayerPlan(tuple(keep), None, texts, variant.plan.layers[key].groups)
         self.records = list(kept["records"])
 
     def label(self, number: int, task: Task) -> int:
@@ -255,7 +256,7 @@ class Streams(Pass[Task]):
                         live = LiveExperts(block_of(module), asked, self.layerwise.device)
                         plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
             self.plans[number - 1][key] = plan
-            with self.pruner.pruned(key, plan.keep, live_channels(plan)):
+            with self.pruner.pruned(key, plan.keep, live_channels(plan), live_merging(variant.plan, key)):
                 block = block_of(module) if variant.fits else module
                 if variant.fits:
                     assert target is not None
@@ -320,7 +321,7 @@ class Streams(Pass[Task]):
         of = self.layerwise
         return StoredExperts(
             of.checkpoint, of.loader, of.layout.layers[key], plan.keep, block,
-            all_parts=variant.refine is not None, dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
+            all_parts=variant.all_parts, dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
         )  # fmt: skip
 
     def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:
@@ -342,7 +343,8 @@ class Streams(Pass[Task]):
         if number == ORIGINAL:
             return
         plan = self.plans[number - 1][key]
-        self.applied.enter_context(self.pruner.pruned(key, plan.keep, live_channels(plan)))
+        merging = None if self.saved[number] else live_merging(self.variants[number - 1].plan, key)
+        self.applied.enter_context(self.pruner.pruned(key, plan.keep, live_channels(plan), merging))
         if self.saved[number]:
             block = block_of(self.layerwise.layers[layer])
             for parameter, value in zip(block.parameters(), self.saved[number], strict=True):

@@ -42,6 +42,11 @@ class Variant:
         return self.ridge is not None or self.refine is not None
 
     @property
+    def all_parts(self) -> bool:
+        """Whether all that an expert is may have become another, and not its down projection alone."""
+        return self.refine is not None or self.plan.merges
+
+    @property
     def needs_text(self) -> bool:
         """Whether it is made from the text, or only held against the original on what is held back."""
         return self.fits or self.width is not None or self.choice is not None

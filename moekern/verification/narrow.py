@@ -56,10 +56,10 @@ def _largest(old: Folder, layer: MoeLayer, expert: int, width: int, left: int) -
     for tensor in layer.of_role("expert"):
         if tensor.channel_axis is None or tensor.expert not in (None, expert):
             continue
-        matrix = _part(tensor, old.tensor(tensor.name), expert)
+        matrix = expert_part(tensor, old.tensor(tensor.name), expert)
         if matrix.ndim != 2:
             continue
-        rows = torch.cat([_energies(part) for part in matrix.movedim(_axis(tensor), 0).split(ROWS)])
+        rows = torch.cat([_energies(part) for part in matrix.movedim(channel_axis(tensor), 0).split(ROWS)])
         if tensor.projection == "gate_up":
             rows = rows.unflatten(0, (-1, 2) if tensor.channel_form == "alternating" else (2, -1))
             rows = rows.prod(1 if tensor.channel_form == "alternating" else 0)
@@ -103,7 +103,7 @@ def narrow_problems(
     """Problems of one tensor, and the bytes of it that were compared: an expert at a time."""
     before, after, nbytes = old.tensor(source), new.tensor(name), 0
     for place, expert in enumerate(keep if tensor.expert is None else [tensor.expert]):
-        want = _part(tensor, before, expert).index_select(_axis(tensor), channels.rows(tensor, expert))
+        want = expert_part(tensor, before, expert).index_select(channel_axis(tensor), channels.rows(tensor, expert))
         got = after
         if tensor.expert is None:
             got = after[place] if tensor.rows == 1 else after.unflatten(0, (len(keep), channels.left))[place]
@@ -122,12 +122,12 @@ def wide_problems(name: str, source: str, axis: int, old: Folder, new: Folder) -
     return ([f"{name}: what follows the source's channels is not zero"] if _bits(more).any() else []), after.nbytes
 
 
-def _axis(tensor: ExpertTensor) -> int:
+def channel_axis(tensor: ExpertTensor) -> int:
     assert tensor.channel_axis is not None
     return tensor.channel_axis - (tensor.expert is None and tensor.rows == 1)
 
 
-def _part(tensor: ExpertTensor, whole: Tensor, expert: int) -> Tensor:
+def expert_part(tensor: ExpertTensor, whole: Tensor, expert: int) -> Tensor:
     """One expert's part of a tensor."""
     if tensor.expert is not None:
         return whole

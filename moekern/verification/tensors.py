@@ -22,10 +22,12 @@ from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
+from moekern.plan.groups import is_merged
 from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
+from moekern.verification.merged import merged_again
 from moekern.verification.narrow import Channels, kept_channels, narrow_problems, narrow_shape, wide_problems, widened
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
@@ -81,9 +83,9 @@ def verify(
     takes it from the moekern_plan.json in `pruned`, else from the plan, else "prune". Tensors that the manifest says
     were refitted, and the plan that their layers were, are held against the manifest's checksum instead of the source,
     and must be finite; so are those that moekern_recovery.json says were trained, against its checksum. recompute:
-    gives the tensors of a refitted layer once more, name -> bytes; of the first one and another that the plan's digest
-    draws they are compared, with `full` of all. Raises InputError when `source` or `plan` is at fault, never for what
-    is in `pruned`.
+    gives the tensors of a refitted layer once more, name -> bytes (None: those of merged experts are computed here); of
+    the first one and another that the plan's digest draws they are compared, with `full` of all. Raises InputError when
+    `source` or `plan` is at fault, never for what is in `pruned`.
     """
     if mtp not in (None, *MTP_MODES):
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
@@ -110,6 +112,8 @@ def verify(
         problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
         problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
         claims = _claims(folder, plan, layout, expected, problems)
+        if recompute is None and is_merged(plan, checkpoint.fingerprint):
+            recompute = lambda key: merged_again(old, layout.layers[key], plan)  # noqa: E731
         names = [name for name in new.shards if name in expected and name not in claims]
         for name in names:
             found, nbytes = _compare(name, expected[name], old, new)

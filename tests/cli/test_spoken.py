@@ -151,7 +151,7 @@ def test_values_of_flags_that_are_unknown_are_one_line(arguments: tuple[str, ...
     assert says in done.stderr
 
 
-@pytest.mark.parametrize("command", ["", *(function.__name__ for function, _ in COMMANDS)])
+@pytest.mark.parametrize("command", ["", *(function.__name__.replace("_", "-") for function, _ in COMMANDS)])
 def test_help_fits_a_terminal_of_80_columns_and_is_whole(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = moekern(*command.split(), "-h").stdout

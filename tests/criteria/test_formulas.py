@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from moekern.criteria import CRITERIA, criterion_named, score_layer
-from moekern.criteria.subsets import _clusters, _uncovered
+from moekern.criteria.subsets import _uncovered, average_linkage
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import layer_statistics, with_tiers
 from tests.helpers.tokens import Tokens, measured, tokens
@@ -313,9 +313,9 @@ def test_clusters_are_joined_by_their_mean_distance() -> None:
     while len(want) > 4:
         a, b = min(combinations(want, 2), key=lambda pair: distance[pair[0]][:, pair[1]].mean())
         want = sorted([sorted(a + b), *(c for c in want if c not in (a, b))])
-        assert _clusters(distance, list(range(12)), len(want)) == want
+        assert average_linkage(distance, list(range(12)), len(want)) == want
     equal = 1 - torch.eye(5, dtype=torch.float64).numpy()
-    assert _clusters(equal, list(range(5)), 3) == [[0, 1, 2], [3], [4]]
+    assert average_linkage(equal, list(range(5)), 3) == [[0, 1, 2], [3], [4]]
 
 
 def test_mean_outputs_of_one_direction_are_parted_by_their_length() -> None:

@@ -1,0 +1,116 @@
+"""Which experts are merged into which: for each kept expert of a layer its members, itself among them, and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moekern.checkpoint.strict_json import shown
+from moekern.errors import InputError
+
+if TYPE_CHECKING:
+    from moekern.plan.document import LayerPlan, Plan
+
+Group = tuple[tuple[int, float], ...]  # members by rising number, with weights of any scale
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # an expert's, as a key of JSON
+EXAMPLE = '{"3": {"3": 2, "5": 1}}: into expert 3, which stays, 5 is merged, with half its weight'
+MERGE = "merge"  # provenance: how a plan's groups were made, and "align"
+ALIGN = ("weights", "none")
+VERSION = 1  # of the arithmetic: raise it when the same groups give other bytes
+
+
+def parsed_groups(found: Any, keep: Sequence[int], where: str) -> tuple[Group, ...] | None:
+    """The groups of the experts `keep`, in their order, from JSON; those that it does not name stay as they are. None
+    where no expert is merged into another. Raises InputError, which begins with `where`, for anything odd."""
+    if not isinstance(found, dict) or not all(isinstance(group, dict) for group in found.values()):
+        raise InputError(f"{where}: groups: expected an object such as {EXAMPLE}; got {_short(found)}")
+    named = {_number(e, where): group for e, group in found.items()}
+    for e in named:
+        if e not in keep:
+            raise InputError(f"{where}: groups: expert {e} has members, and does not stay")
+    groups = tuple(
+        tuple(sorted((_number(member, where), weight) for member, weight in named.get(e, {str(e): 1.0}).items()))
+        for e in keep
+    )
+    check_groups(groups, keep, where)
+    return tuple(_floats(group) for group in groups) if any(len(group) > 1 for group in groups) else None
+
+
+def check_groups(groups: Sequence[Group], keep: Sequence[int], where: str, experts: int | None = None) -> None:
+    """Raise InputError unless these are groups of the experts `keep`, of a layer of so many (None: not known)."""
+    if len(groups) != len(keep):
+        raise InputError(f"{where}: groups of {len(groups)} experts, and {len(keep)} are kept")
+    kept, home = set(keep), dict[int, int]()
+    for e, group in zip(keep, groups, strict=True):
+        for member, weight in group:
+            what = f"{where}: groups: expert {e}: "
+            if experts is not None and not 0 <= member < experts:
+                raise InputError(f"{what}member {member} is out of range; the layer has experts 0 to {experts - 1}")
+            if member != e and member in kept:
+                raise InputError(f"{what}member {member} stays itself, and cannot be merged into another")
+            if member in home:
+                raise InputError(f"{what}member {member} is in the group of expert {home[member]} too")
+            if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
+                raise InputError(f"{what}weight of {member}: expected a number from 0 on, got {_short(weight)}")
+            home[member] = e
+        if home.get(e) != e:
+            raise InputError(
+                f"{where}: groups: expert {e} is not among its own members; name it, with weight 0 at least"
+            )
+        if not 0 < sum(float(weight) for _, weight in group) <= sys.float_info.max:
+            raise InputError(f"{where}: groups: expert {e}: the weights of its members add up to no number above 0")
+
+
+def groups_document(groups: Sequence[Group] | None, keep: Sequence[int]) -> dict[str, Any]:
+    """The key "groups" of a layer's JSON, of those that have other members than the expert itself; {} of none."""
+    given = {e: dict(group) for e, group in zip(keep, groups or (), strict=False) if len(group) > 1}
+    named = {str(e): {str(member): weight for member, weight in group.items()} for e, group in given.items()}
+    return {"groups": named} if named else {}
+
+
+def aligned(provenance: Mapping[str, Any]) -> bool:
+    """Whether members' channels are put in the order of the expert that stays; they are where a plan says nothing.
+    Raises InputError for another word than those of ALIGN."""
+    told = provenance.get(MERGE, {})
+    align = told.get("align", ALIGN[0]) if isinstance(told, dict) else told
+    if align not in ALIGN:
+        raise InputError(f"plan: provenance.merge.align is {_short(align)}; expected one of {', '.join(ALIGN)}")
+    return bool(align == ALIGN[0])
+
+
+def merge_recipe(plan: Plan, fingerprint: str) -> str:
+    """sha256 of all that decides the bytes of merged experts."""
+    layers = {key: (layer.keep, layer.groups) for key, layer in plan.layers.items() if layer.groups is not None}
+    decides = [MERGE, VERSION, fingerprint, aligned(plan.provenance), sorted(layers.items())]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def is_merged(plan: Plan, fingerprint: str) -> bool:
+    """Whether what the plan says was computed is what its groups make of this model, and not a refit of that."""
+    told = plan.provenance.get("refit")
+    return plan.merges and isinstance(told, dict) and told.get("recipe") == merge_recipe(plan, fingerprint)
+
+
+def merged_into(layer: LayerPlan) -> int:
+    """How many experts of a layer are merged into others; those of weight 0 are not."""
+    groups = zip(layer.keep, layer.groups or (), strict=False)
+    return sum(weight > 0 for e, group in groups for member, weight in group if member != e)
+
+
+def _floats(group: Sequence[tuple[int, float]]) -> Group:
+    return tuple((member, float(weight)) for member, weight in group) if len(group) > 1 else ((group[0][0], 1.0),)
+
+
+def _number(text: str, where: str) -> int:
+    if not NUMBER.fullmatch(text):
+        raise InputError(f"{where}: groups: expected expert numbers, got {_short(text)}")
+    return int(text)
+
+
+def _short(value: Any) -> str:
+    text = shown(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
