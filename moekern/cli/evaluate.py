@@ -33,6 +33,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
+from moekern.cli.replacing import ConstantsOf
 
 if TYPE_CHECKING:
     from moekern.evaluation.losses import Evaluation
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: Model,
     plans: Annotated[list[Path] | None, typer.Argument(help="Plans to apply on the fly.")] = None,
+    statistics: ConstantsOf = None,
     data: Data = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
@@ -82,7 +84,7 @@ def evaluate(
     if not named:
         say("no plan is named: the loss of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
-    losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
+    losses = pipeline.evaluate_plans(folder, text, compute, named, statistics=statistics, restart=restart)
     result(losses_document(losses), lambda: show_losses(losses))
 
 

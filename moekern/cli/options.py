@@ -64,10 +64,12 @@ def check_criteria(given: Any) -> Any:
 
 
 def check_tiers(given: list[str] | None) -> list[str] | None:
-    """Raise InputError for a tier of no known name. Every tier serves a criterion, so the table knows them all."""
+    """Raise InputError for a tier of no known name. Every tier serves a criterion or a replacement."""
     from moekern.criteria.table import CRITERIA
+    from moekern.plan.replacement import TIERS
 
-    known = dict.fromkeys(("routed", *(tier for row in CRITERIA.values() for tier in row.tiers)))
+    served = (tier for row in CRITERIA.values() for tier in row.tiers)
+    known = dict.fromkeys(("routed", *served, *filter(None, TIERS.values())))
     for name in given or ():
         if name not in known:
             raise InputError(f"--tier {name}: unknown; expected one of {', '.join(known)}{nearest_name(name, known)}")

@@ -62,6 +62,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
+from moekern.cli.replacing import FormOption, Replace
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
@@ -114,6 +115,8 @@ def run(
     budget: BudgetOption = "uniform",
     normalise: Normalise = "none",
     allow_nonuniform: AllowNonuniform = False,
+    replace: Replace = None,
+    form: FormOption = None,
     target: Targets = None,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
@@ -139,6 +142,10 @@ def run(
     goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
     _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
+    if replace is not None and refit:
+        raise InputError("--replace, --refit: what stays is fitted for experts that are gone; give one of the two")
+    if form is not None and replace is None:
+        raise InputError("--form: goes with --replace")
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter
@@ -147,9 +154,9 @@ def run(
     budgets = budget_of(budget, None, normalise, "usage", 1, allow_nonuniform)
     whole_run.check_targets(out, keeps)
     asked = whole_run.Asked(
-        _planning(criterion, keeps, domain, seed, budgets, protect_super, target, fitting),
-        tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        until_stable=until_stable, restart=restart,
+        _planning(criterion, keeps, domain, seed, budgets, protect_super, target, fitting, replace),
+        tuple(tier or ()), mtp.value if mtp else "keep" if replace else "prune", copy.value, forward=forward,
+        quality=quality, until_stable=until_stable, restart=restart, form=form,
         refit=Refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
@@ -187,6 +194,7 @@ def _planning(
     protect_super: bool,
     targets: Sequence[str] | None,
     fit: Fit | None,
+    replaced: str | None,
 ) -> Planning:
     """How experts are chosen. Raises InputError for a criterion or an engine that is none."""
     from moekern.criteria import criterion_named
@@ -198,7 +206,7 @@ def _planning(
     return Planning(
         criteria=(criterion,), keeps=keeps, domains=tuple(domains) if domains else None, seed=seed, budget=budget,
         guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in targets or ()),
-        fit=fit,
+        fit=fit, replaced=replaced,
     )  # fmt: skip
 
 

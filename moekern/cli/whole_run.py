@@ -42,6 +42,7 @@ from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
 from moekern.model.journal import Resume, removed
 from moekern.plan.document import Mtp, Plan
+from moekern.plan.replacement import TIERS as CONSTANTS_OF
 from moekern.plan.served import check_folder, served_as
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
@@ -70,11 +71,13 @@ class Asked:
     until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
     refit: Refitter | None = None  # what stays is computed anew
     restart: bool = False  # whatever a stopped run has left, text is measured anew
+    form: str | None = None  # in which replaced experts are written
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Names of the tiers that are measured."""
-        return (*self.tiers, *criterion_named(self.planning.criteria[0]).tiers)
+        made_of = None if self.planning.replaced is None else CONSTANTS_OF[self.planning.replaced]
+        return (*self.tiers, *criterion_named(self.planning.criteria[0]).tiers, *((made_of,) if made_of else ()))
 
 
 @dataclass(frozen=True)
@@ -157,14 +160,16 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     keeps = planning.keeps
     if planning.fit is not None:
         keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    kept = lambda keep: kept_count(keep, planning.router(layout.router))  # noqa: E731
     places = [Place(work_path(out), target.name.removeprefix(out.name)) for target in targets]
-    _check_room(checkpoint, layout, keeps, targets, made, asked.refit, places)
+    _check_room(checkpoint, layout, [kept(keep) for keep in keeps], targets, made, asked.refit, places)
     stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
-            counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
-            _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
+            counts = dict.fromkeys(layout.layers, kept_count(keep, planning.router(layout.router)))
+            served = replace(served_as(layout, checkpoint.config), replaced=planning.replaced is not None)
+            _say_of(target, slower(counts, served, planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text
@@ -190,16 +195,18 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         for plan, path, done in zip(plans, paths, made, strict=True):
             if not done:
                 plan.save(path)
+        constants_of = None if planning.replaced is None else statistics_path
         names = list(map(str, targets))
         if asked.refit is None:
             named = dict(zip(names, plans, strict=True))
-            quality = _quality(checkpoint, held, compute, named, out, asked.restart)
+            quality = _quality(checkpoint, held, compute, named, out, asked.restart, constants_of)
         else:
             quality = joined(dict(zip(names, refits, strict=True)))
         reports = [
             prune_to(
                 checkpoint, plan, target,
                 mtp=asked.mtp, copy=asked.copy, again=done, refitted=None if asked.refit is None else place.folder,
+                form=asked.form, statistics=constants_of,
             )
             for plan, target, done, place in zip(plans, targets, made, places, strict=True)
         ]  # fmt: skip
@@ -209,7 +216,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         Result(
             path,
             report,
-            pipeline.verify_both(folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp),
+            pipeline.verify_both(
+                folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp, statistics=constants_of
+            ),
             serve_commands(report.out, check_folder(report.out, planning.targets), planning.targets),
         )
         for plan, path, report in zip(plans, paths, reports, strict=True)
@@ -284,19 +293,19 @@ def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
 def _check_room(
     checkpoint: Checkpoint,
     layout: Layout,
-    keeps: Sequence[float | int],
+    counts: Sequence[int],
     targets: Sequence[Path],
     made: Sequence[bool],
     refitter: Refitter | None,
     places: Sequence[Place],
 ) -> None:
     """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
-    missing = [each for each, done in zip(zip(targets, keeps, places, strict=True), made, strict=True) if not done]
+    missing = [each for each, done in zip(zip(targets, counts, places, strict=True), made, strict=True) if not done]
     room, found, layers = 0, overview(checkpoint), dict[Path, int]()
-    for target, keep, place in missing:
+    for target, kept, place in missing:
         check_target(target, checkpoint.folder)
         shape = None if refitter is None else refitter.named
-        count, width = (kept_count(keep, layout.router), None) if shape is None else (shape.experts, shape.width)
+        count, width = (kept, None) if shape is None else (shape.experts, shape.width)
         room += room_needed(checkpoint, standing(target.parent), found.bytes_at(count, width))
         if refitter is not None:
             layers[place.folder] = refitter.room(checkpoint, layout, dict.fromkeys(layout.layers, count), width)
@@ -312,6 +321,7 @@ def _quality(
     plans: Mapping[str, Plan],
     out: Path,
     restart: bool,
+    constants_of: Path | None,
 ) -> Evaluation | None:
     """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
     if not held.batches:
@@ -331,7 +341,8 @@ def _quality(
         rows = earlier["losses"]  # original, and plans by their digests
     if not {ORIGINAL, *digests.values()} <= rows.keys():
         resume = Resume(work_path(out), restart, console.say)
-        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, "evaluating held-out text")
+        what = "evaluating held-out text"
+        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, what, statistics=constants_of)
         rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
         write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
         for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans

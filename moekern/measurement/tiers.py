@@ -63,6 +63,23 @@ def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -
         raise InputError(f"--backend {backend}: {error}" if backend else str(error)) from error
 
 
+def add_constants(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Add gate^2 x output of every counted row, each product rounded to float32, and gate^2, to its expert's sums: by
+    the kernel that adds up outputs, in its order."""
+    slot = seen.routed.order
+    gates = torch.ones_like(seen.gates) if seen.gates_applied else seen.gates
+    square = gates.float().square()
+    found = kernels.expert_sums(sums.num_experts, seen.y.shape[1], seen.y.device)
+    kernels.combine_and_measure(
+        seen.y.float() * square.flatten()[slot][:, None],
+        torch.zeros_like(square), seen.ids, slot, seen.routed.offsets, context.mask, found, backend=backend,
+    )  # fmt: skip
+    sums.gated_value_sum.add_(found.value_sum)
+    routed = kernels.router_sums(sums.num_experts, seen.y.device)
+    kernels.router_stats(None, seen.ids, gates, context.mask, routed, backend=backend)
+    sums.gated_value_weight.add_(routed.gate_square_sum)
+
+
 def add_vocabulary(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
     """Mark the token ids that each expert saw."""
     token_ids = _token_ids(seen, context, "vocabulary")
@@ -166,6 +183,7 @@ def norms(y: Tensor) -> Tensor:
 
 TABLE: Mapping[str, Tier] = {
     "dimensions": Tier("batch"),
+    "constants": Tier("batch", add=add_constants),
     "vocabulary": Tier("batch", ops=("vocabulary",), add=add_vocabulary),
     "token_counts": Tier("batch", add=add_token_counts),
     "coalitions": Tier("batch"),

@@ -18,10 +18,11 @@ from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
 from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.channels import WIDTH_CAP, channel_count, channel_ids, channel_text
+from moekern.plan.replacement import Replacement, replacement_of
 from moekern.rows import Row, html_table, write_csv
 
 FORMAT = "moekern.plan/1"
-NARROW = "moekern.plan/2"  # of a plan that says which channels of an expert stay
+NARROW = "moekern.plan/2"  # of a plan that says which channels of an expert stay, or what stands for dropped experts
 FORMATS = (FORMAT, NARROW)
 SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
 LAYER_CAP, KEY_CAP = 10_000, 256  # layers of a plan, and characters of a layer's key
@@ -43,10 +44,13 @@ class LayerPlan:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Which experts stay in each layer, and where that came from. The same plan gives the same bytes."""
+    """Which experts stay in each layer, and where that came from. The same plan gives the same bytes.
+
+    replace: what stands in the place of the others, where the router stays whole and goes on choosing them."""
 
     layers: Mapping[str, LayerPlan]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    replace: Replacement | None = None
 
     def __repr__(self) -> str:
         counts = sorted({len(layer.keep) for layer in self.layers.values()}) or [0]
@@ -97,8 +101,11 @@ class Plan:
             | ({} if layer.channels is None else {"channels": list(layer.channels)})
             for key, layer in self.layers.items()
         }
-        form = FORMAT if self.width is None else NARROW
-        return _pretty({"format": form, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
+        form = FORMAT if self.width is None and self.replace is None else NARROW
+        document = {"format": form, "layers": layers, "provenance": dict(self.provenance)}
+        if self.replace is not None:
+            document["replace"] = self.replace.document()
+        return _pretty(document, 0) + "\n"
 
     def save(self, path: str | Path, *, new: bool = False) -> bool:
         """Write to_json() to a temporary file beside `path`, then rename; with `new`, where nothing is, or this very
@@ -130,8 +137,9 @@ def plan_text(path: str | Path) -> str:
 
 
 def planned_mtp(plan: Plan) -> Mtp:
-    """What a plan says about MTP layers; "prune" where it says nothing. Raises InputError for another word."""
-    said = plan.provenance.get("mtp", "prune")
+    """What a plan says about MTP layers; where it says nothing "prune", and "keep" where dropped experts are replaced,
+    of whose MTP layers nothing is known. Raises InputError for another word."""
+    said = plan.provenance.get("mtp", "prune" if plan.replace is None else "keep")
     for mode in MTP_MODES:
         if said == mode:
             return mode
@@ -176,17 +184,20 @@ def plan_of(document: Any, source: str) -> Plan:
     if not isinstance(document, dict) or form not in FORMATS:
         known = " or ".join(f'"{each}"' for each in FORMATS)
         raise InputError(f'{source}: expected an object with "format": {known}, got {short(form)}')
-    _known_keys(document, ("format", "layers", "provenance"), source)
+    keys = ("format", "layers", "provenance")
+    _known_keys(document, (*keys, "replace") if form == NARROW else keys, source)
     layers, provenance = document.get("layers"), document.get("provenance", {})
+    replace = replacement_of(document["replace"], f"{source}: replace") if "replace" in document else None
     if not isinstance(layers, dict) or not layers:
         raise InputError(f"{source}: layers: expected an object of layers, got {short(layers)}")
     if not isinstance(provenance, dict):
         raise InputError(f"{source}: provenance: expected an object, got {short(provenance)}")
     check_layers(layers, source)
     ordered = sorted(layers, key=natural)
+    narrow = form == NARROW and replace is None
     plan = Plan({
-        key: _parse_layer(layers[key], f"{source}: layer {short(key)}", narrow=form == NARROW) for key in ordered
-    }, provenance)  # fmt: skip
+        key: _parse_layer(layers[key], f"{source}: layer {short(key)}", narrow=narrow) for key in ordered
+    }, provenance, replace)  # fmt: skip
     _check_widths(plan, source)
     return plan
 

@@ -23,7 +23,9 @@ from moekern.plan.budgets import (
     waterfill,
 )
 from moekern.plan.choose import check_protected, choose_top, tied
+from moekern.plan.constants import replacing
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.fits_model import whole_router
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.plan.provenance import Provenance
 from moekern.plan.targets import Served, Target, check_counts
@@ -52,6 +54,7 @@ def make_plan(
     mtp: str | None = None,
     fit: Mapping[str, Any] | None = None,
     served: Served | None = None,
+    replaced: str | None = None,
 ) -> Plan:
     """Choose the kept experts of every measured layer.
 
@@ -61,6 +64,7 @@ def make_plan(
     with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
     engines that must run the result, and `served` is the model as they see it (None: as far as statistics tell). `mtp`
     is what prune does with MTP layers unless told otherwise; `fit` is what a count was derived from, for the record.
+    `replaced` names the constants that dropped experts become: then each layer may keep any number of experts.
 
     Raises InputError for a budget the router or a target cannot work with, for layers that would keep different counts
     without `budget.allow_nonuniform`, for an unknown criterion, domain, layer or expert, for domains without tokens,
@@ -72,13 +76,17 @@ def make_plan(
     check_type("guards", guards, Guards, NoneType)
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     router, asked = router or router_of(statistics.header), budget or Budget()
+    seen = replace(
+        served or Served(statistics.header["family"], statistics.header["score"], router), replaced=replaced is not None
+    )
+    router = router if replaced is None else whole_router(router)
     guard = guards or Guards()
     read = _Reading(statistics, domains, chosen.tiers)
     marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
     layers = {key: _scored(chosen, read.layer(key), key, seed) for key in sorted(statistics.layers, key=natural)}
     counts = _counts(asked, keep, router, layers, marked)
-    _check_uniform(counts, asked, keep)
-    seen = served or Served(statistics.header["family"], statistics.header["score"], router)
+    if replaced is None:
+        _check_uniform(counts, asked, keep)
     check_counts(f"--keep {keep}", counts, seen, targets)
     plans = {}
     for key, layer in layers.items():
@@ -99,7 +107,8 @@ def make_plan(
     ).document(counts)
     ties = {} if chosen.kind in SETS else ties_of(plans, router.n_group, marked)
     given = {"mtp": mtp, "fit": None if fit is None else dict(fit), "ties": ties or None}
-    return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
+    plan = Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
+    return plan if replaced is None else replacing(plan, replaced, statistics)
 
 
 def ties_of(plans: Mapping[str, LayerPlan], groups: int, marked: Marks | None = None) -> dict[str, int]:
@@ -203,8 +212,8 @@ def _check_uniform(counts: Mapping[str, int], budget: Budget, keep: float | int)
     if len(set(counts.values())) > 1 and not budget.allow_nonuniform:
         raise InputError(
             f"--budget {budget.kind} --keep {keep}: layers would keep {min(counts.values())} to {max(counts.values())} "
-            "experts; engines load one expert count for all layers, so use --budget uniform, or add --allow-nonuniform "
-            "for a checkpoint that moekern writes, verifies and evaluates but no engine loads"
+            "experts; engines load one expert count for all layers, so use --budget uniform, --replace, whose result "
+            "vLLM loads, or add --allow-nonuniform for one that moekern writes, verifies and evaluates"
         )
 
 

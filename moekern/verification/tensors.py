@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
+from moekern.architectures.replaced import with_replaced
 from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
+from moekern.plan.replacement import ZERO, Replacement
 from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
@@ -30,6 +32,7 @@ from moekern.verification.narrow import Channels, kept_channels, narrow_problems
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.recovered import trained_claims, trained_settings
+from moekern.verification.replaced import Vectors, constant_problems, replaced_in
 from moekern.verification.settings import modules_of, renumbered
 
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
@@ -49,6 +52,8 @@ class VerifyReport:
     unchecked: int = 0  # of them, those for which the manifest has no checksum that could be taken
     recomputed: int = 0  # of them, those that were computed again to the same bytes
     trained: int = 0  # tensors that training has changed; no other count has them
+    constants: int = 0  # tensors that stand for dropped experts; no other count has them
+    constants_known: bool = False  # these were compared with what the plan makes them, zeros or of statistics
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def verify(
     mtp: Mtp | None = None,
     recompute: Recompute | None = None,
     full: bool = False,
+    vectors: Vectors | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare every byte of `pruned` with `source` under `plan`. Files are mapped, nothing is held.
@@ -82,14 +88,15 @@ def verify(
     were refitted, and the plan that their layers were, are held against the manifest's checksum instead of the source,
     and must be finite; so are those that moekern_recovery.json says were trained, against its checksum. recompute:
     gives the tensors of a refitted layer once more, name -> bytes; of the first one and another that the plan's digest
-    draws they are compared, with `full` of all. Raises InputError when `source` or `plan` is at fault, never for what
-    is in `pruned`.
+    draws they are compared, with `full` of all. vectors: the constants of a plan that replaces dropped experts, which
+    are then compared; without, they must be finite, and have the manifest's checksum. Raises InputError when `source`
+    or `plan` is at fault, never for what is in `pruned`.
     """
     if mtp not in (None, *MTP_MODES):
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    check_plan(plan, layout, checkpoint)
+    check_plan(plan, layout, checkpoint, replaced=True)
     folder = Path(pruned)
     if not os.path.isdir(folder):
         return VerifyReport((f"{folder}: no such folder",), 0, 0)
@@ -99,19 +106,23 @@ def verify(
     compared = 0
     with ExitStack() as stack:
         old = Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
-        kept = kept_experts(old, layout, plan, mode)
+        replaced = replaced_in(checkpoint, layout, plan, record, folder)
+        kept = {} if replaced is not None else kept_experts(old, layout, plan, mode)
         channels = kept_channels(old, layout, plan, kept)
         expected = expected_tensors(old.shards, layout, kept, mode, channels)
+        constants = {} if replaced is None else replaced.constants
+        expected = {name: each for name, each in expected.items() if replaced is None or name not in replaced.gone}
         try:
             new = Folder(folder, stack)
         except (OSError, ValueError) as error:
             reason = without_folder(folder, error)
             return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
-        problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
-        problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
+        names = expected.keys() | constants.keys()
+        problems += [f"{name}: missing" for name in sorted(names - new.shards.keys())]
+        problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - names)]
         claims = _claims(folder, plan, layout, expected, problems)
-        names = [name for name in new.shards if name in expected and name not in claims]
-        for name in names:
+        copied = [name for name in new.shards if name in expected and name not in claims]
+        for name in copied:
             found, nbytes = _compare(name, expected[name], old, new)
             problems += found
             compared += nbytes
@@ -122,23 +133,32 @@ def verify(
         problems += computed.problems
         if progress is not None and there:
             progress(compared + computed.nbytes, new.data_bytes)
-        problems += _metadata_problems(expected, old, new)
+        problems += constant_problems(constants, plan, vectors, lines_told(folder), new) if constants else ()
+        problems += _metadata_problems(expected | {n: Expected(c.source) for n, c in constants.items()}, old, new)
         problems += _index_problems(checkpoint, new)
         mtp_keep = {key: kept[key] for key in layout.mtp if key in kept}
+        if replaced is not None:  # of which none have another number
+            kept = {key: tuple(range(layer.num_experts)) for key, layer in layout.layers.items()}
         held = {name: list(opened.keys()) for name, opened in new.opened.items()}
-        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held)
+        form = None if replaced is None else replaced.form
+        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held, form)
     drop = mode == "drop"
     cut = partial(lists_cut, config=checkpoint.config, layout=layout, kept=kept)
     modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
     told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
     settings = trained_settings(folder, layout, problems)
+    config = checkpoint.config
+    if replaced is not None:
+        config = with_replaced(config, layout, replaced.dropped, replaced.form)
     problems += config_problems(
-        checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width, trained=settings
+        config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width, trained=settings
     )
     trained = sum(claim.layer is None for claim, _ in there.values())
     counts = len(there) - trained, computed.unchecked, computed.recomputed, trained
-    return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out, *counts)
+    known = bool(constants) and (vectors is not None or plan.replace == Replacement(ZERO))
+    stand = len(constants), known
+    return VerifyReport(_listed(problems), len(copied), compared, checkpoint.contents.left_out, *counts, *stand)
 
 
 def _claims(
