@@ -179,11 +179,16 @@ def _of_list(checkpoint: Checkpoint, value: Any) -> dict[str, Constants]:
     for key, experts in wanted.items():
         if experts and key not in prefixes:
             raise _unsound(checkpoint, f"layer {key:.40}: no tensor ends in {VALUE}")
-    return {
+    found = {
         key: Constants(prefixes[key], {e: constant_name(APPROXIMATE, prefixes[key], e) for e in experts})
         for key, experts in wanted.items()
         if experts
     }
+    listed = {name for constants in found.values() for name in constants.tensors.values()}
+    for name in checkpoint.tensors:
+        if name.endswith(VALUE) and name not in listed:
+            raise _unsound(checkpoint, f"{name} is of no expert that {KEY} lists")
+    return found
 
 
 def _of_nested(checkpoint: Checkpoint, value: Any) -> dict[str, Constants]:
@@ -195,9 +200,10 @@ def _of_nested(checkpoint: Checkpoint, value: Any) -> dict[str, Constants]:
         if len(numbers) != 1 or not isinstance(target, dict) or target.get("weight_layout") != LAYOUT:
             raise _unsound(checkpoint, f"target {shown(prefix):.80}: expected one layer, laid out as {LAYOUT}")
         replacements = target.get("replacements")
-        ids = _ids(checkpoint, numbers[0], list(replacements) if isinstance(replacements, dict) else replacements)
+        if not isinstance(replacements, dict):
+            raise _unsound(checkpoint, f"target {shown(prefix):.80}: replacements: expected numbers of experts")
         tensors = {}
-        for expert, each in zip(ids, replacements.values(), strict=True) if isinstance(replacements, dict) else ():
+        for expert, each in zip(_ids(checkpoint, numbers[0], list(replacements)), replacements.values(), strict=True):
             named = each.get("tensors") if isinstance(each, dict) and each.get("format") == CONSTANT else None
             name = named.get("value") if isinstance(named, dict) else None
             if not isinstance(name, str):

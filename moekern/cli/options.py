@@ -211,8 +211,8 @@ Tiers = Annotated[
     list[str] | None,
     typer.Option(
         "--tier",
-        help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
-        "replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
+        help="Measure this too; repeatable: dimensions, constants, vocabulary, token_counts, coalitions, "
+        "outliers, reap, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
         callback=check_tiers,
     ),
 ]

@@ -160,6 +160,22 @@ def test_vocabulary_coalitions_and_logits(name: str, case: MakeCase, runs: Runs)
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_constants(name: str, case: MakeCase, runs: Runs) -> None:
+    """Sums of gate^2 x output and of gate^2: their ratio is nearest to the outputs by gate^2."""
+    it = case(name, "constants", "dimensions")
+    value, weight, plain = torch.zeros(E, families.HIDDEN).double(), torch.zeros(E).double(), 0
+    for run in runs(it):
+        square = run.dense().square()
+        value += torch.einsum("te,teh->eh", square, run.y)
+        weight += square.sum(0)
+        plain = plain + torch.einsum("te,teh->eh", (square > 0).double(), run.y)
+    close(it.sums.gated_value_sum, value)
+    close(it.sums.gated_value_weight, weight)
+    close(it.sums.value_sum, plain)
+    assert it.sums.tiers == ("dimensions", "constants")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_reap(name: str, case: MakeCase, runs: Runs) -> None:
     it = case(name, "reap")
     renormalised, count, compat = (torch.zeros(E, dtype=torch.float64) for _ in range(3))
