@@ -64,12 +64,13 @@ def check_criteria(given: Any) -> Any:
 
 
 def check_tiers(given: list[str] | None) -> list[str] | None:
-    """Raise InputError for a tier of no known name. Every tier serves a criterion or a replacement."""
+    """Raise InputError for a tier of no known name. Every tier serves a criterion, a replacement or a budget."""
     from moekern.criteria.table import CRITERIA
+    from moekern.plan.budgets import RELATIVE_TIER
     from moekern.plan.replacement import TIERS
 
     served = (tier for row in CRITERIA.values() for tier in row.tiers)
-    known = dict.fromkeys(("routed", *served, *filter(None, TIERS.values())))
+    known = dict.fromkeys(("routed", *served, *filter(None, TIERS.values()), RELATIVE_TIER))
     for name in given or ():
         if name not in known:
             raise InputError(f"--tier {name}: unknown; expected one of {', '.join(known)}{nearest_name(name, known)}")
@@ -211,8 +212,8 @@ Tiers = Annotated[
     list[str] | None,
     typer.Option(
         "--tier",
-        help="Measure this too; repeatable: dimensions, constants, vocabulary, token_counts, coalitions, "
-        "outliers, reap, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
+        help="Measure this too; repeatable: dimensions, constants, stream, vocabulary, token_counts, "
+        "coalitions, outliers, reap, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
         callback=check_tiers,
     ),
 ]
@@ -244,7 +245,7 @@ Reserve = Annotated[
     typer.Option(help="With --fit: what of it is left to activations and the engine's own limit, a share or a size."),
 ]
 BudgetOption = Annotated[
-    str, typer.Option("--budget", help="uniform; global, adaptive or waterfill let layers keep different numbers.")
+    str, typer.Option("--budget", help="uniform; global, adaptive, waterfill, relative: layers keep different numbers.")
 ]
 Normalise = Annotated[
     str, typer.Option(help="With --budget global, each layer's scores: none, sum, max, mean or zscore.")

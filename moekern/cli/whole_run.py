@@ -41,6 +41,7 @@ from moekern.files import (
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
 from moekern.model.journal import Resume, removed
+from moekern.plan.budgets import RELATIVE_TIER
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.replacement import TIERS as CONSTANTS_OF
 from moekern.plan.served import check_folder, served_as
@@ -77,7 +78,8 @@ class Asked:
     def wanted(self) -> tuple[str, ...]:
         """Names of the tiers that are measured."""
         made_of = None if self.planning.replaced is None else CONSTANTS_OF[self.planning.replaced]
-        return (*self.tiers, *criterion_named(self.planning.criteria[0]).tiers, *((made_of,) if made_of else ()))
+        by = RELATIVE_TIER if self.planning.budget.kind == "relative" else None
+        return (*self.tiers, *criterion_named(self.planning.criteria[0]).tiers, *filter(None, (made_of, by)))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,19 @@ def add_constants(seen: Seen, context: BatchContext, sums: LayerStatistics, back
     sums.gated_value_weight.add_(routed.gate_square_sum)
 
 
+def add_stream(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Add the energy of the residual stream in front of the experts: by the kernel that adds up norms of outputs."""
+    if seen.residual is None:
+        return
+    T, device = len(seen.residual), seen.residual.device
+    ids, found = torch.zeros(T, 1, dtype=torch.int64, device=device), kernels.expert_sums(1, device=device)
+    kernels.combine_and_measure(
+        seen.residual, torch.zeros(T, 1, device=device), ids, torch.arange(T, device=device),
+        torch.tensor([0, T], device=device), context.mask, found, backend=backend,
+    )  # fmt: skip
+    sums.stream_square_sum.add_(found.norm_square_sum)
+
+
 def add_vocabulary(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
     """Mark the token ids that each expert saw."""
     token_ids = _token_ids(seen, context, "vocabulary")
@@ -184,6 +197,7 @@ def norms(y: Tensor) -> Tensor:
 TABLE: Mapping[str, Tier] = {
     "dimensions": Tier("batch"),
     "constants": Tier("batch", add=add_constants),
+    "stream": Tier("batch", add=add_stream),
     "vocabulary": Tier("batch", ops=("vocabulary",), add=add_vocabulary),
     "token_counts": Tier("batch", add=add_token_counts),
     "coalitions": Tier("batch"),

@@ -12,6 +12,7 @@ from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.errors import InputError, check_type
 from moekern.layer_keys import natural
 from moekern.plan.budgets import (
+    RELATIVE_TIER,
     Bounds,
     Budget,
     adaptive_entropy,
@@ -81,7 +82,11 @@ def make_plan(
     )
     router = router if replaced is None else whole_router(router)
     guard = guards or Guards()
-    read = _Reading(statistics, domains, chosen.tiers)
+    more = (RELATIVE_TIER,) if asked.kind == "relative" else ()
+    if more and RELATIVE_TIER not in statistics.tiers:
+        what = f"the statistics lack the tier {RELATIVE_TIER}; add it to calibrate (--tier {RELATIVE_TIER})"
+        raise InputError(f"--budget relative: {what}")
+    read = _Reading(statistics, domains, (*chosen.tiers, *more))
     marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
     layers = {key: _scored(chosen, read.layer(key), key, seed) for key in sorted(statistics.layers, key=natural)}
     counts = _counts(asked, keep, router, layers, marked)
@@ -145,6 +150,7 @@ class Scored:
     scores: Tensor  # [E]
     count: Tensor  # [E]
     entropy: float | None  # of the router, a token's mean; None where its logits were not seen
+    energy: float | None  # of the residual stream, a token's mean; None where it was not seen
     idle: Sequence[int]  # stand at a mark below all others, which would say too much across layers
 
     @property
@@ -161,7 +167,10 @@ def _scored(criterion: Criterion, statistics: LayerStatistics, key: str, seed: i
     idle: list[int] = []
     if criterion.kind != "seeded" and criterion.family != "weight":
         idle = (~used & (scores < scores[used].min())).nonzero().flatten().tolist()
-    return Scored(scores, statistics.count, entropy, idle)
+    energy = None
+    if statistics.stream_square_sum.numel() and int(statistics.residual_tokens):
+        energy = float(statistics.stream_square_sum / statistics.residual_tokens) or None
+    return Scored(scores, statistics.count, entropy, energy, idle)
 
 
 def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, marked: Marks) -> dict[str, int]:
@@ -179,6 +188,8 @@ def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, m
         return adaptive_usage(usage, bounds, total, groups=router.n_group, protected=marked.kept)
     idle = {key: layer.idle for key, layer in layers.items()}
     values = {key: _without(marked.drop_first[key], layer.scores, idle[key]) for key, layer in layers.items()}
+    if budget.kind == "relative":
+        values = {key: [value / _energy(layers[key], key) for value in row] for key, row in values.items()}
     if budget.kind == "waterfill":
         return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept, idle=idle)
     return global_counts(
@@ -206,6 +217,12 @@ def _entropy(layer: Scored, key: str) -> float:
     if layer.entropy is None:
         raise InputError(f"--adaptive-by entropy: layer {key}: the statistics hold no router logits; use usage")
     return layer.entropy
+
+
+def _energy(layer: Scored, key: str) -> float:
+    if layer.energy is None:
+        raise InputError(f"--budget relative: layer {key}: no residual stream was seen before its experts; use global")
+    return layer.energy
 
 
 def _check_uniform(counts: Mapping[str, int], budget: Budget, keep: float | int) -> None:

@@ -101,6 +101,7 @@ def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit:
     bounds = bounds_of(options.router(layout.router), multiple_of=options.budget.multiple_of, where="--fit")
     served = replace(served_as(layout, checkpoint.config), replaced=options.replaced is not None)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
+    whole = "prune" if options.replaced is None else "keep"
     if not legal:
         check_counts("--fit", {"": bounds.lowest}, served, options.targets)
-    return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")
+    return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or whole)

@@ -93,7 +93,11 @@ PREFIX, REST = "model.layers.0.mlp.experts", [0, 1, 2, 3, 5, 6, 7]
         (FORMS[0], lambda c: change(c, {"0": list(range(8)), "1": REST}), "is missing"),
         (FORMS[0], lambda c: change(c, {"7": [1]}), "layer 7: no tensor ends in"),
         (FORMS[0], lambda c: change(c, {"0": [1], "1": [0]}), "3.approx_value is of no expert that"),
-        (FORMS[0], lambda c: change(c, {"0": [0, 1, 3, 4, 5, 6], "1": REST}), "0.approx_value., the constant of expert 0, is mi"),
+        (
+            FORMS[0],
+            lambda c: change(c, {"0": [0, 1, 3, 4, 5, 6], "1": REST}),
+            "0.approx_value., the constant of expert 0, is mi",
+        ),
         (FORMS[0], lambda c: c.update(compression_config={"transform_config": {"expert_substitution": {}}}), "both"),
         (FORMS[1], lambda c: nested(c).update(version=2), "expected version 1"),
         (FORMS[1], lambda c: nested(c)["targets"].update(x={}), "target 'x': expected one layer"),

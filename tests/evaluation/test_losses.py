@@ -53,7 +53,9 @@ def test_constants_are_those_of_the_folder(
     checkpoint = open_checkpoint(folder)
     for kind, plan in plans.items():
         layout = find_layout(checkpoint)
-        vectors = None if kind == "zero" else measured(statistics, plan.replace or Replacement(kind), checkpoint, layout)
+        vectors = (
+            None if kind == "zero" else measured(statistics, plan.replace or Replacement(kind), checkpoint, layout)
+        )
         out = tmp_path / kind
         prune(folder, plan, out, vectors=vectors)
         assert evaluate(out, data, {}, compute)[ORIGINAL]["b"].nll == found[kind]["b"].nll

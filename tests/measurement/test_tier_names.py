@@ -22,7 +22,7 @@ def test_the_table_is_whole() -> None:
     assert set(TABLE) == set(TIERS) == {f.metadata["tier"] for f in fields(LayerStatistics)} - {"routed", HALVES}
     assert {op for tier in TABLE.values() for op in tier.ops} <= set(kernels.OPS)
     assert {other for tier in TABLE.values() for other in tier.implies} <= set(TABLE)
-    assert BY_BATCH == ("dimensions", "constants", "vocabulary", "token_counts", "coalitions", "reap")
+    assert BY_BATCH == ("dimensions", "constants", "stream", "vocabulary", "token_counts", "coalitions", "reap")
 
 
 def test_names_of_tiers() -> None:

@@ -175,6 +175,21 @@ def test_constants(name: str, case: MakeCase, runs: Runs) -> None:
     assert it.sums.tiers == ("dimensions", "constants")
 
 
+@torch.no_grad()
+def test_stream(case: MakeCase) -> None:
+    """The energy of what goes into the norm whose output the experts are given."""
+    it, energy, seen = case("qwen3_moe", "stream"), 0.0, list[Tensor]()
+    hook = it.layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for token_ids in it.token_ids:
+        families.forward(it.model, token_ids)
+    hook.remove()
+    for hidden in seen:
+        for row in hidden.reshape(-1, families.HIDDEN).double():
+            energy += float((row * row).sum())
+    assert float(it.sums.stream_square_sum) == pytest.approx(energy, rel=1e-5)
+    assert int(it.sums.residual_tokens) == int(it.sums.tokens)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_reap(name: str, case: MakeCase, runs: Runs) -> None:
     it = case(name, "reap")

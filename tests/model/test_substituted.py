@@ -21,7 +21,13 @@ from tests.helpers import families
 from tests.helpers.in_flight import REFUSED, random_plan
 
 TOLERANCE = 2e-5  # float32 logits of order 1: a token's sum over its experts takes another order
-OTHERS = ["gpt_oss", "llama4_text", "dbrx", "jetmoe", "longcat_flash"]  # of experts that are called in ways of their own
+OTHERS = [
+    "gpt_oss",
+    "llama4_text",
+    "dbrx",
+    "jetmoe",
+    "longcat_flash",
+]  # called in ways of their own
 
 
 def literal(block: nn.Module, constants: dict[int, Tensor]) -> Callable[..., Tensor]:
@@ -71,7 +77,8 @@ def test_constants_of_a_literal_forward(
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in OTHERS else pytest.mark.whole) for n in families.FAMILIES if n not in REFUSED]
+    "name",
+    [pytest.param(n, marks=() if n in OTHERS else pytest.mark.whole) for n in families.FAMILIES if n not in REFUSED],
 )
 def test_zeros_are_experts_whose_down_projection_is_zero(
     name: str, family_checkpoint: Callable[[str], Path], whole_model: Callable[[str], Any]

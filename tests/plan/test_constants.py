@@ -26,7 +26,7 @@ E, H, K = 4, 3, 2
 
 def layer_of(tokens: list[tuple[list[int], list[float], list[list[float]]]]) -> LayerStatistics:
     """Sums of tokens (experts, gates, outputs), a number at a time."""
-    s = LayerStatistics.zeros(E, H, tiers=("constants",))
+    s = LayerStatistics.zeros(E, H, tiers=("constants", "stream"))
     for ids, gates, outputs in tokens:
         s.tokens.add_(1)
         s.top1_count[ids[int(np.argmax(gates))]] += 1
@@ -113,3 +113,22 @@ def test_plans_need_no_even_counts(statistics: Statistics) -> None:
     with pytest.raises(InputError, match="fewer than the 2"):
         make_plan(statistics, "gated_norm", 1)
     assert torch.equal(A.count, torch.tensor([2, 2, 0, 0]))
+
+
+def test_relative_budget(tmp_path: Path) -> None:
+    """Scores over the energy of the stream: where it is 100 times as large, the same scores count for nothing."""
+    seen = replace(A + B, residual_tokens=(A + B).tokens)
+    loud, quiet = (replace(seen, stream_square_sum=torch.tensor([n]).double()) for n in (300.0, 3.0))
+    made = Statistics(header(("a",), router=Router(E, K), tokens={"a": 3}), {"0": {"a": loud}, "1": {"a": quiet}})
+    made.save(tmp_path / "s.safetensors")
+    budget, statistics = Budget("relative"), Statistics.load(tmp_path / "s.safetensors")
+    plan = make_plan(statistics, "gated_norm", 2, replaced="zero", budget=budget)
+    assert {key: len(layer.keep) for key, layer in plan.layers.items()} == {"0": 1, "1": 3}
+    with pytest.raises(InputError, match="--budget relative --keep 2: layers would keep 1 to 3"):
+        make_plan(statistics, "gated_norm", 2, router=Router(E, 1), budget=budget)
+    blind = Statistics(made.header, {key: {"a": replace(loud, residual_tokens=A.tokens * 0)} for key in ("0", "1")})
+    with pytest.raises(InputError, match="--budget relative: layer 0: no residual stream was seen"):
+        make_plan(blind, "gated_norm", 2, replaced="zero", budget=budget)
+    bare = Statistics(made.header, {key: {"a": replace(A, stream_square_sum=torch.zeros(0))} for key in "01"})
+    with pytest.raises(InputError, match="--budget relative: the statistics lack the tier stream; add it to calibrate"):
+        make_plan(bare, "gated_norm", 2, replaced="zero", budget=budget)

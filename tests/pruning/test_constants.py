@@ -44,7 +44,8 @@ def expected(tensors: Any, vectors: Vectors | None, name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "form", "shards"), [("mean", None, 3), ("zero", "approximate-experts", 1), ("mean", "compression-config", 2)]
+    ("kind", "form", "shards"),
+    [("mean", None, 3), ("zero", "approximate-experts", 1), ("mean", "compression-config", 2)],
 )
 def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> None:
     config, tensors = qwen3()

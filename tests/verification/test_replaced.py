@@ -98,7 +98,9 @@ def test_a_config_that_names_other_experts_or_none(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", "approximate-experts"), ("deepseek_v3", "compression-config")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("qwen3_moe", "approximate-experts"), ("deepseek_v3", "compression-config")]
+)
 def test_forward(name: str, form: str, family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """The folder's logits are those of the original whose experts return the constants; other constants are not."""
     source, out = family_checkpoint(name), tmp_path / "out"
