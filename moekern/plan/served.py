@@ -29,6 +29,7 @@ class Report:
     mtp: Mapping[str, int]
     found: Mapping[str, tuple[Finding, ...]]
     nearest: Mapping[str, str]  # of targets that do not run it: counts that would, as the end of a message
+    replaced: bool = False  # dropped experts are constants, and the counts those of the others
 
     @property
     def good(self) -> bool:
@@ -73,7 +74,7 @@ def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> R
         for target in asked
         if not served.replaced and not runs(layout.num_experts, served, [target])
     }
-    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near)
+    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near, bool(constants))
 
 
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:

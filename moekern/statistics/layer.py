@@ -169,6 +169,11 @@ class LayerStatistics:
         return self.square_sum.shape[1]
 
     @property
+    def hidden(self) -> int:
+        """H, or 0 when no sum was taken that has it."""
+        return max(sums.shape[1] for sums in (self.square_sum, self.gated_value_sum, self.output_sum))
+
+    @property
     def tiers(self) -> tuple[str, ...]:
         """The tiers that were measured, without the routed one."""
         found = {f.metadata["tier"] for f in fields(self) if _optional(f) and getattr(self, f.name).numel()}
