@@ -83,7 +83,8 @@ def constant_name(form: str, prefix: str, expert: int) -> str:
 def with_replaced(
     config: Mapping[str, Any], layout: Layout, replaced: Mapping[str, Iterable[int]], form: str
 ) -> dict[str, Any]:
-    """config.json with what says which experts of which layer are constants, behind all other keys."""
+    """config.json with what says which experts of which layer are constants, behind all other keys. Raises InputError
+    where another value stands in the place of its sections."""
     out = deepcopy(dict(config))
     if form == APPROXIMATE:
         out[KEY] = {key: list(experts) for key, experts in replaced.items() if experts}
@@ -98,6 +99,8 @@ def with_replaced(
     place = out
     for key in NESTED[:-1]:
         place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise InputError(f"--form {form}: {CONFIG}: {key} is no object; use --form {APPROXIMATE}")
     place[NESTED[-1]] = {"version": 1, "router_semantics": dict(SEMANTICS), "targets": targets}
     return out
 
@@ -132,7 +135,7 @@ def as_whole(checkpoint: Checkpoint) -> tuple[Checkpoint, Mapping[str, Constants
                 by_head[head].setdefault(number, []).append(entry)
     for constants in found.values():
         held = by_head[constants.prefix]
-        own = {name for name in constants.tensors.values()}
+        own = set(constants.tensors.values())
         kept = [e for e in held if e not in constants.tensors]
         if not kept:
             raise _unsound(checkpoint, f"{constants.prefix}: no expert is left")
@@ -143,8 +146,15 @@ def as_whole(checkpoint: Checkpoint) -> tuple[Checkpoint, Mapping[str, Constants
             for entry in held[min(kept)]:
                 name = f"{constants.prefix}.{expert}{entry.name.removeprefix(f'{constants.prefix}.{min(kept)}')}"
                 tensors[name] = replace(entry, name=name)
-        for name in own:
-            del tensors[name]
+        if len({checkpoint.tensors[name].shape for name in own}) > 1:
+            raise _unsound(checkpoint, f"{constants.prefix}: constants of several lengths")
+        sizes = {n for entry in held[min(kept)] for n in entry.shape}
+        wrong = next((name for name in own if checkpoint.tensors[name].shape[0] not in sizes), None)
+        if wrong is not None:
+            raise _unsound(checkpoint, f"{wrong}: {checkpoint.tensors[wrong].shape[0]} numbers are no expert's output")
+    for constants in found.values():
+        for name in constants.tensors.values():
+            tensors.pop(name, None)  # layers may share one
     return replace(checkpoint, tensors=tensors, config=_without(checkpoint.config)), found
 
 
@@ -199,6 +209,8 @@ def _of_nested(checkpoint: Checkpoint, value: Any) -> dict[str, Constants]:
         numbers = [part for part in prefix.split(".") if part.isdecimal()]
         if len(numbers) != 1 or not isinstance(target, dict) or target.get("weight_layout") != LAYOUT:
             raise _unsound(checkpoint, f"target {shown(prefix):.80}: expected one layer, laid out as {LAYOUT}")
+        if numbers[0] in found:
+            raise _unsound(checkpoint, f"target {shown(prefix):.80}: layer {numbers[0]} is there already")
         replacements = target.get("replacements")
         if not isinstance(replacements, dict):
             raise _unsound(checkpoint, f"target {shown(prefix):.80}: replacements: expected numbers of experts")

@@ -74,7 +74,9 @@ def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> R
         for target in asked
         if not served.replaced and not runs(layout.num_experts, served, [target])
     }
-    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near, bool(constants))
+    return Report(
+        str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near, bool(constants)
+    )
 
 
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:

@@ -80,6 +80,12 @@ def nested(config: dict[str, Any]) -> Any:
     return config["compression_config"]["transform_config"]["expert_substitution"]
 
 
+def tensors_of(config: dict[str, Any]) -> Any:
+    """Expert -> the object that names its constant, of the first layer."""
+    return {e: each["tensors"] for e, each in nested(config)["targets"][PREFIX]["replacements"].items()}
+
+
+NORM = "model.layers.0.input_layernorm.weight"
 PREFIX, REST = "model.layers.0.mlp.experts", [0, 1, 2, 3, 5, 6, 7]
 
 
@@ -99,6 +105,17 @@ PREFIX, REST = "model.layers.0.mlp.experts", [0, 1, 2, 3, 5, 6, 7]
             "0.approx_value., the constant of expert 0, is mi",
         ),
         (FORMS[0], lambda c: c.update(compression_config={"transform_config": {"expert_substitution": {}}}), "both"),
+        (
+            FORMS[1],
+            lambda c: nested(c)["targets"].update({f"x.0.{PREFIX[-7:]}": nested(c)["targets"][PREFIX]}),
+            "already",
+        ),
+        (FORMS[1], lambda c: tensors_of(c)["1"].update(value="model.norm.weight"), "is missing|several lengths"),
+        (
+            FORMS[1],
+            lambda c: tensors_of(c)["1"].update(value=f"{PREFIX[:-11]}input_layernorm.weight"),
+            "several lengths",
+        ),
         (FORMS[1], lambda c: nested(c).update(version=2), "expected version 1"),
         (FORMS[1], lambda c: nested(c)["targets"].update(x={}), "target 'x': expected one layer"),
         (FORMS[1], lambda c: nested(c)["targets"][PREFIX]["replacements"].update({"1": 3}), "expert 1: expected a"),
@@ -114,3 +131,17 @@ def test_unsound_configs(form: str, edit: Callable[[Any], None], reason: str, re
     with pytest.raises(InputError, match=reason) as error:
         find_layout(as_whole(checkpoint)[0])
     assert "\n" not in str(error.value)
+
+
+def test_layers_may_share_a_constant(replaced: Callable[..., Path]) -> None:
+    """As vLLM reads it: one tensor for experts of several layers."""
+    folder = replaced(FORMS[1])
+    config = json.loads((folder / "config.json").read_text())
+    name = tensors_of(config)["1"]["value"]
+    for target in nested(config)["targets"].values():
+        for each in target["replacements"].values():
+            each["tensors"]["value"] = name
+    (folder / "config.json").write_text(json.dumps(config))
+    whole, constants = as_whole(open_checkpoint(folder))
+    assert {value for each in constants.values() for value in each.tensors.values()} == {name}
+    assert name not in whole.tensors

@@ -41,6 +41,7 @@ def test_from_text_to_a_folder_and_its_loss(family_checkpoint: Callable[[str], P
     plans = invoked("evaluate", model, *data, done["plan"], "--statistics", sums)
     alone = invoked("evaluate", out, *data)
     assert alone["original"]["d"]["nll"] == plans[done["plan"]]["d"]["nll"]
+    form = "--form", "approximate-experts"
     plain = Plan({key: LayerPlan((0, 1, 2, 5)) for key in Plan.load(done["plan"]).layers})
     plain.save(tmp_path / "plain.json")
     invoked("prune", model, tmp_path / "plain.json", "--replace", "zero", "--out", tmp_path / "zero")
@@ -53,7 +54,10 @@ def test_from_text_to_a_folder_and_its_loss(family_checkpoint: Callable[[str], P
         (("prune", model, done["plan"], "--replace", "zero", "--out", tmp_path / "no"), "the plan has least-squares"),
         (("verify", model, tmp_path / "plain.json", out, "--replace", "mean"), "--replace mean: needs --statistics"),
         (("run", model, *data, *asked, "--refit", "--out", tmp_path / "no"), "--replace, --refit"),
-        (("run", model, *data, "--keep", "4", "--form", "approximate-experts", "--out", tmp_path / "no"), "--form: goes"),
+        (
+            ("run", model, *data, "--keep", "4", "--form", "compression-config", "--out", tmp_path / "no"),
+            "--form: goes",
+        ),
         (("calibrate", out, *data, "--out", tmp_path / "s"), "its dropped experts are constants"),
         (("refit", model, done["plan"], *data, "--out", tmp_path / "no"), "replaces dropped experts by constants"),
     ):
