@@ -69,8 +69,8 @@ def check_tiers(given: list[str] | None) -> list[str] | None:
     from moekern.plan.budgets import RELATIVE_TIER
     from moekern.plan.replacement import TIERS
 
-    served = (tier for row in CRITERIA.values() for tier in row.tiers)
-    known = dict.fromkeys(("routed", *served, *filter(None, TIERS.values()), RELATIVE_TIER))
+    served = *(tier for row in CRITERIA.values() for tier in row.tiers), *TIERS.values(), RELATIVE_TIER
+    known = dict.fromkeys(("routed", *filter(None, served)))
     for name in given or ():
         if name not in known:
             raise InputError(f"--tier {name}: unknown; expected one of {', '.join(known)}{nearest_name(name, known)}")
@@ -212,8 +212,8 @@ Tiers = Annotated[
     list[str] | None,
     typer.Option(
         "--tier",
-        help="Measure this too; repeatable: dimensions, constants, stream, vocabulary, token_counts, "
-        "coalitions, outliers, reap, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
+        help="Measure this too; repeatable: dimensions, constants, stream, vocabulary, token_counts, coalitions, "
+        "outliers, reap, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
         callback=check_tiers,
     ),
 ]
@@ -250,9 +250,7 @@ BudgetOption = Annotated[
 Normalise = Annotated[
     str, typer.Option(help="With --budget global, each layer's scores: none, sum, max, mean or zscore.")
 ]
-AllowNonuniform = Annotated[
-    bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
-]
+AllowNonuniform = Annotated[bool, typer.Option("--allow-nonuniform", help="Keep uneven counts, which no engine loads.")]
 Domains = Annotated[
     list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
 ]

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 Out = Annotated[
     Path, typer.Option(help="The plan to write; for several a folder, or a name with {} in it: plan-{}.json.")
 ]
+PlannedMtp = Annotated[
+    MtpMode | None, typer.Option(help="What prune does with MTP layers: prune, drop or keep. Default: prune.")
+]
 DomainFloor = Annotated[
     Words, typer.Option(help="[DOMAIN=]SHARE of its gate x norm that each domain keeps in every layer; repeatable.")
 ]
@@ -80,9 +83,7 @@ def plan(
     allow_nonuniform: AllowNonuniform = False,
     replace: Replace = None,
     target: Targets = None,
-    mtp: Annotated[
-        MtpMode | None, typer.Option(help="What prune does with MTP layers: prune, drop or keep. Default: prune.")
-    ] = None,
+    mtp: PlannedMtp = None,
     protect_super: ProtectSuper = False,
     keep_always: Annotated[Words, typer.Option(help="LAYER:EXPERT[,EXPERT] to keep in any case; repeatable.")] = None,
     drop_first: Annotated[Words, typer.Option(help="LAYER:EXPERT[,EXPERT] to drop before others; repeatable.")] = None,

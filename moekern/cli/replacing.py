@@ -57,6 +57,14 @@ ConstantsOf = Annotated[
 ]
 
 
+def check_given(replace: str | None, form: str | None, *, refit: bool) -> None:
+    """Raise InputError for options of `run` that do not go together."""
+    if replace is not None and refit:
+        raise InputError("--replace, --refit: what stays is fitted for experts that are gone; give one of the two")
+    if form is not None and replace is None:
+        raise InputError("--form: goes with --replace")
+
+
 def check_replaced(checkpoint: Checkpoint, layout: Layout) -> None:
     """Raise InputError for a model whose experts cannot become constants."""
     from moekern.architectures.replaced import replace_problem

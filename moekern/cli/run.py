@@ -62,7 +62,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
-from moekern.cli.replacing import FormOption, Replace
+from moekern.cli.replacing import FormOption, Replace, check_given
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
@@ -142,10 +142,7 @@ def run(
     goes on, in the layer that it was in."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
     _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
-    if replace is not None and refit:
-        raise InputError("--replace, --refit: what stays is fitted for experts that are gone; give one of the two")
-    if form is not None and replace is None:
-        raise InputError("--form: goes with --replace")
+    check_given(replace, form, refit=refit)
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter

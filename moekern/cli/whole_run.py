@@ -212,22 +212,31 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             )
             for plan, target, done, place in zip(plans, targets, made, places, strict=True)
         ]  # fmt: skip
-    # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
-    plain = replace(compute, dtype=AUTO)
     results = [
-        Result(
-            path,
-            report,
-            pipeline.verify_both(
-                folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp, statistics=constants_of
-            ),
-            serve_commands(report.out, check_folder(report.out, planning.targets), planning.targets),
-        )
+        _verified(folder, plan, path, report, compute, asked, constants_of)
         for plan, path, report in zip(plans, paths, reports, strict=True)
     ]
     for place in places if asked.refit is not None else ():
         place.clear()
     return Run(statistics_path, coverage(statistics), quality, results, refits)
+
+
+def _verified(
+    folder: Path,
+    plan: Plan,
+    path: Path,
+    report: PruneReport,
+    compute: Compute,
+    asked: Asked,
+    constants_of: Path | None,
+) -> Result:
+    """What was written, read again. Logits are compared in the type that the comparison chooses, whatever the text was
+    measured in."""
+    plain, targets = replace(compute, dtype=AUTO), asked.planning.targets
+    verdict = pipeline.verify_both(
+        folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp, statistics=constants_of
+    )
+    return Result(path, report, verdict, serve_commands(report.out, check_folder(report.out, targets), targets))
 
 
 def _statistics(

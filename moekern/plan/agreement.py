@@ -67,9 +67,10 @@ def agreement_of_all(
 ) -> dict[str, Agreement]:
     """Layer key -> how far the text of the domains together decides what is kept.
 
-    `keep` is a share or a count, as `make_plan` takes it, or each layer's count; `replaced` of a router that
-    stays whole. Guards and protection play no part. Halves know what has a number an expert in the routed tier; of criteria that need more, and of older files, nothing
-    is known. One layer is read at a time. Raises InputError as `make_plan` does.
+    `keep` is a share or a count, as `make_plan` takes it, or each layer's count; `replaced` of a router that stays
+    whole. Guards and protection play no part. Halves know what has a number an expert in the routed tier; of criteria
+    that need more, and of older files, nothing is known. One layer is read at a time. Raises InputError as `make_plan`
+    does.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     router, found = router_of(statistics.header), dict[str, Agreement]()

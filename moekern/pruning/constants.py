@@ -45,6 +45,11 @@ class Replaced:
         name = constant_name(self.form, experts_prefix(layout.layers[key]), expert)
         return Constant(name, key, expert, self.vectors)
 
+    def made_of(self, plan: Plan) -> Replacement:
+        """What the constants are, and of which statistics, which a plan need not name."""
+        assert plan.replace is not None
+        return plan.replace if self.vectors is None else self.vectors.replacement
+
     def notes(self) -> tuple[str, ...]:
         """A line where some of the experts were never routed to."""
         idle = (

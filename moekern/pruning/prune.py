@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, check_type
 from moekern.files import is_folder
@@ -124,17 +124,7 @@ def prune(
     finished, waiting, already = (True, 0, True) if again else written(job, target, part, mine, tally)
     return PruneReport(
         out=target,
-        bytes_in=sum(shard.size for shard in checkpoint.shards),
-        bytes_out=sum(shard.size for shard in shards),
-        experts_before=layout.num_experts,
-        experts_after=max(len(kept[key]) for key in layout.layers),
-        channels_before=layout.width,
-        channels_after=layout.width if plan.width is None else plan.width,
-        layers=len(layout.layers),
-        tensors_in=len(checkpoint.tensors),
-        tensors_out=sum(len(shard.tensors) for shard in shards),
-        shards_in=len(checkpoint.shards),
-        shards_out=len(shards),
+        **_before_after(checkpoint, layout, plan, kept, shards),
         copy=", ".join(sorted({job.way(shard).removesuffix("_or_stream") for shard in mine})),
         cloned=tally.cloned,
         holes=tally.holes,
@@ -150,6 +140,29 @@ def prune(
         notes=tuple(filter(None, (*told, twin, *checkpoint.notes, *layout.notes, *noted))),
         seconds=time.perf_counter() - start,
     )
+
+
+def _before_after(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    kept: Mapping[str, Sequence[int]],
+    shards: Sequence[OutputShard],
+) -> dict[str, Any]:
+    """The fields of a report that say what there was, and what is left."""
+    return {
+        "bytes_in": sum(shard.size for shard in checkpoint.shards),
+        "bytes_out": sum(shard.size for shard in shards),
+        "experts_before": layout.num_experts,
+        "experts_after": max(len(kept[key]) for key in layout.layers),
+        "channels_before": layout.width,
+        "channels_after": layout.width if plan.width is None else plan.width,
+        "layers": len(layout.layers),
+        "tensors_in": len(checkpoint.tensors),
+        "tensors_out": sum(len(shard.tensors) for shard in shards),
+        "shards_in": len(checkpoint.shards),
+        "shards_out": len(shards),
+    }
 
 
 def _told(shards: Sequence[OutputShard], refitted: Refitted | None) -> dict[str, dict[str, Any]]:

@@ -160,9 +160,9 @@ def _provenance(
     mtp: Mtp,
     replaced: Replaced | None,
 ) -> str:
-    """JSON: the plan and its sha256, the source's fingerprint, what MTP layers keep, in which form dropped experts are
-    replaced; under "source" that of the source, if it was pruned itself, with its "recovery" in it, if it was trained
-    then."""
+    """JSON: the plan and its sha256, the source's fingerprint, what MTP layers keep, in which form and by what dropped
+    experts are replaced; under "source" that of the source, if it was pruned itself, with its "recovery" in it, if it
+    was trained then."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": checkpoint.fingerprint,
@@ -172,7 +172,7 @@ def _provenance(
         "plan_sha256": plan.digest,
     }
     if replaced is not None:
-        content["form"] = replaced.form
+        content["replaced"] = {"form": replaced.form, **replaced.made_of(plan).document()}
     earlier, recovery = checkpoint.folder / PLAN_FILE, read_recovery(checkpoint.folder)
     if earlier.is_file():
         content["source"] = read_json(earlier)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from moekern.architectures.replaced import (
     constant_name,
     experts_prefix,
     replace_problem,
+    with_replaced,
 )
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.checkpoint.strict_json import read_json
@@ -48,24 +49,32 @@ class Constant:
 
 @dataclass(frozen=True)
 class Replaced:
-    """What becomes of the dropped experts of a plan: `gone` are the source's tensors that are not there any longer."""
+    """What becomes of the dropped experts of a plan that replaces them; empty of one that does not. `gone` are the
+    source's tensors that are not there any longer, `kept` all experts, none of which has another number."""
 
-    form: str
-    dropped: Mapping[str, tuple[int, ...]]
-    constants: Mapping[str, Constant]
-    gone: frozenset[str]
+    form: str | None = None
+    dropped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)  # what moekern_plan.json must say of it
+
+    def config(self, before: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+        """config.json as it must be, beside what pruning makes of it."""
+        return before if self.form is None else with_replaced(before, layout, self.dropped, self.form)
 
 
 def replaced_in(
     checkpoint: Checkpoint, layout: Layout, plan: Plan, record: Mapping[str, Any] | None, folder: Path
-) -> Replaced | None:
-    """None of a plan that replaces nothing. The form is the one that the folder's record names, else that of its
+) -> Replaced:
+    """The form is the one that the folder's record names, else that of its
     config.json. Raises InputError for a source whose experts cannot be replaced."""
     if plan.replace is None:
-        return None
+        return Replaced()
     if (problem := replace_problem(checkpoint, layout)) is not None:
         raise InputError(f"{checkpoint.folder}: experts cannot become constants: {problem}")
-    form = next((each for each in FORMS if (record or {}).get("form") == each), None) or _form_of(folder)
+    told = _told(record)
+    form = next((each for each in FORMS if told.get("form") == each), None) or _form_of(folder)
     dropped, constants, gone = dict[str, tuple[int, ...]](), dict[str, Constant](), set[str]()
     for key, layer in layout.layers.items():
         dropped[key] = tuple(e for e in range(layer.num_experts) if e not in plan.layers[key].keep)
@@ -76,7 +85,16 @@ def replaced_in(
                     entry = checkpoint.tensors[tensor.name]
                     name = constant_name(form, experts_prefix(layer), tensor.expert)
                     constants[name] = Constant(key, tensor.expert, entry.name, entry.dtype, entry.shape[:1])
-    return Replaced(form, dropped, constants, frozenset(gone))
+    whole = {key: tuple(range(layer.num_experts)) for key, layer in layout.layers.items()}
+    made_of = plan.replace.document()
+    if plan.replace.tier is not None and isinstance(told.get("statistics"), str):
+        made_of.setdefault("statistics", told["statistics"])  # which the plan need not name
+    return Replaced(form, dropped, constants, frozenset(gone), whole, {"form": form, **made_of})
+
+
+def _told(record: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = (record or {}).get("replaced")
+    return found if isinstance(found, dict) else {}
 
 
 def _form_of(folder: Path) -> str:
@@ -96,7 +114,6 @@ def constant_problems(
 ) -> Iterator[str]:
     """A line for each constant that is not what it must be: its dtype, its shape, finite numbers, the checksum that it
     was written with, and where it is zeros, or `vectors` are given, its very bytes."""
-    assert plan.replace is not None
     told = {
         name: (line.get("checksum"), checksum)
         for line in lines
@@ -115,12 +132,21 @@ def constant_problems(
         if (want := _wanted(constant, plan, vectors)) is not None:
             got = new.tensor(name)
             if not torch.equal(want.to(got.dtype), got):
-                yield f"{name}: differs from what {plan.replace.constants} makes of expert {constant.expert}"
+                yield f"{name}: differs from what {_kind(plan)} makes of expert {constant.expert}"
+
+
+def is_known(plan: Plan, vectors: Vectors | None) -> bool:
+    """Whether constants of a plan are compared with what they must be."""
+    return plan.replace is not None and (_kind(plan) == ZERO or vectors is not None)
+
+
+def _kind(plan: Plan) -> str:
+    assert plan.replace is not None
+    return plan.replace.constants
 
 
 def _wanted(constant: Constant, plan: Plan, vectors: Vectors | None) -> Tensor | None:
     """float32; None where it cannot be known."""
-    assert plan.replace is not None
-    if plan.replace.constants == ZERO:
+    if _kind(plan) == ZERO:
         return torch.zeros(constant.shape)
     return None if vectors is None else torch.from_numpy(vectors.of(constant.layer)[constant.expert]).float()

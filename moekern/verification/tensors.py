@@ -8,7 +8,7 @@ source: see `computed`.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
-from moekern.architectures.replaced import with_replaced
 from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
-from moekern.plan.replacement import ZERO, Replacement
 from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
@@ -32,7 +30,7 @@ from moekern.verification.narrow import Channels, kept_channels, narrow_problems
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.recovered import trained_claims, trained_settings
-from moekern.verification.replaced import Vectors, constant_problems, replaced_in
+from moekern.verification.replaced import Vectors, constant_problems, is_known, replaced_in
 from moekern.verification.settings import modules_of, renumbered
 
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
@@ -103,62 +101,56 @@ def verify(
     problems: list[str] = []
     record = recorded(folder, plan, problems)
     mode = mtp or recorded_mtp(record) or planned_mtp(plan)
-    compared = 0
+    compared, step = 0, progress or (lambda done, total: None)
     with ExitStack() as stack:
         old = Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
         replaced = replaced_in(checkpoint, layout, plan, record, folder)
-        kept = {} if replaced is not None else kept_experts(old, layout, plan, mode)
+        kept = dict(replaced.kept) or kept_experts(old, layout, plan, mode)
         channels = kept_channels(old, layout, plan, kept)
         expected = expected_tensors(old.shards, layout, kept, mode, channels)
-        constants = {} if replaced is None else replaced.constants
-        expected = {name: each for name, each in expected.items() if replaced is None or name not in replaced.gone}
+        expected = {name: each for name, each in expected.items() if name not in replaced.gone}
         try:
             new = Folder(folder, stack)
         except (OSError, ValueError) as error:
             reason = without_folder(folder, error)
             return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
-        names = expected.keys() | constants.keys()
-        problems += [f"{name}: missing" for name in sorted(names - new.shards.keys())]
-        problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - names)]
+        problems += _other_names(expected.keys() | replaced.constants.keys(), new.shards.keys())
         claims = _claims(folder, plan, layout, expected, problems)
         copied = [name for name in new.shards if name in expected and name not in claims]
         for name in copied:
             found, nbytes = _compare(name, expected[name], old, new)
             problems += found
             compared += nbytes
-            if progress is not None:
-                progress(compared, new.data_bytes)
+            step(compared, new.data_bytes)
         there = {name: (claims[name], _described(expected[name], old)) for name in new.shards if name in claims}
         computed = computed_tensors(there, new, plan, recompute, full=full)
         problems += computed.problems
-        if progress is not None and there:
-            progress(compared + computed.nbytes, new.data_bytes)
-        problems += constant_problems(constants, plan, vectors, lines_told(folder), new) if constants else ()
-        problems += _metadata_problems(expected | {n: Expected(c.source) for n, c in constants.items()}, old, new)
+        if there:
+            step(compared + computed.nbytes, new.data_bytes)
+        problems += constant_problems(replaced.constants, plan, vectors, lines_told(folder), new)
+        sources = {name: Expected(constant.source) for name, constant in replaced.constants.items()}
+        problems += _metadata_problems(expected | sources, old, new)
         problems += _index_problems(checkpoint, new)
         mtp_keep = {key: kept[key] for key in layout.mtp if key in kept}
-        if replaced is not None:  # of which none have another number
-            kept = {key: tuple(range(layer.num_experts)) for key, layer in layout.layers.items()}
         held = {name: list(opened.keys()) for name, opened in new.opened.items()}
-        form = None if replaced is None else replaced.form
-        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held, form)
-    drop = mode == "drop"
+        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held, replaced.record)
     cut = partial(lists_cut, config=checkpoint.config, layout=layout, kept=kept)
-    modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
+    modules = modules_of(layout, iter(old.shards), kept, drop_mtp=mode == "drop")
     told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
-    settings = trained_settings(folder, layout, problems)
-    config = checkpoint.config
-    if replaced is not None:
-        config = with_replaced(config, layout, replaced.dropped, replaced.form)
+    settings, config = trained_settings(folder, layout, problems), replaced.config(checkpoint.config, layout)
     problems += config_problems(
-        config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width, trained=settings
+        config, folder / CONFIG, layout, kept, modules, drop_mtp=mode == "drop", width=plan.width, trained=settings
     )
     trained = sum(claim.layer is None for claim, _ in there.values())
     counts = len(there) - trained, computed.unchecked, computed.recomputed, trained
-    known = bool(constants) and (vectors is not None or plan.replace == Replacement(ZERO))
-    stand = len(constants), known
+    stand = len(replaced.constants), is_known(plan, vectors)
     return VerifyReport(_listed(problems), len(copied), compared, checkpoint.contents.left_out, *counts, *stand)
+
+
+def _other_names(wanted: Set[str], there: Set[str]) -> list[str]:
+    missing = [f"{name}: missing" for name in sorted(wanted - there)]
+    return missing + [f"{name}: should not be there" for name in sorted(there - wanted)]
 
 
 def _claims(

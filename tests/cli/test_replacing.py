@@ -55,8 +55,8 @@ def test_from_text_to_a_folder_and_its_loss(family_checkpoint: Callable[[str], P
         (("verify", model, tmp_path / "plain.json", out, "--replace", "mean"), "--replace mean: needs --statistics"),
         (("run", model, *data, *asked, "--refit", "--out", tmp_path / "no"), "--replace, --refit"),
         (
-            ("run", model, *data, "--keep", "4", "--form", "compression-config", "--out", tmp_path / "no"),
-            "--form: goes",
+            ("run", model, *data, "--keep", "4", *form, "--out", tmp_path / "no"),
+            "--form: goes with --replace",
         ),
         (("calibrate", out, *data, "--out", tmp_path / "s"), "its dropped experts are constants"),
         (("refit", model, done["plan"], *data, "--out", tmp_path / "no"), "replaces dropped experts by constants"),

@@ -15,7 +15,7 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.experts import experts_of
 from moekern.model.projections import views
-from moekern.model.substituted import substituted_layer
+from moekern.model.substituted import Substituting, substituted_layer
 from moekern.model.transformers_api import loader_of
 from tests.helpers import families
 from tests.helpers.in_flight import REFUSED, random_plan
@@ -109,3 +109,52 @@ def test_zeros_are_experts_whose_down_projection_is_zero(
         want = families.forward(model, ids)
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
     assert (got - whole).abs().max() > 100 * TOLERANCE, "nothing was replaced"
+
+
+class Listed(nn.Module):
+    """A block whose experts are modules in a list, called one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gates, ids = self.gate(hidden).softmax(-1).topk(2)
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            out[token] += expert(hidden[token]) * gates[token, slot, None]
+        return out
+
+
+@torch.no_grad()
+def test_experts_in_a_list() -> None:
+    torch.manual_seed(0)
+    layer, hidden = nn.Sequential(Listed()), torch.randn(16, 3)
+    block: Any = layer[0]
+    before, whole = list(block.experts), layer(hidden)
+    constants = {1: torch.tensor([1.0, 2.0, 3.0]), 2: torch.zeros(1)}
+    want = torch.zeros_like(hidden)
+    gates, ids = block.gate(hidden).softmax(-1).topk(2)
+    for t, k in torch.cartesian_prod(torch.arange(16), torch.arange(2)).tolist():
+        e = int(ids[t, k])
+        want[t] += gates[t, k] * (constants[e] if e in constants else before[e](hidden[t]))
+    with substituted_layer(layer, "0", 4, constants):
+        torch.testing.assert_close(layer(hidden), want)
+    assert list(block.experts) == before
+    assert torch.equal(layer(hidden), whole)
+
+
+def test_gates_that_are_applied_already() -> None:
+    """Where outputs are gated contributions (Llama 4), a constant stands for one; and empty slots get nothing."""
+    watcher = Substituting(torch.tensor([1, 0, 1, 1]), torch.tensor([[5.0, 7.0], [0.0, 0.0]]))
+    hidden, ids, gates = torch.eye(2), torch.tensor([[0, 1], [1, 3]]), torch.tensor([[0.5, 0.25], [0.5, 0.0]])
+
+    def outputs(tokens: Tensor, offsets: Tensor) -> Tensor:
+        assert offsets.tolist() == [0, 1, 1, 1]
+        return hidden[tokens]
+
+    for applied, want in ((False, [[0.5 + 1.25, 1.75], [2.5, 3.5]]), (True, [[1.0 + 5.0, 7.0], [5.0, 7.0]])):
+        got = watcher.measure(hidden, ids, gates, 3, outputs, gates_applied=applied)
+        torch.testing.assert_close(got, torch.tensor(want))

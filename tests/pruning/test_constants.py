@@ -84,7 +84,8 @@ def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> Non
         assert made.pop("approximate_experts") == {"0": dropped("0"), "1": dropped("1")}
     assert made == config
     record = json.loads((out / "moekern_plan.json").read_text())
-    assert record["form"] == form or "approximate-experts"
+    told = {"form": form or "approximate-experts", "constants": kind}
+    assert record["replaced"] == told | ({} if vectors is None else {"statistics": "0" * 64})
     assert record["plan"]["replace"]["constants"] == kind
     assert verify(source, plan, out, vectors=vectors).problems == ()
 
