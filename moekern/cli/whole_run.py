@@ -267,7 +267,9 @@ def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Sta
     """When the text is enough for each of the counts; None where all of it is measured."""
     if asked.until_stable is None:
         return None
-    stable = Stable(asked.until_stable, asked.planning.criteria[0], keeps, asked.planning.domains)
+    planning = asked.planning
+    replaced = planning.replaced is not None
+    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains, replaced)
     stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
     return stable
 

@@ -13,6 +13,7 @@ from moekern import kernels
 from moekern.errors import InputError, nearest_name
 from moekern.measurement.batch import BatchContext, Routed, Seen
 from moekern.model.compute import check_device, device_named
+from moekern.model.products import pieces
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time
@@ -65,15 +66,19 @@ def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -
 
 def add_constants(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
     """Add gate^2 x output of every counted row, each product rounded to float32, and gate^2, to its expert's sums: by
-    the kernel that adds up outputs, in its order."""
-    slot = seen.routed.order
+    the kernel that adds up outputs, in its order, some experts at a time."""
+    slot, offsets = seen.routed.order, seen.routed.offsets
     gates = torch.ones_like(seen.gates) if seen.gates_applied else seen.gates
     square = gates.float().square()
     found = kernels.expert_sums(sums.num_experts, seen.y.shape[1], seen.y.device)
-    kernels.combine_and_measure(
-        seen.y.float() * square.flatten()[slot][:, None],
-        torch.zeros_like(square), seen.ids, slot, seen.routed.offsets, context.mask, found, backend=backend,
-    )  # fmt: skip
+    for rows in pieces(offsets.tolist(), ROWS):
+        own = torch.full_like(seen.ids, -1).flatten()
+        own[slot[rows]] = seen.ids.flatten()[slot[rows]]
+        kernels.combine_and_measure(
+            seen.y[rows].float() * square.flatten()[slot[rows], None],
+            torch.zeros_like(square), own.view_as(seen.ids), slot[rows],
+            offsets.clamp(rows.start, rows.stop) - rows.start, context.mask, found, backend=backend,
+        )  # fmt: skip
     sums.gated_value_sum.add_(found.value_sum)
     routed = kernels.router_sums(sums.num_experts, seen.y.device)
     kernels.router_stats(None, seen.ids, gates, context.mask, routed, backend=backend)
