@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-merging bench-recovery bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-merging bench-substitution bench-recovery bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -40,6 +40,11 @@ bench-merging: $(VENV)/.ready
 bench-refit: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.refit --out $(OUT)/refit.jsonl
+
+# What constants in the place of dropped experts are worth on the model that ships, three draws of text: some minutes.
+bench-substitution: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.substitution --out $(OUT)/substitution.jsonl
 
 # What training brings a pruned model back, by what trains; an hour.
 bench-recovery: $(VENV)/.ready

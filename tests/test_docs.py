@@ -90,6 +90,7 @@ def commands(page: Path) -> list[list[str]]:
 PAGES = {page.name: commands(page) for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 del PAGES["machines.md"]  # below
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
+TESTED_TOO = ("substitution.md",)  # by tests/cli/test_replacing.py
 FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
 
 
@@ -123,7 +124,12 @@ def goes_on(page: list[list[str]], command: list[str]) -> bool:
     return any(word in other for word in written for other in page if other != command)
 
 
-@pytest.mark.parametrize("page", [page for page, found in PAGES.items() if found])
+WITH_COMMANDS = [
+    pytest.param(page, marks=pytest.mark.whole if page in TESTED_TOO else ()) for page, found in PAGES.items() if found
+]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_every_command_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, one after another, where every model's name is the model that ships and files hold little text.
 

@@ -10,6 +10,7 @@ from moekern.architectures.collect import collect_layers
 from moekern.architectures.fit import Fit, Place, find_places, fit
 from moekern.architectures.layout import Layout, MoeLayer
 from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
+from moekern.architectures.replaced import refuse_replaced
 from moekern.architectures.table import FAMILIES, Family, family_named
 from moekern.checkpoint.folder import CONFIG, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json, shown
@@ -23,8 +24,10 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
     """The first row of the table that explains every key of the checkpoint's experts and routers.
 
     Raises InputError if the checkpoint has no experts, if no row explains it (with the keys in question), if the family
-    cannot be pruned, and if tensors and config disagree about the expert count.
+    cannot be pruned, if tensors and config disagree about the expert count, and if its dropped experts are constants
+    (`replaced.as_whole` makes a checkpoint of such a one that has a layout).
     """
+    refuse_replaced(checkpoint)
     places = find_places(checkpoint.tensors)
     fitted = choose(checkpoint, places)
     family, config, source = fitted.family, checkpoint.config, str(checkpoint.folder / CONFIG)

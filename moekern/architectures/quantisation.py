@@ -26,7 +26,8 @@ def unread(config: Mapping[str, Any]) -> str | None:
     method = str(config.get("quant_method", "")).replace("_tensors", "-tensors")
     if method and method not in METHODS and not method.startswith("modelopt"):
         return f"a forward pass over {method:.40} weights is not supported"
-    if config.get("transform_config"):
+    transforms = config.get("transform_config")
+    if transforms and not (isinstance(transforms, dict) and set(transforms) == {"expert_substitution"}):
         return "a forward pass with transforms of activations (transform_config) is not supported"
     return None
 

@@ -16,6 +16,7 @@ from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.measurement.tiers import TABLE
 from moekern.plan.agreement import agreement_of_all, known_by_halves, mean_of
+from moekern.plan.fits_model import whole_router
 from moekern.router import Router, check_share, kept_count
 from moekern.statistics.file import Statistics, added
 
@@ -26,7 +27,7 @@ LEAST = 2  # chunks, of which each half of the text has one
 @dataclass(frozen=True)
 class Stable:
     """Text is enough when the sets that its two halves keep have a Jaccard index of `threshold`, in the mean over
-    layers, all `domains` (None: all) together, for each of `keeps`.
+    layers, all `domains` (None: all) together, for each of `keeps`; `replaced` of a router that stays whole.
 
     Raises InputError for a threshold that is no share, and for a criterion that halves of the text do not know.
     """
@@ -35,6 +36,7 @@ class Stable:
     criterion: str
     keeps: tuple[float | int, ...]
     domains: tuple[str, ...] | None = None
+    replaced: bool = False
 
     def __post_init__(self) -> None:
         check_share("--until-stable", self.threshold)
@@ -48,7 +50,7 @@ class Stable:
         """Raise InputError for a count that the router cannot work with, and for tiers of which parts do not add up to
         what one pass would measure."""
         for keep in self.keeps:
-            kept_count(keep, router)
+            kept_count(keep, whole_router(router) if self.replaced else router)
         for tier in tiers:
             if tier != "routed" and TABLE[tier].by not in ("batch", "weights"):
                 raise InputError(f"--until-stable: --tier {tier} is measured of the whole text at once; leave one out")
@@ -57,11 +59,15 @@ class Stable:
         """The text, with a recipe that says when it is to end."""
         told = {"threshold": self.threshold, "criterion": self.criterion, "keep": list(self.keeps)}
         told |= {} if self.domains is None else {"domains": list(self.domains)}
+        told |= {"replaced": True} if self.replaced else {}
         return replace(data, recipe={**data.recipe, "until_stable": told})
 
     def agreed(self, statistics: Statistics) -> float:
         """The least index of the keeps; 0 where a half has seen no text."""
-        found = (agreement_of_all(statistics, self.criterion, keep, domains=self.domains) for keep in self.keeps)
+        found = (
+            agreement_of_all(statistics, self.criterion, keep, domains=self.domains, replaced=self.replaced)
+            for keep in self.keeps
+        )
         return min(mean_of(layers).kept or 0.0 for layers in found)
 
 

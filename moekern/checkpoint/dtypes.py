@@ -24,6 +24,18 @@ def decode(data: bytes, dtype: str) -> np.ndarray:
     return table.astype(np.float32)[np.frombuffer(data, np.uint8)]
 
 
+def encode(values: np.ndarray, dtype: str) -> bytes:
+    """Numbers as F32, F16 or BF16, each rounded to the nearest, ties to even, by way of float32."""
+    with np.errstate(over="ignore"):  # infinities are for the caller to see
+        single = np.ascontiguousarray(values, "<f4")
+        if dtype in ("F32", "F16"):
+            return single.astype(NUMPY_DTYPES[dtype]).tobytes()
+    if dtype != "BF16":
+        raise ValueError(f"[encode] dtype: expected F32, F16 or BF16, got {dtype}")
+    bits = single.view("<u4")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+
+
 def small_float_table(dtype: str) -> np.ndarray:
     """The 256 values of an 8-bit float, float64."""
     exponent_bits, mantissa_bits, bias = SMALL_FLOATS[dtype]

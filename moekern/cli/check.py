@@ -44,5 +44,5 @@ def show_report(found: Report) -> None:
         texts = [finding.text for finding in findings if finding.stops or runs is not False]
         rows.append((name, word, "; ".join(texts) + found.nearest.get(name, "")))
     show(f"{found.model}: {found.family}, {experts} experts a layer", ("target", "runs", "because"), rows)
-    if low != high:
+    if low != high and not found.replaced:
         say("layers hold different numbers of experts: no engine loads this; moekern verifies and evaluates it")

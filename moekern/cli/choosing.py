@@ -57,11 +57,18 @@ def held_for_choice(data: TokenData, domains: Sequence[str] | None) -> tuple[Tok
 
 
 def choose(
-    work: Work, keeps: Sequence[float | int], choosing: TokenData, side: Path, *, refitted: bool
+    work: Work,
+    keeps: Sequence[float | int],
+    choosing: TokenData,
+    side: Path,
+    *,
+    refitted: bool,
+    constants_of: Path | None = None,
 ) -> dict[float | int, Choice]:
     """Keep -> the criterion, among those of the planning, whose plan is nearest to the original.
 
-    All plans are held against it in one pass; with `refitted`, once what stays is fitted (ridge alone) to a part of the
+    All plans are held against it in one pass, those that replace experts with constants of the statistics at
+    `constants_of`; with `refitted`, once what stays is fitted (ridge alone) to a part of the
     text. What an earlier run chose from the same plans and text is taken from `side`/choice.json.
     """
     plans: dict[float | int, dict[str, Plan]] = {}
@@ -75,7 +82,9 @@ def choose(
         told = dict(zip(keeps, left["choices"], strict=True))
     else:
         named = {_name(c, k): plan for k, of in plans.items() for c, plan in of.items() if same[k][c] == c}
-        losses = _refitted(work, choosing, named, side) if refitted else _dropped(work, choosing, named, side)
+        losses = (
+            _refitted(work, choosing, named, side) if refitted else _dropped(work, choosing, named, side, constants_of)
+        )
         told = {keep: _told(losses, keep, same[keep], refitted) for keep in keeps}
         write_bytes(path, json.dumps({"made_from": key, "choices": list(told.values())}, indent=1).encode())
     for keep, document in told.items():
@@ -93,9 +102,11 @@ def _told(losses: Evaluation, keep: float | int, same: Mapping[str, str], refitt
     return {**choice_document({ORIGINAL: losses[ORIGINAL], **own}, same), "refitted": refitted}
 
 
-def _dropped(work: Work, choosing: TokenData, plans: Mapping[str, Plan], side: Path) -> Evaluation:
-    resume = Resume(side, work.restart, console.say)
-    return pipeline.losses_of(work.checkpoint, choosing, work.compute, plans, resume, "choosing a criterion")
+def _dropped(
+    work: Work, choosing: TokenData, plans: Mapping[str, Plan], side: Path, constants_of: Path | None
+) -> Evaluation:
+    resume, what = Resume(side, work.restart, console.say), "choosing a criterion"
+    return pipeline.losses_of(work.checkpoint, choosing, work.compute, plans, resume, what, statistics=constants_of)
 
 
 def _refitted(work: Work, choosing: TokenData, plans: Mapping[str, Plan], side: Path) -> Evaluation:

@@ -35,6 +35,7 @@ from moekern.cli.options import (
     Tokens,
     TrustRemoteCode,
 )
+from moekern.cli.replacing import ConstantsOf
 from moekern.cli.tasks import (
     Limit,
     MaxGenToks,
@@ -56,6 +57,7 @@ def evaluate(
         list[Path] | None,
         typer.Argument(help="Plans to apply on the fly; with --tasks also folders of other models."),
     ] = None,
+    statistics: ConstantsOf = None,
     data: Data = None,
     tasks: TasksOption = None,
     task_dir: TaskDir = None,
@@ -119,7 +121,7 @@ def evaluate(
         say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
     if asked is None:
-        losses = pipeline.evaluate_plans(folder, text, compute, named, restart=restart)
+        losses = pipeline.evaluate_plans(folder, text, compute, named, statistics=statistics, restart=restart)
         document, table = judged_document(losses), lambda: show_judged(losses)
         rows = judged_rows(losses)
     else:

@@ -130,6 +130,8 @@ def show_overview(found: Overview) -> None:
     if found.left_out:
         say(f"not copied when it is pruned: {lines_left_out(found.left_out)}")
     shares = [n for n in found.legal_counts if n * 8 % found.num_experts == 0]
+    if not found.legal_counts:  # it is not pruned again
+        return
     show(
         "kept experts a layer (any legal count works; eighths shown)",
         ("kept", "share", "size"),

@@ -56,20 +56,21 @@ def check_model(name: str) -> str:
 
 def check_criteria(given: Any) -> Any:
     """Raise InputError for a criterion of no known name."""
-    from moekern.criteria.table import AUTO, AUTO_ELSEWHERE, check_name
+    from moekern.criteria.table import check_name
 
     for text in given if isinstance(given, list) else [given] if given else ():
-        if text == AUTO:
-            raise InputError(AUTO_ELSEWHERE)
         check_name(text)
     return given
 
 
 def check_tiers(given: list[str] | None) -> list[str] | None:
-    """Raise InputError for a tier of no known name. Every tier serves a criterion, so the table knows them all."""
+    """Raise InputError for a tier of no known name. Every tier serves a criterion, a replacement or a budget."""
     from moekern.criteria.table import CRITERIA
+    from moekern.plan.budgets import RELATIVE_TIER
+    from moekern.plan.replacement import TIERS
 
-    known = dict.fromkeys(("routed", *(tier for row in CRITERIA.values() for tier in row.tiers)))
+    served = *(tier for row in CRITERIA.values() for tier in row.tiers), *TIERS.values(), RELATIVE_TIER
+    known = dict.fromkeys(("routed", *filter(None, served)))
     for name in given or ():
         if name not in known:
             raise InputError(f"--tier {name}: unknown; expected one of {', '.join(known)}{nearest_name(name, known)}")
@@ -211,8 +212,8 @@ Tiers = Annotated[
     list[str] | None,
     typer.Option(
         "--tier",
-        help="Measure this too; repeatable: dimensions, vocabulary, token_counts, coalitions, outliers, reap, "
-        "mixture, gram, replay, gradient, weights. `moekern criteria` says which one a criterion needs.",
+        help="Measure this too; repeatable: dimensions, constants, stream, vocabulary, token_counts, coalitions, "
+        "outliers, reap, mixture, gram, replay, gradient, weights. `moekern criteria` says which a criterion needs.",
         callback=check_tiers,
     ),
 ]
@@ -244,14 +245,12 @@ Reserve = Annotated[
     typer.Option(help="With --fit: what of it is left to activations and the engine's own limit, a share or a size."),
 ]
 BudgetOption = Annotated[
-    str, typer.Option("--budget", help="uniform; global, adaptive or waterfill let layers keep different numbers.")
+    str, typer.Option("--budget", help="uniform; global, adaptive, waterfill, relative: layers keep different numbers.")
 ]
 Normalise = Annotated[
     str, typer.Option(help="With --budget global, each layer's scores: none, sum, max, mean or zscore.")
 ]
-AllowNonuniform = Annotated[
-    bool, typer.Option("--allow-nonuniform", help="Accept different counts, which no engine loads.")
-]
+AllowNonuniform = Annotated[bool, typer.Option("--allow-nonuniform", help="Keep uneven counts, which no engine loads.")]
 Domains = Annotated[
     list[str] | None, typer.Option("--domain", help="Count these domains only; repeatable. Default: all.")
 ]

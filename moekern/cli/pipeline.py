@@ -13,6 +13,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
+from moekern.architectures.replaced import as_whole
 from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
 from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable
@@ -28,6 +29,7 @@ from moekern.cli.parts_left import (
     remove_groups,
     remove_parts,
 )
+from moekern.cli.replacing import vectors_of
 from moekern.cli.text_groups import divided, measured_in_groups
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
@@ -220,14 +222,19 @@ def verify_both(
     mtp: Mtp | None = None,
     recompute: Recompute | None = None,
     full: bool = False,
+    statistics: Path | None = None,
 ) -> Verdict:
-    """Bytes first, of refitted layers those that `recompute` gives too; logits only of a checkpoint whose bytes are
-    right, and of which none were trained."""
+    """Bytes first, of refitted layers those that `recompute` gives too, and of constants those that `statistics` give;
+    logits only of a checkpoint whose bytes are right, and of which none were trained."""
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
-    console.hint(check_plan(plan, find_layout(checkpoint), checkpoint))
+    layout = find_layout(checkpoint)
+    console.hint(check_plan(plan, layout, checkpoint, replaced=True))
+    vectors = vectors_of(plan, statistics, checkpoint, layout)
     with console.progress("verifying", "bytes") as step:
-        report = verify(checkpoint, plan, pruned, mtp=mtp, recompute=recompute, full=full, progress=step)
+        report = verify(
+            checkpoint, plan, pruned, mtp=mtp, recompute=recompute, full=full, vectors=vectors, progress=step
+        )
     if not forward or report.problems:
         return Verdict(report, None)
     if report.trained:
@@ -245,9 +252,11 @@ def evaluate_plans(
     plans: Mapping[str, Plan],
     what: str = "evaluating",
     *,
+    statistics: Path | None = None,
     restart: bool = False,
 ) -> Evaluation:
-    """Held-out loss of the original and of plans applied on the fly."""
+    """Held-out loss of the original and of plans applied on the fly; `statistics` give the constants of experts that
+    plans replace."""
     if ORIGINAL in plans:
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(compute.device)
@@ -255,10 +264,11 @@ def evaluate_plans(
     place = compute.spill or Path(tempfile.gettempdir())
     if place.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
-    compute = told_compute(compute, checkpoint, find_layout(checkpoint))
+    whole, _ = as_whole(checkpoint)
+    compute = told_compute(compute, whole, find_layout(whole))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     resume = Resume(place, restart, console.say)
-    return losses_of(checkpoint, data, compute, plans, resume, what)
+    return losses_of(checkpoint, data, compute, plans, resume, what, statistics=statistics)
 
 
 def losses_of(
@@ -268,13 +278,16 @@ def losses_of(
     plans: Mapping[str, Plan],
     resume: Resume | None,
     what: str = "evaluating",
+    *,
+    statistics: Path | None = None,
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
-    layout = find_layout(checkpoint)
+    layout = find_layout(checkpoint) if plans else None
     for name, plan in plans.items():
-        console.hint(check_plan(plan, layout, checkpoint, name))
+        assert layout is not None
+        console.hint(check_plan(plan, layout, checkpoint, name, replaced=True))
     with console.progress(what) as step:
-        return evaluate(checkpoint, data, plans, compute, resume=resume, progress=step)
+        return evaluate(checkpoint, data, plans, compute, statistics=statistics, resume=resume, progress=step)
 
 
 def check_iterated(out: Path) -> None:

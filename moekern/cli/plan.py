@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ from moekern.cli.options import (
     Targets,
     Words,
 )
+from moekern.cli.replacing import Replace, check_replaced
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
 from moekern.files import check_document, check_new, check_place, is_written, sized
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 
 Out = Annotated[
     Path, typer.Option(help="The plan to write; for several a folder, or a name with {} in it: plan-{}.json.")
+]
+PlannedMtp = Annotated[
+    MtpMode | None, typer.Option(help="What prune does with MTP layers: prune, drop or keep. Default: prune.")
 ]
 DomainFloor = Annotated[
     Words, typer.Option(help="[DOMAIN=]SHARE of its gate x norm that each domain keeps in every layer; repeatable.")
@@ -76,10 +81,9 @@ def plan(
     ] = "usage",
     multiple_of: Annotated[int, typer.Option(help="Counts are multiples of this; never above the budget.")] = 1,
     allow_nonuniform: AllowNonuniform = False,
+    replace: Replace = None,
     target: Targets = None,
-    mtp: Annotated[
-        MtpMode | None, typer.Option(help="What prune does with MTP layers: prune, drop or keep. Default: prune.")
-    ] = None,
+    mtp: PlannedMtp = None,
     protect_super: ProtectSuper = False,
     keep_always: Annotated[Words, typer.Option(help="LAYER:EXPERT[,EXPERT] to keep in any case; repeatable.")] = None,
     drop_first: Annotated[Words, typer.Option(help="LAYER:EXPERT[,EXPERT] to drop before others; repeatable.")] = None,
@@ -119,6 +123,7 @@ def plan(
         mtp=mtp and mtp.value,
         model=checkpoint or weighed,
         fit=fit_of(fit, bits, context, sequences, reserve),
+        replaced=replace,
     )
     if weighed is not None:
         check_options(weighed, options)
@@ -164,7 +169,7 @@ def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning)
     else:
         assert header is not None
         served = Served(header["family"], header["score"], router_of(header))
-    return slower(counts, served, options.targets)
+    return slower(counts, dataclasses.replace(served, replaced=plan.replace is not None), options.targets)
 
 
 def budget_of(kind: str, floor: str | None, normalise: str, by: str, multiple_of: int, nonuniform: bool) -> Budget:
@@ -214,10 +219,12 @@ def check_options(checkpoint: Checkpoint, options: Planning) -> None:
     layout = find_layout(checkpoint)
     if options.fit is not None:
         fitted_count(checkpoint, layout, options, options.fit)
-    served = served_as(layout, checkpoint.config)
+    served = dataclasses.replace(served_as(layout, checkpoint.config), replaced=options.replaced is not None)
+    if options.replaced is not None:
+        check_replaced(checkpoint, layout)
     plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1
     for keep in options.keeps if plain else ():
-        count = kept_count(keep, layout.router)
+        count = kept_count(keep, options.router(layout.router))
         check_counts(f"--keep {keep}", dict.fromkeys(layout.layers, count), served, options.targets)
 
 
@@ -272,7 +279,9 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     )
     show(title, ("layer", "kept", "experts"), rows)
     console.hint(fit_line(plan))
-    if isinstance(provenance["kept"], dict):
+    if plan.replace is not None:
+        say(f"dropped experts become constants ({plan.replace.constants}); the router stays whole, and vLLM loads this")
+    elif isinstance(provenance["kept"], dict):
         say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
 
 

@@ -13,6 +13,7 @@ from moekern.cli import console
 from moekern.cli.console import say, show
 from moekern.cli.given import folder_of, parsed_size, result
 from moekern.cli.options import CopyMode, CopyOption, Json, Model, MtpOption, Revision
+from moekern.cli.replacing import ConstantsOf, FormOption, Replace, replaced_line, replaced_plan, vectors_of
 from moekern.files import sized
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def prune(
         Path | None,
         typer.Option(help="The folder of tensors that a refit has computed, where PLAN says that it was made."),
     ] = None,
+    replace: Replace = None,
+    statistics: ConstantsOf = None,
+    form: FormOption = None,
     part: Annotated[
         str | None,
         typer.Option(help="I/N: write this process's share of the shards; whoever is last finishes. Set by torchrun."),
@@ -57,7 +61,8 @@ def prune(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted.
+    """Copy the checkpoint without the dropped experts: byte ranges only, nothing is converted. With --replace a
+    constant vector stands for each of them.
 
     What is interrupted goes on where it was when the same command is run again.
     """
@@ -71,9 +76,11 @@ def prune(
     chosen = Plan.load(plan)
     if share is None or not is_folder(out):  # before anything is downloaded; a part may come late
         check_target(out)
+    chosen = replaced_plan(chosen, replace, statistics)
+    source = folder_of(model, revision)
     report = prune_to(
-        folder_of(model, revision), chosen, out, mtp=mtp.value if mtp else None, copy=copy.value,
-        checksum=checksum.value, reread=reread, max_shard_size=limit, part=share, refitted=refitted,
+        source, chosen, out, mtp=mtp.value if mtp else None, copy=copy.value, checksum=checksum.value, reread=reread,
+        max_shard_size=limit, part=share, refitted=refitted, form=form, statistics=statistics,
     )  # fmt: skip
     result({**asdict(report), "out": str(report.out)}, lambda: show_pruned(report))
 
@@ -91,14 +98,23 @@ def prune_to(
     part: Part | None = None,
     again: bool = False,
     refitted: Path | None = None,
+    form: str | None = None,
+    statistics: Path | None = None,
 ) -> PruneReport:
-    """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch."""
+    """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch, but constants that are
+    made of statistics."""
+    from moekern.architectures import find_layout
+    from moekern.checkpoint.folder import open_checkpoint
     from moekern.pruning.prune import prune as run
 
+    vectors = None
+    if statistics is not None:
+        source = open_checkpoint(source) if isinstance(source, Path) else source
+        vectors = vectors_of(plan, statistics, source, find_layout(source))
     with console.progress("pruning", "bytes") as step:
         return run(
             source, plan, out, mtp=mtp, copy=copy, checksum=checksum, reread=reread, max_shard_size=max_shard_size,
-            part=part, again=again, refitted=refitted, progress=step,
+            part=part, again=again, refitted=refitted, form=form, vectors=vectors, progress=step,
         )  # fmt: skip
 
 
@@ -133,6 +149,8 @@ def show_pruned(report: PruneReport) -> None:
     )
     if report.refitted:
         say(f"{report.refitted} tensors are those that were computed before")
+    if report.replaced:
+        say(replaced_line(report.replaced))
     say(report.mtp)
     for note in report.notes:
         say(note)

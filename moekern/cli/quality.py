@@ -27,6 +27,7 @@ def quality_of(
     plans: Mapping[str, Plan],
     out: Path,
     restart: bool,
+    constants_of: Path | None = None,
 ) -> Evaluation | None:
     """Losses on the text that was held back, kept in the work folder's quality.json; None where none was."""
     if not held.batches:
@@ -46,7 +47,8 @@ def quality_of(
         rows = earlier["losses"]  # original, and plans by their digests
     if not {ORIGINAL, *digests.values()} <= rows.keys():
         resume = Resume(work_path(out), restart, console.say)
-        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, "evaluating held-out text")
+        what = "evaluating held-out text"
+        found = pipeline.losses_of(checkpoint, held, compute, plans, resume, what, statistics=constants_of)
         rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
         write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
         for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans

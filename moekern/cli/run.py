@@ -62,6 +62,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
+from moekern.cli.replacing import FormOption, Replace, check_given
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import AUTO, CANDIDATES, DEFAULT
 from moekern.errors import InputError
@@ -135,6 +136,8 @@ def run(
     budget: BudgetOption = "uniform",
     normalise: Normalise = "none",
     allow_nonuniform: AllowNonuniform = False,
+    replace: Replace = None,
+    form: FormOption = None,
     target: Targets = None,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
@@ -163,6 +166,7 @@ def run(
     criteria = candidates_of(criterion, candidate)
     if len(criteria) > 1 and until_stable is not None:
         raise InputError(f"--until-stable: is by one criterion; name one instead of {AUTO}")
+    check_given(replace, form, refit=refit)
 
     from moekern.cli import whole_run
     from moekern.cli.refitter import Refitter
@@ -171,9 +175,9 @@ def run(
     budgets = budget_of(budget, None, normalise, "usage", 1, allow_nonuniform)
     whole_run.check_targets(out, keeps)
     asked = whole_run.Asked(
-        _planning(criteria, keeps, domain, seed, budgets, protect_super, target, fitting),
-        tuple(tier or ()), mtp.value if mtp else "prune", copy.value, forward=forward, quality=quality,
-        until_stable=until_stable, restart=restart,
+        _planning(criteria, keeps, domain, seed, budgets, protect_super, target, fitting, replace),
+        tuple(tier or ()), mtp.value if mtp else "keep" if replace else "prune", copy.value, forward=forward,
+        quality=quality, until_stable=until_stable, restart=restart, form=form,
         refit=Refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
@@ -223,6 +227,7 @@ def _planning(
     protect_super: bool,
     targets: Sequence[str] | None,
     fit: Fit | None,
+    replaced: str | None,
 ) -> Planning:
     """How experts are chosen. Raises InputError for a criterion or an engine that is none."""
     from moekern.criteria import criterion_named
@@ -235,7 +240,7 @@ def _planning(
     return Planning(
         criteria=criteria, keeps=keeps, domains=tuple(domains) if domains else None, seed=seed, budget=budget,
         guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in targets or ()),
-        fit=fit,
+        fit=fit, replaced=replaced,
     )  # fmt: skip
 
 

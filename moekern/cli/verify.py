@@ -10,6 +10,7 @@ import typer
 from moekern.cli.console import say
 from moekern.cli.given import compute_of, folder_of, result
 from moekern.cli.options import Device, GpuMemory, Json, Memory, Model, Revision, Spill, TrustRemoteCode
+from moekern.cli.replacing import ConstantsOf, Replace, replaced_plan
 from moekern.errors import InputError
 from moekern.files import sized
 
@@ -28,6 +29,8 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Compute merged experts of all layers again, and not of two.")
     ] = False,
+    replace: Replace = None,
+    statistics: ConstantsOf = None,
     device: Device = "auto",
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
@@ -40,7 +43,7 @@ def verify(
     from moekern.cli import pipeline
     from moekern.plan.document import Plan
 
-    made_by = Plan.load(plan)
+    made_by = replaced_plan(Plan.load(plan), replace, statistics)
     compute = compute_of(
         device=device,
         memory=memory,
@@ -51,7 +54,9 @@ def verify(
     )
     if not pruned.is_dir():
         raise InputError(f"{pruned}: no such folder")
-    verdict = pipeline.verify_both(folder_of(model, revision), made_by, pruned, compute, forward=forward, full=full)
+    verdict = pipeline.verify_both(
+        folder_of(model, revision), made_by, pruned, compute, forward=forward, full=full, statistics=statistics
+    )
     result(verdict.document(), lambda: show_verdict(verdict))
     if not verdict.good:
         raise typer.Exit(1)
@@ -71,6 +76,8 @@ def show_verdict(found: Verdict) -> None:
         say(f"bytes: {found.report.tensors_compared} tensors, {sized(found.report.bytes_compared)} equal")
     if found.report.computed:
         say(_computed_line(found.report))
+    if found.report.constants:
+        say(_constants_line(found.report))
     if found.report.trained:
         held = f"and have no original: they are held against {RECOVERY}"
         say(f"recovered: {found.report.trained} tensors were trained after pruning, {held}")
@@ -81,12 +88,25 @@ def show_verdict(found: Verdict) -> None:
         say(
             f"logits ({f.dtype}, {f.tokens} tokens): largest difference {f.max_difference:.3g} at a standard deviation "
             f"of {f.logit_std:.3g}, same top-1 for {f.top1_agreement:.2%}: {'equal' if f.equal else 'NOT equal'} "
-            f"to the {'original, pruned and refitted in memory' if found.report.computed else 'masked original'}"
+            f"to the {_oracle(found.report)}"
         )
     if found.skipped:
         say(f"logits: not compared: {found.skipped}")
     right = "verified: the bytes are right (how good the model is, evaluate tells)"
     say(right if found.good else "NOT verified: do not use this checkpoint")
+
+
+def _oracle(report: VerifyReport) -> str:
+    if report.constants:
+        return "original, whose dropped experts return the constants"
+    return "original, pruned and refitted in memory" if report.computed else "masked original"
+
+
+def _constants_line(report: VerifyReport) -> str:
+    """What is known of the constants of replaced experts."""
+    held = "and are what the plan makes them" if report.constants_known else "finite and as they were written"
+    more = "" if report.constants_known else "; --statistics compares them with what they are made of"
+    return f"replaced: {report.constants} constants stand for dropped experts, {held}{more}"
 
 
 def _computed_line(report: VerifyReport) -> str:

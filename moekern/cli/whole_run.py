@@ -39,7 +39,9 @@ from moekern.files import (
 )
 from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
+from moekern.plan.budgets import RELATIVE_TIER
 from moekern.plan.document import Mtp, Plan
+from moekern.plan.replacement import TIERS as CONSTANTS_OF
 from moekern.plan.served import check_folder, served_as
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
@@ -68,11 +70,15 @@ class Asked:
     until_stable: float | None = None  # text is measured until its halves keep sets that are so much alike
     refit: Refitter | None = None  # what stays is computed anew
     restart: bool = False  # whatever a stopped run has left, text is measured anew
+    form: str | None = None  # in which replaced experts are written
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Names of the tiers that are measured."""
-        return (*self.tiers, *(tier for each in self.planning.criteria for tier in criterion_named(each).tiers))
+        made_of = None if self.planning.replaced is None else CONSTANTS_OF[self.planning.replaced]
+        by = RELATIVE_TIER if self.planning.budget.kind == "relative" else None
+        criteria = (tier for each in self.planning.criteria for tier in criterion_named(each).tiers)
+        return (*self.tiers, *criteria, *filter(None, (made_of, by)))
 
     @property
     def auto(self) -> bool:
@@ -160,14 +166,16 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     keeps = planning.keeps
     if planning.fit is not None:
         keeps = (fitted_count(checkpoint, layout, planning, planning.fit).count,)
+    kept = lambda keep: kept_count(keep, planning.router(layout.router))  # noqa: E731
     places = [Place(work_path(out), target.name.removeprefix(out.name)) for target in targets]
-    _check_room(checkpoint, layout, keeps, targets, made, asked.refit, places)
+    _check_room(checkpoint, layout, [kept(keep) for keep in keeps], targets, made, asked.refit, places)
     stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
-            counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
-            _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
+            counts = dict.fromkeys(layout.layers, kept_count(keep, planning.router(layout.router)))
+            served = replace(served_as(layout, checkpoint.config), replaced=planning.replaced is not None)
+            _say_of(target, slower(counts, served, planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data, choosing = held_for_choice(data, planning.domains) if asked.auto else (data, replace(data, batches=()))
@@ -182,7 +190,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         check = lambda: _check_made(targets, made)  # noqa: E731
         statistics = _statistics(statistics_path, checkpoint, measured, compute, asked, stable, check)
         work = Work(checkpoint, layout, statistics, planning, data, held, compute, asked.restart)
-        chosen = _chosen(work, keeps, choosing, out, asked)
+        constants_of = None if planning.replaced is None else statistics_path
+        chosen = _chosen(work, keeps, choosing, out, asked, constants_of)
         plans, refits = _made(work, keeps, places, chosen, asked.refit)
         for plan, target in zip(plans, targets, strict=True):
             if planning.budget.kind != "uniform":
@@ -193,25 +202,19 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         names = list(map(str, targets))
         if asked.refit is None:
             named = dict(zip(names, plans, strict=True))
-            quality = quality_of(checkpoint, held, compute, named, out, asked.restart)
+            quality = quality_of(checkpoint, held, compute, named, out, asked.restart, constants_of)
         else:
             quality = joined(dict(zip(names, refits, strict=True)))
         reports = [
             prune_to(
                 checkpoint, plan, target,
                 mtp=asked.mtp, copy=asked.copy, again=done, refitted=None if asked.refit is None else place.folder,
+                form=asked.form, statistics=constants_of,
             )
             for plan, target, done, place in zip(plans, targets, made, places, strict=True)
         ]  # fmt: skip
-    # Logits are compared in the type that the comparison chooses, whatever the text was measured in.
-    plain = replace(compute, dtype=AUTO)
     results = [
-        Result(
-            path,
-            report,
-            pipeline.verify_both(folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp),
-            serve_commands(report.out, check_folder(report.out, planning.targets), planning.targets),
-        )
+        _verified(folder, plan, path, report, compute, asked, constants_of)
         for plan, path, report in zip(plans, paths, reports, strict=True)
     ]
     for place in places if asked.refit is not None else ():
@@ -220,12 +223,17 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
 
 
 def _chosen(
-    work: Work, keeps: Sequence[float | int], choosing: TokenData, out: Path, asked: Asked
+    work: Work,
+    keeps: Sequence[float | int],
+    choosing: TokenData,
+    out: Path,
+    asked: Asked,
+    constants_of: Path | None,
 ) -> Mapping[float | int, Choice]:
     """The criterion of each --keep where it is chosen by measurement; none elsewhere."""
     if not asked.auto:
         return {}
-    return choose(work, keeps, choosing, work_path(out), refitted=asked.refit is not None)
+    return choose(work, keeps, choosing, work_path(out), refitted=asked.refit is not None, constants_of=constants_of)
 
 
 def _made(
@@ -248,6 +256,24 @@ def _made(
             plan = refits[-1].plans[REFITTED]
         plans.append(plan if choice is None else choice.marked(plan))
     return plans, refits
+
+
+def _verified(
+    folder: Path,
+    plan: Plan,
+    path: Path,
+    report: PruneReport,
+    compute: Compute,
+    asked: Asked,
+    constants_of: Path | None,
+) -> Result:
+    """What was written, read again. Logits are compared in the type that the comparison chooses, whatever the text was
+    measured in."""
+    plain, targets = replace(compute, dtype=AUTO), asked.planning.targets
+    verdict = pipeline.verify_both(
+        folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp, statistics=constants_of
+    )
+    return Result(path, report, verdict, serve_commands(report.out, check_folder(report.out, targets), targets))
 
 
 def _statistics(
@@ -278,7 +304,9 @@ def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Sta
     """When the text is enough for each of the counts; None where all of it is measured."""
     if asked.until_stable is None:
         return None
-    stable = Stable(asked.until_stable, asked.planning.criteria[0], keeps, asked.planning.domains)
+    planning = asked.planning
+    replaced = planning.replaced is not None
+    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains, replaced)
     stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
     return stable
 
@@ -315,19 +343,19 @@ def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
 def _check_room(
     checkpoint: Checkpoint,
     layout: Layout,
-    keeps: Sequence[float | int],
+    counts: Sequence[int],
     targets: Sequence[Path],
     made: Sequence[bool],
     refitter: Refitter | None,
     places: Sequence[Place],
 ) -> None:
     """Raise InputError for a target that cannot be made, and where there is no room for all that are not made yet."""
-    missing = [each for each, done in zip(zip(targets, keeps, places, strict=True), made, strict=True) if not done]
+    missing = [each for each, done in zip(zip(targets, counts, places, strict=True), made, strict=True) if not done]
     room, found, layers = 0, overview(checkpoint), dict[Path, int]()
-    for target, keep, place in missing:
+    for target, kept, place in missing:
         check_target(target, checkpoint.folder)
         shape = None if refitter is None else refitter.named
-        count, width = (kept_count(keep, layout.router), None) if shape is None else (shape.experts, shape.width)
+        count, width = (kept, None) if shape is None else (shape.experts, shape.width)
         room += room_needed(checkpoint, standing(target.parent), found.bytes_at(count, width))
         if refitter is not None:
             layers[place.folder] = refitter.room(checkpoint, layout, dict.fromkeys(layout.layers, count), width)

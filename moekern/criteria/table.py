@@ -247,6 +247,8 @@ def unknown(text: str) -> InputError:
 
 def check_name(text: str) -> None:
     """Raise InputError for a plain name that is none; calls and plug-ins are looked at by `criterion_named`."""
+    if text.strip() == AUTO:
+        raise InputError(AUTO_ELSEWHERE)
     if re.fullmatch(r"\s*\w+\s*", text) and text.strip() not in (*CRITERIA, *ALIASES):
         raise unknown(text)
 

@@ -11,6 +11,7 @@ from typing import Any
 from moekern.architectures import Family, built_by_transformers, family_named, find_layout
 from moekern.architectures.config_keys import model_types, own_code
 from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
+from moekern.architectures.replaced import Constants, as_whole
 from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
@@ -61,14 +62,17 @@ class Overview:
 
 def overview(source: str | Path | Checkpoint) -> Overview:
     """Read a checkpoint's headers. Raises InputError for one that is not a MoE or whose keys are not understood."""
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    stored = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint, constants = as_whole(stored)
     layout = find_layout(checkpoint)
     experts = [
         checkpoint.tensors[tensor.name]
         for layer in layout.layers.values()
         for tensor in layer.tensors
-        if tensor.role == "expert"
+        if tensor.role == "expert" and tensor.name in stored.tensors
     ]
+    told = (*_running(checkpoint), *_recovered(checkpoint))
+    replaced = sum(len(each.tensors) for each in constants.values())
     dtypes: Counter[str] = Counter()
     for entry in experts:
         dtypes[entry.dtype] += entry.nbytes
@@ -80,7 +84,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         folder=str(checkpoint.folder),
         model=checkpoint.name,
         family=layout.family.name,
-        fingerprint=checkpoint.fingerprint,
+        fingerprint=stored.fingerprint,
         moe_layers=tuple(layout.layers),
         num_experts=layout.num_experts,
         top_k=layout.router.top_k,
@@ -89,21 +93,21 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         score=layout.family.score,
         mtp_layers=tuple(layout.mtp),
         shards=len(checkpoint.shards),
-        tensors=len(checkpoint.tensors),
-        total_bytes=sum(entry.nbytes for entry in checkpoint.tensors.values()),
+        tensors=len(stored.tensors),
+        total_bytes=stored.nbytes,
         routed_bytes=routed,
-        bytes_per_expert=routed // max(1, sum(layer.num_experts for layer in layout.layers.values())),
+        bytes_per_expert=routed // max(1, sum(layer.num_experts for layer in layout.layers.values()) - replaced),
         dtypes=dict(dtypes.most_common()),
         in_transformers=known,
         run_by=run_by,
         not_run=not_run,
         no_gradient=layout.family.no_gradient,
         note=layout.family.note,
-        notes=(*checkpoint.notes, *layout.notes, *_running(checkpoint), *_recovered(checkpoint), *refused),
+        notes=(*_replaced(constants), *checkpoint.notes, *layout.notes, *told, *refused),
         left_out=checkpoint.contents.left_out,
-        legal_counts=tuple(n for n in counts if count_problem(n, layout.router) is None),
+        legal_counts=tuple(n for n in counts if not constants and count_problem(n, layout.router) is None),
         width=layout.width,
-        not_narrowed=narrow_problem(checkpoint, layout),
+        not_narrowed="its dropped experts are constants" if constants else narrow_problem(checkpoint, layout),
     )
 
 
@@ -124,6 +128,15 @@ def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
     if family_named(name) is None:
         return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
     return False, "", f"transformers has no class for model_type {shown(name)}"
+
+
+def _replaced(constants: Mapping[str, Constants]) -> Iterator[str]:
+    """That experts are constants, where some are."""
+    if constants:
+        counts = [len(each.tensors) for each in constants.values()]
+        each = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        what = f"{each} experts in each of {len(counts)} layers are constants (vLLM's expert substitution)"
+        yield f"{what}: vLLM loads it, evaluate measures it, and transformers does not load it"
 
 
 def _recovered(checkpoint: Checkpoint) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moekern.evaluation.losses import METRICS, ORIGINAL, Evaluation, difference, error_of, mean_of
 from moekern.plan.document import Plan
+from moekern.plan.groups import MERGE
 
 CHOICE = "choice"  # in a plan's provenance
 
@@ -21,9 +22,13 @@ def by_nearness(table: Evaluation) -> list[str]:
 def alike(plans: Mapping[str, Plan]) -> dict[str, str]:
     """Name -> the first name of a plan that makes the same model, whatever the scores and where it came from."""
     first: dict[str, str] = {}
-    bare = {n: replace(p, layers={k: replace(layer, scores=None) for k, layer in p.layers.items()}, provenance={})
-            for n, p in plans.items()}  # fmt: skip
-    return {name: first.setdefault(plan.digest, name) for name, plan in bare.items()}
+    return {name: first.setdefault(_bare(plan).digest, name) for name, plan in plans.items()}
+
+
+def _bare(plan: Plan) -> Plan:
+    """What decides the model: the layers without scores, and how experts are merged."""
+    layers = {key: replace(layer, scores=None) for key, layer in plan.layers.items()}
+    return replace(plan, layers=layers, provenance={k: v for k, v in plan.provenance.items() if k == MERGE})
 
 
 def choice_document(table: Evaluation, same: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import find_layout
+from moekern.architectures.replaced import as_whole
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData, dealt
@@ -24,8 +25,10 @@ from moekern.model.journal import Resume, Stage, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
+from moekern.plan.constants import Live, constants_digest, live_constants, measured, stored_constants
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
+from moekern.statistics.file import Statistics
 from moekern.version import versions
 
 STATE = "moekern-evaluate-"  # and a digest: the folder of a run that is not done
@@ -37,11 +40,13 @@ def evaluate(
     plans: Mapping[str, Plan],
     compute: Compute = Compute(),
     *,
+    statistics: str | Path | None = None,
     resume: Resume | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Loss per domain of the original and of every plan: layers are pruned in memory, with the bits of the checkpoint
-    that the plan makes.
+    that the plan makes. Where a plan replaces dropped experts, they return their constants, which `statistics` give
+    where they are no zeros; the original may be a checkpoint whose experts are such constants.
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
     predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
@@ -59,9 +64,8 @@ def evaluate(
             raise InputError(f"evaluate: domain {domain}: no sequence of two tokens, so none is predicted", kind="data")
     if ORIGINAL in plans:
         raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
+    checkpoint, constants, made_of = with_constants(checkpoint, plans, statistics)
     layout = find_layout(checkpoint)
-    for plan in plans.values():
-        check_plan(plan, layout, checkpoint)
     tasks = [  # of each batch the original first: the others are held against it
         Task(name, number, plan, batch, place)
         for place, batch in enumerate(data.batches)
@@ -69,23 +73,53 @@ def evaluate(
     ]
     compute = settled(compute, checkpoint, layout)
     team = compute.team
-    team.together(evaluate, checkpoint.folder, data, plans, compute)
+    team.together(evaluate, checkpoint.folder, data, plans, compute, statistics=statistics)
     team.check_alike(facts_of(checkpoint, compute))
     owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
     own = [task for task in tasks if owners[task.place] == team.rank]
-    key = _key(checkpoint, data, plans, compute)
+    key = _key(checkpoint, data, plans, compute) | made_of
     if resume is not None:
         resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
     with (
         opened(resume, key, ("evaluating",), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
-        found = _Compare(layerwise, own, progress).run(None if journal is None else journal.stage("evaluating"))
+        found = _Compare(layerwise, own, progress, constants).run(
+            None if journal is None else journal.stage("evaluating")
+        )
     whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
     if journal is not None and team.first:
         removed(journal.folder)
     own = tasks if team.first else []  # in this order whatever ranks there are
     return means((ORIGINAL, *plans), ((t.name, t.batch.domain, whole[t.place, t.number]) for t in own))
+
+
+def with_constants(
+    checkpoint: Checkpoint, plans: Mapping[str, Plan], source: str | Path | None
+) -> tuple[Checkpoint, dict[str, Live], dict[str, Any]]:
+    """The checkpoint with all experts; by the name of a plan, or the original, what experts return that are constants;
+    and what decides these, in words for people. Raises InputError for a plan that does not fit, or whose constants
+    cannot be made."""
+    original = checkpoint
+    checkpoint, layers = as_whole(checkpoint)
+    if layers and plans:
+        what = "its dropped experts are constants already, and plans are for the original"
+        raise InputError(f"{checkpoint.folder}: {what}; evaluate it alone")
+    layout, read = find_layout(checkpoint), None
+    found = {ORIGINAL: stored_constants(original, layers)} if layers else dict[str, Live]()
+    made_of: dict[str, Any] = {"constants": constants_digest(original, layers)} if layers else {}
+    for name, plan in plans.items():
+        check_plan(plan, layout, checkpoint, replaced=True)
+        if plan.replace is None:
+            continue
+        if plan.replace.tier is not None and source is None:
+            raise InputError(f"--statistics: plan {name} replaces experts by constants: give the file they are made of")
+        if plan.replace.tier is not None and read is None:
+            read = Statistics.load(str(source))
+            made_of["--statistics"] = read.sha256
+        vectors = measured(read, plan.replace, checkpoint, layout) if plan.replace.tier is not None and read else None
+        found[name] = live_constants(plan, checkpoint, layout, vectors)
+    return checkpoint, found, made_of
 
 
 def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], compute: Compute) -> dict[str, Any]:
@@ -105,8 +139,14 @@ def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], com
 class _Compare(UnderPlans):
     """Logits of every plan are held against the original's."""
 
-    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
-        super().__init__(layerwise, tasks, progress)
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        tasks: list[Task],
+        progress: Callable[[float, int], None],
+        constants: Mapping[str, Live],
+    ) -> None:
+        super().__init__(layerwise, tasks, progress, constants)
         self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
         self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> `compared`
 

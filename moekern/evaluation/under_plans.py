@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -10,9 +10,13 @@ from moekern.data.batches import Batch
 from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.pruned_layers import LivePruner
+from moekern.model.substituted import substituted_layer
 from moekern.model.walk import Pass
+from moekern.plan.constants import Live
 from moekern.plan.document import Plan
 from moekern.plan.live import live_channels, live_merging
+
+NONE: Mapping[str, Live] = {}
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,15 @@ class UnderPlans(Pass[Task]):
     A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
     """
 
-    def __init__(self, layerwise: LayerwiseModel, tasks: list[Task], progress: Callable[[float, int], None]) -> None:
-        self.layerwise, self.tasks, self.progress = layerwise, tasks, progress
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        tasks: list[Task],
+        progress: Callable[[float, int], None],
+        constants: Mapping[str, Live] = NONE,
+    ) -> None:
+        """constants: by the name of tasks, what their experts return that are no experts any longer."""
+        self.layerwise, self.tasks, self.progress, self.constants = layerwise, tasks, progress, constants
         self.plans = 1 + max((task.number for task in tasks), default=0)  # the original among them
         self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
         self.now: tuple[int, int] | None = None  # layer, plan number
@@ -53,7 +64,11 @@ class UnderPlans(Pass[Task]):
         if key is not None and self.now != (layer, task.number):
             self.applied.close()
             self.now = layer, task.number
-            if task.plan is not None:
+            if task.name in self.constants:
+                experts, given = self.layerwise.layout.layers[key].num_experts, self.constants[task.name](key)
+                module = self.layerwise.layers[layer]
+                self.applied.enter_context(substituted_layer(module, key, experts, given))
+            elif task.plan is not None:
                 own, merging = task.plan.layers[key], live_merging(task.plan, key)
                 self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own), merging))
         yield

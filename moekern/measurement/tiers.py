@@ -13,6 +13,7 @@ from moekern import kernels
 from moekern.errors import InputError, nearest_name
 from moekern.measurement.batch import BatchContext, Routed, Seen
 from moekern.model.compute import check_device, device_named
+from moekern.model.products import pieces
 from moekern.statistics.layer import TIERS, LayerStatistics
 
 ROWS = 4096  # output rows that are widened to float64 at a time
@@ -61,6 +62,40 @@ def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -
         return {op: kernels.backend_for(op, where, backend) for op, where in ops.items()}
     except NotImplementedError as error:
         raise InputError(f"--backend {backend}: {error}" if backend else str(error)) from error
+
+
+def add_constants(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Add gate^2 x output of every counted row, each product rounded to float32, and gate^2, to its expert's sums: by
+    the kernel that adds up outputs, in its order, some experts at a time."""
+    slot, offsets = seen.routed.order, seen.routed.offsets
+    gates = torch.ones_like(seen.gates) if seen.gates_applied else seen.gates
+    square = gates.float().square()
+    found = kernels.expert_sums(sums.num_experts, seen.y.shape[1], seen.y.device)
+    for rows in pieces(offsets.tolist(), ROWS):
+        own = torch.full_like(seen.ids, -1).flatten()
+        own[slot[rows]] = seen.ids.flatten()[slot[rows]]
+        kernels.combine_and_measure(
+            seen.y[rows].float() * square.flatten()[slot[rows], None],
+            torch.zeros_like(square), own.view_as(seen.ids), slot[rows],
+            offsets.clamp(rows.start, rows.stop) - rows.start, context.mask, found, backend=backend,
+        )  # fmt: skip
+    sums.gated_value_sum.add_(found.value_sum)
+    routed = kernels.router_sums(sums.num_experts, seen.y.device)
+    kernels.router_stats(None, seen.ids, gates, context.mask, routed, backend=backend)
+    sums.gated_value_weight.add_(routed.gate_square_sum)
+
+
+def add_stream(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
+    """Add the energy of the residual stream in front of the experts: by the kernel that adds up norms of outputs."""
+    if seen.residual is None:
+        return
+    T, device = len(seen.residual), seen.residual.device
+    ids, found = torch.zeros(T, 1, dtype=torch.int64, device=device), kernels.expert_sums(1, device=device)
+    kernels.combine_and_measure(
+        seen.residual, torch.zeros(T, 1, device=device), ids, torch.arange(T, device=device),
+        torch.tensor([0, T], device=device), context.mask, found, backend=backend,
+    )  # fmt: skip
+    sums.stream_square_sum.add_(found.norm_square_sum)
 
 
 def add_vocabulary(seen: Seen, context: BatchContext, sums: LayerStatistics, backend: str | None) -> None:
@@ -186,6 +221,8 @@ def norms(y: Tensor) -> Tensor:
 
 TABLE: Mapping[str, Tier] = {
     "dimensions": Tier("batch"),
+    "constants": Tier("batch", add=add_constants),
+    "stream": Tier("batch", add=add_stream),
     "vocabulary": Tier("batch", ops=("vocabulary",), add=add_vocabulary),
     "token_counts": Tier("batch", add=add_token_counts),
     "coalitions": Tier("batch"),

@@ -16,6 +16,7 @@ from moekern.criteria.errors import standard_errors
 from moekern.errors import InputError
 from moekern.plan.choose import choose_top
 from moekern.plan.document import Plan
+from moekern.plan.fits_model import whole_router
 from moekern.router import Router, kept_count
 from moekern.statistics.file import Statistics
 from moekern.statistics.halves import Half, NotKept, halves_of
@@ -61,18 +62,22 @@ def agreement_of_all(
     criterion: str | Criterion,
     keep: float | int | Mapping[str, int],
     domains: Sequence[str] | None = None,
+    *,
+    replaced: bool = False,
 ) -> dict[str, Agreement]:
     """Layer key -> how far the text of the domains together decides what is kept.
 
-    `keep` is a share or a count, as `make_plan` takes it, or each layer's count. Guards and protection play no part.
-    Halves know what has a number an expert in the routed tier; of criteria that need more, and of older files, nothing
-    is known. One layer is read at a time. Raises InputError as `make_plan` does.
+    `keep` is a share or a count, as `make_plan` takes it, or each layer's count; `replaced` of a router that stays
+    whole. Guards and protection play no part. Halves know what has a number an expert in the routed tier; of criteria
+    that need more, and of older files, nothing is known. One layer is read at a time. Raises InputError as `make_plan`
+    does.
     """
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     router, found = router_of(statistics.header), dict[str, Agreement]()
     tiers = (*(tier for tier in chosen.tiers if tier == "weights"), HALVES)
     for key in statistics.layers:
         each = router.of(statistics.num_experts(key))
+        each = whole_router(each) if replaced else each
         count = keep[key] if isinstance(keep, Mapping) else kept_count(keep, each)
         found[key] = _agreement(chosen, statistics.layer(key, domains, tiers), key, count, each)
     return found
@@ -85,7 +90,7 @@ def doubt(statistics: Statistics, plan: Plan) -> str | None:
     if _of_no_text(chosen):
         return None
     counts = {key: len(layer.keep) for key, layer in plan.layers.items()}
-    found = agreement_of_all(statistics, chosen, counts, domains=made["domains"])
+    found = agreement_of_all(statistics, chosen, counts, domains=made["domains"], replaced=plan.replace is not None)
     return thin(found, chosen.name, sum(statistics.header["tokens"][name] for name in made["domains"]))
 
 

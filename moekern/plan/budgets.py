@@ -13,7 +13,8 @@ import numpy as np
 from moekern.errors import InputError
 from moekern.router import Router, check_keep, count_problem, kept_count
 
-KINDS = ("uniform", "global", "adaptive", "waterfill")
+KINDS = ("uniform", "global", "adaptive", "waterfill", "relative")
+RELATIVE_TIER = "stream"  # of statistics, which `relative` reads
 NORMALISATIONS = ("none", "sum", "max", "mean", "zscore")
 ADAPTIVE = ("usage", "entropy")
 
@@ -26,7 +27,9 @@ class Budget:
 
     uniform: the same count in every layer. global: all experts of all layers ranked together by their scores, each
     layer's normalised by `normalise` (SEER-MoE, arXiv:2404.05089, ranks them as they are, "none"). adaptive: see
-    `adaptive_usage` and `adaptive_entropy`, chosen by `by`. waterfill: the least dropped share of the scores.
+    `adaptive_usage` and `adaptive_entropy`, chosen by `by`. waterfill: the least dropped share of the scores. relative:
+    as global, each layer's scores divided by the energy of the residual stream that enters it (mean ‖h‖² of a token),
+    so that scores that are squares of what an expert adds say how much of the stream that is.
     `floor` is the least a layer keeps, a share or a count; counts are multiples of `multiple_of`.
     """
 

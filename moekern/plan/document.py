@@ -19,10 +19,12 @@ from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.channels import WIDTH_CAP, channel_count, channel_ids, channel_text
 from moekern.plan.groups import Group, groups_document, parsed_groups
+from moekern.plan.replacement import Replacement, replacement_of
 from moekern.rows import Row, html_table, write_csv
 
 FORMAT = "moekern.plan/1"
-NARROW = "moekern.plan/2"  # of a plan that says which channels of an expert stay, or which experts are merged
+# of a plan that says which channels of an expert stay, which experts are merged, or what stands for dropped ones
+NARROW = "moekern.plan/2"
 FORMATS = (FORMAT, NARROW)
 SIZE_CAP = 32 << 20  # bytes of a plan's text, where those of the largest models take 1 MB
 LAYER_CAP, KEY_CAP = 10_000, 256  # layers of a plan, and characters of a layer's key
@@ -45,10 +47,13 @@ class LayerPlan:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Which experts stay in each layer, and where that came from. The same plan gives the same bytes."""
+    """Which experts stay in each layer, and where that came from. The same plan gives the same bytes.
+
+    replace: what stands in the place of the others, where the router stays whole and goes on choosing them."""
 
     layers: Mapping[str, LayerPlan]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    replace: Replacement | None = None
 
     def __repr__(self) -> str:
         counts = sorted({len(layer.keep) for layer in self.layers.values()}) or [0]
@@ -105,8 +110,11 @@ class Plan:
             | groups_document(layer.groups, layer.keep)
             for key, layer in self.layers.items()
         }
-        form = FORMAT if self.width is None and not self.merges else NARROW
-        return _pretty({"format": form, "layers": layers, "provenance": dict(self.provenance)}, 0) + "\n"
+        form = FORMAT if self.width is None and not self.merges and self.replace is None else NARROW
+        document = {"format": form, "layers": layers, "provenance": dict(self.provenance)}
+        if self.replace is not None:
+            document["replace"] = self.replace.document()
+        return _pretty(document, 0) + "\n"
 
     def save(self, path: str | Path, *, new: bool = False) -> bool:
         """Write to_json() to a temporary file beside `path`, then rename; with `new`, where nothing is, or this very
@@ -138,8 +146,9 @@ def plan_text(path: str | Path) -> str:
 
 
 def planned_mtp(plan: Plan) -> Mtp:
-    """What a plan says about MTP layers; "prune" where it says nothing. Raises InputError for another word."""
-    said = plan.provenance.get("mtp", "prune")
+    """What a plan says about MTP layers; where it says nothing "prune", and "keep" where dropped experts are replaced,
+    of whose MTP layers nothing is known. Raises InputError for another word."""
+    said = plan.provenance.get("mtp", "prune" if plan.replace is None else "keep")
     for mode in MTP_MODES:
         if said == mode:
             return mode
@@ -184,18 +193,22 @@ def plan_of(document: Any, source: str) -> Plan:
     if not isinstance(document, dict) or form not in FORMATS:
         known = " or ".join(f'"{each}"' for each in FORMATS)
         raise InputError(f'{source}: expected an object with "format": {known}, got {short(form)}')
-    _known_keys(document, ("format", "layers", "provenance"), source)
+    keys = ("format", "layers", "provenance")
+    _known_keys(document, (*keys, "replace") if form == NARROW else keys, source)
     layers, provenance = document.get("layers"), document.get("provenance", {})
+    replace = replacement_of(document["replace"], f"{source}: replace") if "replace" in document else None
     if not isinstance(layers, dict) or not layers:
         raise InputError(f"{source}: layers: expected an object of layers, got {short(layers)}")
     if not isinstance(provenance, dict):
         raise InputError(f"{source}: provenance: expected an object, got {short(provenance)}")
     check_layers(layers, source)
     merged = form == NARROW and any(isinstance(layer, dict) and "groups" in layer for layer in layers.values())
-    own = ("groups",) if merged else ("channels",) if form == NARROW else ()
+    own = ("groups",) if merged else ("channels",) if form == NARROW and replace is None else ()
     plan = Plan({
         key: _parse_layer(layers[key], f"{source}: layer {short(key)}", own) for key in sorted(layers, key=natural)
-    }, provenance)  # fmt: skip
+    }, provenance, replace)  # fmt: skip
+    if merged and replace is not None:
+        raise InputError(f"{source}: replace: experts that are merged leave no others to replace; leave one out")
     _check_widths(plan, source)
     return plan
 

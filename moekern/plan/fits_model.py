@@ -35,16 +35,22 @@ class Model(Protocol):
     def mtp(self) -> Mapping[str, Layer]: ...
 
 
-def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str = "plan") -> str | None:
+def check_plan(
+    plan: Plan, layout: Model, model: Checkpoint | str, source: str = "plan", *, replaced: bool = False
+) -> str | None:
     """Raise InputError unless `plan` can be executed on the model of `layout`, a checkpoint or its fingerprint.
 
     A twin of the plan's model, the same layers, experts and routers in another format, is as good as the model itself;
     the line that is returned then says so. Refused: another model's plan; an unknown or missing layer; a number out of
     range or twice; scores that are not one an expert; a count the router cannot work with; groups that keep different
     numbers of experts, and layers that do unless the plan's provenance allows it; channels that experts do not have, or
-    not as many of each, and of models whose experts lose none. Raises TypeError for anything but a plan.
+    not as many of each, and of models whose experts lose none. Of a plan that replaces dropped experts the router stays
+    whole, and so groups and layers may keep any number from 1; such plans are refused unless the caller makes something
+    of them (`replaced`). Raises TypeError for anything but a plan.
     """
     check_type("plan", plan, Plan)
+    if plan.replace is not None:
+        _check_replacing(plan, source, allowed=replaced)
     note = _check_model(plan, layout, model, source)
     known = {**layout.layers, **layout.mtp}
     for key in plan.layers:
@@ -58,10 +64,11 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
     if any(layer.channels is not None for layer in plan.layers.values()):
         _check_channels(plan, layout, model, source)
     for key, layer in plan.layers.items():
-        _check_layer(layer, layout.router.of(known[key].num_experts), f"{source}: layer {key}")
+        router = layout.router.of(known[key].num_experts)
+        _check_layer(layer, router if plan.replace is None else whole_router(router), f"{source}: layer {key}")
         if layer.groups is not None and key not in layout.layers:
             raise InputError(f"{source}: layer {key}: experts of MTP layers are not merged; leave its groups out")
-    if plan.provenance.get(NONUNIFORM) is True:
+    if plan.provenance.get(NONUNIFORM) is True or plan.replace is not None:
         return note
     first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())
     for key, layer in plan.layers.items():
@@ -72,6 +79,23 @@ def check_plan(plan: Plan, layout: Model, model: Checkpoint | str, source: str =
                 f"(in a plan of your own: provenance.{NONUNIFORM}: true)"
             )
     return note
+
+
+def whole_router(router: Router) -> Router:
+    """What a router that stays whole asks of the experts that are left in a layer: that one is."""
+    return Router(router.num_experts, 1)
+
+
+def _check_replacing(plan: Plan, source: str, *, allowed: bool) -> None:
+    """Raise InputError for a plan that replaces dropped experts where nothing is made of that, or beside what does not
+    go with it."""
+    if not allowed:
+        what = "replaces dropped experts by constants; prune, verify, evaluate and check take such plans"
+        raise InputError(f'{source}: {what}; here give one without "replace"')
+    if any(layer.channels is not None for layer in plan.layers.values()):
+        raise InputError(f"{source}: replaces dropped experts, and says which channels of others stay; do one of both")
+    if plan.provenance.get("refit") is not None:
+        raise InputError(f"{source}: replaces dropped experts, and was refitted for experts that are gone; plan anew")
 
 
 def _check_channels(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> None:

@@ -12,6 +12,7 @@ from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.errors import InputError, check_type
 from moekern.layer_keys import natural
 from moekern.plan.budgets import (
+    RELATIVE_TIER,
     Bounds,
     Budget,
     adaptive_entropy,
@@ -23,7 +24,9 @@ from moekern.plan.budgets import (
     waterfill,
 )
 from moekern.plan.choose import check_protected, choose_top, tied
+from moekern.plan.constants import replacing
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.fits_model import whole_router
 from moekern.plan.guards import Guards, Marks, domain_masses, marks, with_floors
 from moekern.plan.provenance import Provenance
 from moekern.plan.targets import Served, Target, check_counts
@@ -52,6 +55,7 @@ def make_plan(
     mtp: str | None = None,
     fit: Mapping[str, Any] | None = None,
     served: Served | None = None,
+    replaced: str | None = None,
 ) -> Plan:
     """Choose the kept experts of every measured layer.
 
@@ -61,6 +65,7 @@ def make_plan(
     with extreme outputs whatever their score; `guards` holds this and the other ways to name experts. `targets` are the
     engines that must run the result, and `served` is the model as they see it (None: as far as statistics tell). `mtp`
     is what prune does with MTP layers unless told otherwise; `fit` is what a count was derived from, for the record.
+    `replaced` names the constants that dropped experts become: then each layer may keep any number of experts.
 
     Raises InputError for a budget the router or a target cannot work with, for layers that would keep different counts
     without `budget.allow_nonuniform`, for an unknown criterion, domain, layer or expert, for domains without tokens,
@@ -72,13 +77,21 @@ def make_plan(
     check_type("guards", guards, Guards, NoneType)
     chosen = criterion_named(criterion) if isinstance(criterion, str) else criterion
     router, asked = router or router_of(statistics.header), budget or Budget()
+    seen = replace(
+        served or Served(statistics.header["family"], statistics.header["score"], router), replaced=replaced is not None
+    )
+    router = router if replaced is None else whole_router(router)
     guard = guards or Guards()
-    read = _Reading(statistics, domains, chosen.tiers)
+    more = (RELATIVE_TIER,) if asked.kind == "relative" else ()
+    if more and RELATIVE_TIER not in statistics.tiers:
+        what = f"the statistics lack the tier {RELATIVE_TIER}; add it to calibrate (--tier {RELATIVE_TIER})"
+        raise InputError(f"--budget relative: {what}")
+    read = _Reading(statistics, domains, (*chosen.tiers, *more))
     marked = marks(statistics, replace(guard, protect_super=guard.protect_super or protect_super), domains)
     layers = {key: _scored(chosen, read.layer(key), key, seed) for key in sorted(statistics.layers, key=natural)}
     counts = _counts(asked, keep, router, layers, marked)
-    _check_uniform(counts, asked, keep)
-    seen = served or Served(statistics.header["family"], statistics.header["score"], router)
+    if replaced is None:
+        _check_uniform(counts, asked, keep)
     check_counts(f"--keep {keep}", counts, seen, targets)
     plans = {}
     for key, layer in layers.items():
@@ -99,7 +112,8 @@ def make_plan(
     ).document(counts)
     ties = {} if chosen.kind in SETS else ties_of(plans, router.n_group, marked)
     given = {"mtp": mtp, "fit": None if fit is None else dict(fit), "ties": ties or None}
-    return Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
+    plan = Plan(plans, provenance | {name: value for name, value in given.items() if value is not None})
+    return plan if replaced is None else replacing(plan, replaced, statistics)
 
 
 def ties_of(plans: Mapping[str, LayerPlan], groups: int, marked: Marks | None = None) -> dict[str, int]:
@@ -136,6 +150,7 @@ class Scored:
     scores: Tensor  # [E]
     count: Tensor  # [E]
     entropy: float | None  # of the router, a token's mean; None where its logits were not seen
+    energy: float | None  # of the residual stream, a token's mean; None where it was not seen
     idle: Sequence[int]  # stand at a mark below all others, which would say too much across layers
 
     @property
@@ -152,7 +167,10 @@ def _scored(criterion: Criterion, statistics: LayerStatistics, key: str, seed: i
     idle: list[int] = []
     if criterion.kind != "seeded" and criterion.family != "weight":
         idle = (~used & (scores < scores[used].min())).nonzero().flatten().tolist()
-    return Scored(scores, statistics.count, entropy, idle)
+    energy = None
+    if statistics.stream_square_sum.numel() and int(statistics.residual_tokens):
+        energy = float(statistics.stream_square_sum / statistics.residual_tokens) or None
+    return Scored(scores, statistics.count, entropy, energy, idle)
 
 
 def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, marked: Marks) -> dict[str, int]:
@@ -170,6 +188,8 @@ def _counts(budget: Budget, keep: float | int, router: Router, layers: Layers, m
         return adaptive_usage(usage, bounds, total, groups=router.n_group, protected=marked.kept)
     idle = {key: layer.idle for key, layer in layers.items()}
     values = {key: _without(marked.drop_first[key], layer.scores, idle[key]) for key, layer in layers.items()}
+    if budget.kind == "relative":
+        values = {key: [value / _energy(layers[key], key) for value in row] for key, row in values.items()}
     if budget.kind == "waterfill":
         return waterfill(values, bounds, total, groups=router.n_group, protected=marked.kept, idle=idle)
     return global_counts(
@@ -199,12 +219,18 @@ def _entropy(layer: Scored, key: str) -> float:
     return layer.entropy
 
 
+def _energy(layer: Scored, key: str) -> float:
+    if layer.energy is None:
+        raise InputError(f"--budget relative: layer {key}: no residual stream was seen before its experts; use global")
+    return layer.energy
+
+
 def _check_uniform(counts: Mapping[str, int], budget: Budget, keep: float | int) -> None:
     if len(set(counts.values())) > 1 and not budget.allow_nonuniform:
         raise InputError(
             f"--budget {budget.kind} --keep {keep}: layers would keep {min(counts.values())} to {max(counts.values())} "
-            "experts; engines load one expert count for all layers, so use --budget uniform, or add --allow-nonuniform "
-            "for a checkpoint that moekern writes, verifies and evaluates but no engine loads"
+            "experts; engines load one expert count for all layers, so use --budget uniform, --replace, whose result "
+            "vLLM loads, or add --allow-nonuniform for one that moekern writes, verifies and evaluates"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.config_keys import model_types
+from moekern.architectures.replaced import as_whole
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.plan.engines import Finding
 from moekern.plan.formats import name_in, weight_format
@@ -28,6 +29,7 @@ class Report:
     mtp: Mapping[str, int]
     found: Mapping[str, tuple[Finding, ...]]
     nearest: Mapping[str, str]  # of targets that do not run it: counts that would, as the end of a message
+    replaced: bool = False  # dropped experts are constants, and the counts those of the others
 
     @property
     def good(self) -> bool:
@@ -58,9 +60,11 @@ def verdict(row: Iterable[Finding]) -> bool | None:
 def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> Report:
     """Which targets (none: every engine) run a checkpoint, by its headers and config. Raises InputError."""
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint, constants = as_whole(checkpoint)
     layout = find_layout(checkpoint)
-    served = served_as(layout, checkpoint.config)
-    counts = {key: layer.num_experts for key, layer in layout.layers.items()}
+    served = replace(served_as(layout, checkpoint.config), replaced=bool(constants))
+    gone = {key: len(each.tensors) for key, each in constants.items()}
+    counts = {key: layer.num_experts - gone.get(key, 0) for key, layer in layout.layers.items()}
     mtp = {key: layer.num_experts for key, layer in layout.mtp.items()}
     asked = tuple(targets) or tuple(Target(engine) for engine in ENGINES)
     stored = Mtp(tuple(mtp.values()), layout.mtp_prefixes)
@@ -68,9 +72,11 @@ def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> R
     near = {
         str(target): nearest(layout.num_experts, served, [target])
         for target in asked
-        if not runs(layout.num_experts, served, [target])
+        if not served.replaced and not runs(layout.num_experts, served, [target])
     }
-    return Report(str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near)
+    return Report(
+        str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near, bool(constants)
+    )
 
 
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from moekern.errors import InputError
 from moekern.estimation.footprint import Fit, Fitted, largest_count
 from moekern.plan.budgets import Budget, bounds_of
 from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
+from moekern.plan.fits_model import check_plan, whole_router
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.served import served_as
 from moekern.plan.targets import Target, check_counts, runs
+from moekern.router import Router
 from moekern.statistics.file import Statistics
 
 
@@ -37,6 +38,11 @@ class Planning:
     mtp: str | None = None
     model: Path | Checkpoint | None = None
     fit: Fit | None = None
+    replaced: str | None = None  # what dropped experts become, where they are not gone
+
+    def router(self, router: Router) -> Router:
+        """A model's router, as far as counts of experts must suit it."""
+        return router if self.replaced is None else whole_router(router)
 
 
 def check_planning(options: Planning) -> None:
@@ -69,9 +75,10 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
         plans[name] = make_plan(
             statistics, criterion, keep, seed=options.seed, domains=options.domains, budget=options.budget,
             guards=options.guards, targets=options.targets, mtp=options.mtp, fit=fit, served=served,
+            replaced=options.replaced,
         )  # fmt: skip
         if layout is not None:
-            check_plan(plans[name], layout, statistics.header["fingerprint"])
+            check_plan(plans[name], layout, statistics.header["fingerprint"], replaced=True)
     return plans
 
 
@@ -91,9 +98,10 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
 
 def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:
     """The most experts a layer that fit, and that router and targets work with. Raises InputError."""
-    bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
-    served = served_as(layout, checkpoint.config)
+    bounds = bounds_of(options.router(layout.router), multiple_of=options.budget.multiple_of, where="--fit")
+    served = replace(served_as(layout, checkpoint.config), replaced=options.replaced is not None)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
+    whole = "prune" if options.replaced is None else "keep"
     if not legal:
         check_counts("--fit", {"": bounds.lowest}, served, options.targets)
-    return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or "prune")
+    return largest_count(checkpoint, layout, fit, legal, mtp=options.mtp or whole)

@@ -47,6 +47,7 @@ class Served:
     names: the class names and the model_type of its config.json; where these are not known, all that the family may
     have. quantization: the format of its weights, as `formats.weight_format` names it; "" if none is known.
     keys: those of config.json's root; empty where it was not seen. shards: what tensor parallelism divides.
+    replaced: dropped experts are constants, and the router is whole.
     """
 
     family: str
@@ -56,6 +57,7 @@ class Served:
     quantization: str = ""
     keys: frozenset[str] = frozenset()
     shards: Shards = Shards()
+    replaced: bool = False
 
     @property
     def known_as(self) -> frozenset[str]:
@@ -222,6 +224,9 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
+# vllm/model_executor/layers/fused_moe/expert_substitution.py, of main in November 2026.
+REPLACED = "dropped experts are constants (expert substitution), which vLLM alone loads"
+SUBSTITUTION = "its expert substitution runs without data parallelism, EPLB, MoE LoRA and monolithic kernels"
 # One scalar in config.json sizes every layer: in transformers' models and those of vLLM, SGLang, mlx-lm (its sanitize
 # stacks that many experts a layer) and mistral.rs, and n_expert in GGUF.
 NONUNIFORM = "layers have {low} to {high} experts; the engine takes one count for all layers"
@@ -252,6 +257,9 @@ def findings(target: Target, counts: Mapping[str, int], served: Served, mtp: Mtp
     counts: layer key -> routed experts. mtp: the MTP layers that are there; None: not known, and not looked at.
     """
     found: list[Finding] = []
+    if served.replaced:
+        found += _replaced(target)
+        counts = dict.fromkeys(counts, served.router.num_experts)  # the router's rows, which engines go by
     low, high = min(counts.values()), max(counts.values())
     if low != high:
         found.append(Finding(True, NONUNIFORM.format(low=low, high=high)))
@@ -262,12 +270,20 @@ def findings(target: Target, counts: Mapping[str, int], served: Served, mtp: Mtp
     return sorted(dict.fromkeys([*found, told] if told else found), key=lambda finding: ORDER[finding.stops])
 
 
+def _replaced(target: Target) -> list[Finding]:
+    if target.engine != "vllm":
+        return [Finding(True, REPLACED)]
+    whole = "its expert substitution runs without expert parallelism"
+    return [Finding(True, whole)] if target.ep > 1 else [Finding(False, SUBSTITUTION)]
+
+
 def check_counts(what: str, counts: Mapping[str, int], served: Served, targets: Sequence[Target]) -> None:
     """Raise InputError, with the rule and the nearest counts that run, unless every target runs these counts."""
     for target in targets:
         stopping = [finding for finding in findings(target, counts, served) if finding.stops]
         if stopping:
-            counted = "" if len(set(counts.values())) > 1 else nearest(max(counts.values()), served, targets)
+            fixed = served.replaced or len(set(counts.values())) > 1
+            counted = "" if fixed else nearest(max(counts.values()), served, targets)
             raise InputError(f"{what}: {target} would not run it: {stopping[0].text}{counted}")
 
 

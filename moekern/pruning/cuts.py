@@ -14,6 +14,7 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
+from moekern.pruning.constants import Constant
 from moekern.pruning.narrow import Narrow, Widened, narrow_pieces, narrow_shape, widened_piece
 from moekern.pruning.pieces import Computed, computed, recipe
 from moekern.pruning.refitted import NewTensor
@@ -48,7 +49,7 @@ class OutputTensor:
     name: str
     shape: tuple[int, ...]
     entry: TensorEntry
-    cut: Cut | Widened | None
+    cut: Cut | Widened | Constant | None
     new: NewTensor | None = None
 
     @property
@@ -87,10 +88,10 @@ class OutputTensor:
     @property
     def is_computed(self) -> bool:
         """Tables of expert ids are, and what would be many ranges: channels, and rows of a small tensor that is cut on
-        an inner axis; and what zeros are added to."""
+        an inner axis; what zeros are added to; and the constants of replaced experts."""
         if self.cut is None or self.new is not None or not self.nbytes:
             return False
-        if isinstance(self.cut, Widened) or self.cut.narrow is not None:
+        if isinstance(self.cut, (Widened, Constant)) or self.cut.narrow is not None:
             return True
         outer = math.prod(self.entry.shape[: self.cut.tensor.axis])
         return self.cut.tensor.action == "remap" or (outer > 1 and self.entry.nbytes <= SMALL)
@@ -101,6 +102,9 @@ class OutputTensor:
         assert cut is not None
         if isinstance(cut, Widened):
             yield widened_piece(checkpoint, self.name, entry, cut, self.nbytes)
+            return
+        if isinstance(cut, Constant):
+            yield cut.piece(entry, self.elements)
             return
         tensor = cut.tensor
         if cut.narrow is not None:
@@ -171,10 +175,12 @@ def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int)
     return tuple(sorted(chosen))
 
 
-def output_tensor(entry: TensorEntry, cut: Cut | Widened | None) -> OutputTensor | None:
+def output_tensor(entry: TensorEntry, cut: Cut | Widened | Constant | None) -> OutputTensor | None:
     """What becomes of a tensor of the source; None when its expert is dropped."""
     if cut is None:
         return OutputTensor(entry.name, entry.shape, entry, None)
+    if isinstance(cut, Constant):
+        return OutputTensor(cut.name, entry.shape[:1], entry, cut)
     if isinstance(cut, Widened):
         shape = (*entry.shape[: cut.axis], cut.size, *entry.shape[cut.axis + 1 :])
         return OutputTensor(entry.name, shape, entry, cut)

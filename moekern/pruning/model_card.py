@@ -7,16 +7,24 @@ FRONT_MATTER = re.compile(rb"(?:\xef\xbb\xbf)?---[ \t]*\r?\n(?:.*?\n)??---[ \t]*
 
 
 def notice(
-    kept: int, before: int, plan_sha256: str, left: int | None = None, width: int | None = None, *, merges: bool = False
+    kept: int,
+    before: int,
+    plan_sha256: str,
+    left: int | None = None,
+    width: int | None = None,
+    *,
+    merges: bool = False,
+    replaced: bool = False,
 ) -> bytes:
     """Markdown; `kept` of `before` experts stay in the layer that keeps most, and `left` of the `width` channels of
-    each, where some go; others are merged into them, or are not."""
+    each, where some go; the others are merged into them, `replaced` by constants, or gone."""
+    most, others = ("up to ", ", and constants stand for the others") if replaced else ("", "")
     narrow = ", with others merged into them" if merges else ""
     narrow += "" if left is None else f", with {left} of {width} channels each"
     return (
-        f"> **Pruned by moekern**: {kept} of {before} experts are left in a layer{narrow} (plan {plan_sha256}, in "
-        "`moekern_plan.json`). What follows is the original's card: its numbers of experts and parameters, its sizes "
-        "and its results are the original's.\n\n"
+        f"> **Pruned by moekern**: {most}{kept} of {before} experts are left in a layer{narrow}{others} (plan "
+        f"{plan_sha256}, in `moekern_plan.json`). What follows is the original's card: its numbers of experts and "
+        "parameters, its sizes and its results are the original's.\n\n"
     ).encode()
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, check_type
 from moekern.files import is_folder
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
+from moekern.pruning.constants import Vectors, replaced_experts
 from moekern.pruning.copying import Checksum, Copy, check_copying
 from moekern.pruning.cuts import kept_experts
 from moekern.pruning.narrow import narrowed_layers
@@ -55,6 +56,7 @@ class PruneReport:
     waiting: int
     already: bool
     refitted: int  # tensors that a refit computed
+    replaced: int  # experts that are constants now
     mtp: str  # one line: what happened to the MTP layers
     left_out: Mapping[str, str]  # file, or folder with a "/" at its end, that was not copied -> why
     notes: tuple[str, ...]  # a line each: what the source left open, and side files that are no plain copies
@@ -74,6 +76,8 @@ def prune(
     part: Part | None = None,
     again: bool = False,
     refitted: Refitted | str | Path | None = None,
+    form: str | None = None,
+    vectors: Vectors | None = None,
     progress: Progress | None = None,
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
@@ -90,7 +94,9 @@ def prune(
     anew with at most so many bytes of data, instead of one for each of the source's. part: write this part of the
     shards; the part that finds all of them written finishes. again: a target that was made of the same source by the
     same plan is no error, as it is none for a part. refitted: the folder of what a refit computed, where the plan says
-    that there was one. Raises InputError.
+    that there was one. form, vectors: of a plan that replaces the experts that it drops, how config.json and
+    names say it ("approximate-experts", which is the default, or "compression-config"), and the constants where they
+    are no zeros. Raises InputError.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -100,33 +106,25 @@ def prune(
         clean_up(target)
     else:
         check_target(target, checkpoint.folder)
-    twin = check_plan(plan, layout, checkpoint)
+    twin = check_plan(plan, layout, checkpoint, replaced=True)
     mtp = planned_mtp(plan) if mtp is None else mtp
     _check_options(mtp, copy, checksum, max_shard_size)
     refitted = open_refitted(refitted) if isinstance(refitted, (str, Path)) else refitted
     check_refitted(refitted, plan, checkpoint.fingerprint)
-    kept = kept_experts(checkpoint, layout, plan, mtp)
+    replaced = replaced_experts(checkpoint, layout, plan, form, vectors, mtp)
+    kept = kept_experts(checkpoint, layout, plan, mtp if replaced is None else "keep")
     narrow = narrowed_layers(checkpoint, layout, plan, kept)
-    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow)
-    side = side_files(checkpoint, layout, plan, kept, shards, mtp)
+    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow, replaced)
+    side = side_files(checkpoint, layout, plan, kept, shards, mtp, replaced)
     job = job_of(checkpoint, plan.digest, shards, side, _told(shards, refitted), target, copy, checksum, reread=reread)
     mine = _share(shards, part)
     check_out(job, target, mine, again=again)
     tally = Tally(job.passes * sum(shard.size for shard in mine) + sum(file.size for file in side), progress)
+    told, noted = () if replaced is None else replaced.notes(), (note for file in side for note in file.notes)
     finished, waiting, already = (True, 0, True) if again else written(job, target, part, mine, tally)
     return PruneReport(
         out=target,
-        bytes_in=sum(shard.size for shard in checkpoint.shards),
-        bytes_out=sum(shard.size for shard in shards),
-        experts_before=layout.num_experts,
-        experts_after=max(len(kept[key]) for key in layout.layers),
-        channels_before=layout.width,
-        channels_after=layout.width if plan.width is None else plan.width,
-        layers=len(layout.layers),
-        tensors_in=len(checkpoint.tensors),
-        tensors_out=sum(len(shard.tensors) for shard in shards),
-        shards_in=len(checkpoint.shards),
-        shards_out=len(shards),
+        **_before_after(checkpoint, layout, plan, kept, shards),
         copy=", ".join(sorted({job.way(shard).removesuffix("_or_stream") for shard in mine})),
         cloned=tally.cloned,
         holes=tally.holes,
@@ -136,11 +134,35 @@ def prune(
         waiting=waiting,
         already=already,
         refitted=sum(len(shard.new) for shard in shards),
+        replaced=0 if replaced is None else sum(map(len, replaced.dropped.values())),
         mtp=mtp_line(layout, kept, plan, mtp),
         left_out=checkpoint.contents.left_out,
-        notes=tuple(filter(None, (twin, *checkpoint.notes, *layout.notes, *(n for file in side for n in file.notes)))),
+        notes=tuple(filter(None, (*told, twin, *checkpoint.notes, *layout.notes, *noted))),
         seconds=time.perf_counter() - start,
     )
+
+
+def _before_after(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    kept: Mapping[str, Sequence[int]],
+    shards: Sequence[OutputShard],
+) -> dict[str, Any]:
+    """The fields of a report that say what there was, and what is left."""
+    return {
+        "bytes_in": sum(shard.size for shard in checkpoint.shards),
+        "bytes_out": sum(shard.size for shard in shards),
+        "experts_before": layout.num_experts,
+        "experts_after": max(len(kept[key]) for key in layout.layers),
+        "channels_before": layout.width,
+        "channels_after": layout.width if plan.width is None else plan.width,
+        "layers": len(layout.layers),
+        "tensors_in": len(checkpoint.tensors),
+        "tensors_out": sum(len(shard.tensors) for shard in shards),
+        "shards_in": len(checkpoint.shards),
+        "shards_out": len(shards),
+    }
 
 
 def _told(shards: Sequence[OutputShard], refitted: Refitted | None) -> dict[str, dict[str, Any]]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moekern.architectures import Layout
+from moekern.architectures import Layout, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.checkpoint.strict_json import HEADER_CAP, shown
 from moekern.errors import InputError
 from moekern.plan.document import Mtp
+from moekern.pruning.constants import Constant, Replaced
 from moekern.pruning.cuts import Cut, OutputTensor, output_tensor
 from moekern.pruning.narrow import Narrow, Widened, widened
 from moekern.pruning.pieces import Piece
@@ -114,23 +115,27 @@ def output_shards(
     max_shard_size: int | None = None,
     refitted: Refitted | None = None,
     narrow: Mapping[str, Narrow] | None = None,
+    replaced: Replaced | None = None,
 ) -> tuple[OutputShard, ...]:
     """The files to write: one for each source file that keeps a tensor, in the source's order; with `max_shard_size`
     (bytes of data), as few as hold that much each, an expert's tensors together.
 
     `kept` maps layer keys to original ids; layers it does not name are copied whole. `narrow` says what stays of the
-    channels of such layers, where some go. Names stay when no file falls
+    channels of such layers, where some go. With `replaced` nothing is cut or renumbered: constants take the places of
+    dropped experts, in the file that holds their down projection. Names stay when no file falls
     away and an index names them, else they are numbered anew. Tensors of `refitted` take the places of those of their
     names. Raises InputError for a tensor whose shape does not hold its layer's experts, for a cut that would split a
     byte, and for a refitted tensor that fits no place.
     """
-    cuts: dict[str, Cut | Widened] = {}
+    cuts: dict[str, Cut | Widened | Constant] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
     experts: dict[str, str] = {}  # layer of a tensor of experts
     for key, layer in {**layout.layers, **layout.mtp}.items():
         home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
         experts.update((tensor.name, key) for tensor in layer.of_role("expert"))
-        if key in kept:
+        if replaced is not None:
+            cuts |= _replaced_cuts(layout, key, layer, replaced)
+        elif key in kept:
             rank = {old: new for new, old in enumerate(sorted(kept[key]))}
             own = (narrow or {}).get(key)
             for tensor in layer.tensors:
@@ -163,6 +168,18 @@ def output_shards(
     if len(shards) == len(checkpoint.shards) and (indexed or len(shards) == 1):
         return tuple(shards)
     return _numbered(shards, indexed)
+
+
+def _replaced_cuts(layout: Layout, key: str, layer: MoeLayer, replaced: Replaced) -> dict[str, Cut | Constant]:
+    """Name -> what becomes of the tensors of a layer's replaced experts."""
+    gone = set(replaced.dropped.get(key, ()))
+    return {
+        tensor.name: replaced.constant(layout, key, tensor.expert)
+        if tensor.projection == "down" and not tensor.is_bias
+        else Cut(tensor, {}, layer.num_experts)
+        for tensor in layer.of_role("expert")
+        if tensor.expert is not None and tensor.expert in gone
+    }
 
 
 def _check_used(refitted: Refitted | None, shards: Sequence[OutputShard]) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import mtp_counts
+from moekern.architectures.replaced import with_replaced
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
 from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed
+from moekern.pruning.constants import Replaced
 from moekern.pruning.expert_lists import expert_lists
 from moekern.pruning.expert_names import Renamer
 from moekern.pruning.model_card import MODEL_CARD, notice, split_at
@@ -63,24 +65,29 @@ def side_files(
     kept: Mapping[str, tuple[int, ...]],
     shards: Sequence[OutputShard],
     mtp: Mtp,
+    replaced: Replaced | None = None,
 ) -> list[SideFile]:
-    """In the order of writing: what is copied, the plan, then index and config.
+    """In the order of writing: what is copied, the plan, then index and config. With `replaced` all experts count and
+    keep their numbers, and config.json names those that are constants.
 
     Raises InputError as check_side_files does, and for settings that name experts in a form that cannot be renumbered.
     """
     check_side_files(checkpoint)
-    settings = Settings(checkpoint, layout, kept, drop_mtp=mtp == "drop", width=plan.width)
+    left = kept
+    if replaced is not None:
+        kept = {key: tuple(range(layer.num_experts)) for key, layer in layout.layers.items()}
+    settings = Settings(checkpoint, layout, kept, drop_mtp=mtp == "drop", width=plan.width, replaced=replaced)
     files = []
     for name in checkpoint.side_files:
         path = checkpoint.folder / name
         if name in QUANTIZATION_FILES:
             files.append(settings.quantiser(name))
         elif name == MODEL_CARD:
-            files.append(_model_card(path, layout, plan, kept))
+            files.append(_model_card(path, layout, plan, left))
         elif name not in (PLAN_FILE, MANIFEST, RECOVERY):
             notes = stale(path, name, checkpoint.config, layout, kept, plan.width)
             files.append(side_file(name, whole_file(path), notes=notes))
-    files.append(text_file(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp)))
+    files.append(text_file(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp, replaced)))
     if checkpoint.index is not None or len(shards) > 1:
         files.append(text_file(INDEX, _index(checkpoint, shards)))
     files.append(settings.config())
@@ -96,10 +103,13 @@ class Settings:
     kept: Mapping[str, tuple[int, ...]]
     drop_mtp: bool
     width: int | None = None  # channels that experts have left; None: all
+    replaced: Replaced | None = None
 
     def config(self) -> SideFile:
         def change(settings: Any, names: Renamer) -> Any:
-            return pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp, width=self.width)
+            new = pruned_config(settings, self.layout, self.kept, names, drop_mtp=self.drop_mtp, width=self.width)
+            replaced = self.replaced
+            return new if replaced is None else with_replaced(new, self.layout, replaced.dropped, replaced.form)
 
         made = self._made(CONFIG, self.checkpoint.config, change)
         left = [path for path, _ in mtp_counts(self.checkpoint.config) if path not in self.layout.mtp_paths]
@@ -135,7 +145,15 @@ def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Seque
     most = max(len(kept[key]) for key in layout.layers)
     pieces = (
         (str(path), 0, at),
-        notice(most, layout.num_experts, plan.digest, plan.width, layout.width, merges=plan.merges),
+        notice(
+            most,
+            layout.num_experts,
+            plan.digest,
+            plan.width,
+            layout.width,
+            merges=plan.merges,
+            replaced=plan.replace is not None,
+        ),
         (str(path), at, size - at),
     )
     note = f"{MODEL_CARD}: the original's, behind a notice that names the plan; its numbers are the original's"
@@ -143,10 +161,16 @@ def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Seque
 
 
 def _provenance(
-    checkpoint: Checkpoint, layout: Layout, plan: Plan, kept: Mapping[str, tuple[int, ...]], mtp: Mtp
+    checkpoint: Checkpoint,
+    layout: Layout,
+    plan: Plan,
+    kept: Mapping[str, tuple[int, ...]],
+    mtp: Mtp,
+    replaced: Replaced | None,
 ) -> str:
-    """JSON: the plan and its sha256, the source's fingerprint, what MTP layers keep; under "source" that of the source,
-    if it was pruned itself, with its "recovery" in it, if it was trained then."""
+    """JSON: the plan and its sha256, the source's fingerprint, what MTP layers keep, in which form and by what dropped
+    experts are replaced; under "source" that of the source, if it was pruned itself, with its "recovery" in it, if it
+    was trained then."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": checkpoint.fingerprint,
@@ -155,6 +179,8 @@ def _provenance(
         "plan": json.loads(plan.to_json()),
         "plan_sha256": plan.digest,
     }
+    if replaced is not None:
+        content["replaced"] = {"form": replaced.form, **replaced.made_of(plan).document()}
     earlier, recovery = checkpoint.folder / PLAN_FILE, read_recovery(checkpoint.folder)
     if earlier.is_file():
         content["source"] = read_json(earlier)
@@ -184,6 +210,8 @@ def mtp_line(layout: Layout, kept: Mapping[str, Sequence[int]], plan: Plan, mtp:
         return f"MTP layers removed ({', '.join(layout.mtp_prefixes)})"
     if not layout.mtp:
         return "no MTP layer has experts"
+    if plan.replace is not None:
+        return f"MTP layer {layers}: all experts kept, which calibration does not run"
     if mtp == "keep":
         return (
             f"MTP layer {layers}: all experts kept; engines size MTP layers by the same count key of config.json, so "

@@ -17,8 +17,8 @@ Views = TypeVar("Views")
 
 # What calibration may be asked to measure beside the routed tier, which is always there.
 TIERS = (
-    "dimensions", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "mixture", "gram", "replay",
-    "gradient", "weights",
+    "dimensions", "constants", "stream", "vocabulary", "token_counts", "coalitions", "outliers", "reap", "mixture",
+    "gram", "replay", "gradient", "weights",
 )  # fmt: skip
 HALVES = "halves"  # a tier of its own to whoever reads: what is kept by halves of the text, always measured
 SUBSETS = 10  # experts of a layer whose every subset is replayed, at most
@@ -108,6 +108,9 @@ class LayerStatistics:
     value_sum: Tensor = _experts("value_sum", negative=True, tier="dimensions")
     unit_sum: Tensor = _experts("unit_sum", negative=True, tier="dimensions")
 
+    gated_value_sum: Tensor = _signed("E? H?", "constants")  # Σ gate² x y; a gate counts 1 where outputs are gated
+    gated_value_weight: Tensor = _sum("E?", "constants")  # Σ gate² of the same rows
+    stream_square_sum: Tensor = _sum("1?", "stream")  # Σ ‖h‖₂² of the tokens that residual_tokens counts
     vocabulary: Tensor = _integers("E W?", "vocabulary", merge="or", negative=True)  # token ids seen, one bit each
     token_count: Tensor = _integers("E V?", "token_counts")  # tokens of each id, V a multiple of 64
     coalitions: Tensor = _integers("C? M?", "coalitions", merge="rows")  # distinct top-k sets: rising ids, then count
@@ -177,6 +180,11 @@ class LayerStatistics:
     def dimensions(self) -> int:
         """H, or 0 when per-dimension sums were not taken."""
         return self.square_sum.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """H, or 0 when no sum was taken that has it."""
+        return max(sums.shape[1] for sums in (self.square_sum, self.gated_value_sum, self.output_sum))
 
     @property
     def tiers(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ class FileStore:
         if self.writer is None or not self.writer.written:
             first = next(iter(sums.values()))
             words = first.vocabulary.shape[-1] or first.token_count.shape[-1] // 64
-            self.expect(first.dimensions or first.output_sum.shape[-1], words)
+            self.expect(first.hidden, words)
         assert self.writer is not None
         self._check_there()
         for domain, s in sums.items():

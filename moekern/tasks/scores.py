@@ -20,7 +20,7 @@ from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.live import live_channels
+from moekern.plan.live import live_channels, live_merging
 from moekern.recovery.loaded import staying
 from moekern.tasks import harness
 from moekern.tasks.harness import Tasks, Written
@@ -105,8 +105,8 @@ def _written(
         for i in layerwise.visit(range(len(layerwise.layers))):
             key = layerwise.moe_keys.get(i)
             if key is not None and plan is not None:
-                own = plan.layers[key]
-                applied.enter_context(pruner.pruned(key, own.keep, live_channels(own)))
+                own, merging = plan.layers[key], live_merging(plan, key)
+                applied.enter_context(pruner.pruned(key, own.keep, live_channels(own), merging))
         return harness.written(layerwise.model, tokenizer.get(), longest, wanted)
 
 

@@ -113,7 +113,7 @@ def computed_tensors(
     are not."""
     found, right = Found(), dict[str, str]()
     for name, (claim, expected) in claims.items():
-        problem, checked, nbytes = _problem(name, claim, expected, new)
+        problem, checked, nbytes = checked_tensor(name, claim, expected, new)
         found.nbytes += nbytes
         if problem:
             found.problems.append(problem)
@@ -140,7 +140,7 @@ def computed_tensors(
     return found
 
 
-def _problem(name: str, claim: Claim, expected: Described, new: Folder) -> tuple[str | None, bool, int]:
+def checked_tensor(name: str, claim: Claim, expected: Described, new: Folder) -> tuple[str | None, bool, int]:
     """What is wrong with a computed tensor, or None; whether it was held against a checksum; its bytes."""
     (dtype, shape), (want, want_shape) = new.described(name), expected
     if dtype != want and not (claim.plain and {dtype, want} <= {*PLAIN}):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
+from moekern.architectures.replaced import as_whole
 from moekern.calibration.passes import Progress, Steps
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.recovery import read_recovery
@@ -24,8 +25,10 @@ from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import WHOLE, Channels, masked_layer
 from moekern.model.narrow_layers import check_width
 from moekern.model.pruned_layers import LivePruner
+from moekern.model.substituted import substituted_layer
 from moekern.model.walk import Pass
 from moekern.plan.channels import channel_rows
+from moekern.plan.constants import Live, stored_constants
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import refit_of
@@ -65,8 +68,9 @@ def compare_forward(
 
     `progress` counts the layers of both; the one at work by the share of batches that are through it.
 
-    The dtype "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU. Raises InputError
-    for a checkpoint with trained tensors, which nothing equals.
+    Experts that a plan replaces return, in the original, the constants that the pruned checkpoint holds. The dtype
+    "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU. Raises InputError for a
+    checkpoint with trained tensors, which nothing equals.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -75,22 +79,24 @@ def compare_forward(
         raise InputError(not_compared(after.name, len(recovery["tensors"])))
     chosen = compute.torch_dtype or torch.float32
     logits: dict[str, list[Tensor]] = {}
+    whole, replaced = as_whole(after)
+    constants, after = stored_constants(after, replaced) if replaced else None, whole
     refitted = None
     if refit_of(plan) is not None:
         refitted = refitted_layers(plan, after, find_layout(after), replace(compute, dtype=chosen))
     for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
         layout = find_layout(checkpoint)
         if applied is not None:
-            check_plan(applied, layout, checkpoint)
+            check_plan(applied, layout, checkpoint, replaced=True)
         with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
             if plan.width is not None:
                 check_width(plan.width, chosen)
-            masks = dropped_experts(layout, applied), kept_channels(applied)
+            masks = (dropped_experts(layout, applied), kept_channels(applied)) if constants is None else ({}, {})
             tasks = [MaskedTask(side, *masks, batch) for batch in batches]
             layers = len(layerwise.layers)
             step = Steps(progress, 2 * layers, len(logits) * layers)
-            masked = _Masked(layerwise, len(tasks), step, refitted if applied else None)
+            masked = _Masked(layerwise, len(tasks), step, refitted if applied else None, constants)
             with masked.applied:
                 layerwise.run(tasks, masked)
             logits[side] = masked.logits
@@ -154,7 +160,15 @@ def kept_channels(plan: Plan | None) -> dict[str, Channels]:
 class _Masked(Pass[MaskedTask]):
     """Every task with its own experts masked; its logits [B, S, V] are held on the CPU. Refitted layers are pruned."""
 
-    def __init__(self, layerwise: LayerwiseModel, tasks: int, step: Steps, refitted: RefittedLayers | None) -> None:
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        tasks: int,
+        step: Steps,
+        refitted: RefittedLayers | None,
+        constants: Live | None = None,
+    ) -> None:
+        self.constants = constants
         self.layerwise, self.tasks, self.step, self.before = layerwise, tasks, step, step.done
         self.refitted, self.applied = refitted, ExitStack()
         self.pruner = LivePruner(layerwise.loader, layerwise.layout)
@@ -189,6 +203,9 @@ class _Masked(Pass[MaskedTask]):
         model, key = self.layerwise, self.layerwise.moe_keys.get(layer)
         if key is None or (self.refitted is not None and key in self.refitted.names):
             return nullcontext()
+        if self.constants is not None:
+            experts = model.layout.layers[key].num_experts
+            return substituted_layer(model.layers[layer], key, experts, self.constants(key))
         dropped, channels = task.dropped.get(key, ()), task.channels.get(key, WHOLE)
         return masked_layer(model.loader, model.layout.layers[key], model.layers[layer], dropped, channels)
 

@@ -57,10 +57,11 @@ def record_problems(
     mtp: str,
     mtp_keep: Mapping[str, Collection[int]],
     shards: Mapping[str, Collection[str]],
+    replaced: Mapping[str, Any] = {},
 ) -> Iterator[str]:
     """A line for each thing that the files say and that is not so. found: what the plan's file holds; mtp_keep: what
-    MTP layers keep; shards: name -> its tensors. A checkpoint of another tool's has neither file; one that was trained
-    then has a manifest, which names no plan."""
+    MTP layers keep; shards: name -> its tensors; replaced: in which form dropped experts are, and by what. A checkpoint
+    of another tool's has neither file; one that was trained then has a manifest, which names no plan."""
     if found is None:
         if os.path.lexists(folder / MANIFEST) and not os.path.lexists(folder / PLAN_FILE):
             if any(line.get("plan") is not None for line in lines_told(folder)):
@@ -80,6 +81,7 @@ def record_problems(
         "plan": json.loads(plan.to_json()),
         "plan_sha256": plan.digest,
         **({"source": before} if before else {}),
+        **({"replaced": replaced} if replaced else {}),
     }
     for key in sorted(want.keys() | found.keys()):
         if json.dumps(want.get(key), sort_keys=True) != json.dumps(found.get(key), sort_keys=True):

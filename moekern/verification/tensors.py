@@ -8,7 +8,7 @@ source: see `computed`.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from moekern.verification.narrow import Channels, kept_channels, narrow_problems
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.recovered import trained_claims, trained_settings
+from moekern.verification.replaced import Vectors, constant_problems, is_known, replaced_in
 from moekern.verification.settings import modules_of, renumbered
 
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one
@@ -51,6 +52,8 @@ class VerifyReport:
     unchecked: int = 0  # of them, those for which the manifest has no checksum that could be taken
     recomputed: int = 0  # of them, those that were computed again to the same bytes
     trained: int = 0  # tensors that training has changed; no other count has them
+    constants: int = 0  # tensors that stand for dropped experts; no other count has them
+    constants_known: bool = False  # these were compared with what the plan makes them, zeros or of statistics
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def verify(
     mtp: Mtp | None = None,
     recompute: Recompute | None = None,
     full: bool = False,
+    vectors: Vectors | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare every byte of `pruned` with `source` under `plan`. Files are mapped, nothing is held.
@@ -84,65 +88,73 @@ def verify(
     were refitted, and the plan that their layers were, are held against the manifest's checksum instead of the source,
     and must be finite; so are those that moekern_recovery.json says were trained, against its checksum. recompute:
     gives the tensors of a refitted layer once more, name -> bytes (None: those of merged experts are computed here); of
-    the first one and another that the plan's digest draws they are compared, with `full` of all. Raises InputError when
-    `source` or `plan` is at fault, never for what is in `pruned`.
+    the first one and another that the plan's digest draws they are compared, with `full` of all. vectors: the constants
+    of a plan that replaces dropped experts, which are then compared; without, they must be finite, and have the
+    manifest's checksum. Raises InputError when `source` or `plan` is at fault, never for what is in `pruned`.
     """
     if mtp not in (None, *MTP_MODES):
         raise InputError(f"--mtp {mtp}: expected one of {', '.join(MTP_MODES)}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    check_plan(plan, layout, checkpoint)
+    check_plan(plan, layout, checkpoint, replaced=True)
     folder = Path(pruned)
     if not os.path.isdir(folder):
         return VerifyReport((f"{folder}: no such folder",), 0, 0)
     problems: list[str] = []
     record = recorded(folder, plan, problems)
     mode = mtp or recorded_mtp(record) or planned_mtp(plan)
-    compared = 0
+    compared, step = 0, progress or (lambda done, total: None)
     with ExitStack() as stack:
         old = Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
-        kept = kept_experts(old, layout, plan, mode)
+        replaced = replaced_in(checkpoint, layout, plan, record, folder)
+        kept = dict(replaced.kept) or kept_experts(old, layout, plan, mode)
         channels = kept_channels(old, layout, plan, kept)
         expected = expected_tensors(old.shards, layout, kept, mode, channels)
+        expected = {name: each for name, each in expected.items() if name not in replaced.gone}
         try:
             new = Folder(folder, stack)
         except (OSError, ValueError) as error:
             reason = without_folder(folder, error)
             return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
-        problems += [f"{name}: missing" for name in sorted(expected.keys() - new.shards.keys())]
-        problems += [f"{name}: should not be there" for name in sorted(new.shards.keys() - expected.keys())]
+        problems += _other_names(expected.keys() | replaced.constants.keys(), new.shards.keys())
         claims = _claims(folder, plan, layout, expected, problems)
         if recompute is None and is_merged(plan, checkpoint.fingerprint):
             recompute = lambda key: merged_again(old, layout.layers[key], plan)  # noqa: E731
-        names = [name for name in new.shards if name in expected and name not in claims]
-        for name in names:
+        copied = [name for name in new.shards if name in expected and name not in claims]
+        for name in copied:
             found, nbytes = _compare(name, expected[name], old, new)
             problems += found
             compared += nbytes
-            if progress is not None:
-                progress(compared, new.data_bytes)
+            step(compared, new.data_bytes)
         there = {name: (claims[name], _described(expected[name], old)) for name in new.shards if name in claims}
         computed = computed_tensors(there, new, plan, recompute, full=full)
         problems += computed.problems
-        if progress is not None and there:
-            progress(compared + computed.nbytes, new.data_bytes)
-        problems += _metadata_problems(expected, old, new)
+        if there:
+            step(compared + computed.nbytes, new.data_bytes)
+        problems += constant_problems(replaced.constants, plan, vectors, lines_told(folder), new)
+        sources = {name: Expected(constant.source) for name, constant in replaced.constants.items()}
+        problems += _metadata_problems(expected | sources, old, new)
         problems += _index_problems(checkpoint, new)
         mtp_keep = {key: kept[key] for key in layout.mtp if key in kept}
         held = {name: list(opened.keys()) for name, opened in new.opened.items()}
-        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held)
-    drop = mode == "drop"
+        problems += record_problems(record, folder, checkpoint, plan, mode, mtp_keep, held, replaced.record)
     cut = partial(lists_cut, config=checkpoint.config, layout=layout, kept=kept)
-    modules = modules_of(layout, iter(old.shards), kept, drop_mtp=drop)
+    modules = modules_of(layout, iter(old.shards), kept, drop_mtp=mode == "drop")
     told = plan.digest if os.path.lexists(folder / PLAN_FILE) else None
     problems += file_problems(checkpoint, folder, set(new.files), modules, cut, told)
-    settings = trained_settings(folder, layout, problems)
+    settings, config = trained_settings(folder, layout, problems), replaced.config(checkpoint.config, layout)
     problems += config_problems(
-        checkpoint.config, folder / CONFIG, layout, kept, modules, drop_mtp=drop, width=plan.width, trained=settings
+        config, folder / CONFIG, layout, kept, modules, drop_mtp=mode == "drop", width=plan.width, trained=settings
     )
     trained = sum(claim.layer is None for claim, _ in there.values())
     counts = len(there) - trained, computed.unchecked, computed.recomputed, trained
-    return VerifyReport(_listed(problems), len(names), compared, checkpoint.contents.left_out, *counts)
+    stand = len(replaced.constants), is_known(plan, vectors)
+    return VerifyReport(_listed(problems), len(copied), compared, checkpoint.contents.left_out, *counts, *stand)
+
+
+def _other_names(wanted: Set[str], there: Set[str]) -> list[str]:
+    missing = [f"{name}: missing" for name in sorted(wanted - there)]
+    return missing + [f"{name}: should not be there" for name in sorted(there - wanted)]
 
 
 def _claims(

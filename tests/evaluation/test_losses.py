@@ -10,19 +10,62 @@ import pytest
 import torch
 
 from moekern.architectures import find_layout
+from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
+from moekern.errors import InputError
 from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.losses import ORIGINAL, difference, means, student
 from moekern.model import layerwise
 from moekern.model.compute import Compute
 from moekern.model.stepwise import Stepwise, Tangled
+from moekern.plan.constants import measured, replacing
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.replacement import KINDS, Replacement
 from moekern.pruning.prune import prune
+from moekern.statistics.file import Statistics
 from tests.helpers import families
 from tests.helpers.narrow import narrow_plan, random_channels, save_narrow
+from tests.helpers.tight import tighten
 
 MakeCheckpoint = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.whole)])
+def test_constants_are_those_of_the_folder(
+    name: str, family_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that replaces what it drops, evaluated on the original, and the folder that it makes, to the bit; with all
+    experts of a layer in memory and in groups."""
+    folder, ids = family_checkpoint(name), families.input_ids(name, 2, 12, 1)
+    data = TokenData((Batch("a", ids), Batch("b", ids.flip(1))), {"a": 24, "b": 24})
+    compute = Compute(dtype=torch.float32)
+    calibrate(folder, data, compute, tiers=("dimensions", "constants"), out=tmp_path / "s.safetensors")
+    statistics = Statistics.load(tmp_path / "s.safetensors")
+    layers = find_layout(open_checkpoint(folder)).layers
+    plans = {}
+    for kind in KINDS:
+        plan = replacing(Plan({key: LayerPlan((0, 3, 5)[: 1 + i]) for i, key in enumerate(layers)}), kind, statistics)
+        plans[kind] = plan
+    found = evaluate(folder, data, plans, compute, statistics=tmp_path / "s.safetensors")
+    assert len({row["a"].nll for row in found.values()}) == 4
+    with pytest.raises(InputError, match="--statistics: plan .* give the file they are made of"):
+        evaluate(folder, data, plans, compute)
+    checkpoint = open_checkpoint(folder)
+    for kind, plan in plans.items():
+        layout = find_layout(checkpoint)
+        vectors = (
+            None if kind == "zero" else measured(statistics, plan.replace or Replacement(kind), checkpoint, layout)
+        )
+        out = tmp_path / kind
+        prune(folder, plan, out, vectors=vectors)
+        assert evaluate(out, data, {}, compute)[ORIGINAL]["b"].nll == found[kind]["b"].nll
+    with pytest.raises(InputError, match="are constants already, and plans are for the original"):
+        evaluate(tmp_path / "mean", data, {"x": plans["zero"]}, compute)
+    tighten(monkeypatch, folder, compute)
+    again = evaluate(folder, data, plans, compute, statistics=tmp_path / "s.safetensors")
+    for kind, row in found.items():
+        assert again[kind]["a"].nll == pytest.approx(row["a"].nll, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "longcat_flash", "llama4_text", "deepseek_v4"])

@@ -23,7 +23,7 @@ def test_the_table_is_whole() -> None:
     assert {op for tier in TABLE.values() for op in tier.ops} <= set(kernels.OPS)
     assert {other for tier in TABLE.values() for other in tier.implies} <= set(TABLE)
     assert BY_BATCH == (
-        "dimensions", "vocabulary", "token_counts", "coalitions", "reap", "mixture", "gram"
+        "dimensions", "constants", "stream", "vocabulary", "token_counts", "coalitions", "reap", "mixture", "gram"
     )  # fmt: skip
 
 

@@ -161,6 +161,37 @@ def test_vocabulary_coalitions_and_logits(name: str, case: MakeCase, runs: Runs)
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_constants(name: str, case: MakeCase, runs: Runs) -> None:
+    """Sums of gate^2 x output and of gate^2: their ratio is nearest to the outputs by gate^2."""
+    it = case(name, "constants", "dimensions")
+    value, weight, plain = torch.zeros(E, families.HIDDEN).double(), torch.zeros(E).double(), 0
+    for run in runs(it):
+        square = run.dense().square()
+        value += torch.einsum("te,teh->eh", square, run.y)
+        weight += square.sum(0)
+        plain = plain + torch.einsum("te,teh->eh", (square > 0).double(), run.y)
+    close(it.sums.gated_value_sum, value)
+    close(it.sums.gated_value_weight, weight)
+    close(it.sums.value_sum, plain)
+    assert it.sums.tiers == ("dimensions", "constants")
+
+
+@torch.no_grad()
+def test_stream(case: MakeCase) -> None:
+    """The energy of what goes into the norm whose output the experts are given."""
+    it, energy, seen = case("qwen3_moe", "stream"), 0.0, list[Tensor]()
+    hook = it.layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for token_ids in it.token_ids:
+        families.forward(it.model, token_ids)
+    hook.remove()
+    for hidden in seen:
+        for row in hidden.reshape(-1, families.HIDDEN).double():
+            energy += float((row * row).sum())
+    assert float(it.sums.stream_square_sum) == pytest.approx(energy, rel=1e-5)
+    assert int(it.sums.residual_tokens) == int(it.sums.tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_reap(name: str, case: MakeCase, runs: Runs) -> None:
     it = case(name, "reap")
     renormalised, count, compat = (torch.zeros(E, dtype=torch.float64) for _ in range(3))

@@ -18,7 +18,8 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli.app import app
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation.losses import ORIGINAL, evaluate
+from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.losses import ORIGINAL
 from moekern.merging.groups import merging_plan
 from moekern.merging.merge import merge_experts
 from moekern.model.compute import Compute
