@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moekern.cli import ranks
-from moekern.cli.console import say, show
+from moekern.cli.console import finite, say, show
 from moekern.cli.given import compute_of, named_plans, result, text_of
 from moekern.cli.options import (
     BatchSize,
@@ -123,7 +123,7 @@ def evaluate(
         document, table = document_of(scores, asked), lambda: show_scores(scores)
     if out is not None:
         make_parents(out)
-        write_bytes(out, (json.dumps(document, indent=1) + "\n").encode(), new=True)
+        write_bytes(out, (json.dumps(finite(document), indent=1) + "\n").encode(), new=True)
     result(document, table)
 
 

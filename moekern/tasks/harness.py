@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from io import StringIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ class Tasks:
             number = found.get("n-shot", {}).get(task, shots)
             for key, value in metrics.items():
                 metric, comma, reading = key.partition(",")
-                if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                     continue
                 error = metrics.get(f"{metric}_stderr,{reading}")
-                error = error if isinstance(error, (int, float)) and math.isfinite(error) else None
-                yield Score(name, task, number, metric, reading, float(value), error, count, higher.get(metric))
+                known = float(error) if isinstance(error, Real) and math.isfinite(error) else None
+                yield Score(name, task, number, metric, reading, float(value), known, count, higher.get(metric))
 
     def lessons(self) -> Iterator[tuple[str, str, str]]:
         """Task, prompt and right answer of every example of the tasks' own training sets, as the harness asks them
@@ -302,7 +303,7 @@ def book(tokenizer: Tokenizer, longest: int) -> Any:
 
         def _there(self, found: Mapping[Any, Any], key: Any) -> Any:
             if key not in found:
-                raise InputError("it asks other questions each time that it is asked: draw with fixed seeds")
+                raise InputError("--tasks: one asks other questions each time that it is asked: draw with fixed seeds")
             return found[key]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
