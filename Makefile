@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-merging bench-substitution bench-recovery bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -50,6 +50,11 @@ bench-substitution: $(VENV)/.ready
 bench-recovery: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.recovery --out $(OUT)/recovery.jsonl
+
+# Tasks without examples, with some, and after training, of the whole model and of pruned ones; an hour.
+bench-instruction: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.instruction --rate 1e-3 --seeds 0 1 2 --out $(OUT)/instruction.jsonl
 
 # Times against the last saved run of this machine, in .benchmarks/, and saves this one.
 bench-regression: $(VENV)/.ready

@@ -111,11 +111,12 @@ def little_text(models: Iterable[str]) -> str:
     return text
 
 
+LITTLE = {"--tokens-per-round": "300", "--steps": "2"}
+
+
 def with_little_text(command: list[str]) -> list[str]:
     """A command that does not train on what little text there is a hundred times over."""
-    return [
-        "300" if before == "--tokens-per-round" else word for before, word in zip(["", *command], command, strict=False)
-    ]
+    return [LITTLE.get(before, word) for before, word in zip(["", *command], command, strict=False)]
 
 
 def goes_on(page: list[list[str]], command: list[str]) -> bool:

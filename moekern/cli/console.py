@@ -184,7 +184,7 @@ def fail(text: str, kind: str, **more: str) -> None:
 
 
 def _line(document: dict[str, Any]) -> None:
-    print(json.dumps(_finite(document), allow_nan=False), file=sys.stderr, flush=True)
+    print(json.dumps(finite(document), allow_nan=False), file=sys.stderr, flush=True)
 
 
 def hint(text: str | None) -> None:
@@ -195,18 +195,19 @@ def hint(text: str | None) -> None:
 
 def emit(document: Any) -> None:
     """A JSON document on standard output; numbers that JSON lacks (NaN, infinity) become null."""
-    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(document), indent=1, ensure_ascii=False, allow_nan=False)
     encoding = sys.stdout.encoding or "utf-8"
     if text.encode(encoding, "replace").decode(encoding) != text:
-        text = json.dumps(_finite(document), indent=1, allow_nan=False)
+        text = json.dumps(finite(document), indent=1, allow_nan=False)
     sys.stdout.write(text + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null in the place of numbers that JSON lacks."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from moekern.cli import ranks
-from moekern.cli.console import say
+from moekern.cli.console import finite, say
 from moekern.cli.given import compute_of, named_plans, result, text_of
 from moekern.cli.options import (
     BatchSize,
@@ -135,7 +135,7 @@ def evaluate(
         document = {**document, "best": {"plan": taken["chosen"], "out": str(best)}}
     if out is not None:
         make_parents(out)
-        content = csv_text(rows) if out.suffix == ".csv" else json.dumps(document, indent=1) + "\n"
+        content = csv_text(rows) if out.suffix == ".csv" else json.dumps(finite(document), indent=1) + "\n"
         write_bytes(out, content.encode(), new=True)
     result(document, table)
     if best is not None:

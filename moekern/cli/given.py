@@ -56,6 +56,7 @@ def text_of(
     seed: int,
     batch_size: int = 1,
     chunk: int | None = None,
+    answers: bool = False,
 ) -> Text:
     """Which text the options name; none of it is read yet. What is to be said of it goes to the console."""
     from moekern.data.mixes import PRESETS, domains_of, parse_tokens
@@ -74,6 +75,7 @@ def text_of(
         columns=tuple(column or ()),
         thinking=thinking.value,
         strict=strict,
+        answers=answers,
         pack=pack,
         tell=console.say,
     )

@@ -47,7 +47,19 @@ if TYPE_CHECKING:
     from moekern.plan.document import Plan
 
 WORK = "optimise"  # in the work folder
-Rate = Annotated[float, typer.Option(help="The learning rate of the logits.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="The learning rate of the logits, or biases. Default: 0.1, or 0.03 for --method bias."),
+]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="masks: masks are drawn, towards the original's predictions; bias: a bias an expert on the whole model's "
+        "routers, trained on the next token, ranks (MoRA, arXiv:2610.00367; reconstructed of its abstract).",
+    ),
+]
+Diversity = Annotated[float, typer.Option(help="With --method bias: weight of the entropy of the mean routing.")]
 Every = Annotated[
     int | None,
     typer.Option(help="Steps from one look at held-back text to the next. Default: 20 looks.", callback=at_least(1)),
@@ -65,7 +77,9 @@ def optimise(
     steps: Annotated[int, typer.Option(help="Steps, each a pass forward and back.", callback=at_least(1))] = 100,
     step_tokens: Annotated[int, typer.Option(help="Tokens of a step.", callback=at_least(1))] = 4096,
     masks: Annotated[int, typer.Option(help="Masks that share the tokens of a step.", callback=at_least(1))] = 4,
-    rate: Rate = 0.1,
+    rate: Rate = None,
+    method: MethodOption = "masks",
+    diversity: Diversity = 0.01,
     budget: Budget = "uniform",
     top: Top = "64",
     every: Every = None,
@@ -98,7 +112,7 @@ def optimise(
 
     search = Search(
         steps=steps, step_tokens=step_tokens, masks=masks, rate=rate, budget=budget,
-        top=top_of(top), every=every, seed=seed,
+        top=top_of(top), every=every, seed=seed, method=method, diversity=diversity,
     )  # fmt: skip
     search.check()
     given = Plan.load(plan)

@@ -95,6 +95,13 @@ EntropyOption = Annotated[
         "arXiv:2404.05089; reconstructed)."
     ),
 ]
+Answers = Annotated[
+    bool,
+    typer.Option(
+        "--answers",
+        help="Only answers have a loss: the last message of conversations, the answer of pairs of a question and it.",
+    ),
+]
 TopK = Annotated[
     int | None,
     typer.Option(
@@ -148,6 +155,7 @@ def recover(
     adapter: Adapter = False,
     entropy: EntropyOption = 0.0,
     top_k: TopK = None,
+    answers: Answers = False,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
@@ -187,7 +195,7 @@ def recover(
     check_target(out, pruned)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, pack=pack, chunk=chunk, seed=seed,
+        strict=strict, pack=pack, chunk=chunk, seed=seed, answers=answers,
     )  # fmt: skip
     compute = compute_of(
         device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),

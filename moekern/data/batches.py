@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ SEGMENTS = 32  # of a domain, at most: sums of each are added up apart, and deci
 class Batch:
     """Sequences of one domain and one length: nothing is ever padded.
 
+    Where `answers` are marked, training counts the loss of these tokens alone; all else takes every token alike.
     Raises TypeError for values of other types, InputError for ids of another shape, on a device, or below 0.
     """
 
     domain: str
     input_ids: Tensor  # [B, S] int64, on the CPU
+    answers: Tensor | None = None  # bool [B, S]; None: every token is one
 
     def __post_init__(self) -> None:
         check_type("domain", self.domain, str)
@@ -37,6 +40,37 @@ class Batch:
             raise InputError(f"Batch of {self.domain}: input_ids: expected int64 [B, S] on the CPU, got {found}")
         if ids.numel() and int(ids.min()) < 0:
             raise InputError(f"Batch of {self.domain}: input_ids: {int(ids.min())} is no token id")
+        marks = self.answers
+        if marks is not None and (marks.dtype != torch.bool or marks.shape != ids.shape or marks.device != ids.device):
+            found = f"{marks.dtype} {list(marks.shape)} on {marks.device}"
+            wanted = f"expected bool {list(ids.shape)} on the CPU"
+            raise InputError(f"Batch of {self.domain}: answers: {wanted}, got {found}")
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its sequences."""
+        return Batch(self.domain, self.input_ids[rows], None if self.answers is None else self.answers[rows])
+
+    def each(self) -> Iterator[Batch]:
+        """Its sequences, one by one."""
+        return (self.part(slice(n, n + 1)) for n in range(len(self.input_ids)))
+
+    @property
+    def counted(self) -> Tensor | None:
+        """bool [B (S - 1)]: which of the tokens that are predicted a loss counts; None: all."""
+        return None if self.answers is None else self.answers[:, 1:].flatten()
+
+    @property
+    def predicted(self) -> int:
+        """How many these are."""
+        counted = self.counted
+        return self.input_ids[:, 1:].numel() if counted is None else int(counted.sum())
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """One of several of one domain, one length and one kind."""
+        marks = [batch.answers for batch in batches if batch.answers is not None]
+        ids = torch.cat([batch.input_ids for batch in batches])
+        return Batch(batches[0].domain, ids, torch.cat(marks) if marks else None)
 
     def __repr__(self) -> str:
         return f"Batch({self.domain}, {tuple(self.input_ids.shape)})"
@@ -60,8 +94,10 @@ class TokenData:
         """The same sequences in the same order, `chunk` of a domain and a length together, whatever the batches are."""
         chunks: list[Batch] = []
         for domain in self.tokens:
-            rows = [row.numpy() for batch in self.batches if batch.domain == domain for row in batch.input_ids]
-            chunks += [Batch(domain, torch.from_numpy(group)) for group in batched(rows, self.chunk)]
+            rows = (row for batch in self.batches if batch.domain == domain for row in batch.each())
+            for _, alike in groupby(rows, lambda row: (row.input_ids.shape[1], row.answers is None)):
+                some = list(alike)
+                chunks += [Batch.joined(some[n : n + self.chunk]) for n in range(0, len(some), self.chunk)]
         return replace(self, batches=tuple(chunks))
 
     @property

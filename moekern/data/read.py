@@ -39,6 +39,7 @@ def read_data(
     seed: int = 0,
     columns: Sequence[str] = (),
     thinking: str = "row",
+    answers: bool = False,
     strict: bool = False,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -52,14 +53,15 @@ def read_data(
     sequences at a time (None: as many of the longest as hold 2048 tokens), losses `batch_size`. `tokens` bounds what
     domains that name no amount have together; what a small one lacks is not made up for. No more is read than a budget
     needs. `columns` ("column" or "name=column") say where the text of rows is. What is left out is counted and told in
-    a line, by `tell` or as a warning; `strict` makes it an error.
+    a line, by `tell` or as a warning; `strict` makes it an error. With `answers` the last message of conversations, and
+    the answers of pairs, are marked (`Batch.answers`); all of other documents is.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
     _check(sequence_length, batch_size, chunk, seed, thinking)
     domains = domains_of(specs)
     named = _columns(columns, domains)
     notes = Notes(tell)
-    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking)
+    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking, answers=answers)
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
@@ -68,9 +70,9 @@ def read_data(
             reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
             left = LeftOut(domain.name, strict)
             sequences = _sequences(reading, tokenizer, left, notes)
-            _check_vocabulary(sequences, vocab_size, domain)
             sources[domain.name] = _source(reading, sequences, left)
-            batches += [Batch(domain.name, torch.from_numpy(rows)) for rows in batched(sequences, batch_size)]
+            _check_vocabulary(list(map(_ids, sequences)) if answers else sequences, vocab_size, domain)
+            batches += [_batch(domain.name, rows, answers) for rows in batched(sequences, batch_size)]
     longest = max(batch.input_ids.shape[1] for batch in batches)
     if max_positions is not None and longest > max_positions:
         notes.warn(
@@ -78,15 +80,19 @@ def read_data(
             f"positions that the model was made for (max_position_embeddings); give {max_positions} at the most"
         )
     chunk = max(1, CHUNK_TOKENS // (sequence_length if pack else longest)) if chunk is None else chunk
-    recipe = {
-        "sources": sources,
-        "sequence_length": sequence_length,
-        "chunk": chunk,
-        "segments": SEGMENTS,
-        "tokens": tokens,
-        "seed": seed,
-        "thinking": thinking,
-    } | ({} if pack else {"pack": False})
+    recipe = (
+        {
+            "sources": sources,
+            "sequence_length": sequence_length,
+            "chunk": chunk,
+            "segments": SEGMENTS,
+            "tokens": tokens,
+            "seed": seed,
+            "thinking": thinking,
+        }
+        | ({} if pack else {"pack": False})
+        | ({"answers": True} if answers else {})
+    )
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
 
 
@@ -176,6 +182,17 @@ def _source(reading: Reading, sequences: Sequence[np.ndarray], left: LeftOut) ->
         "ids_sha256": digest.hexdigest(),
         "left_out": left.document(),
     }
+
+
+def _ids(coded: np.ndarray) -> np.ndarray:
+    """What a tokenizer that tells answers apart has coded, as ids."""
+    return np.where(coded < 0, ~coded, coded)
+
+
+def _batch(domain: str, coded: np.ndarray, answers: bool) -> Batch:
+    if not answers:
+        return Batch(domain, torch.from_numpy(coded))
+    return Batch(domain, torch.from_numpy(_ids(coded)), torch.from_numpy(coded >= 0))
 
 
 def _check_vocabulary(sequences: Sequence[np.ndarray], vocab_size: int | None, domain: Domain) -> None:

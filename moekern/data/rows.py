@@ -62,6 +62,7 @@ class Chat:
     options: dict[str, Any] = field(default_factory=dict)  # of the template: the row's chat_template_kwargs
     as_given: list[dict[str, Any]] | None = None  # messages with arguments as strings, where the row has such
     plain: str | None = None  # what stands for a pair where there is no chat template
+    asked: str = ""  # what of that is the question
     parts: tuple[str, ...] = ()  # types of content that is no text, and is not in the messages
 
 
@@ -150,14 +151,14 @@ def _pair(row: Mapping[str, Any], asked: str, answered: str) -> Chat:
     given = row.get("input") if asked == "instruction" else None
     if isinstance(given, str) and given.strip():
         question = f"{question}\n\n{given}"
-    return _chat([_said("user", question), _said("assistant", answer)], row, plain=f"{question}\n\n{answer}")
+    return _chat([_said("user", question), _said("assistant", answer)], row, (f"{question}\n\n", answer))
 
 
 def _said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _chat(messages: Iterable[Any], row: Mapping[str, Any], plain: str | None = None) -> Chat:
+def _chat(messages: Iterable[Any], row: Mapping[str, Any], plain: tuple[str, str] | None = None) -> Chat:
     parts: list[str] = []
     read = [_message(message, parts) for message in messages]
     system = row.get("system")
@@ -167,9 +168,9 @@ def _chat(messages: Iterable[Any], row: Mapping[str, Any], plain: str | None = N
         raise Unreadable("messages hold no text")
     objects = [_with_objects(message) for message in read]
     as_given = None if objects == read else read
-    return Chat(
-        objects, _tools(row.get("tools")), _options(row.get("chat_template_kwargs")), as_given, plain, tuple(parts)
-    )
+    options, pair = _options(row.get("chat_template_kwargs")), None if plain is None else "".join(plain)
+    asked = "" if plain is None else plain[0]
+    return Chat(objects, _tools(row.get("tools")), options, as_given, pair, asked, tuple(parts))
 
 
 def _tools(given: Any) -> list[Any] | None:

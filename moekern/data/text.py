@@ -24,6 +24,7 @@ class Text:
     pack: bool = True  # documents one after another, cut to sequences; else a row each
     columns: tuple[str, ...] = ()  # where the text of rows is: "column", or "name=column"
     thinking: str = "row"  # on, off, or as the rows say
+    answers: bool = False  # those of rows are marked, for training: see `Batch`
     strict: bool = False  # stop at what cannot be read, instead of counting it
     tell: Callable[[str], None] | None = field(default=None, compare=False)  # what is said on the way; None: warnings
 
@@ -45,6 +46,7 @@ class Text:
             seed=self.seed,
             columns=self.columns,
             thinking=self.thinking,
+            answers=self.answers,
             strict=self.strict,
             tell=self.tell,
             trust_remote_code=trust_remote_code,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,11 +45,14 @@ class Tokenizer:
     """The checkpoint's tokenizer, opened when the first text needs it, at work in a process for each core.
 
     With `ended`, a text ends with the end-of-text token that keeps it apart from the next. thinking: "on", "off", or
-    "row" as rows say.
+    "row" as rows say. answers: ids of what a row asks are told apart from those of its answer, by ~id in their place.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool, *, ended: bool = True, thinking: str = "row") -> None:
+    def __init__(
+        self, folder: Path, trust_remote_code: bool, *, ended: bool = True, thinking: str = "row", answers: bool = False
+    ) -> None:
         self.folder, self.trust_remote_code, self.ended, self.thinking = folder, trust_remote_code, ended, thinking
+        self.answers = answers
         self.count = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)  # of processes
         self.loaded: Any = None
         self.processes: TokenizerProcesses | None = None
@@ -113,9 +117,14 @@ class Tokenizer:
         Raises InputError where there is no tokenizer, unless all are ids already.
         """
         if all(isinstance(document, np.ndarray) for document in documents):
-            return lambda: [Tokens(ids, HeldNotes()) for ids in documents if isinstance(ids, np.ndarray)]
+            return lambda: [self._given(ids) for ids in documents if isinstance(ids, np.ndarray)]
         self.get()
         return self._apart().submit(partial(self._tokens, documents)).result
+
+    def _given(self, ids: np.ndarray) -> Tokens:
+        """A document that is ids already."""
+        sound = not self.answers or not len(ids) or int(ids.min()) >= 0
+        return Tokens(ids if sound else Unreadable("token ids below 0"), HeldNotes())
 
     def ids(self, text: str, *, special: bool) -> list[int]:
         """The ids of a text; `special`: with what the tokenizer puts around it. Raises InputError where it fails."""
@@ -127,6 +136,9 @@ class Tokenizer:
         """Where one is refused, what comes behind it is not looked at."""
         found: list[Tokens] = []
         for document in documents:
+            if isinstance(document, np.ndarray):
+                found.append(self._given(document))
+                continue
             notes = HeldNotes()
             try:
                 found.append(Tokens(Writing(self, process, notes).ids(document), notes))
@@ -163,10 +175,8 @@ class Writing:
         self.tokenizer, self.process, self.notes = tokenizer, process, notes
         self.end = tokenizer.loaded.eos_token_id if tokenizer.ended else None
 
-    def ids(self, document: Document) -> np.ndarray:
+    def ids(self, document: Passage | Chat) -> np.ndarray:
         """Token ids [N] int64. Raises Unreadable for what the chat template cannot render."""
-        if isinstance(document, np.ndarray):
-            return document
         return self.passage(document) if isinstance(document, Passage) else self.chat(document)
 
     def passage(self, passage: Passage) -> np.ndarray:
@@ -201,12 +211,37 @@ class Writing:
             if chat.plain is None:
                 raise Unreadable("the tokenizer has no chat template")
             self.notes.say("the tokenizer has no chat template: questions and answers are joined by a blank line")
-            return self.passage(Passage(chat.plain))
+            ids = self.passage(Passage(chat.plain))
+            return self._marked(ids, lambda: self.passage(Passage(chat.asked, ends=False)))
         self._check_carried(chat)
         text = self._rendered(chat)
         check_characters(text)
         ids = self.plain(text)
-        return ids if self.end is None or text.rstrip().endswith(self.tokenizer.closing) else _joined(ids, [self.end])
+        if self.end is not None and not text.rstrip().endswith(self.tokenizer.closing):
+            ids = _joined(ids, [self.end])
+        return self._marked(ids, lambda: self.plain(self._asked(chat)))
+
+    def _marked(self, ids: np.ndarray, asked: Callable[[], np.ndarray]) -> np.ndarray:
+        """Where answers are told apart: ~id in the place of those with which it begins as what is asked does."""
+        if not self.tokenizer.answers:
+            return ids
+        before = asked()
+        most = min(len(ids), len(before))
+        differs = np.flatnonzero(ids[:most] != before[:most])
+        count = int(differs[0]) if len(differs) else most
+        return np.concatenate([~ids[:count], ids[count:]])
+
+    def _asked(self, chat: Chat) -> str:
+        """A conversation up to its last message, an answer. Raises Unreadable where that is none."""
+        if chat.messages[-1]["role"] != "assistant":
+            raise Unreadable("messages: the last one is no answer (of the assistant)")
+        cut = replace(
+            chat,
+            messages=chat.messages[:-1],
+            as_given=None if chat.as_given is None else chat.as_given[:-1],
+            options={**chat.options, "add_generation_prompt": True},
+        )
+        return self._rendered(cut)
 
     def _check_carried(self, chat: Chat) -> None:
         """Say what a template passes over in silence."""

@@ -20,10 +20,10 @@ def held_back(data: TokenData) -> tuple[TokenData, TokenData]:
     kept: list[Batch] = []
     held: list[Batch] = []
     for domain in data.tokens:
-        rows = [row for batch in data.batches if batch.domain == domain for row in batch.input_ids]
-        chosen = _chosen([len(row) for row in rows])
-        held += [Batch(domain, rows[i][None]) for i in chosen]
-        kept += [Batch(domain, row[None]) for i, row in enumerate(rows) if i not in chosen]
+        rows = [row for batch in data.batches if batch.domain == domain for row in batch.each()]
+        chosen = _chosen([row.input_ids.shape[1] for row in rows])
+        held += [rows[i] for i in chosen]
+        kept += [row for i, row in enumerate(rows) if i not in chosen]
     missing = replace(data, batches=tuple(held))
     if not held:
         return data, missing

@@ -138,8 +138,7 @@ class Masked:
         with self._applied(task.dropped):
             logits = self.layerwise.compute(batch).logits
         check_head(self.layerwise, logits, self.layerwise.vocab_size)
-        rows, wanted = logits[:, :-1].flatten(0, 1), batch.input_ids[:, 1:].flatten().to(logits.device)
-        return self.objective(rows, wanted, None if self.teacher is None else self.teacher.of(task.sample.place))
+        return self.objective(*task.sample.counted(logits, self.teacher))
 
     def _at(self, layer: int) -> None:
         self.layer = layer

@@ -20,6 +20,7 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
 from moekern.files import is_plain
+from moekern.masks.biased import RECONSTRUCTED, Biased, Biases
 from moekern.masks.logits import Logits, Pools, drawn, gathered, spread
 from moekern.masks.masked import WHAT, Masked, check_optimised
 from moekern.masks.settings import Search
@@ -117,28 +118,31 @@ def optimise(
         layerwise = staying(opened)
         layerwise.model.requires_grad_(False)
         of_layers = "all layers in memory" if layerwise.stays else "one layer in memory at a time"
-        tell(f"{WHAT}: {sum(count for count, _ in counts.values())} logits; {of_layers}")
+        named = "logits" if search.method == "masks" else "biases"
+        tell(f"{WHAT}: {sum(count for count, _ in counts.values())} {named}; {of_layers}")
         pools = _pools(counts, layout, search)
         start = _mask_of(plan, counts)
-        logits = Logits.of(pools, pools.begun(_scores_of(plan, counts), start))
+        logits: Logits | Biases = Biases.of(pools)
+        if search.method == "masks":
+            logits = Logits.of(pools, pools.begun(_scores_of(plan, counts), start))
         masked = Masked(layerwise, Objective(), teacher)
         run = _Run(masked, course, search, counts, start, logits, logits.values, folder, key, tell, progress)
         state = run.searched()
-        found = spread(pools.chosen(run.best), counts)
+        found = spread(run.mask(run.best), counts)
         provenance = _provenance(checkpoint, layout, plan, data, search)
         return run.finished(state, _planned(plan, found, run.best, counts, provenance, state, search))
 
 
 @dataclass
 class _Run:
-    """A run from where it was stopped to its end. best: the logits of the best look."""
+    """A run from where it was stopped to its end. best: the logits, or biases, of the best look."""
 
     masked: Masked
     course: Course
     search: Search
     counts: Counts
     start: torch.Tensor
-    logits: Logits
+    logits: Logits | Biases
     best: torch.Tensor
     folder: Path
     key: Mapping[str, Any]
@@ -159,8 +163,29 @@ class _Run:
                 self._looked(state)
         return state
 
+    def mask(self, values: torch.Tensor) -> torch.Tensor:
+        """bool: which experts stay by these values; as it began where they say nothing yet."""
+        return self.logits.pools.chosen(values) if bool(values.any()) else self.start
+
     def _stepped(self, step: int, of: int) -> dict[str, Any]:
-        """One step on the logits."""
+        """One step on the logits, or biases."""
+        told = self._on_masks(step, of) if self.search.method == "masks" else self._on_biases(step, of)
+        return {"tokens": self.course.tokens(step), **told}
+
+    def _on_biases(self, step: int, of: int) -> dict[str, Any]:
+        """What moves the biases: the loss of the next token of the whole model."""
+        samples, counts, start = self.course.steps[step], self.counts, 0
+        own = dict[str, torch.Tensor]()
+        for key, (experts, _) in counts.items():
+            own[key] = self.logits.values[start : start + experts]
+            start += experts
+        biased = Biased(self.masked.layerwise, self.search.diversity)
+        found, sums = biased.slopes(samples, own, lambda share: self.progress("optimising", step + share, of))
+        self.logits.stepped(gathered(found, counts), self.search.peak)
+        return {"nll": float(sums[0]) / float(sums[3])}
+
+    def _on_masks(self, step: int, of: int) -> dict[str, Any]:
+        """What moves the logits: KL of masked models."""
         samples, pools = self.course.steps[step], self.logits.pools
         noisy = [
             self.logits.values.double() + noise
@@ -172,20 +197,20 @@ class _Run:
         for n, values in enumerate(noisy):
             own = gathered({key: found[n] for key, found in worth.items()}, self.counts)
             gradient += own * pools.slope(values, temperature)
-        self.logits.stepped(gradient, self.search.rate)
-        kl, predicted = float(sums[1]), float(sums[3])
-        return {"tokens": self.course.tokens(step), "temperature": temperature, "kl": kl / predicted}
+        self.logits.stepped(gradient, self.search.peak)
+        return {"temperature": temperature, "kl": float(sums[1]) / float(sums[3])}
 
     def _look(self, samples: Sequence[Sample], values: torch.Tensor) -> Losses:
         if not samples:
             return {}
-        return self.masked.look(samples, spread(~self.logits.pools.chosen(values), self.counts))
+        return self.masked.look(samples, spread(~self.mask(values), self.counts))
 
     def _looked(self, state: _State) -> None:
         """Look at what is held back, keep what is best, and write down how far the run is."""
         held = self._look(self.course.held, self.logits.values)
         if held:
-            value = mean_of(held, "kl")
+            # what the steps make smaller
+            value = mean_of(held, "kl" if self.search.method == "masks" else "nll")
             state.curve.append({"step": state.step, "held": row_document(held), "changed": self._changed()})
         if not held or state.least is None or value < state.least:
             state.least, state.best, self.best = value if held else None, state.step, self.logits.values.clone()
@@ -195,7 +220,7 @@ class _Run:
 
     def _changed(self) -> int:
         """How many experts stay that did not in the beginning."""
-        return int((self.logits.pools.chosen(self.logits.values) & ~self.start).sum())
+        return int((self.mask(self.logits.values) & ~self.start).sum())
 
     def _left(self) -> _State:
         """Where a run was stopped; its beginning where none was."""
@@ -207,7 +232,7 @@ class _Run:
             vectors = {name: file.get_tensor(name) for name in VECTORS}
             state = _State(**{name: found[name] for name in asdict(_State())})
         self.best = vectors.pop("best")
-        self.logits = Logits(self.logits.pools, **vectors, steps=state.step)
+        self.logits = type(self.logits)(self.logits.pools, **vectors, steps=state.step)
         self.tell(f"{WHAT}: going on behind step {state.step} of {len(self.course.steps)}, where a stopped run was")
         return state
 
@@ -219,7 +244,7 @@ class _Run:
             notes.append("no mask was better on held-back text than the plan's: it stays as it is; more steps may help")
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, state.best)]
         held = (row_of(looks[0]), row_of(looks[-1])) if self.course.held else ({}, {})
-        changed = int((self.logits.pools.chosen(self.best) & ~self.start).sum())
+        changed = int((self.mask(self.best) & ~self.start).sum())
         judged = row_of(state.before), after
         return Optimised(plan, state.best, state.step, changed, held, judged, tuple(state.curve), tuple(notes))
 
@@ -242,7 +267,7 @@ def _check(plan: Plan, layout: Layout, checkpoint: Checkpoint, search: Search) -
 def _course(data: TokenData, search: Search) -> Course:
     """The text of each step; chunks are small enough that each mask has some."""
     longest = max((batch.input_ids.shape[1] for batch in data.batches), default=1)
-    chunk = max(1, min(data.chunk, search.step_tokens // search.masks // longest))
+    chunk = max(1, min(data.chunk, search.step_tokens // search.apart // longest))
     small = replace(data, chunk=chunk)
     there = Split.of(small).tokens(FITTED)
     if there < 2:
@@ -294,16 +319,17 @@ def _planned(
         for each in state.curve
         if "held" in each
     ]
+    more = {} if search.method == "masks" else {"reconstructed": RECONSTRUCTED}
     said = {"plan": plan.digest, "search": asdict(search), "best": state.best, "held": curve, "versions": versions()}
     mtp = {"mtp": plan.provenance["mtp"]} if "mtp" in plan.provenance else {}
-    return Plan(layers, whole | {WHAT: said} | mtp)
+    return Plan(layers, whole | {WHAT: said | more} | mtp)
 
 
 def _provenance(checkpoint: Checkpoint, layout: Layout, plan: Plan, data: TokenData, search: Search) -> dict[str, Any]:
     first = next(iter(layout.layers))
     return {
         "fingerprint": checkpoint.fingerprint,
-        "criterion": "masks",
+        "criterion": search.method,
         "domains": list(data.tokens),
         "keep": plan.provenance.get("keep", len(plan.layers[first].keep)),
         "num_experts": layout.num_experts,

@@ -25,12 +25,12 @@ MASKED = -1e9
 PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
 
 
-class _LowerLogits(TorchFunctionMode):
-    """Lower the dropped columns of every product whose width is the router's."""
+class _ChangeLogits(TorchFunctionMode):
+    """Change every product whose width is the router's, as soon as it is made."""
 
-    def __init__(self, width: int, dropped: Sequence[int]) -> None:
+    def __init__(self, width: int, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.width, self.dropped, self.hits = width, list(dropped), 0
+        self.width, self.change, self.hits = width, change, 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,8 +38,19 @@ class _LowerLogits(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS and out.shape[-1] == self.width and out.is_floating_point():
             self.hits += 1
-            out[..., self.dropped] = max(MASKED, torch.finfo(out.dtype).min)
+            out = self.change(out)
         return out
+
+
+def _lowered(dropped: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """The columns of dropped experts lowered."""
+    columns = list(dropped)
+
+    def change(logits: Tensor) -> Tensor:
+        logits[..., columns] = max(MASKED, torch.finfo(logits.dtype).min)
+        return logits
+
+    return change
 
 
 Channels = Mapping[int, Tensor]  # expert -> the channels that it keeps, int64
@@ -58,10 +69,7 @@ def masked_layer(
     """
     with ExitStack() as stack:
         if dropped:
-            routers = [module.get_submodule(path) for path in router_modules(module, loader.model)]
-            width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
-            for router in routers:
-                stack.enter_context(_masked_forward(router, width, dropped, layer.key))
+            stack.enter_context(changed_logits(loader, layer, module, _lowered(dropped)))
             for tensor in layer.tensors:
                 if tensor.role in ("bias", "table"):
                     stack.enter_context(_changed(loader, tensor, layer.num_experts, dropped))
@@ -69,6 +77,19 @@ def masked_layer(
             down = check_cuttable(module, layer.key).down
             check_channels(torch.cat(list(channels.values())), down.shape[2], layer.key)
             stack.enter_context(_silent(down, channels))
+        yield
+
+
+@contextmanager
+def changed_logits(
+    loader: Loader, layer: MoeLayer, module: nn.Module, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """What the router's linear map makes of tokens, [..., E] and what a router has behind, becomes another while the
+    context is open. Raises RuntimeError as `masked_layer` does."""
+    width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
+    with ExitStack() as stack:
+        for path in router_modules(module, loader.model):
+            stack.enter_context(_changed_forward(module.get_submodule(path), width, change, layer.key))
         yield
 
 
@@ -104,17 +125,17 @@ def _silent(down: Tensor, channels: Channels) -> Iterator[None]:
 
 
 @contextmanager
-def _masked_forward(router: nn.Module, width: int, dropped: Sequence[int], key: str) -> Iterator[None]:
+def _changed_forward(router: nn.Module, width: int, change: Callable[[Tensor], Tensor], key: str) -> Iterator[None]:
     forward = router.forward
 
-    def lowered(*args: Any, **kwargs: Any) -> Any:
-        with _LowerLogits(width, dropped) as mode:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with _ChangeLogits(width, change) as mode:
             out = forward(*args, **kwargs)
         if not mode.hits:
             raise RuntimeError(f"layer {key}: the router made no logits of width {width}, so nothing was masked")
         return out
 
-    router.forward = lowered  # type: ignore[method-assign]
+    router.forward = changed  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -69,6 +69,8 @@ def text_key(data: TokenData) -> dict[str, Any]:
     for batch in data.batches:
         found.update(f"{batch.domain} {tuple(batch.input_ids.shape)}\n".encode())
         found.update(batch.input_ids.contiguous().numpy().tobytes())
+        if batch.answers is not None:
+            found.update(batch.answers.contiguous().numpy().tobytes())
     return {"recipe": data.recipe, "ids": found.hexdigest()}
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.held_out import LEAST
 from moekern.recovery.settings import Training
+from moekern.recovery.teacher import Predicted, Teacher
 from moekern.refit.variants import FITTED, HELD, JUDGED, Split
 
 
@@ -23,7 +25,16 @@ class Sample:
 
     @property
     def predicted(self) -> int:
-        return self.batch.input_ids[:, 1:].numel()
+        return self.batch.predicted
+
+    def counted(self, logits: Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor, Predicted | None]:
+        """Of logits [B, S, V] those [n, V] of tokens whose successors count, these int64 [n], and what the original
+        predicts in their places."""
+        rows, wanted = logits[:, :-1].flatten(0, 1), self.batch.input_ids[:, 1:].flatten()
+        own, some = None if teacher is None else teacher.of(self.place), self.batch.counted
+        if some is not None:
+            rows, wanted, own = rows[some.to(rows.device)], wanted[some], None if own is None else own.rows(some)
+        return rows, wanted.to(rows.device), own
 
     def __repr__(self) -> str:
         return f"domain {self.batch.domain}"
@@ -89,7 +100,7 @@ def schedule(sizes: Sequence[int], training: Training) -> list[list[int]]:
 def _of(split: Split, use: int) -> list[Batch]:
     """Batches of a use that predict something."""
     pairs = zip(split.batches, split.uses, strict=True)
-    return [batch for batch, own in pairs if own == use and batch.input_ids[:, 1:].numel()]
+    return [batch for batch, own in pairs if own == use and batch.predicted]
 
 
 def _notes(split: Split, order: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[str, ...]:

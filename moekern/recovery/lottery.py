@@ -219,9 +219,9 @@ def _trained(text: TokenData) -> int:
 
 def _portion(data: TokenData, start: float, stop: float) -> TokenData:
     """The sequences of each domain from a share of them to another one, at least one."""
-    batches = []
+    batches = list[Batch]()
     for domain in data.tokens:
-        rows = [row for batch in data.batches if batch.domain == domain for row in batch.input_ids]
+        rows = [row for batch in data.batches if batch.domain == domain for row in batch.each()]
         first = min(int(start * len(rows)), len(rows) - 1)
-        batches += [Batch(domain, row[None]) for row in rows[first : max(first + 1, round(stop * len(rows)))]]
+        batches += rows[first : max(first + 1, round(stop * len(rows)))]
     return replace(data, batches=tuple(batches), recipe={**data.recipe, "portion": [start, stop]})

@@ -126,10 +126,9 @@ class Steps:
         return [sample for sample, owner in zip(samples, owners, strict=True) if owner == team.rank]
 
     def _loss(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        ids, logits = sample.batch.input_ids, self.layerwise.compute(sample.batch).logits
+        logits = self.layerwise.compute(sample.batch).logits
         check_head(self.layerwise, logits, self.layerwise.vocab_size)
-        rows, wanted = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device)
-        return self.objective(rows, wanted, None if self.teacher is None else self.teacher.of(sample.place))
+        return self.objective(*sample.counted(logits, self.teacher))
 
 
 class _Look(Pass[Sample]):

@@ -39,7 +39,7 @@ class Predicted:
     ids: Tensor | None
     logp: Tensor
 
-    def rows(self, part: slice) -> Predicted:
+    def rows(self, part: slice | Tensor) -> Predicted:
         return Predicted(None if self.ids is None else self.ids[part], self.logp[part])
 
     def moved(self, device: torch.device) -> Predicted:

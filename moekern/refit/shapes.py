@@ -30,10 +30,10 @@ def trial_text(data: TokenData) -> TokenData:
     taken: list[Batch] = []
     for batch in data.batches:
         rows = max(0, left[batch.domain]) // batch.input_ids.shape[1] or int(left[batch.domain] == TRIAL)
-        some = batch.input_ids[:rows]
-        left[batch.domain] -= some.numel() if len(some) else TRIAL
-        if len(some):
-            taken.append(Batch(batch.domain, some))
+        some = batch.part(slice(rows))
+        left[batch.domain] -= some.input_ids.numel() if rows else TRIAL
+        if rows:
+            taken.append(some)
     return replace(data, batches=tuple(taken))
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from io import StringIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +97,45 @@ class Tasks:
             number = found.get("n-shot", {}).get(task, shots)
             for key, value in metrics.items():
                 metric, comma, reading = key.partition(",")
-                if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                     continue
                 error = metrics.get(f"{metric}_stderr,{reading}")
-                error = error if isinstance(error, (int, float)) and math.isfinite(error) else None
-                yield Score(name, task, number, metric, reading, float(value), error, count, higher.get(metric))
+                known = float(error) if isinstance(error, Real) and math.isfinite(error) else None
+                yield Score(name, task, number, metric, reading, float(value), known, count, higher.get(metric))
+
+    def lessons(self) -> Iterator[tuple[str, str, str]]:
+        """Task, prompt and right answer of every example of the tasks' own training sets, as the harness asks them
+        without examples. Raises InputError for a task that has none, or no right answer."""
+        for name, task in self.with_shots(0):
+            with refusing(f"task {name}", self.say), seeds():
+                if not task.has_training_docs():
+                    raise InputError(f"task {name}: its file names no training_split")
+                found = [_lesson(name, task, doc) for doc in task.training_docs()]
+            yield from ((name, *lesson) for lesson in found)
 
     def _limit(self, task: Any) -> int | None:
         from lm_eval.evaluator_utils import get_sample_size
 
         number = get_sample_size(task, self.asked.limit)
         return None if number is None else int(number)
+
+
+def _lesson(name: str, task: Any, doc: Any) -> tuple[str, str]:
+    """Prompt and right answer."""
+    kind, context = task.get_config("output_type"), task.fewshot_context(doc, num_fewshot=0)
+    if kind == "generate_until":
+        return context, f"{task.config.target_delimiter}{task.doc_to_target(doc)}"
+    asked = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
+    number = 0
+    if kind == "multiple_choice":
+        right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        right = right[0] if isinstance(right, list) else right
+        number = task.doc_to_choice(doc).index(right) if isinstance(right, str) else int(right)
+    elif kind != "loglikelihood":
+        raise InputError(f"task {name}: {kind} has no right answers")
+    one = asked[number] if isinstance(asked, list) else asked
+    prompt, answer = one.args[:2]
+    return prompt, answer
 
 
 @contextmanager
@@ -251,6 +280,13 @@ def book(tokenizer: Tokenizer, longest: int) -> Any:
             special = not begun if add_special_tokens is None else add_special_tokens
             return tokenizer.ids(string, special=special)
 
+        def encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            """Ids of both, as of a question."""
+            if not context:
+                return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            before, behind = self._encode_pair(context, continuation)
+            return before, behind
+
         def _loglikelihood_tokens(self, requests: Sequence[Any], **more: Any) -> list[Answer]:
             return [self._answer(context, continuation) for _, context, continuation in requests]
 
@@ -267,7 +303,7 @@ def book(tokenizer: Tokenizer, longest: int) -> Any:
 
         def _there(self, found: Mapping[Any, Any], key: Any) -> Any:
             if key not in found:
-                raise InputError("it asks other questions each time that it is asked: draw with fixed seeds")
+                raise InputError("--tasks: one asks other questions each time that it is asked: draw with fixed seeds")
             return found[key]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

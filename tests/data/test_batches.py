@@ -15,7 +15,9 @@ from moekern.data.batches import SEGMENTS, Batch, TokenData
 from moekern.demo import MODEL
 from moekern.errors import InputError
 from moekern.evaluation.evaluate import evaluate
+from moekern.evaluation.held_out import held_back
 from moekern.iteration.rounds import Method, iterate
+from moekern.model.position import text_key
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,22 @@ def test_each_domain_is_cut_into_segments_of_about_one_size(counts: list[int]) -
         assert found == sorted(found)
         assert sum(sizes) == len(found) == n
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_marks_of_answers_stay_with_their_sequences() -> None:
+    ids = torch.arange(24).view(6, 4)
+    marks = ids % 3 == 0
+    batches = tuple(Batch("a", ids[n : n + 1], marks[n : n + 1]) for n in range(5)) + (Batch("a", ids[5:]),)
+    data = TokenData(batches, {}, chunk=2)
+    chunks = data.by_chunk().batches
+    assert [len(batch.input_ids) for batch in chunks] == [2, 2, 1, 1]  # those without marks are a chunk of their own
+    assert chunks[-1].answers is None
+    kept, held = held_back(data)
+    for batch in (*chunks, *kept.batches, *held.batches):
+        if batch.answers is not None:
+            assert torch.equal(batch.answers, batch.input_ids % 3 == 0)
+    assert [batch.predicted for batch in chunks] == [int(marks[:2, 1:].sum()), int(marks[2:4, 1:].sum()), 1, 3]
+    plain = TokenData(tuple(Batch("a", batch.input_ids) for batch in batches), {}, chunk=2)
+    assert text_key(plain)["ids"] != text_key(data)["ids"]
+    with pytest.raises(InputError, match=r"answers: expected bool \[1, 4\] on the CPU"):
+        Batch("a", ids[:1], torch.ones(1, 3, dtype=torch.bool))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from moekern.data import process
@@ -16,7 +17,7 @@ from moekern.data.rows import Document, Passage
 from moekern.data.tokenizer import Tokenizer
 from moekern.demo import MODEL, TEXT
 from moekern.errors import InputError
-from tests.helpers.text import folder_of, read
+from tests.helpers.text import CHATML, folder_of, read
 
 
 def ids_of(tokenizer: Tokenizer, *documents: Document) -> list[np.ndarray]:
@@ -100,3 +101,48 @@ def test_a_folder_that_is_not_there_has_no_tokenizer(name: str, tmp_path: Path) 
     (tmp_path / "file").write_text("some text")
     with pytest.raises(InputError, match=f"{name}: no usable tokenizer; .*: no such folder"):
         read_data([str(tmp_path / "file")], tmp_path / name)
+
+
+ASKING = CHATML + "{% if add_generation_prompt %}<assistant>{% endif %}"
+SAID = [("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "22")]
+CONVERSATION = {"messages": [{"role": role, "content": text} for role, text in SAID]}
+EARLIER = "<user>one?<|im_end|>\n<assistant>1<|im_end|>\n"
+PAIR = {"prompt": "two?", "completion": "22"}
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize(
+    ("template", "row", "asked", "answer"),
+    [
+        (ASKING, CONVERSATION, EARLIER + "<user>two?<|im_end|>\n<assistant>", "22<|im_end|>\n"),
+        (ASKING, PAIR, "<user>two?<|im_end|>\n<assistant>", "22<|im_end|>\n"),
+        (CHATML, PAIR, "<user>two?<|im_end|>\n", "<assistant>22<|im_end|>\n"),
+        (None, PAIR, "<s>two?\n\n", "22"),
+        (None, {"text": "all of it"}, "", "<s>all of it"),
+    ],
+)  # fmt: skip
+def test_answers_are_told_apart(
+    template: str | None, row: dict[str, Any], asked: str, answer: str, pack: bool, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "model", template)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = read_data([str(tmp_path / "rows.jsonl")], folder, pack=pack, answers=True)
+    plain = read_data([str(tmp_path / "rows.jsonl")], folder, pack=pack)
+    (batch,), (same,), loaded = data.batches, plain.batches, Tokenizer(folder, False).get()
+    assert torch.equal(batch.input_ids, same.input_ids)
+    assert same.answers is None
+    assert batch.answers is not None
+    ids, marks = batch.input_ids[0], batch.answers[0]
+    ends = "</s>" if pack and template is None else ""
+    assert (loaded.decode(ids[~marks]), loaded.decode(ids[marks])) == (asked, answer + ends)
+    assert data.recipe["answers"]
+    assert "answers" not in plain.recipe
+
+
+def test_what_has_no_answer_is_left_out(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", ASKING)
+    rows = [CONVERSATION, {"messages": CONVERSATION["messages"][:3]}, {"input_ids": [1, -2, 3]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="2 of 3 rows .*the last one is no answer"):
+        data = read_data([str(tmp_path / "rows.jsonl")], folder, pack=False, answers=True)
+    assert len(data.batches) == 1

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
+from moekern.data.text import Text
+from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.masks import Search, optimise
+from moekern.masks.biased import Biased
 from moekern.masks.masked import Masked
 from moekern.model.compute import Compute
+from moekern.model.layerwise import open_layerwise
+from moekern.model.masking import changed_logits
+from moekern.model.transformers_api import loader_of
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
-from tests.helpers import families
+from tests.helpers import families, recovering
 from tests.helpers.commands import document, model_and_ids, moekern
 
 Folder = Callable[[str], Path]
@@ -154,3 +164,73 @@ def test_the_command_writes_a_plan_that_prune_takes(tmp_path: Path) -> None:
     assert moekern("prune", tmp_path / "model", out, "--out", tmp_path / "pruned").returncode == 0
     again = moekern(*command)
     assert (again.returncode, "exists" in again.stderr) == (2, True), again.stderr
+
+
+def test_planted_experts_of_noise_get_the_least_bias(tmp_path: Path) -> None:
+    """On the trained model that ships, by the loss of the next token."""
+    noise = (3, 8)
+    shutil.copytree(MODEL, tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, value in tensors.items():
+            if any(f".experts.{e}.down_proj" in name for e in noise):
+                value.copy_(torch.randn(value.shape, generator=generator) * 2 * value.float().std())
+        save_file(tensors, path, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "model")
+    text = Text(text_sources("calibration")[:2], tokens=4096, sequence_length=128).read(checkpoint)
+    start = plan_of(checkpoint.folder, tuple(range(0, 16, 2)))
+    search = Search(method="bias", steps=4, step_tokens=768, rate=0.1, every=4)
+    found = optimise(checkpoint, start, text, tmp_path / "work", search)
+    assert found.best == 4
+    assert all(not set(noise) & set(layer.keep) for layer in found.plan.layers.values())
+    scores = torch.tensor([layer.scores for layer in found.plan.layers.values()]).sum(0)
+    assert set(scores.argsort()[:2].tolist()) == set(noise)
+    before, after = ({d: loss.nll for d, loss in row.items()} for row in found.judged)
+    assert all(after[domain] < before[domain] for domain in before)
+    said = found.plan.provenance
+    assert said["criterion"] == "bias"
+    assert "MoRA" in said["optimise"]["reconstructed"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_slopes_are_those_of_the_whole_loss_in_memory(
+    name: str, family_checkpoint: Folder, whole_model: Callable[[str], Any]
+) -> None:
+    """By a bias on every router's logits, with the entropy of the mean routing."""
+    folder, some = family_checkpoint(name), recovering.samples(name)
+    layout = find_layout(open_checkpoint(folder))
+    generator = torch.Generator().manual_seed(3)
+    biases = {key: torch.randn(E, generator=generator) * 0.1 for key in layout.layers}
+    with open_layerwise(open_checkpoint(folder), layout, recovering.FLOAT32) as layerwise:
+        layerwise.model.requires_grad_(False)
+        got, sums = Biased(layerwise, 0.7).slopes(some, biases, lambda share: None)
+    model, _ = recovering.whole(copy.deepcopy(whole_model(name)))
+    model.requires_grad_(False)
+    leaves = {key: bias.clone().requires_grad_() for key, bias in biases.items()}
+    seen: dict[str, torch.Tensor] = {}
+
+    def changed(key: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def change(logits: torch.Tensor) -> torch.Tensor:
+            seen[key] = logits + leaves[key]
+            return seen[key]
+
+        return change
+
+    loader, mean = loader_of(model), 0.0
+    places, (_, layers) = loader.moe_places(layout), loader.decoder_layers()
+    with ExitStack() as stack:
+        for key, layer in layout.layers.items():
+            stack.enter_context(changed_logits(loader, layer, layers[places[key]], changed(key)))
+        for sample in some:
+            ids = sample.batch.input_ids
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            nll = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+            p = [z.flatten(0, -2).softmax(-1).mean(0) for z in seen.values()]
+            spread = torch.stack([-(q * q.log()).sum() for q in p]).mean()
+            ((nll - 0.7 * spread) / len(some)).backward()  # type: ignore[no-untyped-call]
+            mean += float(nll.detach()) / len(some)
+    assert float(sums[0] / sums[3]) == pytest.approx(mean, rel=1e-5)
+    for key, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(got[key].float(), leaf.grad, rtol=1e-3, atol=1e-6)

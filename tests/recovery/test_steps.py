@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,35 @@ def test_steps_are_those_of_adamw_on_a_model_in_memory(
     for name in names:
         torch.testing.assert_close(got[name], weights[name].detach(), rtol=0, atol=1e-5, msg=name)
         assert not torch.equal(got[name], start[name])
+
+
+def test_answers_alone_have_a_loss(family_checkpoint: MakeCheckpoint, whole_model: WholeModel, tmp_path: Path) -> None:
+    """Towards another model and the next token; what was asked has neither."""
+    generator = torch.Generator().manual_seed(5)
+    plain, original = samples("qwen3_moe"), families.build("qwen3_moe", seed=1)
+    marks = [torch.rand(sample.batch.input_ids.shape, generator=generator) < 0.3 for sample in plain]
+    some = [Sample(s.place, replace(s.batch, answers=m)) for s, m in zip(plain, marks, strict=True)]
+    training = Training(train=("all",), kl=0.5, next=1.0, top="vocabulary")
+    with steps(family_checkpoint("qwen3_moe"), training, teacher_of(original, some, tmp_path / "teacher")) as own:
+        got, told = gradients(own, some)
+    model, weights = whole(copy.deepcopy(whole_model("qwen3_moe")))
+    p = [families.forward(original, s.batch.input_ids)[:, :-1].flatten(0, 1).softmax(-1) for s in some]
+    parts = torch.zeros(2)
+
+    def loss(logits: Tensor, ids: Tensor, place: int) -> Tensor:
+        rows = marks[place][:, 1:].flatten()
+        logq, P = logits[rows].log_softmax(-1), p[place][rows]
+        kl, next_token = (P * (P.log() - logq)).sum(), F.nll_loss(logq, ids[rows], reduction="sum")
+        parts.add_(torch.stack([kl, next_token]).detach())
+        return 0.5 * kl + next_token
+
+    backward(model, some, loss)
+    count = sum(int(each[:, 1:].sum()) for each in marks)
+    assert (told["kl"], told["nll"]) == pytest.approx((float(parts[0]) / count, float(parts[1]) / count), rel=1e-4)
+    for each, G in got.items():
+        want = weights[each].grad
+        want = torch.zeros_like(G) if want is None else want
+        torch.testing.assert_close(G, want, rtol=0, atol=2e-4 * float(want.abs().max()) + 1e-7, msg=each)
 
 
 @pytest.mark.parametrize("train", [("all",), ("router", "norms", "lora", "scale")])

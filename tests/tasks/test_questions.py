@@ -11,13 +11,15 @@ import torch
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
+from moekern.model import journal
 from moekern.model.compute import Compute
+from moekern.model.journal import Resume
+from moekern.model.layerwise import LayerwiseModel
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
+from moekern.tasks import questions as questions_module
 from moekern.tasks.questions import Question, answers, arranged, asked_of
-from moekern.tasks.settings import Score, rows, shots_of
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
@@ -46,6 +48,40 @@ def test_answers_are_those_of_models_in_memory(
         assert likeliest == bool((logp.argmax(1) == wanted).all())
 
 
+@pytest.mark.parametrize("layer", [2, 99])
+def test_what_was_stopped_goes_on_to_the_same_answers(
+    layer: int, family_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of a layer, and when all were done."""
+    folder = family_checkpoint("qwen3_moe")
+    questions = [asked_of(row[:4], row[4:], 64) for row in families.input_ids("qwen3_moe", 3, 9, 0).tolist()]
+    plan = Plan({key: LayerPlan((0, 2, 5, 7)) for key in find_layout(open_checkpoint(folder)).layers}, {})
+    want = answers(folder, questions, {"half": plan})
+    monkeypatch.setattr(journal, "SHARE", 0)
+    loads, met = LayerwiseModel._load, list[int]()
+
+    def load(self: LayerwiseModel, i: int, after: int | None) -> None:
+        met.append(i)
+        if met.count(layer) == 1 and i == layer:
+            raise KeyboardInterrupt
+        loads(self, i, after)
+
+    def done(folder: Path) -> None:
+        if layer == 99 and met.count(99) == 0:
+            met.append(99)
+            raise KeyboardInterrupt
+        journal.removed(folder)
+
+    monkeypatch.setattr(LayerwiseModel, "_load", load)
+    monkeypatch.setattr(questions_module, "removed", done)
+    with pytest.raises(KeyboardInterrupt):
+        answers(folder, questions, {"half": plan}, resume=Resume(tmp_path / "state"))
+    before = len(met)
+    assert answers(folder, questions, {"half": plan}, resume=Resume(tmp_path / "state", tell=lambda line: None)) == want
+    assert met[before:] == list(range(layer, families.LAYERS))
+    assert not list((tmp_path / "state").glob("*"))
+
+
 def test_a_sequence_that_questions_share_is_computed_once() -> None:
     one, two, other = Question((1, 2, 3), 1), Question((1, 2, 4), 1), Question((1, 2, 3, 4), 2)
     data, asked = arranged([one, two, one, other])
@@ -57,24 +93,3 @@ def test_what_is_too_long_loses_its_front() -> None:
     assert asked_of([1, 2, 3, 4], [5, 6], 8) == Question((1, 2, 3, 4, 5, 6), 2)
     assert asked_of([1, 2, 3, 4], [5, 6], 3) == Question((3, 4, 5, 6), 2)
     assert asked_of([1], [2, 3, 4, 5], 3) == Question((2, 3, 4, 5), 3)
-
-
-def test_the_table_has_a_row_a_metric_and_a_column_a_model() -> None:
-    def score(model: str, task: str, shots: int, value: float, stderr: float | None = 0.1) -> Score:
-        return Score(model, task, shots, "acc", "none", value, stderr, 9, True)
-
-    some = [score("original", "a", 0, 0.5), score("original", "b", 0, 1, None), score("original", "a", 2, 0.75)]
-    columns, table = rows([*some, score("half", "a", 0, 0.25)])
-    assert columns == ("task", "shots", "metric", "original", "half")
-    assert table == [
-        ("a", "0", "acc", "0.5000 ± 0.1000", "0.2500 ± 0.1000"),
-        ("a", "2", "acc", "0.7500 ± 0.1000", ""),
-        ("b", "0", "acc", "1.0000", ""),
-    ]
-
-
-def test_numbers_of_examples() -> None:
-    assert shots_of("0, 1,5,1") == (0, 1, 5)
-    for text in ("", "one", "0,x", "-1", "1.5"):
-        with pytest.raises(InputError, match="--shots .*: expected numbers"):
-            shots_of(text)
