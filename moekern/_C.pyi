@@ -85,7 +85,6 @@ def gated_energy(
     mask: Tensor | None,
     energy: Tensor,
     out: Tensor,
-    activation: str,
     threads: int,
     level: str,
     stream: int,

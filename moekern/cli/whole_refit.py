@@ -36,7 +36,7 @@ from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
 from moekern.refit.choice import Choice
-from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
+from moekern.refit.refit import Refitting, backends, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
 
 PLAN = "plan.json"  # in the work folder: what the refit has made of the plan
@@ -125,7 +125,7 @@ def verify_stages(
         variant = refitter.variant(plan, asked.width, place / "refit")
         key = key_of(checkpoint, Split.of(data, judged), data, [variant], compute)
         if recipe_of(key, variant) != record.recipe:
-            raise InputError(f"--verify {pruned}: {_other_recipe(whole, plan, variant, data)}")
+            raise InputError(f"--verify {pruned}: {_other_recipe(whole, plan, variant, data, compute)}")
 
         def again(key: str) -> Mapping[str, Any]:
             """The tensors of a layer: with `full` one pass makes those of all."""
@@ -205,7 +205,7 @@ def _plan_of(pruned: Path) -> Plan:
     return Plan.from_json(json.dumps(found), f"{pruned / PLAN_FILE}: plan")
 
 
-def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) -> str:
+def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData, compute: Compute) -> str:
     """In what this refit differs from the one that made a plan, as far as that says it."""
     told, asked = whole.provenance[REFIT], json.loads(json.dumps(described(variant)))
     if told.get("plan") != plan.digest:
@@ -215,6 +215,8 @@ def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) ->
     other = differences({name: told.get(name) for name in names}, {name: asked.get(name) for name in names})
     if other:
         return f"was refitted with another {other}; give the options that its refit was given"
+    if told.get("backend") != backends(compute):
+        return "was refitted by the kernels of another backend; name it (--backend)"
     if told.get("data") != data.recipe:
         return "was fitted to other text; give the text that its refit was given"
     what = "the same text and options, and another model, type (--dtype), device, number of threads or version"

@@ -18,6 +18,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
+from moekern.measurement.tiers import served
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import open_layerwise
@@ -35,6 +36,7 @@ from moekern.refit.variants import FITTED, Split, Variant
 from moekern.version import versions
 
 STAGE = "refitting"
+OPS = ("gated_energy", "expert_gram", "scatter_residual")
 STATE = "moekern-refit-"  # and a digest: the folder of a run that is not done
 
 
@@ -116,7 +118,7 @@ def refit(
     if journal is not None and team.first:
         removed(journal.folder)
     plans = {
-        variant.name: _plan(variant, layers, records, recipes[variant.name], data, losses.get(variant.name, {}))
+        variant.name: _plan(variant, layers, records, recipes[variant.name], key, data, losses.get(variant.name, {}))
         for variant, layers, records in zip(variants, streams.plans, streams.records, strict=True)
     }
     return Refitting(plans, losses)
@@ -157,9 +159,15 @@ def key_of(
         "variants": [described(variant) for variant in variants],
         "--dtype": compute.dtype_name,
         "--device": compute.place.type,
+        "backend": backends(compute),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def backends(compute: Compute) -> dict[str, str]:
+    """Op -> the backend that serves it. Raises InputError where none does."""
+    return served(dict.fromkeys(OPS, compute.place.type), compute.backend)
 
 
 def recipe_of(key: Mapping[str, Any], variant: Variant) -> str:
@@ -184,6 +192,7 @@ def _plan(
     layers: Mapping[str, LayerPlan],
     records: Mapping[str, Any],
     recipe: str,
+    key: Mapping[str, Any],
     data: TokenData,
     losses: Mapping[str, Any],
 ) -> Plan:
@@ -199,6 +208,7 @@ def _plan(
         "recipe": recipe,
         "layers": dict(records),
         **described(variant),
+        "backend": key["backend"],
         "data": data.recipe,
         "judged": row_document(losses),
     }

@@ -155,6 +155,29 @@ def test_channels_with_the_most_energy_stay(source: Path, tmp_path: Path) -> Non
     assert REFIT not in made.plans["n"].provenance
 
 
+def test_a_named_backend_computes_the_products_and_is_told(source: Path, tmp_path: Path) -> None:
+    """The reference's are float64: the default's numbers within rounding, and another recipe."""
+    data, found = text("qwen3_moe"), {}
+    for backend in (None, "native", "reference"):
+        variant = Variant("n", half(source), 16, Ridge(), None, tmp_path / str(backend))
+        made = refit(source, data, [variant], replace(FLOAT32, backend=backend))
+        found[backend] = made.plans["n"], open_refitted(tmp_path / str(backend))
+    (default, files), (named, same), (exact, near) = found.values()
+    assert default == named
+    assert files.tensors.keys() == near.tensors.keys()
+    told = {op: "native" for op in ("gated_energy", "expert_gram", "scatter_residual")}
+    assert default.provenance[REFIT]["backend"] == told
+    assert exact.provenance[REFIT]["backend"] == dict.fromkeys(told, "reference")
+    assert (same.recipe == files.recipe, near.recipe == files.recipe) == (True, False)
+    assert exact.layers == default.layers
+    for name, tensor in files.tensors.items():
+        numbers = {"count": tensor.entry.nbytes // 4, "offset": tensor.entry.start}
+        mine, other = (np.fromfile(f.tensors[name].path, np.float32, **numbers) for f in (files, near))
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="--backend grouped_mm: .* lacks the op"):
+        refit(source, data, [Variant("n", half(source), 16, Ridge())], replace(FLOAT32, backend="grouped_mm"))
+
+
 def test_the_same_call_goes_on_where_it_was_stopped(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
