@@ -46,7 +46,8 @@ io::Piece columns_from(const py::tuple& item) {
   const std::string columns = item[5].cast<py::bytes>();
   piece.columns.resize(columns.size() / sizeof(int64_t));
   std::memcpy(piece.columns.data(), columns.data(), piece.columns.size() * sizeof(int64_t));
-  bool good = piece.offset >= 0 && rows >= 0 && piece.column_bytes > 0 && !piece.columns.empty();
+  bool good = piece.offset >= 0 && rows >= 0 && piece.column_bytes > 0 && !piece.columns.empty() &&
+              columns.size() % sizeof(int64_t) == 0;
   for (size_t k = 0; k < piece.columns.size(); ++k) {
     good = good && piece.columns[k] > (k == 0 ? -1 : piece.columns[k - 1]) && piece.columns[k] < piece.width;
   }
