@@ -18,6 +18,7 @@ from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
+from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
 from moekern.plan.guards import Guards
@@ -27,8 +28,9 @@ from moekern.plan.shapes import Shape, candidates, parse_shape
 from moekern.plan.targets import Target, check_counts, check_width, widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.choice import Choice, check_criterion
+from moekern.refit.live import check_layers
 from moekern.refit.refine import check_alone
-from moekern.refit.refit import Refitting, refit
+from moekern.refit.refit import Refitting, check_family, refit
 from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.stored import check_formats, format_of
 from moekern.refit.variants import Variant
@@ -72,9 +74,11 @@ class Refitter:
     def check(
         self, checkpoint: Checkpoint, layout: Layout, compute: Compute, planning: Planning | None = None
     ) -> list[str]:
-        """Raise InputError for what several processes cannot do, for a shape that the model's experts cannot have, or
-        that a target would not run, and where experts cannot be written as they are computed. No tensor but those of an
-        expert of each layer is read. Returns a line for each target that a width costs something on."""
+        """Raise InputError for a family that is not refitted, for what several processes cannot do, for a shape that
+        the model's experts cannot have, or that a target would not run, and where experts cannot be written as they are
+        computed. No tensor but those of an expert of each layer is read. Returns a line for each target that a width
+        costs something on."""
+        check_family(layout, checkpoint)
         if self.refine:
             check_alone(compute.team)
         if self.re_estimate:
@@ -88,6 +92,11 @@ class Refitter:
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
             check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
         return lines
+
+    def check_layers(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
+        """Raise InputError for a layer whose experts cannot be refitted. What lies outside of layers is read."""
+        with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
+            check_layers(layerwise)
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""

@@ -162,6 +162,7 @@ def _looked_at(
         console.say(line)
     _check_room(plan, asked, refitter, checkpoint, layout, out, compute)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    refitter.check_layers(checkpoint, layout, compute)
     data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     return refitter, checkpoint, compute, data, judged
 

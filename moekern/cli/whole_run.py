@@ -161,6 +161,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     _check_room(checkpoint, layout, keeps, targets, made, asked.refit, places)
     stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    if asked.refit is not None:
+        asked.refit.check_layers(checkpoint, layout, compute)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
             counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))

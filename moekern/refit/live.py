@@ -14,6 +14,7 @@ from moekern.errors import InputError
 from moekern.kernels import sort_by_expert
 from moekern.model.apart import Combining
 from moekern.model.experts import Outputs, experts_of, in_place
+from moekern.model.layerwise import LayerwiseModel
 from moekern.model.projections import Halves, halves, one_expert, views
 from moekern.model.walk import hidden_of
 from moekern.refit.refine import Trainable
@@ -82,11 +83,23 @@ def made_by(layer: nn.Module, came: Callable[[Tensor], None]) -> Iterator[None]:
         hook.remove()
 
 
+def check_layers(layerwise: LayerwiseModel) -> None:
+    """Raise InputError, naming the layer, where experts cannot be refitted: they are run in groups, or not held in a
+    way that is known."""
+    for i, groups in layerwise.groups.cuts.items():
+        where = f"layer {layerwise.moe_keys[i]} is run in {len(groups)} groups of experts"
+        raise layerwise.takes.refusal(f"{where}, and such layers are not refitted")
+    for i, key in layerwise.moe_keys.items():
+        block = experts_of(layerwise.layers[i])
+        if block is None or halves(block) is None:
+            what = "its experts are not held together, as where each is a module of a list, and are not refitted"
+            raise InputError(f"{layerwise.checkpoint.folder}: layer {key}: {what}; prune it without a refit")
+
+
 def block_of(layer: nn.Module) -> nn.Module:
-    """The experts of a layer. Raises InputError where they are not held in a way that is known."""
+    """The experts of a layer that has been checked."""
     block = experts_of(layer)
-    if block is None or halves(block) is None:
-        raise InputError(f"{type(layer).__name__}: its experts are not held together; such layers are not refitted")
+    assert block is not None
     return block
 
 

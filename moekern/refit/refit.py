@@ -29,6 +29,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
 from moekern.refit.choice import check_choice
+from moekern.refit.live import check_layers
 from moekern.refit.refine import check_alone
 from moekern.refit.stored import Stored, check_formats, format_of
 from moekern.refit.streams import Streams
@@ -73,6 +74,7 @@ def refit(
     check_type("compute", compute, Compute)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
+    check_family(layout, checkpoint)
     check_data(data, checkpoint)
     for variant in variants:
         _check(variant, layout, checkpoint)
@@ -108,6 +110,7 @@ def refit(
         opened(resume, key, (STAGE,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
+        check_layers(layerwise)
         for variant in variants:
             if variant.fits:
                 all_parts = variant.refine is not None
@@ -122,6 +125,12 @@ def refit(
         for variant, layers, records in zip(variants, streams.plans, streams.records, strict=True)
     }
     return Refitting(plans, losses)
+
+
+def check_family(layout: Layout, checkpoint: Checkpoint) -> None:
+    """Raise InputError for a family whose experts are not refitted."""
+    if reason := layout.family.no_refit:
+        raise InputError(f"{checkpoint.folder}: {layout.family.name}: {reason}; prune it without a refit")
 
 
 def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:

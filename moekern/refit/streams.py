@@ -117,8 +117,6 @@ class Streams(Pass[Task]):
         """The whole pass, or what a stopped run has left of it. Raises InputError for models that cannot be refitted,
         where memory and disk have no room, and for numbers that are not finite."""
         layerwise = self.layerwise
-        if layerwise.groups.cuts:
-            raise layerwise.takes.refusal("layers that are run in groups of experts are not refitted")
         tasks = list(self._tasks())
         layerwise.expect(sum(task.batch.input_ids.numel() for task in tasks), self._beside(), "rows of a layer")
         half = layerwise.takes.room // 2

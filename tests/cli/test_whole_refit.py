@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from moekern.estimation.refit import refitted_bytes
 from moekern.plan.channels import channel_text
 from moekern.plan.document import Plan
 from moekern.pruning.prune import MANIFEST
+from tests.helpers import remote_code
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
 from tests.helpers.quantised_models import plain, twins
+from tests.helpers.tight import tighten
 
 
 def text(work: Path, tokens: int = 800) -> tuple[object, ...]:
@@ -118,6 +121,28 @@ def test_what_cannot_be_written_is_refused_before_any_text_is_read(
     for command, line in zip(commands, lines, strict=True):
         done = moekern(*command, *options, "--out", tmp_path / "out")
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
+
+
+def test_layers_that_cannot_be_refitted_are_refused_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family_checkpoint: Callable[[str], Path]
+) -> None:
+    """A family whose forward passes are suspended, experts in a list, and layers that memory has no room for."""
+    listed = remote_code.write(tmp_path / "list", next(iter(remote_code.STYLES)))
+    source = family_checkpoint("qwen3_moe")
+    (tmp_path / "text.txt").write_text("the models have no tokenizer")
+    for model, line in (
+        (family_checkpoint("inkling2"), "inkling2: its decoder layers hand on more than hidden states; prune it"),
+        (listed, "layer 1: its experts are not held together"),
+        (source, "and such layers are not refitted; give more (--memory, --gpu-memory)"),
+    ):
+        if model == source:
+            tighten(monkeypatch, source)
+        random_plan(find_layout(open_checkpoint(model)), 0).save(tmp_path / "plan.json")
+        for command in (("run", model, "--keep", 0.5, "--refit"), ("refit", model, tmp_path / "plan.json")):
+            options = ("--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--trust-remote-code")
+            done = moekern(*command, *options)
+            assert (done.returncode, line in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
 
 

@@ -71,7 +71,7 @@ def test_pieces_become_the_file(copy: str, source: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("copy", ["stream", "kernel"])
 def test_columns_of_matrices(copy: str, source: Path, tmp_path: Path) -> None:
-    """Of every size, from rows that are longer than the window to one of several chunks; from whole blocks on ranges."""
+    """Of every size, rows longer than the window, matrices longer than a chunk; from whole blocks on ranges."""
     data, rng = np.fromfile(source, np.uint8), np.random.default_rng(7)
     shapes = [
         (1, 24, 1), (3001, 769, 1), (2111, 1027, 2), (1030, 777, 4), (5, 13, 3), (700, 45, 24), (1, 7, 3000),
