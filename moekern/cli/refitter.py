@@ -93,6 +93,20 @@ class Refitter:
             check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
         return lines
 
+    def narrowed(self, planning: Planning, checkpoint: Checkpoint, layout: Layout) -> Planning:
+        """With the width of the experts that there will be, as targets see it: the one that is named, or the widest
+        that all of them run. Raises InputError where there is none."""
+        if self.shape is None or layout.width is None:
+            return planning
+        if self.named is not None:
+            return replace(planning, width=self.named.width)
+        found = [_shapes(keep, checkpoint, layout, planning.targets) for keep in planning.keeps]
+        if not all(found):
+            engines = ", ".join(map(str, planning.targets))
+            raise InputError(f"--shape auto: no shape of experts that hold the share runs on {engines}; name one")
+        widest = [max(shape.width for shape in shapes) for shapes in found]
+        return replace(planning, width=min(widest)) if widest else planning
+
     def check_layers(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
         """Raise InputError for a layer whose experts cannot be refitted. What lies outside of layers is read."""
         with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
@@ -115,8 +129,9 @@ class Refitter:
         if chosen is not None and (problem := count_problem(chosen.experts, layout.router)):
             raise InputError(f"{what}: {problem}; {nearest_counts(chosen.experts, layout.router)}")
         if chosen is not None and planning.budget.kind == "uniform":  # else counts are known with the plan
-            counts = dict.fromkeys(layout.layers, chosen.experts)
-            check_counts(what, counts, served_as(layout, checkpoint.config), targets)
+            check_counts(
+                what, dict.fromkeys(layout.layers, chosen.experts), planning.served(layout, checkpoint), targets
+            )
         return check_narrow(what, None if chosen is None else chosen.width, checkpoint, layout, targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
@@ -134,9 +149,7 @@ class Refitter:
         chosen = self.named
         table: Mapping[str, float] = {}
         if chosen is None:
-            share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts
-            allowed = widths_for(served_as(work.layout, work.checkpoint.config), work.planning.targets, share)
-            shapes = candidates(work.layout.router, width, share, allowed)
+            shapes = _shapes(keep, work.checkpoint, work.layout, work.planning.targets)
             chosen, table = self._tried(work, shapes, width, place)
         plan = plain if chosen.experts == len(next(iter(plain.layers.values())).keep) else work.plan(chosen.experts)
         said = {"chosen": str(chosen), "keep": keep, **({"tried": dict(table)} if table else {})}
@@ -159,6 +172,14 @@ class Refitter:
         rows = [(name, f"{value:.4f}", "taken" if name == str(chosen) else "") for name, value in kl.items()]
         console.show("shapes of the same bytes", ("experts x channels", "KL to original", "choice"), rows)
         return chosen, kl
+
+
+def _shapes(keep: float | int, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[Shape]:
+    """Those of the bytes of a --keep that targets run."""
+    assert layout.width is not None, "check has looked"
+    share = keep if isinstance(keep, float) else kept_count(keep, layout.router) / layout.num_experts
+    allowed = widths_for(served_as(layout, checkpoint.config), targets, share)
+    return candidates(layout.router, layout.width, share, allowed)
 
 
 def check_narrow(

@@ -27,8 +27,8 @@ from moekern.model.position import differences
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
-from moekern.plan.served import served_as
-from moekern.plan.serving import slower
+from moekern.plan.served import check_folder, served_as
+from moekern.plan.serving import serve_commands, slower
 from moekern.plan.targets import Target, check_counts
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
@@ -65,6 +65,7 @@ class Found:
     refit: Refitting
     pruned: PruneReport
     verdict: pipeline.Verdict
+    serve: Mapping[str, str]  # target -> command line
 
     @property
     def good(self) -> bool:
@@ -76,6 +77,7 @@ class Found:
             "refit": refit_document(self.refit),
             "pruned": {**asdict(self.pruned), "out": str(self.pruned.out)},
             "verify": self.verdict.document(),
+            "serve": dict(self.serve),
         }
 
 
@@ -107,7 +109,8 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
         plain = replace(compute, dtype=AUTO)
         verdict = pipeline.verify_both(folder, whole, out, plain, forward=asked.forward, mtp=asked.mtp)
         place.clear()
-    return Found(path, made, report, verdict)
+    serve = serve_commands(report.out, check_folder(report.out, asked.targets), asked.targets)
+    return Found(path, made, report, verdict, serve)
 
 
 def verify_stages(
@@ -176,7 +179,7 @@ def _check_served(plan: Plan, asked: Asked, checkpoint: Checkpoint, layout: Layo
     width, what = asked.width or plan.width, f"--width {asked.width}" if asked.width else "plan"
     if width is not None:
         lines = check_narrow(what, width, checkpoint, layout, asked.targets)
-        served = replace(served, shards=served.stored(width).shards)
+        served = served.narrowed(width)
     counts = {key: len(layer.keep) for key, layer in plan.layers.items() if key in layout.layers}
     check_counts("plan", counts, served, asked.targets)
     return [*lines, *slower(counts, served, asked.targets)]

@@ -42,7 +42,7 @@ from moekern.measurement.tiers import backends_of, wanted_tiers
 from moekern.model.compute import AUTO, Compute
 from moekern.model.journal import Resume, removed
 from moekern.plan.document import Mtp, Plan
-from moekern.plan.served import check_folder, served_as
+from moekern.plan.served import check_folder
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
@@ -147,9 +147,11 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
+    if asked.refit is not None:
+        planning = asked.refit.narrowed(planning, checkpoint, layout)
+        for line in asked.refit.check(checkpoint, layout, compute, planning):
+            console.say(line)
     check_options(checkpoint, planning)
-    for line in asked.refit.check(checkpoint, layout, compute, planning) if asked.refit is not None else ():
-        console.say(line)
     check_work(out)
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
@@ -166,7 +168,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
             counts = dict.fromkeys(layout.layers, kept_count(keep, layout.router))
-            _say_of(target, slower(counts, served_as(layout, checkpoint.config), planning.targets), len(targets) > 1)
+            _say_of(target, slower(counts, planning.served(layout, checkpoint), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text

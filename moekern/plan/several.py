@@ -19,7 +19,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.served import served_as
-from moekern.plan.targets import Target, check_counts, runs
+from moekern.plan.targets import Served, Target, check_counts, runs
 from moekern.statistics.file import Statistics
 
 
@@ -37,6 +37,11 @@ class Planning:
     mtp: str | None = None
     model: Path | Checkpoint | None = None
     fit: Fit | None = None
+    width: int | None = None  # channels that experts are to have; None: all that they have
+
+    def served(self, layout: Layout, checkpoint: Checkpoint) -> Served:
+        """The model with experts of that width, as engines see it."""
+        return served_as(layout, checkpoint.config).narrowed(self.width)
 
 
 def check_planning(options: Planning) -> None:
@@ -56,7 +61,7 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
     keeps, fit = options.keeps, None
     if options.model is not None:
         checkpoint, layout = _opened(options.model, statistics)
-        served = served_as(layout, checkpoint.config)
+        served = options.served(layout, checkpoint)
         if options.fit is not None:
             fitted = fitted_count(checkpoint, layout, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
@@ -92,7 +97,7 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
 def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:
     """The most experts a layer that fit, and that router and targets work with. Raises InputError."""
     bounds = bounds_of(layout.router, multiple_of=options.budget.multiple_of, where="--fit")
-    served = served_as(layout, checkpoint.config)
+    served = options.served(layout, checkpoint)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
     if not legal:
         check_counts("--fit", {"": bounds.lowest}, served, options.targets)

@@ -20,10 +20,11 @@ from moekern.estimation.overview import overview
 from moekern.estimation.refit import refitted_bytes
 from moekern.plan.channels import channel_text
 from moekern.plan.document import Plan
-from moekern.pruning.prune import MANIFEST
+from moekern.pruning.prune import MANIFEST, prune
 from tests.helpers import remote_code
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
+from tests.helpers.narrow import narrow_plan
 from tests.helpers.quantised_models import plain, twins
 from tests.helpers.tight import tighten
 
@@ -54,7 +55,8 @@ def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
     model = model_and_ids(tmp_path) / "model"
     random_plan(find_layout(open_checkpoint(model)), 0).save(tmp_path / "plan.json")
     command, out = ("refit", model, tmp_path / "plan.json"), tmp_path / "out"
-    assert moekern(*command, *text(tmp_path), "--no-forward", "--out", out).returncode == 0
+    made = moekern(*command, *text(tmp_path), "--no-forward", "--out", out)
+    assert (made.returncode, f"serve with vllm: vllm serve {out}\n" in made.stderr) == (0, True), made.stderr
     before = {**contents(tmp_path)}
     found = document(*command, *text(tmp_path), "--verify", out, "--json")
     full = document(*command, *text(tmp_path), "--verify", out, "--full", "--json")
@@ -261,6 +263,24 @@ def test_a_shape_s_number_of_experts_is_looked_at_before_any_text_is_read(
         "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
     )  # fmt: skip
     assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+
+
+def test_a_target_may_run_the_narrower_experts_alone(tmp_path: Path, family_checkpoint: Callable[[str], Path]) -> None:
+    """Of experts with 18 channels transformers' grouped product takes none in float32; of 16 it does."""
+    whole = family_checkpoint("qwen3_moe")
+    source = tmp_path / "source"
+    prune(whole, narrow_plan(find_layout(open_checkpoint(whole)), tuple(range(8)), 18, 0), source)
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    options = ("--target", "transformers", "--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+    for shape, line in (
+        (("--shape", "4x16"), "tokenizer"),
+        (("--shape", "auto"), "tokenizer"),
+        (("--shape", "4x18"), "--shape 4x18: transformers would not run it: experts have 18 channels"),
+        (("--shape", "auto", "--target", "vllm:tp=11"), "--shape auto: no shape of experts that hold the share runs"),
+        ((), "--keep 4: transformers would not run it: experts have 18 channels"),
+    ):
+        done = moekern("run", source, "--keep", 4, "--refit", *shape, *options)
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
 
 
 def test_a_plan_is_held_against_targets_before_any_text_is_read(tmp_path: Path) -> None:
