@@ -9,14 +9,6 @@ namespace {
 constexpr auto kFloat = {Dtype::f32};
 constexpr auto kLong = {Dtype::i64};
 
-Activation activation_of(const Args& args, const std::string& name) {
-  if (name.empty()) return Activation::none;
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
-  args.fail("activation", "expected silu, gelu or gelu_pytorch_tanh, got " + name);
-}
-
 void expert_gram(py::object a_, py::object r_, py::object tokens_, py::object offsets_, py::object mask_,
                  py::object sums, int threads, const std::string& level, uintptr_t stream) {
   Args args("expert_gram");
@@ -33,7 +25,7 @@ void expert_gram(py::object a_, py::object r_, py::object tokens_, py::object of
     call.tokens = tokens.data<const int64_t>();
   }
   call.mask = mask_of(args, mask_, mask, "N");
-  call.gram = args.sum<double>(sums, "gram", "E M M");
+  if (args.measured(sums, "gram")) call.gram = args.sum<double>(sums, "gram", "E M M");
   call.product = args.sum<double>(sums, "product", "E M H");
   call.N = args["N"];
   call.T = args[tokens_.is_none() ? "N" : "T"];
@@ -46,11 +38,10 @@ void expert_gram(py::object a_, py::object r_, py::object tokens_, py::object of
 }
 
 void gated_energy(py::object rows_, py::object gates_, py::object offsets_, py::object mask_, py::object energy_,
-                  py::object out_, const std::string& activation, int threads, const std::string& level,
-                  uintptr_t stream) {
+                  py::object out_, int threads, const std::string& level, uintptr_t stream) {
   Args args("gated_energy");
   GatedEnergy call;
-  const Tensor rows = args.tensor("rows", rows_, kFloats, "N W");
+  const Tensor rows = args.tensor("rows", rows_, kFloats, "N M");
   const Tensor gates = args.tensor("gates", gates_, kFloats, "N");
   const Tensor offsets = args.tensor("offsets", offsets_, kLong, "E+1");
   const Tensor energy = args.tensor("energy", energy_, {Dtype::f64}, "E M");
@@ -65,11 +56,6 @@ void gated_energy(py::object rows_, py::object gates_, py::object offsets_, py::
   call.N = args["N"];
   call.E = args["E"];
   call.M = args["M"];
-  call.W = args["W"];
-  call.activation = activation_of(args, activation);
-  const bool halves = call.activation != Activation::none && call.W == 2 * call.M;
-  if (call.W != call.M && !halves)
-    args.fail("rows", "expected W=" + std::to_string(call.M) + ", got " + std::to_string(call.W));
   launch(args, [&] {
     rows.is_cuda() ? cuda::gated_energy(call, stream_of(stream)) : cpu::gated_energy(call, {threads, level});
   });

@@ -11,7 +11,6 @@ namespace moekern {
 
 enum class Dtype : uint8_t { f32, f64, bf16, f16, i32, i64, u8, boolean, other };
 enum class Score : uint8_t { softmax, sigmoid, sqrtsoftplus, identity };
-enum class Activation : uint8_t { none, silu, gelu, gelu_tanh };
 // What a stored code means; moekern/kernels/quantised.py says where each comes from.
 enum class Coding : uint8_t { e4m3, e5m2, int8, e2m1, int4, int4_awq, int4_rows };
 
@@ -154,20 +153,19 @@ struct ExpertGram {
   const int64_t* tokens = nullptr;  // [N]: row n of a goes with row tokens[n] of r; or null: with row n
   const int64_t* offsets;           // [E + 1]
   const bool* mask = nullptr;       // [N], or null
-  double* gram;                     // [E, M, M]
+  double* gram = nullptr;           // [E, M, M], or null: not wanted
   double* product;                  // [E, M, H]
   int64_t N, T, E, M, H;
 };
 
 struct GatedEnergy {
-  Typed rows;                  // [N, W]: W is M, or 2M for gate and up side by side
+  Typed rows;                  // [N, M]
   Typed gates;                 // [N]
   const int64_t* offsets;      // [E + 1]
   const bool* mask = nullptr;  // [N], or null
   double* energy;              // [E, M]
   float* out;                  // [N, M]
-  int64_t N, E, M, W;
-  Activation activation;
+  int64_t N, E, M;
 };
 
 struct ScatterResidual {

@@ -84,7 +84,7 @@ class Args {
   bool measured(const pybind11::object& sums, const char* name) const {
     const Tensor tensor = borrow(name, field(sums, name));
     const DLTensor& t = tensor.owner->dl_tensor;
-    return t.ndim != 2 || t.shape[1] > 0;
+    return t.ndim < 2 || t.shape[1] > 0;
   }
 
   bool on_cuda() const { return device_.device_type == kDLCUDA; }

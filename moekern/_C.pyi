@@ -99,7 +99,6 @@ def gated_energy(
     mask: Tensor | None,
     energy: Tensor,
     out: Tensor,
-    activation: str,
     threads: int,
     level: str,
     stream: int,
@@ -112,7 +111,12 @@ def cuda_architectures() -> str: ...
 def cuda_device_count() -> int: ...
 def write_file(
     path: str,
-    pieces: Sequence[tuple[str, int, int] | bytes | tuple[str, int, Callable[[], bytes | memoryview]]],
+    pieces: Sequence[
+        tuple[str, int, int]
+        | bytes
+        | tuple[str, int, Callable[[], bytes | memoryview]]
+        | tuple[str, int, int, int, int, bytes]
+    ],
     spans: Sequence[tuple[int, int]] = (),
     copy: str = "stream",
     progress: Callable[[int], object] | None = None,

@@ -15,7 +15,7 @@ struct Task {
 };
 
 std::vector<Task> tasks_of(const ExpertGram& args, const Tile& tile, int threads) {
-  const int64_t of_a = parts(args.M, tile.columns), of_r = parts(args.H, tile.columns), all = of_a + of_r;
+  const int64_t of_a = args.gram ? parts(args.M, tile.columns) : 0, of_r = parts(args.H, tile.columns), all = of_a + of_r;
   const int64_t wanted = all * tile.columns * args.E / (4 * threads);
   const int64_t each = parts(std::clamp(wanted, kFewColumns, kManyColumns), tile.columns);
   std::vector<Task> tasks;
@@ -58,6 +58,7 @@ class Work {
     for (int64_t first = 0; first < args_.M; first += each)
       for (int64_t row = 0; row < rows; row += kProductDepth)
         add_chunk(task, first, std::min(first + each, args_.M), row, std::min(kProductDepth, rows - row));
+    if (!args_.gram) return;
     double* gram = args_.gram + task.e * args_.M * args_.M;
     for (int64_t j = task.gram * tile_.columns; j < std::min(task.gram_stop * tile_.columns, args_.M); ++j)
       for (int64_t i = 0; i < j; ++i) gram[j * args_.M + i] = gram[i * args_.M + j];
@@ -69,12 +70,12 @@ class Work {
     const int64_t M = args_.M, H = args_.H;
     for (int64_t i = first; i < stop; i += tile_.rows)
       pack(depth, tile_.rows, M - i, [&](int64_t k) { return a_[row + k] + i; }, packed_.a.at() + (i - first) * depth);
-    double *gram = args_.gram + task.e * M * M, *product = args_.product + task.e * M * H;
+    double* product = args_.product + task.e * M * H;
     for (int64_t j = task.gram * tile_.columns; j < std::min(task.gram_stop * tile_.columns, M); j += tile_.columns) {
       const int64_t last = std::min(stop, j + tile_.columns);  // rows below the diagonal are copied in the end
       if (last <= first) continue;
       pack(depth, tile_.columns, M - j, [&](int64_t k) { return a_[row + k] + j; }, packed_.b.at());
-      add_columns(first, last, depth, j, M, gram, true);
+      add_columns(first, last, depth, j, M, args_.gram + task.e * M * M, true);
     }
     for (int64_t j = task.product * tile_.columns; j < std::min(task.product_stop * tile_.columns, H);
          j += tile_.columns) {

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kTileThreads) multiply_rows(Call call) {
 
 void expert_gram(const ExpertGram& args, void* stream) {
   Call call{args, static_cast<int>(parts(args.M, kTile)), 0, static_cast<int>(parts(args.H, kTile))};
-  call.of_gram = call.a_side * (call.a_side + 1) / 2;
+  call.of_gram = args.gram ? call.a_side * (call.a_side + 1) / 2 : 0;
   launch(multiply_rows, blocks(call.of_gram + int64_t{call.a_side} * call.of_product, args.E), kTileThreads, 0,
          static_cast<cudaStream_t>(stream), call);
 }

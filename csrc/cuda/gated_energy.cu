@@ -1,6 +1,5 @@
 // Experts' activations times the gates, and their squares' sums by channel: a thread has a channel and a share of one
 // expert's chunks of rows.
-#include "../activations.h"
 #include "grouped.h"
 #include "rows.h"
 
@@ -12,7 +11,7 @@ constexpr int64_t kChunk = 256;  // rows whose squares are added in float32
 constexpr int64_t kSlices = 8;   // of an expert's chunks
 
 // Block (channels, expert, slice): sums [kSlices, E, M].
-template <class Act, class T>
+template <class T>
 __global__ void __launch_bounds__(kThreads) add_slices(GatedEnergy args, const T* rows, double* sums) {
   const int64_t slice = blockIdx.y % kSlices, e = blockIdx.y / kSlices;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -22,10 +21,7 @@ __global__ void __launch_bounds__(kThreads) add_slices(GatedEnergy args, const T
   for (int64_t chunk = range.first + slice * kChunk; chunk < range.stop; chunk += kSlices * kChunk) {
     float sum = 0;
     for (int64_t n = chunk; n < min(chunk + kChunk, range.stop); ++n) {
-      const T* x = rows + n * args.W + i;
-      float v = Act::of(load(x[0]));
-      if (args.W != args.M) v *= load(x[args.M]);
-      v *= float_at(args.gates, n);
+      const float v = load(rows[n * args.M + i]) * float_at(args.gates, n);
       args.out[n * args.M + i] = v;
       if (!args.mask || args.mask[n]) sum += v * v;
     }
@@ -50,10 +46,7 @@ void gated_energy(const GatedEnergy& args, void* stream_) {
   launch(clear_rows, blocks(std::min<int64_t>(parts(args.N * args.M, kThreads), 1024)), kThreads, 0, stream, args);
   with_floats(args.rows, [&](const auto* rows) {
     using T = std::decay_t<decltype(*rows)>;
-    with_activation(args.activation, [&](auto act) {
-      launch(add_slices<decltype(act), T>, blocks(parts(args.M, kThreads), kSlices * args.E), kThreads, 0, stream, args,
-             rows, sums);
-    });
+    launch(add_slices<T>, blocks(parts(args.M, kThreads), kSlices * args.E), kThreads, 0, stream, args, rows, sums);
   });
   add_rows<double>(sums, kSlices, args.E * args.M, args.energy, stream);
 }

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -34,6 +35,27 @@ std::shared_ptr<const char> made_by(const py::handle& function, int64_t length) 
   return {owner, static_cast<const char*>(owner->buf)};
 }
 
+// Columns of a matrix: int64 numbers, as bytes.
+io::Piece columns_from(const py::tuple& item) {
+  io::Piece piece;
+  piece.source = item[0].cast<std::string>();
+  piece.offset = item[1].cast<int64_t>();
+  const int64_t rows = item[2].cast<int64_t>();
+  piece.width = item[3].cast<int64_t>();
+  piece.column_bytes = item[4].cast<int64_t>();
+  const std::string columns = item[5].cast<py::bytes>();
+  piece.columns.resize(columns.size() / sizeof(int64_t));
+  std::memcpy(piece.columns.data(), columns.data(), piece.columns.size() * sizeof(int64_t));
+  bool good = piece.offset >= 0 && rows >= 0 && piece.column_bytes > 0 && !piece.columns.empty() &&
+              columns.size() % sizeof(int64_t) == 0;
+  for (size_t k = 0; k < piece.columns.size(); ++k) {
+    good = good && piece.columns[k] > (k == 0 ? -1 : piece.columns[k - 1]) && piece.columns[k] < piece.width;
+  }
+  if (!good) throw py::value_error("[write_file] pieces: expected columns that rise within the width, and sizes above 0");
+  piece.length = rows * static_cast<int64_t>(piece.columns.size()) * piece.column_bytes;
+  return piece;
+}
+
 io::Piece piece_from(const py::handle& item) {
   io::Piece piece;
   if (py::isinstance<py::bytes>(item)) {
@@ -41,8 +63,11 @@ io::Piece piece_from(const py::handle& item) {
     piece.length = PyBytes_GET_SIZE(item.ptr());
     return piece;
   }
+  if (py::isinstance<py::tuple>(item) && py::len(item) == 6) return columns_from(item.cast<py::tuple>());
   if (!py::isinstance<py::tuple>(item) || py::len(item) != 3) {
-    throw py::type_error("[write_file] pieces: expected bytes, (path, offset, length) or (name, length, function)");
+    throw py::type_error(
+        "[write_file] pieces: expected bytes, (path, offset, length), (name, length, function) or "
+        "(path, offset, rows, width, column bytes, columns)");
   }
   const py::object last = item.cast<py::tuple>()[2];
   if (PyCallable_Check(last.ptr())) {
@@ -138,7 +163,8 @@ void bind_io(py::module_& m) {
   m.def("write_file", &write_file, py::arg("path"), py::arg("pieces"), py::arg("spans") = std::vector<io::Span>(),
         py::arg("copy") = "stream", py::arg("progress") = py::none(),
         "Write a new file from pieces, each (source path, offset, length), bytes, or (name, length, function that gives "
-        "the bytes, called when their turn comes), and fsync it. Returns the bytes that were cloned, that stayed holes "
+        "the bytes, called when their turn comes) or (source path, offset, rows, width, bytes of a column, columns that "
+        "stay, int64 in bytes) of a matrix, and fsync it. Returns the bytes that were cloned, that stayed holes "
         "and that were copied, and for each span (start, stop) of the file its XXH3-128, or None where not all of its "
         "bytes passed through memory.");
   m.def("probe_copy", &io::probe, py::arg("source"), py::arg("folder"), py::call_guard<py::gil_scoped_release>(),

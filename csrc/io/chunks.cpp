@@ -21,6 +21,7 @@ namespace moekern::io {
 namespace {
 
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kMostGathered = int64_t{4} << 20;  // that a copy in the kernel holds
 
 // False where the file system says that it cannot share these blocks.
 bool clone(const File& source, int64_t offset, int64_t length, const File& out, int64_t position) {
@@ -85,6 +86,26 @@ class Cutter {
 
   void made(const Piece& piece) {
     for (int64_t done = 0; done < piece.length;) done += add({nullptr, done, nullptr, piece.length - done, &piece});
+  }
+
+  // Columns of whole blocks are ranges: wide ones are the rows of a matrix that loses rows.
+  void gathered(const Piece& piece, const File& source) {
+    if (piece.column_bytes < kBlock) {
+      for (int64_t done = 0; done < piece.length;) {
+        Part part{&source, done, nullptr, std::min(piece.length - done, kMostGathered)};
+        part.gathered = &piece;
+        done += add(part);
+      }
+      return;
+    }
+    const auto& columns = piece.columns;
+    for (int64_t done = 0, row = piece.offset; done < piece.length; row += piece.width * piece.column_bytes)
+      for (size_t first = 0, past; first < columns.size(); first = past) {
+        for (past = first + 1; past < columns.size() && columns[past] == columns[past - 1] + 1;) ++past;
+        const int64_t length = static_cast<int64_t>(past - first) * piece.column_bytes;
+        range(source, row + columns[first] * piece.column_bytes, length);
+        done += length;
+      }
   }
 
   void range(const File& source, int64_t offset, int64_t length) {
@@ -170,7 +191,7 @@ Chunks cut(const std::vector<Piece>& pieces, Sources& sources, const File& out, 
       cutter.made(piece);
     } else if (piece.length > 0) {
       const File& source = sources.try_emplace(piece.source, piece.source, O_RDONLY).first->second;
-      cutter.range(source, piece.offset, piece.length);
+      piece.columns.empty() ? cutter.range(source, piece.offset, piece.length) : cutter.gathered(piece, source);
     }
   }
   return cutter.take();

@@ -13,10 +13,11 @@ namespace moekern::io {
 // A stretch of the output that is filled from one place.
 struct Part {
   const File* source;   // null: literal or made
-  int64_t offset;       // in source, or in what is made
+  int64_t offset;       // in source, or in what is made or gathered
   const char* literal;  // at its first byte
   int64_t length;
-  const Piece* made = nullptr;  // borrowed
+  const Piece* made = nullptr;      // borrowed
+  const Piece* gathered = nullptr;  // borrowed: columns of a matrix in source
 };
 
 // A stretch of the output, at most `limit` bytes, filled from parts[first] to parts[last - 1]; from one made piece alone

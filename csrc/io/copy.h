@@ -10,11 +10,15 @@
 
 namespace moekern::io {
 
-// Bytes of the file to write: a range of a source file, bytes that the caller holds, or bytes that `make` gives.
+// Bytes of the file to write: a range of a source file, columns of a matrix in one, bytes that the caller holds, or bytes
+// that `make` gives.
 struct Piece {
   std::string source;  // empty: literal or made
   int64_t offset = 0;
   int64_t length = 0;
+  // Those that stay, rising, of the `width` columns of a matrix at `offset`; empty: the whole range.
+  std::vector<int64_t> columns;
+  int64_t width = 0, column_bytes = 0;
   const char* literal = nullptr;  // borrowed
   // Called once, on the calling thread, when all before it is read; gives `length` bytes, which are let go before the
   // next piece is made. Not called for length 0.

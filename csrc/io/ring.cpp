@@ -15,6 +15,9 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <vector>
+
+#include "gather.h"
 
 namespace moekern::io {
 
@@ -52,7 +55,9 @@ class WriteBehind {
 
 void done_with(const Part& part) {
 #ifdef __linux__
-  if (part.source) ::posix_fadvise(part.source->fd(), part.offset, part.length, POSIX_FADV_DONTNEED);
+  if (!part.source) return;
+  const auto [start, stop] = part.gathered ? extent(part) : std::pair(part.offset, part.offset + part.length);
+  ::posix_fadvise(part.source->fd(), start, stop - start, POSIX_FADV_DONTNEED);
 #else
   (void)part;
 #endif
@@ -106,6 +111,7 @@ class Ring {
   }
 
   void read() {
+    Gatherer gatherer;
     std::unique_lock<std::mutex> lock(mutex_);
     while (to_read_ < work_.chunks.size()) {
       const size_t chunk = to_read_++;
@@ -116,7 +122,7 @@ class Ring {
       for (size_t i = work_.chunks[chunk].first; i < work_.chunks[chunk].last; ++i) {
         const Part& part = work_.parts[i];
         if (part.source) {
-          part.source->read(at, part.length, part.offset);
+          part.gathered ? gatherer.read(part, at) : part.source->read(at, part.length, part.offset);
           done_with(part);
         } else {
           std::memcpy(at, part.literal, static_cast<size_t>(part.length));
@@ -223,12 +229,20 @@ void copy_in_kernel(const Chunks& work, const File& out, Digests& digests,
                     const std::function<void(int64_t)>& moved) {
   WriteBehind behind(out);
   Making making;
+  Gatherer gatherer;
+  std::vector<char> gathered;
   int64_t bytes = 0;
   for (const Chunk& chunk : work.chunks) {
     int64_t position = chunk.position;
     for (size_t i = chunk.first; i < chunk.last; ++i) {
       const Part& part = work.parts[i];
-      if (part.source) {
+      if (part.gathered) {
+        gathered.resize(static_cast<size_t>(part.length));
+        gatherer.read(part, gathered.data());
+        digests.feed(position, gathered.data(), part.length);
+        out.write(gathered.data(), part.length, position);
+        done_with(part);
+      } else if (part.source) {
         copy_part(part, out, position);
         done_with(part);
       } else {

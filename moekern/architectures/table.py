@@ -41,6 +41,7 @@ class Family:
     refused: str = ""  # why it is recognised but not pruned
     only_pruned: str = ""  # why it is not run: not calibrated, not evaluated
     no_gradient: str = ""  # why the gradient tier is not measured
+    no_refit: str = ""  # why its experts are not refitted
     alternating: str = ""  # the projection, without "weight", whose rows of gate and up alternate; elsewhere up follows
     note: str = ""
 
@@ -94,6 +95,8 @@ GEMMA4: dict[str, Any] = {
 }
 BAILING = "moe_intermediate_size|moe_shared_expert_intermediate_size"  # engines read the second for the shared expert
 MORE_THAN_HIDDEN = "its decoder layers hand on more than hidden states"
+NO_NEXT_TOKEN = "it does not predict the next token"
+SUSPENDED: dict[str, Any] = {"no_gradient": MORE_THAN_HIDDEN, "no_refit": MORE_THAN_HIDDEN}
 TWO_STACKS: dict[str, Any] = {
     "experts": "named",
     "router": "router.classifier.weight",
@@ -153,7 +156,7 @@ FAMILIES: tuple[Family, ...] = (
         experts="w123",
         group_top=2,
         count="n_routed_experts",
-        no_gradient=MORE_THAN_HIDDEN,
+        **SUSPENDED,
         **SHARED,
         **TEXT,
     ),
@@ -215,7 +218,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("nemotron_h", block="mixer", experts="up_down", mtp="named", **V3 | {"shared": ""}),
     Family("gpt_oss", bias="router.bias", alternating="gate_up_proj", **ROUTED, **WIDE),
     Family(
-        "openai_privacy_filter", bias="router.bias", no_gradient="it does not predict the next token", **ROUTED, **WIDE
+        "openai_privacy_filter",
+        bias="router.bias",
+        no_gradient=NO_NEXT_TOKEN,
+        no_refit=NO_NEXT_TOKEN,
+        **ROUTED,
+        **WIDE,
     ),
     Family(
         "llama4", also=("llama4_text",), block="feed_forward", score="sigmoid", shared="1", **WIDE, **ROUTED, **TEXT
@@ -287,7 +295,7 @@ FAMILIES: tuple[Family, ...] = (
         score="sigmoid",
         score_key="scoring_func",
         count="n_routed_experts",
-        no_gradient=MORE_THAN_HIDDEN,
+        **SUSPENDED,
         **TEXT,
     ),
     Family(

@@ -342,21 +342,20 @@ def refit_jobs(layer: Layer, scale: Scale) -> Iterator[Job]:
 
 def _energy_job(a: Tensor, R: int, offsets: Tensor) -> Job:
     (N, M), E = a.shape, len(offsets) - 1
-    rows, gates = normal(N, 2 * M, device=DEVICE), torch.rand(N, device=DEVICE)
+    rows, gates = normal(N, M, device=DEVICE), torch.rand(N, device=DEVICE)
 
     def run(function: Callable[..., Tensor]) -> Callable[[], Results]:
         energy = torch.zeros(E, M, dtype=torch.float64, device=DEVICE)
         return lambda: [energy, function(energy)]
 
     def native(backend: str) -> Callable[[], Results]:
-        return run(lambda energy: kernels.gated_energy(
-            rows, gates, offsets, None, energy, activation="silu", backend=backend))  # fmt: skip
+        return run(lambda energy: kernels.gated_energy(rows, gates, offsets, None, energy, backend=backend))
 
     def rival(function: Callable[..., Tensor]) -> Callable[[], Results]:
         return run(lambda energy: function(rows, gates, R, energy))
 
     return Job(
-        "gated_energy", f"{E}x{R}x{2 * M} bf16", {b: partial(native, b) for b in names("gated_energy")},
+        "gated_energy", f"{E}x{R}x{M} bf16", {b: partial(native, b) for b in names("gated_energy")},
         {"eager": partial(rival, rivals.gated_energy)}, rows.nbytes + a.nbytes,
         compiled=lambda compiled: partial(rival, compiled(rivals.gated_energy)),
     )  # fmt: skip

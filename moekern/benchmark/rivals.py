@@ -129,9 +129,8 @@ def expert_gram(a: Tensor, r: Tensor, tokens: Tensor, rows: int, sums: GramSums)
         sums.product[e] += own.T @ r[token]
 
 
-def gated_energy(gate_up: Tensor, gates: Tensor, rows: int, energy: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=1)
-    a = torch.nn.functional.silu(gate) * up * gates[:, None]
+def gated_energy(inner: Tensor, gates: Tensor, rows: int, energy: Tensor) -> Tensor:
+    a = inner.float() * gates[:, None]
     energy.add_(a.square().view(len(energy), rows, -1).sum(1))
     return a
 

@@ -155,7 +155,6 @@ def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning)
     statistics."""
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
-    from moekern.plan.served import served_as
     from moekern.plan.serving import slower
     from moekern.plan.targets import Served
     from moekern.statistics.header import router_of
@@ -165,7 +164,7 @@ def slower_with(plan: Plan, header: Mapping[str, Any] | None, options: Planning)
         return []
     if options.model is not None:
         checkpoint = open_checkpoint(options.model) if isinstance(options.model, Path) else options.model
-        served = served_as(find_layout(checkpoint), checkpoint.config)
+        served = options.served(find_layout(checkpoint), checkpoint)
     else:
         assert header is not None
         served = Served(header["family"], header["score"], router_of(header))
@@ -210,7 +209,6 @@ def fit_of(limit: str | None, bits: float | None, context: int, sequences: int, 
 def check_options(checkpoint: Checkpoint, options: Planning) -> None:
     """Raise InputError for what headers alone tell to be wrong, before all weights of a checkpoint are read."""
     from moekern.architectures import find_layout
-    from moekern.plan.served import served_as
     from moekern.plan.several import check_planning, fitted_count
     from moekern.plan.targets import check_counts
     from moekern.router import kept_count
@@ -219,7 +217,7 @@ def check_options(checkpoint: Checkpoint, options: Planning) -> None:
     layout = find_layout(checkpoint)
     if options.fit is not None:
         fitted_count(checkpoint, layout, options, options.fit)
-    served = dataclasses.replace(served_as(layout, checkpoint.config), replaced=options.replaced is not None)
+    served = options.served(layout, checkpoint)
     if options.replaced is not None:
         check_replaced(checkpoint, layout)
     plain = options.budget.kind == "uniform" and options.budget.multiple_of == 1

@@ -11,6 +11,7 @@ from moekern.cli import ranks
 from moekern.cli.console import say
 from moekern.cli.given import compute_of, result, say_unused, text_of
 from moekern.cli.options import (
+    BackendOption,
     Chunk,
     Column,
     Computed,
@@ -84,6 +85,7 @@ def refit(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
+    backend: BackendOption = None,
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
     spill: Spill = None,
@@ -119,7 +121,7 @@ def refit(
         strict=strict, pack=pack, chunk=chunk, seed=seed,
     )  # fmt: skip
     compute = ranks.together(compute_of(
-        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory,
+        device=device, dtype=dtype, backend=backend, memory=memory, gpu_memory=gpu_memory,
         spill=spill or standing((out or verify or Path()).parent), trust_remote_code=trust_remote_code,
     ))  # fmt: skip
     asked = whole_refit.Asked(
@@ -155,4 +157,6 @@ def show_done(done: Found) -> None:
     show_refit(done.refit)
     show_pruned(done.pruned)
     show_verdict(done.verdict)
+    for name, command in done.serve.items():
+        say(f"serve with {name}: {command}")
     say(f"plan: {done.plan}")

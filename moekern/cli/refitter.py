@@ -18,6 +18,7 @@ from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
+from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
 from moekern.plan.guards import Guards
@@ -27,8 +28,9 @@ from moekern.plan.shapes import Shape, candidates, parse_shape
 from moekern.plan.targets import Target, check_counts, check_width, widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.choice import Choice, check_criterion
+from moekern.refit.live import check_layers
 from moekern.refit.refine import check_alone
-from moekern.refit.refit import Refitting, refit
+from moekern.refit.refit import Refitting, check_family, refit
 from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.stored import check_formats, format_of
 from moekern.refit.variants import Variant
@@ -72,9 +74,11 @@ class Refitter:
     def check(
         self, checkpoint: Checkpoint, layout: Layout, compute: Compute, planning: Planning | None = None
     ) -> list[str]:
-        """Raise InputError for what several processes cannot do, for a shape that the model's experts cannot have, or
-        that a target would not run, and where experts cannot be written as they are computed. No tensor but those of an
-        expert of each layer is read. Returns a line for each target that a width costs something on."""
+        """Raise InputError for a family that is not refitted, for what several processes cannot do, for a shape that
+        the model's experts cannot have, or that a target would not run, and where experts cannot be written as they are
+        computed. No tensor but those of an expert of each layer is read. Returns a line for each target that a width
+        costs something on."""
+        check_family(layout, checkpoint)
         if self.refine:
             check_alone(compute.team)
         if self.re_estimate:
@@ -89,6 +93,25 @@ class Refitter:
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
             check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
         return lines
+
+    def narrowed(self, planning: Planning, checkpoint: Checkpoint, layout: Layout) -> Planning:
+        """With the width of the experts that there will be, as targets see it: the one that is named, or the widest
+        that all of them run. Raises InputError where there is none."""
+        if self.shape is None or layout.width is None:
+            return planning
+        if self.named is not None:
+            return replace(planning, width=self.named.width)
+        found = [_shapes(keep, checkpoint, layout, planning.targets) for keep in planning.keeps]
+        if not all(found):
+            engines = ", ".join(map(str, planning.targets))
+            raise InputError(f"--shape auto: no shape of experts that hold the share runs on {engines}; name one")
+        widest = [max(shape.width for shape in shapes) for shapes in found]
+        return replace(planning, width=min(widest)) if widest else planning
+
+    def check_layers(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
+        """Raise InputError for a layer whose experts cannot be refitted. What lies outside of layers is read."""
+        with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
+            check_layers(layerwise)
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""
@@ -116,8 +139,9 @@ class Refitter:
         if chosen is not None and (problem := count_problem(chosen.experts, layout.router)):
             raise InputError(f"{what}: {problem}; {nearest_counts(chosen.experts, layout.router)}")
         if chosen is not None and planning.budget.kind == "uniform":  # else counts are known with the plan
-            counts = dict.fromkeys(layout.layers, chosen.experts)
-            check_counts(what, counts, served_as(layout, checkpoint.config), targets)
+            check_counts(
+                what, dict.fromkeys(layout.layers, chosen.experts), planning.served(layout, checkpoint), targets
+            )
         return check_narrow(what, None if chosen is None else chosen.width, checkpoint, layout, targets)
 
     def made(self, work: Work, keep: float | int, place: Place) -> Refitting:
@@ -135,9 +159,7 @@ class Refitter:
         chosen = self.named
         table: Mapping[str, float] = {}
         if chosen is None:
-            share = keep if isinstance(keep, float) else kept_count(keep, work.layout.router) / work.layout.num_experts
-            allowed = widths_for(served_as(work.layout, work.checkpoint.config), work.planning.targets, share)
-            shapes = candidates(work.layout.router, width, share, allowed)
+            shapes = _shapes(keep, work.checkpoint, work.layout, work.planning.targets)
             chosen, table = self._tried(work, shapes, width, place)
         plan = plain if chosen.experts == len(next(iter(plain.layers.values())).keep) else work.plan(chosen.experts)
         said = {"chosen": str(chosen), "keep": keep, **({"tried": dict(table)} if table else {})}
@@ -160,6 +182,14 @@ class Refitter:
         rows = [(name, f"{value:.4f}", "taken" if name == str(chosen) else "") for name, value in kl.items()]
         console.show("shapes of the same bytes", ("experts x channels", "KL to original", "choice"), rows)
         return chosen, kl
+
+
+def _shapes(keep: float | int, checkpoint: Checkpoint, layout: Layout, targets: Sequence[Target]) -> list[Shape]:
+    """Those of the bytes of a --keep that targets run."""
+    assert layout.width is not None, "check has looked"
+    share = keep if isinstance(keep, float) else kept_count(keep, layout.router) / layout.num_experts
+    allowed = widths_for(served_as(layout, checkpoint.config), targets, share)
+    return candidates(layout.router, layout.width, share, allowed)
 
 
 def check_narrow(

@@ -27,8 +27,8 @@ from moekern.model.position import differences
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
-from moekern.plan.served import served_as
-from moekern.plan.serving import slower
+from moekern.plan.served import check_folder, served_as
+from moekern.plan.serving import serve_commands, slower
 from moekern.plan.targets import Target, check_counts
 from moekern.pruning.copying import room_needed
 from moekern.pruning.preflight import check_space
@@ -36,7 +36,7 @@ from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
 from moekern.refit.choice import Choice
-from moekern.refit.refit import Refitting, described, key_of, recipe_of, refit
+from moekern.refit.refit import Refitting, backends, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
 
 PLAN = "plan.json"  # in the work folder: what the refit has made of the plan
@@ -65,6 +65,7 @@ class Found:
     refit: Refitting
     pruned: PruneReport
     verdict: pipeline.Verdict
+    serve: Mapping[str, str]  # target -> command line
 
     @property
     def good(self) -> bool:
@@ -76,6 +77,7 @@ class Found:
             "refit": refit_document(self.refit),
             "pruned": {**asdict(self.pruned), "out": str(self.pruned.out)},
             "verify": self.verdict.document(),
+            "serve": dict(self.serve),
         }
 
 
@@ -107,7 +109,8 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
         plain = replace(compute, dtype=AUTO)
         verdict = pipeline.verify_both(folder, whole, out, plain, forward=asked.forward, mtp=asked.mtp)
         place.clear()
-    return Found(path, made, report, verdict)
+    serve = serve_commands(report.out, check_folder(report.out, asked.targets), asked.targets)
+    return Found(path, made, report, verdict, serve)
 
 
 def verify_stages(
@@ -125,7 +128,7 @@ def verify_stages(
         variant = refitter.variant(plan, asked.width, place / "refit")
         key = key_of(checkpoint, Split.of(data, judged), data, [variant], compute)
         if recipe_of(key, variant) != record.recipe:
-            raise InputError(f"--verify {pruned}: {_other_recipe(whole, plan, variant, data)}")
+            raise InputError(f"--verify {pruned}: {_other_recipe(whole, plan, variant, data, compute)}")
 
         def again(key: str) -> Mapping[str, Any]:
             """The tensors of a layer: with `full` one pass makes those of all."""
@@ -162,6 +165,7 @@ def _looked_at(
         console.say(line)
     _check_room(plan, asked, refitter, checkpoint, layout, out, compute)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    refitter.check_layers(checkpoint, layout, compute)
     data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     return refitter, checkpoint, compute, data, judged
 
@@ -175,7 +179,7 @@ def _check_served(plan: Plan, asked: Asked, checkpoint: Checkpoint, layout: Layo
     width, what = asked.width or plan.width, f"--width {asked.width}" if asked.width else "plan"
     if width is not None:
         lines = check_narrow(what, width, checkpoint, layout, asked.targets)
-        served = replace(served, shards=served.stored(width).shards)
+        served = served.narrowed(width)
     counts = {key: len(layer.keep) for key, layer in plan.layers.items() if key in layout.layers}
     check_counts("plan", counts, served, asked.targets)
     return [*lines, *slower(counts, served, asked.targets)]
@@ -205,7 +209,7 @@ def _plan_of(pruned: Path) -> Plan:
     return Plan.from_json(json.dumps(found), f"{pruned / PLAN_FILE}: plan")
 
 
-def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) -> str:
+def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData, compute: Compute) -> str:
     """In what this refit differs from the one that made a plan, as far as that says it."""
     told, asked = whole.provenance[REFIT], json.loads(json.dumps(described(variant)))
     if told.get("plan") != plan.digest:
@@ -215,6 +219,8 @@ def _other_recipe(whole: Plan, plan: Plan, variant: Variant, data: TokenData) ->
     other = differences({name: told.get(name) for name in names}, {name: asked.get(name) for name in names})
     if other:
         return f"was refitted with another {other}; give the options that its refit was given"
+    if told.get("backend") != backends(compute):
+        return "was refitted by the kernels of another backend; name it (--backend)"
     if told.get("data") != data.recipe:
         return "was fitted to other text; give the text that its refit was given"
     what = "the same text and options, and another model, type (--dtype), device, number of threads or version"

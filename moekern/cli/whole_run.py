@@ -42,7 +42,7 @@ from moekern.model.compute import AUTO, Compute
 from moekern.plan.budgets import RELATIVE_TIER
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.replacement import TIERS as CONSTANTS_OF
-from moekern.plan.served import check_folder, served_as
+from moekern.plan.served import check_folder
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
@@ -156,9 +156,11 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
+    if asked.refit is not None:
+        planning = asked.refit.narrowed(planning, checkpoint, layout)
+        for line in asked.refit.check(checkpoint, layout, compute, planning):
+            console.say(line)
     check_options(checkpoint, planning)
-    for line in asked.refit.check(checkpoint, layout, compute, planning) if asked.refit is not None else ():
-        console.say(line)
     check_work(out)
     statistics_path = work_path(out) / "statistics.safetensors"
     targets = out_folders(out, planning.keeps)
@@ -171,11 +173,12 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     _check_room(checkpoint, layout, [kept(keep) for keep in keeps], targets, made, asked.refit, places)
     stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
+    if asked.refit is not None:
+        asked.refit.check_layers(checkpoint, layout, compute)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
             counts = dict.fromkeys(layout.layers, kept_count(keep, planning.router(layout.router)))
-            served = replace(served_as(layout, checkpoint.config), replaced=planning.replaced is not None)
-            _say_of(target, slower(counts, served, planning.targets), len(targets) > 1)
+            _say_of(target, slower(counts, planning.served(layout, checkpoint), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data, choosing = held_for_choice(data, planning.domains) if asked.auto else (data, replace(data, batches=()))

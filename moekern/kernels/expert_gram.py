@@ -17,18 +17,18 @@ F32 = (torch.float32,)
 class GramSums(NamedTuple):
     """Sums over each expert's counted rows."""
 
-    gram: Annotated[Tensor, Sum("E M M")]  # Σ aᵢaⱼ, symmetric
+    gram: Annotated[Tensor, Sum("E M? M?")]  # Σ aᵢaⱼ, symmetric
     product: Annotated[Tensor, Sum("E M H")]  # Σ aᵢrₕ
 
 
-def gram_sums(E: int, M: int, H: int, device: torch.device | str = "cpu") -> GramSums:
-    """Zeros for E experts of M channels and targets of H columns."""
-    return zeros(GramSums, {"E": E, "M": M, "H": H}, device)
+def gram_sums(E: int, M: int, H: int = 0, device: torch.device | str = "cpu", *, gram: bool = True) -> GramSums:
+    """Zeros for E experts of M channels and targets of H columns; without `gram` A'A is left unmeasured."""
+    return zeros(GramSums, {"E": E, "M": M, "H": H, "M?": M if gram else 0}, device)
 
 
 def expert_gram(
     a: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     offsets: Tensor,
     mask: Tensor | None,
     sums: GramSums,
@@ -40,8 +40,9 @@ def expert_gram(
 
     a [N, M] float32 is grouped by expert: rows offsets[e]:offsets[e+1] are expert e's (offsets [E+1] int64). r [N, H]
     float32 has a row for each row of a; with tokens [N] int64 it is [T, H], row n of a goes with row tokens[n], and no
-    gathered copy of r is made. mask [N] bool keeps the rows that count. Rows from offsets[E] on are not read. Of the
-    given gram the upper triangle is added to, and the lower one becomes its mirror image. No gradient passes.
+    gathered copy of r is made; r None: A'A alone. mask [N] bool keeps the rows that count. Rows from offsets[E] on are
+    not read. Of the given gram, which may be left out, the upper triangle is added to, and the lower one becomes its
+    mirror image. No gradient passes.
 
     Products are summed in float32 over at most 256 rows, one fused multiply-add after the other, and these sums in
     float64 in the rows' order, so each is wrong by at most 256·2⁻²⁴·Σ|aᵢaⱼ| (or Σ|aᵢrₕ|). Natively masked rows change
@@ -50,6 +51,8 @@ def expert_gram(
     for a backend that has no such op.
     """
     op = "expert_gram"
+    if r is None:
+        r, tokens = a.new_zeros(len(a), 0), None
     sizes = check_tensors(op, {
         "a": (a, "N M", F32),
         "r": (r, "N H" if tokens is None else "T H", F32),

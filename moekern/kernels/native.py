@@ -153,15 +153,12 @@ def expert_gram(
 
 
 def gated_energy(
-    rows: Tensor, gates: Tensor, offsets: Tensor, mask: Tensor | None, energy: Tensor, *, activation: str | None,
-    level: str = "",
-) -> Tensor:  # fmt: skip
+    rows: Tensor, gates: Tensor, offsets: Tensor, mask: Tensor | None, energy: Tensor, *, level: str = ""
+) -> Tensor:
     """kernels.gated_energy with checked arguments: [N, M] float32, energy [E, M] float64 added to in place."""
     out = torch.empty(len(rows), energy.shape[1], device=rows.device)
     with stream_of(rows) as stream:
-        _C.gated_energy(
-            rows, gates, offsets, mask, energy, out, activation or "", torch.get_num_threads(), level, stream
-        )
+        _C.gated_energy(rows, gates, offsets, mask, energy, out, torch.get_num_threads(), level, stream)
     return out
 
 

@@ -300,22 +300,18 @@ def sort_by_expert(topk_idx: Tensor, num_experts: int, mask: Tensor | None) -> t
 def expert_gram(
     a: Tensor, r: Tensor, offsets: Tensor, mask: Tensor | None, sums: GramSums, *, tokens: Tensor | None
 ) -> None:
-    """Add a'a and a'r of each expert's counted rows to GramSums; row n of a goes with r[tokens[n]], or with r[n]."""
+    """Add a'a, where it is wanted, and a'r of each expert's rows; row n of a goes with r[tokens[n]], or r[n]."""
     for e, n in grouped(offsets, mask):
         x = a[n].double()
-        sums.gram[e] += x.T @ x
+        if sums.gram.numel():
+            sums.gram[e] += x.T @ x
         sums.product[e] += x.T @ r[n if tokens is None else tokens[n]].double()
 
 
-def gated_energy(
-    rows: Tensor, gates: Tensor, offsets: Tensor, mask: Tensor | None, energy: Tensor, *, activation: str | None
-) -> Tensor:
-    """gate·act(g)·u, gate·act(u) or, without an activation, gate·rows: [N, M] float32; squares are those of float64."""
-    act = ACTIVATIONS[activation] if activation else lambda x: x
-    x, N = rows.double(), int(offsets[-1])
-    x = act(x) if rows.shape[1] == energy.shape[1] else act(x[:, : energy.shape[1]]) * x[:, energy.shape[1] :]
-    a = x * gates.double()[:, None]
-    a[N:] = 0
+def gated_energy(rows: Tensor, gates: Tensor, offsets: Tensor, mask: Tensor | None, energy: Tensor) -> Tensor:
+    """gate·rows: [N, M] float32; squares are those of float64."""
+    a = rows.double() * gates.double()[:, None]
+    a[int(offsets[-1]) :] = 0
     for e, n in grouped(offsets, mask):
         energy[e] += a[n].square().sum(0)
     return a.float()

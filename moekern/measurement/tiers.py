@@ -58,6 +58,11 @@ def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -
     ops = {op: "cpu" for tier in tiers if TABLE[tier].by == "weights" for op in TABLE[tier].ops}
     kind = device_named(device).type
     ops |= dict.fromkeys((*ROUTED_OPS, *(op for t in tiers if TABLE[t].by != "weights" for op in TABLE[t].ops)), kind)
+    return served(ops, backend)
+
+
+def served(ops: Mapping[str, str], backend: str | None) -> dict[str, str]:
+    """Op -> the backend that serves it; `ops` say on which device's type. Raises InputError where none does."""
     try:
         return {op: kernels.backend_for(op, where, backend) for op, where in ops.items()}
     except NotImplementedError as error:

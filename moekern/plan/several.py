@@ -19,7 +19,7 @@ from moekern.plan.fits_model import check_plan, whole_router
 from moekern.plan.guards import Guards
 from moekern.plan.make import make_plan
 from moekern.plan.served import served_as
-from moekern.plan.targets import Target, check_counts, runs
+from moekern.plan.targets import Served, Target, check_counts, runs
 from moekern.router import Router
 from moekern.statistics.file import Statistics
 
@@ -39,10 +39,16 @@ class Planning:
     model: Path | Checkpoint | None = None
     fit: Fit | None = None
     replaced: str | None = None  # what dropped experts become, where they are not gone
+    width: int | None = None  # channels that experts are to have; None: all that they have
 
     def router(self, router: Router) -> Router:
         """A model's router, as far as counts of experts must suit it."""
         return router if self.replaced is None else whole_router(router)
+
+    def served(self, layout: Layout, checkpoint: Checkpoint) -> Served:
+        """The model as engines see it: with experts of that width, or constants in the place of some."""
+        found = served_as(layout, checkpoint.config).narrowed(self.width)
+        return replace(found, replaced=self.replaced is not None)
 
 
 def check_planning(options: Planning) -> None:
@@ -62,7 +68,7 @@ def make_plans(statistics: Statistics, options: Planning) -> dict[str, Plan]:
     keeps, fit = options.keeps, None
     if options.model is not None:
         checkpoint, layout = _opened(options.model, statistics)
-        served = served_as(layout, checkpoint.config)
+        served = options.served(layout, checkpoint)
         if options.fit is not None:
             fitted = fitted_count(checkpoint, layout, options, options.fit)
             keeps, fit = (fitted.count,), fitted.document(options.fit)
@@ -99,7 +105,7 @@ def _opened(model: Path | Checkpoint, statistics: Statistics) -> tuple[Checkpoin
 def fitted_count(checkpoint: Checkpoint, layout: Layout, options: Planning, fit: Fit) -> Fitted:
     """The most experts a layer that fit, and that router and targets work with. Raises InputError."""
     bounds = bounds_of(options.router(layout.router), multiple_of=options.budget.multiple_of, where="--fit")
-    served = replace(served_as(layout, checkpoint.config), replaced=options.replaced is not None)
+    served = options.served(layout, checkpoint)
     legal = [n for n in (bounds.lowest, *bounds.steps()) if runs(n, served, options.targets)]
     whole = "prune" if options.replaced is None else "keep"
     if not legal:

@@ -35,12 +35,12 @@ def parse_shape(text: str) -> Shape | None:
 def candidates(router: Router, width: int, share: float, allowed: Collection[int]) -> list[Shape]:
     """Shapes of at most `share` of the bytes of all experts, of `width` I: from few and whole to many and narrow.
 
-    `allowed` are the widths that there may be, as `targets.widths_for` has them; the whole one always is.
+    `allowed` are the widths that there may be, as `targets.widths_for` has them.
     """
     E, found = router.num_experts, list[Shape]()
     for part in (*TRIED, share):
         wanted = int(part * width + 1e-9)
-        narrow = max((m for m in (*allowed, width) if m <= wanted), default=None)
+        narrow = max((m for m in allowed if m <= wanted), default=None)
         if narrow is None:
             continue
         most = min(E, int(share * E * width / narrow + 1e-9))

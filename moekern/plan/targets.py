@@ -63,10 +63,13 @@ class Served:
     def known_as(self) -> frozenset[str]:
         return self.names or names_of(self.family)
 
-    def stored(self, width: int | None = None) -> Stored:
-        """The experts as rules of width see them; of other experts with `width` channels."""
-        shards = self.shards if width is None else replace(self.shards, width=width)
-        return Stored(self.family, self.quantization, shards)
+    def stored(self) -> Stored:
+        """The experts as rules of width see them."""
+        return Stored(self.family, self.quantization, self.shards)
+
+    def narrowed(self, width: int | None) -> Served:
+        """The same with experts of `width` channels (None: as it is)."""
+        return self if width is None else replace(self, shards=replace(self.shards, width=width))
 
     @property
     def grouped(self) -> bool:
@@ -304,7 +307,7 @@ def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
 def check_width(what: str, width: int, served: Served, targets: Sequence[Target]) -> list[str]:
     """Raise InputError, with the rule and the nearest widths that run, unless every target runs experts of `width`
     channels. Returns a line for each target that they cost something on."""
-    stored, costs = served.stored(width), {target: "" for target in targets}
+    stored, costs = served.narrowed(width).stored(), {target: "" for target in targets}
     for target in targets:
         problem = width_problem(target.engine, stored, expert_ranks(target))
         if problem:
@@ -314,20 +317,22 @@ def check_width(what: str, width: int, served: Served, targets: Sequence[Target]
 
 
 def widths_for(served: Served, targets: Sequence[Target], share: float) -> list[int]:
-    """Widths below that of the model's experts that every target and transformers run, rising, from the widest that is
+    """Widths up to that of the model's experts that every target and transformers run, rising, from the widest that is
     no more than `share` of it: at `share` of the bytes all experts have room then.
 
-    Where some of them break no rule at all, these alone; else, if there are any, those that quantisers' groups of 32
-    divide.
+    Where some narrower ones break no rule at all, these alone; else, if there are any, those that quantisers' groups of
+    32 divide. The model's own is there if it is run.
     """
     asked, width = {*targets, Target("transformers")}, served.shards.width
     engines = [(target.engine, served.stored(), expert_ranks(target)) for target in asked]
-    least = lcm(*(multiple_of(*each) for each in engines))
+    least, own = lcm(*(multiple_of(*each) for each in engines)), list[int]()
+    if not any(width_problem(*each) for each in engines):
+        own.append(width)
     for step in (lcm(*(multiple_of(*each, whole=True) for each in engines)), lcm(least, GROUP), least):
         found = list(range(max(int(share * width) // step, 1) * step, width, step))
         if found:
-            return found
-    return []
+            return [*found, *own]
+    return own
 
 
 def _broken(target: Target, count: int, served: Served) -> list[Finding]:

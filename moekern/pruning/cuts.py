@@ -16,7 +16,7 @@ from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
 from moekern.pruning.constants import Constant
 from moekern.pruning.narrow import Narrow, Widened, narrow_pieces, narrow_shape, widened_piece
-from moekern.pruning.pieces import Computed, computed, recipe
+from moekern.pruning.pieces import Columns, Computed, computed, recipe
 from moekern.pruning.refitted import NewTensor
 
 Range = tuple[int, int]  # first byte and the byte past the last, in the source file
@@ -96,8 +96,8 @@ class OutputTensor:
         outer = math.prod(self.entry.shape[: self.cut.tensor.axis])
         return self.cut.tensor.action == "remap" or (outer > 1 and self.entry.nbytes <= SMALL)
 
-    def computed(self, checkpoint: Checkpoint) -> Iterator[Computed]:
-        """The pieces of a tensor that is computed."""
+    def computed(self, checkpoint: Checkpoint) -> Iterator[Computed | Columns]:
+        """The pieces of a tensor that is no ranges."""
         entry, cut = self.entry, self.cut
         assert cut is not None
         if isinstance(cut, Widened):
@@ -108,7 +108,7 @@ class OutputTensor:
             return
         tensor = cut.tensor
         if cut.narrow is not None:
-            yield from narrow_pieces(checkpoint, self.name, entry, tensor, cut.narrow, tuple(cut.rank))
+            yield from narrow_pieces(checkpoint, entry, tensor, cut.narrow, tuple(cut.rank))
             return
         digest = recipe(
             tensor.action,

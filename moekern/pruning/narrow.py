@@ -1,6 +1,6 @@
 """Experts that lose channels: rows of gate and up, columns of down; and shared experts whose width follows theirs.
 
-Bytes are gathered one expert at a time, so that a stack of gigabytes is never held.
+They are columns of matrices in the source's files, which `csrc/io` gathers: none is read here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
 from moekern.plan.channels import channel_ids, channel_text
 from moekern.plan.document import Plan
-from moekern.pruning.pieces import Computed, computed, recipe
+from moekern.pruning.pieces import Columns, Computed, computed, recipe
 
 BLOCK = 1 << 20  # numbers whose squares are summed at a time
 
@@ -136,27 +136,15 @@ def narrow_shape(entry: TensorEntry, tensor: ExpertTensor, narrow: Narrow, shape
 
 
 def narrow_pieces(
-    checkpoint: Checkpoint, name: str, entry: TensorEntry, tensor: ExpertTensor, narrow: Narrow, kept: Sequence[int]
-) -> Iterator[Computed]:
+    checkpoint: Checkpoint, entry: TensorEntry, tensor: ExpertTensor, narrow: Narrow, kept: Sequence[int]
+) -> Iterator[Columns]:
     """The bytes of a tensor, one expert after another; `kept` are those that a stack keeps."""
+    shape, axis = expert_matrix(tensor, entry), expert_axis(tensor)
+    rows, column_bytes = math.prod(shape[:axis]), math.prod(shape[axis + 1 :]) * DTYPE_BITS[entry.dtype] // 8
     for expert in kept if tensor.expert is None else (tensor.expert,):
-        start, size = expert_place(tensor, entry, expert)
-        digest = recipe(
-            "narrow",
-            [(str(checkpoint.folder / entry.shard), start, size)],
-            channels=narrow.texts.get(expert, narrow.left),
-            width=narrow.width,
-            dtype=entry.dtype,
-            shape=expert_matrix(tensor, entry),
-            form=(expert_axis(tensor), tensor.channel_form),
-        )
-        length = size // expert_matrix(tensor, entry)[expert_axis(tensor)] * narrow.size(tensor)
-
-        def make(expert: int = expert) -> bytes:
-            rows = _items(checkpoint, tensor, entry, expert)
-            return np.take(rows, narrow.places(tensor, expert), axis=expert_axis(tensor)).tobytes()
-
-        yield computed(name, digest, length, make)
+        start, _ = expert_place(tensor, entry, expert)
+        places = narrow.places(tensor, expert).astype(np.int64).tobytes()
+        yield Columns(str(checkpoint.folder / entry.shard), start, rows, shape[axis], column_bytes, places)
 
 
 def widened_piece(checkpoint: Checkpoint, name: str, entry: TensorEntry, wide: Widened, nbytes: int) -> Computed:
@@ -201,12 +189,6 @@ def expert_place(tensor: ExpertTensor, entry: TensorEntry, expert: int) -> tuple
 def _item(entry: TensorEntry) -> np.dtype:
     """An element as bytes that are only moved."""
     return np.dtype(f"V{DTYPE_BITS[entry.dtype] // 8}")
-
-
-def _items(checkpoint: Checkpoint, tensor: ExpertTensor, entry: TensorEntry, expert: int) -> np.ndarray:
-    """One expert's part, element by element."""
-    data = checkpoint.read_data(checkpoint.folder / entry.shard, entry, *expert_place(tensor, entry, expert))
-    return np.frombuffer(data, _item(entry)).reshape(expert_matrix(tensor, entry))
 
 
 def _numbers(checkpoint: Checkpoint, tensor: ExpertTensor, entry: TensorEntry, expert: int) -> np.ndarray:

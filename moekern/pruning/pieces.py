@@ -1,4 +1,5 @@
-"""What a file is made of: ranges of source files, literal bytes, and bytes that are computed when they are written."""
+"""What a file is made of: ranges of source files, columns of matrices in them, literal bytes, and bytes that are
+computed when they are written."""
 
 import hashlib
 import os
@@ -20,8 +21,19 @@ class Computed(NamedTuple):
     make: Callable[[], bytes | memoryview]
 
 
+class Columns(NamedTuple):
+    """Columns of so many bytes that stay of a matrix [rows, width] in a file; rows that stay are columns of one row."""
+
+    file: str
+    offset: int
+    rows: int
+    width: int
+    column_bytes: int
+    kept: bytes  # their numbers, rising, int64
+
+
 Range: TypeAlias = tuple[str, int, int]  # file, offset, length
-Piece: TypeAlias = Range | bytes | Computed
+Piece: TypeAlias = Range | bytes | Computed | Columns
 
 
 def recipe(action: str, sources: Iterable[Range], **details: Any) -> str:
@@ -45,6 +57,10 @@ def made_from(pieces: Sequence[Piece]) -> str:
             digest.update(piece)
         elif isinstance(piece, Computed):
             digest.update(repr((piece.recipe, piece.length)).encode())
+        elif isinstance(piece, Columns):
+            digest.update(repr(piece[:-1]).encode())
+            digest.update(piece.kept)
+            sources.add(piece.file)
         else:
             digest.update(repr(piece).encode())
             sources.add(piece[0])

@@ -33,6 +33,7 @@ class Fitting:
     team: Team
     memory: int | None
     folder: Path | None
+    backend: str | None  # of the kernels
     told: Callable[[float], None]  # how much of it is done
 
 
@@ -46,7 +47,7 @@ def fitted(work: Fitting, variant: Variant, key: str) -> dict[str, Any]:
     elif variant.ridge is not None:
         found = refit_down(
             work.experts, work.lacks, work.held, variant.ridge,
-            units=work.units, team=work.team, memory=work.memory, folder=work.folder, step=ridge,
+            units=work.units, team=work.team, memory=work.memory, folder=work.folder, backend=work.backend, step=ridge,
         )  # fmt: skip
         record |= _of_ridge(found, work.target)
     if variant.refine is not None:

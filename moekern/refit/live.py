@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moekern import kernels
 from moekern.errors import InputError
 from moekern.kernels import sort_by_expert
 from moekern.model.apart import Combining
 from moekern.model.experts import Outputs, experts_of, in_place
+from moekern.model.layerwise import LayerwiseModel
 from moekern.model.projections import Halves, halves, one_expert, views
 from moekern.model.walk import hidden_of
 from moekern.refit.refine import Trainable
 from moekern.refit.rows import RowStore
 from moekern.refit.stored import StoredExperts
-from moekern.refit.units import ROWS, Unit, Units
+from moekern.refit.units import ROWS, Unit, Units, one_group
 
 See = Callable[[Tensor, Tensor, Tensor, bool], None]  # (rows [T, H], ids [T, K], gates [T, K], gates are in the rows)
 
@@ -81,11 +83,23 @@ def made_by(layer: nn.Module, came: Callable[[Tensor], None]) -> Iterator[None]:
         hook.remove()
 
 
+def check_layers(layerwise: LayerwiseModel) -> None:
+    """Raise InputError, naming the layer, where experts cannot be refitted: they are run in groups, or not held in a
+    way that is known."""
+    for i, groups in layerwise.groups.cuts.items():
+        where = f"layer {layerwise.moe_keys[i]} is run in {len(groups)} groups of experts"
+        raise layerwise.takes.refusal(f"{where}, and such layers are not refitted")
+    for i, key in layerwise.moe_keys.items():
+        block = experts_of(layerwise.layers[i])
+        if block is None or halves(block) is None:
+            what = "its experts are not held together, as where each is a module of a list, and are not refitted"
+            raise InputError(f"{layerwise.checkpoint.folder}: layer {key}: {what}; prune it without a refit")
+
+
 def block_of(layer: nn.Module) -> nn.Module:
-    """The experts of a layer. Raises InputError where they are not held in a way that is known."""
+    """The experts of a layer that has been checked."""
     block = experts_of(layer)
-    if block is None or halves(block) is None:
-        raise InputError(f"{type(layer).__name__}: its experts are not held together; such layers are not refitted")
+    assert block is not None
     return block
 
 
@@ -118,16 +132,14 @@ class LiveExperts:
         return rows.float(), gates
 
     def features(self, expert: int, tokens: Tensor) -> Tensor:
-        rows, gates = self._given(expert, tokens)
-        with torch.no_grad():
-            inner = self.known.inner(self._one(expert), rows, self._all(rows))
+        inner, gates = self._inner(expert, tokens)
         return inner.float() * gates[:, None]
 
     def outputs(self, expert: int, tokens: Tensor) -> Tensor:
         """What the expert adds to the output of some of its tokens, float32 [len, H]."""
         rows, gates = self._given(expert, tokens)
         with torch.no_grad():
-            y = self.known(self._one(expert), rows, self._all(rows))
+            y = self.known(self._one(expert), rows, one_group(rows))
         return y.float() * gates[:, None]
 
     def down(self, expert: int) -> Tensor:
@@ -168,19 +180,21 @@ class LiveExperts:
                     residual.scatter(tokens, residual.gather(tokens) - put_out)
             step()
 
-    def energies(self, parts: Units, counted: Tensor) -> Tensor:
+    def energies(self, parts: Units, counted: Tensor, backend: str | None = None) -> Tensor:
         """Sums over all processes' tokens, of those that are `counted` (bool [N]), of the squares of features, float64
-        [n, I] at every rank: a unit at a time, in their order."""
+        [n, I] at every rank: a unit at a time, in their order. `backend` of the kernel, None: the device's first."""
 
         def of_unit(place: int) -> list[Tensor]:
-            total = torch.zeros(self.count, self.width, dtype=torch.float64)
+            total = torch.zeros(self.count, self.width, dtype=torch.float64, device=self.device)
             unit = parts.own[place]
             for expert in range(self.count):
                 tokens = self.tokens(expert)
                 tokens = tokens[(tokens >= unit.start) & (tokens < unit.stop)]
                 for rows in tokens[counted[tokens]].split(ROWS):
-                    total[expert] += self.features(expert, rows).double().square().sum(0).cpu()
-            return [total]
+                    inner, gates = self._inner(expert, rows)
+                    own = total[expert : expert + 1]
+                    kernels.gated_energy(inner.contiguous(), gates, one_group(inner), None, own, backend=backend)
+            return [total.cpu()]
 
         sums = parts.summed(of_unit)
         return parts.team.broadcast(torch.zeros(self.count, self.width).double() if sums is None else sums[0])
@@ -198,13 +212,16 @@ class LiveExperts:
             return rows, gates
         return rows * gates[:, None].to(rows.dtype), torch.ones_like(gates)
 
+    def _inner(self, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes into the down projection [len, m], in the type that is computed in, and the gates, float32."""
+        rows, gates = self._given(expert, tokens)
+        with torch.no_grad():
+            return self.known.inner(self._one(expert), rows, one_group(rows)), gates
+
     def _one(self, expert: int) -> nn.Module:
         if self.alone is None or self.alone[0] != expert:
             self.alone = expert, one_expert(self.block, expert, requires_grad=False)
         return self.alone[1]
-
-    def _all(self, rows: Tensor) -> Tensor:
-        return torch.tensor([0, len(rows)], device=self.device)
 
 
 @dataclass
@@ -216,5 +233,5 @@ class _Trained:
     parameters: Sequence[Tensor]
 
     def forward(self, rows: Tensor, gates: Tensor) -> Tensor:
-        y: Tensor = self.known(self.one, rows, torch.tensor([0, len(rows)], device=rows.device))
+        y: Tensor = self.known(self.one, rows, one_group(rows))
         return y * gates[:, None]

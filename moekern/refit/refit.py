@@ -18,6 +18,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
+from moekern.measurement.tiers import served
 from moekern.merging.tensors import check_plain
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
@@ -29,6 +30,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
 from moekern.refit.choice import check_choice
+from moekern.refit.live import check_layers
 from moekern.refit.refine import check_alone
 from moekern.refit.stored import Stored, check_formats, format_of
 from moekern.refit.streams import Streams
@@ -36,6 +38,7 @@ from moekern.refit.variants import FITTED, Split, Variant
 from moekern.version import versions
 
 STAGE = "refitting"
+OPS = ("gated_energy", "expert_gram", "scatter_residual")
 STATE = "moekern-refit-"  # and a digest: the folder of a run that is not done
 
 
@@ -72,6 +75,7 @@ def refit(
     check_type("compute", compute, Compute)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
+    check_family(layout, checkpoint)
     check_data(data, checkpoint)
     for variant in variants:
         _check(variant, layout, checkpoint)
@@ -107,6 +111,7 @@ def refit(
         opened(resume, key, (STAGE,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
+        check_layers(layerwise)
         for variant in variants:
             if variant.fits:
                 check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=variant.all_parts)
@@ -116,10 +121,16 @@ def refit(
     if journal is not None and team.first:
         removed(journal.folder)
     plans = {
-        variant.name: _plan(variant, layers, records, recipes[variant.name], data, losses.get(variant.name, {}))
+        variant.name: _plan(variant, layers, records, recipes[variant.name], key, data, losses.get(variant.name, {}))
         for variant, layers, records in zip(variants, streams.plans, streams.records, strict=True)
     }
     return Refitting(plans, losses)
+
+
+def check_family(layout: Layout, checkpoint: Checkpoint) -> None:
+    """Raise InputError for a family whose experts are not refitted."""
+    if reason := layout.family.no_refit:
+        raise InputError(f"{checkpoint.folder}: {layout.family.name}: {reason}; prune it without a refit")
 
 
 def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
@@ -161,9 +172,15 @@ def key_of(
         "variants": [described(variant) for variant in variants],
         "--dtype": compute.dtype_name,
         "--device": compute.place.type,
+        "backend": backends(compute),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def backends(compute: Compute) -> dict[str, str]:
+    """Op -> the backend that serves it. Raises InputError where none does."""
+    return served(dict.fromkeys(OPS, compute.place.type), compute.backend)
 
 
 def recipe_of(key: Mapping[str, Any], variant: Variant) -> str:
@@ -188,6 +205,7 @@ def _plan(
     layers: Mapping[str, LayerPlan],
     records: Mapping[str, Any],
     recipe: str,
+    key: Mapping[str, Any],
     data: TokenData,
     losses: Mapping[str, Any],
 ) -> Plan:
@@ -203,6 +221,7 @@ def _plan(
         "recipe": recipe,
         "layers": dict(records),
         **described(variant),
+        "backend": key["backend"],
         "data": data.recipe,
         "judged": row_document(losses),
     }

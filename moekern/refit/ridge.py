@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moekern import kernels
 from moekern.errors import InputError, check_type
 from moekern.model.compute import few_tokens
 from moekern.refit.rows import Room, RowStore, check_rows
-from moekern.refit.units import ROWS, Features, Unit, Units, square, steady_product
+from moekern.refit.units import ROWS, Features, Unit, Units, one_group
 from moekern.team import ALONE, Team
 
 
@@ -116,6 +118,7 @@ class _Layer:
     first: RowStore  # [n x H, m], the weights that were found
     grams: dict[int, Tensor] | None  # [m, m] float64 by expert, at rank 0; None: there is no room for all
     step: Callable[[], None]
+    backend: str | None  # of the kernels
     alone: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -140,6 +143,7 @@ def refit_down(
     team: Team = ALONE,
     memory: int | None = None,
     folder: Path | None = None,
+    backend: str | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Refit:
     """Minimise sum over tokens of ||T - sum_e W_e phi_e||^2 + lambda sum_e ||W_e - W0_e||^2, expert by expert.
@@ -148,7 +152,8 @@ def refit_down(
     stored, rounded. `held` bool [N]: rows that are not fitted; the error there chooses the factor and decides whether
     the weights stay or are put back bit for bit (without such rows the error on all decides, and the middle factor is
     taken). lambda is the factor x the mean, over experts that have fitted rows, of the mean diagonal of their Gram
-    matrices. Products are float32 within chunks of rows, float64 across, and solved in float64.
+    matrices. Products are those of `kernels.expert_gram` and `scatter_residual` (by `backend`, None: the device's
+    first), solved in float64.
 
     `memory` bytes may be taken for copies of the residual and of the weights, Gram matrices and features; what has no
     room goes to a file in `folder`, or is computed anew. It changes no bit, nor does the number of processes of
@@ -170,7 +175,9 @@ def refit_down(
         first = stack.enter_context(room.store(*shape))
         downs = [stack.enter_context(room.store(*shape)) if len(factors) > 1 else None for _ in factors]
         kept = team.broadcast(room.take(8 * experts.count * experts.width**2) if team.first else False)
-        layer = _Layer(experts, Features(experts, parts, held, room), parts, held, first, {} if kept else None, step)
+        grams: dict[int, Tensor] | None = {} if kept else None
+        features = Features(experts, parts, held, room)
+        layer = _Layer(experts, features, parts, held, first, grams, step, backend)
         for expert in range(experts.count):
             first[_rows(experts, expert)] = experts.down(expert)
         for down in downs:
@@ -247,24 +254,16 @@ def _sweep(layer: _Layer, trials: Sequence[_Trial]) -> None:
 def _steps(layer: _Layer, expert: int, trials: Sequence[_Trial], now: Sequence[Tensor]) -> tuple[list[Tensor], str]:
     """At rank 0 what each candidate's weights [H, m] change by, float32, and what is to be said of it; no steps where
     there is nothing to solve."""
-    known = None if layer.grams is None else layer.grams.get(expert)
-
-    def of_unit(place: int) -> list[Tensor] | None:
-        total: list[Tensor] | None = None
-        for chunk, features in layer.features.fitted(expert, place):
-            others = [trial.residual.gather(chunk.tokens).to(features.device) for trial in trials]
-            total = _added(total, products(features, others if layer.grams is not None else [features, *others]))
-        return total
-
-    sums = layer.units.summed(of_unit)
+    residuals = [trial.residual for trial in trials]
+    sums = layer.units.summed(partial(_sums, layer, expert, residuals=residuals, gram=layer.grams is None))
     if sums is None:
         return [], ""
-    gram, moments = (sums[0], sums[1:]) if known is None else (known.to(sums[0].device), sums)
+    gram, moments = (sums[0], sums[1:]) if layer.grams is None else (layer.grams[expert].to(sums[0].device), sums)
     first = layer.first[_rows(layer.experts, expert)]
     steps, said = [], ""
     for trial, weight, moment in zip(trials, now, moments, strict=True):
         drift = (weight - first).to(moment)
-        step, exact = solved(gram, moment, drift, trial.weight)
+        step, exact = solved(gram, moment.T, drift, trial.weight)
         if step is None:
             return [], "its Gram matrix or its errors are not finite in float32; it is left as it was"
         said = (
@@ -274,9 +273,19 @@ def _steps(layer: _Layer, expert: int, trials: Sequence[_Trial], now: Sequence[T
     return steps, said
 
 
-def products(features: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-    """Of one chunk: other' features, [C, m] float32, for each of the others [rows, C]."""
-    return [steady_product(other.T, features) for other in others]
+def _sums(layer: _Layer, expert: int, place: int, *, residuals: Sequence[RowStore], gram: bool) -> list[Tensor] | None:
+    """Of the fitted rows of an expert in the unit at a place, float64: A'A [m, m], if it is wanted, and A'R [m, H] for
+    each residual; None where there are no such rows."""
+    wanted: list[RowStore | None] = [*([None] if gram else []), *residuals]  # None: A'A
+    sums: list[kernels.GramSums] = []
+    m, H = layer.experts.width, layer.experts.hidden
+    for chunk, features in layer.features.fitted(expert, place):
+        if not sums:
+            sums = [kernels.gram_sums(1, m, 0 if r is None else H, features.device, gram=r is None) for r in wanted]
+        for each, residual in zip(sums, wanted, strict=True):
+            rows, tokens = (None, None) if residual is None else residual.beside(features, chunk.tokens)
+            kernels.expert_gram(features, rows, one_group(features), None, each, tokens=tokens, backend=layer.backend)
+    return [(each.gram if r is None else each.product)[0] for each, r in zip(sums, wanted, strict=False)] or None
 
 
 def solved(gram: Tensor, moment: Tensor, drift: Tensor, weight: float) -> tuple[Tensor | None, bool]:
@@ -313,11 +322,15 @@ def _stored(layer: _Layer, expert: int, weight: Tensor, step: Tensor) -> Tensor:
 
 def _bring_up_to_date(layer: _Layer, expert: int, trials: Sequence[_Trial], changes: Sequence[Tensor]) -> None:
     """Take the change of an expert's output out of the residuals."""
-    moved = [(t, change) for t, change in zip(trials, changes, strict=True) if change.any()]
+    moved = [(t, change.T.contiguous()) for t, change in zip(trials, changes, strict=True) if change.any()]
     for chunk, features in layer.features.all(expert) if moved else ():
         for trial, change in moved:
-            rows = trial.residual.gather(chunk.tokens).to(features.device)
-            trial.residual.scatter(chunk.tokens, rows - steady_product(features, change.to(features).T))
+            rows, tokens = trial.residual.beside(features, chunk.tokens)
+            kernels.scatter_residual(
+                rows, features, change.to(features), tokens, one_group(features), backend=layer.backend
+            )
+            if rows is not trial.residual.tensor:
+                trial.residual.scatter(chunk.tokens, rows)
 
 
 def _mean_diagonal(layer: _Layer) -> float:
@@ -325,19 +338,10 @@ def _mean_diagonal(layer: _Layer) -> float:
     left alone; and, where they are kept, the matrices."""
     means = []
     for expert in layer.each():
-
-        def of_unit(place: int, expert: int = expert) -> list[Tensor] | None:
-            total: list[Tensor] | None = None
-            for _, features in layer.features.fitted(expert, place):
-                total = _added(
-                    total, [square(features), *(products(features, [features]) if layer.grams is not None else [])]
-                )
-            return total
-
-        sums = layer.units.summed(of_unit)
+        sums = layer.units.summed(partial(_sums, layer, expert, residuals=[], gram=True))
         if sums is not None and layer.grams is not None:
-            layer.grams[expert] = sums[1].cpu()
-        mean = layer.units.team.broadcast(None if sums is None else float(sums[0]) / layer.experts.width)
+            layer.grams[expert] = sums[0].cpu()
+        mean = layer.units.team.broadcast(None if sums is None else float(sums[0].diagonal().mean()))
         if mean is None or mean == 0:
             layer.alone.add(expert)
         elif not mean < float("inf"):
@@ -363,16 +367,6 @@ def _errors(residual: RowStore, held: Tensor, units: Units) -> Tensor:
 
     sums = units.summed(of_unit)
     return units.team.broadcast(torch.zeros(4, dtype=torch.float64) if sums is None else sums[0])
-
-
-def _added(total: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
-    """Sums of chunks: float32 of the first, float64 from the second on."""
-    if total is None:
-        return more
-    total = [value.double() for value in total]
-    for whole, value in zip(total, more, strict=True):
-        whole += value
-    return total
 
 
 def _rows(experts: Experts, expert: int) -> slice:

@@ -66,6 +66,13 @@ class RowStore:
         """Write these rows (int64 [n], each once) with values [n, C]."""
         self.tensor.index_copy_(0, rows.to(self.tensor.device), values.to(self.tensor))
 
+    def beside(self, other: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """These rows (int64 [n]) on the device of `other`: the whole and their numbers in it, or a copy of them alone
+        and theirs in that."""
+        if self.tensor.device == other.device:
+            return self.tensor, rows.to(other.device)
+        return self.gather(rows).to(other.device), torch.arange(len(rows), device=other.device)
+
     def __getitem__(self, rows: slice) -> Tensor:
         """A view of some rows that follow one another."""
         return self.tensor[rows]

@@ -68,8 +68,8 @@ class Streams(Pass[Task]):
         until: str | None = None,
         backend: str | None = None,
     ) -> None:
-        self.layerwise, self.split, self.variants, self.write, self.progress = (
-            layerwise, split, tuple(variants), write, progress,
+        self.layerwise, self.split, self.variants, self.write, self.progress, self.backend = (
+            layerwise, split, tuple(variants), write, progress, backend,
         )  # fmt: skip
         self.team, self.keys = layerwise.team, layerwise.moe_keys
         self.stop_after = next((layer for layer, key in self.keys.items() if key == until), None)
@@ -117,8 +117,6 @@ class Streams(Pass[Task]):
         """The whole pass, or what a stopped run has left of it. Raises InputError for models that cannot be refitted,
         where memory and disk have no room, and for numbers that are not finite."""
         layerwise = self.layerwise
-        if layerwise.groups.cuts:
-            raise layerwise.takes.refusal("layers that are run in groups of experts are not refitted")
         tasks = list(self._tasks())
         layerwise.expect(sum(task.batch.input_ids.numel() for task in tasks), self._beside(), "rows of a layer")
         half = layerwise.takes.room // 2
@@ -265,7 +263,7 @@ class Streams(Pass[Task]):
                     place = self.held_rows, self.units, self.team
                     worth = forwards(variant) * len(self.places)
                     told = lambda share: self._tell(layer, share * worth)  # noqa: E731
-                    fitting = Fitting(live, lacks, target, *place, self.room.left, self.room.folder, told)
+                    fitting = Fitting(live, lacks, target, *place, self.room.left, self.room.folder, self.backend, told)
                     self.records[number - 1][key] = fitted(fitting, variant, key)
                     self.through += worth
                     self.write(variant, key, plan, stored.tensors(block))
@@ -328,7 +326,7 @@ class Streams(Pass[Task]):
         """Of each expert the `width` channels whose features times their columns of down have the most energy on the
         text that is fitted; of equal ones the first."""
         texts = []
-        for expert, energy in enumerate(live.energies(self.parts, ~self.held_rows)):
+        for expert, energy in enumerate(live.energies(self.parts, ~self.held_rows, self.backend)):
             energy *= live.down(expert).double().square().sum(0).cpu()
             best = energy.argsort(descending=True, stable=True)[:width].sort().values
             texts.append(channel_text(best.numpy(), live.width))

@@ -8,14 +8,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from moekern.errors import InputError
 from moekern.refit.rows import Room
 from moekern.team import Team
 
-EVEN = 16  # rows of a product on a CPU at least, and its columns are a multiple
-ROWS = 1024  # of one expert and one unit, at most, that are multiplied together in float32
+ROWS = 1024  # of one expert and one unit, at most, that are computed together
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Units:
 
     def summed(self, of: Callable[[int], list[Tensor] | None]) -> list[Tensor] | None:
         """At rank 0 the float64 sums over all units of what `of` (the place of a unit in `own`) gives, None where no
-        unit has any; None at other ranks. Sums of a unit are float64, or float32 where they are of one chunk."""
+        unit has any; None at other ranks. Sums of a unit are float64."""
         if not self.team.first:
             for place in range(len(self.own)):
                 sums = of(place)
@@ -131,16 +129,9 @@ class Features:
         return value
 
 
-def steady_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k] times b [k, c], with the same bits for 1, 2, 4, 8, ... threads of a CPU.
-
-    They share the columns, and round otherwise where a share ends in the middle of a vector, or the rows are few; so
-    zeros fill both up.
-    """
-    rows, columns = max(0, EVEN - len(a)), -b.shape[1] % EVEN
-    if a.device.type != "cpu" or not (rows or columns):
-        return a @ b
-    return (pad(a, (0, 0, 0, rows)) @ pad(b, (0, columns)))[: len(a), : b.shape[1]]
+def one_group(rows: Tensor) -> Tensor:
+    """Offsets of rows that are all one expert's, as kernels take them."""
+    return torch.tensor([0, len(rows)], device=rows.device)
 
 
 def square(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from moekern.estimation.overview import overview
 from moekern.estimation.refit import refitted_bytes
 from moekern.plan.channels import channel_text
 from moekern.plan.document import Plan
-from moekern.pruning.prune import MANIFEST
+from moekern.pruning.prune import MANIFEST, prune
+from tests.helpers import remote_code
 from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
+from tests.helpers.narrow import narrow_plan
 from tests.helpers.quantised_models import plain, twins
+from tests.helpers.tight import tighten
 
 
 def text(work: Path, tokens: int = 800) -> tuple[object, ...]:
@@ -51,7 +55,8 @@ def test_what_was_written_is_computed_again(tmp_path: Path) -> None:
     model = model_and_ids(tmp_path) / "model"
     random_plan(find_layout(open_checkpoint(model)), 0).save(tmp_path / "plan.json")
     command, out = ("refit", model, tmp_path / "plan.json"), tmp_path / "out"
-    assert moekern(*command, *text(tmp_path), "--no-forward", "--out", out).returncode == 0
+    made = moekern(*command, *text(tmp_path), "--no-forward", "--out", out)
+    assert (made.returncode, f"serve with vllm: vllm serve {out}\n" in made.stderr) == (0, True), made.stderr
     before = {**contents(tmp_path)}
     found = document(*command, *text(tmp_path), "--verify", out, "--json")
     full = document(*command, *text(tmp_path), "--verify", out, "--full", "--json")
@@ -118,6 +123,28 @@ def test_what_cannot_be_written_is_refused_before_any_text_is_read(
     for command, line in zip(commands, lines, strict=True):
         done = moekern(*command, *options, "--out", tmp_path / "out")
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out.moekern").exists()
+
+
+def test_layers_that_cannot_be_refitted_are_refused_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family_checkpoint: Callable[[str], Path]
+) -> None:
+    """A family whose forward passes are suspended, experts in a list, and layers that memory has no room for."""
+    listed = remote_code.write(tmp_path / "list", next(iter(remote_code.STYLES)))
+    source = family_checkpoint("qwen3_moe")
+    (tmp_path / "text.txt").write_text("the models have no tokenizer")
+    for model, line in (
+        (family_checkpoint("inkling2"), "inkling2: its decoder layers hand on more than hidden states; prune it"),
+        (listed, "layer 1: its experts are not held together"),
+        (source, "and such layers are not refitted; give more (--memory, --gpu-memory)"),
+    ):
+        if model == source:
+            tighten(monkeypatch, source)
+        random_plan(find_layout(open_checkpoint(model)), 0).save(tmp_path / "plan.json")
+        for command in (("run", model, "--keep", 0.5, "--refit"), ("refit", model, tmp_path / "plan.json")):
+            options = ("--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--trust-remote-code")
+            done = moekern(*command, *options)
+            assert (done.returncode, line in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
 
 
@@ -236,6 +263,24 @@ def test_a_shape_s_number_of_experts_is_looked_at_before_any_text_is_read(
         "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
     )  # fmt: skip
     assert (done.returncode, line in done.stderr) == (2, True), done.stderr
+
+
+def test_a_target_may_run_the_narrower_experts_alone(tmp_path: Path, family_checkpoint: Callable[[str], Path]) -> None:
+    """Of experts with 18 channels transformers' grouped product takes none in float32; of 16 it does."""
+    whole = family_checkpoint("qwen3_moe")
+    source = tmp_path / "source"
+    prune(whole, narrow_plan(find_layout(open_checkpoint(whole)), tuple(range(8)), 18, 0), source)
+    (tmp_path / "text.txt").write_text("the model has no tokenizer")
+    options = ("--target", "transformers", "--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+    for shape, line in (
+        (("--shape", "4x16"), "tokenizer"),
+        (("--shape", "auto"), "tokenizer"),
+        (("--shape", "4x18"), "--shape 4x18: transformers would not run it: experts have 18 channels"),
+        (("--shape", "auto", "--target", "vllm:tp=11"), "--shape auto: no shape of experts that hold the share runs"),
+        ((), "--keep 4: transformers would not run it: experts have 18 channels"),
+    ):
+        done = moekern("run", source, "--keep", 4, "--refit", *shape, *options)
+        assert (done.returncode, line in done.stderr) == (2, True), done.stderr
 
 
 def test_a_plan_is_held_against_targets_before_any_text_is_read(tmp_path: Path) -> None:

@@ -106,18 +106,18 @@ def compile_statistics() -> None:
 
 def compile_refit() -> None:
     sizes = [Size((30, 300), 45, 64, 300), *([] if FEW else [Size((30, 300), 512, 77, 300)])]
-    kinds = [("silu", torch.float32), *([] if FEW else [(None, torch.float16), ("gelu", torch.bfloat16)])]
+    dtypes = [torch.float32, *([] if FEW else [torch.float16, torch.bfloat16])]
     for args in map(grouped, sizes):
         on, (E, M, H) = moved_rows(args, "meta"), args.delta.shape
         every = (on.mask, on.tokens, on.r), (None, None, torch.empty(len(on.a), H, device="meta"))
         for mask, tokens, r in every[:1] if FEW else every:
             backend.expert_gram(on.a, r, on.offsets, mask, kernels.gram_sums(E, M, H, "meta"), tokens=tokens)
         backend.scatter_residual(on.r, on.a, on.delta, on.tokens, on.offsets)
-        for activation, dtype in kinds:
-            rows = torch.empty(len(on.a), 2 * M if activation else M, dtype=dtype, device="meta")
+        for dtype in dtypes:
+            rows = torch.empty(len(on.a), M, dtype=dtype, device="meta")
             energy, gates = torch.empty(E, M, dtype=torch.float64, device="meta"), rows.new_empty(len(rows))
             for mask in (on.mask,) if FEW else (None, on.mask):
-                backend.gated_energy(rows, gates, on.offsets, mask, energy, activation=activation)
+                backend.gated_energy(rows, gates, on.offsets, mask, energy)
 
 
 def compile_mlp() -> None:

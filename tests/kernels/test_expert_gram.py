@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moekern import _C, kernels
 from moekern.kernels import native
-from tests.helpers.grouped import SIZES, Size, assert_gram_agrees, fitting, gram, grouped, started
+from tests.helpers.grouped import SIZES, Size, assert_gram_agrees, fitting, gram, grouped, halves, started
 from tests.helpers.ops import runs
 
 ROADS = runs("expert_gram")
@@ -25,6 +25,14 @@ def test_it_agrees_with_the_reference(size: Size, masked: bool, device: str, bac
     args = grouped(size)
     got, want = gram(args, device, masked, backend=backend), gram(args, masked=masked, backend="reference")
     assert_gram_agrees(got, want, args, masked)
+
+
+@pytest.mark.parametrize(("device", "backend"), ROADS)
+def test_either_product_is_left_out_with_the_same_bits(device: str, backend: str) -> None:
+    args = grouped(SIZES["odd"])
+    want, (gram_alone, without) = gram(args, device, backend=backend), halves(args, device, backend=backend)
+    assert torch.equal(gram_alone, want.gram)
+    assert torch.equal(without, want.product)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -85,6 +93,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"a": torch.ones(6, 3).double()}, "a: expected float32, got float64"),
     "strides": ({"r": torch.ones(5, 6).T}, "r: expected a contiguous tensor"),
     "rows": ({"r": torch.ones(4, 5), "tokens": None}, "r: expected N=6, got 4"),
+    "gram": ({"sums": SUMS._replace(gram=torch.zeros(2, 2, 2).double())}, "gram: expected M=3, got 2"),
     "columns": ({"r": torch.ones(6, 4)}, "product: expected H=4, got 5"),
     "channels": ({"a": torch.ones(6, 2)}, "gram: expected M=2, got 3"),
     "experts": ({"offsets": torch.tensor([0, 2, 3, 6])}, "gram: expected E=3, got 2"),

@@ -137,13 +137,15 @@ def test_a_width_that_does_not_run_is_told_with_the_nearest_that_does() -> None:
 @pytest.mark.parametrize(
     ("texts", "width", "share", "expected"),
     [
-        ((), 96, 0.5, [48, 56, 64, 72, 80, 88]),
-        (("vllm:tp=48",), 768, 0.75, [576, 624, 672, 720]),
-        (("llama.cpp",), 2048, 0.6, [1024, 1280, 1536, 1792]),
-        (("llama.cpp",), 256, 0.5, [128, 160, 192, 224]),  # 256 divides none, 32 some
-        (("llama.cpp", "sglang:tp=2,ep=2"), 32, 0.4, [8, 16, 24]),
-        (("vllm:tp=16",), 96, 0.5, [48, 64, 80]),
-        (("vllm:tp=96",), 96, 0.5, []),
+        ((), 96, 0.5, [48, 56, 64, 72, 80, 88, 96]),
+        (("vllm:tp=48",), 768, 0.75, [576, 624, 672, 720, 768]),
+        (("llama.cpp",), 2048, 0.6, [1024, 1280, 1536, 1792, 2048]),
+        (("llama.cpp",), 256, 0.5, [128, 160, 192, 224, 256]),  # 256 divides none, 32 some
+        (("llama.cpp", "sglang:tp=2,ep=2"), 32, 0.4, [8, 16, 24, 32]),
+        (("vllm:tp=16",), 96, 0.5, [48, 64, 80, 96]),
+        (("vllm:tp=16",), 72, 0.5, [32, 48, 64]),
+        (("vllm:tp=96",), 96, 0.5, [96]),
+        (("vllm:tp=97",), 96, 0.5, []),
     ],
 )
 def test_widths_that_all_targets_run(texts: tuple[str, ...], width: int, share: float, expected: list[int]) -> None:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moekern import _C
 from moekern.plan.document import Plan
 from tests.helpers.faulty import Bench, Ended, Snapshot, benches, checkpoint, finished, snapshot
 from tests.helpers.mounts import MIB, disk_bytes, mounted, shared_bytes, used
@@ -89,6 +91,18 @@ def test_blocks_are_shared(bench: Bench, kind: str) -> None:
             assert used(point) - before <= size - told["cloned"] + 2 * BLOCK * tensors + MIB
             assert shards(finished(out)) == shards(want)
         assert snapshot(here.source) == snapshot(bench.source)
+
+
+def test_rows_of_whole_blocks_are_shared_where_a_matrix_loses_others() -> None:
+    with mounted("xfs", SIZES["xfs"]) as point:
+        data, kept = np.random.default_rng(0).integers(0, 256, 302 * BLOCK, np.uint8), np.arange(0, 300, 3)
+        data.tofile(point / "source")
+        piece = (str(point / "source"), 2 * BLOCK, 1, 300, BLOCK, kept.tobytes())
+        for head, cloned in ((bytes(BLOCK), 100 * BLOCK), (bytes(100), 0)):
+            out = point / f"out{len(head)}"
+            made = _C.write_file(str(out), [head, piece], (), "reflink_or_stream")
+            assert out.read_bytes() == head + data.reshape(-1, BLOCK)[2 + kept].tobytes()
+            assert made[0] == cloned
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])

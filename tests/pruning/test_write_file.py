@@ -69,6 +69,33 @@ def test_pieces_become_the_file(copy: str, source: Path, tmp_path: Path) -> None
                 assert b"\0" in want[start:stop], "only bytes of a hole go without a checksum"
 
 
+@pytest.mark.parametrize("copy", ["stream", "kernel"])
+def test_columns_of_matrices(copy: str, source: Path, tmp_path: Path) -> None:
+    """Of every size, rows longer than the window, matrices longer than a chunk; from whole blocks on ranges."""
+    data, rng = np.fromfile(source, np.uint8), np.random.default_rng(7)
+    shapes = [
+        (1, 24, 1), (3001, 769, 1), (2111, 1027, 2), (1030, 777, 4), (5, 13, 3), (700, 45, 24), (1, 7, 3000),
+        (2, 3_000_001, 1), (3, 700_001, 4), (1, 900, 4096), (2, 33, 5000), (24, 1, 2),
+    ]  # fmt: skip
+    pieces: list[Any] = [b"head"]
+    want, spans = [np.frombuffer(b"head", np.uint8)], [(0, 4)]
+    for number, (rows, width, size) in enumerate(shapes):
+        share = (0.5, 0.02, 1.0)[number % 3]
+        kept = np.flatnonzero(rng.random(width) < share) if width > 1 else np.arange(1)
+        kept = kept if len(kept) else np.array([width - 1])
+        offset = int(rng.integers(len(data) - rows * width * size + 1))
+        pieces.append((str(source), offset, rows, width, size, kept.astype(np.int64).tobytes()))
+        own = data[offset : offset + rows * width * size].reshape(rows, width, size)
+        want.append(own[:, kept].ravel())
+        spans.append((spans[-1][1], spans[-1][1] + want[-1].size))
+    _, holes, copied, digests = _C.write_file(str(tmp_path / "out"), pieces, spans, copy)
+    assert np.array_equal(np.fromfile(tmp_path / "out", np.uint8), np.concatenate(want))
+    assert holes + copied == spans[-1][1]
+    for piece, own, digest in zip(pieces, want, digests, strict=True):
+        if piece == b"head" or piece[4] < 4096:
+            assert digest == xxh3(own.tobytes())
+
+
 def test_holes_stay_holes(source: Path, tmp_path: Path) -> None:
     if source.stat().st_blocks * 512 >= 24 * MiB:
         pytest.skip("this file system has no holes")
@@ -142,7 +169,16 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         ([(str(source), 20, 6)], OSError, "ends at byte 10, more was expected"),
         ([(str(tmp_path / "none"), 0, 1)], FileNotFoundError, "none"),
         ([(str(source), -1, 2)], ValueError, r"\[write_file\] pieces: expected offset and length >= 0"),
-        ([(str(source), 1)], TypeError, r"\[write_file\] pieces: expected bytes, \(path, offset, length\) or"),
+        ([(str(source), 1)], TypeError, r"\[write_file\] pieces: expected bytes, \(path, offset, length\), "),
+        *[
+            (
+                [(str(source), 0, 2, 5, 1, np.array(kept, np.int64).tobytes() + more)],
+                ValueError,
+                "expected columns that",
+            )
+            for kept, more in (([], b""), ([3, 1], b""), ([1, 1], b""), ([-1, 1], b""), ([1, 5], b""), ([1], b"x"))
+        ],
+        ([(str(source), 6, 2, 5, 1, np.array([0]).tobytes())], OSError, "ends at byte 10, more was expected"),
         (["text"], TypeError, r"\[write_file\] pieces"),
         ([b"x", ("made", 5, lambda: b"1234")], ValueError, r"\[write_file\] pieces: expected 5 bytes .*, got 4"),
         ([b"x", ("made", 5, lambda: "12345")], TypeError, "bytes-like"),

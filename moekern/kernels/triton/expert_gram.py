@@ -62,10 +62,11 @@ def expert_gram(
     tiles = triton.cdiv(M, TILE)
     if E * N * M == 0:
         return
-    products_kernel[(tiles, tiles, E)](
-        a, a, None, offsets, mask, sums.gram, N, M, M, SYMMETRIC=True, TILE=TILE, CHUNK=CHUNK, ROWS=ROWS,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    if sums.gram.numel():
+        products_kernel[(tiles, tiles, E)](
+            a, a, None, offsets, mask, sums.gram, N, M, M, SYMMETRIC=True, TILE=TILE, CHUNK=CHUNK, ROWS=ROWS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     if H:
         products_kernel[(tiles, triton.cdiv(H, TILE), E)](
             a, r, tokens, offsets, mask, sums.product, T, M, H, SYMMETRIC=False, TILE=TILE, CHUNK=CHUNK, ROWS=ROWS,
