@@ -90,7 +90,7 @@ def _check_replacing(plan: Plan, source: str, *, allowed: bool) -> None:
     """Raise InputError for a plan that replaces dropped experts where nothing is made of that, or beside what does not
     go with it."""
     if not allowed:
-        what = "replaces dropped experts by constants; prune, verify, evaluate and check take such plans"
+        what = "replaces dropped experts by constants; prune, verify and evaluate take such plans"
         raise InputError(f'{source}: {what}; here give one without "replace"')
     if any(layer.channels is not None for layer in plan.layers.values()):
         raise InputError(f"{source}: replaces dropped experts, and says which channels of others stay; do one of both")
