@@ -19,7 +19,7 @@ Family = Literal["weight", "inference", "activation", "gradient", "redundancy", 
 
 MC = "arXiv:2504.05586"
 # What is taken where nobody names a criterion: on the model that ships its loss is the lowest of the routed tier's at
-# 50 and 25 % kept, and 0.004 nats above the lowest at 75 % (docs/comparison.md); rcs_loo, of a tier of its own, is as low.
+# 50 and 25 % kept, and 0.004 nats above the lowest at 75 % (docs/comparison.md). rcs_loo, of another tier, is as low.
 DEFAULT = "gated_norm"
 HTS = "arXiv:2606.15716"
 REAP = "arXiv:2510.13999"
