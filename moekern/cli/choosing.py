@@ -12,6 +12,7 @@ from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.judged import show_choice
 from moekern.cli.refitter import Work
+from moekern.criteria.needs import NotForLayer
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.evaluation.choice import CHOICE, alike, choice_document
@@ -73,8 +74,7 @@ def choose(
     """
     plans: dict[float | int, dict[str, Plan]] = {}
     for keep in keeps:
-        made = make_plans(work.statistics, replace(work.planning, keeps=(keep,), fit=None)).values()
-        plans[keep] = dict(zip(work.planning.criteria, made, strict=True))
+        plans[keep] = _candidates(work, keep)
     same = {keep: alike(of) for keep, of in plans.items()}
     path, key = side / "choice.json", _key(work, choosing, plans, refitted=refitted)
     left = read_json(path) if is_plain(path) and not work.restart else {}
@@ -91,6 +91,20 @@ def choose(
         what = "criteria" + (", refitted," if refitted else "") + (f" at --keep {keep:g}" if len(keeps) > 1 else "")
         show_choice(f"{what} on {document['tokens']} tokens that are held back to choose by", document, "criterion")
     return {keep: Choice(document["chosen"], document) for keep, document in told.items()}
+
+
+def _candidates(work: Work, keep: float | int) -> dict[str, Plan]:
+    """Criterion -> plan; without those that have nothing to say of a layer, which is said."""
+    found: dict[str, Plan] = {}
+    for criterion in work.planning.criteria:
+        planning = replace(work.planning, criteria=(criterion,), keeps=(keep,), fit=None)
+        try:
+            (found[criterion],) = make_plans(work.statistics, planning).values()
+        except NotForLayer as why:
+            console.say(f"{FLAG}: {why}: it is not tried")
+    if not found:
+        raise InputError(f"{FLAG}: none of {', '.join(work.planning.criteria)} can be tried; name other candidates")
+    return found
 
 
 def _name(criterion: str, keep: float | int) -> str:

@@ -12,6 +12,8 @@ from moekern.criteria.needs import idle_lowest, need
 from moekern.criteria.selectors import Selection
 from moekern.statistics.layer import LayerStatistics
 
+Vector = NDArray[np.float64]
+
 TIE = 1e-9  # of the largest choice: closer ones count as equal, and less than that of all there is as nothing
 
 
@@ -28,37 +30,32 @@ def omp(statistics: LayerStatistics, kept: int, groups: int = 1, protected: Coll
     need(statistics, "omp", "contribution_gram")
     whole = statistics.contribution_gram
     gram = ((whole + whole.T) / 2).cpu().numpy()
-    E, size, places = len(gram), len(gram) // groups, np.full(groups, kept // groups)
-    idle = (statistics.count == 0).cpu().numpy()
-    taken: list[int] = []
-    rest, left, target = gram.sum(1), gram.copy(), float(gram.sum())
-    while len(taken) < kept:
-        free = [e for e in range(E) if e not in taken and places[e // size]]
-        first = [e for e in free if e in protected] or [e for e in free if not idle[e]] or free
-        e = first[0] if first[0] in protected else _most_like(gram, rest, first, target)
-        taken.append(e)
-        places[e // size] -= 1
+    group, places = np.arange(len(gram)) // (len(gram) // groups), np.full(groups, kept // groups)
+    length = np.sqrt(gram.diagonal().clip(0))
+    rank = np.where((statistics.count == 0).cpu().numpy(), 2, 1)  # what comes first
+    rank[list(protected)] = 0
+    dropped = np.ones(len(gram), dtype=bool)
+    rest, left, nothing = gram.sum(1), gram.copy(), TIE * max(float(gram.sum()), 0.0) ** 0.5
+    for _ in range(kept if kept < len(gram) else 0):
+        free = dropped & (places[group] > 0)
+        e = _most_like(rest, length, free & (rank == rank[free].min()), nothing)
+        dropped[e] = False
+        places[group[e]] -= 1
         rest, left = _without(rest, left, e, gram[e, e])
-    dropped = np.ones(E, dtype=bool)
-    dropped[taken] = False
-    beside = dropped[None, :] & ~np.eye(E, dtype=bool)
+    dropped &= kept < len(gram)
+    beside = dropped[None, :] & ~np.eye(len(gram), dtype=bool)
     scores = torch.from_numpy(gram.diagonal() + 2 * (gram * beside).sum(1))
-    return Selection(tuple(sorted(taken)), idle_lowest(statistics, scores))
+    return Selection(tuple(np.flatnonzero(~dropped).tolist()), idle_lowest(statistics, scores))
 
 
-def _most_like(gram: NDArray[np.float64], rest: NDArray[np.float64], of: list[int], target: float) -> int:
-    """The expert with the largest |<p, r>| / ‖p‖, which is at most ‖r‖; `target` is ‖r‖² of the whole."""
-    length = np.sqrt(gram.diagonal()[of].clip(0))
-    like = np.where(length > 0, np.abs(rest[of]) / np.where(length > 0, length, 1.0), 0.0)
-    best = like.max()
-    equal = like >= best * (1 - TIE) if best > TIE * max(target, 0.0) ** 0.5 else np.full(len(of), True)
-    loudest = length[equal].max()
-    return next(e for e, same, long in zip(of, equal, length, strict=True) if same and long >= loudest * (1 - TIE))
+def _most_like(rest: Vector, length: Vector, of: NDArray[np.bool_], nothing: float) -> int:
+    """The expert with the largest |<p, r>| / ‖p‖, which is at most ‖r‖; the loudest where all are nothing."""
+    like = np.where(of & (length > 0), np.abs(rest) / np.where(length > 0, length, 1.0), 0.0)
+    equal = of & (like >= like.max() * (1 - TIE)) if like.max() > nothing else of
+    return int(np.flatnonzero(equal & (length >= length[equal].max() * (1 - TIE)))[0])
 
 
-def _without(
-    rest: NDArray[np.float64], left: NDArray[np.float64], e: int, whole: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _without(rest: Vector, left: Vector, e: int, whole: float) -> tuple[Vector, Vector]:
     """<p, r> of all experts, and the Gram matrix of what is left of them, when what e adds is taken out of both."""
     if left[e, e] <= TIE * whole:  # those before it say all that it says
         return rest, left

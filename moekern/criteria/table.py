@@ -18,11 +18,11 @@ Kind = Literal["score", "selector", "seeded", "domains"]
 Family = Literal["weight", "inference", "activation", "gradient", "redundancy", "combined", "baseline", "plug-in"]
 
 MC = "arXiv:2504.05586"
-# What is taken where nobody names a criterion: on the model that ships its loss is the lowest of all at 50 and 25 %
-# kept, and 0.004 nats above the lowest at 75 % (docs/comparison.md).
+# What is taken where nobody names a criterion: on the model that ships its loss is the lowest of the routed tier's at
+# 50 and 25 % kept, and 0.004 nats above the lowest at 75 % (docs/comparison.md). rcs_loo, of another tier, is as low.
 DEFAULT = "gated_norm"
 AUTO = "auto"  # no criterion: the best of CANDIDATES by measurement
-CANDIDATES = ("gated_norm", "gated_square", "hope_all_tokens", "reap")
+CANDIDATES = ("gated_norm", "gated_square", "hope_all_tokens", "rcs_loo", "reap")
 AUTO_ELSEWHERE = (
     f"--criterion {AUTO}: `run` chooses by measurement; elsewhere make several plans (`plan --criterion A --criterion "
     "B --out plans/`), and `evaluate MODEL plans/*.json --data TEXT --best plan.json` takes the best"
