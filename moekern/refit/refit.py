@@ -18,7 +18,6 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
-from moekern.merging.tensors import check_plain
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import open_layerwise
@@ -26,6 +25,7 @@ from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.groups import check_plain
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
 from moekern.refit.choice import check_choice
