@@ -17,12 +17,11 @@ from moekern.estimation.overview import overview
 from moekern.files import check_work, is_folder, standing, work_path, working
 from moekern.merging.groups import METHODS, merging_plan
 from moekern.merging.merge import merge_experts, merged_bytes
-from moekern.merging.tensors import check_plain
 from moekern.model.compute import Compute
 from moekern.plan.budgets import Budget
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.groups import merged_into
+from moekern.plan.groups import check_plain, merged_into
 from moekern.pruning.copying import Copy, room_needed
 from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import PruneReport

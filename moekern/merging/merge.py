@@ -10,10 +10,10 @@ from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 from moekern.estimation.refit import refitted_bytes
-from moekern.merging.tensors import check_plain, merged_layer
+from moekern.merging.tensors import merged_layer
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.groups import aligned, merge_recipe, merged_into
+from moekern.plan.groups import aligned, check_plain, merge_recipe, merged_into
 from moekern.plan.refit import REFIT, kept_digest
 from moekern.pruning.refitted import SUFFIX, open_refitted, remove_others, write_layer
 

@@ -9,44 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.architectures import ExpertTensor, Layout, MoeLayer
+from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
 from moekern.model.merged_experts import Parts, merged_expert, shares
 from moekern.model.reader import DTYPES
 from moekern.model.states import bytes_of
-from moekern.plan.document import LayerPlan, Plan
-from moekern.plan.formats import weight_format
+from moekern.plan.document import LayerPlan
 from moekern.pruning.narrow import expert_axis, expert_matrix, expert_place
-from moekern.pruning.refitted import NUMBERS
 
 Stored = dict[str, tuple[str, Sequence[int], Any]]  # name -> safetensors dtype, shape, bytes
 
 
-def check_plain(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> None:
-    """Raise InputError, naming a tensor, for a layer with groups whose experts are no plain matrices of gate, up and
-    down and their biases, and for one in which a table says which experts a token takes: it would name merged ones."""
-    for key in (key for key, given in plan.layers.items() if given.groups is not None):
-        layer = layout.layers[key]
-        known = {tensor.name for tensor in layer.refitted(all_parts=True)}
-        for tensor in layer.of_role("expert"):
-            entry = checkpoint.tensors[tensor.name]
-            where = f"{checkpoint.folder}: layer {key}: {tensor.name}"
-            if layer.width is None or entry.dtype not in NUMBERS:
-                format = weight_format(checkpoint.config, [tensor.name]) or entry.dtype
-                what = f"stored as {format}, and only plain numbers are merged"
-                raise InputError(f"{where}: {what}; merge an unquantised twin of the model, and quantise the result")
-            if tensor.name not in known or tensor.axis or tensor.trailing:
-                raise InputError(f"{where}: it is not known how such tensors of experts are merged")
-        if any(layer.of_role("table")):
-            what = "a table of ids chooses its experts, so that none are merged; leave its groups out of the plan"
-            raise InputError(f"{checkpoint.folder}: layer {key}: {what}")
-
-
 def merged_layer(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan, *, align: bool) -> Stored:
     """The tensors of a layer that merging changes, as the pruned checkpoint holds them: of experts with tensors of
-    their own those that others are merged into, stacks of all. Members are read one at a time."""
+    their own those that others are merged into, stacks of all. Members are read one at a time. Raises InputError for
+    weights that are not finite."""
     of = _Experts(checkpoint, layer)
     found: Stored = {}
     stacks: dict[str, Tensor] = {}
@@ -55,6 +34,9 @@ def merged_layer(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan, *, al
         made = None
         if others:
             made = merged_expert(of.parts(expert), ((of.parts(e), share) for e, share in others), align=align)
+            if not all(bool(value.isfinite().all()) for value in made.values()):
+                what = f"layer {layer.key}: expert {expert}: weights of its group are not finite, and are not merged"
+                raise InputError(f"{checkpoint.folder}: {what}")
         for tensor, entry in of.tensors(expert):
             if tensor.expert is None:
                 value = of.piece(tensor, entry, expert) if made is None else _joined(made, tensor)

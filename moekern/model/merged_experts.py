@@ -36,7 +36,7 @@ def matched(reference: Parts, other: Parts) -> Tensor:
 
     Of all permutations the one with the largest sum of inner products of matched rows of gate, rows of up and columns
     of down. Products are float64, and rounded to float32 before they are compared: how they were added up decides
-    nothing.
+    nothing. Where weights are not finite no channel is moved: whoever uses them tells.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -45,7 +45,10 @@ def matched(reference: Parts, other: Parts) -> Tensor:
         if name in reference:
             one, two = (part[name].double() for part in (reference, other))
             likeness = likeness.to(one.device) + (one.mT @ two if name == "down" else one @ two.mT)
-    return torch.from_numpy(linear_sum_assignment(likeness.float().cpu().numpy(), maximize=True)[1])
+    compared = likeness.float().cpu()
+    if not bool(compared.isfinite().all()):
+        return torch.arange(len(compared))
+    return torch.from_numpy(linear_sum_assignment(compared.numpy(), maximize=True)[1])
 
 
 def merged_expert(expert: Parts, members: Iterable[tuple[Parts, float]], *, align: bool) -> dict[str, Tensor]:

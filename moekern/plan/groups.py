@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
+from moekern.plan.formats import weight_format
 
 if TYPE_CHECKING:
+    from moekern.architectures import Layout
+    from moekern.checkpoint.folder import Checkpoint
     from moekern.plan.document import LayerPlan, Plan
 
 Group = tuple[tuple[int, float], ...]  # members by rising number, with weights of any scale
@@ -20,6 +23,7 @@ NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # an expert's, as a key of JSON
 EXAMPLE = '{"3": {"3": 2, "5": 1}}: into expert 3, which stays, 5 is merged, with half its weight'
 MERGE = "merge"  # provenance: how a plan's groups were made, and "align"
 ALIGN = ("weights", "none")
+PLAIN = ("F64", "F32", "F16", "BF16")  # what is merged
 VERSION = 1  # of the arithmetic: raise it when the same groups give other bytes
 
 
@@ -42,6 +46,8 @@ def parsed_groups(found: Any, keep: Sequence[int], where: str) -> tuple[Group, .
 
 def check_groups(groups: Sequence[Group], keep: Sequence[int], where: str, experts: int | None = None) -> None:
     """Raise InputError unless these are groups of the experts `keep`, of a layer of so many (None: not known)."""
+    if list(keep) != sorted(keep):
+        raise InputError(f"{where}: groups: the experts that stay are not in rising order")
     if len(groups) != len(keep):
         raise InputError(f"{where}: groups of {len(groups)} experts, and {len(keep)} are kept")
     kept, home = set(keep), dict[int, int]()
@@ -70,6 +76,26 @@ def groups_document(groups: Sequence[Group] | None, keep: Sequence[int]) -> dict
     given = {e: dict(group) for e, group in zip(keep, groups or (), strict=False) if len(group) > 1}
     named = {str(e): {str(member): weight for member, weight in group.items()} for e, group in given.items()}
     return {"groups": named} if named else {}
+
+
+def check_plain(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> None:
+    """Raise InputError, naming a tensor, for a layer with groups whose experts are no plain matrices of gate, up and
+    down and their biases, and for one in which a table says which experts a token takes: it would name merged ones."""
+    for key in (key for key, given in plan.layers.items() if given.groups is not None):
+        layer = layout.layers[key]
+        known = {tensor.name for tensor in layer.refitted(all_parts=True)}
+        for tensor in layer.of_role("expert"):
+            entry = checkpoint.tensors[tensor.name]
+            where = f"{checkpoint.folder}: layer {key}: {tensor.name}"
+            if layer.width is None or entry.dtype not in PLAIN:
+                format = weight_format(checkpoint.config, [tensor.name]) or entry.dtype
+                what = f"stored as {format}, and only plain numbers are merged"
+                raise InputError(f"{where}: {what}; merge an unquantised twin of the model, and quantise the result")
+            if tensor.name not in known or tensor.axis or tensor.trailing:
+                raise InputError(f"{where}: it is not known how such tensors of experts are merged")
+        if any(layer.of_role("table")):
+            what = "a table of ids chooses its experts, so that none are merged; leave its groups out of the plan"
+            raise InputError(f"{checkpoint.folder}: layer {key}: {what}")
 
 
 def aligned(provenance: Mapping[str, Any]) -> bool:

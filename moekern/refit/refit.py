@@ -27,6 +27,7 @@ from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.groups import check_plain
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import remove_others, write_layer
 from moekern.refit.choice import check_choice

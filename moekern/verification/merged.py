@@ -81,7 +81,7 @@ def _order(tensors: list[ExpertTensor], whole: Mapping[str, Tensor], expert: int
     for name in ("gate", "up", "down"):
         if name in one:
             likeness = likeness + np.einsum("ih,jh->ij", one[name], two[name], optimize=True)
-    return np.asarray(linear_sum_assignment(-likeness.astype(np.float32))[1])
+    return np.asarray(linear_sum_assignment(np.nan_to_num(-likeness.astype(np.float32)))[1])
 
 
 def _expert(tensors: list[ExpertTensor], whole: Mapping[str, Tensor], expert: int) -> dict[str, Rows]:

@@ -22,7 +22,7 @@ from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
-from moekern.plan.groups import is_merged
+from moekern.plan.groups import check_plain, is_merged
 from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
 from moekern.verification.expert_lists import lists_cut
@@ -119,6 +119,7 @@ def verify(
         problems += _other_names(expected.keys() | replaced.constants.keys(), new.shards.keys())
         claims = _claims(folder, plan, layout, expected, problems)
         if recompute is None and is_merged(plan, checkpoint.fingerprint):
+            check_plain(checkpoint, layout, plan)
             recompute = lambda key: merged_again(old, layout.layers[key], plan)  # noqa: E731
         copied = [name for name in new.shards if name in expected and name not in claims]
         for name in copied:

@@ -198,6 +198,16 @@ def test_what_cannot_be_merged_is_refused(family_checkpoint: MakeCheckpoint, tmp
     assert not (tmp_path / "layers").exists()
 
 
+@pytest.mark.parametrize("align", ["weights", "none"])
+def test_weights_that_are_not_finite_are_refused(align: str, tmp_path: Path) -> None:
+    model = families.build("qwen3_moe")
+    views(blocks(model)[1]).up[OTHER, 0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    plan = plan_of(tmp_path / "model", ((KEPT, 2.0), (OTHER, 1.0)), align)
+    with pytest.raises(InputError, match="layer [0-9]: expert 3: weights of its group are not finite"):
+        merge_experts(open_checkpoint(tmp_path / "model"), plan, tmp_path / "layers")
+
+
 def test_another_merged_tensor_with_its_own_checksum_is_found_out(tmp_path: Path) -> None:
     source = save("qwen3_moe", tmp_path / "model", torch.bfloat16)
     whole, out = merged(source, plan_of(source, ((KEPT, 2.0), (OTHER, 1.0))), tmp_path)

@@ -77,6 +77,9 @@ def test_groups_that_do_not_fit_the_model_are_refused() -> None:
         plan = Plan({"0": LayerPlan((0,), groups=groups), "10": LayerPlan((0,))})  # type: ignore[arg-type]
         with pytest.raises(InputError, match=f"layer 0: .*{problem}"):
             check_plan(plan, Model(), FINGERPRINT)
+    turned = LayerPlan((1, 0), groups=(((1, 1.0), (4, 1.0)), ((0, 1.0),)))
+    with pytest.raises(InputError, match="layer 0: groups: the experts that stay are not in rising order"):
+        check_plan(Plan({"0": turned, "10": LayerPlan((0, 1))}), Model(), FINGERPRINT)
     mtp = LayerPlan((0, 1), groups=(((0, 1.0), (4, 1.0)), ((1, 1.0),)))
     with pytest.raises(InputError, match=r"layer mtp.0: experts of MTP layers are not merged"):
         check_plan(Plan({"0": LayerPlan((0, 1)), "10": LayerPlan((0, 1)), "mtp.0": mtp}), Model(), FINGERPRINT)
