@@ -114,7 +114,7 @@ def test_what_a_kill_after_the_last_group_leaves_is_removed(
 ) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moekern.cli.text_groups.remove_groups_of", lambda out: None)
+        patch.setattr("moekern.calibration.text_groups.remove_groups_of", lambda out: None)
         assert moekern(*command(work, out)).returncode == 0
     assert len(contents(tmp_path)) == 4
     assert "exists already" in moekern(*command(work, out)).stderr
