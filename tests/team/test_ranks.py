@@ -109,7 +109,7 @@ def test_losses_that_ranks_have_no_room_for_are_measured_in_groups(tmp_path: Pat
     assert done[0].stdout == one.stdout
     done = torchrun(tmp_path / "none", 2, *command, before=partial(room_for, 40 * TOKEN, 0))
     assert [each.returncode for each in done] == [2, 2]
-    (line,) = [line for each in done for line in each.stderr.splitlines() if line.startswith("moekern: ")]
+    (line,) = [line for each in done for line in each.stderr.splitlines() if line.startswith('{"error": ')]
     assert "give more (--memory), another folder (--spill) or less text (--tokens)" in line
 
 
