@@ -67,7 +67,7 @@ class NoRoomForText(InputError):
 
     def __init__(self, message: str, tokens: int) -> None:
         super().__init__(message, kind="memory")
-        self.tokens = tokens
+        self.message, self.tokens = message, tokens
 
 
 def check_type(name: str, value: object, *expected: type) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,20 @@ from torch import Tensor
 from moekern import files
 from moekern.architectures import Layout, find_layout
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums, samples
+from moekern.calibration.same import check_same
 from moekern.calibration.sharing import (
     check_tiers_of,
-    deciding_library,
-    deciding_threads,
     facts_of,
     header_of_part,
     kept_apart,
+    recipe_of,
     share_of,
 )
+from moekern.calibration.text_groups import divided, groups_left, measured_in_groups, remove_groups
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
-from moekern.errors import InputError, check_type
+from moekern.errors import InputError, NoRoomForText, check_type
 from moekern.measurement.gradients import STAGES, check_gradients, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import OutlierRecorder, Recorder
@@ -44,6 +47,7 @@ from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
 from moekern.team import Part
 from moekern.version import versions
 
+LOG = logging.getLogger(__name__)
 REPLAY_TOKENS = 512
 Finished = Callable[[str, Sums], object]  # a layer's key and sums
 Told = Callable[[Statistics], object]  # of one layer
@@ -73,6 +77,10 @@ def calibrate(
     total)` counts decoder layers over all passes, and of the one at work the share of the text that has gone through
     it. `told` is given what the first pass measured of a layer, as soon as it is done.
 
+    Text that neither memory nor disk have room for is measured in groups, to the same bytes, but for tiers that need
+    all of it at once (`text_groups`). With `out` what they measure stays in OUT.moekern/ until all are there, and the
+    same call goes on with it.
+
     With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped, in any
     number of processes.
 
@@ -92,21 +100,70 @@ def calibrate(
         raise InputError("calibrate: the data hold no batch", kind="data")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     check_data(data, checkpoint)
-    layout = find_layout(checkpoint)
+    layout, out = find_layout(checkpoint), None if out is None else Path(out)
     compute = settled(compute, checkpoint, layout)
     check_tiers_of(wanted, compute.team, part)
-    header = _header(checkpoint, layout, data, compute, wanted)
+    measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens)
+    groups: tuple[Part, ...] = ()
+    if part is None and out is not None:
+        if resume is not None and resume.restart:
+            remove_groups(out)
+        groups = groups_left(out)
+    if not groups:
+        try:
+            return measure(out=out, resume=resume, part=part, progress=progress, told=told)
+        except NoRoomForText as found:
+            if part is not None:
+                raise
+            groups = divided(data, found, wanted, compute.team.size)
+            LOG.info(f"{found}: the text is measured in {len(groups)} groups, each a pass over the weights")
+
+    def group_to(path: Path, group: Part) -> None:
+        own = None if resume is None else Resume(files.state_path(path), tell=resume.tell)
+        before, of = group.number - 1, group.of
+        step: Progress = lambda done, total: progress(before * total + done, of * total)  # noqa: E731
+        measure(out=path, resume=own, part=group, progress=step)
+
+    check: Callable[[Path], None] = lambda path: check_same(  # noqa: E731
+        path, load_part(path), checkpoint, data, compute, wanted, exactly=True
+    )
+    statistics = measured_in_groups(groups, out, compute.spill, group_to, check)
+    for key in statistics.layers:
+        told(Statistics(statistics.header, {key: statistics.layers[key]}))
+    return statistics
+
+
+def measure_once(
+    source: Path | Checkpoint,
+    data: TokenData,
+    compute: Compute,
+    tiers: tuple[str, ...],
+    replay_tokens: int,
+    *,
+    out: Path | None = None,
+    resume: Resume | None = None,
+    part: Part | None = None,
+    progress: Progress = lambda done, total: None,
+    told: Told = lambda layer: None,
+) -> Statistics:
+    """As `calibrate`, all of the text, or a part of it, at once; the type that is computed in is settled.
+
+    Raises NoRoomForText, on all ranks of a team, where neither memory nor disk have room for it.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout = find_layout(checkpoint)
+    header = _header(checkpoint, layout, data, compute, tiers)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
     tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731
     units: Sequence[Segment] | None = None
     if part is not None:
         share = share_of(data.by_chunk(), part)
         header, units = header_of_part(header, part, share), list(kept_apart(share).values())
-    job = Job(checkpoint, layout, data, compute, wanted, replay_tokens, progress, tell, units)
+    job = Job(checkpoint, layout, data, compute, tiers, replay_tokens, progress, tell, units)
     if out is not None:
-        files.check_new(Path(out))
+        files.check_new(out)
     team = compute.team
-    team.together(calibrate, checkpoint.folder, data, compute, tiers=wanted, replay_tokens=replay_tokens, part=part)
+    team.together(measure_once, checkpoint.folder, data, compute, tiers, replay_tokens, part=part)
     team.check_alike(facts_of(checkpoint, compute))
     if out is None:
         held = HeldStore()
@@ -114,13 +171,13 @@ def calibrate(
             job.run(held, journal)
         return statistics_of(header, held, list(layout.layers) if team.first else ())
     with (
-        file_store(out, header, experts, wanted, None if resume is None else resume.position) as store,
+        file_store(out, header, experts, tiers, None if resume is None else resume.position) as store,
         opened(resume, job.key(header, part), job.passes, team) as journal,
     ):
         job.run(store, journal)
     if resume is not None:
         removed(resume.folder)
-    return Statistics.load(out) if part is None else load_part(Path(out))
+    return Statistics.load(out) if part is None else load_part(out)
 
 
 @dataclass(frozen=True)
@@ -269,13 +326,6 @@ class _SecondPass(MeasuringPass):
     def finished(self, key: str, sums: Sums) -> None:
         for domain, s in sums.items():
             self.store.add(key, domain, {"outlier_sum": s.outlier_sum.cpu()})
-
-
-def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
-    """All that decides the bits of statistics: the recipe of the data, the number of threads where it matters, and the
-    library of the experts' products where it is another than torch's choice."""
-    deciding = {"threads": deciding_threads(compute, tiers), "products": deciding_library(compute)}
-    return dict(data.recipe) | {name: value for name, value in deciding.items() if value is not None}
 
 
 def _header(

@@ -50,6 +50,13 @@ def deciding_library(compute: Compute) -> str | None:
     return library_of(dtype) if compute.place.type == "cpu" and dtype is not None else None
 
 
+def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict[str, Any]:
+    """All that decides the bits of statistics: the recipe of the data, the number of threads where it matters, and the
+    library of the experts' products where it is another than torch's choice."""
+    deciding = {"threads": deciding_threads(compute, tiers), "products": deciding_library(compute)}
+    return dict(data.recipe) | {name: value for name, value in deciding.items() if value is not None}
+
+
 def facts_of(checkpoint: Checkpoint, compute: Compute) -> dict[str, object]:
     """What decides the bits of a process beside text and options, which rank 0 gives to all."""
     place = compute.place

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
-from moekern.calibration.calibrate import recipe_of
+from moekern.calibration.same import check_same
 from moekern.checkpoint.folder import Checkpoint
 from moekern.cli import console
 from moekern.cli.parts_left import remove_parts_of
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.files import is_plain
-from moekern.measurement.tiers import backends_of, wanted_tiers
+from moekern.measurement.tiers import wanted_tiers
 from moekern.model.compute import Compute
-from moekern.model.journal import ANEW, clean_up
-from moekern.model.position import differences
+from moekern.model.journal import clean_up
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 
@@ -36,46 +34,6 @@ def earlier_statistics(
     clean_up(path)
     console.say(f"using the statistics of an earlier run: {path}")
     return found
-
-
-def check_same(
-    path: Path,
-    found: Statistics,
-    checkpoint: Checkpoint,
-    data: TokenData,
-    compute: Compute,
-    tiers: Collection[str],
-    exactly: bool = False,
-) -> None:
-    """Raise InputError unless statistics are what this calibration would measure, or (but for `exactly`) more."""
-    runs, wanted = found.header["runs"], wanted_tiers(tiers, TIERS, "calibrate")
-    backends = backends_of(compute.device, compute.backend, wanted)
-    run = runs[0] if len(runs) == 1 else {}
-    served = {op: name for op, name in dict(run.get("backend") or {}).items() if op in backends}
-    has = [tier for tier in found.tiers if exactly or tier in wanted]
-    differing = differences(
-        {
-            "model": found.header["fingerprint"],
-            "config.json": run.get("config"),
-            "text": run.get("data"),
-            "--tier": " ".join(has),
-            "--dtype": run.get("dtype"),
-            "kernels": served,
-        },
-        {
-            "model": checkpoint.fingerprint,
-            "config.json": checkpoint.config_sha256,
-            "text": json.loads(json.dumps(recipe_of(data, compute, wanted))),
-            "--tier": " ".join(wanted),
-            "--dtype": compute.dtype_name,
-            "kernels": backends,
-        },
-    )
-    if differing:
-        raise InputError(
-            f"{path}: of an earlier run, with another {differing}; give the same again and it is used, or {ANEW}",
-            kind="option",
-        )
 
 
 def left_whole(left: Path, checkpoint: Checkpoint, data: TokenData, compute: Compute, tiers: Collection[str]) -> bool:

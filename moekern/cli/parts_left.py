@@ -1,7 +1,7 @@
-"""What is kept beside statistics that are not done: of each part of the text a file of its own, by `--until-stable`;
-of each group of segments one, where there is no room for all text.
+"""What is kept beside statistics that are not done: of each part of the text a file of its own, by `--until-stable`.
 
-A calibration of the whole text keeps its position there instead: neither takes the other's for its own.
+A calibration of the whole text keeps its position there instead, or groups of it (`calibration.text_groups`): neither
+takes the other's for its own.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from moekern.calibration.text_groups import check_unwritten, groups_left, remove_groups, remove_groups_of
 from moekern.errors import InputError
 from moekern.files import is_folder, is_plain, remove_left, state_path, temporary_path, work_path, working
 from moekern.model.journal import ANEW, POSITION, removed
 from moekern.statistics.file import Statistics
-from moekern.statistics.parts import open_part
-from moekern.team import Part
 
-_GROUP = re.compile(r"\.?group-([0-9]{1,4})-of-([0-9]{1,4})\.safetensors(\.moekern|\.moekern\.tmp)?")
 _PART = re.compile(r"(part-[0-9]{1,4}\.safetensors)(\.moekern)?")  # measured, or begun
 
 
@@ -90,52 +88,3 @@ def check_no_position(out: Path, restart: bool) -> None:
 def _kept(folder: Path, how: str) -> InputError:
     text = f"{folder}: a stopped run {how} is kept there; give the same again and it goes on, or {ANEW}"
     return InputError(text, kind="option")
-
-
-def check_unwritten(out: Path) -> None:
-    """Remove what a killed process has left of a file. Raises InputError where another process is writing it."""
-    if not remove_left(temporary_path(out)):
-        raise InputError(f"{out}: another process is writing it, in {temporary_path(out)}; wait for it or stop it")
-
-
-def group_path(side: Path, group: Part) -> Path:
-    """The statistics of a group, in the work folder of those of the whole."""
-    return side / f"group-{group.number}-of-{group.of}.safetensors"
-
-
-def groups_left(out: Path) -> tuple[Part, ...]:
-    """The groups of a stopped run, measured or not; none where no such run is kept there."""
-    side = work_path(out)
-    found = [match for match in map(_GROUP.fullmatch, os.listdir(side) if is_folder(side) else ()) if match]
-    return groups_of(max(int(match[2]) for match in found)) if found else ()
-
-
-def groups_of(number: int) -> tuple[Part, ...]:
-    return tuple(Part(i, number) for i in range(1, number + 1))
-
-
-def remove_groups(out: Path) -> None:
-    """Remove them, and how far they are, unless another process is at work on them; what is no part of statistics is
-    not this program's."""
-    if not groups_left(out):
-        return
-    with working(out) as side:
-        for name in sorted(os.listdir(side)):
-            if match := _GROUP.fullmatch(name):
-                path = group_path(side, Part(int(match[1]), int(match[2])))
-                removed(state_path(path))
-                with suppress(InputError, OSError):
-                    remove_left(temporary_path(path))
-                with suppress(InputError, OSError):
-                    if is_plain(path) and open_part(path):
-                        path.unlink()
-
-
-def remove_groups_of(out: Path) -> None:
-    """Remove the groups that the statistics at `out` were made from, by a run that was killed before it did that."""
-    with suppress(InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        paths = [group_path(work_path(out), group) for group in groups_left(out)]
-        if paths and is_plain(out):
-            runs = Statistics.load(out).header["runs"]
-            if all(open_part(path).whole["runs"] == runs for path in paths if is_plain(path)):
-                remove_groups(out)

@@ -17,20 +17,12 @@ from moekern.architectures.replaced import as_whole
 from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
 from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable
+from moekern.calibration.text_groups import check_unwritten
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console
 from moekern.cli.earlier import earlier_statistics, left_whole
-from moekern.cli.parts_left import (
-    check_no_parts,
-    check_no_position,
-    check_unwritten,
-    groups_left,
-    part_path,
-    remove_groups,
-    remove_parts,
-)
+from moekern.cli.parts_left import check_no_parts, check_no_position, part_path, remove_parts
 from moekern.cli.replacing import vectors_of
-from moekern.cli.text_groups import divided, measured_in_groups
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError, NoRoomForText
@@ -171,35 +163,23 @@ def measured(
     if stable is not None:
         return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
     check_no_parts(out, restart)
-    if restart:
-        remove_groups(out)
     resume = Resume(state_path(out), restart, console.say)
     if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):
         removed(resume.folder)
         return Statistics.load(out)
-    groups = () if part is not None else groups_left(out)
-    if not groups:
-        with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
-            try:
-                statistics = calibrate(
-                    checkpoint,
-                    data,
-                    compute,
-                    tiers=tiers,
-                    replay_tokens=replay_tokens,
-                    out=out,
-                    resume=resume,
-                    part=part,
-                    progress=step,
-                    told=told,
-                )
-            except NoRoomForText as found:
-                if part is not None or compute.team.size > 1:  # each rank has found room for its own share
-                    raise
-                groups = divided(data, found, wanted_tiers(tiers, TIERS, "calibrate"))
-                console.say(f"{found}: the text is measured in {len(groups)} groups, each a pass over the weights")
-    if groups:
-        statistics = measured_in_groups(checkpoint, data, compute, groups, tiers, out, told)
+    with console.progress("calibrating", tokens=sum(data.tokens.values())) as step:
+        statistics = calibrate(
+            checkpoint,
+            data,
+            compute,
+            tiers=tiers,
+            replay_tokens=replay_tokens,
+            out=out,
+            resume=resume,
+            part=part,
+            progress=step,
+            told=told,
+        )
     console.say(backend_line(statistics.header["runs"][0]["backend"]))
     return statistics
 

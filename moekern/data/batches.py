@@ -148,6 +148,14 @@ def dealt(sizes: Sequence[int], ranks: int) -> list[int]:
     return owners
 
 
+def loads(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Tokens of each rank, where pieces of work of so many are dealt."""
+    found = [0] * ranks
+    for size, owner in zip(sizes, dealt(sizes, ranks), strict=True):
+        found[owner] += size
+    return found
+
+
 def segment_of(chunk: int, chunks: int) -> int:
     """The segment of a domain that its chunk belongs to: min(SEGMENTS, chunks) of them, of about as many chunks each.
 

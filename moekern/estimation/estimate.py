@@ -84,7 +84,9 @@ class Job:
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
         at_once = [tier for tier in tiers if tier in ("outliers", "replay", "gradient")]
         statistics = Figure((Part("statistics", sum(sums), "counted"),))
-        return self.stage("calibrate", passes, more, working, device, statistics, grouped=not at_once)
+        return self.stage(
+            "calibrate", passes, more, working, device, statistics, most=1 if at_once else SEGMENTS * self.asked.domains
+        )
 
     def evaluate(self) -> Stage:
         model, shapes, plans = self.model, self.model.shapes, self.asked.plans
@@ -102,7 +104,8 @@ class Job:
             for layer in model.layers
         ]
         more = [Part("logits and losses", self.head_seconds(self.asked.tokens * (1 + plans)), "assumed")]
-        return self.stage("evaluate", [each], more, working, device, Figure(()))
+        sequences = math.ceil(self.asked.tokens / shapes.sequence)
+        return self.stage("evaluate", [each], more, working, device, Figure(()), most=sequences)
 
     def prune(self) -> Stage:
         kept = overview(self.checkpoint).bytes_at(kept_count(self.asked.keep, self.layout.router))
@@ -165,14 +168,14 @@ class Job:
 
     def stage(
         self, name: str, passes: Sequence[Sequence[float]], more: Sequence[Part], working: Sequence[Part],
-        device: Sequence[Part], disk: Figure, grouped: bool = False, whole: bool = False,
+        device: Sequence[Part], disk: Figure, most: int = 1, whole: bool = False,
     ) -> Stage:  # fmt: skip
         """One that takes passes over the layers, of so many seconds each: a layer is read while the one before it
-        computes, then filled. Text that there is no room for may be `grouped`, with so many times the passes; one that
-        needs `whole` layers cannot run them in groups of experts."""
+        computes, then filled. Text that there is no room for is taken in up to `most` groups, with so many times the
+        passes; one that needs `whole` layers cannot run them in groups of experts."""
         layers = self.model.layers
         memory, on_gpu = self.resident(working, device)
-        spilled, groups, notes = self.within(memory, working, grouped, whole)
+        spilled, groups, notes = self.within(memory, working, most, whole)
         passes = [[each / groups for each in computing] for computing in passes for _ in range(groups)]
         reads = [self.read_seconds([layer]) for layer in layers]
         waiting = (
@@ -209,7 +212,7 @@ class Job:
         return Figure((self.process, buffer, *working)), Figure((*weights, *device))
 
     def within(
-        self, memory: Figure, working: Sequence[Part], grouped: bool, whole: bool
+        self, memory: Figure, working: Sequence[Part], most: int, whole: bool
     ) -> tuple[list[Part], int, tuple[str, ...]]:
         """What goes to the disk where memory is less than a stage would take, in how many groups the text is taken
         where the disk has no room for that, and what happens then."""
@@ -226,9 +229,9 @@ class Job:
         if spilled > free:
             left = f"{place} has {sized(free)} for it"
             fitting = movable - spilled + free
-            if grouped and movable <= SEGMENTS * self.asked.domains * fitting:
+            if most > 1 and movable <= most * fitting:
                 groups = math.ceil(movable / fitting)
-                notes.append(f"{left}: the text is measured in {groups} groups, each a pass over the weights")
+                notes.append(f"{left}: the text is taken in {groups} groups, each a pass over the weights")
                 spilled = free
             else:
                 notes.append(f"{left}, which is too little: name another folder (--spill), or less text")

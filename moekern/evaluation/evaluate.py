@@ -14,15 +14,15 @@ from moekern.architectures import find_layout
 from moekern.architectures.replaced import as_whole
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import TokenData, dealt
+from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.evaluation.losses import ORIGINAL, Evaluation, compared, means
 from moekern.evaluation.under_plans import Task, UnderPlans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
-from moekern.model.journal import Resume, Stage, opened, removed
-from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.journal import Resume, opened, removed
+from moekern.model.layerwise import open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.plan.constants import Live, constants_digest, live_constants, measured, stored_constants
@@ -49,7 +49,8 @@ def evaluate(
     where they are no zeros; the original may be a checkpoint whose experts are such constants.
 
     All plans share one pass over the weights; their hidden states are held at the same time, and the original's
-    predictions of one batch. With `resume` the same call goes on where it was stopped: its folder holds one of a name
+    predictions of one batch. Text that there is no room for is taken in groups of batches, a pass over the weights
+    each, to the same bits. With `resume` the same call goes on where it was stopped: its folder holds one of a name
     of its own for each model, text, plans and options. Several processes (`compute.team`) share the batches, and rank 0
     has the losses: the same bits. Raises InputError for a plan that does not fit the model, and for data without
     batches.
@@ -66,17 +67,10 @@ def evaluate(
         raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     checkpoint, constants, made_of = with_constants(checkpoint, plans, statistics)
     layout = find_layout(checkpoint)
-    tasks = [  # of each batch the original first: the others are held against it
-        Task(name, number, plan, batch, place)
-        for place, batch in enumerate(data.batches)
-        for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
-    ]
     compute = settled(compute, checkpoint, layout)
     team = compute.team
     team.together(evaluate, checkpoint.folder, data, plans, compute, statistics=statistics)
     team.check_alike(facts_of(checkpoint, compute))
-    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
-    own = [task for task in tasks if owners[task.place] == team.rank]
     key = _key(checkpoint, data, plans, compute) | made_of
     if resume is not None:
         resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
@@ -84,14 +78,13 @@ def evaluate(
         opened(resume, key, ("evaluating",), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
-        found = _Compare(layerwise, own, progress, constants).run(
-            None if journal is None else journal.stage("evaluating")
-        )
-    whole = {place: sums for each in team.gather(found) for place, sums in each.items()}
+        stage = None if journal is None else journal.stage("evaluating")
+        found = _Compare(layerwise, data.batches, plans, progress, constants).run(stage)
     if journal is not None and team.first:
         removed(journal.folder)
-    own = tasks if team.first else []  # in this order whatever ranks there are
-    return means((ORIGINAL, *plans), ((t.name, t.batch.domain, whole[t.place, t.number]) for t in own))
+    names = (ORIGINAL, *plans)
+    places = enumerate(data.batches if team.first else ())  # in this order whatever ranks and passes there were
+    return means(names, ((name, b.domain, found[p, n]) for p, b in places for n, name in enumerate(names)))
 
 
 def with_constants(
@@ -136,34 +129,16 @@ def _key(checkpoint: Checkpoint, data: TokenData, plans: Mapping[str, Plan], com
     }
 
 
-class _Compare(UnderPlans):
-    """Logits of every plan are held against the original's."""
+class _Compare(UnderPlans[Tensor]):
+    """Logits of every plan are held against the original's: `compared` of each batch."""
 
-    def __init__(
-        self,
-        layerwise: LayerwiseModel,
-        tasks: list[Task],
-        progress: Callable[[float, int], None],
-        constants: Mapping[str, Live],
-    ) -> None:
-        super().__init__(layerwise, tasks, progress, constants)
-        self.original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
-        self.sums: dict[tuple[int, int], Tensor] = {}  # batch and plan, by number -> `compared`
+    original: Tensor | None = None  # log probabilities of the batch that its plans are compared on
 
-    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Tensor]:
-        """(batch, plan) -> sums over its sequences' tokens."""
-        self.through_all(stage)
-        return self.sums
+    def written(self, found: Tensor) -> Any:
+        return found.tolist()
 
-    def kept(self) -> Any:
-        every = [each for sums in self.layerwise.team.gather(self.sums) for each in sums.items()]
-        return [(place, number, total.tolist()) for (place, number), total in every]
-
-    def restored(self, layer: int, kept: Any) -> None:
-        self.sums = {(place, number): torch.tensor(total, dtype=torch.float64) for place, number, total in kept}
-
-    def started(self) -> None:
-        self.sums.clear()
+    def read(self, written: Any) -> Tensor:
+        return torch.tensor(written, dtype=torch.float64)
 
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits
@@ -178,4 +153,4 @@ class _Compare(UnderPlans):
             if not bool(predicted.isnan().any()):
                 raise InputError(f"{self.name(task)}: a token of the text has a logit of -inf: its loss is infinite")
             raise NotFinite(len(self.layerwise.layers))
-        self.sums[task.place, task.number] = found
+        self.found[task.place, task.number] = found

@@ -1,13 +1,23 @@
-"""A pass over the original's weights in which tasks are computed under plans: layers are pruned in memory."""
+"""A pass over the original's weights in which tasks are computed under plans: layers are pruned in memory.
+
+Where neither memory nor disk have room for the hidden states of all text under all plans, one group of batches after
+another takes a pass of its own. What a batch is found to be does not depend on the others.
+"""
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Generic, TypeVar
 
-from moekern.data.batches import Batch
-from moekern.model.journal import Stage
+from moekern.data.batches import Batch, dealt, loads
+from moekern.errors import NoRoomForText
+from moekern.evaluation.losses import ORIGINAL
+from moekern.model.journal import Stage, undamaged
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.substituted import substituted_layer
@@ -17,6 +27,9 @@ from moekern.plan.document import Plan
 from moekern.plan.live import live_channels, live_merging
 
 NONE: Mapping[str, Live] = {}
+
+LOG = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -28,35 +41,122 @@ class Task:
     place: int  # of the batch
 
 
-class UnderPlans(Pass[Task]):
-    """Every task with its plan applied, one plan after another in each layer, with the bits of the checkpoint that the
-    plan makes.
+class UnderPlans(Pass[Task], Generic[Found]):
+    """Every batch under the original and under each plan, with the bits of the checkpoint that the plan makes.
 
-    A plan stays applied to the layer that runs for as many tasks in a row as are of that plan.
+    Of each batch the original comes first. A plan stays applied to the layer that runs for as many tasks in a row as
+    are of that plan. Ranks of the model's team share the batches. A subclass puts what it finds of a task into `found`.
     """
 
     def __init__(
         self,
         layerwise: LayerwiseModel,
-        tasks: list[Task],
+        batches: Sequence[Batch],
+        plans: Mapping[str, Plan],
         progress: Callable[[float, int], None],
         constants: Mapping[str, Live] = NONE,
     ) -> None:
-        """constants: by the name of tasks, what their experts return that are no experts any longer."""
-        self.layerwise, self.tasks, self.progress, self.constants = layerwise, tasks, progress, constants
-        self.plans = 1 + max((task.number for task in tasks), default=0)  # the original among them
+        """constants: by the name of a plan or of the original, what its experts return that are constants."""
+        self.layerwise, self.batches, self.progress, self.constants = layerwise, batches, progress, constants
+        self.plans: Mapping[str, Plan | None] = {ORIGINAL: None, **plans}
         self.pruner, self.applied = LivePruner(layerwise.loader, layerwise.layout), ExitStack()
+        self.found: dict[tuple[int, int], Found] = {}  # batch and plan, by number; of several ranks, its own
+        self.part = range(len(batches))  # the batches of this pass
+        self.tasks: list[Task] = []  # of this pass and rank
+        self.passes, self.passed = 1, 0  # of the text that a stopped run has left
         self.now: tuple[int, int] | None = None  # layer, plan number
         self.through = 0  # tasks that have left the layer
 
-    def through_all(self, stage: Stage | None = None) -> None:
-        """The whole pass, or what a stopped run has left of it."""
-        self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
+    def written(self, found: Found) -> Any:
+        """What was found of a task, as JSON."""
+        raise NotImplementedError
+
+    def read(self, written: Any) -> Found:
+        """The inverse."""
+        raise NotImplementedError
+
+    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], Found]:
+        """Batch and plan, by number -> what was found, at rank 0 that of all ranks. With a `stage`, what a stopped run
+        has left is done. Raises NoRoomForText where there is no room for a single batch."""
+        left, rest = None if stage is None else stage.left, range(len(self.batches))
         with self.applied:
-            self.layerwise.run(self.tasks, self, stage)
+            if stage is not None and left is not None:
+                with undamaged(stage.journal.folder):
+                    self.part = self._begun(left.kept)
+                self._pass(stage)
+                rest = rest[self.part.stop :]
+            while rest:
+                groups = self._groups(rest)  # anew for each: there may be less room by now
+                self.passes, self.part = self.passed + len(groups), groups[0]
+                self._pass(None if stage is None else stage.again())
+                rest = rest[len(self.part) :]
+        return self._whole()
+
+    def _pass(self, stage: Stage | None) -> None:
+        """The batches of a part, or what a stopped run has left of them."""
+        self.tasks = self._own(self.part)
+        if stage is None or stage.left is None or not stage.left.complete:
+            self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
+        self.layerwise.run(self.tasks, self, stage)
+        self.passed += 1
+
+    def _whole(self) -> dict[tuple[int, int], Found]:
+        """What all ranks have found, at rank 0."""
+        return {place: found for each in self.layerwise.team.gather(self.found) for place, found in each.items()}
+
+    def _begun(self, kept: Any) -> range:
+        """The batches of the pass that a stopped run was in. Raises ValueError for what cannot be."""
+        start, stop = (int(place) for place in kept["batches"])
+        if not 0 <= start < stop <= len(self.batches):
+            raise ValueError("batches that the text does not have")
+        return range(start, stop)
+
+    def _groups(self, rest: range) -> list[range]:
+        """The fewest groups of these batches, of about as many tokens each, for which every rank has room."""
+        if not rest:
+            return []
+        own = sum(task.batch.input_ids.numel() for task in self._own(rest))
+        try:
+            self.layerwise.check_text(own)
+            return [rest]
+        except NoRoomForText as found:
+            groups = self._divided(rest, found)
+            if self.passed + len(groups) != self.passes:
+                LOG.info(f"{found}: the text is taken in {len(groups)} groups, each a pass over the weights")
+            return groups
+
+    def _divided(self, rest: range, found: NoRoomForText) -> list[range]:
+        sizes = [self.batches[place].input_ids.numel() * len(self.plans) for place in rest]
+        ends, ranks = list(accumulate(sizes)), self.layerwise.team.size
+        least = -(-ends[-1] // (ranks * found.tokens)) if max(sizes) <= found.tokens else len(rest) + 1
+        for number in range(max(2, least), len(rest) + 1):
+            cuts = [0, *(bisect_right(ends, ends[-1] * i // number) for i in range(1, number + 1))]
+            if all(max(loads(sizes[a:b], ranks)) <= found.tokens for a, b in pairwise(cuts)):
+                return [rest[a:b] for a, b in pairwise(cuts) if a < b]
+        raise found
+
+    def _own(self, group: range) -> list[Task]:
+        """This rank's tasks of a group."""
+        owners = dealt([self.batches[place].input_ids.numel() for place in group], self.layerwise.team.size)
+        return [
+            Task(name, number, plan, self.batches[place], place)
+            for place, owner in zip(group, owners, strict=True)
+            if owner == self.layerwise.team.rank
+            for number, (name, plan) in enumerate(self.plans.items())
+        ]
+
+    def started(self) -> None:
+        self.found = {place: found for place, found in self.found.items() if place[0] not in self.part}
+
+    def kept(self) -> Any:
+        found = [(*place, self.written(each)) for place, each in self._whole().items()]
+        return {"batches": [self.part.start, self.part.stop], "found": found}
+
+    def restored(self, layer: int, kept: Any) -> None:
+        self.found = {(int(place), int(number)): self.read(found) for place, number, found in kept["found"]}
 
     def label(self, number: int, task: Task) -> int:
-        return task.place * self.plans + task.number
+        return task.place * len(self.plans) + task.number
 
     @contextmanager
     def entering(self, task: Task, layer: int) -> Iterator[None]:
@@ -75,11 +175,15 @@ class UnderPlans(Pass[Task]):
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)
         if layer >= 0 and self.through < total:
-            self.progress(layer + self.through / total, len(self.layerwise.layers))
+            self._tell(layer + self.through / total)
+
+    def _tell(self, layers: float) -> None:
+        of = len(self.layerwise.layers)
+        self.progress(self.passed * of + layers, self.passes * of)
 
     def loaded(self, layer: int) -> None:
-        self.through = 0
-        self.progress(layer, len(self.layerwise.layers))
+        self.through, self.now = 0, None
+        self._tell(layer)
 
     def group(self, task: Task) -> int:
         return task.number
@@ -93,4 +197,4 @@ class UnderPlans(Pass[Task]):
 
     def done(self, layer: int) -> None:
         self.applied.close()  # before the layer's weights go
-        self.progress(layer + 1, len(self.layerwise.layers))
+        self._tell(layer + 1)

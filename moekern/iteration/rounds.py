@@ -19,9 +19,8 @@ import torch
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.twins import router_numbers
-from moekern.calibration.calibrate import recipe_of
 from moekern.calibration.passes import MeasuringPass, Progress, Steps, Sums
-from moekern.calibration.sharing import facts_of
+from moekern.calibration.sharing import facts_of, recipe_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.criteria import Criterion, criterion_named, score_layer
 from moekern.criteria.named import plug_ins

@@ -166,6 +166,11 @@ class Stage:
 
     journal: Journal
     name: str
+    anew: bool = False  # this pass begins with its first layer, whatever a stopped run has left
+
+    def again(self) -> Stage:
+        """Of another pass of the same stage."""
+        return replace(self, anew=True)
 
     @property
     def passed(self) -> bool:
@@ -177,7 +182,7 @@ class Stage:
     def left(self) -> Position | None:
         """Where in this stage a stopped run was."""
         at = self.journal.found
-        return at if at is not None and at.stage == self.name else None
+        return at if at is not None and at.stage == self.name and not self.anew else None
 
     def take_over(self, states: States, own: Collection[int] = ()) -> None:
         """Let `states` have what a stopped run has left, which must hold those of a rank's `own` tasks; of several
@@ -204,7 +209,9 @@ class Stage:
         """
         journal, start = self.journal, time.monotonic()
         due = layer >= of or (states is not None and start - journal.ended >= SHARE * journal.cost)
-        if not journal.off and journal.team.broadcast(due):
+        if journal.off:  # at the end there may be no states that need room
+            due = layer >= of and (states is None or not states.there)
+        if journal.team.broadcast(due):
             position = Position(self.name, layer, of, kept(), dict(returns), ())
             journal.save(position, states)
             journal.ended = time.monotonic()

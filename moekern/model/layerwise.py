@@ -167,14 +167,29 @@ class LayerwiseModel:
         return States(max(0, self.takes.room - others.size), self.spill)
 
     def expect(self, tokens: int, more: int = 0, named: str = "") -> None:
-        """Say what so many tokens will take, and `more` bytes of what is `named`. Raises NoRoomForText where the disk
-        has none for what memory has not."""
+        """Say what so many tokens will take, and `more` bytes of what is `named`. Raises as `check_text`."""
+        what, beyond = self.check_text(tokens, more, named)
+        file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
+        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+
+    def check_text(self, tokens: int, more: int = 0, named: str = "") -> tuple[str, int]:
+        """What so many tokens take, in words, and how many bytes of it go to a file. Raises NoRoomForText where the
+        disk has none for what memory has not, on every rank where one has too little: of the tokens that the least of
+        them has room for."""
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         beside = ((states, "hidden states"), (apart, "experts' rows"), (more, named))
         what = " and ".join(f"{sized(n)} of {each}" for n, each in beside if n)
-        beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
-        file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
-        self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
+        beyond, refused = 0, None
+        try:
+            beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
+        except NoRoomForText as found:
+            refused = found.message, found.tokens
+        told = {rank: each for rank, each in enumerate(self.team.every(refused)) if each is not None}
+        if told:
+            rank = min(told, key=lambda rank: told[rank][1])
+            message, fitting = told[rank]
+            raise NoRoomForText(message if self.team.size == 1 else f"rank {rank}: {message}", fitting)
+        return what, beyond
 
     def rows_apart(self, tokens: int) -> int:
         """Bytes of what experts that are run in groups are given, and put out, for so many tokens."""
@@ -184,7 +199,7 @@ class LayerwiseModel:
     def check_room(self, nbytes: int, what: str, tokens: int) -> int:
         """How many of the bytes of so many tokens go to a file. Raises NoRoomForText where the disk has no room."""
         beyond, folder = max(0, nbytes - self.takes.room), self.spill or Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free // self.team.local_size  # which ranks of a node share, as memory
         if beyond > free:
             room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
             ways = "give more (--memory), another folder (--spill) or less text (--tokens)"

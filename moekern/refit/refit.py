@@ -19,7 +19,6 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
 from moekern.measurement.tiers import served
-from moekern.merging.tensors import check_plain
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import open_layerwise

@@ -14,14 +14,14 @@ from torch import Tensor
 from moekern.architectures import find_layout
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData, dealt
+from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
 from moekern.evaluation.under_plans import Task, UnderPlans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
-from moekern.model.journal import Resume, Stage, opened, removed
+from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
@@ -85,16 +85,10 @@ def answers(
     layout = find_layout(checkpoint)
     for plan in plans.values():
         check_plan(plan, layout, checkpoint)
-    tasks = [
-        Task(name, number, plan, batch, place)
-        for place, batch in enumerate(data.batches)
-        for number, (name, plan) in enumerate({ORIGINAL: None, **plans}.items())
-    ]
     compute = settled(compute, checkpoint, layout)
     team = compute.team
     team.together(answers, checkpoint.folder, questions, plans, compute)
     team.check_alike(facts_of(checkpoint, compute))
-    owners = dealt([batch.input_ids.numel() for batch in data.batches], team.size)
     key = {
         "model": checkpoint.fingerprint,
         "config.json": checkpoint.config_sha256,
@@ -112,45 +106,39 @@ def answers(
         opened(resume, key, (ANSWERING,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
     ):
-        own = [task for task in tasks if owners[task.place] == team.rank]
-        found = _Asking(layerwise, own, rows, progress).run(None if journal is None else journal.stage(ANSWERING))
-    whole = {place: some for each in team.gather(found) for place, some in each.items()}
+        stage = None if journal is None else journal.stage(ANSWERING)
+        found = _Asking(layerwise, data.batches, plans, rows, progress).run(stage)
     if journal is not None and team.first:
         removed(journal.folder)
     return {
         name: {
             question: answer
             for place, batch in enumerate(rows if team.first else ())
-            for question, answer in zip([q for row in batch for q in row], whole[place, number], strict=True)
+            for question, answer in zip([q for row in batch for q in row], found[place, number], strict=True)
         }
         for number, name in enumerate((ORIGINAL, *plans))
     }
 
 
-class _Asking(UnderPlans):
+class _Asking(UnderPlans[list[Answer]]):
     """Answers of every batch under every plan, in the order of its questions."""
 
     def __init__(
-        self, layerwise: LayerwiseModel, tasks: list[Task], rows: Rows, progress: Callable[[float, int], None]
+        self,
+        layerwise: LayerwiseModel,
+        batches: Sequence[Batch],
+        plans: Mapping[str, Plan],
+        rows: Rows,
+        progress: Callable[[float, int], None],
     ) -> None:
-        super().__init__(layerwise, tasks, progress)
+        super().__init__(layerwise, batches, plans, progress)
         self.rows = rows
-        self.found: dict[tuple[int, int], list[Answer]] = {}  # by batch and plan, by number
 
-    def run(self, stage: Stage | None = None) -> dict[tuple[int, int], list[Answer]]:
-        if self.tasks:
-            self.through_all(stage)
-        return self.found
+    def written(self, found: list[Answer]) -> Any:
+        return found
 
-    def kept(self) -> Any:
-        every = [each for found in self.layerwise.team.gather(self.found) for each in found.items()]
-        return [(*place, found) for place, found in every]
-
-    def restored(self, layer: int, kept: Any) -> None:
-        self.found = {(place, number): [(float(p), bool(g)) for p, g in some] for place, number, some in kept}
-
-    def started(self) -> None:
-        self.found.clear()
+    def read(self, written: Any) -> list[Answer]:
+        return [(float(p), bool(g)) for p, g in written]
 
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits

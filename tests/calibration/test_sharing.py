@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moekern.calibration import sharing
-from moekern.calibration.calibrate import recipe_of
+from moekern.calibration.sharing import recipe_of
 from moekern.data.batches import TokenData
 from moekern.model.compute import Compute
 

@@ -133,19 +133,19 @@ def test_what_has_no_room_goes_to_a_file(family_checkpoint: MakeCheckpoint) -> N
 def test_text_that_the_disk_has_no_room_for_is_taken_in_groups(
     family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights are read and filled once for each; what needs all text at once, and losses, need another folder."""
+    """Weights are read and filled once for each; what needs all text at once needs another folder."""
     folder, asked = family_checkpoint("qwen3_moe"), Asked(tokens=100_000)
     _, whole = stages(folder, asked)
     hidden = parts(whole["calibrate"], "memory")["hidden states"]
     little = Budget(int(whole["calibrate"].memory.value - 1000 - hidden))
     monkeypatch.setattr(estimating.shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(hidden / 2.5)))
     _, found = stages(folder, asked, little)
-    assert "measured in 3 groups, each a pass over the weights" in found["calibrate"].notes[0]
+    assert "taken in 3 groups, each a pass over the weights" in found["calibrate"].notes[0]
     assert parts(found["calibrate"], "disk")["hidden states in a file"] == int(hidden / 2.5)
     before, now = (parts(each["calibrate"], "seconds") for each in (whole, found))
     assert now["computing"] == pytest.approx(before["computing"])
     assert now["making parameters"] > 2 * before["making parameters"]
-    assert "too little: name another folder (--spill)" in found["evaluate"].notes[0]
+    assert "taken in 5 groups" in found["evaluate"].notes[0]  # of the original and a plan
     _, found = stages(folder, Asked(tokens=100_000, tiers=("outliers",)), little)
     assert "too little: name another folder (--spill)" in found["calibrate"].notes[0]
 

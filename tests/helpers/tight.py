@@ -1,7 +1,8 @@
-"""Budgets that are smaller than a layer of a tiny model."""
+"""Budgets that are smaller than a layer of a tiny model, and room for less text than there is."""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from moekern.model import layerwise
 from moekern.model.budget import Budget
 from moekern.model.compute import Compute
 from moekern.model.expert_groups import Takes
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def little_room(patch: pytest.MonkeyPatch, memory: int, disk: int) -> None:
+    """Bytes of memory and disk that there are for hidden states."""
+    patch.setattr(Takes, "room", property(lambda self: memory))
+    patch.setattr(layerwise.shutil, "disk_usage", lambda folder: Usage(0, 0, disk))
 
 
 def taken(folder: Path, compute: Compute = Compute()) -> Takes:

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from moekern import kernels
 from moekern.architectures import find_layout
-from moekern.calibration.calibrate import calibrate, recipe_of
+from moekern.calibration.calibrate import calibrate
+from moekern.calibration.sharing import recipe_of
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.app import app, main

@@ -17,8 +17,9 @@ from moekern.data.batches import dealt
 from moekern.demo import MODEL, TEXT
 from moekern.plan.document import LayerPlan, Plan
 from moekern.statistics.layer import TIERS
-from tests.helpers.commands import Done, contents, model_and_ids
+from tests.helpers.commands import Done, contents, model_and_ids, moekern
 from tests.helpers.ranks import ended, started, torchrun
+from tests.helpers.tight import little_room
 
 C, GERMAN = TEXT / "c" / "calibration.txt", TEXT / "german" / "calibration.txt"
 TEXTS = ["--data", f"c={C}:0.7", "--data", f"de={GERMAN}:0.3", "--tokens", 700, "--sequence-length", 32]
@@ -77,6 +78,39 @@ def test_plans_of_rounds_and_losses_are_those_of_one_process(tmp_path: Path) -> 
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "3.json").read_bytes()
     assert found[0] == found[1]
     assert not (tmp_path / "3.json.moekern").exists()
+
+
+def room_for(memory: int, disk: int, rank: int) -> None:
+    """So many bytes for hidden states; what rank 1 has of memory is half of it."""
+    little_room(pytest.MonkeyPatch(), memory // (1 + rank), disk)
+
+
+TOKEN = 4 * int(json.loads((MODEL / "config.json").read_text())["hidden_size"])
+
+
+def test_text_that_ranks_have_no_room_for_is_measured_in_groups(tmp_path: Path) -> None:
+    """The rank with the least room decides; of the disk, each has its share."""
+    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--out"]
+    assert moekern(*command, tmp_path / "1.s").returncode == 0
+    done = torchrun(tmp_path / "2", 2, *command, tmp_path / "2.s", before=partial(room_for, 200 * TOKEN, 80 * TOKEN))
+    well(done)
+    said = "the text is measured in 3 groups, each a pass over the weights"
+    assert any(line.startswith("rank 1: ") and line.endswith(said) for line in done[0].stderr.splitlines())
+    assert (tmp_path / "1.s").read_bytes() == (tmp_path / "2.s").read_bytes()
+
+
+@pytest.mark.whole
+def test_losses_that_ranks_have_no_room_for_are_measured_in_groups(tmp_path: Path) -> None:
+    command = ["evaluate", MODEL, _half(tmp_path), *TEXTS, *FLOAT32, "--batch-size", 1, "--json"]
+    one = moekern(*command)
+    done = torchrun(tmp_path / "2", 2, *command, before=partial(room_for, 400 * TOKEN, 80 * TOKEN))
+    well(done)
+    assert "groups, each a pass over the weights" in done[0].stderr
+    assert done[0].stdout == one.stdout
+    done = torchrun(tmp_path / "none", 2, *command, before=partial(room_for, 40 * TOKEN, 0))
+    assert [each.returncode for each in done] == [2, 2]
+    (line,) = [line for each in done for line in each.stderr.splitlines() if line.startswith('{"error": ')]
+    assert "give more (--memory), another folder (--spill) or less text (--tokens)" in line
 
 
 def test_run_makes_the_same_checkpoint(tmp_path: Path) -> None:

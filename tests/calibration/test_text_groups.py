@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from moekern.model import journal, layerwise
-from moekern.model.expert_groups import Takes
+from moekern.calibration.calibrate import calibrate
+from moekern.data.batches import Batch, TokenData
+from moekern.errors import NoRoomForText
+from moekern.model import journal
+from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel
+from tests.helpers import tight
 from tests.helpers.commands import Done, contents, model_and_ids, moekern
 
-Usage = namedtuple("Usage", "total used free")
 H = 32
 TOKENS = 352  # of two domains
 
@@ -35,9 +40,7 @@ def command(work: Path, out: Path, *more: object, name: str = "calibrate") -> tu
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for the hidden states of 40 tokens, and a disk for those of 96 more."""
-    token = 4 * H
-    monkeypatch.setattr(Takes, "room", property(lambda self: 40 * token))
-    monkeypatch.setattr(layerwise.shutil, "disk_usage", lambda folder: Usage(0, 0, 96 * token))
+    tight.little_room(monkeypatch, 40 * 4 * H, 96 * 4 * H)
 
 
 def test_the_bytes_are_those_of_one_pass(work: Path, tmp_path: Path, little_room: None) -> None:
@@ -114,11 +117,35 @@ def test_what_a_kill_after_the_last_group_leaves_is_removed(
 ) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moekern.cli.text_groups.remove_groups_of", lambda out: None)
+        patch.setattr("moekern.calibration.text_groups.remove_groups_of", lambda out: None)
         assert moekern(*command(work, out)).returncode == 0
     assert len(contents(tmp_path)) == 4
     assert "exists already" in moekern(*command(work, out)).stderr
     assert set(contents(tmp_path)) == {"out"}
+
+
+def test_the_library_divides_the_text_too(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held and what is written are the sums of one pass; `progress` counts all groups; nothing else is left."""
+    ids = torch.from_numpy(np.load(work / "ids.npy"))[:160].reshape(10, 16)
+    data = TokenData((Batch("a", ids[:4]), Batch("b", ids[4:])), {}, 1)
+    compute = Compute(dtype="float32", spill=tmp_path / "spill")
+    compute.spill.mkdir()
+    whole, told, counted = calibrate(work / "model", data, compute), list[Any](), list[tuple[float, int]]()
+    whole.save(tmp_path / "whole")
+    tight.little_room(monkeypatch, 40 * 4 * H, 40 * 4 * H)
+    step = lambda done, total: counted.append((done, total))  # noqa: E731
+    held = calibrate(work / "model", data, compute, told=told.append, progress=step)
+    held.save(tmp_path / "held")
+    calibrate(work / "model", data, compute, out=tmp_path / "out")
+    assert (tmp_path / "held").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert [list(layer.layers) for layer in told] == [[key] for key in whole.layers]
+    assert counted[-1] == (12, 12)
+    assert counted == sorted(counted)
+    assert set(contents(tmp_path)) == {"whole", "held", "out"}
+    tight.little_room(monkeypatch, 4 * H, 0)
+    with pytest.raises(NoRoomForText, match="160 tokens take 20.0 KiB of hidden states: memory has room for 128 B"):
+        calibrate(work / "model", data, compute)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +172,7 @@ def test_what_needs_all_text_at_once_is_one_line(
 def test_a_segment_that_there_is_no_room_for_is_refused(
     work: Path, tmp_path: Path, little_room: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise.shutil, "disk_usage", lambda folder: Usage(0, 0, 0))
-    monkeypatch.setattr(Takes, "room", property(lambda self: 4 * H))
+    tight.little_room(monkeypatch, 4 * H, 0)
     done = moekern(*command(work, tmp_path / "out"))
     assert done.returncode == 2
     assert "give more (--memory), another folder (--spill) or less text (--tokens)" in done.stderr.splitlines()[-1]
