@@ -20,7 +20,7 @@ from torch import Tensor
 from moekern.criteria.needs import NotForLayer, idle_lowest, mean, need
 from moekern.statistics.layer import LayerStatistics
 
-SPREAD = 2.0**-7  # of tokens' sums of gates around their mean, relative: as wide as rounding to bfloat16 makes them
+SPREAD = 2.0**-8  # of tokens' sums of gates around their mean, relative: twice what rounding to bfloat16 makes of one
 
 
 def rcs(statistics: LayerStatistics) -> Tensor:

@@ -26,7 +26,7 @@ from moekern.model.transformers_api import Loader, router_modules
 from moekern.model.walk import moved
 from moekern.statistics.layer import LayerStatistics
 
-SPREAD = 2.0**-7  # of tokens' sums of gates that are one number but for rounding, relative to it
+SPREAD = 2.0**-8  # of tokens' sums of gates that are one number but for rounding, relative to it
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
 
 

@@ -31,9 +31,9 @@ def test_gates_that_sum_to_no_number_leave_the_magnitude() -> None:
 def test_sums_of_gates_may_differ_by_rounding() -> None:
     s = measured(tokens(0))
     want = score_layer(criterion_named("rcs"), s, "0")
-    rounded = replace(s, share_square_sum=s.share_square_sum * (1 + 2.0**-16))  # a spread of 2^-8: bfloat16's
+    rounded = replace(s, share_square_sum=s.share_square_sum * (1 + 2.0**-18))  # a spread of 2^-9: bfloat16's
     assert torch.equal(score_layer(criterion_named("rcs"), rounded, "0"), want)
-    apart = replace(s, share_square_sum=s.share_square_sum * (1 + 2.0**-12))
+    apart = replace(s, share_square_sum=s.share_square_sum * (1 + 2.0**-14))
     assert not torch.equal(score_layer(criterion_named("rcs"), apart, "0"), want)
 
 
