@@ -25,6 +25,7 @@ class Text:
     columns: tuple[str, ...] = ()  # where the text of rows is: "column", or "name=column"
     thinking: str = "row"  # on, off, or as the rows say
     strict: bool = False  # stop at what cannot be read, instead of counting it
+    prompts: int | None = None  # so many beginnings of each domain, in the place of sequences
     tell: Callable[[str], None] | None = field(default=None, compare=False)  # what is said on the way; None: warnings
 
     def read(self, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> TokenData:
@@ -46,6 +47,7 @@ class Text:
             columns=self.columns,
             thinking=self.thinking,
             strict=self.strict,
+            prompts=self.prompts,
             tell=self.tell,
             trust_remote_code=trust_remote_code,
         )

@@ -25,12 +25,13 @@ MASKED = -1e9
 PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
 
 
-class _LowerLogits(TorchFunctionMode):
-    """Lower the dropped columns of every product whose width is the router's."""
+class _ChangeLogits(TorchFunctionMode):
+    """Add to these experts' columns of every product whose width is the router's; minus infinity: make them as low as
+    no other."""
 
-    def __init__(self, width: int, dropped: Sequence[int]) -> None:
+    def __init__(self, width: int, experts: Sequence[int], added: float) -> None:
         super().__init__()
-        self.width, self.dropped, self.hits = width, list(dropped), 0
+        self.width, self.experts, self.added, self.hits = width, list(experts), added, 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,7 +39,10 @@ class _LowerLogits(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS and out.shape[-1] == self.width and out.is_floating_point():
             self.hits += 1
-            out[..., self.dropped] = max(MASKED, torch.finfo(out.dtype).min)
+            if self.added == -torch.inf:
+                out[..., self.experts] = max(MASKED, torch.finfo(out.dtype).min)
+            else:
+                out[..., self.experts] += self.added
         return out
 
 
@@ -58,10 +62,7 @@ def masked_layer(
     """
     with ExitStack() as stack:
         if dropped:
-            routers = [module.get_submodule(path) for path in router_modules(module, loader.model)]
-            width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
-            for router in routers:
-                stack.enter_context(_masked_forward(router, width, dropped, layer.key))
+            stack.enter_context(added_logits(loader, layer, module, dropped, -torch.inf))
             for tensor in layer.tensors:
                 if tensor.role in ("bias", "table"):
                     stack.enter_context(_changed(loader, tensor, layer.num_experts, dropped))
@@ -69,6 +70,19 @@ def masked_layer(
             down = check_cuttable(module, layer.key).down
             check_channels(torch.cat(list(channels.values())), down.shape[2], layer.key)
             stack.enter_context(_silent(down, channels))
+        yield
+
+
+@contextmanager
+def added_logits(
+    loader: Loader, layer: MoeLayer, module: nn.Module, experts: Sequence[int], added: float
+) -> Iterator[None]:
+    """Add a number to these experts' router logits in one decoder layer while the context is open; selection biases and
+    tables of ids stay. Raises RuntimeError as `masked_layer` does."""
+    width = layer.num_experts + max((t.trailing for t in layer.tensors if t.role == "router"), default=0)
+    with ExitStack() as stack:
+        for path in router_modules(module, loader.model):
+            stack.enter_context(_changed_forward(module.get_submodule(path), width, experts, added, layer.key))
         yield
 
 
@@ -91,6 +105,7 @@ def masked(
 @contextmanager
 def _silent(down: Tensor, channels: Channels) -> Iterator[None]:
     """Make zeros of the columns of down [E, H, I] whose channels experts do not keep, and put the old ones back."""
+    down = down.detach()
     before = {expert: down[expert].clone() for expert in channels}
     try:
         for expert, kept in channels.items():
@@ -104,21 +119,23 @@ def _silent(down: Tensor, channels: Channels) -> Iterator[None]:
 
 
 @contextmanager
-def _masked_forward(router: nn.Module, width: int, dropped: Sequence[int], key: str) -> Iterator[None]:
-    forward = router.forward
+def _changed_forward(router: nn.Module, width: int, experts: Sequence[int], added: float, key: str) -> Iterator[None]:
+    forward, own = router.forward, vars(router).get("forward")
 
-    def lowered(*args: Any, **kwargs: Any) -> Any:
-        with _LowerLogits(width, dropped) as mode:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with _ChangeLogits(width, experts, added) as mode:
             out = forward(*args, **kwargs)
         if not mode.hits:
             raise RuntimeError(f"layer {key}: the router made no logits of width {width}, so nothing was masked")
         return out
 
-    router.forward = lowered  # type: ignore[method-assign]
+    router.forward = changed  # type: ignore[method-assign]
     try:
         yield
     finally:
         del router.forward
+        if own is not None:  # one that was masked already, or that another tool has put there
+            router.forward = own
 
 
 @contextmanager
