@@ -19,7 +19,7 @@ from moekern.errors import InputError
 if TYPE_CHECKING:
     from moekern.data.text import Text
     from moekern.judging.decoding import Decoding
-    from moekern.judging.figures import Measure, Written
+    from moekern.judging.figures import Measure, Shift, Written
     from moekern.judging.written import Steering
     from moekern.model.compute import Compute
     from moekern.plan.document import Plan
@@ -223,7 +223,7 @@ def document_of(written: Mapping[str, Written], asked: Asked, seed: int) -> dict
 def show_written(written: Mapping[str, Written]) -> None:
     """A table for each decoding, then what the prompts do not tell apart."""
     from moekern.evaluation.losses import ORIGINAL
-    from moekern.judging.figures import MEASURES, doubts
+    from moekern.judging.figures import MEASURES, doubts, shifts
 
     for decoding, table in written.items():
         prompts = len(table[ORIGINAL])
@@ -231,8 +231,26 @@ def show_written(written: Mapping[str, Written]) -> None:
         title = f"{decoding}: what {prompts} prompts are continued by (± standard error)"
         rows = [(name, *(_shown(m, some) for m in columns)) for name, some in table.items()]
         console.show(title, ("model", *(m.words for m in columns)), rows)
+        apart = shifts(table)
+        paired = [m for m in MEASURES if any(m.name in found for found in apart.values())]
+        if apart:
+            more = [(name, *(_apart(m, found.get(m.name)) for m in paired)) for name, found in apart.items()]
+            title = f"{decoding}: more than the original (95 % interval, paired by prompt)"
+            console.show(title, ("model", *(m.words for m in paired)), more)
         for line in doubts(table):
             console.say(f"{decoding}: {line}")
+
+
+def _apart(measure: Measure, found: Shift | None) -> str:
+    if found is None:
+        return "-"
+    form = _form(measure, sign="+")
+    interval = f" ({found.low:{form}} to {found.high:{form}})" if isfinite(found.low) else ""
+    return f"{found.mean:{form}}{interval}"
+
+
+def _form(measure: Measure, sign: str = "") -> str:
+    return sign + (".1%" if measure.binary else ".1f" if measure.name in ("length", "agreed") else ".3f")
 
 
 def _shown(measure: Measure, rows: Sequence[Any]) -> str:
@@ -241,5 +259,5 @@ def _shown(measure: Measure, rows: Sequence[Any]) -> str:
     found = figure(measure, rows)
     if found is None:
         return "-"
-    form = ".1%" if measure.binary else ".1f" if measure.name in ("length", "agreed") else ".3f"
+    form = _form(measure)
     return f"{found.value:{form}}" + ("" if found.error is None else f" ± {found.error:{form}}")

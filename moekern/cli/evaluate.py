@@ -105,13 +105,13 @@ def evaluate(
     from moekern.rows import csv_text
 
     given = [*(data or ()), *((preset.value,) if preset else ())]
-    asked = asked_of(
-        tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed, text=given
-    )
     prompted = continuing.asked_of(
         sources=continued, prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens, decode=decode,
         steer=steer, others={"--tasks": tasks, "--data": data, "--preset": preset},
     )  # fmt: skip
+    asked = asked_of(
+        tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed, text=given
+    )
     kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
     check_written(out, best, len(plans or ()), kind)
     folders = [path for path in plans or () if path.is_dir()]

@@ -78,9 +78,10 @@ def steered(
     """Let a model choose the most distinctive experts of a contrast more often, or less, while the context is open.
 
     `strength` is added to the router logits of the `count` experts; minus infinity means that they are never chosen,
-    exactly as if they had been dropped (MoTE, arXiv:2502.11096). A selection bias stays as it is. Raises InputError,
-    naming the layer, for a contrast that is not of this model, where too few experts would be left to choose from, and
-    where a layer takes its experts from a table of ids, which has nothing that a finite strength could be added to.
+    exactly as if they had been dropped (MoTE, arXiv:2502.11096). Selection biases and limits to groups stay as they
+    are. Raises InputError, naming the layer, for a contrast that is not of this model, where too few experts would be
+    left to choose from, and where a layer takes its experts from a table of ids, which has nothing that a finite
+    strength could be added to.
     """
     check_type("model", model, PreTrainedModel)
     check_type("contrast", contrast, Contrast, str, Path)

@@ -74,7 +74,7 @@ class Contrast:
                 raise InputError(f"{source}: layer {short(key)} is not a MoE layer of this model", kind="plan")
             if len(row) != layout.layers[key].num_experts:
                 what = f"{len(row)} numbers for {layout.layers[key].num_experts} experts"
-                raise InputError(f"{source}: layer {short(key)}: {what}", kind="plan")
+                raise InputError(f"{source}: layer {key}: {what}", kind="plan")
         check_routers(self.provenance, routers, source)
 
 
