@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from moekern.data.text import Text as Text
     from moekern.errors import InputError as InputError
     from moekern.evaluation.evaluate import evaluate as evaluate
+    from moekern.judging.live import masked as masked
+    from moekern.judging.live import steered as steered
     from moekern.model.compute import Compute as Compute
     from moekern.plan.budgets import Budget as Budget
+    from moekern.plan.contrast import Contrast as Contrast
     from moekern.plan.document import Plan as Plan
     from moekern.plan.guards import Guards as Guards
     from moekern.plan.make import make_plan as make_plan
@@ -47,6 +50,7 @@ HOMES = {
     "CRITERIA": "criteria",
     "Checkpoint": "checkpoint.folder",
     "Compute": "model.compute",
+    "Contrast": "plan.contrast",
     "Guards": "plan.guards",
     "InputError": "errors",
     "LayerStatistics": "statistics.layer",
@@ -58,12 +62,14 @@ HOMES = {
     "compare_forward": "verification.logits",
     "evaluate": "evaluation.evaluate",
     "make_plan": "plan.make",
+    "masked": "judging.live",
     "merge": "statistics.file",
     "observe": "calibration.observe",
     "open_checkpoint": "checkpoint.folder",
     "prune": "pruning.prune",
     "read_data": "data.read",
     "score": "plan.scores",
+    "steered": "judging.live",
     "verify": "verification.tensors",
 }
 

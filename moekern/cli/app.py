@@ -19,6 +19,7 @@ from moekern.cli.bench import bench
 from moekern.cli.calibrate import calibrate
 from moekern.cli.check import check
 from moekern.cli.compare import compare
+from moekern.cli.contrast import contrast
 from moekern.cli.convert import convert
 from moekern.cli.criteria import criteria
 from moekern.cli.demo import demo
@@ -161,6 +162,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (merge, "moekern merge part1.safetensors part2.safetensors --out all.safetensors"),
     (criteria, "moekern criteria routed"),
     (score, "moekern score s.safetensors --criterion hope"),
+    (contrast, "moekern contrast s.safetensors --of refused --against answered --out map.json"),
     (plan, "moekern plan s.safetensors --keep 0.5 --target vllm:tp=2 --out plan.json"),
     (iterate, "moekern iterate MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out plan.json"),
     (optimise, "moekern optimise MODEL plan.json --data prose=book.txt --out optimised.json"),

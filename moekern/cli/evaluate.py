@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from moekern.cli import ranks
+from moekern.cli import continuing, ranks
 from moekern.cli.console import finite, say
+from moekern.cli.continuing import Continue, Decode, NewTokens, Prompts, PromptTokens, Steer
 from moekern.cli.given import compute_of, named_plans, result, text_of
 from moekern.cli.options import (
-    BatchSize,
     Column,
     Data,
     Device,
@@ -34,6 +34,7 @@ from moekern.cli.options import (
     ThinkingOption,
     Tokens,
     TrustRemoteCode,
+    at_least,
 )
 from moekern.cli.replacing import ConstantsOf
 from moekern.cli.tasks import (
@@ -64,11 +65,22 @@ def evaluate(
     shots: Shots = None,
     limit: Limit = None,
     max_gen_toks: MaxGenToks = None,
+    continued: Continue = None,
+    prompts: Prompts = None,
+    prompt_tokens: PromptTokens = None,
+    new_tokens: NewTokens = None,
+    decode: Decode = None,
+    steer: Steer = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     pack: Pack = True,
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Sequences computed at a time. Default: 1, and {continuing.TOGETHER} prompts.", callback=at_least(1)
+        ),
+    ] = None,
     column: Column = None,
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
@@ -88,23 +100,28 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights, differences between plans
-    paired by sequence; or scores at --tasks."""
+    paired by sequence; or scores at --tasks; or whether what they write behind prompts ends, or loops (--continue)."""
     from moekern.cli import pipeline
     from moekern.cli.judged import judged_document, judged_rows, show_judged
     from moekern.evaluation.choice import CHOICE, choice_document
     from moekern.rows import csv_text
 
     given = [*(data or ()), *((preset.value,) if preset else ())]
+    prompted = continuing.asked_of(
+        sources=continued, prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens, decode=decode,
+        steer=steer, others={"--tasks": tasks, "--data": data, "--preset": preset},
+    )  # fmt: skip
     asked = asked_of(
         tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed, text=given
     )
-    check_written(out, best, len(plans or ()), scored=asked is not None)
+    kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
+    check_written(out, best, len(plans or ()), kind)
     folders = [path for path in plans or () if path.is_dir()]
     if folders and asked is None:
         raise InputError(f"{folders[0]}: a folder, and no plan; give --tasks to score other models beside", kind="plan")
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, pack=pack, batch_size=batch_size, seed=seed,
+        strict=strict, pack=pack, batch_size=batch_size or (1 if prompted is None else continuing.TOGETHER), seed=seed,
     )  # fmt: skip
     compute = compute_of(
         device=device,
@@ -116,11 +133,15 @@ def evaluate(
     )
     compute = ranks.together(compute)
     named = named_plans("evaluate", [path for path in plans or () if path not in folders])
-    if not named and not folders:
-        what = "the loss" if asked is None else "scores"
+    if not named and not folders and not steer:
+        what = "the loss" if kind == "losses" else kind
         say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
-    if asked is None:
+    if prompted is not None:
+        written = continuing.written_of(folder, prompted, text, named, compute)
+        document, table = continuing.document_of(written, prompted, seed), lambda: continuing.show_written(written)
+        rows = []
+    elif asked is None:
         losses = pipeline.evaluate_plans(folder, text, compute, named, statistics=statistics, restart=restart)
         document, table = judged_document(losses), lambda: show_judged(losses)
         rows = judged_rows(losses)
@@ -142,16 +163,17 @@ def evaluate(
         say(f"{best}: the plan {document['best']['plan']}; judge it on text that did not choose it")
 
 
-def check_written(out: Path | None, best: Path | None, plans: int, *, scored: bool) -> None:
-    """Raise InputError for files that scores, losses or a plan cannot be written to, before anything is measured."""
+def check_written(out: Path | None, best: Path | None, plans: int, kind: str) -> None:
+    """Raise InputError for files that a result of this kind, or a plan, cannot be written to, before anything is
+    measured."""
     if best is not None:
         check_new(best, "--best")
-        if scored:
-            raise InputError(f"--best {best}: the nearest plan is found by losses; leave --tasks or this out")
+        if kind != "losses":
+            raise InputError(f"--best {best}: the nearest plan is found by losses, not by {kind}; leave this out")
         if plans < 2:
             raise InputError(f"--best {best}: takes one of several plans; name two or more after the model")
     if out is not None:
         check_new(out)
-        if out.suffix not in (".json", ".csv")[: 1 if scored else 2]:
-            kinds = "scores are written as .json" if scored else "losses are written as .json or .csv"
-            raise InputError(f"--out {out}: {kinds}; name such a file")
+        suffixes = (".json", ".csv") if kind == "losses" else (".json",)
+        if out.suffix not in suffixes:
+            raise InputError(f"--out {out}: {kind} are written as {' or '.join(suffixes)}; name such a file")

@@ -176,12 +176,13 @@ def sequences_of(ids: np.ndarray, length: int, budget: int | None, rng: np.rando
 
 def rows_of(
     documents: Iterable[np.ndarray],
-    length: int,
+    length: int | None,
     budget: int | None,
     rng: np.random.Generator,
     most: int | None = None,
 ) -> list[np.ndarray]:
-    """The first `length` tokens of each document, drawn in a random order up to `budget` tokens and `most` rows.
+    """The first `length` tokens (None: all) of each document, drawn in a random order up to `budget` tokens and `most`
+    rows.
 
     Rows of one length follow one another, so that they can be computed together without padding. A document of less
     than 2 tokens is left out.

@@ -15,7 +15,7 @@ import torch
 from moekern.data.batches import CHUNK_TOKENS, SEGMENTS, Batch, TokenData, batched, rows_of, sequences_of
 from moekern.data.hub import SHUFFLED
 from moekern.data.left_out import LeftOut, Notes
-from moekern.data.mixes import Domain, budgets, domains_of
+from moekern.data.mixes import Amount, Domain, budgets, domains_of
 from moekern.data.sources import Documents, Reading, documents_of
 from moekern.data.stream import token_documents
 from moekern.data.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from moekern.errors import InputError
 
 THINKING = ("on", "off", "row")
 TELL_EVERY = 10.0  # seconds of reading
+PROMPT = 512  # tokens of a conversation, about, in a file of which a part is read
 
 
 def read_data(
@@ -41,6 +42,7 @@ def read_data(
     thinking: str = "row",
     answers: bool = False,
     strict: bool = False,
+    prompts: int | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> TokenData:
@@ -52,7 +54,9 @@ def read_data(
     `sequence_length`; those of one length are computed together, and none is padded. Statistics are taken `chunk`
     sequences at a time (None: as many of the longest as hold 2048 tokens), losses `batch_size`. `tokens` bounds what
     domains that name no amount have together; what a small one lacks is not made up for. No more is read than a budget
-    needs. `columns` ("column" or "name=column") say where the text of rows is. What is left out is counted and told in
+    needs. With `prompts` each domain gives so many beginnings for a model to continue: conversations up to where their
+    last answer begins, else `sequence_length` tokens, the first ones of a row, and of a file of text from all over it.
+    `columns` ("column" or "name=column") say where the text of rows is. What is left out is counted and told in
     a line, by `tell` or as a warning; `strict` makes it an error. With `answers` the last message of conversations, and
     the answers of pairs, are marked (`Batch.answers`); all of other documents is.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
@@ -61,20 +65,29 @@ def read_data(
     domains = domains_of(specs)
     named = _columns(columns, domains)
     notes = Notes(tell)
-    tokenizer = Tokenizer(Path(model), trust_remote_code, ended=pack, thinking=thinking, answers=answers)
+    prompting = prompts is not None
+    tokenizer = Tokenizer(
+        Path(model), trust_remote_code,
+        ended=pack and not prompting, thinking=thinking, answers=answers, prompting=prompting,
+    )  # fmt: skip
+    if prompts is not None:
+        for domain in domains:
+            if domain.amount != Amount():
+                raise InputError(f"--continue {domain.shown}: --prompts says how many prompts; leave the amount out")
+        tokens = prompts * max(sequence_length, PROMPT) * len(domains)
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
     with closing(tokenizer):
         for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
-            reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack)
+            reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack, prompts)
             left = LeftOut(domain.name, strict)
             sequences = _sequences(reading, tokenizer, left, notes)
             sources[domain.name] = _source(reading, sequences, left)
             _check_vocabulary(list(map(_ids, sequences)) if answers else sequences, vocab_size, domain)
             batches += [_batch(domain.name, rows, answers) for rows in batched(sequences, batch_size)]
     longest = max(batch.input_ids.shape[1] for batch in batches)
-    if max_positions is not None and longest > max_positions:
+    if max_positions is not None and longest > max_positions and not prompting:
         notes.warn(
             f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
             f"positions that the model was made for (max_position_embeddings); give {max_positions} at the most"
@@ -90,8 +103,9 @@ def read_data(
             "seed": seed,
             "thinking": thinking,
         }
-        | ({} if pack else {"pack": False})
+        | ({} if pack or prompting else {"pack": False})
         | ({"answers": True} if answers else {})
+        | ({"prompts": prompts} if prompting else {})
     )
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
 
@@ -127,7 +141,9 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
     parts = list(_told(token_documents(documents, reading, tokenizer, left, notes), reading, notes))
     total = sum(map(len, parts))
     generator = np.random.default_rng(reading.seed)
-    if reading.pack:
+    if reading.prompts is not None:
+        sequences = rows_of(parts, None, None, generator, reading.prompts)
+    elif reading.pack:
         whole = np.concatenate([np.empty(0, np.int64), *parts])
         sequences = sequences_of(whole, length, budget, generator)
     else:
@@ -138,7 +154,11 @@ def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Not
         raise InputError(f"{where}: {reasons[0]}" if reasons else where)
     for reason in reasons:
         notes.warn(f"{domain.name}: {reason}")
-    told = _how_much(reading, documents, sum(map(len, sequences)), total)
+    if reading.prompts is not None:
+        fewer = f", fewer than the {reading.prompts:,} asked for" if len(sequences) < reading.prompts else ""
+        told = f"{len(sequences):,} prompts of {len(parts):,} read{fewer}"
+    else:
+        told = _how_much(reading, documents, sum(map(len, sequences)), total)
     if told:
         notes.say(f"{domain.name}: {told}")
     return sequences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,22 @@ class Chat:
 
 
 Document = Passage | Chat | np.ndarray
+
+
+def asked(chat: Chat) -> Chat:
+    """What comes before the last answer of a conversation, which the template is told to begin. Raises Unreadable where
+    nothing does."""
+    answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    end = answers[-1] if answers else len(chat.messages)
+    if not end:
+        raise Unreadable("messages begin with the answer: there is nothing to ask")
+    return replace(
+        chat,
+        messages=chat.messages[:end],
+        as_given=None if chat.as_given is None else chat.as_given[:end],
+        options={**chat.options, "add_generation_prompt": True},
+        plain=None if chat.plain is None else f"{chat.messages[end - 1]['content']}\n\n",
+    )
 
 
 def document_of(row: Any, column: str | None = None) -> Document:

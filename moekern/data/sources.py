@@ -39,6 +39,7 @@ class Reading:
     column: str | None
     seed: tuple[int, ...]
     pack: bool = True
+    prompts: int | None = None  # so many beginnings of texts, in the place of sequences
 
     @property
     def most(self) -> int | None:

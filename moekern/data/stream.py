@@ -57,8 +57,8 @@ def token_documents(
             return
         group, result = waiting.popleft()
         ahead, read = ahead - _size(group), read + _size(group)
-        for ids in _used(group, result(), pieces, left, notes):
-            yield (ids := ids if reading.pack else ids[: reading.sequence_length])
+        for ids in _used(group, result(), pieces, reading, left, notes):
+            yield (ids := ids if reading.pack or reading.prompts else ids[: reading.sequence_length])
             tokens += len(ids)
             if tokens >= needed:
                 return
@@ -103,9 +103,14 @@ def _characters(item: Item, document: Document | Exception, reading: Reading) ->
 
 
 def _used(
-    group: list[Read], results: list[Tokens], pieces: list[np.ndarray], left: LeftOut, notes: Notes
+    group: list[Read],
+    results: list[Tokens],
+    pieces: list[np.ndarray],
+    reading: Reading,
+    left: LeftOut,
+    notes: Notes,
 ) -> Iterator[np.ndarray]:
-    """The ids of whole documents; `pieces` are those of one that has begun."""
+    """The ids of whole documents, or of the prompts that they are; `pieces` are those of one that has begun."""
     given = iter(results)
     for name, item, document, _ in group:
         if isinstance(document, InputError):
@@ -137,4 +142,18 @@ def _used(
                 continue
             ids = np.concatenate(pieces)
             pieces.clear()
+        if reading.prompts is None:
+            yield ids
+        else:
+            yield from _prompts(ids, document, item, reading.sequence_length)
+
+
+def _prompts(ids: np.ndarray, document: Document, item: Item, length: int) -> Iterator[np.ndarray]:
+    """All of a conversation, which ends where the answer would begin; the first tokens of a row; a file of text, or of
+    an array's ids, piece by piece."""
+    if isinstance(document, Chat):
         yield ids
+    elif isinstance(item.value, (Passage, np.ndarray)):
+        yield from (ids[i : i + length] for i in range(0, max(1, len(ids) - length + 1), length))
+    else:
+        yield ids[:length]

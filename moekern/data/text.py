@@ -26,6 +26,7 @@ class Text:
     thinking: str = "row"  # on, off, or as the rows say
     answers: bool = False  # those of rows are marked, for training: see `Batch`
     strict: bool = False  # stop at what cannot be read, instead of counting it
+    prompts: int | None = None  # so many beginnings of each domain, in the place of sequences
     tell: Callable[[str], None] | None = field(default=None, compare=False)  # what is said on the way; None: warnings
 
     def read(self, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> TokenData:
@@ -48,6 +49,7 @@ class Text:
             thinking=self.thinking,
             answers=self.answers,
             strict=self.strict,
+            prompts=self.prompts,
             tell=self.tell,
             trust_remote_code=trust_remote_code,
         )

@@ -17,7 +17,7 @@ from moekern.checkpoint.strict_json import regular_size
 from moekern.data.left_out import HeldNotes, Unreadable
 from moekern.data.process import TokenizerProcess, TokenizerProcesses
 from moekern.data.readers import PIECE, cut_of
-from moekern.data.rows import Chat, Document, Passage, check_characters
+from moekern.data.rows import Chat, Document, Passage, asked, check_characters
 from moekern.errors import InputError, first_line
 
 CARRIED = ("tools", "tool_calls", "reasoning_content")  # of a conversation, beside its contents
@@ -46,13 +46,21 @@ class Tokenizer:
 
     With `ended`, a text ends with the end-of-text token that keeps it apart from the next. thinking: "on", "off", or
     "row" as rows say. answers: ids of what a row asks are told apart from those of its answer, by ~id in their place.
+    With `prompting` a conversation ends where its last answer begins.
     """
 
     def __init__(
-        self, folder: Path, trust_remote_code: bool, *, ended: bool = True, thinking: str = "row", answers: bool = False
+        self,
+        folder: Path,
+        trust_remote_code: bool,
+        *,
+        ended: bool = True,
+        thinking: str = "row",
+        answers: bool = False,
+        prompting: bool = False,
     ) -> None:
         self.folder, self.trust_remote_code, self.ended, self.thinking = folder, trust_remote_code, ended, thinking
-        self.answers = answers
+        self.answers, self.prompting = answers, prompting
         self.count = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)  # of processes
         self.loaded: Any = None
         self.processes: TokenizerProcesses | None = None
@@ -207,6 +215,7 @@ class Writing:
         Raises Unreadable with what the template raised, and InputError where it takes too much.
         An end-of-text token follows only where the template ends with no token of the kind.
         """
+        chat = asked(chat) if self.tokenizer.prompting else chat
         if not self.tokenizer.loaded.chat_template:
             if chat.plain is None:
                 raise Unreadable("the tokenizer has no chat template")

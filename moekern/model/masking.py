@@ -112,6 +112,7 @@ def masked(
 @contextmanager
 def _silent(down: Tensor, channels: Channels) -> Iterator[None]:
     """Make zeros of the columns of down [E, H, I] whose channels experts do not keep, and put the old ones back."""
+    down = down.detach()
     before = {expert: down[expert].clone() for expert in channels}
     try:
         for expert, kept in channels.items():
@@ -126,7 +127,7 @@ def _silent(down: Tensor, channels: Channels) -> Iterator[None]:
 
 @contextmanager
 def _changed_forward(router: nn.Module, width: int, change: Callable[[Tensor], Tensor], key: str) -> Iterator[None]:
-    forward = router.forward
+    forward, own = router.forward, vars(router).get("forward")
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         with _ChangeLogits(width, change) as mode:
@@ -140,6 +141,8 @@ def _changed_forward(router: nn.Module, width: int, change: Callable[[Tensor], T
         yield
     finally:
         del router.forward
+        if own is not None:  # one that was masked already, or that another tool has put there
+            router.forward = own
 
 
 @contextmanager

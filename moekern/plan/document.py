@@ -114,7 +114,7 @@ class Plan:
         document = {"format": form, "layers": layers, "provenance": dict(self.provenance)}
         if self.replace is not None:
             document["replace"] = self.replace.document()
-        return _pretty(document, 0) + "\n"
+        return pretty(document) + "\n"
 
     def save(self, path: str | Path, *, new: bool = False) -> bool:
         """Write to_json() to a temporary file beside `path`, then rename; with `new`, where nothing is, or this very
@@ -295,12 +295,12 @@ def _number(text: str) -> float:
     return value
 
 
-def _pretty(value: Any, depth: int) -> str:
+def pretty(value: Any, depth: int = 0) -> str:
     """JSON with sorted keys, one space a level, and lists without lists or objects in them on one line."""
     pad, end = "\n" + " " * (depth + 1), "\n" + " " * depth
     if isinstance(value, Mapping) and value:
-        items = [f"{json.dumps(str(k))}: {_pretty(value[k], depth + 1)}" for k in sorted(value, key=natural)]
+        items = [f"{json.dumps(str(k))}: {pretty(value[k], depth + 1)}" for k in sorted(value, key=natural)]
         return "{" + ",".join(pad + item for item in items) + end + "}"
     if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
-        return "[" + ",".join(pad + _pretty(item, depth + 1) for item in value) + end + "]"
+        return "[" + ",".join(pad + pretty(item, depth + 1) for item in value) + end + "]"
     return json.dumps(value, allow_nan=False)

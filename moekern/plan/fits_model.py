@@ -124,8 +124,11 @@ def _check_channels(plan: Plan, layout: Model, model: Checkpoint | str, source: 
 
 def _check_model(plan: Plan, layout: Model, model: Checkpoint | str, source: str) -> str | None:
     """A line where the plan was made on a twin. Raises InputError where it was made on another model."""
-    fingerprint, made_for = model if isinstance(model, str) else model.fingerprint, plan.provenance.get("fingerprint")
-    if made_for is None or made_for == fingerprint:
+    made_for = plan.provenance.get("fingerprint")
+    if made_for is None:
+        return None
+    fingerprint = model if isinstance(model, str) else model.fingerprint
+    if made_for == fingerprint:
         return None
     prints = f"fingerprint {str(made_for)[:12]}, this checkpoint has {fingerprint[:12]}"
     if isinstance(model, Checkpoint) and isinstance(layout, Layout):

@@ -124,17 +124,21 @@ def marks(statistics: Statistics, guards: Guards, domains: Sequence[str] | None 
     )
 
 
-def contrast(statistics: Statistics, domains: Sequence[str], flag: str = "--guard") -> dict[str, list[float]]:
-    """How much more often a token of `domains` uses an expert than one of the other domains: layer -> [E].
+def contrast(
+    statistics: Statistics, domains: Sequence[str], flag: str = "--guard", against: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """How much more often a token of `domains` uses an expert than one of the others, or of `against`: layer -> [E].
 
     MoTE's differential map (fTRI, arXiv:2502.11096): mean activations of one class minus those of the rest. An
     activation is a routed slot; the mean is over all the tokens of the class, where the paper takes prompts one by one.
-    Raises InputError for an unknown domain, and where either side has no tokens.
+    Raises InputError for an unknown domain, one on both sides, and where either side has no tokens.
     """
-    for name in domains:
+    for name, of in (*((name, flag) for name in domains), *((name, "--against") for name in against)):
         if name not in statistics.domains:
-            raise InputError(f"{flag} {name}: no such domain; the statistics hold {', '.join(statistics.domains)}")
-    rest = [name for name in statistics.domains if name not in domains]
+            raise InputError(f"{of} {name}: no such domain; the statistics hold {', '.join(statistics.domains)}")
+        if of == "--against" and name in domains:
+            raise InputError(f"{of} {name}: is what {flag} names too: a domain stands on one side")
+    rest = list(against) or [name for name in statistics.domains if name not in domains]
     if not rest:
         raise InputError(f"{flag} {','.join(domains)}: no domain is left to compare with; calibrate with several")
     found = {}
@@ -150,17 +154,25 @@ def contrast(statistics: Statistics, domains: Sequence[str], flag: str = "--guar
 def distinctive(statistics: Statistics, behaviour: Behaviour, flag: str = "--guard") -> dict[str, tuple[int, ...]]:
     """The experts of all layers that a class of domains uses most above the others; ties go to the earlier layer and
     the lower number, and experts that it does not use more are left out."""
-    differences = contrast(statistics, behaviour.domains, flag)
-    ranked = sorted(
+    return by_layer(ranked(contrast(statistics, behaviour.domains, flag))[: behaviour.count])
+
+
+def ranked(differences: Mapping[str, Sequence[float]]) -> list[tuple[str, int]]:
+    """Layer and number of each expert whose difference is above 0, the largest first; ties go to the earlier layer and
+    the lower number."""
+    order = sorted(
         (-value, n, e, key)
         for n, (key, row) in enumerate(differences.items())
         for e, value in enumerate(row)
         if value > 0
     )
-    found: dict[str, set[int]] = {}
-    for _, _, e, key in ranked[: behaviour.count]:
-        found.setdefault(key, set()).add(e)
-    return {key: tuple(sorted(found[key])) for key in differences if key in found}
+    return [(key, e) for _, _, e, key in order]
+
+
+def by_layer(experts: Sequence[tuple[str, int]]) -> dict[str, tuple[int, ...]]:
+    """Layer, first to last, -> numbers, rising."""
+    keys = sorted({key for key, _ in experts}, key=natural)
+    return {key: tuple(sorted(e for other, e in experts if other == key)) for key in keys}
 
 
 def domain_masses(

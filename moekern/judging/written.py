@@ -1,0 +1,261 @@
+"""Prompts continued by a model and its variants, all in memory, by transformers' own generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
+from moekern.checkpoint.strict_json import read_json
+from moekern.data.batches import TokenData
+from moekern.data.text import check_data, config_number
+from moekern.data.tokenizer import Tokenizer
+from moekern.errors import InputError, check_type, first_line, is_out_of_memory, out_of_memory, raised_here
+from moekern.evaluation.losses import ORIGINAL
+from moekern.files import sized
+from moekern.judging.decoding import Decoding
+from moekern.judging.figures import Continuation, Written
+from moekern.judging.live import check_no_refit, check_steering, plan_applied, steering_applied
+from moekern.model.compute import Compute
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.precision import settled
+from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.guards import Experts
+from moekern.recovery.loaded import staying
+
+GENERATION = "generation_config.json"
+Applied = Callable[[], AbstractContextManager[Any]]  # of a variant
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Experts whose router logits get `strength`, or that are never chosen where it is minus infinity."""
+
+    experts: Experts
+    strength: float
+
+
+def continuations(
+    source: str | Path | Checkpoint,
+    prompts: TokenData,
+    variants: Mapping[str, Plan | Steering],
+    decodings: Sequence[Decoding],
+    compute: Compute = Compute(),
+    *,
+    new_tokens: int = 256,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
+) -> dict[str, Written]:
+    """Decoding -> "original" or variant -> what it writes behind each prompt, in the order of the batches.
+
+    Prompts of one length are continued together, and nothing is padded before them. Tokens are drawn with the same
+    seed for all variants, a seed of its own for each batch. Logits differ by rounding with the batches and the number
+    of threads, and what is written may. All layers must fit into memory, and one process does it. Raises InputError
+    where they do not, for a variant that does not fit the model, and for numbers that are not finite.
+    """
+    check_type("prompts", prompts, TokenData)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    check_data(prompts, checkpoint)
+    layout = find_layout(checkpoint)
+    check_variants(checkpoint, variants)
+    check_length(checkpoint, prompts, new_tokens)
+    compute = settled(compute, checkpoint, layout)
+    what = "continuations are written token by token"
+    if compute.team.size > 1:
+        raise InputError(f"--continue: {what}, which one process does: start it without torchrun")
+    ends = end_tokens(checkpoint, compute.trust_remote_code)
+    if not ends:
+        tell(f"{checkpoint.folder}: names no end token (eos_token_id): no continuation ends before {new_tokens} tokens")
+    total, done = len(prompts.batches) * (1 + len(variants)) * len(decodings), 0
+    found: dict[str, Written] = {}
+    with open_layerwise(checkpoint, layout, compute) as opened:
+        layerwise = _all_in_memory(opened, what)
+        for decoding in decodings:
+            rows: dict[str, list[Continuation]] = {}
+            for name, applied in _applied(layerwise, variants):
+                rows[name] = []
+                writer = Writer(layerwise, decoding, ends, new_tokens, name)
+                with applied():
+                    for number, batch in enumerate(prompts.batches):
+                        written = writer.written(batch.input_ids, seed + number)
+                        first = len(rows[name])
+                        of_original = rows[ORIGINAL][first : first + len(written)] if name != ORIGINAL else written
+                        rows[name] += writer.held_against(batch.input_ids, written, of_original)
+                        done += 1
+                        progress(done, total)
+            found[decoding.name] = rows
+    return found
+
+
+def check_variants(checkpoint: Checkpoint, variants: Mapping[str, Plan | Steering]) -> None:
+    """Raise InputError for one that does not fit the model."""
+    layout = find_layout(checkpoint)
+    if ORIGINAL in variants:
+        raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
+    for name, variant in variants.items():
+        if isinstance(variant, Plan):
+            check_no_refit(variant, name)
+            check_plan(variant, layout, checkpoint, name)
+        else:
+            check_steering(layout, variant.experts, variant.strength, name)
+
+
+def check_length(checkpoint: Checkpoint, prompts: TokenData, new_tokens: int) -> None:
+    """Raise InputError where a prompt and what follows it are longer than the model was made for."""
+    most = config_number(checkpoint, "max_position_embeddings")
+    longest = max(batch.input_ids.shape[1] for batch in prompts.batches)
+    if most is not None and longest + new_tokens > most:
+        what = f"a prompt of {longest} tokens and these are more than the {most} positions that the model was made for"
+        raise InputError(f"--new-tokens {new_tokens}: {what} (max_position_embeddings); give fewer, or shorter prompts")
+
+
+def end_tokens(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """The ids with which text ends: those of generation_config.json, else of config.json, and the tokenizer's."""
+    path, found = checkpoint.folder / GENERATION, dict[str, Any]()
+    if path.is_file():
+        found = read_json(path)
+    given = found.get("eos_token_id")
+    if given is None:
+        nested = checkpoint.config.get("text_config")
+        given = checkpoint.config.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None)
+    ids = list(given) if isinstance(given, list) else [given]
+    tokenizer = Tokenizer(checkpoint.folder, trust_remote_code)
+    with closing(tokenizer), suppress(InputError):  # prompts may be ids, of a model without one
+        ids.append(tokenizer.get().eos_token_id)
+    size = config_number(checkpoint, "vocab_size")
+    return tuple(dict.fromkeys(i for i in ids if type(i) is int and i >= 0 and (size is None or i < size)))
+
+
+def _all_in_memory(opened: LayerwiseModel, what: str) -> LayerwiseModel:
+    """Filled. Raises InputError where there is no room."""
+    layerwise = staying(opened)
+    if not layerwise.stays or layerwise.groups.cuts:
+        size = sum(
+            p.numel() * layerwise.loader.dtype.itemsize for layer in layerwise.layers for p in layer.parameters()
+        )
+        raise layerwise.takes.refusal(f"{what}, which needs all layers in memory, {sized(size)}, and as much again")
+    for _ in layerwise.visit(range(len(layerwise.layers))):
+        pass
+    return layerwise
+
+
+def _applied(layerwise: LayerwiseModel, variants: Mapping[str, Plan | Steering]) -> Iterator[tuple[str, Applied]]:
+    """The original first."""
+    yield ORIGINAL, nullcontext
+    for name, variant in variants.items():
+        if isinstance(variant, Plan):
+            yield name, partial(plan_applied, layerwise.loader, layerwise.layout, variant)
+        else:
+            args = layerwise.loader, layerwise.layout, variant.experts, variant.strength
+            yield name, partial(steering_applied, *args)
+
+
+class _Finite(LogitsProcessor):  # type: ignore[misc]
+    """Stops at logits that are NaN or infinite."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool((scores.amax(-1) < torch.inf).all()):  # NaN is not, either
+            raise InputError(
+                f"{self.where}: logits are not finite; `moekern evaluate --data` says in which layer first"
+            )
+        return scores
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Continues prompts with a model in memory, as it is at the moment."""
+
+    layerwise: LayerwiseModel
+    decoding: Decoding
+    ends: tuple[int, ...]
+    new_tokens: int
+    name: str  # of the variant
+
+    def written(self, ids: Tensor, seed: int) -> list[Continuation]:
+        """Behind each of the prompts [B, S]."""
+        decoding, model = self.decoding, self.layerwise.model  # type: Decoding, Any
+        own: dict[str, Any] = {"do_sample": not decoding.greedy}
+        if not decoding.greedy:  # top_k has another default than none
+            own |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+            own |= {"min_p": decoding.min_p or None}
+        settings = GenerationConfig(
+            **own,
+            repetition_penalty=decoding.repetition,
+            max_new_tokens=self.new_tokens,
+            eos_token_id=list(self.ends) or None,
+            pad_token_id=self.ends[0] if self.ends else 0,
+            use_cache=True,
+        )
+        place = self.layerwise.device
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+            torch.manual_seed(seed)
+            out = self._run(
+                model.generate,
+                ids,
+                attention_mask=torch.ones_like(ids, device=place),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([_Finite(self.name)]),
+            )
+        return [self._cut(row) for row in out[:, ids.shape[1] :].tolist()]
+
+    def _cut(self, row: Sequence[int]) -> Continuation:
+        end = next((n for n, token in enumerate(row) if token in self.ends), None)
+        return Continuation(tuple(row[:end]), end is not None)
+
+    def held_against(
+        self, ids: Tensor, written: Sequence[Continuation], original: Sequence[Continuation]
+    ) -> list[Continuation]:
+        """The same with what is told by the original's continuations of the same prompts."""
+        found = []
+        for prompt, mine, theirs in zip(ids, written, original, strict=True):
+            if theirs.ended:
+                mine = replace(mine, end_probability=self._end_probability([*prompt.tolist(), *theirs.ids]))
+            if self.decoding.greedy and mine is not theirs and self.name != ORIGINAL:
+                mine = replace(mine, agreed=_agreed(mine, theirs), identical=_marked(mine) == _marked(theirs))
+            found.append(mine)
+        return found
+
+    def _end_probability(self, ids: Sequence[int]) -> float:
+        with torch.no_grad():
+            logits = self._run(self.layerwise.model, torch.tensor([ids]), use_cache=False).logits[0, -1]
+        return float(logits.float().softmax(-1)[list(self.ends)].sum())
+
+    def _run(self, function: Callable[..., Any], ids: Tensor, **more: Any) -> Any:
+        """Raises InputError for what the model's own code raises."""
+        B, S = ids.shape
+        try:
+            return function(input_ids=ids.to(self.layerwise.device), **more)
+        except Exception as error:
+            if is_out_of_memory(error):
+                what = f"continuing {B} prompts of {S} tokens by {self.new_tokens}"
+                raise out_of_memory(what, error, "fewer at a time take less (--batch-size)") from error
+            if raised_here(error):
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            where = self.layerwise.checkpoint.folder / CONFIG
+            raise InputError(f"{where}: its model cannot continue text: {reason}") from error
+
+
+def _marked(row: Continuation) -> tuple[int, ...]:
+    """With a number in the place of the end."""
+    return (*row.ids, -1) if row.ended else row.ids
+
+
+def _agreed(mine: Continuation, theirs: Continuation) -> int:
+    pairs = zip(_marked(mine), _marked(theirs), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(_marked(mine)), len(_marked(theirs))))
