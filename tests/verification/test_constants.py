@@ -20,7 +20,7 @@ from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import families
-from tests.helpers.replaced import Vectors, replacing
+from tests.helpers.substitution import Vectors, replacing
 from tests.helpers.synthetic import qwen3, read_shard, shard_bytes, write
 
 CONSTANT, KEPT = "model.layers.0.mlp.experts.3.approx_value", "model.layers.0.mlp.experts.2.up_proj.weight"
