@@ -10,7 +10,7 @@ from moekern.architectures.collect import collect_layers
 from moekern.architectures.fit import Fit, Place, find_places, fit
 from moekern.architectures.layout import Layout, MoeLayer
 from moekern.architectures.patterns import MOE_HINT, MTP, SCHEMES
-from moekern.architectures.replaced import refuse_replaced
+from moekern.architectures.substitution import refuse_replaced
 from moekern.architectures.table import FAMILIES, Family, family_named
 from moekern.checkpoint.folder import CONFIG, PLAN_FILE, Checkpoint
 from moekern.checkpoint.strict_json import read_json, shown
@@ -25,7 +25,7 @@ def find_layout(checkpoint: Checkpoint) -> Layout:
 
     Raises InputError if the checkpoint has no experts, if no row explains it (with the keys in question), if the family
     cannot be pruned, if tensors and config disagree about the expert count, and if its dropped experts are constants
-    (`replaced.as_whole` makes a checkpoint of such a one that has a layout).
+    (`substitution.as_whole` makes a checkpoint of such a one that has a layout).
     """
     refuse_replaced(checkpoint)
     places = find_places(checkpoint.tensors)

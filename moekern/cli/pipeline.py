@@ -13,7 +13,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.quantisation import inputs_line
-from moekern.architectures.replaced import as_whole
+from moekern.architectures.substitution import as_whole
 from moekern.calibration.calibrate import REPLAY_TOKENS, Told, calibrate
 from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable, until_stable

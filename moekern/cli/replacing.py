@@ -27,7 +27,7 @@ def check_replace(kind: str | None) -> str | None:
 
 def check_form(form: str | None) -> str | None:
     """Raise InputError for a form that is none."""
-    from moekern.architectures.replaced import FORMS
+    from moekern.architectures.substitution import FORMS
 
     if form is not None and form not in FORMS:
         raise InputError(f"--form {form:.40}: expected one of {', '.join(FORMS)}")
@@ -67,7 +67,7 @@ def check_given(replace: str | None, form: str | None, *, refit: bool) -> None:
 
 def check_replaced(checkpoint: Checkpoint, layout: Layout) -> None:
     """Raise InputError for a model whose experts cannot become constants."""
-    from moekern.architectures.replaced import replace_problem
+    from moekern.architectures.substitution import replace_problem
 
     if (problem := replace_problem(checkpoint, layout)) is not None:
         raise InputError(f"--replace: {problem}")

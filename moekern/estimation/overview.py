@@ -11,7 +11,7 @@ from typing import Any
 from moekern.architectures import Family, built_by_transformers, family_named, find_layout
 from moekern.architectures.config_keys import model_types, own_code
 from moekern.architectures.quantisation import inputs_line, quantisation_of, unread
-from moekern.architectures.replaced import Constants, as_whole
+from moekern.architectures.substitution import Constants, as_whole
 from moekern.architectures.widths import narrow_problem
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import find_layout
-from moekern.architectures.replaced import as_whole
+from moekern.architectures.substitution import as_whole
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData

@@ -49,8 +49,10 @@ class Substituting:
         left = torch.where(replaced, torch.full_like(ids, -1), ids)
         own = Combining().measure(hidden, left, gates, num_experts, outputs, gates_applied=gates_applied)
         weights = torch.ones_like(gates) if gates_applied else gates
-        constant = torch.einsum("tk,tkh->th", weights.float() * replaced, self.values[rows])
-        return (own.float() + constant).to(own.dtype)
+        weights, out = weights.float() * replaced, own.float()
+        for k in range(ids.shape[1]):  # a slot at a time: [T, K, H] is never held
+            out = out + weights[:, k, None] * self.values[rows[:, k]]
+        return out.to(own.dtype)
 
 
 class Constant(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout
-from moekern.architectures.replaced import PLAIN, Constants
+from moekern.architectures.substitution import PLAIN, Constants
 from moekern.architectures.twins import router_numbers, same_routers
 from moekern.checkpoint.dtypes import decode, encode
 from moekern.checkpoint.folder import Checkpoint
@@ -116,7 +116,7 @@ def live_constants(plan: Plan, checkpoint: Checkpoint, layout: Layout, vectors: 
 
 
 def stored_constants(checkpoint: Checkpoint, layers: Mapping[str, Constants]) -> Live:
-    """What the replaced experts of a checkpoint return; `layers` is as `replaced.as_whole` gives it."""
+    """What the replaced experts of a checkpoint return; `layers` is as `substitution.as_whole` gives it."""
 
     def of(key: str) -> dict[int, Tensor]:
         tensors = layers[key].tensors if key in layers else {}

@@ -60,7 +60,8 @@ class Plan:
         kept = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         of = f" of {self.provenance['num_experts']}" if "num_experts" in self.provenance else ""
         by = f", {self.provenance['criterion']}" if "criterion" in self.provenance else ""
-        return f"Plan({kept}{of} experts in each of {len(self.layers)} layers{by}, {self.digest[:12]})"
+        instead = "" if self.replace is None else f", the others {self.replace.constants}"
+        return f"Plan({kept}{of} experts in each of {len(self.layers)} layers{instead}{by}, {self.digest[:12]})"
 
     @property
     def width(self) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moekern.architectures import Layout, find_layout
 from moekern.architectures.config_keys import model_types
-from moekern.architectures.replaced import as_whole
+from moekern.architectures.substitution import as_whole
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.plan.engines import Finding
 from moekern.plan.formats import name_in, weight_format

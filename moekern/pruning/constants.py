@@ -1,4 +1,4 @@
-"""The vectors that stand for dropped experts, where they are replaced; see `architectures.replaced`."""
+"""The vectors that stand for dropped experts, where they are replaced; see `architectures.substitution`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from moekern.architectures import Layout
-from moekern.architectures.replaced import APPROXIMATE, FORMS, constant_name, experts_prefix, replace_problem
+from moekern.architectures.substitution import APPROXIMATE, FORMS, constant_name, experts_prefix, replace_problem
 from moekern.checkpoint.dtypes import decode, encode
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry

@@ -10,7 +10,7 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import mtp_counts
-from moekern.architectures.replaced import with_replaced
+from moekern.architectures.substitution import with_replaced
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
-from moekern.architectures.replaced import as_whole
+from moekern.architectures.substitution import as_whole
 from moekern.calibration.passes import Progress, Steps
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.recovery import read_recovery

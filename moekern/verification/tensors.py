@@ -25,6 +25,7 @@ from moekern.plan.fits_model import check_plan
 from moekern.plan.groups import check_plain, is_merged
 from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
+from moekern.verification.constants import Vectors, constant_problems, is_known, replaced_in
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
 from moekern.verification.merged import merged_again
@@ -32,7 +33,6 @@ from moekern.verification.narrow import Channels, kept_channels, narrow_problems
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.recovered import trained_claims, trained_settings
-from moekern.verification.replaced import Vectors, constant_problems, is_known, replaced_in
 from moekern.verification.settings import modules_of, renumbered
 
 MAX_PROBLEMS, PROBLEM_CAP = 100, 1000  # lines, and characters of one

@@ -48,7 +48,7 @@ def literal(block: nn.Module, constants: dict[int, Tensor]) -> Callable[..., Ten
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "minimax_m2"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", pytest.param("minimax_m2", marks=pytest.mark.whole)])
 def test_constants_of_a_literal_forward(
     name: str, family_checkpoint: Callable[[str], Path], whole_model: Callable[[str], Any]
 ) -> None:

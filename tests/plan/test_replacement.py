@@ -33,6 +33,7 @@ def test_round_trip(asked: Replacement) -> None:
     text = plan.to_json()
     assert json.loads(text)["format"] == "moekern.plan/2"
     assert Plan.from_json(text).replace == asked
+    assert repr(plan).startswith(f"Plan(1 to 3 experts in each of 2 layers, the others {asked.constants}, reap, ")
     assert Plan.from_json(text).to_json() == text
     assert plan.digest != Plan(LAYERS, {"criterion": "reap"}).digest
 

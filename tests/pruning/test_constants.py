@@ -15,7 +15,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.replacement import Replacement
 from moekern.pruning.prune import prune
 from moekern.verification.tensors import verify
-from tests.helpers.replaced import EXPERTS, KEEP, Vectors, bfloat16, replacing
+from tests.helpers.substitution import EXPERTS, KEEP, Vectors, bfloat16, replacing
 from tests.helpers.synthetic import deepseek_v3, gpt_oss_mxfp4, qwen3, read, write
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight")

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from moekern.architectures import find_layout
-from moekern.architectures.replaced import as_whole
+from moekern.architectures.substitution import as_whole
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.plan.served import check_folder, verdict
 from moekern.plan.targets import Target
 from moekern.pruning.prune import prune
-from tests.helpers.replaced import KEEP, Vectors, replacing
+from tests.helpers.substitution import KEEP, Vectors, replacing
 from tests.helpers.synthetic import qwen3, write
 
 FORMS = ["approximate-experts", "compression-config"]

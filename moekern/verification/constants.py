@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout
-from moekern.architectures.replaced import (
+from moekern.architectures.substitution import (
     APPROXIMATE,
     COMPRESSION,
     FORMS,

@@ -20,7 +20,7 @@ from moekern.pruning.prune import prune
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import families
-from tests.helpers.replaced import Vectors, replacing
+from tests.helpers.substitution import Vectors, replacing
 from tests.helpers.synthetic import qwen3, read_shard, shard_bytes, write
 
 CONSTANT, KEPT = "model.layers.0.mlp.experts.3.approx_value", "model.layers.0.mlp.experts.2.up_proj.weight"
@@ -99,7 +99,11 @@ def test_a_config_that_names_other_experts_or_none(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "form"), [("qwen3_moe", "approximate-experts"), ("deepseek_v3", "compression-config")]
+    ("name", "form"),
+    [
+        ("qwen3_moe", "approximate-experts"),
+        pytest.param("deepseek_v3", "compression-config", marks=pytest.mark.whole),
+    ],
 )
 def test_forward(name: str, form: str, family_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """The folder's logits are those of the original whose experts return the constants; other constants are not."""
