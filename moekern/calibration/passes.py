@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moekern.data.batches import Batch, Segment, TokenData, dealt
 from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.probe import Probe
-from moekern.measurement.recorder import Left, Recorder
+from moekern.measurement.recorder import Recorder, gathered
 from moekern.measurement.replay import sample
 from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
@@ -164,21 +163,8 @@ class MeasuringPass(Pass[Task]):
 
     def unite(self, key: str) -> None:
         """Rank 0 gets what all ranks have measured of a layer, a segment at a time and in order; the others lose it."""
-        left = self.recorder.leave(key)
-        counted = self.team.gather(left.empty_slots)
-        for unit, owner in zip(self.units, self.owners, strict=True):
-            name = unit.domain, unit.number
-            if self.team.rank == owner != 0:
-                self.team.send({f: value.cpu().numpy() for f, value in left.segments[name].tensors().items()})
-            elif self.team.first:
-                sums = left.segments[name] if owner == 0 else self.received(owner)
-                self.recorder.join(key, [Left({name: sums}, {})], in_order=True)
-        self.recorder.join(key, [Left({}, each) for each in counted])
-
-    def received(self, rank: int) -> LayerStatistics:
-        """A segment's sums, which that rank sends: as numpy's arrays, which travel much faster than torch's tensors."""
-        found = {name: torch.from_numpy(value) for name, value in self.team.receive(rank).items()}
-        return LayerStatistics(**found).to(self.layerwise.device)
+        names = ((unit.domain, unit.number) for unit in self.units)
+        gathered(self.recorder, key, self.team, dict(zip(names, self.owners, strict=True)), self.layerwise.device)
 
     def united(self, key: str) -> None:
         """Rank 0 has what all ranks have measured of a layer, which nothing has looked at yet."""

@@ -18,7 +18,6 @@ from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
-from moekern.model.layerwise import open_layerwise
 from moekern.model.transformers_api import open_loader
 from moekern.plan.document import Plan
 from moekern.plan.guards import Guards
@@ -28,7 +27,6 @@ from moekern.plan.shapes import Shape, candidates, parse_shape
 from moekern.plan.targets import Target, check_counts, check_width, widths_for
 from moekern.refit import Refine, Ridge
 from moekern.refit.choice import Choice, check_criterion
-from moekern.refit.live import check_layers
 from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, check_family, refit
 from moekern.refit.shapes import best, trial_text, trials
@@ -81,8 +79,6 @@ class Refitter:
         check_family(layout, checkpoint)
         if self.refine:
             check_alone(compute.team)
-        if self.re_estimate:
-            check_alone(compute.team, "--reestimate", "chosen")
         if self.re_estimate and planning is not None:
             for criterion in planning.criteria:
                 check_criterion(criterion, guarded=planning.guards != Guards())
@@ -107,11 +103,6 @@ class Refitter:
             raise InputError(f"--shape auto: no shape of experts that hold the share runs on {engines}; name one")
         widest = [max(shape.width for shape in shapes) for shapes in found]
         return replace(planning, width=min(widest)) if widest else planning
-
-    def check_layers(self, checkpoint: Checkpoint, layout: Layout, compute: Compute) -> None:
-        """Raise InputError for a layer whose experts cannot be refitted. What lies outside of layers is read."""
-        with open_layerwise(checkpoint, layout, compute, compute.team) as layerwise:
-            check_layers(layerwise)
 
     def variant(self, plan: Plan, width: int | None, folder: Path) -> Variant:
         """What is made of a plan."""

@@ -36,7 +36,7 @@ from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
 from moekern.refit.choice import Choice
-from moekern.refit.refit import Refitting, backends, described, key_of, recipe_of, refit
+from moekern.refit.refit import Refitting, backends, check_model, described, key_of, recipe_of, refit
 from moekern.refit.variants import Split, Variant
 
 PLAN = "plan.json"  # in the work folder: what the refit has made of the plan
@@ -165,7 +165,7 @@ def _looked_at(
         console.say(line)
     _check_room(plan, asked, refitter, checkpoint, layout, out, compute)
     compute = pipeline.told_compute(compute, checkpoint, layout)
-    refitter.check_layers(checkpoint, layout, compute)
+    check_model(checkpoint, compute)
     data, judged = held_back(text.read(checkpoint, trust_remote_code=compute.trust_remote_code))
     return refitter, checkpoint, compute, data, judged
 

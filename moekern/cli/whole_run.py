@@ -50,7 +50,7 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
-from moekern.refit.refit import Refitting
+from moekern.refit.refit import Refitting, check_model
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
 from moekern.statistics.file import Statistics
@@ -174,7 +174,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     stable = _stable(layout, asked, keeps)
     compute = pipeline.told_compute(compute, checkpoint, layout)
     if asked.refit is not None:
-        asked.refit.check_layers(checkpoint, layout, compute)
+        check_model(checkpoint, compute)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
             counts = dict.fromkeys(layout.layers, kept_count(keep, planning.router(layout.router)))

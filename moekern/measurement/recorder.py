@@ -15,6 +15,7 @@ from moekern.measurement.tiers import TABLE, add_outliers, by_logits, chosen_set
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.statistics.folding import Folding
 from moekern.statistics.layer import LayerStatistics, merge_rows
+from moekern.team import Team
 
 MASKED = -1e4  # a logit that can be multiplied and added, and whose score is 0 in every type
 
@@ -230,6 +231,29 @@ def _experts_of(sums: LayerStatistics, problem: str) -> str:
 def _added_up(logits: Tensor) -> Tensor:
     """Logits [T, E] in which -inf, by which a router masks an expert, is MASKED."""
     return logits.masked_fill(logits == -torch.inf, MASKED)
+
+
+def gathered(
+    recorder: Recorder, layer: str, team: Team, owners: Mapping[tuple[str, int], int], device: torch.device
+) -> None:
+    """Rank 0 gets what all ranks have measured of a layer, a segment at a time and in order; the others lose it.
+
+    `owners` say of every segment, domain by domain and rising, which rank has it.
+    """
+    left = recorder.leave(layer)
+    counted = team.gather(left.empty_slots)
+    for name, owner in owners.items():
+        if team.rank == owner != 0:  # numpy's arrays travel much faster than torch's tensors
+            team.send({field: value.cpu().numpy() for field, value in left.segments[name].tensors().items()})
+        elif team.first:
+            sums = left.segments[name] if owner == 0 else _received(team, owner).to(device)
+            recorder.join(layer, [Left({name: sums}, {})], in_order=True)
+    recorder.join(layer, [Left({}, each) for each in counted])
+
+
+def _received(team: Team, rank: int) -> LayerStatistics:
+    """A segment's sums, which that rank sends."""
+    return LayerStatistics(**{field: torch.from_numpy(value) for field, value in team.receive(rank).items()})
 
 
 def _mask(context: BatchContext, tokens: int) -> Tensor | None:

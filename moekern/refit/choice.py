@@ -3,7 +3,7 @@ of NAEE, arXiv:2402.14800)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,16 +14,14 @@ from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.iteration.rounds import needs_text
 from moekern.measurement.batch import BatchContext, InFlight
-from moekern.measurement.recorder import Recorder
+from moekern.measurement.recorder import Recorder, gathered
 from moekern.measurement.tiers import backends_of
 from moekern.measurement.watch import watching
 from moekern.model.layerwise import LayerwiseModel
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
-from moekern.refit.refine import check_alone
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
-from moekern.team import Team
 from moekern.version import versions
 
 FLAG = "--reestimate"
@@ -63,25 +61,41 @@ def check_criterion(criterion: str, *, guarded: bool) -> None:
         raise InputError(f"{FLAG}: {criterion} looks at weights alone, which pruned layers before them do not change")
 
 
-def check_choice(choice: Choice, data: TokenData, team: Team) -> None:
-    """Raise InputError for domains that the text has not, and for several processes."""
+def check_choice(choice: Choice, data: TokenData) -> None:
+    """Raise InputError for domains that the text has not."""
     for name in choice.domains or ():
         if name not in data.tokens:
             raise InputError(f"{FLAG}: the plan was made by domain {name!r}, which the text (--data) has not")
-    check_alone(team, FLAG, "chosen")
 
 
 class Chooser:
     """Measures a layer, with all of its experts, on the chunks that a variant is fitted to."""
 
-    def __init__(self, layerwise: LayerwiseModel, fitted: TokenData, choice: Choice, backend: str | None) -> None:
-        """`backend` of the kernels, None: the device's first."""
-        self.layerwise, self.fitted, self.segments, self.choice = layerwise, fitted, fitted.segments, choice
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        fitted: TokenData,
+        numbers: Sequence[int],
+        owners: Sequence[int],
+        choice: Choice,
+        backend: str | None,
+    ) -> None:
+        """`numbers` of the units that the chunks belong to, and which rank has each of all units: what a unit has of a
+        domain is a segment of it. `backend` of the kernels, None: the device's first."""
+        self.layerwise, self.fitted, self.choice = layerwise, fitted, choice
+        self.segments, self.owners = list[int](), dict[tuple[str, int], int]()
+        units: dict[str, list[int]] = {}
+        for chunk, number in zip(fitted.batches, numbers, strict=True):
+            of = units.setdefault(chunk.domain, [])
+            if number not in of:
+                of.append(number)
+            self.segments.append(of.index(number))
+            self.owners[chunk.domain, of.index(number)] = owners[number]
         self.criterion, self.flight = criterion_named(choice.criterion), InFlight()
         self.backend = backends_of(layerwise.device.type, backend, self.criterion.tiers)
         self.source = Source.of(layerwise.checkpoint, layerwise.layout)
         words = -(-layerwise.vocab_size // 64)
-        self.recorder = Recorder(self.source.score, self.criterion.tiers, backend, words)
+        self.recorder = Recorder(self.source.score, self.criterion.tiers, backend, words, layerwise.team.size > 1)
 
     @contextmanager
     def watching(self, key: str, layer: nn.Module) -> Iterator[None]:
@@ -99,11 +113,17 @@ class Chooser:
         return self.flight.batch(BatchContext(batch.domain, (B, S), None, ids, None, self.segments[number]))
 
     def chosen(self, key: str, count: int, blamed: Callable[[], str | None]) -> LayerPlan:
-        """So many experts, by what has been measured of a layer since."""
+        """So many experts, by what has been measured of a layer since: the same at all ranks."""
+        team = self.layerwise.team
+        if team.size > 1:
+            gathered(self.recorder, key, team, self.owners, self.layerwise.device)
+        return LayerPlan(team.broadcast(self._best(key, count, blamed) if team.first else ()))
+
+    def _best(self, key: str, count: int, blamed: Callable[[], str | None]) -> tuple[int, ...]:
         layout, text = self.layerwise.layout, self.fitted
         sums = self.recorder.take(key, layout.router.top_k, blamed)
         of = replace(self.source, router=layout.router.of(layout.layers[key].num_experts))
         header = make_header(of, tokens=text.tokens, data=text.recipe, backend=self.backend, versions=versions())
         seed, domains = self.choice.seed, self.choice.domains
         plan = make_plan(Statistics(header, {key: sums}), self.criterion, count, seed=seed, domains=domains)
-        return LayerPlan(plan.layers[key].keep)
+        return plan.layers[key].keep

@@ -155,10 +155,10 @@ def refine_experts(
     )
 
 
-def check_alone(team: Team, flag: str = "--refine", done: str = "trained") -> None:
+def check_alone(team: Team) -> None:
     """Raise InputError for several processes."""
     if team.size > 1:
-        raise InputError(f"{flag}: experts are {done} by one process; run it without torchrun")
+        raise InputError("--refine: experts are trained by one process; run it without torchrun")
 
 
 def _refined(layer: _Layer, expert: int, sweep: int) -> bool | None:

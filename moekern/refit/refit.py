@@ -83,7 +83,7 @@ def refit(
         raise InputError(f"refit: until: the model has no layer {until!r} with experts")
     team = compute.team
     for choice in (variant.choice for variant in variants if variant.choice is not None):
-        check_choice(choice, data, team)
+        check_choice(choice, data)
     if any(variant.refine is not None for variant in variants):
         check_alone(team)
     compute = settled(compute, checkpoint, layout)
@@ -125,6 +125,16 @@ def refit(
         for variant, layers, records in zip(variants, streams.plans, streams.records, strict=True)
     }
     return Refitting(plans, losses)
+
+
+def check_model(source: str | Path | Checkpoint, compute: Compute) -> None:
+    """Raise InputError for a model whose experts cannot be refitted; see `check_layers`. All processes of a team look,
+    since they share memory; of the weights what lies outside of layers is read."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout, team = find_layout(checkpoint), compute.team
+    team.together(check_model, checkpoint.folder, compute)
+    with open_layerwise(checkpoint, layout, compute, team) as layerwise:
+        check_layers(layerwise)
 
 
 def check_family(layout: Layout, checkpoint: Checkpoint) -> None:

@@ -101,8 +101,9 @@ class Streams(Pass[Task]):
         fitted = tuple(b for b, use in zip(split.batches, split.uses, strict=True) if use == FITTED)
         text = TokenData(fitted, {})  # which comes first: a chunk's place is its number
         self.choosers = {
-            n: Chooser(layerwise, text, v.choice, backend) for n, v in enumerate(self.variants, start=1) if v.choice
-        }
+            n: Chooser(layerwise, text, split.numbers[: len(fitted)], owners, v.choice, backend)
+            for n, v in enumerate(self.variants, start=1) if v.choice
+        }  # fmt: skip
         self.choosing: Chooser | None = None  # the layer at work is measured
         self.room = Room(0)  # of all rows of the layer at work, beside hidden states
         self.through = 0

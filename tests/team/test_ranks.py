@@ -129,8 +129,9 @@ def test_run_makes_the_same_checkpoint(tmp_path: Path) -> None:
     ("tokens", "sizes"), [(700, (1, 3)), *(pytest.param(n, (1, 2, 3), marks=pytest.mark.whole) for n in (700, 1400))]
 )
 def test_refit_makes_the_same_checkpoint(tmp_path: Path, tokens: int, sizes: tuple[int, ...]) -> None:
-    """Shares of the text are no whole units for some sizes, and some ranks may have none that is fitted."""
-    text = [word if word != 700 else tokens for word in WORDS]
+    """Shares of the text are no whole units for some sizes, and some ranks may have none that is fitted. Experts are
+    chosen anew on the way."""
+    text = [*(word if word != 700 else tokens for word in WORDS), "--reestimate"]
     made = []
     for size in sizes:
         out = tmp_path / f"{size}" / "out"
@@ -155,7 +156,8 @@ def test_refine_is_refused_before_anything_is_read(tmp_path: Path, command: str)
 def _half(folder: Path) -> Path:
     """A plan that keeps half of the experts."""
     layers = find_layout(open_checkpoint(MODEL)).layers
-    Plan({key: LayerPlan(tuple(range(layer.num_experts // 2))) for key, layer in layers.items()}, {}).save(
+    told = {"criterion": "hope_all_tokens"}
+    Plan({key: LayerPlan(tuple(range(layer.num_experts // 2))) for key, layer in layers.items()}, told).save(
         folder / "plan.json"
     )
     return folder / "plan.json"
