@@ -126,7 +126,8 @@ def measure(options: argparse.Namespace) -> list[Line]:
             data = lesson_data(checkpoint, some, length)
             training = training_of(options, data, seed)
             base = {
-                **machine(), "versions": versions() | {"lm_eval": version("lm_eval")}, "threads": torch.get_num_threads(), "model": options.model.name,
+                **machine(), "versions": versions() | {"lm_eval": version("lm_eval")},
+                "threads": torch.get_num_threads(), "model": options.model.name,
                 "criterion": None if options.plan else options.criterion, "seed": seed, "lessons": len(some),
                 "training": asdict(training), "paper": options.paper, "reconstructed": RECONSTRUCTED,
             }  # fmt: skip
