@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -125,7 +126,8 @@ def measure(options: argparse.Namespace) -> list[Line]:
             data = lesson_data(checkpoint, some, length)
             training = training_of(options, data, seed)
             base = {
-                **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
+                **machine(), "versions": versions() | {"lm_eval": version("lm_eval")},
+                "threads": torch.get_num_threads(), "model": options.model.name,
                 "criterion": None if options.plan else options.criterion, "seed": seed, "lessons": len(some),
                 "training": asdict(training), "paper": options.paper, "reconstructed": RECONSTRUCTED,
             }  # fmt: skip

@@ -193,7 +193,7 @@ def test_planted_experts_of_noise_get_the_least_bias(tmp_path: Path) -> None:
     assert "MoRA" in said["optimise"]["reconstructed"]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.whole)])
 def test_slopes_are_those_of_the_whole_loss_in_memory(
     name: str, family_checkpoint: Folder, whole_model: Callable[[str], Any]
 ) -> None:

@@ -48,7 +48,7 @@ def test_answers_are_those_of_models_in_memory(
         assert likeliest == bool((logp.argmax(1) == wanted).all())
 
 
-@pytest.mark.parametrize("layer", [2, 99])
+@pytest.mark.parametrize("layer", [2, pytest.param(99, marks=pytest.mark.whole)])
 def test_what_was_stopped_goes_on_to_the_same_answers(
     layer: int, family_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
