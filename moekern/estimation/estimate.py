@@ -20,7 +20,7 @@ from moekern.data.batches import SEGMENTS
 from moekern.estimation.counted import Asked, Counted, Figure, Layer, Part, Stage
 from moekern.estimation.overview import overview, running
 from moekern.estimation.probe import Rates
-from moekern.estimation.refit import FACTORS, HELD, MOST, REFINE, RIDGE, refitted_bytes, row_bytes
+from moekern.estimation.refit import FACTORS, HELD, MOST, REFINE, RIDGE, STEP, refine_steps, refitted_bytes, row_bytes
 from moekern.files import sized
 from moekern.model.budget import Budget
 from moekern.model.sizes import Size
@@ -136,9 +136,12 @@ class Job:
         more = [
             Part("logits and losses", self.head_seconds(3 * judged), "assumed"),
             Part(f"ridge, {RIDGE} forwards of the experts", RIDGE * sum(experts), "assumed"),
-            *([Part(f"refine, {REFINE} more", REFINE * sum(experts), "assumed")] if refine else []),
         ]
         kept = dict.fromkeys(self.layout.layers, kept_count(asked.keep, self.layout.router))
+        if refine:
+            steps = refine_steps(asked.tokens, shapes.top_k, kept)
+            more.append(Part(f"refine, {REFINE} more", REFINE * sum(experts), "assumed"))
+            more.append(Part(f"its {steps} steps", STEP * steps, "assumed"))
         one = max(layer.routed // max(1, layer.experts) for layer in model.layers)
         count = max(kept.values()) * shapes.inner
         rows = asked.tokens * shapes.top_k

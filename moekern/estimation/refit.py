@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from moekern.architectures import Layout
@@ -11,6 +12,14 @@ from moekern.checkpoint.header import DTYPE_BITS
 HELD, MOST = 0.1, 8192  # share of the tokens that a result is judged by, and the most of a domain
 RIDGE, REFINE = 6, 17  # forward passes of the experts that these are worth; 5 to 7 and 15 to 18 measured on a CPU
 FACTORS = 3  # candidates of the ridge, each with a copy of the residual and of the down projections
+SWEEPS, EPOCHS, BATCH = 2, 3, 1024  # of refinement, which `refit.Refine` has too
+STEP = 1.5e-3  # seconds of one of its steps beside the products; 1 to 3 ms measured on a CPU
+
+
+def refine_steps(tokens: int, top_k: int, kept: Mapping[str, int]) -> int:
+    """Steps of Adam for `kept` experts of each layer, whose tokens are spread evenly."""
+    fitted = (1 - HELD) ** 2 * tokens * top_k
+    return sum(SWEEPS * EPOCHS * count * max(1, math.ceil(fitted / count / BATCH)) for count in kept.values())
 
 
 def row_bytes(tokens: int, hidden: int, itemsize: int, copies: int = FACTORS) -> int:

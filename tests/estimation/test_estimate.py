@@ -19,10 +19,10 @@ from moekern.estimation import estimate as estimating
 from moekern.estimation.counted import Asked, Counted, Stage, counted
 from moekern.estimation.estimate import estimate, job_of
 from moekern.estimation.probe import Rate, Rates
-from moekern.estimation.refit import FACTORS
+from moekern.estimation.refit import BATCH, EPOCHS, FACTORS, STEP, SWEEPS, refine_steps
 from moekern.model.budget import Budget
 from moekern.model.compute import Compute
-from moekern.refit import Ridge
+from moekern.refit import Refine, Ridge
 from tests.helpers import families
 
 MakeCheckpoint = Callable[[str], Path]
@@ -171,8 +171,11 @@ def test_a_refit_is_forwards_of_the_experts_rows_of_a_layer_and_its_tensors(fami
     ridge, refine = found["refit"], found["refit --refine"]
     assert parts(ridge, "seconds")["ridge, 6 forwards of the experts"] == pytest.approx(6 * experts)
     assert parts(refine, "seconds")["refine, 17 more"] == pytest.approx(17 * experts)
-    assert refine.seconds.value - ridge.seconds.value == pytest.approx(17 * experts)
+    steps = refine_steps(1920, K, {str(number): E // 2 for number in range(len(layers))})
+    assert refine.seconds.value - ridge.seconds.value == pytest.approx(17 * experts + STEP * steps)
     assert len(Ridge().factors) == FACTORS
+    assert (Refine().sweeps, Refine().epochs, Refine().batch) == (SWEEPS, EPOCHS, BATCH)
+    assert refine_steps(10_000, 2, {"a": 8, "b": 1}) == 2 * 3 * (8 * 2 + 16)  # 2025 and 16200 rows of an expert
     assert parts(ridge, "memory")["rows of a layer"] == 1920 * H * (4 * (2 + FACTORS) + 4)
     down = sum(layer.routed for layer in layers) // 3 * 4 // 2
     assert (ridge.disk.value, refine.disk.value) == (down, 3 * down)
