@@ -5,7 +5,8 @@ python -m bench.scale [--layers 61] [--tokens 8192] [--gigabytes 8] [--whole-exp
 Bytes are read, groups of experts are taken one after another, hidden states and rows wait in memory or in a file, and
 every sum is added. What is no machinery is left out: attention, shared experts and what experts make of their rows
 (their own input), and, but with --whole-experts, the conversion of experts. Embeddings and routers get random numbers,
-norms ones. Prints a JSON line: seconds, peak resident memory, and what the run said of memory and time.
+norms ones. Tells each layer on standard error, and prints a JSON line: seconds, peak resident memory, and what the run
+said of memory and time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -56,7 +58,12 @@ def main() -> None:
         data = TokenData((Batch("text", ids),), {"seed": 0}, 4)
         compute = Compute(dtype="bfloat16", memory=round(given.gigabytes * (1 << 30)), spill=work)
         start = time.perf_counter()
-        calibrate(folder, data, compute, out=work / "statistics.safetensors")
+
+        def told(done: float, total: int) -> None:
+            if done == int(done):
+                print(f"layer {done:.0f} of {total}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+        calibrate(folder, data, compute, out=work / "statistics.safetensors", progress=told)
         seconds = round(time.perf_counter() - start, 1)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -83,7 +90,7 @@ def _as_v3(folder: Path) -> None:
 def stub(whole_experts: bool) -> None:
     """Leave out what is no machinery."""
     load, fill = LayerwiseModel._load, ExpertGroups.fill
-    skeleton = layerwise._fill_skeleton
+    skeleton = layerwise.fill_skeleton
 
     def filled(self: LayerwiseModel, i: int, after: int | None) -> None:
         load(self, i, after)
@@ -107,9 +114,9 @@ def stub(whole_experts: bool) -> None:
         return fill(self, i, numbers, tensors) if whole_experts else self._with(len(numbers))[i]
 
     LayerwiseModel._load = filled  # type: ignore[method-assign]
-    layerwise._fill_skeleton = outside
+    layerwise.fill_skeleton = outside
     ExpertGroups.fill = unfilled  # type: ignore[method-assign]
-    experts._interface = lambda self, rows, offsets: rows  # type: ignore[assignment]
+    experts.halves = lambda module: lambda block, rows, offsets: rows  # type: ignore[assignment, return-value]
 
 
 def peak() -> int:
