@@ -21,6 +21,8 @@ from moekern.criteria.table import described
 from moekern.data.mixes import PRESETS
 from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
 from moekern.demo import MODEL, TEXT
+from moekern.plan.contrast import Contrast
+from moekern.plan.document import LayerPlan, Plan
 from tests.helpers import ROOT
 from tests.helpers.commands import moekern
 from tests.helpers.measured import layer_statistics
@@ -78,6 +80,15 @@ def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:
     s = layer_statistics(0)
     want = s.norm_sum / s.count - s.count / s.tokens
     torch.testing.assert_close(score_layer(criterion_named(f"{tmp_path}/my.py:score"), s, "0"), want)
+
+
+def test_the_model_in_memory_of_the_page_is_pruned_and_steered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    little_text(["MODEL"])
+    layers = {str(i): (*range(0, 16, 2),) for i in range(4)}
+    Plan({key: LayerPlan(keep) for key, keep in layers.items()}).save("half.json")
+    Contrast({"1": tuple(range(16))}).save("code.json")
+    exec(code("judging.md"), {})
 
 
 def commands(page: Path) -> list[list[str]]:

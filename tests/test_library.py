@@ -38,6 +38,8 @@ WRONG_TYPES: dict[str, tuple[Call, str]] = {
     "make_plan": (lambda model, x: moekern.make_plan(x, "reap", 0.5), "statistics: expected Statistics, got "),
     "merge": (lambda model, x: moekern.merge([x]), "merge: expected Statistics, got "),
     "observe": (lambda model, x: moekern.observe(x).__enter__(), "model: expected PreTrainedModel, got "),
+    "masked": (lambda model, x: moekern.masked(x, PLAN).__enter__(), "model: expected PreTrainedModel, got "),
+    "steered": (lambda model, x: moekern.steered(x, "map.json").__enter__(), "model: expected PreTrainedModel, got "),
 }
 
 

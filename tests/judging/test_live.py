@@ -131,7 +131,7 @@ def test_what_cannot_be_steered_is_refused(whole_model: WholeModel) -> None:
         "expected a number other than 0": (other, 0.0, 1),
         "no expert is used more": (contrast_of(_1=(-1.0,) * 8), -torch.inf, 1),
         "layer 1: 7 numbers for 8 experts": (contrast_of(_1=(1.0,) * 7), -torch.inf, 1),
-        "layer 7 is not a MoE layer": (contrast_of(_7=(1.0,) * 8), -torch.inf, 1),
+        "layer '7' is not a MoE layer": (contrast_of(_7=(1.0,) * 8), -torch.inf, 1),
     }
     for message, (found, strength, count) in cases.items():
         with pytest.raises(InputError, match=message), steered(model, found, strength, count):

@@ -127,7 +127,7 @@ def test_a_model_without_room_says_how_much_it_takes(
     folder = family_checkpoint(NAME)
     tighten(monkeypatch, folder, share=1.2)
     with pytest.raises(InputError, match="which needs all layers in memory, .* KiB, and as much again; give more"):
-        continuations(folder, prompts(), {}, [decoding_of("greedy")])
+        continuations(folder, prompts(), {}, [decoding_of("greedy")], new_tokens=8)
 
 
 def test_what_cannot_be_done_is_refused(family_checkpoint: Callable[[str], Path], half: Callable[[str], Half]) -> None:
