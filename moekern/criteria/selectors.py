@@ -212,6 +212,7 @@ def _swap(F: Matrix, group: NDArray[np.int64], dropped: Mask, patience: int = 0)
     dropped, best, twice = dropped.copy(), dropped.copy(), 2 * F
     diagonal, tie, load = F.diagonal(), TIE * np.trace(F), twice @ dropped
     apart = group[dropped][:, None] != group[~dropped][None, :]  # of any sets: as many of each group are in them
+    grouped = bool(apart.any())
     rests = np.zeros(len(F), dtype=np.int64)  # until which step
     above, idle, step = 0.0, 0, 0  # the objective less the best one; steps since that
     while not apart.all():
@@ -219,7 +220,8 @@ def _swap(F: Matrix, group: NDArray[np.int64], dropped: Mask, patience: int = 0)
         change = twice.take(out, 0).take(kept, 1)
         np.subtract((diagonal + load)[None, kept], change, out=change)
         change -= (load - diagonal)[out, None]
-        change[apart] = np.inf
+        if grouped:
+            change[apart] = np.inf
         i, j = divmod(int(change.argmin()), len(kept))
         if idle and not above + change[i, j] < -tie:
             change[rests[out] > step] = np.inf

@@ -31,7 +31,8 @@ Layers = Mapping[str, Mapping[str, LayerStatistics]]  # layer key -> domain -> s
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer(Mapping[str, LayerStatistics]):
-    """One layer of a file: domain -> its sums, read and checked whenever they are asked for, and not held."""
+    """One layer of a file: domain -> its sums, read whenever they are asked for and not held; checked the first time,
+    since the file is looked at every time and must be the one that it was."""
 
     path: Path
     made: tuple[int, ...]  # what the file system says of the file that was opened
@@ -40,6 +41,7 @@ class StoredLayer(Mapping[str, LayerStatistics]):
     numbers: Mapping[str, int]  # domain -> its number in the file
     entries: Mapping[str, Mapping[str, TensorEntry]]  # domain -> field -> where it is
     sizes: Mapping[str, LayerStatistics]  # domain -> fields on the meta device
+    checked: set[tuple[str, frozenset[str]]] = field(default_factory=set)  # domain and fields
 
     def __getitem__(self, domain: str) -> LayerStatistics:
         return self.read(domain)
@@ -68,9 +70,11 @@ class StoredLayer(Mapping[str, LayerStatistics]):
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: layer {self.key}: {error}") from error
         sums = LayerStatistics(**unmeasured(held), **held)
-        problem = sums.problem(self.top_k)
-        if problem:
-            raise InputError(f"{self.path}: tensor {self.key}/{self.numbers[domain]}/{problem}")
+        if (domain, frozenset(held)) not in self.checked:
+            problem = sums.problem(self.top_k)
+            if problem:
+                raise InputError(f"{self.path}: tensor {self.key}/{self.numbers[domain]}/{problem}")
+            self.checked.add((domain, frozenset(held)))
         return sums
 
 
