@@ -279,7 +279,7 @@ def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Sta
     if asked.until_stable is None:
         return None
     stable = Stable(asked.until_stable, asked.planning.criteria[0], keeps, asked.planning.domains)
-    stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
+    stable.check(layout.router)
     return stable
 
 
