@@ -11,7 +11,7 @@ import torch
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Segment, TokenData, dealt
 from moekern.errors import InputError
-from moekern.measurement.tiers import TABLE, backends_of
+from moekern.measurement.tiers import TABLE, at_once, backends_of
 from moekern.model.compute import Compute
 from moekern.model.products import library_of
 from moekern.statistics.parts import part_header
@@ -22,12 +22,11 @@ from moekern.version import versions
 def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None = None) -> None:
     """Raise InputError for a tier that needs all of the text in one process, or in one run."""
     for tier in tiers:
-        by = TABLE[tier].by
-        if by == "backward" and team.size > 1:
+        if TABLE[tier].by == "backward" and team.size > 1:
             raise InputError(
                 f"--tier {tier}: its sums are not split over processes; calibrate it in one, not by torchrun"
             )
-        if by in ("backward", "second pass", "replay") and part is not None:
+        if part is not None and at_once((tier,)):
             raise InputError(
                 f"--tier {tier}: it needs all of the text, and --part {part.number}/{part.of} has a share; leave it out"
             )

@@ -8,13 +8,12 @@ weights, which are read once for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
-from moekern.measurement.tiers import TABLE
 from moekern.plan.agreement import agreement_of_all, known_by_halves, mean_of
 from moekern.plan.fits_model import whole_router
 from moekern.router import Router, check_share, kept_count
@@ -22,6 +21,8 @@ from moekern.statistics.file import Statistics, added
 
 PARTS = 16  # the first part is this share of a domain's chunks, and at least LEAST
 LEAST = 2  # chunks, of which each half of the text has one
+
+Measure = Callable[[TokenData, int], Statistics]  # a part and its number
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,10 @@ class Stable:
                 "number an expert of the routed tier; leave it out, or name another --criterion"
             )
 
-    def check(self, router: Router, tiers: Collection[str]) -> None:
-        """Raise InputError for a count that the router cannot work with, and for tiers of which parts do not add up to
-        what one pass would measure."""
+    def check(self, router: Router) -> None:
+        """Raise InputError for a count that the router cannot work with."""
         for keep in self.keeps:
             kept_count(keep, whole_router(router) if self.replaced else router)
-        for tier in tiers:
-            if tier != "routed" and TABLE[tier].by not in ("batch", "weights"):
-                raise InputError(f"--until-stable: --tier {tier} is measured of the whole text at once; leave one out")
 
     def asked(self, data: TokenData) -> TokenData:
         """The text, with a recipe that says when it is to end."""
@@ -85,17 +82,28 @@ def parts_of(data: TokenData) -> Iterator[TokenData]:
         starts, stops = stops, {domain: 2 * stop for domain, stop in stops.items()}
 
 
+def _first(data: TokenData, chunks: Mapping[str, int]) -> TokenData:
+    """The first chunks of each domain, so many of them, as a part."""
+    whole = data.by_chunk()
+    taken = (b for d, stop in chunks.items() for b in [b for b in whole.batches if b.domain == d][:stop])
+    part = {domain: [0, stop] for domain, stop in chunks.items()}
+    return replace(data, batches=tuple(taken), recipe={**data.recipe, "part": part})
+
+
 def until_stable(
     data: TokenData,
     stable: Stable,
-    measure: Callable[[TokenData, int], Statistics],
+    measure: Measure,
     tell: Callable[[str], object] = lambda line: None,
+    whole: Measure | None = None,
 ) -> Statistics:
     """The sums of as many parts of the text as it takes; `measure(part, number)` measures one.
 
-    The header has one run, whose recipe is that of the whole text, and `chunks` of each domain that were measured.
+    Where parts do not add up to what is wanted (`measurement.tiers.at_once`), `whole` measures the text that they are
+    when they are enough, all at once, under the number of one more part. The header has one run, whose recipe is that
+    of the whole text, and `chunks` of each domain that were measured.
     """
-    whole, held, used = sum(data.tokens.values()), list[Statistics](), dict[str, int]()
+    wanted, held, used = sum(data.tokens.values()), list[Statistics](), dict[str, int]()
     data = stable.asked(data)
     for number, part in enumerate(parts_of(data)):
         held.append(measure(part, number))
@@ -103,13 +111,15 @@ def until_stable(
         total = added(held)
         tokens, agreed = sum(total.header["tokens"].values()), stable.agreed(total)
         enough = agreed >= stable.threshold
-        then = "that is enough" if enough else "more is measured" if tokens < whole else "there is no more"
+        then = "that is enough" if enough else "more is measured" if tokens < wanted else "there is no more"
         tell(
-            f"{tokens} of {whole} tokens: sets kept by the two halves of the text are alike to {agreed:.3f} (Jaccard, "
+            f"{tokens} of {wanted} tokens: sets kept by the two halves of the text are alike to {agreed:.3f} (Jaccard, "
             f"mean over layers); {then}"
         )
         if enough:
             break
-    run = held[0].header["runs"][0]
+    if whole is not None:
+        total = whole(_first(data, used), len(held))
+    run = (held[0] if whole is None else total).header["runs"][0]
     recipe: dict[str, Any] = {name: value for name, value in run["data"].items() if name != "part"}
     return Statistics({**total.header, "runs": [{**run, "data": recipe, "chunks": used}]}, total.layers)

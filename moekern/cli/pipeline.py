@@ -41,7 +41,7 @@ from moekern.files import (
     working,
 )
 from moekern.iteration.rounds import Method, iterate, needs_text
-from moekern.measurement.tiers import backends_of, wanted_tiers
+from moekern.measurement.tiers import at_once, backends_of, wanted_tiers
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
 from moekern.model.journal import Resume, clean_up, removed
@@ -98,7 +98,7 @@ def calibrate_to(
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     if stable is not None:
-        stable.check(layout.router, wanted)
+        stable.check(layout.router)
     compute = told_compute(compute, checkpoint, layout)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     return measured(
@@ -122,24 +122,31 @@ def _measured_until(
     compute: Compute,
     stable: Stable,
     tiers: Collection[str],
+    replay_tokens: int,
     out: Path,
     restart: bool,
 ) -> Statistics:
-    """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured."""
+    """As `measured`, of as much of the text as it takes. Parts stay in OUT.moekern/ until all are measured. For tiers
+    that are measured of all text at once, parts are measured without any, and what they are in one pass more."""
+    wanted = wanted_tiers(tiers, TIERS, "calibrate")
+    again = bool(at_once(wanted))
     with working(out) as side:
         check_no_position(out, restart)
         if restart:
             remove_parts(side)
 
-        def measure(part: TokenData, number: int) -> Statistics:
+        def measure(part: TokenData, number: int, tiers: Collection[str] = () if again else tiers) -> Statistics:
             path = part_path(side, number)
+            if "replay" in tiers and is_plain(path):
+                path.unlink()  # nothing in the file says of how many tokens
             found = earlier_statistics(path, checkpoint, part, compute, tiers, restart=False)
-            return found or measured(checkpoint, part, compute, tiers=tiers, out=path)
+            return found or measured(checkpoint, part, compute, tiers=tiers, replay_tokens=replay_tokens, out=path)
 
-        whole: Callable[[Path], bool] = lambda left: left_whole(left, checkpoint, stable.asked(data), compute, tiers)  # noqa: E731
-        if restart or not name_left(out, whole):
+        ready: Callable[[Path], bool] = lambda left: left_whole(left, checkpoint, stable.asked(data), compute, tiers)  # noqa: E731
+        if restart or not name_left(out, ready):
             check_unwritten(out)
-            until_stable(data, stable, measure, console.say).save(out, new=True)
+            whole = (lambda part, number: measure(part, number, wanted)) if again else None
+            until_stable(data, stable, measure, console.say, whole).save(out, new=True)
         remove_parts(side)
     return Statistics.load(out)
 
@@ -161,7 +168,7 @@ def measured(
     not give its name. The type that is computed in is settled. With `stable`, as much of the text as it takes; `told`
     is as `calibrate` has it. Text that there is no room for is measured in groups."""
     if stable is not None:
-        return _measured_until(checkpoint, data, compute, stable, tiers, out, restart)
+        return _measured_until(checkpoint, data, compute, stable, tiers, replay_tokens, out, restart)
     check_no_parts(out, restart)
     resume = Resume(state_path(out), restart, console.say)
     if not restart and name_left(out, lambda left: left_whole(left, checkpoint, data, compute, tiers)):

@@ -308,9 +308,8 @@ def _stable(layout: Layout, asked: Asked, keeps: tuple[float | int, ...]) -> Sta
     if asked.until_stable is None:
         return None
     planning = asked.planning
-    replaced = planning.replaced is not None
-    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains, replaced)
-    stable.check(layout.router, wanted_tiers(asked.wanted, TIERS, "calibrate"))
+    stable = Stable(asked.until_stable, planning.criteria[0], keeps, planning.domains, planning.replaced is not None)
+    stable.check(layout.router)
     return stable
 
 

@@ -82,11 +82,10 @@ class Job:
             *([Part("inputs of all layers, or --spill", inputs, "counted")] if inputs else []),
         ]
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
-        at_once = [tier for tier in tiers if tier in ("outliers", "replay", "gradient")]
+        all_text = {"outliers", "replay", "gradient"} & set(tiers)
+        groups = 1 if all_text else SEGMENTS * self.asked.domains
         statistics = Figure((Part("statistics", sum(sums), "counted"),))
-        return self.stage(
-            "calibrate", passes, more, working, device, statistics, most=1 if at_once else SEGMENTS * self.asked.domains
-        )
+        return self.stage("calibrate", passes, more, working, device, statistics, most=groups)
 
     def evaluate(self) -> Stage:
         model, shapes, plans = self.model, self.model.shapes, self.asked.plans

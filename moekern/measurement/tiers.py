@@ -52,6 +52,11 @@ def wanted_tiers(names: Collection[str], measurable: Sequence[str], where: str) 
     return tuple(tier for tier in TIERS if tier in names or tier in implied)
 
 
+def at_once(tiers: Collection[str]) -> tuple[str, ...]:
+    """Those of which parts of the text do not add up to the whole: what they count depends on all of it."""
+    return tuple(tier for tier in tiers if tier != "routed" and TABLE[tier].by not in ("batch", "weights"))
+
+
 def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -> dict[str, str]:
     """Op -> the backend that serves it, for the statistics' header. Raises InputError where it or the device is not."""
     check_device(device)

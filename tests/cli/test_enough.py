@@ -150,6 +150,36 @@ def test_parts_go_though_the_run_was_killed_when_all_was_measured(
     assert not any("part-" in name or name.startswith("s.") for name in contents(tmp_path))
 
 
+def test_what_is_measured_of_all_text_at_once_takes_a_pass_of_its_own(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the text that was enough: what a calibration of that text alone measures; killed there, it goes on there."""
+    tiers = ("--tier", "outliers", "--tier", "replay", "--replay-tokens", 30)
+    command = _calibrate(work, tmp_path / "s", *tiers, "--until-stable", 0.01)
+    measure, stopped = pipeline.calibrate, list[Any]()
+
+    def interrupted(*arguments: Any, tiers: Any = (), **more: Any) -> Any:
+        if tiers and not stopped:
+            stopped.append(tiers)
+            raise KeyboardInterrupt
+        return measure(*arguments, tiers=tiers, **more)
+
+    monkeypatch.setattr(pipeline, "calibrate", interrupted)
+    assert moekern(*command).returncode == 130
+    done = moekern(*command)
+    assert (done.returncode, done.stderr.count("using the statistics of an earlier run")) == (0, 1), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    found = Statistics.load(tmp_path / "s")
+    assert (found.tiers, found.header["tokens"]) == (("dimensions", "outliers", "replay"), {"a": 40})
+    assert found.header["runs"][0]["chunks"] == {"a": 2}
+    alone = _calibrate(work, tmp_path / "alone", *tiers, "--tokens", 40)
+    assert moekern(*alone).returncode == 0
+    one = Statistics.load(tmp_path / "alone")
+    for key in one.layers:
+        sums = found.layer(key).tensors()
+        assert all(value.equal(sums[name]) for name, value in one.layer(key).tensors().items())
+
+
 def test_another_process_that_measures_all_of_the_text_is_noticed_first(work: Path, tmp_path: Path) -> None:
     with replacing(tmp_path / "s") as temporary:
         done = moekern(*_calibrate(work, tmp_path / "s", "--until-stable", 1))
@@ -163,7 +193,6 @@ def test_another_process_that_measures_all_of_the_text_is_noticed_first(work: Pa
     [
         (("--until-stable", 1.2), "--until-stable 1.2: expected a share"),
         (("--until-stable", 0.9, "--criterion", "hope"), "--until-stable: what hope keeps is not known"),
-        (("--until-stable", 0.9, "--tier", "replay"), "--until-stable: --tier replay is measured of the whole text"),
         (("--until-stable", 0.9, "--keep", 1), "--keep 1: "),
         (("--keep", "much"), "--keep much: "),
     ],
