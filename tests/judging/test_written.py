@@ -16,7 +16,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
 from moekern.judging.decoding import decoding_of
-from moekern.judging.written import Steering, continuations, end_tokens
+from moekern.judging.written import Steering, continuations, end_tokens, fitting
 from moekern.model.compute import Compute
 from tests.helpers import families
 from tests.helpers.in_flight import Half
@@ -131,8 +131,15 @@ def test_a_model_without_room_says_how_much_it_takes(
 
 def test_what_cannot_be_done_is_refused(family_checkpoint: Callable[[str], Path], half: Callable[[str], Half]) -> None:
     folder, ways = family_checkpoint(NAME), [decoding_of("greedy")]
-    with pytest.raises(InputError, match="--new-tokens 60: a prompt of 9 tokens and these are more than the 64 pos"):
+    with pytest.raises(InputError, match="--new-tokens 60: all prompts are with 60 new tokens longer than the 64 posi"):
         continuations(folder, prompts(), {}, ways, new_tokens=60)
+    told: list[str] = []
+    kept = fitting(open_checkpoint(folder), prompts(), 56, told.append).batches
+    assert [batch.input_ids.shape[1] for batch in kept] == [6]
+    assert told == [
+        "left out: 2 prompts, with 56 new tokens longer than the 64 positions that the model was made for "
+        "(max_position_embeddings)"
+    ]
     with pytest.raises(InputError, match="'original'"):
         continuations(folder, prompts(), {ORIGINAL: half(NAME).plan}, ways)
     with pytest.raises(InputError, match="too-hard: layer 1: without experts"):
