@@ -69,7 +69,7 @@ def continuations(
     check_data(prompts, checkpoint)
     layout = find_layout(checkpoint)
     check_variants(checkpoint, variants)
-    check_length(checkpoint, prompts, new_tokens)
+    prompts = fitting(checkpoint, prompts, new_tokens, tell)
     compute = settled(compute, checkpoint, layout)
     what = "continuations are written token by token"
     if compute.team.size > 1:
@@ -111,13 +111,22 @@ def check_variants(checkpoint: Checkpoint, variants: Mapping[str, Plan | Steerin
             check_steering(layout, variant.experts, variant.strength, name)
 
 
-def check_length(checkpoint: Checkpoint, prompts: TokenData, new_tokens: int) -> None:
-    """Raise InputError where a prompt and what follows it are longer than the model was made for."""
+def fitting(
+    checkpoint: Checkpoint, prompts: TokenData, new_tokens: int, tell: Callable[[str], None] = lambda line: None
+) -> TokenData:
+    """The prompts that are no longer, with what follows them, than the model was made for; how many are left out is
+    told. Raises InputError where none is left."""
     most = config_number(checkpoint, "max_position_embeddings")
-    longest = max(batch.input_ids.shape[1] for batch in prompts.batches)
-    if most is not None and longest + new_tokens > most:
-        what = f"a prompt of {longest} tokens and these are more than the {most} positions that the model was made for"
-        raise InputError(f"--new-tokens {new_tokens}: {what} (max_position_embeddings); give fewer, or shorter prompts")
+    if most is None:
+        return prompts
+    kept = tuple(batch for batch in prompts.batches if batch.input_ids.shape[1] + new_tokens <= most)
+    lost = sum(len(batch.input_ids) for batch in prompts.batches) - sum(len(batch.input_ids) for batch in kept)
+    why = f"with {new_tokens} new tokens longer than the {most} positions that the model was made for"
+    if not kept:
+        raise InputError(f"--new-tokens {new_tokens}: all prompts are {why}; give fewer, or shorter prompts")
+    if lost:
+        tell(f"left out: {lost} prompts, {why} (max_position_embeddings)")
+    return replace(prompts, batches=kept)
 
 
 def end_tokens(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[int, ...]:
@@ -188,6 +197,8 @@ class Writer:
     def written(self, ids: Tensor, seed: int) -> list[Continuation]:
         """Behind each of the prompts [B, S]."""
         decoding, model = self.decoding, self.layerwise.model  # type: Decoding, Any
+        if not model.can_generate():
+            raise InputError(f"{self.layerwise.checkpoint.folder / CONFIG}: {type(model).__name__} continues no text")
         own: dict[str, Any] = {"do_sample": not decoding.greedy}
         if not decoding.greedy:  # top_k has another default than none
             own |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}

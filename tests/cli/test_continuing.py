@@ -33,7 +33,7 @@ def asked(folder: Path, *more: object) -> tuple[object, ...]:
 
 def test_what_is_shown_and_written(folder: Path, tmp_path: Path) -> None:
     plans = folder / "all.json", folder / "three.json"
-    command = asked(folder, *plans, "--new-tokens", 30, "--steer", f"{folder / 'map.json'}=1:-2.5")
+    command = asked(folder, *plans, "--new-tokens", 12, "--steer", f"{folder / 'map.json'}=1:-2.5")
     found = document(*command, "--out", tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == found
     figures = found["figures"]
@@ -54,7 +54,7 @@ def test_what_is_shown_and_written(folder: Path, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "what 6 prompts are continued by" in shown.stdout
     assert "more than the original" in shown.stdout
-    assert "--new-tokens 30: loops are seen in 64 tokens or more" in shown.stderr
+    assert "--new-tokens 12: loops are seen in 64 tokens or more" in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,18 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
 from moekern.judging.decoding import decoding_of
-from moekern.judging.written import Steering, continuations, end_tokens
+from moekern.judging.written import Steering, continuations, end_tokens, fitting
 from moekern.model.compute import Compute
 from tests.helpers import families
 from tests.helpers.in_flight import Half
 from tests.helpers.tight import tighten
 
-NAME, NEW = "qwen3_moe", 20
-END = 2  # of the families' configurations
+NAME, NEW = "qwen3_moe", 10
 
 
 def prompts() -> TokenData:
-    """Six of two lengths."""
-    return TokenData(tuple(Batch("a", families.input_ids(NAME, 3, length, length)) for length in (6, 9)), {})
+    """Four of two lengths."""
+    return TokenData(tuple(Batch("a", families.input_ids(NAME, 2, length, length)) for length in (6, 9)), {})
 
 
 @torch.no_grad()
@@ -94,7 +93,7 @@ def test_drawn_tokens_come_of_the_seed_and_a_plan_that_drops_nothing_changes_non
     first, again, other = (
         continuations(
             family_checkpoint(NAME), prompts(), {"nothing": nothing}, ways, Compute("cpu", "float32"),
-            new_tokens=NEW, seed=seed,
+            new_tokens=6, seed=seed,
         )
         for seed in (0, 0, 1)
     )  # fmt: skip
@@ -132,8 +131,15 @@ def test_a_model_without_room_says_how_much_it_takes(
 
 def test_what_cannot_be_done_is_refused(family_checkpoint: Callable[[str], Path], half: Callable[[str], Half]) -> None:
     folder, ways = family_checkpoint(NAME), [decoding_of("greedy")]
-    with pytest.raises(InputError, match="--new-tokens 60: a prompt of 9 tokens and these are more than the 64 pos"):
+    with pytest.raises(InputError, match="--new-tokens 60: all prompts are with 60 new tokens longer than the 64 posi"):
         continuations(folder, prompts(), {}, ways, new_tokens=60)
+    told: list[str] = []
+    kept = fitting(open_checkpoint(folder), prompts(), 56, told.append).batches
+    assert [batch.input_ids.shape[1] for batch in kept] == [6]
+    assert told == [
+        "left out: 2 prompts, with 56 new tokens longer than the 64 positions that the model was made for "
+        "(max_position_embeddings)"
+    ]
     with pytest.raises(InputError, match="'original'"):
         continuations(folder, prompts(), {ORIGINAL: half(NAME).plan}, ways)
     with pytest.raises(InputError, match="too-hard: layer 1: without experts"):
