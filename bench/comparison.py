@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from bench.comparison_tables import markdown
+from bench.comparison_ways import KINDS, TRAINED, Way, fitted, planned
 from bench.criteria import loss, read
 from bench.refit import FITS, SHAPED, Draw, timed
 from bench.rounding import twin
@@ -34,14 +35,13 @@ from bench.ruler import Routed, Ruler
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.criteria.table import CRITERIA, DEFAULT, HTS_FAMILY, MC_SUITE
+from moekern.criteria.table import CRITERIA, DEFAULT
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Row
 from moekern.masks import Search, optimise
-from moekern.merging.groups import METHODS, merging_plan
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
@@ -54,54 +54,7 @@ from moekern.statistics.file import Statistics
 from moekern.version import versions
 
 Line = dict[str, Any]
-PUBLISHED = (
-    *(row.name for row in (*MC_SUITE, *HTS_FAMILY)),
-    "hope", "hope_all_tokens", "rcs", "rcs_loo", "razor", "omp", "easy_ep", "mone", "aimer", "shape", "stun", "naee",
-    "diet", "random",
-)  # fmt: skip
 PASSES = {"gradient": 3, "outliers": 2}  # over the weights, of a calibration with this tier; 1 of others
-CONSTANTS = ("dimensions", "constants")  # tiers
-TRAINED = "trained"
-KINDS = ("choice", "constants", "merged", "masks", "refitted", TRAINED, "twin")
-
-
-@dataclass(frozen=True)
-class Way:
-    """A row that a plan says all of. plan: (sums, share, seed) -> Plan."""
-
-    kind: str
-    tiers: tuple[str, ...]
-    plan: Callable[[Statistics, float, int], Plan]
-
-
-def planned(criterion: str) -> dict[str, Way]:
-    """Name -> way; `criterion` chooses for those that need a choice."""
-    ways = {name: Way("choice", CRITERIA[name].tiers, partial(_chosen, name)) for name in (criterion, *PUBLISHED)}
-    tiers = tuple(dict.fromkeys((*CONSTANTS, *CRITERIA[criterion].tiers)))
-    for base, constant in (("mone", "mean"), (criterion, "mean"), (criterion, "least-squares")):
-        ways[f"{base}, {constant} constants"] = Way("constants", tiers, partial(_chosen, base, constant=constant))
-    for method, row in METHODS.items():
-        tiers = tuple(dict.fromkeys((*row.tiers, *CRITERIA[row.criterion].tiers)))
-        for word, align in (("merged", "none"), ("merged, channels matched", "weights")):
-            ways[f"{method}, {word}"] = Way("merged", tiers, partial(_merged, method, align))
-    return ways
-
-
-def _chosen(name: str, sums: Statistics, share: float, seed: int, constant: str | None = None) -> Plan:
-    return make_plan(sums, name, share, seed=seed, replaced=constant)
-
-
-def _merged(method: str, align: str, sums: Statistics, share: float, seed: int) -> Plan:
-    return merging_plan(sums, method, share, align=align)
-
-
-def fitted() -> dict[str, str]:
-    """Rows that compute weights -> kind."""
-    names = [prefix + name for name in FITS for prefix in ("", SHAPED)]
-    return {
-        "masks": "masks", **dict.fromkeys(names, "refitted"),
-        f"dropped, {TRAINED}": TRAINED, f"{names[-1]}, {TRAINED}": TRAINED,
-    }  # fmt: skip
 
 
 @dataclass
@@ -145,9 +98,19 @@ class Bench:
             told[name] = {**row, "bits": bits, "passes": passes, "cpu_seconds": round(seconds + more, 1)}
         of = next((way.tiers for name, way in ways.items() if name in plans and way.kind == "constants"), None)
         statistics = None if of is None else self.calibrated[of][0]
-        losses = self.ruler.plans(plans, statistics) if plans else {}
+        rows = self._judged(plans, statistics)
         for name, line in told.items():
-            yield {**line, "plan": plans[name].digest[:12], **measured(losses[name])}
+            row = rows[name]
+            yield {**line, "refused": row} if isinstance(row, str) else {**line, **measured(row)}
+
+    def _judged(self, plans: Mapping[str, Plan], statistics: Path | None) -> dict[str, Row | str]:
+        """Losses of each plan; why not, where the model refuses it."""
+        try:
+            return dict(self.ruler.plans(plans, statistics)) if plans else {}
+        except InputError as error:
+            if len(plans) == 1:
+                return dict.fromkeys(plans, str(error))
+        return {name: row for own in plans for name, row in self._judged({own: plans[own]}, statistics).items()}
 
     def plan(self, keep: float | int) -> Plan:
         return make_plan(self.sums(CRITERIA[self.criterion].tiers)[0], self.criterion, keep, seed=self.seed)
