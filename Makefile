@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all lint bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -30,6 +30,12 @@ bench: $(VENV)/.ready
 bench-criteria: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.criteria --out $(OUT)/criteria.jsonl
+
+# Every way to shrink the model that ships by its experts, on one ruler, three draws of text: about an hour.
+# Lines go to OUT=, and are gone on with there.
+bench-comparison: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.comparison --demo --out $(OUT)/comparison.jsonl
 
 # What merging experts costs beside dropping them, on the model that ships, three draws of text. Lines go to OUT=.
 bench-merging: $(VENV)/.ready

@@ -37,6 +37,7 @@ from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.iteration.rounds import Method, iterate
+from moekern.model.compute import Compute
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
 from moekern.plan.served import served_as
@@ -75,13 +76,14 @@ class Draw:
     criterion: str
     sums: Statistics
     seconds: float  # of calibration
+    compute: Compute = COMPUTE
 
     def plan(self, keep: float | int) -> Plan:
         return make_plan(self.sums, self.criterion, keep)
 
     def fitted(self, variants: Sequence[Variant]) -> tuple[Evaluation, float]:
         """Losses of variants made in one pass, and its CPU seconds."""
-        found, seconds = timed(lambda: refit(self.checkpoint, self.data, variants, COMPUTE, judged=self.judged))
+        found, seconds = timed(lambda: refit(self.checkpoint, self.data, variants, self.compute, judged=self.judged))
         return found.losses, seconds
 
     def shape(self, share: float) -> tuple[Shape, Mapping[str, float], float]:
@@ -93,7 +95,9 @@ class Draw:
         shapes, width = candidates(layout.router, layout.width, share, allowed), layout.width
         rest, held = held_back(self.data)
         found, seconds = timed(
-            lambda: refit(self.checkpoint, trial_text(rest), trials(shapes, self.plan, width), COMPUTE, judged=held)
+            lambda: refit(
+                self.checkpoint, trial_text(rest), trials(shapes, self.plan, width), self.compute, judged=held
+            )
         )
         return *best(shapes, found.losses), seconds
 
