@@ -160,17 +160,16 @@ def test_channels_with_the_most_energy_stay(source: Path, tmp_path: Path) -> Non
 def test_a_named_backend_computes_the_products_and_is_told(source: Path, tmp_path: Path) -> None:
     """The reference's are float64: the default's numbers within rounding, and another recipe."""
     data, found = text("qwen3_moe"), {}
-    for backend in (None, "native", "reference"):
+    for backend in (None, "reference"):
         variant = Variant("n", half(source), 16, Ridge(), None, tmp_path / str(backend))
         made = refit(source, data, [variant], replace(FLOAT32, backend=backend))
         found[backend] = made.plans["n"], open_refitted(tmp_path / str(backend))
-    (default, files), (named, same), (exact, near) = found.values()
-    assert default == named
+    (default, files), (exact, near) = found.values()
     assert files.tensors.keys() == near.tensors.keys()
     told = {op: "native" for op in ("gated_energy", "expert_gram", "scatter_residual")}
     assert default.provenance[REFIT]["backend"] == told
     assert exact.provenance[REFIT]["backend"] == dict.fromkeys(told, "reference")
-    assert (same.recipe == files.recipe, near.recipe == files.recipe) == (True, False)
+    assert near.recipe != files.recipe
     assert exact.layers == default.layers
     for name, tensor in files.tensors.items():
         numbers = {"count": tensor.entry.nbytes // 4, "offset": tensor.entry.start}
