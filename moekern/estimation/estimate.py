@@ -23,11 +23,13 @@ from moekern.estimation.probe import Rates
 from moekern.estimation.refit import FACTORS, HELD, MOST, REFINE, RIDGE, STEP, refine_steps, refitted_bytes, row_bytes
 from moekern.files import sized
 from moekern.model.budget import Budget
+from moekern.model.expert_groups import HALF, PIECE, less_work
 from moekern.model.sizes import Size
 from moekern.router import kept_count
 from moekern.statistics.layer import HALVES, LayerStatistics
 
 COPIES = 2  # of a layer's parameters: experts are stacked, then gate and up are joined; assumed
+CONVERTED = 0.8  # of a layer's experts, that is held beside them while they are stacked and joined; measured
 TOUCHED = 20  # times that norms, residuals and rotations write a layer's hidden states; assumed
 LOGITS = 14  # times that evaluation writes the logits of a batch in float32; assumed
 HELD_LOGITS = 6  # of them, that are held at the same time; assumed
@@ -209,9 +211,23 @@ class Job:
             Part("a layer's parameters", self.largest.weights * size, "counted"),
         ]
         buffer = Part("a layer as it is stored", self.largest.stored, "counted")
+        if (more := self.converted - sum(part.value for part in device)) > 0:  # which is computed with afterwards
+            device = [*device, Part("experts as they are made, beyond that", more, "assumed")]
         if self.budget.gpu is None:
             return Figure((self.process, *weights, buffer, *working, *device)), None
         return Figure((self.process, buffer, *working)), Figure((*weights, *device))
+
+    @property
+    def converted(self) -> float:
+        """Bytes that are held beside a layer while its experts are made: of all, or of pieces where memory is short
+        (`model.expert_groups`)."""
+        size, host = self.model.itemsize, self.budget.gpu is None
+        experts = max(layer.routed for layer in self.model.layers) * size
+        room = self.budget.host if self.budget.gpu is None else self.budget.gpu
+        whole = self.largest.weights * size + experts + self.largest.stored * host
+        if whole > HALF * (less_work(room) - self.model.skeleton.weights * size):
+            experts = min(experts, 2 * PIECE)
+        return CONVERTED * experts
 
     def within(
         self, memory: Figure, working: Sequence[Part], most: int, whole: bool

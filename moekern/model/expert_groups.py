@@ -45,7 +45,7 @@ class Takes:
     @property
     def room(self) -> int:
         """Bytes of the host's memory for hidden states."""
-        return max(0, _less_work(self.budget.host) - self.buffer - (self.on_device if self.budget.gpu is None else 0))
+        return max(0, less_work(self.budget.host) - self.buffer - (self.on_device if self.budget.gpu is None else 0))
 
     @property
     def on_device(self) -> int:
@@ -53,10 +53,10 @@ class Takes:
 
     def within(self, share: float = 1) -> bool:
         """Whether this fits, into such a share of what is there beside what lies outside of layers."""
-        host, gpu = _less_work(self.budget.host), self.budget.gpu
+        host, gpu = less_work(self.budget.host), self.budget.gpu
         if gpu is None:
             return self.weights + self.buffer <= share * (host - self.outside)
-        return self.weights <= share * (_less_work(gpu) - self.outside) and self.buffer <= share * host
+        return self.weights <= share * (less_work(gpu) - self.outside) and self.buffer <= share * host
 
     @property
     def described(self) -> str:
@@ -337,7 +337,8 @@ class ExpertGroups:
         return self.smaller[count]
 
 
-def _less_work(budget: int) -> int:
+def less_work(budget: int) -> int:
+    """Bytes of a budget that are not for computing."""
     return budget - max(budget // WORK, min(budget // 2, KERNELS))
 
 

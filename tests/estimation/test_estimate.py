@@ -16,7 +16,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.estimation import estimate as estimating
-from moekern.estimation.counted import Asked, Counted, Stage, counted
+from moekern.estimation.counted import Asked, Counted, Part, Stage, counted
 from moekern.estimation.estimate import estimate, job_of
 from moekern.estimation.probe import Rate, Rates
 from moekern.estimation.refit import BATCH, EPOCHS, FACTORS, STEP, SWEEPS, refine_steps
@@ -115,6 +115,26 @@ def test_memory_is_a_layer_its_buffer_and_the_hidden_states(family_checkpoint: M
     assert memory["a layer's parameters"] == memory["a layer as it is stored"] == 4 * largest
     assert memory["hidden states"] == hidden + 8 * 100_000
     assert parts(found["evaluate"], "memory")["hidden states"] == 4 * hidden + 8 * 100_000
+
+
+def test_experts_are_held_almost_twice_while_they_are_made(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But in pieces where memory is short; where computing takes more than that, nothing is added."""
+    checkpoint, asked = open_checkpoint(family_checkpoint("qwen3_moe")), Asked(4096)
+    layout = find_layout(checkpoint)
+    model = counted(checkpoint, layout, FLOAT32, asked)
+    experts = 4 * max(layer.routed for layer in model.layers)
+
+    def added(budget: Budget, computing: float) -> float:
+        device = [Part("activations", computing, "assumed")]
+        memory, _ = job_of(checkpoint, layout, model, RATES, asked, budget).resident([], device)
+        return sum(part.value for part in memory.parts if part.name == "experts as they are made, beyond that")
+
+    assert added(ROOM, 100) == pytest.approx(0.8 * experts - 100)
+    assert added(ROOM, experts) == 0
+    monkeypatch.setattr(estimating, "PIECE", experts // 8)
+    assert added(Budget(4 * experts), 100) == pytest.approx(0.8 * experts / 4 - 100)
 
 
 def test_what_has_no_room_goes_to_a_file(family_checkpoint: MakeCheckpoint) -> None:
