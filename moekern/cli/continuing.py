@@ -140,20 +140,27 @@ def speaking_continue() -> Iterator[None]:
 
 
 def written_of(
-    folder: Path, asked: Asked, text: Text, plans: Mapping[str, Plan], compute: Compute
+    folder: Path,
+    asked: Asked,
+    text: Text,
+    plans: Mapping[str, Plan],
+    compute: Compute,
+    statistics: Path | None = None,
 ) -> dict[str, Written]:
-    """Decoding -> model -> continuations. How it goes is said."""
+    """Decoding -> model -> continuations; `statistics` give the constants of replaced experts. How it goes is said."""
     from moekern.architectures import find_layout
+    from moekern.architectures.substitution import as_whole
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli import pipeline
     from moekern.judging.figures import TIMES, WINDOW
     from moekern.judging.written import check_variants, continuations
     from moekern.plan.fits_model import check_plan
 
-    checkpoint = open_checkpoint(folder)
+    source = open_checkpoint(folder)
+    checkpoint, _ = as_whole(source)
     layout = find_layout(checkpoint)
     for name, plan in plans.items():
-        console.hint(check_plan(plan, layout, checkpoint, name))
+        console.hint(check_plan(plan, layout, checkpoint, name, replaced=True))
     steering = {name: _read(checkpoint, path, count, by) for name, path, count, by in asked.steering}
     variants: dict[str, Plan | Steering] = {**plans, **steering}
     check_variants(checkpoint, variants)
@@ -169,8 +176,8 @@ def written_of(
         )
     with console.progress("writing", "batches") as step:
         return continuations(
-            checkpoint, data, variants, asked.decodings, compute,
-            new_tokens=asked.new_tokens, seed=text.seed, tell=console.say, progress=step,
+            source, data, variants, asked.decodings, compute,
+            new_tokens=asked.new_tokens, seed=text.seed, statistics=statistics, tell=console.say, progress=step,
         )  # fmt: skip
 
 

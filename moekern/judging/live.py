@@ -17,19 +17,29 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError, check_type
 from moekern.judging.in_memory import checkpoint_of
 from moekern.model import masking
+from moekern.model.substituted import substituted_layer
 from moekern.model.transformers_api import Loader, loader_of
+from moekern.plan.constants import Live, Measured, live_constants, measured
 from moekern.plan.contrast import Contrast, check_routers
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import DISTINCTIVE
 from moekern.plan.refit import refit_of
+from moekern.plan.replacement import Replacement
+from moekern.statistics.file import Statistics
 from moekern.verification.logits import dropped_experts, kept_channels
 
 SUPPRESS = -math.inf  # the strength at which an expert is never chosen
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plan: Plan, *, checkpoint: str | Path | None = None) -> Iterator[None]:
+def masked(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    checkpoint: str | Path | None = None,
+    statistics: Statistics | str | Path | None = None,
+) -> Iterator[None]:
     """Run a transformers model as if it was pruned by a plan while the context is open.
 
         with moekern.masked(model, moekern.Plan.load("plan.json")):
@@ -38,8 +48,10 @@ def masked(model: PreTrainedModel, plan: Plan, *, checkpoint: str | Path | None 
     Its logits are the pruned checkpoint's but for the order of sums. Nothing is copied but what masks replace
     (selection biases, id tables, down matrices where experts lose channels), and all of it is put back, after an
     exception too. The model must not be used by another thread meanwhile. `checkpoint` is the folder that it came from,
-    against whose fingerprint the plan is held; without one, against the model's routers. Raises InputError, naming the
-    layer, for a plan that does not fit, and for one whose layers were refitted, since no mask makes their weights.
+    against whose fingerprint the plan is held; without one, against the model's routers. Where the plan replaces
+    experts by constants the router stays whole, and they return these, which `statistics` give where they are no zeros.
+    Raises InputError, naming the layer, for a plan that does not fit, and for one whose layers were refitted or whose
+    experts are merged, since no mask makes their weights.
     """
     check_type("model", model, PreTrainedModel)
     check_type("plan", plan, Plan)
@@ -53,16 +65,50 @@ def masked(model: PreTrainedModel, plan: Plan, *, checkpoint: str | Path | None 
         layout = find_layout(source)
         check_routers(plan.provenance, routers_of(source, layout), "plan")
         plan = replace(plan, provenance={k: v for k, v in plan.provenance.items() if k != "fingerprint"})
-    check_plan(plan, layout, source)
-    with plan_applied(loader, layout, plan):
+    check_plan(plan, layout, source, replaced=True)
+    constants = None
+    if plan.replace is not None:
+        vectors = _vectors(plan.replace, statistics, source, layout, known=checkpoint is not None)
+        constants = live_constants(plan, source, layout, vectors)
+    with constants_applied(loader, layout, constants) if constants else plan_applied(loader, layout, plan):
         yield
 
 
 @contextmanager
 def plan_applied(loader: Loader, layout: Layout, plan: Plan) -> Iterator[None]:
-    """The same with a plan that is known to fit."""
+    """The same with a plan that is known to fit, and that drops experts."""
     with masking.masked(loader, layout, dropped_experts(layout, plan), kept_channels(plan)):
         yield
+
+
+@contextmanager
+def constants_applied(loader: Loader, layout: Layout, constants: Live) -> Iterator[None]:
+    """The same with what experts return that a plan replaces."""
+    places, (_, layers) = loader.moe_places(layout), loader.decoder_layers()
+    with ExitStack() as stack:
+        for key, layer in layout.layers.items():
+            stack.enter_context(substituted_layer(layers[places[key]], key, layer.num_experts, constants(key)))
+        yield
+
+
+def _vectors(
+    asked: Replacement,
+    statistics: Statistics | str | Path | None,
+    source: Checkpoint,
+    layout: Layout,
+    *,
+    known: bool,
+) -> Measured | None:
+    """The constants that a plan asks for; None of zeros. `known`: the checkpoint's fingerprint can be taken."""
+    if asked.tier is None:
+        return None
+    if statistics is None:
+        raise InputError("--statistics: the plan replaces experts by constants: give the file they are made of")
+    read = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
+    if known:
+        return measured(read, asked, source, layout)
+    check_routers(read.header, routers_of(source, layout), "--statistics")
+    return measured(read, asked)
 
 
 def check_no_refit(plan: Plan, source: str = "plan") -> None:

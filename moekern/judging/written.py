@@ -20,14 +20,16 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data, config_number
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, check_type, first_line, is_out_of_memory, out_of_memory, raised_here
+from moekern.evaluation.evaluate import with_constants
 from moekern.evaluation.losses import ORIGINAL
 from moekern.files import sized
 from moekern.judging.decoding import Decoding
 from moekern.judging.figures import Continuation, Written
-from moekern.judging.live import check_no_refit, check_steering, plan_applied, steering_applied
+from moekern.judging.live import check_no_refit, check_steering, constants_applied, plan_applied, steering_applied
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
+from moekern.plan.constants import Live
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Experts
@@ -54,6 +56,7 @@ def continuations(
     *,
     new_tokens: int = 256,
     seed: int = 0,
+    statistics: str | Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> dict[str, Written]:
@@ -66,6 +69,10 @@ def continuations(
     """
     check_type("prompts", prompts, TokenData)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    plans = {name: variant for name, variant in variants.items() if isinstance(variant, Plan)}
+    checkpoint, constants, _ = with_constants(checkpoint, plans, statistics)
+    if ORIGINAL in constants and variants:
+        raise InputError(f"{checkpoint.folder}: its dropped experts are constants: it is continued alone, not steered")
     check_data(prompts, checkpoint)
     layout = find_layout(checkpoint)
     check_variants(checkpoint, variants)
@@ -83,7 +90,7 @@ def continuations(
         layerwise = _all_in_memory(opened, what)
         for decoding in decodings:
             rows: dict[str, list[Continuation]] = {}
-            for name, applied in _applied(layerwise, variants):
+            for name, applied in _applied(layerwise, variants, constants):
                 rows[name] = []
                 writer = Writer(layerwise, decoding, ends, new_tokens, name)
                 with applied():
@@ -106,7 +113,7 @@ def check_variants(checkpoint: Checkpoint, variants: Mapping[str, Plan | Steerin
     for name, variant in variants.items():
         if isinstance(variant, Plan):
             check_no_refit(variant, name)
-            check_plan(variant, layout, checkpoint, name)
+            check_plan(variant, layout, checkpoint, name, replaced=True)
         else:
             check_steering(layout, variant.experts, variant.strength, name)
 
@@ -159,11 +166,16 @@ def _all_in_memory(opened: LayerwiseModel, what: str) -> LayerwiseModel:
     return layerwise
 
 
-def _applied(layerwise: LayerwiseModel, variants: Mapping[str, Plan | Steering]) -> Iterator[tuple[str, Applied]]:
-    """The original first."""
-    yield ORIGINAL, nullcontext
-    for name, variant in variants.items():
-        if isinstance(variant, Plan):
+def _applied(
+    layerwise: LayerwiseModel, variants: Mapping[str, Plan | Steering], constants: Mapping[str, Live]
+) -> Iterator[tuple[str, Applied]]:
+    """The original first. constants: of it, or of a plan, by name: what experts return that are constants."""
+    for name, variant in {ORIGINAL: None, **variants}.items():
+        if name in constants:
+            yield name, partial(constants_applied, layerwise.loader, layerwise.layout, constants[name])
+        elif variant is None:
+            yield name, nullcontext
+        elif isinstance(variant, Plan):
             yield name, partial(plan_applied, layerwise.loader, layerwise.layout, variant)
         else:
             args = layerwise.loader, layerwise.layout, variant.experts, variant.strength

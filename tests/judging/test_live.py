@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,13 +15,19 @@ import torch
 import moekern
 from moekern.architectures import find_layout
 from moekern.architectures.twins import router_numbers
+from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
+from moekern.judging.decoding import decoding_of
 from moekern.judging.in_memory import checkpoint_of
 from moekern.judging.live import masked, steered
+from moekern.judging.written import continuations
+from moekern.model.compute import Compute
 from moekern.model.transformers_api import loader_of
 from moekern.plan.contrast import Contrast
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.replacement import Replacement
 from tests.helpers import families
 from tests.helpers.in_flight import REFUSED, Half
 from tests.helpers.narrow import narrow_plan, random_channels, save_narrow
@@ -69,6 +76,38 @@ def test_channels_too(family_checkpoint: MakeCheckpoint, whole_model: WholeModel
     ids = families.input_ids("qwen3_moe")
     with masked(model, plan):  # parameters require gradients, and no_grad is not on
         torch.testing.assert_close(families.forward(model, ids), families.forward(narrow, ids), rtol=0, atol=TOLERANCE)
+
+
+def test_experts_that_become_constants(
+    family_checkpoint: MakeCheckpoint, whole_model: WholeModel, half: Callable[[str], Half], tmp_path: Path
+) -> None:
+    """Zeros are experts without a down matrix; means are of statistics."""
+    model, plan, ids = whole_model("qwen3_moe"), half("qwen3_moe").plan, families.input_ids("qwen3_moe")
+    before, silent = families.forward(model, ids), copy.deepcopy(model)
+    for i, layer in enumerate(silent.model.layers):
+        dropped = [e for e in range(8) if e not in plan.layers[str(i)].keep]
+        layer.mlp.experts.down_proj.data[dropped] = 0
+    with masked(model, replace(plan, replace=Replacement("zero"))):
+        zeros = families.forward(model, ids)
+    torch.testing.assert_close(zeros, families.forward(silent, ids), rtol=0, atol=TOLERANCE)
+    source, sums = family_checkpoint("qwen3_moe"), tmp_path / "s.safetensors"
+    calibrate(source, TokenData((Batch("a", ids),), {}), tiers=["dimensions"], out=sums)
+    means = replace(plan, replace=Replacement("mean"))
+    with masked(model, means, statistics=sums):
+        found = families.forward(model, ids)
+    with masked(model, means, statistics=sums, checkpoint=source):
+        assert torch.equal(families.forward(model, ids), found)
+    assert not torch.equal(found, zeros)
+    assert torch.equal(families.forward(model, ids), before)
+    with pytest.raises(InputError, match="--statistics: the plan replaces experts"), masked(model, means):
+        pass
+    (written,) = continuations(
+        source, TokenData((Batch("a", ids[:, :6]),), {}), {"means": means}, [decoding_of("greedy")],
+        Compute("cpu", "float32"), new_tokens=1, statistics=sums,
+    ).values()  # fmt: skip
+    with masked(model, means, statistics=sums):
+        want = families.forward(model, ids[:, :6])[:, -1].argmax(-1).tolist()
+    assert [list(row.ids) or [2] for row in written["means"]] == [[token] for token in want]  # 2 is the end
 
 
 def test_a_plan_that_does_not_fit_is_refused_and_names_the_layer(
