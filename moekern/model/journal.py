@@ -68,7 +68,7 @@ class Journal:
             for name in self.position.files:
                 if name.startswith("lasting"):
                     self.lasting[name] = self.saved.names(self.folder / name)
-        self.off = False
+        self.off = False  # states cannot be written down; where none are needed, positions still are
         self.ended, self.cost = time.monotonic(), 0.0
 
     def stage(self, name: str) -> Stage:
@@ -125,6 +125,9 @@ class Journal:
             raise InputError(f"{files.sized(nbytes)} are needed and {files.sized(free)} free")
 
     def _give_up(self, why: str) -> None:
+        """States are not written down any more, and that is told once."""
+        if self.off:
+            return
         self.off = True
         then = "begins anew" if self.position is None else f"goes on {self.position.described}"
         self.tell(f"{self.folder}: it is not written down how far this run is ({why}); if it is stopped, it {then}")
