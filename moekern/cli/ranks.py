@@ -19,6 +19,7 @@ TOGETHER = (
     "calibrate",
     "evaluate",
     "iterate",
+    "lottery",
     "recover",
     "refit",
     "run",
