@@ -18,7 +18,6 @@ from moekern.plan.choose import choose_top
 from moekern.plan.compare import check_fits
 from moekern.plan.document import Plan
 from moekern.report.diagnostics import coverage_of, domains_of, preferences, router_of
-from moekern.report.losses import told, warnings_of
 from moekern.report.orders import Order, Values, orders, scored, wanted
 from moekern.report.recipe import commands_of, model_of, plan_rows, runs_of
 from moekern.report.shares import (
@@ -76,12 +75,15 @@ def report_of(
     # a criterion counts where it has something to say of every layer
     scores = {name: values for name, values in found.scores.items() if len(values) == len(keys)}
     shown = orders(statistics, plans, scores)
-    evaluation = None if losses is None else told(losses, names or {})
+    evaluation, doubted = None, list[str]()
+    if losses is not None:  # whose module brings what runs models
+        from moekern.report.losses import told, warnings_of
+
+        evaluation = told(losses, names or {})
+        doubted = warnings_of(evaluation, list(plans))
     stable, doubts = stability(statistics, shown)
     covered = coverage(statistics)
-    lines = [too_thin(covered), *doubts, *(line for o in shown for line in _remarks(o, statistics))]
-    if evaluation is not None:
-        lines += warnings_of(evaluation, list(plans))
+    lines = [too_thin(covered), *doubts, *(line for o in shown for line in _remarks(o, statistics)), *doubted]
     return {
         "model": model_of(statistics, overview, plans),
         "runs": runs_of(statistics),
