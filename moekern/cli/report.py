@@ -65,7 +65,7 @@ def report(
     if out is not None:
         from moekern.report.page import page_of
 
-        page = page_of(found, f"Expert pruning of {found['model']['name'] or found['model']['family']}").encode()
+        page = page_of(found).encode()
         make_parents(out)
         write_bytes(out, page, new=True)
         say(f"{out}: {sized(len(page))}")
@@ -155,4 +155,6 @@ def _strips(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, layers in found["stability"].items():
         if layers:
             rows[f"{name}: halves keep alike"] = [layer["kept"] for layer in layers]
-    return [(name, strip(row), number(max((v for v in row if v is not None), default=None))) for name, row in rows.items()]
+    return [
+        (name, strip(row), number(max((v for v in row if v is not None), default=None))) for name, row in rows.items()
+    ]

@@ -140,8 +140,8 @@ def _together(sums: LayerStatistics, whole: bool) -> dict[str, Any]:
 
 
 def _known(row: Tensor) -> list[float | None]:
-    """JSON knows no NaN: None."""
-    return [None if value != value else max(value, -1e9) for value in row.tolist()]
+    """Numbers of four decimals, since there are many; None for NaN, which JSON lacks, and -1e9 for -infinity."""
+    return [None if value != value else round(max(value, -1e9), 4) for value in row.tolist()]
 
 
 def _curve(each: Order, keys: Sequence[str], found: _Found) -> dict[str, Any]:

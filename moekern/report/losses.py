@@ -72,7 +72,10 @@ def told(document: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
         }
         for name, row in table.items()
     ]  # fmt: skip
-    pairs = [{**pair, **{end: names.get(pair[end], pair[end]) for end in ("plan", "than")}} for pair in document.get("differences", [])]  # noqa: E501
+    pairs = [
+        {**pair, **{end: names.get(pair[end], pair[end]) for end in ("plan", "than")}}
+        for pair in document.get("differences", [])
+    ]
     return {
         "domains": list(first),
         "tokens": sum(loss.tokens for loss in first.values()),

@@ -22,8 +22,11 @@ STEP = 16  # of a factor of two, in what is held as bytes
 UNKNOWN, NEVER = -128, -127  # in the place of such a byte
 
 
-def page_of(found: Mapping[str, Any], title: str) -> str:
+def page_of(found: Mapping[str, Any]) -> str:
     """HTML of what `report_of` gives. Whatever files say in it is escaped."""
+    model = found["model"]
+    name = model["name"] or model["family"]
+    title = f"Expert pruning of {Path(name).name if Path(name).is_absolute() else name}"
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -89,15 +92,22 @@ def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
         "stability_rows": {
             name: [(layer["key"], number(row["kept"]), number(row["rank"]), percent(row["differ"]),
                     percent(row["undecided"])) for layer, row in zip(layers, rows, strict=True)]
-            for name, rows in found["stability"].items() if rows
+            for name, rows in found["stability"].items() if rows and _some_known(rows)
         },
         "router_rows": [_router_row(layer["key"], layer["router"]) for layer in layers],
         **_domain_table(layers),
     }  # fmt: skip
 
 
+def _some_known(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(value is not None for row in rows for value in row.values())
+
+
 def _also(row: Mapping[str, Any]) -> str:
-    said = [f"{row['width']} channels" if row["width"] else "", f"constants: {row['replace']}" if row["replace"] else ""]
+    said = [
+        f"{row['width']} channels" if row["width"] else "",
+        f"constants: {row['replace']}" if row["replace"] else "",
+    ]
     said += ["merged" if row["merged"] else "", "refitted" if row["refitted"] else ""]
     return ", ".join(filter(None, said))
 
@@ -108,7 +118,10 @@ def _layer_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _router_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    z = ("-" if each is None else f"{each['z']:+.2f} (expert {each['expert']})" for each in (row["load_z"], row["norm_z"]))
+    z = (
+        "-" if each is None else f"{each['z']:+.2f} (expert {each['expert']})"
+        for each in (row["load_z"], row["norm_z"])
+    )
     load = (number(row[name]) for name in ("dead", "max_over_mean", "gini"))
     return key, percent(row["entropy"]), number(row["margin"]), *load, *z
 

@@ -14,7 +14,9 @@ from moekern.statistics.file import Statistics
 SHARE = 0.5  # where no plan says how many stay
 
 
-def stability(statistics: Statistics, shown: Sequence[Order]) -> tuple[dict[str, list[dict[str, Any]] | None], list[str]]:
+def stability(
+    statistics: Statistics, shown: Sequence[Order]
+) -> tuple[dict[str, list[dict[str, Any]] | None], list[str]]:
     """Order -> its layers in their order, None where halves know nothing of its criterion; and what is to be doubted.
 
     What several orders share, a criterion and counts, is looked at once."""

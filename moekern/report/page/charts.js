@@ -31,9 +31,11 @@ function make(parent, name, attributes = {}, text) {
 }
 
 function svg(host, height, label) {
+  const focused = host.contains(document.activeElement);
   host.replaceChildren();
   const width = Math.max(280, host.clientWidth);
   const chart = make(host, "svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, tabindex: 0 });
+  if (focused) chart.focus({ preventScroll: true });
   return { chart, width };
 }
 
@@ -79,7 +81,7 @@ function legend(host, rows) {
 // Shares removed of saliency and of tokens against the share of experts removed.
 function curves() {
   const host = $("curve"), height = 340, left = 46, bottom = 40, { chart, width } = svg(host, height, "cut curves; the table below holds the numbers");
-  const X = v => left + v * (width - left - 14), Y = v => height - bottom - v * (height - bottom - 12);
+  const X = v => left + v * (width - left - 26), Y = v => height - bottom - v * (height - bottom - 12);
   for (const v of [0, .25, .5, .75, 1]) {
     make(chart, "line", { class: "grid", x1: X(0), x2: X(1), y1: Y(v), y2: Y(v) });
     make(chart, "line", { class: "grid", x1: X(v), x2: X(v), y1: Y(0), y2: Y(1) });
@@ -100,7 +102,7 @@ function curves() {
   });
   legend($("curve-legend"), rows);
   const n = D.curves[0].saliency.length;
-  explore(chart, x => clamp(Math.round((x - left) / (width - left - 14) * (n - 1)), 0, n - 1),
+  explore(chart, x => clamp(Math.round((x - left) / (width - left - 26) * (n - 1)), 0, n - 1),
     j => `${percent(j / (n - 1))} of the experts removed\n` + D.curves.map(c => `${c.name}: saliency ${percent(c.saliency[j])}, traffic ${percent(c.tokens[j])}`).join("\n"), along(n));
 }
 
@@ -112,7 +114,7 @@ function intervals(host, label, rows, form) {
   make(chart, "line", { class: "axis", x1: X(0), x2: X(0), y1: 0, y2: rows.length * row });
   rows.forEach((r, i) => {
     const y = i * row + 26;
-    make(chart, "text", { class: "label", x: 8, y: y - 11 }, r.name);
+    make(chart, "text", { class: "label", x: 13, y: y - 11 }, r.name);
     if (r.low !== null && r.high !== null) make(chart, "line", { class: "bar", x1: X(r.low), x2: X(r.high), y1: y, y2: y });
     make(chart, "circle", { class: r.open ? "dot open" : "dot", cx: X(r.mean), cy: y, r: 4 });
   });
@@ -136,11 +138,11 @@ function evaluation() {
 // A row of bars for each number, a bar a layer.
 function strips(host, label, rows) {
   const n = keys.length, row = 58, { chart, width } = svg(host, rows.length * row + 18, label), left = 4;
-  const step = (width - left - 4) / n;
+  const step = Math.min(48, (width - left - 4) / n), end = left + n * step;
   rows.forEach((r, i) => {
     const known = r.values.filter(v => v !== null), high = r.top ?? Math.max(1e-12, ...known), base = i * row + 52;
     make(chart, "text", { class: "label", x: left, y: i * row + 12 }, `${r.label} (to ${r.form(high)})`);
-    make(chart, "line", { class: "axis", x1: left, x2: width - 4, y1: base, y2: base });
+    make(chart, "line", { class: "axis", x1: left, x2: end, y1: base, y2: base });
     r.values.forEach((v, j) => {
       if (v === null) return;
       const h = 34 * clamp(v / high, 0, 1);
@@ -148,7 +150,7 @@ function strips(host, label, rows) {
     });
   });
   for (const j of new Set([0, n - 1])) make(chart, "text", { class: "tick", x: left + (j + (j ? 1 : 0)) * step, y: rows.length * row + 12, "text-anchor": j ? "end" : "start" }, "layer " + keys[j]);
-  explore(chart, x => clamp(Math.floor((x - left) / step), 0, n - 1), j => `layer ${keys[j]}\n` + rows.map(r => `${r.label}: ${r.form(r.values[j])}`).join("\n"), along(n), chooseLayer);
+  explore(chart, x => clamp(Math.floor((x - left) / step), 0, n - 1), j => `layer ${keys[j]}\n` + rows.map(r => `${r.label}: ${r.form(r.values[j])}`).join("\n"), (place, dx) => place === null ? state.layer : clamp(place + dx, 0, n - 1), chooseLayer);
 }
 function layerStrips() {
   const rows = D.by_plan[state.plan];
@@ -237,7 +239,7 @@ function heat() {
   grid("heat", Math.max(...sizes), keys.length, r => keys[r], (r, e) => {
     if (e >= sizes[r]) return null;
     const c = colour(SEQUENCE, scaled[starts[r] + e]), gone = dim && !isKept(state.plan, r, e);
-    const grey = Math.round(.3 * c[0] + .59 * c[1] + .11 * c[2]);
+    const grey = Math.round(110 + .35 * (.3 * c[0] + .59 * c[1] + .11 * c[2]));
     return { colour: gone ? [grey, grey, grey] : c, crossed: gone };
   }, ([r, e]) => e >= sizes[r] ? `layer ${keys[r]} has ${sizes[r]} experts` : [`layer ${keys[r]}, expert ${e}`, `${state.value}: ${fmt(all[starts[r] + e])}`, keptText(r, e)].filter(Boolean).join("\n"),
   ([r]) => chooseLayer(r), `${state.value}, a row a layer, a column an expert; arrow keys read it, Enter chooses the layer`);
