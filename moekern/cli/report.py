@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,10 +59,10 @@ def report(
 
         losses = read_losses(evaluation)
     measured, given = Statistics.load(statistics), named_plans("report", plans or ())
-    names = short_names([*given, *(losses["losses"] if losses else ())])
+    names, judged = short_names(given), short_names(losses["losses"] if losses else ())
     seen = None if checkpoint is None else _overview(checkpoint, revision, measured)
     named = {names[path]: plan for path, plan in given.items()}
-    found = report_of(measured, named, losses, seen, names)
+    found = report_of(measured, named, losses, seen, judged)
     if out is not None:
         from moekern.report.page import page_of
 
@@ -72,13 +73,11 @@ def report(
     result(found, lambda: show_report(found) if text else None)
 
 
-def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The stem of each path, or the whole of it where two would share one. Paths that are the same file by name count
-    as one."""
-    stems: dict[str, set[str]] = {}
-    for path in paths:
-        stems.setdefault(Path(path).stem, set()).add(path)
-    return {path: stem if len(same) == 1 else path for stem, same in stems.items() for path in same}
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """The stem of each path, or the whole of it where two share one."""
+    known = list(paths)
+    count = Counter(Path(path).stem for path in known)
+    return {path: Path(path).stem if count[Path(path).stem] == 1 else path for path in known}
 
 
 def _overview(name: str, revision: str | None, statistics: Statistics) -> Overview:

@@ -243,8 +243,8 @@ def _overlap(statistics: Statistics, shown: Sequence[Order], scores: Mapping[str
             break
     jaccard = {name: {name: 1.0} for name in sets}
     for a, b in combinations(sets, 2):
-        each = [len(left & sets[b][key]) / len(left | sets[b][key]) for key, left in sets[a].items()]
-        jaccard[a][b] = jaccard[b][a] = sum(each) / len(each)
+        alike = [len(left & sets[b][key]) / len(left | sets[b][key]) for key, left in sets[a].items()]
+        jaccard[a][b] = jaccard[b][a] = sum(alike) / len(alike)
     return {"names": list(sets), "jaccard": [[jaccard[a][b] for b in sets] for a in sets]}
 
 

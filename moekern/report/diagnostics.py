@@ -69,13 +69,13 @@ def domains_of(parts: Mapping[str, LayerStatistics]) -> dict[str, Any] | None:
     whole = table.sum(0)
     share, owner = (table / whole.clamp(min=1e-300)).max(0)
     owner[whole == 0] = -1
+    e = int(share.argmax())
     return {
         "owned": int(((share >= OWNED) & (whole > 0)).sum()),
-        "most": None if not (whole > 0).any() else {"expert": (e := int(share.argmax())), "domain": names[int(owner[e])],
-                                                    "share": float(share[e])},
+        "most": {"expert": e, "domain": names[int(owner[e])], "share": float(share[e])},
         "served": {name: float(table[d][owner == d].sum()) for d, name in enumerate(names)},
         "experts": {name: int((owner == d).sum()) for d, name in enumerate(names)},
-    }  # fmt: skip
+    }
 
 
 def preferences(parts: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:

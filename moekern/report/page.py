@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moekern.version import __version__
 PARTS = Path(__file__).parent / "page"
 VALUES = 800_000  # bytes of the values that the map shows; those of plans come first
 STEP = 16  # of a factor of two, in what is held as bytes
+COLUMNS = 16  # domains of a table of layers
 UNKNOWN, NEVER = -128, -127  # in the place of such a byte
 
 
@@ -128,7 +129,8 @@ def _router_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _domain_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Degradation and underfitting by layer, where there are domains to compare."""
-    names = list(dict.fromkeys(name for layer in layers if layer["domains"] for name in layer["domains"]["served"]))
+    found = (name for layer in layers if layer["domains"] for name in layer["domains"]["served"])
+    names = list(dict.fromkeys(found))[:COLUMNS]
     rows = []
     for layer in layers if names else ():
         found = layer["domains"] or {"owned": None, "most": None, "served": {}}
@@ -143,7 +145,7 @@ def _packed(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the script shows: numbers of five digits, and long rows of them as base64."""
     keys, experts = [layer["key"] for layer in found["layers"]], sum(layer["experts"] for layer in found["layers"])
     values, most = found["values"], max(2, VALUES * 3 // (4 * 4 * max(1, experts)))
-    held = {name: _base64(np.array([v for key in keys for v in values[name][key]], "<f4")) for name in [*values][:most]}
+    held = {name: _base64(_floats(v for key in keys for v in values[name][key])) for name in [*values][:most]}
     small = ("by_plan", "stability", "shown")
     evaluation = found["evaluation"]
     return _rounded({
@@ -164,6 +166,12 @@ def _bits(keep: Mapping[str, Sequence[int]], layers: Sequence[Mapping[str, Any]]
     """A bit an expert, of all layers one after another, the lowest bit of a byte first."""
     rows = [np.isin(np.arange(layer["experts"]), keep[layer["key"]]) for layer in layers]
     return _base64(np.packbits(np.concatenate(rows), bitorder="little"))
+
+
+def _floats(values: Iterable[float]) -> np.ndarray:
+    """float32, little end first; what is too large for it is the largest it has."""
+    most = float(np.finfo(np.float32).max)
+    return np.array(list(values), np.float64).clip(-most, most).astype("<f4")
 
 
 def _bytes(row: Sequence[float | None]) -> np.ndarray:

@@ -117,7 +117,15 @@ def commands_of(statistics: Statistics, plans: Mapping[str, Plan], evaluated: bo
     for row in plan_rows(plans):
         if row["criterion"] == "not named":
             continue
-        made = ["moekern", "plan", "s.safetensors", "--criterion", row["criterion"], "--keep", row["keep"]]
+        made = [
+            "moekern",
+            "plan",
+            "s.safetensors",
+            "--criterion",
+            row["criterion"],
+            "--keep",
+            row["keep"] or str(row["kept"][0]),
+        ]
         made += [] if row["budget"] == "uniform" else ["--budget", row["budget"]]
         made += ["--allow-nonuniform"] if len(row["kept"]) > 1 and row["replace"] is None else []
         made += [] if row["replace"] is None else ["--replace", str(row["replace"])]

@@ -13,8 +13,9 @@ SPIKES = 0.75  # quantile of a layer's largest outputs beyond which an expert sp
 
 
 def saliency(scores: Tensor, count: Tensor) -> tuple[Tensor, bool]:
-    """Scores [E] as masses [E] that are not negative; an expert without tokens has none. Where an expert with tokens
-    scores below 0 the masses count from the lowest such score: then True."""
+    """Scores [E] as masses [E] in units of the largest of them; an expert without tokens has none. Where an expert with
+    tokens scores below 0 the masses count from the lowest such score: then True."""
+    scores = scores / (float(scores.abs().max()) or 1.0)
     used = count > 0 if count.any() else torch.ones_like(count, dtype=torch.bool)
     lowest = float(scores[used].min())
     mass = torch.where(used, scores - min(lowest, 0.0), 0.0)

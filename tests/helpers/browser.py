@@ -20,7 +20,10 @@ function point(id, x, y) {
   element.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + x, clientY: box.top + y }));
   return told();
 }
-function press(id, key) { document.querySelector(id).dispatchEvent(new KeyboardEvent("keydown", { key })); return told(); }
+function press(id, key) {
+  document.querySelector(id).dispatchEvent(new KeyboardEvent("keydown", { key }));
+  return told();
+}
 function choose(id, value) {
   const select = document.getElementById(id);
   select.value = value;
