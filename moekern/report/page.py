@@ -129,8 +129,8 @@ def _router_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _domain_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Degradation and underfitting by layer, where there are domains to compare."""
-    found = (name for layer in layers if layer["domains"] for name in layer["domains"]["served"])
-    names = list(dict.fromkeys(found))[:COLUMNS]
+    told_of = (name for layer in layers if layer["domains"] for name in layer["domains"]["served"])
+    names = list(dict.fromkeys(told_of))[:COLUMNS]
     rows = []
     for layer in layers if names else ():
         found = layer["domains"] or {"owned": None, "most": None, "served": {}}
