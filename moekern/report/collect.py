@@ -141,7 +141,7 @@ def _together(sums: LayerStatistics, whole: bool) -> dict[str, Any]:
 
 def _known(row: Tensor) -> list[float | None]:
     """Numbers of four decimals, since there are many; None for NaN, which JSON lacks, and -1e9 for -infinity."""
-    return [None if value != value else round(max(value, -1e9), 4) for value in row.tolist()]
+    return [None if value != value else value for value in row.clamp(min=-1e9).round(decimals=4).tolist()]
 
 
 def _curve(each: Order, keys: Sequence[str], found: _Found) -> dict[str, Any]:

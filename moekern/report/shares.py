@@ -92,8 +92,10 @@ def strongest(together: Tensor, tokens: int, most: int) -> list[tuple[int, int, 
     found = lift(together, tokens)
     worth = torch.nan_to_num(together.double() * found.log(), nan=0.0, neginf=0.0).triu(1).flatten()
     E = len(together)
-    chosen = worth.sort(descending=True, stable=True).indices[: min(most, E * (E - 1) // 2)].tolist()
-    cells = [(place // E, place % E) for place in chosen if worth[place] > 0]
+    least = max(float(worth.topk(min(most, len(worth))).values[-1]), 0.0)
+    places = ((worth >= least) & (worth > 0)).nonzero().flatten().tolist()
+    chosen = sorted(places, key=lambda place: (-float(worth[place]), place))[:most]
+    cells = [(place // E, place % E) for place in chosen]
     return [(i, j, int(together[i, j]), float(found[i, j])) for i, j in cells]
 
 
