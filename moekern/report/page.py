@@ -151,7 +151,7 @@ def _packed(found: Mapping[str, Any]) -> dict[str, Any]:
     return _rounded({
         **{name: found[name] for name in small},
         "names": list(found["kept"]),
-        "layers": [{name: layer[name] for name in ("key", "experts", "thin", "median", "router")}
+        "layers": [{name: layer[name] for name in ("key", "experts", "thin", "median", "router", "domains")}
                    for layer in found["layers"]],
         "curves": found["curves"],
         "evaluation": evaluation and {name: evaluation[name] for name in ("original", "rows", "pairs")},

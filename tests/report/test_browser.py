@@ -39,3 +39,14 @@ def test_the_page_works_in_a_browser(width: int, dark: bool, tmp_path: Path) -> 
     assert seen["before"] != seen["after"]
     assert "tokens:" not in seen["other"]
     assert (seen["dark"] == "rgb(20, 23, 28)") == dark
+
+
+def test_a_page_without_plans_and_with_one_domain(tmp_path: Path) -> None:
+    statistics = model_statistics(domains=("code",))
+    page = tmp_path / "report.html"
+    page.write_text(page_of(report_of(statistics, {})))
+    seen, console = probed(page, width=390)
+    assert (console, seen["wrong"]) == ([], [])
+    assert "share of slots" not in seen["domains"]
+    assert seen["cell"].startswith("layer 0, expert 0")
+    assert seen["layer"] == "layer 2"

@@ -9,6 +9,8 @@ const sizes = D.layers.map(l => l.experts);
 const starts = sizes.reduce((s, n) => [...s, s[s.length - 1] + n], [0]);
 const state = { plan: D.names[0] || "", layer: 0, value: "tokens", scale: "log", dim: D.names.length > 0 };
 
+let printing = false; // on white paper, whatever the screen is
+
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const values = {};
 const valuesOf = name => values[name] ||= D.values[name] && new Float32Array(bytes(D.values[name]).buffer);
@@ -179,6 +181,11 @@ function layerStrips() {
     { label: "largest |z| of load", values: D.layers.map(l => l.router.load_z && Math.abs(l.router.load_z.z)), form: fmt },
     { label: "largest |z| of output norm", values: D.layers.map(l => l.router.norm_z && Math.abs(l.router.norm_z.z)), form: fmt },
   ]);
+  const told = D.layers.map(l => l.domains), found = told.find(d => d);
+  if (found) strips($("domain-strips"), "domains and experts of each layer", [
+    { label: "degradation: experts of one domain", values: told.map((d, i) => d && d.owned / sizes[i]), form: percent },
+    ...Object.keys(found.served).slice(0, 8).map(name => ({ label: `underfitting: mass of ${name} on its own experts`, values: told.map(d => d && name in d.served ? d.served[name] : null), form: percent, top: 1 })),
+  ]);
 }
 
 // Colours: a sequence from dark to light, and two sides of a middle.
@@ -199,7 +206,7 @@ function grid(id, columns, rows, rowNames, cell, say, pick, label) {
   canvas.setAttribute("aria-label", label);
   draw.scale(ratio, ratio);
   draw.font = "11px system-ui, sans-serif";
-  const ink = getComputedStyle(document.body).color, every = Math.ceil(14 / h);
+  const ink = printing ? "#1c1f24" : getComputedStyle(document.body).color, every = Math.ceil(14 / h);
   draw.textAlign = "right"; draw.textBaseline = "middle"; draw.fillStyle = ink;
   for (let r = 0; r < rows; r += every) draw.fillText(String(rowNames(r)).slice(0, 9), gutter - 5, h * (r + .5));
   draw.textAlign = "center";
@@ -319,6 +326,6 @@ function all() { evaluation(); curves(); heat(); layerStrips(); ofLayer(); }
 let width = window.innerWidth;
 window.onresize = () => { if (window.innerWidth !== width) { width = window.innerWidth; all(); } };
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
-window.addEventListener("beforeprint", () => { for (const d of document.querySelectorAll("details")) d.open = d.dataset.print === "open" || d.open; });
+for (const [event, value] of [["beforeprint", true], ["afterprint", false]]) window.addEventListener(event, () => { printing = value; heat(); ofLayer(); });
 document.documentElement.classList.add("live");
 all();
