@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all lint bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all test-report lint bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -16,6 +16,10 @@ test: $(VENV)/.ready
 # As test, with what is marked `whole`: every combination of parameters, every family, dear tests.
 test-all: PYTEST_FLAGS = --whole
 test-all: test
+
+# The page of `report` in headless Chromium, where there is one (Debian, Ubuntu: apt-get install chromium).
+test-report: $(VENV)/.ready
+	$(BIN)/python -m pytest -q --whole tests/report tests/cli/test_report.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check moekern tests bench setup.py

@@ -35,6 +35,7 @@ from moekern.cli.plan import plan
 from moekern.cli.prune import prune
 from moekern.cli.recover import recover
 from moekern.cli.refit import refit
+from moekern.cli.report import report
 from moekern.cli.run import run
 from moekern.cli.score import score
 from moekern.cli.verify import verify
@@ -168,6 +169,10 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (optimise, "moekern optimise MODEL plan.json --data prose=book.txt --out optimised.json"),
     (compare, "moekern compare gated_norm.json reap.json --statistics s.safetensors"),
     (evaluate, "moekern evaluate MODEL --data prose=held-out.txt plan-a.json plan-b.json"),
+    (
+        report,
+        "moekern report s.safetensors plans/*.json --evaluation losses.json --checkpoint MODEL --out report.html",
+    ),
     (check, "moekern check MODEL-pruned --target vllm:tp=4,ep=4"),
     (prune, "moekern prune MODEL plan.json --out MODEL-pruned"),
     (

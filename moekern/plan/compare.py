@@ -67,16 +67,7 @@ def compare(plans: Mapping[str, Plan], statistics: Statistics | None = None) -> 
 
 def dropped(name: str, plan: Plan, statistics: Statistics) -> Dropped:
     """What `plan` drops of what was measured. Raises InputError for another model's plan."""
-    made_for = plan.provenance.get("fingerprint")
-    twin = same_routers(plan.provenance.get("routers"), statistics.header.get("routers"))
-    if made_for is not None and made_for != statistics.header["fingerprint"] and not twin:
-        raise InputError(f"{name}: made for another model than the statistics (fingerprint {str(made_for)[:12]})")
-    for key in statistics.layers:
-        if key not in plan.layers:
-            raise InputError(f"{name}: layer {key} of the statistics is missing")
-        experts = statistics.num_experts(key)
-        if max(plan.layers[key].keep) >= experts:
-            raise InputError(f"{name}: layer {key}: expert {max(plan.layers[key].keep)}, but it has 0 to {experts - 1}")
+    check_fits(name, plan, statistics)
     outputs, gates = {}, []
     for key in statistics.layers:
         sums, keep = statistics.layer(key, tiers=()), plan.layers[key].keep
@@ -89,6 +80,21 @@ def dropped(name: str, plan: Plan, statistics: Statistics) -> Dropped:
         worst=(worst, outputs[worst]),
         domains={domain: _mean(_domain_shares(plan, statistics, domain)) for domain in statistics.domains},
     )
+
+
+def check_fits(name: str, plan: Plan, statistics: Statistics) -> None:
+    """Raise InputError unless `plan` is of the model, or a twin of it, and of the layers and experts that were
+    measured."""
+    made_for = plan.provenance.get("fingerprint")
+    twin = same_routers(plan.provenance.get("routers"), statistics.header.get("routers"))
+    if made_for is not None and made_for != statistics.header["fingerprint"] and not twin:
+        raise InputError(f"{name}: made for another model than the statistics (fingerprint {str(made_for)[:12]})")
+    for key in statistics.layers:
+        if key not in plan.layers:
+            raise InputError(f"{name}: layer {key} of the statistics is missing")
+        experts = statistics.num_experts(key)
+        if max(plan.layers[key].keep) >= experts:
+            raise InputError(f"{name}: layer {key}: expert {max(plan.layers[key].keep)}, but it has 0 to {experts - 1}")
 
 
 def _agreement(first: str, a: Plan, second: str, b: Plan) -> Agreement:

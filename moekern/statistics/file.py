@@ -87,7 +87,9 @@ class Statistics:
 
     def num_experts(self, key: str) -> int:
         """E of a layer, whose numbers are not read."""
-        return next(iter(sizes_of(self.layers)[key].values())).num_experts
+        held = not isinstance(self.layers, (StoredLayers, MadeLayers))
+        parts = self.layers[key] if held else sizes_of(self.layers)[key]
+        return next(iter(parts.values())).num_experts
 
     def layer(
         self, key: str, domains: Sequence[str] | None = None, tiers: Sequence[str] | None = None

@@ -14,6 +14,8 @@ from moekern.cli import console
 from moekern.cli.app import COMMANDS
 from moekern.criteria.table import CRITERIA, DEFAULT
 from moekern.model.compute import Compute
+from moekern.plan.budgets import RELATIVE_TIER
+from moekern.plan.replacement import TIERS as CONSTANTS_OF
 from moekern.statistics.layer import TIERS
 from tests.helpers.commands import document, model_and_ids, moekern
 
@@ -123,9 +125,10 @@ def test_what_needs_no_torch_does_not_import_it(work: Path, tmp_path: Path) -> N
     assert done.stderr.count("moekern: ") == len(WITHOUT_TORCH) - 1
 
 
-def test_the_table_of_criteria_names_every_tier() -> None:
-    """--tier is checked by it before torch is there."""
-    assert {tier for row in CRITERIA.values() for tier in row.tiers} == set(TIERS)
+def test_every_tier_serves_something() -> None:
+    """A criterion, what dropped experts become, or a budget: --tier is checked by these before torch is there."""
+    served = {tier for row in CRITERIA.values() for tier in row.tiers} | {*CONSTANTS_OF.values(), RELATIVE_TIER}
+    assert served - {None} == set(TIERS)
 
 
 def test_criteria_fit_a_terminal_and_are_filtered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,159 @@
+"""The command `report`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moekern.cli.console import say, show
+from moekern.cli.given import check_statistics, headers_of, named_plans, result
+from moekern.cli.options import Json, Revision, check_model
+from moekern.errors import InputError
+from moekern.files import check_new, make_parents, sized, write_bytes
+
+if TYPE_CHECKING:
+    from moekern.estimation.overview import Overview
+    from moekern.statistics.file import Statistics
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def report(
+    statistics: Annotated[Path, typer.Argument(help="A statistics file.")],
+    plans: Annotated[list[Path] | None, typer.Argument(help="Plans of the same model.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What `evaluate --out losses.json` has written of these plans.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The model, of which headers are read: sizes before and after.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the page there: one file of HTML.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Show the essentials here.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """One page that shows a pruning: recipe, losses, cut curves, experts layer by layer, stability; in one file that
+    loads nothing from elsewhere (--out), or in the terminal (--text)."""
+    check_statistics(statistics)
+    if out is None and not text and not as_json:
+        raise InputError("report: nowhere to write; name the page with --out report.html, or add --text or --json")
+    if out is not None:
+        check_new(out)
+        if out.suffix not in (".html", ".htm"):
+            raise InputError(f"--out {out}: a report is HTML; name a file that ends in .html")
+    if checkpoint is not None:
+        check_model(checkpoint)
+    elif revision is not None:
+        raise InputError(f"--revision {revision}: goes with --checkpoint")
+
+    from moekern.report.collect import report_of
+    from moekern.statistics.file import Statistics
+
+    losses = None
+    if evaluation is not None:
+        from moekern.report.losses import read_losses
+
+        losses = read_losses(evaluation)
+    measured, given = Statistics.load(statistics), named_plans("report", plans or ())
+    names, judged = short_names(given), short_names(losses["losses"] if losses else ())
+    seen = None if checkpoint is None else _overview(checkpoint, revision, measured)
+    named = {names[path]: plan for path, plan in given.items()}
+    found = report_of(measured, named, losses, seen, judged)
+    if out is not None:
+        from moekern.report.page import page_of
+
+        page = page_of(found).encode()
+        make_parents(out)
+        write_bytes(out, page, new=True)
+        say(f"{out}: {sized(len(page))}")
+    result(found, lambda: show_report(found) if text else None)
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """The stem of each path, or the whole of it where two share one."""
+    known = list(paths)
+    count = Counter(Path(path).stem for path in known)
+    return {path: Path(path).stem if count[Path(path).stem] == 1 else path for path in known}
+
+
+def _overview(name: str, revision: str | None, statistics: Statistics) -> Overview:
+    """Raises InputError for a checkpoint that the statistics are not of."""
+    from moekern.architectures import find_layout
+    from moekern.architectures.twins import router_numbers, same_routers
+    from moekern.estimation.overview import overview
+
+    checkpoint = headers_of(name, revision)
+    seen, header = overview(checkpoint), statistics.header
+    if seen.fingerprint != header["fingerprint"]:
+        known = header.get("routers")
+        if not known or not same_routers(known, router_numbers(checkpoint, find_layout(checkpoint))):
+            raise InputError(
+                f"--checkpoint {checkpoint.name}: the statistics were measured on another model (fingerprint "
+                f"{header['fingerprint'][:12]}, this checkpoint has {seen.fingerprint[:12]}), and no twin of it"
+            )
+    return seen
+
+
+def strip(values: Sequence[float | None], top: float | None = None) -> str:
+    """A block a number, as high as it is."""
+    high = max([value for value in values if value is not None], default=0.0) if top is None else top
+    return "".join(
+        "?" if v is None else BLOCKS[round(min(1.0, max(0.0, v / high)) * (len(BLOCKS) - 1)) if high else 0]
+        for v in values
+    )
+
+
+def show_report(found: Mapping[str, Any]) -> None:
+    """The essentials, in tables."""
+    from moekern.report.page import figure, number, percent
+
+    model = found["model"]
+    experts = " or ".join(map(str, model["experts"]))
+    show(f"{model['name'] or model['family']}, fingerprint {model['fingerprint'][:12]}", ("what", "value"), [
+        ("family", model["family"]),
+        ("MoE layers, experts, top-k", f"{model['layers']}, {experts}, {model['top_k']}"),
+        *((("size", sized(model["bytes"])),) if model["bytes"] else ()),
+        *((f"after {name}", sized(after)) for name, after in model["after"].items()),
+        *((f"text: {each['name']}", f"{number(each['tokens'])} tokens") for run in found["runs"]
+          for each in run["domains"]),
+    ])  # fmt: skip
+    if evaluation := found["evaluation"]:
+        show("held-out loss, nats a token", ("plan", "loss", "KL to original", "same top-1"), [
+            (row["name"], figure(row["nll"]), figure(row["kl"]), percent(row["top1"]["value"]))
+            for row in evaluation["rows"]
+        ])  # fmt: skip
+    cuts = [curve for curve in found["curves"] if curve["cut"]]
+    if cuts:
+        show("what plans remove, means of layers", ("plan", "criterion", "experts", "saliency", "traffic"), [
+            (c["name"], c["criterion"], *(percent(c["cut"][name]) for name in ("experts", "saliency", "tokens")))
+            for c in cuts
+        ])  # fmt: skip
+    show("saliency removed when so many experts go", ("order", "25 %", "50 %", "75 %", "0 to 100 %"), [
+        (c["name"], *(percent(c["saliency"][len(c["saliency"]) * n // 4]) for n in (1, 2, 3)),
+         strip(c["saliency"][::2], 1.0)) for c in found["curves"]
+    ])  # fmt: skip
+    show("layer by layer, a block a layer", ("what", "layers", "highest"), _strips(found))
+    for line in found["warnings"]:
+        say(f"warning: {line}")
+
+
+def _strips(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    from moekern.report.page import number
+
+    rows: dict[str, list[float | None]] = {}
+    for name, layers in found["by_plan"].items():
+        for what, told in (("saliency", "saliency removed"), ("spiking", "tail risk"), ("absorbed", "absorbed")):
+            rows[f"{name}: {told}"] = [layer[what] for layer in layers]
+    rows["router entropy, of ln E"] = [layer["router"]["entropy"] for layer in found["layers"]]
+    rows["load, Gini"] = [layer["router"]["gini"] for layer in found["layers"]]
+    rows["dead experts"] = [layer["router"]["dead"] for layer in found["layers"]]
+    for name, layers in found["stability"].items():
+        if layers:
+            rows[f"{name}: halves keep alike"] = [layer["kept"] for layer in layers]
+    return [
+        (name, strip(row), number(max((v for v in row if v is not None), default=None))) for name, row in rows.items()
+    ]

@@ -1,0 +1,82 @@
+"""The command `report`: a page, a table, a document; and one line for what does not fit together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moekern.cli.report import short_names, strip
+from moekern.plan.make import make_plan
+from tests.helpers import families
+from tests.helpers.commands import document, moekern
+from tests.helpers.measured import model_statistics
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """s.safetensors, two plans and losses of them, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    statistics = model_statistics()
+    statistics.save("s.safetensors")
+    loss = {"nll": 1.0, "kl": 0.5, "top1": 0.5, "tokens": 9, "sequences": 2}
+    for name in ("reap", "usage"):
+        make_plan(statistics, name, 4).save(f"{name}.json")
+    rows = {name: {"prose": loss} for name in ("original", "/elsewhere/reap.json", "usage.json")}
+    Path("losses.json").write_text(json.dumps({"losses": rows, "differences": []}))
+    return tmp_path
+
+
+def test_a_page_a_table_and_a_document(folder: Path) -> None:
+    given = ("report", "s.safetensors", "reap.json", "usage.json", "--evaluation", "losses.json")
+    done = moekern(*given, "--out", "new/report.html", "--text")
+    assert done.returncode == 0, done.stderr
+    assert Path("new/report.html").read_text().startswith("<!DOCTYPE html>")
+    for part in ("what plans remove", "held-out loss", "saliency removed", "router entropy"):
+        assert part in done.stdout
+    assert "warning: warning" not in done.stderr
+    found = document(*given)
+    assert list(found["kept"]) == ["reap", "usage"]
+    assert [row["name"] for row in found["evaluation"]["rows"]] == ["original", "reap", "usage"]
+    assert not any("none of these plans" in line for line in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["s.safetensors"], "nowhere to write"),
+        (["s.safetensors", "--out", "report.pdf"], "ends in .html"),
+        (["s.safetensors", "--out", "reap.json"], "exists already"),
+        (["none.safetensors", "--text"], "no such statistics file"),
+        (["reap.json", "--text"], "reap.json"),
+        (["s.safetensors", "losses.json", "--text"], "losses.json: expected an object"),
+        (["s.safetensors", "other.json", "--text"], "made for another model"),
+        (["s.safetensors", "reap.json", "reap.json", "--text"], "named twice"),
+        (["s.safetensors", "--evaluation", "reap.json", "--text"], "--evaluation reap.json: no losses of plans"),
+        (["s.safetensors", "--revision", "main", "--text"], "goes with --checkpoint"),
+        (["s.safetensors", "--checkpoint", "model", "--text"], "measured on another model"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(folder: Path, words: list[str], said: str) -> None:
+    plan = make_plan(model_statistics(), "reap", 4)
+    replace(plan, provenance={**plan.provenance, "fingerprint": "0" * 64}).save("other.json")
+    if "model" in words:
+        families.save("qwen3_moe", folder / "model")
+    done = moekern("report", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not Path("report.html").exists()
+
+
+def test_names_are_short_where_they_tell_plans_apart() -> None:
+    assert short_names(["a/x.json", "b/y.json"]) == {"a/x.json": "x", "b/y.json": "y"}
+    assert short_names(["a/x.json", "b/x.json"]) == {"a/x.json": "a/x.json", "b/x.json": "b/x.json"}
+
+
+def test_a_strip_has_a_block_a_number() -> None:
+    assert strip([0, 0.5, 1, None]) == "▁▅█?"
+    assert strip([0, 0]) == "▁▁"
+    assert strip([0.5], 1.0) == "▅"
