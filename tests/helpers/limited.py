@@ -18,7 +18,7 @@ from moekern.architectures import find_layout
 from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.evaluation import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.iteration import Method, iterate
 from moekern.model.budget import _statm
 from moekern.model.compute import Compute

@@ -14,7 +14,7 @@ from moekern.calibration import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.evaluation import evaluate
+from moekern.evaluation.evaluate import evaluate
 from moekern.iteration import Method, iterate
 from moekern.model import expert_groups, layerwise
 from moekern.model.budget import Budget
