@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from moekern.architectures.channels import with_channels
 from moekern.architectures.fit import Fit, Found
 from moekern.architectures.layout import ExpertTensor, MoeLayer
 from moekern.architectures.patterns import Scheme
 from moekern.architectures.table import Family
-from moekern.architectures.widths import with_channels
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError
 
@@ -79,20 +79,19 @@ def finish(checkpoint: Checkpoint, family: Family, layer: Layer, trailing: int) 
         what = f"its router has {rows + trailing} rows, and by config.json {trailing} of them are of no expert"
         raise InputError(f"{checkpoint.folder}: {layer.prefix}: {what}")
     tensors: list[ExpertTensor] = []
-    widths: list[int | None] = []
+    widths: list[tuple[int, int]] = []
     for keys in blocks.values():
         scheme = find_scheme(checkpoint, family, layer.prefix, keys)
         own = indexed(checkpoint, keys, rows, trailing) if scheme.indexed else stacked(checkpoint, keys, rows, scheme)
         projections = {name: place.projection for name, place in keys}
         named = ((tensor, projections[tensor.name]) for tensor in own)
-        experts, width = with_channels(checkpoint, family, scheme, rows, named)
+        experts, width, step = with_channels(checkpoint, family, scheme, rows, named)
         tensors += experts
-        widths.append(width)
+        widths += [] if width is None else [(width, step)]
     for role in ("router", "bias", "table"):
         tensors += steering(checkpoint, layer.of_role(role), rows, trailing)
-    known = {width for width in widths if width is not None}  # JetMoE's attention experts are no MLPs and have none
-    one = known.pop() if len(known) == 1 else None
-    return MoeLayer(layer_key(family, layer), layer.prefix, rows, layer.mtp, tuple(tensors), one)
+    one, step = widths[0] if len(set(widths)) == 1 else (None, 0)  # JetMoE's attention experts are no MLPs: none
+    return MoeLayer(layer_key(family, layer), layer.prefix, rows, layer.mtp, tuple(tensors), one, step=step)
 
 
 def find_scheme(checkpoint: Checkpoint, family: Family, prefix: str, keys: Keys) -> Scheme:

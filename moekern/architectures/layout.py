@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
 from moekern.architectures.config_keys import Path
@@ -58,7 +59,8 @@ class ExpertTensor:
 @dataclass(frozen=True)
 class MoeLayer:
     """One layer with experts. key names it in plans and statistics, prefix in the checkpoint. width: the channels of
-    each expert (the inner size of its MLP), None where the tensors do not say it, as quantised ones."""
+    each expert (the inner size of its MLP), None where the tensors do not say it, as those of some formats. step: what
+    divides the widths that the format of quantised experts can hold; 0: it is plain numbers, or not known."""
 
     key: str
     prefix: str
@@ -67,6 +69,12 @@ class MoeLayer:
     tensors: tuple[ExpertTensor, ...]
     width: int | None = None
     shared: tuple[SharedTensor, ...] = ()  # of the shared expert, where its width follows that of the others
+    step: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether experts are plain matrices of gate, up and down."""
+        return self.width is not None and not self.step
 
     def of_role(self, *roles: str) -> Iterator[ExpertTensor]:
         return (tensor for tensor in self.tensors if tensor.role in roles)
@@ -75,7 +83,7 @@ class MoeLayer:
         """The tensors that a refit computes: the matrices of down, or with `all_parts` all matrices and biases."""
         found = [t for t in self.of_role("expert") if t.projection and (all_parts or t.projection == "down")]
         found = [t for t in found if all_parts or not t.is_bias]
-        return found if self.width is None else [t for t in found if t.channel_axis is not None or t.is_bias]
+        return found if not self.plain else [t for t in found if t.channel_axis is not None or t.is_bias]
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ class Layout:
     width_paths: tuple[Path, ...] = ()  # config keys that hold the width of routed experts
     shared_paths: tuple[Path, ...] = ()  # config keys that hold how many times as wide the shared expert is
     shared_times: int = 0  # what they hold; 0: no shared expert follows the width of the others
+    shared_coded: bool = False  # the shared expert that follows is quantised: it has the numbers that it had
     notes: tuple[str, ...] = ()  # a line each: what the config says and the tensors do not
 
     @property
@@ -107,6 +116,12 @@ class Layout:
         """The channels of each routed expert; None where they are not known, or differ between layers."""
         found = {layer.width for layer in (*self.layers.values(), *self.mtp.values())}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def step(self) -> int:
+        """What divides the widths that formats of quantised experts can hold; 0: no layer's are known to be such."""
+        found = [layer.step for layer in (*self.layers.values(), *self.mtp.values()) if layer.step]
+        return lcm(*found) if found else 0
 
     @property
     def n_group(self) -> int:

@@ -1,108 +1,36 @@
-"""The channels of experts, found from names and shapes, and whether experts can lose some."""
+"""The numbers that hold how wide experts are, and whether experts can lose channels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from moekern.architectures import config_keys as keys
+from moekern.architectures.channels import PLAIN
 from moekern.architectures.config_keys import Path
-from moekern.architectures.layout import ExpertTensor, Form, Layout, MoeLayer, Projection, SharedTensor
-from moekern.architectures.patterns import SIDE, Scheme
+from moekern.architectures.layout import Layout, MoeLayer, SharedTensor
+from moekern.architectures.patterns import SIDE
 from moekern.architectures.quantisation import quantisation_of
 from moekern.architectures.table import Family, family_named
 from moekern.checkpoint.folder import Checkpoint
 
-PLAIN = ("F64", "F32", "BF16", "F16")
 GENERAL = ("intermediate_size", "ffn_hidden_size")  # keys that size other MLPs too, where there are any
 MLP = r"(?:gate_proj|up_proj|down_proj|gate_up_proj|w[123])"
 SHARED = re.compile(r"\.shared_(?:experts?|mlp)\.(?P<name>[\w.]+)$")
 OUTER = re.compile(r"(?:gate_proj|up_proj|linear_gate|w1|w3)\.(?:weight|bias)")  # rows are channels
 INNER = re.compile(r"(?:down_proj|w2)\.weight")  # columns are
-DENSE = re.compile(rf"\.(?:mlp|feed_forward|ffn|residual_mlp)\.{MLP}\.weight$")
-PROJECTIONS: dict[str, Projection] = {name: name for name in get_args(Projection)}
-
-Named = Iterable[tuple[ExpertTensor, str]]  # a tensor, and the name of its projection
-
-
-def fused_axis(shape: Sequence[int], others: Sequence[Sequence[int]]) -> int | None:
-    """The axis along which a projection of `shape` holds gate and up, as the one other, down, tells; None if it does
-    not: [2I, H] beside [H, I], or [H, 2I] beside [I, H]."""
-    if len(others) != 1:
-        return None
-    (a, b), (c, d) = shape, others[0]
-    return 0 if (a, b) == (2 * d, c) else 1 if (a, b) == (d, 2 * c) else None
-
-
-def with_channels(
-    checkpoint: Checkpoint, family: Family, scheme: Scheme, num_experts: int, named: Named
-) -> tuple[list[ExpertTensor], int | None]:
-    """A block's expert tensors with projections and channels, and the width. Where they are not the matrices, with or
-    without biases, that the scheme stands for, the width is None and no tensor has channels."""
-    given = [(replace(tensor, projection=PROJECTIONS[scheme.parts[name]]), name) for tensor, name in named]
-    unknown = [tensor for tensor, _ in given], None
-    matrices: dict[str, set[tuple[int, ...]]] = {}
-    for tensor, name in given:
-        entry, ending = checkpoint.tensors[tensor.name], _ending(tensor.name, name)
-        if entry.dtype not in PLAIN or ending not in ("", "weight", "bias"):
-            return unknown
-        if ending != "bias":
-            matrices.setdefault(tensor.projection, set()).add(_of_one(entry.shape, scheme, num_experts))
-    if matrices.keys() != set(scheme.parts.values()) or any(len(shapes) > 1 for shapes in matrices.values()):
-        return unknown
-    sides = _sides({projection: shapes.pop() for projection, shapes in matrices.items()}, scheme)
-    if sides is None:
-        return unknown
-    axes, width = sides
-    shift = 0 if scheme.indexed or scheme.rows else 1  # the experts of a stack are its first axis
-    out = []
-    for tensor, name in given:
-        fused = tensor.projection == "gate_up"
-        alternates = bool(family.alternating) and name.startswith(family.alternating)
-        form: Form = ("alternating" if alternates else "halves") if fused else "plain"
-        axis: int | None = axes[tensor.projection] + shift
-        if _ending(tensor.name, name) == "bias":
-            axis = None if tensor.projection == "down" else shift
-            want = (2 * width if fused else width,)
-            if axis is not None and _of_one(checkpoint.tensors[tensor.name].shape, scheme, num_experts) != want:
-                return unknown
-        out.append(replace(tensor, channel_axis=axis, channel_form=form))
-    return out, width
-
-
-def _ending(name: str, projection: str) -> str:
-    """What follows the projection's name in a tensor's: "" or "weight" of the matrix itself."""
-    return name.rpartition(projection)[2].lstrip("._")
-
-
-def _of_one(shape: tuple[int, ...], scheme: Scheme, num_experts: int) -> tuple[int, ...]:
-    """The shape of one expert's part of a tensor."""
-    if scheme.indexed:
-        return shape
-    return (shape[0] // num_experts, *shape[1:]) if scheme.rows else shape[1:]
-
-
-def _sides(shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[dict[str, int], int] | None:
-    """Projection -> the axis of one expert's matrix that is its channels; and their number."""
-    if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
-        return None
-    down = shapes["down"]
-    if scheme.rows:
-        return (dict.fromkeys(shapes, 0), down[0]) if set(shapes.values()) == {down} else None
-    if "gate_up" in shapes:
-        axis = fused_axis(shapes["gate_up"], [down])
-        return None if axis is None else ({"gate_up": axis, "down": 1 - axis}, down[1 - axis])
-    outer = {shape for projection, shape in shapes.items() if projection != "down"}
-    return ({"gate": 0, "up": 0, "down": 1}, down[1]) if outer == {down[::-1]} else None
+DENSE = re.compile(rf"\.(?:mlp|feed_forward|ffn|residual_mlp)\.{MLP}\.weight(?:_packed)?$")
 
 
 def with_widths(checkpoint: Checkpoint, layout: Layout) -> Layout:
     """The layout with the config keys of the width and, where the shared expert follows it, that one's tensors."""
     if layout.family.shared:
         layers, mtp = (_with_shared(checkpoint, layers) for layers in (layout.layers, layout.mtp))
-        layout = replace(layout, layers=layers, mtp=mtp)
+        names = [tensor.name for layer in (*layers.values(), *mtp.values()) for tensor in layer.shared]
+        coded = any(checkpoint.tensors[name].dtype not in PLAIN for name in names)
+        layout = replace(layout, layers=layers, mtp=mtp, shared_coded=coded)
     return replace(layout, width_paths=width_paths(layout.family, checkpoint.config, layout.width))
 
 
@@ -143,6 +71,40 @@ def narrow_numbers(layout: Layout, width: int) -> dict[Path, int]:
     return numbers
 
 
+def widths_held(layout: Layout) -> list[int]:
+    """The widths that experts of the layout can be stored with, rising, its own the last: quantised ones have whole
+    blocks, and shared ones that are quantised and follow are as wide as they were."""
+    assert layout.width is not None
+    step = layout.step or 1
+    return [*(m for m in range(step, layout.width, step) if _holds(layout, m)), layout.width]
+
+
+def _holds(layout: Layout, width: int) -> bool:
+    whole = layout.shared_times * (layout.width or 0) if layout.shared_coded else 0
+    return width % (layout.step or 1) == 0 and whole % width == 0
+
+
+def width_problem(layout: Layout, width: int) -> str | None:
+    """Why experts cannot be stored with so many channels, in one line; None where they can, or have no more."""
+    if layout.width is None or width >= layout.width or _holds(layout, width):
+        return None
+    held = widths_held(layout)
+    below, above = max((m for m in held if m < width), default=None), min(m for m in held if m > width)
+    near = str(above) if below is None else f"{below} or {above}"
+    if width % (layout.step or 1):
+        what = f"their format stores whole blocks of {layout.step} channels"
+    else:
+        times = f"{layout.shared_times} x {layout.width}"
+        what = f"shared experts, which are quantised and stay {times} wide, are no multiple of {width}"
+    return f"{what}; nearest width: {near}"
+
+
+def mtp_problem(layout: Layout) -> str | None:
+    """Why the experts of MTP layers, which no text runs through, cannot lose channels; None where they can."""
+    key = next((key for key, layer in layout.mtp.items() if layer.step), None)
+    return None if key is None else f"layer {key} (MTP) has quantised experts, whose channels are not cut"
+
+
 def narrow_problem(checkpoint: Checkpoint, layout: Layout) -> str | None:
     """Why experts of this checkpoint cannot lose channels, in one line; None where they can."""
     family, config, width = layout.family, checkpoint.config, layout.width
@@ -154,9 +116,9 @@ def narrow_problem(checkpoint: Checkpoint, layout: Layout) -> str | None:
         )
     if not family.width:
         return f"which key of config.json holds the width of {family.name} experts alone is not known"
-    if quantised := quantisation_of(config):
+    if (quantised := quantisation_of(config)) and not layout.step:
         method = str(quantised.get("quant_method", "")) or "a quantiser's format"
-        return f"its weights are quantised ({method:.40}), and channels are cut of plain ones only"
+        return f"its weights are quantised ({method:.40}), in a format that experts are not narrowed in"
     for layer in layers:
         if layer.width is None:
             return f"{layer.prefix}: its experts are not stored as plain matrices of gate, up and down"
@@ -178,7 +140,8 @@ def _shared_problem(checkpoint: Checkpoint, layout: Layout, width: int) -> str |
             return f"no key of config.json says how many times as wide shared experts are: {layout.family.shared}"
         for tensor in layer.shared:
             entry = checkpoint.tensors[tensor.name]
-            if entry.dtype not in PLAIN or (tensor.axis is None and not tensor.name.endswith(".bias")):
+            odd = entry.dtype not in PLAIN or (tensor.axis is None and not tensor.name.endswith(".bias"))
+            if odd and not layout.shared_coded:
                 return f"{tensor.name}: a tensor of a shared expert that is none of its plain matrices"
             if tensor.axis is not None and entry.shape[tensor.axis :][:1] != (width * layout.shared_times,):
                 return f"{tensor.name}: shape {list(entry.shape)}, expected {layout.shared_times} x {width} channels"

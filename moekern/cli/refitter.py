@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moekern.architectures import Layout
-from moekern.architectures.widths import narrow_problem
+from moekern.architectures.widths import narrow_problem, width_problem, widths_held
 from moekern.checkpoint.folder import Checkpoint
 from moekern.cli import console
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refitted
@@ -69,13 +69,24 @@ class Refitter:
         """The shape that is asked for by name."""
         return None if self.shape is None else parse_shape(self.shape)
 
+    def narrows(self, layout: Layout, width: int | None = None) -> bool:
+        """Whether experts may lose channels, of which so many are to stay (None: all, or those of a shape)."""
+        if self.shape is not None:
+            width = 0 if self.named is None else self.named.width
+        return width not in (None, layout.width)
+
     def check(
-        self, checkpoint: Checkpoint, layout: Layout, compute: Compute, planning: Planning | None = None
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        compute: Compute,
+        planning: Planning | None = None,
+        width: int | None = None,
     ) -> list[str]:
         """Raise InputError for a family that is not refitted, for what several processes cannot do, for a shape that
         the model's experts cannot have, or that a target would not run, and where experts cannot be written as they are
-        computed. No tensor but those of an expert of each layer is read. Returns a line for each target that a width
-        costs something on."""
+        computed. No tensor but those of an expert of each layer is read. width: the channels that are to stay (None:
+        all, or those of a shape). Returns a line for each target that a width costs something on."""
         check_family(layout, checkpoint)
         if self.refine:
             check_alone(compute.team)
@@ -84,10 +95,12 @@ class Refitter:
                 check_criterion(criterion, guarded=planning.guards != Guards())
         lines = [] if planning is None else self._check_shape(checkpoint, layout, planning)
         format_of(self.computed, checkpoint, layout)
-        if any(layer.width is None for layer in layout.layers.values()):
+        if not all(layer.plain for layer in layout.layers.values()):
             code, names = compute.trust_remote_code, checkpoint.tensors
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
-            check_formats(checkpoint, layout, loader, layout.layers, all_parts=self.refine)
+            narrow = self.narrows(layout, width)
+            parts = lambda layer: self.refine or (narrow and bool(layer.step))  # noqa: E731
+            check_formats(checkpoint, layout, loader, layout.layers, parts)
         return lines
 
     def narrowed(self, planning: Planning, checkpoint: Checkpoint, layout: Layout) -> Planning:
@@ -121,7 +134,8 @@ class Refitter:
         """Bytes of what is computed of so many experts of each layer, with so many channels (None: all); merges: others
         are merged into them before."""
         dtype = format_of(self.computed, checkpoint, layout).dtype
-        return refitted_bytes(checkpoint, layout, kept, all_parts=self.refine or merges, width=width, dtype=dtype)
+        parts = self.refine or merges or (bool(layout.step) and self.narrows(layout, width))
+        return refitted_bytes(checkpoint, layout, kept, all_parts=parts, width=width, dtype=dtype)
 
     def _check_shape(self, checkpoint: Checkpoint, layout: Layout, planning: Planning) -> list[str]:
         if self.shape is None:
@@ -179,7 +193,7 @@ def _shapes(keep: float | int, checkpoint: Checkpoint, layout: Layout, targets: 
     """Those of the bytes of a --keep that targets run."""
     assert layout.width is not None, "check has looked"
     share = keep if isinstance(keep, float) else kept_count(keep, layout.router) / layout.num_experts
-    allowed = widths_for(served_as(layout, checkpoint.config), targets, share)
+    allowed = widths_for(served_as(layout, checkpoint.config), targets, share, widths_held(layout))
     return candidates(layout.router, layout.width, share, allowed)
 
 
@@ -195,6 +209,8 @@ def check_narrow(
         return []
     if width > layout.width:
         raise InputError(f"{what}: experts have {layout.width} channels")
+    if problem := width_problem(layout, width):
+        raise InputError(f"{what}: {problem}")
     return check_width(what, width, served_as(layout, checkpoint.config), targets)
 
 

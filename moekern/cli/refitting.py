@@ -125,9 +125,9 @@ def _pair(values: Sequence[float | None]) -> str:
 
 def _said(found: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     """What is special about a step of a layer."""
-    if found.get("kept_as_it_was"):
-        return "not better on held-back text: left as it was"
     said = [f"{found['put_back']} experts left as they were"] if found.get("put_back") else []
+    if found.get("kept_as_it_was"):
+        said = ["not better on held-back text: left as it was"]
     if told.get("requantised"):
         said.append(f"quantised again, {told['requantised']:.2%} off")
     return "; ".join(said)

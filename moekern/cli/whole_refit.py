@@ -24,13 +24,14 @@ from moekern.evaluation.held_out import held_back
 from moekern.files import check_work, is_folder, is_plain, scratch, standing, work_path, working
 from moekern.model.compute import AUTO, Compute
 from moekern.model.position import differences
-from moekern.plan.document import Mtp, Plan
+from moekern.plan.document import Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
 from moekern.plan.served import check_folder, served_as
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.targets import Target, check_counts
 from moekern.pruning.copying import room_needed
+from moekern.pruning.cuts import check_mtp
 from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.refitted import SUFFIX, open_refitted
@@ -160,7 +161,7 @@ def _looked_at(
     refitter = Refitter(asked.refine, None, asked.computed, asked.re_estimate)
     if asked.re_estimate:
         Choice.of(plan)  # refuses plans that do not say how experts were chosen
-    refitter.check(checkpoint, layout, compute)
+    refitter.check(checkpoint, layout, compute, width=asked.width or plan.width)
     for line in _check_served(plan, asked, checkpoint, layout):
         console.say(line)
     _check_room(plan, asked, refitter, checkpoint, layout, out, compute)
@@ -177,6 +178,8 @@ def _check_served(plan: Plan, asked: Asked, checkpoint: Checkpoint, layout: Layo
     if asked.width is not None and plan.width is not None:
         raise InputError(f"--width {asked.width}: the plan says which channels stay, {plan.width} of each expert")
     width, what = asked.width or plan.width, f"--width {asked.width}" if asked.width else "plan"
+    mtp = planned_mtp(plan) if asked.mtp is None else asked.mtp
+    check_mtp(layout, mtp, narrower=width not in (None, layout.width))
     if width is not None:
         lines = check_narrow(what, width, checkpoint, layout, asked.targets)
         served = served.narrowed(width)

@@ -46,6 +46,7 @@ from moekern.plan.served import check_folder
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
 from moekern.pruning.copying import room_needed
+from moekern.pruning.cuts import check_mtp
 from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
@@ -160,6 +161,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         planning = asked.refit.narrowed(planning, checkpoint, layout)
         for line in asked.refit.check(checkpoint, layout, compute, planning):
             console.say(line)
+        check_mtp(layout, asked.mtp, narrower=asked.refit.narrows(layout))
     check_options(checkpoint, planning)
     check_work(out)
     statistics_path = work_path(out) / "statistics.safetensors"

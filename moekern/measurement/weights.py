@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekern import kernels
 from moekern.architectures import Layout, MoeLayer, find_layout
-from moekern.architectures.widths import fused_axis
+from moekern.architectures.channels import fused_axis
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.errors import InputError
 from moekern.kernels import Quantised

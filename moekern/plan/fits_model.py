@@ -7,7 +7,7 @@ from typing import Protocol
 
 from moekern.architectures.layout import Layout
 from moekern.architectures.twins import router_numbers, same_routers
-from moekern.architectures.widths import narrow_problem
+from moekern.architectures.widths import narrow_problem, width_problem
 from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, short, some_of
@@ -104,6 +104,8 @@ def _check_channels(plan: Plan, layout: Model, model: Checkpoint | str, source: 
     if problem:
         raise InputError(f"{source}: says which channels of experts stay: {problem}; take a plan of whole experts")
     width = layout.width if isinstance(layout, Layout) else None
+    if plan.width is not None and isinstance(layout, Layout) and (problem := width_problem(layout, plan.width)):
+        raise InputError(f"{source}: {plan.width} channels of experts stay: {problem}")
     for key, layer in plan.layers.items():
         where = f"{source}: layer {key}"
         if layer.channels is None:

@@ -9,7 +9,7 @@ unless a rule names another, and their issue trackers. Speeds were not measured 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -316,9 +316,12 @@ def check_width(what: str, width: int, served: Served, targets: Sequence[Target]
     return [f"{target}: {cost}" for target, cost in costs.items() if cost]
 
 
-def widths_for(served: Served, targets: Sequence[Target], share: float) -> list[int]:
+def widths_for(
+    served: Served, targets: Sequence[Target], share: float, held: Collection[int] | None = None
+) -> list[int]:
     """Widths up to that of the model's experts that every target and transformers run, rising, from the widest that is
-    no more than `share` of it: at `share` of the bytes all experts have room then.
+    no more than `share` of it: at `share` of the bytes all experts have room then. `held`: those that the format of the
+    experts can hold (None: all).
 
     Where some narrower ones break no rule at all, these alone; else, if there are any, those that quantisers' groups of
     32 divide. The model's own is there if it is run.
@@ -329,9 +332,10 @@ def widths_for(served: Served, targets: Sequence[Target], share: float) -> list[
     if not any(width_problem(*each) for each in engines):
         own.append(width)
     for step in (lcm(*(multiple_of(*each, whole=True) for each in engines)), lcm(least, GROUP), least):
-        found = list(range(max(int(share * width) // step, 1) * step, width, step))
-        if found:
-            return [*found, *own]
+        found = [m for m in range(step, width + 1, step) if held is None or m in held]
+        least_kept = max((m for m in found if m <= share * width), default=0)
+        if narrow := [m for m in found if least_kept <= m < width]:
+            return [*narrow, *own]
     return own
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
+from moekern.architectures.widths import mtp_problem
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.errors import InputError
@@ -137,15 +138,25 @@ def kept_experts(checkpoint: Checkpoint, layout: Layout, plan: Plan, mtp: Mtp) -
     keep as many experts as the others, the `strongest`.
     """
     kept = {key: tuple(sorted(plan.layers[key].keep)) for key in layout.layers}
-    if mtp == "keep" and layout.mtp and plan.width not in (None, layout.width):
-        what = "config.json has one width for all layers, and the experts of others lose channels"
-        raise InputError(f"--mtp keep: {what}; use --mtp prune or --mtp drop")
+    check_mtp(layout, mtp, narrower=plan.width not in (None, layout.width))
     if mtp == "prune":
         count = max(map(len, kept.values()))
         for key, layer in layout.mtp.items():
             given = plan.layers.get(key)
             kept[key] = tuple(sorted(given.keep)) if given else strongest(checkpoint, layer, count, layout.n_group)
     return kept
+
+
+def check_mtp(layout: Layout, mtp: Mtp, *, narrower: bool) -> None:
+    """Raise InputError for MTP layers that cannot become what `narrower` experts in other layers ask of them."""
+    if not layout.mtp or not narrower:
+        return
+    if mtp == "keep":
+        what = "config.json has one width for all layers, and the experts of others lose channels"
+        instead = "use --mtp drop" if mtp_problem(layout) else "use --mtp prune or --mtp drop"
+        raise InputError(f"--mtp keep: {what}; {instead}")
+    if mtp == "prune" and (problem := mtp_problem(layout)):
+        raise InputError(f"--mtp prune: {problem}; use --mtp drop")
 
 
 def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int) -> tuple[int, ...]:
@@ -173,6 +184,11 @@ def strongest(checkpoint: Checkpoint, layer: MoeLayer, count: int, n_group: int)
         members = sorted(range(group * size, (group + 1) * size), key=lambda e: (-energy[e], e))
         chosen += members[: count // n_group]
     return tuple(sorted(chosen))
+
+
+def is_recoded(tensor: OutputTensor) -> bool:
+    """Whether it is of a quantised expert that loses channels, whose bytes stand in no file of the source."""
+    return isinstance(tensor.cut, Cut) and tensor.cut.narrow is not None and tensor.cut.narrow.coded
 
 
 def output_tensor(entry: TensorEntry, cut: Cut | Widened | Constant | None) -> OutputTensor | None:

@@ -25,15 +25,13 @@ BLOCK = 1 << 20  # numbers whose squares are summed at a time
 
 @dataclass(frozen=True)
 class Narrow:
-    """What stays of the `width` channels of a layer's experts: a text for each one that is kept, by its number."""
+    """What stays of the `width` channels of a layer's experts: a text for each one that is kept, by its number. coded:
+    they are quantised, and what stays of them is computed."""
 
     width: int
     texts: Mapping[int, str]
     left: int  # M
-
-    def size(self, tensor: ExpertTensor) -> int:
-        """Of one expert's matrix along its channels."""
-        return 2 * self.left if tensor.projection == "gate_up" else self.left
+    coded: bool = False
 
     def places(self, tensor: ExpertTensor, expert: int) -> np.ndarray:
         """Where they lie along the channels of one expert's matrix, int64. Experts past the routed ones, which stand
@@ -65,6 +63,9 @@ def narrowed_layers(
             continue
         assert layer.width is not None
         given = plan.layers.get(key)
+        if layer.step:
+            found[key] = Narrow(layer.width, {}, plan.width, coded=True)
+            continue
         if given is not None and given.channels is not None:
             texts = dict(zip(given.keep, given.channels, strict=True))
         else:
@@ -131,7 +132,7 @@ def narrow_shape(entry: TensorEntry, tensor: ExpertTensor, narrow: Narrow, shape
     if tensor.rows > 1:
         out[0] = shape[0] // tensor.rows * narrow.left
     else:
-        out[tensor.channel_axis] = narrow.size(tensor)
+        out[tensor.channel_axis] = out[tensor.channel_axis] * narrow.left // narrow.width  # of scales whole blocks
     return tuple(out)
 
 

@@ -13,11 +13,15 @@ from moekern.checkpoint.strict_json import HEADER_CAP, shown
 from moekern.errors import InputError
 from moekern.plan.document import Mtp
 from moekern.pruning.constants import Constant, Replaced
-from moekern.pruning.cuts import Cut, OutputTensor, output_tensor
+from moekern.pruning.cuts import Cut, OutputTensor, is_recoded, output_tensor
 from moekern.pruning.narrow import Narrow, Widened, widened
 from moekern.pruning.pieces import Piece
 from moekern.pruning.refitted import Refitted, check_fits
 
+RECODED = (
+    "is quantised, and loses channels by the plan: that cannot be copied; `moekern refit MODEL PLAN --data TEXT --out "
+    "OUT` computes such experts anew"
+)
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size
 
 
@@ -151,6 +155,8 @@ def output_shards(
                 out = output_tensor(entry, cuts.get(entry.name))
                 if out is not None:
                     new = refitted.tensors.get(out.name) if refitted else None
+                    if new is None and is_recoded(out):
+                        raise InputError(f"{checkpoint.folder}: {entry.name}: {RECODED}")
                     if new is not None:
                         check_fits(new, experts.get(entry.name), out.dtype, out.shape)
                     yield replace(out, new=new)

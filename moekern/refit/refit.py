@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import Layout, find_layout
-from moekern.architectures.widths import narrow_problem
+from moekern.architectures.widths import narrow_problem, width_problem
 from moekern.calibration.sharing import facts_of
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
@@ -114,7 +114,7 @@ def refit(
         check_layers(layerwise)
         for variant in variants:
             if variant.fits:
-                check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, all_parts=variant.all_parts)
+                check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, variant.all_parts)
         streams = Streams(layerwise, split, variants, write, progress, until, compute.backend)
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
@@ -155,7 +155,9 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
         what = "experts that stay are neither narrowed nor chosen anew"
         raise InputError(f"{variant.name}: the plan merges experts: {what}; take a plan that drops them")
     check_plain(checkpoint, layout, variant.plan)
-    problem = narrow_problem(checkpoint, layout) if variant.width is not None else None
+    problem = None
+    if variant.width is not None:
+        problem = narrow_problem(checkpoint, layout) or width_problem(layout, variant.width)
     if problem:
         raise InputError(f"{variant.name}: {variant.width} channels are to stay: {problem}")
     if variant.width is not None and layout.width is not None and variant.width > layout.width:

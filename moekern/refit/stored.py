@@ -3,7 +3,7 @@ can hold: what is computed is rounded to them, in the source's own format where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,20 +38,20 @@ def format_of(asked: str, checkpoint: Checkpoint, layout: Layout) -> ComputedFor
 
 def stored_bytes(checkpoint: Checkpoint, layout: Layout) -> int:
     """Bytes that `StoredExperts` holds of a layer at most."""
-    layers = [layer for layer in layout.layers.values() if layer.width is None]
+    layers = [layer for layer in layout.layers.values() if not layer.plain]
     sizes = [sum(checkpoint.tensors[t.name].nbytes for t in layer.of_role("expert")) for layer in layers]
     return max(sizes, default=0)
 
 
 def check_formats(
-    checkpoint: Checkpoint, layout: Layout, loader: Loader, keys: Iterable[str], *, all_parts: bool
+    checkpoint: Checkpoint, layout: Layout, loader: Loader, keys: Iterable[str], all_parts: Callable[[MoeLayer], bool]
 ) -> None:
     """Read an expert of each layer whose experts are not plain matrices. Raises InputError, naming a tensor, where
     computed ones cannot be written as it is."""
     for key in keys:
         layer = layout.layers[key]
-        if layer.width is None:
-            for found in _read(checkpoint, loader, layer, [0], all_parts=all_parts).values():
+        if not layer.plain:
+            for found in _read(checkpoint, loader, layer, [0], all_parts=all_parts(layer)).values():
                 try:
                     check_written(found.likes[0], loader.quantisation)
                 except ValueError as error:
@@ -85,8 +85,10 @@ class StoredExperts:
     """How the source stores what is computed of the experts `keep` of a layer, which `block` holds in the order of
     their numbers: their down projections, or with `all_parts` all that they are.
 
-    dtype: that of safetensors which plain ones become, None: the source's. Memory: what the source stores of them,
-    where that is quantised. Raises InputError where it is stored in a way that is not known.
+    channels: int64 [n, M], those that each expert has left, None: all. Quantised experts that lose some become what
+    their format holds of these at once, all parts of them. dtype: that of safetensors which plain ones become, None:
+    the source's. Memory: what the source stores of them, where that is quantised. Raises InputError where it is stored
+    in a way that is not known.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class StoredExperts:
         layer: MoeLayer,
         keep: Sequence[int],
         block: nn.Module,
+        channels: Tensor | None = None,
         *,
         all_parts: bool,
         dtype: str | None = None,
@@ -104,23 +107,27 @@ class StoredExperts:
         self.order, self.chosen = sorted(keep), layer.refitted(all_parts=all_parts)
         self.plain = {  # projection or bias of plain experts -> its type
             (part, t.is_bias): DTYPES[dtype or self.entries[t.name].dtype]
-            for t in (self.chosen if layer.width is not None else ())
+            for t in (self.chosen if layer.plain else ())
             for part in t.projection.split("_")
         }
         self.weights: dict[Name, _Weight] = {}
-        if layer.width is None:
+        if not layer.plain:
             self.weights = _read(checkpoint, loader, layer, self.order, all_parts=all_parts)
         of = views(block)
+        narrow = channels is not None and channels.shape[1] != layer.width
         for name, weight in self.weights.items():
             pieces = _pieces(of, name)
-            form = _form([piece[0] for piece in pieces], weight.likes[0], self.config)
+            left = _Left(layer.width, channels[0]) if narrow and channels is not None and layer.width else None
+            form = _form([piece[0] for piece in pieces], weight.likes[0], self.config, name, left)
             if form is None:
                 what = "its experts are computed with other numbers than those that are stored"
                 raise InputError(f"{checkpoint.folder}: {weight.tensors[0].popitem()[1].name}: {what}; {TWIN}")
             weight.form, weight.dtype = form, pieces[0].dtype
             for expert in range(len(self.order)):
-                weight.now.append(_digest(_joined([piece[expert] for piece in pieces], form).float()))
-                weight.known.append({weight.now[-1]: _Known()})
+                own = [piece[expert] for piece in pieces]
+                known = self._narrowed(weight, expert, own) if narrow else _Known()
+                weight.now.append(_digest(_joined(own, form).float()))
+                weight.known.append({weight.now[-1]: known})
 
     def down(self, expert: int, weight: Tensor) -> Tensor:
         """The nearest to float32 [H, I] that the checkpoint can hold; of what it has given before, the same. Numbers
@@ -177,6 +184,23 @@ class StoredExperts:
                 continue
             whole = _joined([piece[expert] for piece in pieces], weight.form).float().cpu()
             yield requantised(whole, {**like, **known.scales}, self.config, anew=False).parts
+
+    def _narrowed(self, weight: _Weight, expert: int, pieces: list[Tensor]) -> _Known:
+        """Let `pieces`, in place, be what the format holds of them, and what they are `like` that, which is no larger
+        than they are."""
+        whole = _joined(pieces, weight.form).float().contiguous()
+        like = {part: value.to(whole.device) for part, value in weight.likes[expert].items()}
+        try:
+            found = requantised(whole, like, self.config)
+        except ValueError as error:
+            name = next(iter(weight.tensors[expert].values())).name
+            raise InputError(f"{name}: with {self.layer.width} channels and fewer: {error}; {TWIN}") from None
+        weight.likes[expert] = {part: value.cpu() for part, value in found.parts.items()}
+        stored = dense(found.parts, self.config, weight.dtype)
+        with torch.no_grad():
+            for piece, value in zip(pieces, _parted(stored, len(pieces), weight.form), strict=True):
+                piece.copy_(value)
+        return _Known(None, found.error_square, found.square)
 
     def _settled(self, name: Name, expert: int, pieces: list[Tensor]) -> list[Tensor]:
         weight = self.weights[name]
@@ -248,12 +272,37 @@ def _pieces(of: Views, name: Name) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
-def _form(pieces: Sequence[Tensor], like: Mapping[str, Tensor], config: Mapping[str, Any]) -> Form | None:
+@dataclass(frozen=True)
+class _Left:
+    """The channels that an expert has left, int64 [M], of so many."""
+
+    width: int
+    channels: Tensor
+
+    def of(self, piece: Tensor, name: Name) -> Tensor | None:
+        """What is left of a projection or a bias, as `Views` have it; None where it has not so many channels."""
+        projection, bias = name
+        axis = None if projection == "down" and bias else int(projection == "down")
+        if axis is None:
+            return piece
+        fits = piece.ndim > axis and piece.shape[axis] == self.width
+        return piece.index_select(axis, self.channels.to(piece.device)) if fits else None
+
+
+def _form(
+    pieces: Sequence[Tensor], like: Mapping[str, Tensor], config: Mapping[str, Any], name: Name, left: _Left | None
+) -> Form | None:
     """How an expert's numbers, as they are computed with, lie in what is stored; None where these are others."""
     if not pieces or pieces[0].dtype not in FLOATS:
         return None
     stored = dense(like, config, pieces[0].dtype).to(pieces[0])
-    return next((form for form in FORMS if torch.equal(_joined(pieces, form), stored)), None)
+    for form in FORMS:
+        parts = list(_parted(stored, len(pieces), form))
+        found = parts if left is None else [left.of(part, name) for part in parts]
+        same = (b is not None and torch.equal(a, b) for a, b in zip(pieces, found, strict=False))
+        if len(found) == len(pieces) and all(same):
+            return form
+    return None
 
 
 def _joined(pieces: Sequence[Tensor], form: Form) -> Tensor:

@@ -317,10 +317,11 @@ class Streams(Pass[Task]):
 
     def _stored(self, variant: Variant, key: str, plan: LayerPlan, block: nn.Module) -> StoredExperts:
         """As what the experts of a layer are stored."""
-        of = self.layerwise
+        of, channels = self.layerwise, live_channels(plan)
+        layer = of.layout.layers[key]
         return StoredExperts(
-            of.checkpoint, of.loader, of.layout.layers[key], plan.keep, block,
-            all_parts=variant.all_parts, dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
+            of.checkpoint, of.loader, layer, plan.keep, block, channels,
+            all_parts=variant.all_parts(layer), dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
         )  # fmt: skip
 
     def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekern.architectures import MoeLayer
 from moekern.data.batches import Batch, TokenData
 from moekern.evaluation.held_out import held_back
 from moekern.plan.document import Plan
@@ -41,10 +42,10 @@ class Variant:
         """Whether weights are computed."""
         return self.ridge is not None or self.refine is not None
 
-    @property
-    def all_parts(self) -> bool:
-        """Whether all that an expert is may have become another, and not its down projection alone."""
-        return self.refine is not None or self.plan.merges
+    def all_parts(self, layer: MoeLayer) -> bool:
+        """Whether all that an expert of a layer is may have become another, and not its down projection alone."""
+        narrow = self.width is not None or self.plan.width not in (None, layer.width)
+        return self.refine is not None or self.plan.merges or (narrow and bool(layer.step))
 
     @property
     def needs_text(self) -> bool:

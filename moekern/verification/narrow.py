@@ -24,6 +24,7 @@ class Channels:
     width: int
     left: int
     of: Mapping[int, Tensor]
+    coded: bool = False  # experts are quantised: what is left of them is computed, and not cut
 
     def rows(self, tensor: ExpertTensor, expert: int) -> Tensor:
         """Where they stand in the expert's own matrix, in their order in the result."""
@@ -43,6 +44,9 @@ def kept_channels(old: Folder, layout: Layout, plan: Plan, kept: Mapping[str, tu
         if key not in kept or layer.width is None or plan.width is None:
             continue
         own = plan.layers.get(key)
+        if layer.step:  # with all channels they are compared whole
+            found |= {key: Channels(layer.width, plan.width, {}, coded=True)} if plan.width < layer.width else {}
+            continue
         if own is not None and own.channels is not None:
             texts = dict(zip(own.keep, torch.from_numpy(channel_rows(own.channels)), strict=True))
         else:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from moekern.architectures import FAMILIES, family_named, find_layout
-from moekern.architectures.widths import narrow_problem
+from moekern.architectures.widths import mtp_problem, narrow_numbers, narrow_problem, width_problem, widths_held
 from moekern.checkpoint.folder import open_checkpoint
+from moekern.errors import InputError
+from moekern.pruning.cuts import check_mtp
 from tests.helpers import families
 from tests.helpers.in_flight import REFUSED
 from tests.helpers.layouts import GUD, STACK, layout_of, moe_keys, write_checkpoint
@@ -147,7 +150,88 @@ def test_experts_that_cannot_be_narrowed(
     assert line is None or re.search(line, str(problem))
 
 
-def test_quantised_tensors_have_no_channels(tmp_path: Path) -> None:
+def quantised(**parts: tuple[str, list[int], list[int]]) -> dict[str, tuple[str, list[int]]]:
+    """Keys of a layer whose experts have these parts: dtype, shape in gate and up, and shape in down."""
+    keys = moe_keys("model.layers.0.mlp.", GUD, suffixes=tuple(parts))
+    for name, (_, shape) in keys.items():
+        part = parts.get(name.rpartition(".")[2]) if ".experts." in name else None
+        keys[name] = ("BF16", shape) if part is None else (part[0], part[2 if "down_proj" in name else 1])
+    return keys
+
+
+BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+FP8 = quantised(weight=("F8_E4M3", [96, 64], [64, 96]), weight_scale_inv=("F32", [3, 2], [2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "step"),
+    [
+        (BLOCKS, FP8, 32),
+        ({}, FP8, 32),  # a power of two gives so many blocks
+        ({}, quantised(weight=("F8_E4M3", [96, 64], [64, 96]), weight_scale=("BF16", [96, 1], [64, 1])), 1),
+        ({}, quantised(weight=("I8", [96, 64], [64, 96]), weight_scale=("BF16", [96], [64])), 1),
+        ({}, quantised(weight=("I8", [96, 32], [64, 48]), scale=("F8_E8M0", [96, 2], [64, 3])), 32),
+        (
+            {},
+            quantised(
+                weight_packed=("I32", [96, 8], [64, 12]), weight_scale=("BF16", [96, 4], [64, 6]),
+                weight_shape=("I64", [2], [2]),
+            ),
+            16,
+        ),
+        ({}, quantised(weight=("U8", [96, 32], [64, 48]), weight_scale=("F8_E4M3", [96, 4], [64, 6])), 0),  # NVFP4
+        ({}, quantised(weight=("F8_E4M3", [96, 64], [64, 96]), weight_scale_inv=("F32", [3, 2], [2, 0])), 0),
+        ({}, quantised(qweight=("I32", [8, 96], [12, 64]), scales=("F16", [2, 96], [3, 64])), 0),
+        (BLOCKS, quantised(weight=("F8_E4M3", [96, 64], [64, 64]), weight_scale_inv=("F32", [3, 2], [2, 2])), 0),
+    ],
+)  # fmt: skip
+def test_widths_that_formats_can_hold(
+    tmp_path: Path, config: dict[str, Any], keys: dict[str, tuple[str, list[int]]], step: int
+) -> None:
+    config = QWEN | {"moe_intermediate_size": 96, "quantization_config": {"quant_method": "fp8"}} | config
+    checkpoint, layout = layout_of(write_checkpoint(tmp_path, config, keys))
+    assert (layout.width, layout.step) == ((96, step) if step else (None, 0))
+    problem = narrow_problem(checkpoint, layout)
+    assert (problem is None) == bool(step)
+    if step:
+        assert widths_held(layout) == list(range(step, 97, step))
+        assert width_problem(layout, 64) is None
+    if step == 32:
+        assert width_problem(layout, 40) == (
+            "their format stores whole blocks of 32 channels; nearest width: 32 or 64"
+        )  # fmt: skip
+
+
+def test_quantised_shared_experts_that_follow_stay_as_they_are(tmp_path: Path) -> None:
+    config = QWEN | BLOCKS | {"model_type": "deepseek", "n_routed_experts": 8, "moe_intermediate_size": 96}
+    shared = "model.layers.0.mlp.shared_experts."
+    keys = FP8 | {
+        f"{shared}gate_proj.weight": ("F8_E4M3", [192, 64]), f"{shared}gate_proj.weight_scale_inv": ("F32", [6, 2]),
+        f"{shared}down_proj.weight": ("F8_E4M3", [64, 192]), f"{shared}down_proj.weight_scale_inv": ("F32", [2, 6]),
+    }  # fmt: skip
+    checkpoint, layout = layout_of(write_checkpoint(tmp_path, config | {"n_shared_experts": 2}, keys))
+    assert narrow_problem(checkpoint, layout) is None
+    assert widths_held(layout) == [32, 64, 96]
+    assert narrow_numbers(layout, 64) == {("moe_intermediate_size",): 64, ("n_shared_experts",): 3}
+    odd = replace(layout, shared_times=1)
+    assert width_problem(odd, 64) == (
+        "shared experts, which are quantised and stay 1 x 96 wide, are no multiple of 64; nearest width: 32 or 96"
+    )
+
+
+def test_mtp_layers_of_quantised_experts_do_not_lose_channels(tmp_path: Path) -> None:
+    _, layout = layout_of(write_checkpoint(tmp_path, QWEN | BLOCKS | {"moe_intermediate_size": 96}, FP8))
+    assert mtp_problem(layout) is None
+    both = replace(layout, mtp={"1": layout.layers["0"]})
+    assert mtp_problem(both) == "layer 1 (MTP) has quantised experts, whose channels are not cut"
+    check_mtp(both, "drop", narrower=True)
+    check_mtp(both, "prune", narrower=False)
+    for mode in ("prune", "keep"):
+        with pytest.raises(InputError, match=f"--mtp {mode}: .*; use --mtp drop"):
+            check_mtp(both, mode, narrower=True)  # type: ignore[arg-type]
+
+
+def test_tensors_of_no_known_format_have_no_channels(tmp_path: Path) -> None:
     keys = plain(suffixes=("weight", "weight_scale_inv"))
     checkpoint, layout = layout_of(write_checkpoint(tmp_path, QWEN, keys))
     assert layout.layers["0"].width is None

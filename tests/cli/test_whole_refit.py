@@ -97,7 +97,8 @@ def test_what_a_run_has_refitted_is_computed_again_from_the_plan_that_it_keeps(t
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr
 
 
-CHANNELS = "channels are cut of plain ones only"
+CHANNELS = "in a format that experts are not narrowed in"
+BLOCKS = "their format stores whole blocks of 16 channels; nearest width: 16 or 32"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ CHANNELS = "channels are cut of plain ones only"
     [
         ("gptq", ("gptq, which is read, and not written", CHANNELS, "one format; use --computed-dtype source")),
         ("compressed_int4_ordered", ("zero points) are read, and not written", CHANNELS, "one format")),
-        ("fp8_static", (CHANNELS, CHANNELS, "one format")),
+        ("fp8_block", (f"--width 24: {BLOCKS}", f"--shape 6x24: {BLOCKS}", "one format")),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_any_text_is_read(
@@ -116,14 +117,29 @@ def test_what_cannot_be_written_is_refused_before_any_text_is_read(
     (tmp_path / "text.txt").write_text("the model has no tokenizer")
     refit, options = ("refit", source, tmp_path / "plan.json"), ("--data", tmp_path / "text.txt")
     commands = (
-        (*refit, "--width", 16),
-        ("run", source, "--keep", 4, "--refit", "--shape", "auto"),
+        (*refit, "--width", 24),
+        ("run", source, "--keep", 4, "--refit", "--shape", "6x24" if kind == "fp8_block" else "auto"),
         (*refit, "--computed-dtype", "bf16"),
     )
     for command, line in zip(commands, lines, strict=True):
         done = moekern(*command, *options, "--out", tmp_path / "out")
         assert (done.returncode, line in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
+
+
+@pytest.mark.whole
+def test_a_shape_of_quantised_experts_is_one_that_their_format_holds(tmp_path: Path) -> None:
+    source, _ = twins(plain("qwen3_moe", tmp_path / "plain", 64), tmp_path, "mxfp4", only=".experts.")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 90, (40, 32)))
+    options = ("--data", tmp_path / "ids.npy", "--sequence-length", 32, "--refit", "--shape", "auto", "--keep", 0.5)
+    out = tmp_path / "out"
+    done = moekern("run", source, *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "equal to the original, pruned and refitted in memory" in done.stderr
+    said = json.loads((tmp_path / "out.moekern" / "plan.json").read_text())["provenance"]["shape"]
+    assert {*said["tried"]} == {"4x64", "8x32"}
+    data = ("--data", tmp_path / "ids.npy", "--sequence-length", 32)
+    assert moekern("evaluate", out, *data).returncode == 0
 
 
 def test_layers_that_cannot_be_refitted_are_refused_before_any_text_is_read(

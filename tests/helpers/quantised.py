@@ -55,20 +55,20 @@ def fp8(source: Path, target: Path, block: int = BLOCK) -> Path:
     return rewrite(source, target, change, quantization_config=quantization)
 
 
-def mxfp4(source: Path, target: Path) -> Path:
-    """gpt-oss with random 4-bit experts of intermediate size 32: blocks [E, out, in / 32, 16] and scales."""
+def mxfp4(source: Path, target: Path, width: int = 32) -> Path:
+    """gpt-oss with random 4-bit experts of intermediate size `width`: blocks [E, out, in / 32, 16] and scales."""
     generator = torch.Generator().manual_seed(0)
 
     def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name.endswith("gate_up_proj_bias"):
-            return {name: torch.randn(8, 64, generator=generator).bfloat16()}
+            return {name: torch.randn(8, 2 * width, generator=generator).bfloat16()}
         if not name.endswith(("gate_up_proj", "down_proj")):
             return {name: _bfloat16(tensor)}
-        out = 64 if "gate_up" in name else 32
+        out, groups = (2 * width, 1) if "gate_up" in name else (32, width // 32)
         return {
-            f"{name}_blocks": torch.randint(256, (8, out, 1, 16), generator=generator, dtype=torch.uint8),
-            f"{name}_scales": torch.randint(121, 125, (8, out, 1), generator=generator, dtype=torch.uint8),
+            f"{name}_blocks": torch.randint(256, (8, out, groups, 16), generator=generator, dtype=torch.uint8),
+            f"{name}_scales": torch.randint(121, 125, (8, out, groups), generator=generator, dtype=torch.uint8),
         }
 
     quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}
-    return rewrite(source, target, change, intermediate_size=32, quantization_config=quantization)
+    return rewrite(source, target, change, intermediate_size=width, quantization_config=quantization)

@@ -178,18 +178,18 @@ FORMATS: Mapping[str, tuple[Make, Mapping[str, Any]]] = {
 }
 
 
-def _config(name: str) -> PreTrainedConfig:
+def _config(name: str, side: int) -> PreTrainedConfig:
     """That of the family, with experts whose sides are whole groups."""
     config = families.FAMILIES[name]()
     for part in (config, config.get_text_config()):
         for key in [key for key in vars(part) if key.endswith("intermediate_size")]:
-            setattr(part, key, SIDE)
+            setattr(part, key, side)
     return config
 
 
-def plain(name: str, folder: Path) -> Path:
-    """A bfloat16 checkpoint of the family with sides of 32."""
-    families.build(name, dtype=torch.bfloat16, config=lambda: _config(name)).save_pretrained(folder)
+def plain(name: str, folder: Path, side: int = SIDE) -> Path:
+    """A bfloat16 checkpoint of the family whose experts are so wide."""
+    families.build(name, dtype=torch.bfloat16, config=lambda: _config(name, side)).save_pretrained(folder)
     return folder
 
 

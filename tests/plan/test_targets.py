@@ -156,6 +156,13 @@ def test_widths_that_all_targets_run(texts: tuple[str, ...], width: int, share: 
         check_width("", m, model, [Target("transformers"), *map(parse_target, texts)])
 
 
+def test_widths_are_those_that_the_format_holds_too() -> None:
+    model, asked = replace(QWEN, shards=Shards(width=768)), [parse_target("vllm")]
+    assert widths_for(model, asked, 0.5, range(128, 769, 128)) == [384, 512, 640, 768]
+    assert widths_for(model, asked, 0.4, [96, 192, 768]) == [192, 768]
+    assert widths_for(model, asked, 0.4, [768]) == [768]
+
+
 def test_gpt_oss_as_published_and_before_its_config_was_seen() -> None:
     for model in (replace(GPT_OSS, quantization="mxfp4"), replace(GPT_OSS, names=frozenset())):
         assert findings(Target("mlx-lm"), {"0": 16}, model) == []
