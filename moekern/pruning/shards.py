@@ -129,10 +129,10 @@ def output_shards(
     """
     cuts: dict[str, Cut | Widened | Constant] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
-    experts: dict[str, str] = {}  # layer of a tensor of experts
+    experts: dict[str, str] = {}  # layer of a tensor of experts, or of their router
     for key, layer in {**layout.layers, **layout.mtp}.items():
         home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
-        experts.update((tensor.name, key) for tensor in layer.of_role("expert"))
+        experts.update((tensor.name, key) for tensor in layer.of_role("expert", "router", "bias"))
         if replaced is not None:
             cuts |= _replaced_cuts(layout, key, layer, replaced)
         elif key in kept:
