@@ -15,7 +15,7 @@ from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.groups import aligned, check_plain, merge_recipe, merged_into
 from moekern.plan.refit import REFIT, kept_digest
-from moekern.plan.router_rows import check_routers, router_rows
+from moekern.plan.router_rows import check_routers, router_rows, routers_computed
 from moekern.pruning.refitted import SUFFIX, open_refitted, remove_others, write_layer
 
 
@@ -60,6 +60,5 @@ def merged_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """Bytes of what `merge_experts` writes at most."""
     layout = find_layout(checkpoint)
     kept = {k: len(layer.keep) for k, layer in plan.layers.items() if layer.groups is not None and k in layout.layers}
-    routers = [t for key in router_rows(plan) for t in layout.router_tensors(key) if t is not None]
-    own = sum(checkpoint.tensors[tensor.name].nbytes for tensor in routers)
+    own = sum(checkpoint.tensors[name].nbytes for name in routers_computed(plan, layout))
     return refitted_bytes(checkpoint, layout, kept, all_parts=True) + own

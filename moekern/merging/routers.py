@@ -118,9 +118,16 @@ def products(columns: Tensor, backend: str | None) -> Tensor:
 
 def fitted(gram: NDArray[np.float64], n: int) -> NDArray[np.float64]:
     """Coefficients [G, n] of n columns, from the sums of products of these and, behind them, of G targets: ridge
-    regression, with RIDGE of the mean diagonal."""
-    own = gram[:n, :n] + np.eye(n) * (RIDGE * np.trace(gram[:n, :n]) / n)
-    return np.asarray(np.linalg.solve(own, gram[:n, n:]).T)
+    regression, with RIDGE of the mean diagonal. Not finite where that is 0. By elimination, row after row, of a matrix
+    that needs no pivots: a library's solution would differ in its last bits by the number of threads."""
+    rows, found = gram[:n].copy(), np.zeros((n, len(gram) - n))
+    rows[:, :n] += np.eye(n) * (RIDGE * np.trace(gram[:n, :n]) / n)
+    with np.errstate(all="ignore"):
+        for i in range(n):
+            rows[i + 1 :, i:] -= (rows[i + 1 :, i] / rows[i, i])[:, None] * rows[i, i:]
+        for i in reversed(range(n)):
+            found[i] = (rows[i, n:] - (rows[i, i + 1 : n, None] * found[i + 1 :]).sum(0)) / rows[i, i]
+    return found.T
 
 
 class _Pass(MeasuringPass):
@@ -139,6 +146,7 @@ class _Pass(MeasuringPass):
         E, constant = next(iter(sums.values())).num_experts, key in self.recorder.constants
         rows = fitted(gram.cpu().numpy(), E + constant).astype(np.float32).tolist()
         if not np.isfinite(rows).all():
-            raise InputError(f"layer {key}: router rows that are fitted to its logits are not finite")
+            what = "router rows that are fitted to its logits are not finite: these are all 0, or too large to be added"
+            raise InputError(f"layer {key}: {what}; take --router {DOMINANT}")
         given = zip(self.recorder.groups[key], rows, strict=True)
         self.rows[key] = {e: RouterRow(tuple(row[:E]), *row[E:]) for e, row in given}

@@ -79,6 +79,11 @@ def router_rows(plan: Plan) -> dict[str, dict[int, RouterRow]]:
     return found
 
 
+def routers_computed(plan: Plan, layout: Layout) -> dict[str, str]:
+    """Name -> layer, of matrices and biases of the routers of which the plan has rows. Raises as `router_rows`."""
+    return {t.name: key for key in router_rows(plan) for t in layout.router_tensors(key) if t is not None}
+
+
 def check_routers(checkpoint: Checkpoint, layout: Layout, keys: Collection[str], kind: str | None = None) -> None:
     """Raise InputError, naming it, for a router of these layers whose rows are not known to be combined, and for a
     `kind` that its scores do not know."""

@@ -18,6 +18,7 @@ from moekern.pruning.narrow import Narrow, Widened, widened
 from moekern.pruning.pieces import Piece
 from moekern.pruning.refitted import Refitted, check_fits
 
+NONE: Mapping[str, str] = {}
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size
 
 
@@ -116,6 +117,7 @@ def output_shards(
     refitted: Refitted | None = None,
     narrow: Mapping[str, Narrow] | None = None,
     replaced: Replaced | None = None,
+    routers: Mapping[str, str] = NONE,
 ) -> tuple[OutputShard, ...]:
     """The files to write: one for each source file that keeps a tensor, in the source's order; with `max_shard_size`
     (bytes of data), as few as hold that much each, an expert's tensors together.
@@ -124,15 +126,15 @@ def output_shards(
     channels of such layers, where some go. With `replaced` nothing is cut or renumbered: constants take the places of
     dropped experts, in the file that holds their down projection. Names stay when no file falls
     away and an index names them, else they are numbered anew. Tensors of `refitted` take the places of those of their
-    names. Raises InputError for a tensor whose shape does not hold its layer's experts, for a cut that would split a
-    byte, and for a refitted tensor that fits no place.
+    names, which are of experts or, with their layers, among the `routers`. Raises InputError for a tensor whose shape
+    does not hold its layer's experts, for a cut that would split a byte, and for a refitted tensor that fits no place.
     """
     cuts: dict[str, Cut | Widened | Constant] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
-    experts: dict[str, str] = {}  # layer of a tensor of experts, or of their router
+    computed = dict(routers)  # layer of a tensor that may be computed
     for key, layer in {**layout.layers, **layout.mtp}.items():
         home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
-        experts.update((tensor.name, key) for tensor in layer.of_role("expert", "router", "bias"))
+        computed.update((tensor.name, key) for tensor in layer.of_role("expert"))
         if replaced is not None:
             cuts |= _replaced_cuts(layout, key, layer, replaced)
         elif key in kept:
@@ -152,7 +154,7 @@ def output_shards(
                 if out is not None:
                     new = refitted.tensors.get(out.name) if refitted else None
                     if new is not None:
-                        check_fits(new, experts.get(entry.name), out.dtype, out.shape)
+                        check_fits(new, computed.get(entry.name), out.dtype, out.shape)
                     yield replace(out, new=new)
 
     if max_shard_size is not None:

@@ -21,7 +21,7 @@ from moekern.errors import InputError
 from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.losses import ORIGINAL
 from moekern.merging.merge import merge_experts
-from moekern.merging.routers import plan_with_routers
+from moekern.merging.routers import fitted, plan_with_routers
 from moekern.model.compute import Compute
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
@@ -92,6 +92,15 @@ def test_rows_are_least_squares_and_a_constant_needs_a_bias(
     again = TokenData(tuple(Batch(b.domain, row[None]) for b in data.batches for row in b.input_ids), {}, 4)
     assert plan_with_routers(checkpoint, again, FLOAT32, plan, kind, domains=["a"]).digest == made.digest
     assert plan_with_routers(checkpoint, data, FLOAT32, plan, "dominant") is plan
+
+
+def test_normal_equations_are_solved() -> None:
+    columns = np.random.default_rng(0).standard_normal((500, 40))
+    gram = columns.T @ columns
+    for n in (33, 39):
+        own = gram[:n, :n] + np.eye(n) * 1e-6 * np.trace(gram[:n, :n]) / n
+        np.testing.assert_allclose(fitted(gram, n), np.linalg.solve(own, gram[:n, n:]).T, rtol=1e-9, atol=1e-12)
+    assert np.isnan(fitted(np.zeros((4, 4)), 3)).all()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
