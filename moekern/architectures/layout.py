@@ -126,3 +126,14 @@ class Layout:
     @property
     def n_group(self) -> int:
         return self.router.n_group
+
+    def router_tensors(self, key: str) -> tuple[ExpertTensor | None, ExpertTensor | None]:
+        """The matrix of the router of layer `key`, a row an expert, and the bias that it adds to logits: not one that
+        only decides which experts are chosen, as routers with a sigmoid have. None of what there is not."""
+        found = [t for t in self.layers[key].of_role("router") if (t.action, t.rows, t.axis) == ("slice", 1, 0)]
+        if len(found) != 1:
+            return None, None
+        (weight,) = found
+        name = f"{weight.name.removesuffix('weight')}bias"
+        bias = next((tensor for tensor in self.layers[key].of_role("bias") if tensor.name == name), None)
+        return weight, bias if self.family.score == "softmax" else None

@@ -56,6 +56,12 @@ class MergeMethod(str, Enum):
     ream = "ream"
 
 
+class RouterRows(str, Enum):
+    dominant = "dominant"
+    log_sum = "log-sum"
+    least_squares = "least-squares"
+
+
 class Align(str, Enum):
     weights = "weights"
     none = "none"
@@ -75,6 +81,13 @@ def merge_experts(
     align: Annotated[
         Align, typer.Option(help="Put the channels of a member in the order of the expert that stays, or do not.")
     ] = Align.weights,
+    router: Annotated[
+        RouterRows,
+        typer.Option(
+            help="A merged expert's router row: of the one that stays, or fitted to the logarithm of the sum of its "
+            "members' exponentiated logits, or to the largest of their logits; what is fitted takes another pass."
+        ),
+    ] = RouterRows.dominant,
     domain: Domains = None,
     budget: Annotated[
         str, typer.Option(help="uniform, or adaptive: each layer a number of its own, by M-SMoE's rule.")
@@ -101,12 +114,16 @@ def merge_experts(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Merge experts into those that stay: weighted means of their weights; the router keeps the rows of these.
+    """Merge experts into those that stay: weighted means of their weights; the router keeps the rows of these, or gets
+    fitted ones.
 
     Groups come of a plan, of statistics, or of text that is measured first. What is interrupted goes on in the layer
     that it was in when the same command is run again. Measured on the model that ships, merging is worse than dropping.
     """
     _check_sources(plan, statistics, bool(data or preset), keep, method, domain, budget)
+    if router is not RouterRows.dominant and (plan is not None or statistics is not None):
+        what = "rows are fitted to text, which neither a plan nor statistics hold"
+        raise InputError(f"--router {router.value}: {what}; give --data, with --keep and --method", kind="option")
 
     from moekern.cli import whole_merge
 
@@ -116,7 +133,7 @@ def merge_experts(
         given = _read(plan, align)
         make = lambda checkpoint, side: given  # noqa: E731
     else:
-        grouping = _grouping(keep, method, align, domain, budget, allow_nonuniform)
+        grouping = _grouping(keep, method, align, router, domain, budget, allow_nonuniform)
         if statistics is not None:
             check_statistics(statistics)
 
@@ -180,6 +197,7 @@ def _grouping(
     keep: str | None,
     method: MergeMethod | None,
     align: Align,
+    router: RouterRows,
     domain: list[str] | None,
     budget: str,
     allow_nonuniform: bool,
@@ -191,7 +209,8 @@ def _grouping(
     assert keep is not None
     assert method is not None
     share, domains = parse_keep(keep), tuple(domain) if domain else None
-    return Grouping(method.value, share, align.value, domains, Budget(budget, allow_nonuniform=allow_nonuniform))
+    own = Budget(budget, allow_nonuniform=allow_nonuniform)
+    return Grouping(method.value, share, align.value, domains, own, router.value)
 
 
 def show_merged(done: Merged) -> None:

@@ -17,11 +17,13 @@ from moekern.estimation.overview import overview
 from moekern.files import check_work, is_folder, standing, work_path, working
 from moekern.merging.groups import METHODS, merging_plan
 from moekern.merging.merge import merge_experts, merged_bytes
+from moekern.merging.routers import plan_with_routers
 from moekern.model.compute import Compute
 from moekern.plan.budgets import Budget
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.groups import check_plain, merged_into
+from moekern.plan.router_rows import DOMINANT, check_routers
 from moekern.pruning.copying import Copy, room_needed
 from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import PruneReport
@@ -36,13 +38,14 @@ Make = Callable[[Checkpoint, Path], Plan]  # of a checkpoint, with a work folder
 
 @dataclass(frozen=True)
 class Grouping:
-    """How experts are grouped by statistics."""
+    """How experts are grouped by statistics, and what their router rows are fitted to."""
 
     method: str
     keep: float | int
     align: str
     domains: tuple[str, ...] | None
     budget: Budget
+    router: str = DOMINANT
 
     def plan(self, statistics: Statistics) -> Plan:
         return merging_plan(
@@ -86,14 +89,23 @@ def by_text(text: Text, compute: Compute, grouping: Grouping, *, restart: bool) 
     """Statistics are measured first, and stay in the work folder: another command with the same text uses them."""
 
     def make(checkpoint: Checkpoint, side: Path) -> Plan:
-        settled = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
+        layout = find_layout(checkpoint)
+        if grouping.router != DOMINANT:
+            check_routers(checkpoint, layout, layout.layers, grouping.router)
+        settled = pipeline.told_compute(compute, checkpoint, layout)
         data, path = text.read(checkpoint, trust_remote_code=settled.trust_remote_code), side / STATISTICS
         tiers = METHODS[grouping.method].tiers
         found = earlier_statistics(path, checkpoint, data, settled, tiers, restart=restart)
         if found is None:
             path.unlink(missing_ok=True)
             found = pipeline.measured(checkpoint, data, settled, tiers=tiers, out=path, restart=restart)
-        return grouping.plan(found)
+        plan = grouping.plan(found)
+        if grouping.router == DOMINANT:
+            return plan
+        with console.progress("fitting routers", tokens=sum(data.tokens.values())) as step:
+            return plan_with_routers(
+                checkpoint, data, settled, plan, grouping.router, domains=grouping.domains, progress=step
+            )
 
     return make
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,18 @@ from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
-from moekern.model.merged_experts import Parts, merged_expert, shares
+from moekern.model.merged_experts import Parts, combined_rows, merged_expert, shares
 from moekern.model.reader import DTYPES
 from moekern.model.states import bytes_of
 from moekern.plan.document import LayerPlan
+from moekern.plan.router_rows import Rows
 from moekern.pruning.narrow import expert_axis, expert_matrix, expert_place
 
 Stored = dict[str, tuple[str, Sequence[int], Any]]  # name -> safetensors dtype, shape, bytes
 
 
 def merged_layer(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan, *, align: bool) -> Stored:
-    """The tensors of a layer that merging changes, as the pruned checkpoint holds them: of experts with tensors of
+    """The tensors of experts that merging changes, as the pruned checkpoint holds them: of experts with tensors of
     their own those that others are merged into, stacks of all. Members are read one at a time. Raises InputError for
     weights that are not finite."""
     of = _Experts(checkpoint, layer)
@@ -50,6 +51,23 @@ def merged_layer(checkpoint: Checkpoint, layer: MoeLayer, plan: LayerPlan, *, al
         if tensor.name in stacks:
             stack = stacks[tensor.name].flatten(0, 1) if tensor.rows > 1 else stacks[tensor.name]
             found[tensor.name] = (checkpoint.tensors[tensor.name].dtype, tuple(stack.shape), bytes_of(stack))
+    return found
+
+
+def routed_layer(checkpoint: Checkpoint, tensors: Iterable[ExpertTensor], plan: LayerPlan, rows: Rows) -> Stored:
+    """Matrix and bias of a layer's router with the experts of the plan, some of which have the combined `rows`, and
+    what trails behind the last expert's. Raises InputError for numbers that are not finite."""
+    found: Stored = {}
+    for tensor in tensors:
+        entry = checkpoint.tensors[tensor.name]
+        data = checkpoint.read_data(checkpoint.folder / entry.shard, entry, entry.start, entry.nbytes)
+        whole = torch.frombuffer(bytearray(data), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+        left = [*plan.keep, *range(len(whole) - tensor.trailing, len(whole))]
+        made = combined_rows(whole, whole[left], plan.keep, rows)
+        if not bool(made.isfinite().all()):
+            what = "rows that its merged experts get are not finite; take --router dominant"
+            raise InputError(f"{checkpoint.folder}: {tensor.name}: {what}")
+        found[tensor.name] = (entry.dtype, tuple(made.shape), bytes_of(made))
     return found
 
 

@@ -8,7 +8,7 @@ up together (weight matching, as M-SMoE does to experts without gates, arXiv:231
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ from moekern.model.projections import Views, views
 
 Parts = Mapping[str, Tensor]  # one expert, by fields of Views: gate, up [I, H], down [H, I], biases [I], [I], [H]
 Group = Sequence[tuple[int, float]]  # members and their weights
+Combination = tuple[Sequence[float], float]  # a coefficient of each expert's router row; what is added to the bias
 AXIS = {"down": 1, "down_bias": None}  # of the channels; 0 of the others
 
 
 @dataclass(frozen=True)
 class Merging:
-    """What is merged in a layer: a group for each kept expert by rising number. align: channels are put in order."""
+    """What is merged in a layer: a group for each kept expert by rising number. align: channels are put in order. rows:
+    of kept experts whose router row is another than their own."""
 
     groups: Sequence[Group]
     align: bool
+    rows: Mapping[int, Combination] = field(default_factory=dict)
 
 
 def matched(reference: Parts, other: Parts) -> Tensor:
@@ -70,6 +73,18 @@ def shares(expert: int, group: Group) -> list[tuple[int, float]]:
     """The other members of an expert's group that count, each with its weight over the sum of all."""
     whole = sum(weight for _, weight in group)
     return [(member, weight / whole) for member, weight in group if member != expert and weight > 0]
+
+
+def combined_rows(whole: Tensor, cut: Tensor, keep: Sequence[int], rows: Mapping[int, Combination]) -> Tensor:
+    """A router's matrix, or its bias, with the experts `keep` left: `cut`, in which each expert of `rows` has the
+    combination of the rows of `whole`, added up in float64 in the order that is given, and then the constant (bias)."""
+    made = cut.clone()
+    for e, (of, constant) in rows.items():
+        total = torch.zeros_like(whole[0], dtype=torch.float64)
+        for member, coefficient in enumerate(of):
+            total += whole[member].double() * coefficient
+        made[keep.index(e)] = (total + constant if whole.ndim == 1 else total).to(cut.dtype)
+    return made
 
 
 def parts_of(of: Views, expert: int) -> dict[str, Tensor]:

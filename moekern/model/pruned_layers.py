@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from moekern.architectures import Layout, MoeLayer
 from moekern.architectures.id_tables import replace_experts
 from moekern.architectures.widths import narrow_numbers
+from moekern.errors import InputError
 from moekern.model.expert_lists import LIST, blocks_with_lists
 from moekern.model.memory import drop
-from moekern.model.merged_experts import Merging, merge_live, views_to_merge
+from moekern.model.merged_experts import Merging, combined_rows, merge_live, views_to_merge
 from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, check_width, narrow_live
 from moekern.model.transformers_api import Loader, layers_with
 
@@ -57,6 +58,7 @@ class LivePruner:
         if channels is not None:
             self._check_channels(key, module, channels, len(after))
         whole = None if merging is None else views_to_merge(module, key)
+        routers = self._routers(key, module) if merging is not None and merging.rows else {}
         if after != before:
             place = self.loader.moe_places(self.layout)[key]
             tables = self._tables(layer, self._prefix(place), module, after)
@@ -65,6 +67,11 @@ class LivePruner:
             self.held[key] = after
         if merging is not None and whole is not None:
             merge_live(module, whole, merging, after, key)
+            for name, value in routers.items():
+                path, _, leaf = name.rpartition(".")
+                part = module.get_submodule(path)
+                made = combined_rows(value, part.get_parameter(leaf).detach(), after, merging.rows)
+                part._parameters[leaf] = nn.Parameter(made, requires_grad=value.requires_grad)
         if channels is not None:
             self._narrow(key, module, len(after), channels)
 
@@ -141,6 +148,17 @@ class LivePruner:
         take_over(module, smaller)
         self._drop(key, count, None)
         self.widths[key] = picked.shape[1]
+
+    def _routers(self, key: str, module: nn.Module) -> dict[str, Tensor]:
+        """Name within the module -> matrix and bias of a layer's router, of which rows are combined."""
+        prefix = self._prefix(self.loader.moe_places(self.layout)[key])
+        there, found = dict(module.named_parameters()), dict[str, Tensor]()
+        for tensor in filter(None, self.layout.router_tensors(key)):
+            place = (self.loader.model_key(tensor.name) or "").removeprefix(prefix)
+            if place not in there or len(there[place]) != self.layout.layers[key].num_experts + tensor.trailing:
+                raise InputError(f"layer {key}: {tensor.name} is not held by rows, so that none are combined in memory")
+            found[place] = there[place]
+        return found
 
     def _tables(self, layer: MoeLayer, prefix: str, module: nn.Module, keep: Sequence[int]) -> dict[str, Tensor]:
         """Name within the module -> its table of expert ids for the kept experts, made from the original one."""

@@ -12,6 +12,7 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.errors import InputError, check_type
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, short, some_of
 from moekern.plan.groups import check_groups
+from moekern.plan.router_rows import check_rows
 from moekern.router import Router, count_problem, nearest_counts
 
 TWIN = "made on a twin of this model: the same layers, experts and routers, stored otherwise"
@@ -68,6 +69,7 @@ def check_plan(
         _check_layer(layer, router if plan.replace is None else whole_router(router), f"{source}: layer {key}")
         if layer.groups is not None and key not in layout.layers:
             raise InputError(f"{source}: layer {key}: experts of MTP layers are not merged; leave its groups out")
+    check_rows(plan, {key: layer.num_experts for key, layer in known.items()})
     if plan.provenance.get(NONUNIFORM) is True or plan.replace is not None:
         return note
     first, kept = next((key, len(layer.keep)) for key, layer in plan.layers.items())

@@ -111,7 +111,9 @@ def aligned(provenance: Mapping[str, Any]) -> bool:
 def merge_recipe(plan: Plan, fingerprint: str) -> str:
     """sha256 of all that decides the bytes of merged experts."""
     layers = {key: (layer.keep, layer.groups) for key, layer in plan.layers.items() if layer.groups is not None}
-    decides = [MERGE, VERSION, fingerprint, aligned(plan.provenance), sorted(layers.items())]
+    told = plan.provenance.get(MERGE)
+    rows = [told["router"]] if isinstance(told, dict) and told.get("router") is not None else []
+    decides = [MERGE, VERSION, fingerprint, aligned(plan.provenance), sorted(layers.items()), *rows]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 

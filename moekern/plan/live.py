@@ -9,6 +9,7 @@ from moekern.model.merged_experts import Merging
 from moekern.plan.channels import channel_rows
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.groups import aligned
+from moekern.plan.router_rows import router_rows
 
 
 def live_channels(layer: LayerPlan) -> Tensor | None:
@@ -19,4 +20,4 @@ def live_channels(layer: LayerPlan) -> Tensor | None:
 def live_merging(plan: Plan, key: str) -> Merging | None:
     """What is merged into the kept experts of a layer; None where nothing is."""
     groups = plan.layers[key].groups
-    return None if groups is None else Merging(groups, aligned(plan.provenance))
+    return None if groups is None else Merging(groups, aligned(plan.provenance), router_rows(plan).get(key, {}))

@@ -12,6 +12,7 @@ from moekern.errors import InputError, check_type
 from moekern.files import is_folder
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
+from moekern.plan.router_rows import routers_computed
 from moekern.pruning.constants import Vectors, replaced_experts
 from moekern.pruning.copying import Checksum, Copy, check_copying
 from moekern.pruning.cuts import kept_experts
@@ -114,7 +115,8 @@ def prune(
     replaced = replaced_experts(checkpoint, layout, plan, form, vectors, mtp)
     kept = kept_experts(checkpoint, layout, plan, mtp if replaced is None else "keep")
     narrow = narrowed_layers(checkpoint, layout, plan, kept)
-    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow, replaced)
+    routers = routers_computed(plan, layout)
+    shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow, replaced, routers)
     side = side_files(checkpoint, layout, plan, kept, shards, mtp, replaced)
     job = job_of(checkpoint, plan.digest, shards, side, _told(shards, refitted), target, copy, checksum, reread=reread)
     mine = _share(shards, part)

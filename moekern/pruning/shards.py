@@ -22,6 +22,7 @@ RECODED = (
     "is quantised, and loses channels by the plan: that cannot be copied; `moekern refit MODEL PLAN --data TEXT --out "
     "OUT` computes such experts anew"
 )
+NONE: Mapping[str, str] = {}
 BLOCK = 4096  # file systems that share blocks between files share blocks of this size
 
 
@@ -120,6 +121,7 @@ def output_shards(
     refitted: Refitted | None = None,
     narrow: Mapping[str, Narrow] | None = None,
     replaced: Replaced | None = None,
+    routers: Mapping[str, str] = NONE,
 ) -> tuple[OutputShard, ...]:
     """The files to write: one for each source file that keeps a tensor, in the source's order; with `max_shard_size`
     (bytes of data), as few as hold that much each, an expert's tensors together.
@@ -128,15 +130,15 @@ def output_shards(
     channels of such layers, where some go. With `replaced` nothing is cut or renumbered: constants take the places of
     dropped experts, in the file that holds their down projection. Names stay when no file falls
     away and an index names them, else they are numbered anew. Tensors of `refitted` take the places of those of their
-    names. Raises InputError for a tensor whose shape does not hold its layer's experts, for a cut that would split a
-    byte, and for a refitted tensor that fits no place.
+    names, which are of experts or, with their layers, among the `routers`. Raises InputError for a tensor whose shape
+    does not hold its layer's experts, for a cut that would split a byte, and for a refitted tensor that fits no place.
     """
     cuts: dict[str, Cut | Widened | Constant] = {}
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
-    experts: dict[str, str] = {}  # layer of a tensor of experts
+    computed = dict(routers)  # layer of a tensor that may be computed
     for key, layer in {**layout.layers, **layout.mtp}.items():
         home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
-        experts.update((tensor.name, key) for tensor in layer.of_role("expert"))
+        computed.update((tensor.name, key) for tensor in layer.of_role("expert"))
         if replaced is not None:
             cuts |= _replaced_cuts(layout, key, layer, replaced)
         elif key in kept:
@@ -158,7 +160,7 @@ def output_shards(
                     if new is None and is_recoded(out):
                         raise InputError(f"{checkpoint.folder}: {entry.name}: {RECODED}")
                     if new is not None:
-                        check_fits(new, experts.get(entry.name), out.dtype, out.shape)
+                        check_fits(new, computed.get(entry.name), out.dtype, out.shape)
                     yield replace(out, new=new)
 
     if max_shard_size is not None:

@@ -28,6 +28,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.groups import check_plain
 from moekern.plan.refit import REFIT
+from moekern.plan.router_rows import router_rows
 from moekern.pruning.refitted import remove_others, write_layer
 from moekern.refit.choice import check_choice
 from moekern.refit.live import check_layers
@@ -154,6 +155,9 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
     if variant.plan.merges and (variant.width is not None or variant.choice is not None):
         what = "experts that stay are neither narrowed nor chosen anew"
         raise InputError(f"{variant.name}: the plan merges experts: {what}; take a plan that drops them")
+    if variant.fits and router_rows(variant.plan):
+        what = "a refit writes no rows of routers, and the plan has such of merged experts (provenance.merge.router)"
+        raise InputError(f"{variant.name}: {what}; take a plan of --router dominant")
     check_plain(checkpoint, layout, variant.plan)
     problem = None
     if variant.width is not None:

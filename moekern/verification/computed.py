@@ -20,6 +20,7 @@ from moekern.checkpoint.recovery import RECOVERY
 from moekern.layer_keys import natural
 from moekern.plan.document import Plan
 from moekern.plan.refit import refit_of
+from moekern.plan.router_rows import routers_computed
 from moekern.verification.opened import Folder
 from moekern.verification.record import MANIFEST
 
@@ -65,6 +66,7 @@ def layers_refitted(plan: Plan, layout: Layout, sources: Mapping[str, str]) -> d
     the pruned checkpoint -> name in the source. Raises InputError for the plan."""
     record = refit_of(plan)
     experts = {t.name: key for key, layer in layout.layers.items() for t in layer.of_role("expert")}
+    experts |= routers_computed(plan, layout)
     found = {name: experts.get(source) for name, source in sources.items()}
     return {name: key for name, key in found.items() if key is not None and record is not None and key in record.layers}
 

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moekern.architectures import ExpertTensor, MoeLayer
+from moekern.architectures import ExpertTensor, Layout, MoeLayer
 from moekern.plan.document import Plan
 from moekern.plan.groups import aligned
+from moekern.plan.router_rows import router_rows
 from moekern.verification.narrow import channel_axis, expert_part
 from moekern.verification.opened import Folder
 
@@ -41,6 +42,24 @@ def merged_again(old: Folder, layer: MoeLayer, of: Plan) -> dict[str, Any]:
         name = tensor.name if tensor.expert is None else tensor.template.replace("{}", str(plan.keep.index(rows[0])))
         value = (stack if tensor.expert is None else made[0]).contiguous()
         found[name] = value.flatten().view(torch.uint8).numpy()
+    return found
+
+
+def routers_again(old: Folder, layout: Layout, key: str, of: Plan) -> dict[str, Any]:
+    """Name -> bytes of matrix and bias of a layer's router, where the plan combines rows of it; {} where not."""
+    rows, keep, found = router_rows(of).get(key, {}), of.layers[key].keep, dict[str, Any]()
+    for tensor in layout.router_tensors(key) if rows else ():
+        if tensor is not None:
+            whole = old.tensor(tensor.name)
+            numbers = np.asarray(whole.double().numpy())
+            made = whole[[*keep, *range(len(whole) - tensor.trailing, len(whole))]]
+            for e, row in rows.items():
+                total = np.zeros_like(numbers[0])
+                for member, coefficient in enumerate(row.of):
+                    total = total + numbers[member] * coefficient
+                total = total + row.constant if whole.ndim == 1 else total
+                made[keep.index(e)] = torch.from_numpy(np.asarray(total)).to(whole.dtype)
+            found[tensor.name] = made.contiguous().flatten().view(torch.uint8).numpy()
     return found
 
 

@@ -20,6 +20,7 @@ from moekern.model.reader import read_tensors
 from moekern.model.transformers_api import Loader, open_loader
 from moekern.plan.document import Plan
 from moekern.plan.live import live_channels
+from moekern.plan.router_rows import routers_computed
 from moekern.verification.record import manifest_lines
 
 
@@ -45,7 +46,8 @@ class RefittedLayers:
     def _put_in(self, live: nn.Module, key: str, original: LayerwiseModel) -> None:
         """Replace the parameters that computed tensors fill. Whatever else fills these is read from `after` too."""
         filled = {self.loader.model_key(name) for name in self.names[key]}
-        every = [t.name for t in self.layout.layers[key].of_role("expert")]
+        routers = (t.name for t in self.layout.router_tensors(key) if t is not None)
+        every = [*(t.name for t in self.layout.layers[key].of_role("expert")), *routers]
         names = [name for name in every if self.loader.model_key(name) in filled]
         self.loader.load(read_tensors(self.after, names), original.device)
         module = self.loader.decoder_layers()[1][self.loader.moe_places(self.layout)[key]]
@@ -59,11 +61,12 @@ class RefittedLayers:
 def refitted_layers(plan: Plan, after: Checkpoint, layout: Layout, compute: Compute) -> RefittedLayers:
     """Raises InputError where the folder's manifest names no tensors of a layer that holds experts."""
     layers = {t.name: key for key, layer in layout.layers.items() for t in layer.of_role("expert")}
+    layers |= routers_computed(plan, layout)
     names: dict[str, list[str]] = {}
     for line in manifest_lines(after.folder):
         for name in (line.get("refit") or {}).get("tensors", ()):
             if name not in layers:
-                raise InputError(f"{after.folder}: {name} was refitted, and is no tensor of an expert")
+                raise InputError(f"{after.folder}: {name} was refitted, and is no tensor of an expert or a router")
             names.setdefault(layers[name], []).append(name)
     loader = open_loader(after.folder, compute.torch_dtype, compute.trust_remote_code, layout, len(after.tensors))
     return RefittedLayers(plan, after, layout, loader, names)

@@ -28,7 +28,7 @@ from moekern.verification.config import config_problems
 from moekern.verification.constants import Vectors, constant_problems, is_known, replaced_in
 from moekern.verification.expert_lists import lists_cut
 from moekern.verification.files import file_problems
-from moekern.verification.merged import merged_again
+from moekern.verification.merged import merged_again, routers_again
 from moekern.verification.narrow import Channels, kept_channels, narrow_problems, narrow_shape, wide_problems, widened
 from moekern.verification.opened import Folder, blocks
 from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
@@ -120,7 +120,10 @@ def verify(
         claims = _claims(folder, plan, layout, expected, problems)
         if recompute is None and is_merged(plan, checkpoint.fingerprint):
             check_plain(checkpoint, layout, plan)
-            recompute = lambda key: merged_again(old, layout.layers[key], plan)  # noqa: E731
+            recompute = lambda key: {  # noqa: E731
+                **merged_again(old, layout.layers[key], plan),
+                **routers_again(old, layout, key, plan),
+            }
         copied = [name for name in new.shards if name in expected and name not in claims]
         for name in copied:
             found, nbytes = _compare(name, expected[name], old, new)
