@@ -95,8 +95,8 @@ GEMMA4: dict[str, Any] = {
 }
 BAILING = "moe_intermediate_size|moe_shared_expert_intermediate_size"  # engines read the second for the shared expert
 MORE_THAN_HIDDEN = "its decoder layers hand on more than hidden states"
-NO_NEXT_TOKEN = "it does not predict the next token"
-SUSPENDED: dict[str, Any] = {"no_gradient": MORE_THAN_HIDDEN, "no_refit": MORE_THAN_HIDDEN}
+CLASSIFIER: dict[str, Any] = dict.fromkeys(("no_gradient", "no_refit"), "it does not predict the next token")
+SUSPENDED: dict[str, Any] = dict.fromkeys(("no_gradient", "no_refit"), MORE_THAN_HIDDEN)
 TWO_STACKS: dict[str, Any] = {
     "experts": "named",
     "router": "router.classifier.weight",
@@ -217,14 +217,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("nemotron_h", block="mixer", experts="up_down", mtp="named", **V3 | {"shared": ""}),
     Family("gpt_oss", bias="router.bias", alternating="gate_up_proj", **ROUTED, **WIDE),
-    Family(
-        "openai_privacy_filter",
-        bias="router.bias",
-        no_gradient=NO_NEXT_TOKEN,
-        no_refit=NO_NEXT_TOKEN,
-        **ROUTED,
-        **WIDE,
-    ),
+    Family("openai_privacy_filter", bias="router.bias", **CLASSIFIER, **ROUTED, **WIDE),
     Family(
         "llama4", also=("llama4_text",), block="feed_forward", score="sigmoid", shared="1", **WIDE, **ROUTED, **TEXT
     ),

@@ -91,10 +91,8 @@ class LayerwiseModel:
         return int(self.loader.model.get_input_embeddings().embedding_dim)
 
     def compute(self, batch: Batch) -> Any:
-        """The model's own forward pass of one batch: what transformers returns.
-
-        Raises InputError for what the model's own code raises: numbers of config.json that contradict each other.
-        """
+        """The model's own forward pass of one batch: what transformers returns. Raises InputError for what the model's
+        own code raises: numbers of config.json that contradict each other."""
         model: Any = self.model
         B, S = batch.input_ids.shape
         try:
@@ -126,8 +124,7 @@ class LayerwiseModel:
                 _TANGLED.add(kind)
                 warnings.warn(f"{found}: the pass begins again, and all text of a pass is held in memory", stacklevel=2)
         if self.groups.cuts:
-            why = "layers that hand on more than hidden states are not run in groups of experts"
-            raise self.takes.refusal(why)
+            raise self.takes.refusal("layers that hand on more than hidden states are not run in groups of experts")
         if stage is not None:
             stage.journal.tell("of whole forward passes nothing is written down: a pass that is stopped begins anew")
         self._walk(tasks, run, Suspended(list(self.layers), run, self.device), stage)
@@ -173,9 +170,8 @@ class LayerwiseModel:
         self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
 
     def check_text(self, tokens: int, more: int = 0, named: str = "") -> tuple[str, int]:
-        """What so many tokens take, in words, and how many bytes of it go to a file. Raises NoRoomForText where the
-        disk has none for what memory has not, on every rank where one has too little: of the tokens that the least of
-        them has room for."""
+        """What so many tokens take, in words, and how many bytes of it go to a file. Raises NoRoomForText where memory
+        and disk have no room, on every rank where one has too little."""
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         beside = ((states, "hidden states"), (apart, "experts' rows"), (more, named))
         what = " and ".join(f"{sized(n)} of {each}" for n, each in beside if n)
@@ -184,17 +180,16 @@ class LayerwiseModel:
             beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
         except NoRoomForText as found:
             refused = found.message, found.tokens
-        told = {rank: each for rank, each in enumerate(self.team.every(refused)) if each is not None}
-        if told:
-            rank = min(told, key=lambda rank: told[rank][1])
-            message, fitting = told[rank]
-            raise NoRoomForText(message if self.team.size == 1 else f"rank {rank}: {message}", fitting)
-        return what, beyond
+        told = [(each[1], rank, each[0]) for rank, each in enumerate(self.team.every(refused)) if each is not None]
+        if not told:
+            return what, beyond
+        fitting, rank, why = min(told)
+        raise NoRoomForText(why if self.team.size == 1 else f"rank {rank}: {why}", fitting)
 
     def rows_apart(self, tokens: int) -> int:
         """Bytes of what experts that are run in groups are given, and put out, for so many tokens."""
-        row = self.embedding_size * self.loader.dtype.itemsize
-        return tokens * (row + self.layout.router.top_k * (row + 8)) if self.groups.cuts else 0
+        row, slots = self.embedding_size * self.loader.dtype.itemsize, self.layout.router.top_k
+        return tokens * (row + slots * (row + 8)) if self.groups.cuts else 0
 
     def check_room(self, nbytes: int, what: str, tokens: int) -> int:
         """How many of the bytes of so many tokens go to a file. Raises NoRoomForText where the disk has no room."""
