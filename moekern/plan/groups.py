@@ -114,7 +114,7 @@ def merge_recipe(plan: Plan, fingerprint: str) -> str:
     told = plan.provenance.get(MERGE)
     rows = [told["router"]] if isinstance(told, dict) and told.get("router") is not None else []
     decides = [MERGE, VERSION, fingerprint, aligned(plan.provenance), sorted(layers.items()), *rows]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def is_merged(plan: Plan, fingerprint: str) -> bool:
