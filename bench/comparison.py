@@ -203,7 +203,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     checkpoint, compute = open_checkpoint(options.model), Compute(dtype=options.dtype, device=options.device)
     judged = _text(options, options.held_out, options.held_out_tokens).read(checkpoint).by_chunk()
     setting: Line = {
-        "model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "criterion": options.criterion,
+        "model": checkpoint.folder.name, "fingerprint": checkpoint.fingerprint, "criterion": options.criterion,
         "tokens_asked": options.tokens, "judged_tokens": sum(judged.tokens.values()),
         "sequence_length": options.sequence_length, "dtype": options.dtype, "device_kind": options.device,
     }  # fmt: skip
