@@ -5,7 +5,7 @@ python -m bench.comparison --demo --out RECORD.jsonl        the small trained mo
 python -m bench.comparison --show RECORD.jsonl              measures nothing: the tables of a record, in Markdown
 
 A seed draws --tokens of the calibration text; criteria, constants, merges, masks, refits and training all get these,
-and all are judged on the same --held-out tokens, which must share no sequence with them: by `moekern.evaluate` where a
+and all are judged on the same --held-out tokens, whose sequences are left out of them: by `moekern.evaluate` where a
 plan says all, by the refit's own pass, or as a folder against what the original predicts. Every one must find the same
 loss of the original. Beside them stands the unpruned model with its experts rounded to few bits (no product of a
 quantiser). Rows that are in --out already are not measured again. --only names rows or kinds of rows. Errors are
@@ -19,7 +19,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.criteria.table import CRITERIA, DEFAULT
-from moekern.data.batches import TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
@@ -203,7 +203,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     checkpoint, compute = open_checkpoint(options.model), Compute(dtype=options.dtype, device=options.device)
     judged = _text(options, options.held_out, options.held_out_tokens).read(checkpoint).by_chunk()
     setting: Line = {
-        "model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "criterion": options.criterion,
+        "model": checkpoint.folder.name, "fingerprint": checkpoint.fingerprint, "criterion": options.criterion,
         "tokens_asked": options.tokens, "judged_tokens": sum(judged.tokens.values()),
         "sequence_length": options.sequence_length, "dtype": options.dtype, "device_kind": options.device,
     }  # fmt: skip
@@ -262,26 +262,37 @@ def _draw(
     if not any(map(any, left.values())):
         return
     data = _text(options, options.data, options.tokens, seed).read(ruler.checkpoint)
-    check_apart(data, ruler.judged)
+    data, both = apart(data, ruler.judged)
     work.mkdir()
-    bench, tokens = Bench(ruler, routed, data, options.criterion, seed, work, options.steps), sum(data.tokens.values())
+    bench = Bench(ruler, routed, data, options.criterion, seed, work, options.steps)
+    own = {"seed": seed, "tokens": sum(data.tokens.values()), "left_out": both}
     for share, (some, rest) in left.items():
-        add(*({"seed": seed, "tokens": tokens, **line} for line in bench.plans(share, some)))
+        add(*({**own, **line} for line in bench.plans(share, some)))
         for name, kind in rest.items():
-            add({"seed": seed, "tokens": tokens, **bench.fit(share, name, kind)})
+            add({**own, **bench.fit(share, name, kind)})
 
 
 def _wanted(options: argparse.Namespace, name: str, kind: str) -> bool:
     return not options.only or name in options.only or kind in options.only
 
 
-def check_apart(data: TokenData, judged: TokenData) -> None:
-    """Raise InputError where a sequence is in both."""
-    seen, held = (
-        {row.input_ids.numpy().tobytes() for batch in text.batches for row in batch.each()} for text in (data, judged)
-    )
-    if both := len(seen & held):
-        raise InputError(f"--held-out: {both} of its sequences are in --data too; give text that it does not hold")
+def apart(data: TokenData, judged: TokenData) -> tuple[TokenData, int]:
+    """The text without the sequences that are judged too, and how many these were. Raises InputError where it has no
+    others."""
+    seen = {_ids(row) for batch in judged.batches for row in batch.each()}
+    rows = [row for batch in data.batches for row in batch.each()]
+    kept = tuple(row for row in rows if _ids(row) not in seen)
+    if not kept:
+        raise InputError("--held-out: it has all sequences of --data; give text that this does not hold")
+    if len(kept) == len(rows):
+        return data, 0
+    rest = replace(data, batches=kept)
+    missing = {domain: tokens - rest.tokens.get(domain, 0) for domain, tokens in data.tokens.items()}
+    return replace(rest, recipe={**data.recipe, "held_out": missing}).by_chunk(), len(rows) - len(kept)
+
+
+def _ids(batch: Batch) -> bytes:
+    return batch.input_ids.numpy().tobytes()
 
 
 def _check_record(path: Path | None, lines: Sequence[Line], setting: Line) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,15 @@ def test_a_twin_counts_codes_scales_and_zero_points(tmp_path: Path) -> None:
     assert found == pytest.approx(3 + (16 + 3) * (2 / 128 + 2 / 128 + 2 / 96) / 3)  # two groups a row of each matrix
 
 
-def test_text_that_was_seen_is_refused() -> None:
-    held = text("evaluation")
-    comparison.check_apart(text("calibration"), held)
-    with pytest.raises(InputError, match=r"--held-out: \d+ of its sequences are in --data too"):
-        comparison.check_apart(held, held)
+def test_sequences_that_are_judged_are_left_out() -> None:
+    seen, held = text("calibration"), text("evaluation")
+    assert comparison.apart(seen, held) == (seen, 0)
+    both = replace(seen, batches=(*held.batches[:1], *seen.batches))
+    rest, left = comparison.apart(both, held)
+    assert (left, rest.tokens) == (len(held.batches[0].input_ids), seen.tokens)
+    assert rest.recipe["held_out"] == {**dict.fromkeys(seen.tokens, 0), held.batches[0].domain: 128 * left}
+    with pytest.raises(InputError, match="--held-out: it has all sequences of --data"):
+        comparison.apart(held, held)
 
 
 @pytest.mark.whole
