@@ -101,7 +101,8 @@ def commands(page: Path) -> list[list[str]]:
 PAGES = {page.name: commands(page) for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 del PAGES["machines.md"]  # below
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
-TESTED_TOO = ("substitution.md",)  # by tests/cli/test_replacing.py
+# By tests/cli/test_replacing.py, tests/masks, tests/cli/test_continuing.py, tests/merging and tests/cli/test_report.py:
+TESTED_TOO = ("substitution.md", "masks.md", "judging.md", "merging.md", "report.md")
 FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
 
 

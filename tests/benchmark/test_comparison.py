@@ -39,6 +39,7 @@ def text(part: str, tokens: int = 768) -> TokenData:
     return Text(text_sources(part), tokens=tokens, sequence_length=128).read(checkpoint).by_chunk()
 
 
+@pytest.mark.whole
 def test_rows_tables_and_going_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     refit.main()
 
 
+@pytest.mark.whole  # as test_criteria.py, whose bench has the same form
 def test_lines_tables_and_going_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_between_two_groups_nothing_is_measured_again(work: Path, tmp_path: Path
     assert out.read_bytes() == (work / "whole").read_bytes()
 
 
+@pytest.mark.whole
 def test_groups_of_another_calibration_are_refused_or_begun_anew(work: Path, tmp_path: Path, little_room: None) -> None:
     out = tmp_path / "out"
     stopped(work, out, 6)

@@ -38,8 +38,8 @@ def test_from_text_to_a_folder_and_its_loss(family_checkpoint: Callable[[str], P
     assert done["pruned"]["replaced"] == sum(8 - len(layer.keep) for layer in Plan.load(done["plan"]).layers.values())
     assert done["serve"] == {"vllm": f"vllm serve {out}"}
     sums = done["statistics"]
-    plans = invoked("evaluate", model, *data, done["plan"], "--statistics", sums)
-    alone = invoked("evaluate", out, *data)
+    plans = invoked("evaluate", model, *data, done["plan"], "--statistics", sums)["losses"]
+    alone = invoked("evaluate", out, *data)["losses"]
     assert alone["original"]["d"]["nll"] == plans[done["plan"]]["d"]["nll"]
     form = "--form", "approximate-experts"
     plain = Plan({key: LayerPlan((0, 1, 2, 5)) for key in Plan.load(done["plan"]).layers})

@@ -28,7 +28,7 @@ Command = Callable[[Path], tuple[object, ...]]
 TIERS = ("outliers", "coalitions", "vocabulary", "gradient", "weights", "replay")
 
 
-COMMANDS = ("iterate", "evaluate", "refit", *(pytest.param(n, marks=pytest.mark.whole) for n in ("tiers", "run")))
+COMMANDS = ("evaluate", "refit", *(pytest.param(n, marks=pytest.mark.whole) for n in ("iterate", "tiers", "run")))
 KILLS, MANY = 1, 13  # of each command; with --whole 52 of all
 
 

@@ -58,9 +58,9 @@ class _Usage(NamedTuple):
 def test_text_without_room_is_refused_before_anything_is_computed(
     tiers: tuple[str, ...], what: str, family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: _Usage(1000))
-    monkeypatch.setattr(Takes, "room", property(lambda self: 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: _Usage(100))
+    monkeypatch.setattr(Takes, "room", property(lambda self: 100))
     data = TokenData((Batch("a", families.input_ids("qwen3_moe", 6, 12)),), {}, 1)
-    with pytest.raises(InputError, match=f"{what} .*memory has room for 1000 B, and .* for 1000 B") as refused:
+    with pytest.raises(InputError, match=f"{what} .*memory has room for 100 B, and .* for 100 B") as refused:
         calibrate(family_checkpoint("qwen3_moe"), data, tiers=tiers)
     assert refused.value.kind in ("memory", "option")

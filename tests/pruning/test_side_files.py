@@ -105,7 +105,7 @@ def test_a_model_pruned_twice_has_a_notice_for_each_plan(source: Path, tmp_path:
 def test_a_link_out_of_the_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     (source / "special_tokens_map.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"'special_tokens_map.json': a link out of the checkpoint, to .*secret"):
+    with pytest.raises(InputError, match=r"'special_tokens_map.json': a link out of the checkpoint, to '/"):
         prune(source, PLAN, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "secret"]
 
