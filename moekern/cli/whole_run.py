@@ -179,7 +179,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
         check_model(checkpoint, compute)
     if planning.budget.kind == "uniform":  # else counts are known with the plans
         for target, keep in zip(targets, keeps, strict=True):
-            counts = dict.fromkeys(layout.layers, kept_count(keep, planning.router(layout.router)))
+            counts = dict.fromkeys(layout.layers, kept(keep))
             _say_of(target, slower(counts, planning.served(layout, checkpoint), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
