@@ -18,6 +18,7 @@ from moekern.model.transformers_api import loader_of
 from tests.helpers import families
 from tests.helpers.in_flight import REFUSED, Half, random_plan
 from tests.helpers.narrow import random_channels
+from tests.helpers.pairwise import thirds
 
 NAMES = [name for name in families.FAMILIES if name not in REFUSED]
 BOTH = {"hunyuan_v1_moe", "llama4_text", "llama4", "deepseek_v4", "inkling_text", "inkling_mm_model", "jamba"}
@@ -27,7 +28,7 @@ TOLERANCE = 2**-15
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thirds(NAMES, 2))
 def test_logits_are_those_of_the_pruned_checkpoint(
     name: str, whole_model: Callable[[str], Any], half: Callable[[str], Half]
 ) -> None:
