@@ -280,7 +280,10 @@ def show_plans(made: Mapping[str, Plan], paths: Mapping[str, Path]) -> None:
     if plan.replace is not None:
         say(f"dropped experts become constants ({plan.replace.constants}); the router stays whole, and vLLM loads this")
     elif isinstance(provenance["kept"], dict):
-        say("layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it")
+        say(
+            "layers keep different numbers: moekern writes, verifies and evaluates this; no engine loads it, but with "
+            "--replace vLLM does"
+        )
 
 
 def with_tiers(criterion: str) -> str:
