@@ -160,7 +160,7 @@ KEYS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [qwen3, deepseek_v3])
+@pytest.mark.parametrize("make", [qwen3, pytest.param(deepseek_v3, marks=pytest.mark.whole)])
 def test_configs_of_wrong_types(tmp_path: Path, make: Any) -> None:
     config, tensors = make()
     folder = write(tmp_path / "in", config, tensors)

@@ -101,7 +101,7 @@ def _stopped(patch: pytest.MonkeyPatch, command: tuple[object, ...]) -> None:
         assert moekern(*command).returncode == 130
 
 
-@pytest.mark.parametrize("parts_first", [True, False])
+@pytest.mark.parametrize("parts_first", [True, pytest.param(False, marks=pytest.mark.whole)])
 def test_text_in_parts_and_all_at_once_do_not_take_each_others_place(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts_first: bool
 ) -> None:
@@ -134,6 +134,7 @@ def test_a_part_that_was_begun_goes_with_those_that_are_done(
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.whole
 def test_parts_go_though_the_run_was_killed_when_all_was_measured(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ def write(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tokens", [300, 40_000, None])
+@pytest.mark.parametrize("tokens", [pytest.param(300, marks=pytest.mark.whole), 40_000, None])
 @pytest.mark.parametrize(("kind", "pack"), [("jsonl", True), ("jsonl", False), ("txt", True)])
 def test_the_number_of_processes_changes_nothing(
     kind: str, pack: bool, tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -110,7 +110,7 @@ def gone_on(folder: Path, size: int, words: Sequence[object]) -> Done:
 TRIES: list[Any] = [
     ("calibrate", [(2, 3, 1), (1, 4, 0)]),  # the first pass at layer 3, the second at 2
     pytest.param("calibrate", [(2, 3, 1), (3, 4, 0), (1, 2, 0), (2, 1, 1)], marks=pytest.mark.whole),
-    ("iterate", [(2, 3, 1), (1, 5, 0)]),  # both rounds
+    pytest.param("iterate", [(2, 3, 1), (1, 5, 0)], marks=pytest.mark.whole),  # both rounds
     ("evaluate", [(2, 2, 0), (3, 2, 1)]),
     pytest.param("run", [(2, 4, 1), (1, 3, 0)], marks=pytest.mark.whole),  # while it calibrates, and evaluates
 ]
