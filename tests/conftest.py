@@ -39,6 +39,10 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
+# Files with tests of a quarter of a minute: first, so that at the end no process waits for one.
+DEAR = ("test_docs.py", "test_tour.py", "test_limits.py", "test_cuda_logic.py", "test_triton.py")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="also what is marked whole")
 
@@ -49,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if (name := _family(item)) in places:
             item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: places.get(_family(item), len(places)))
+    items.sort(key=lambda item: (item.path.name not in DEAR, places.get(_family(item), len(places))))
     if not config.getoption("--whole"):
         spare = [item for item in items if item.get_closest_marker("whole")]
         config.hook.pytest_deselected(items=spare)
