@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from moekern.cli.console import say, show
 from moekern.cli.given import headers_of, result
 from moekern.cli.options import HeadersOf, Json, Revision, Targets
@@ -26,9 +24,7 @@ def check(
 
     targets = [parse_target(text) for text in target or ()]
     report = check_folder(headers_of(model, revision), targets)
-    result(report.document(), lambda: show_report(report))
-    if targets and not report.good:
-        raise typer.Exit(1)
+    result(report.document(), lambda: show_report(report), good=report.good or not targets)
 
 
 def show_report(found: Report) -> None:

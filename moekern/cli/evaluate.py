@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekern.cli import continuing, ranks
-from moekern.cli.console import finite, say
+from moekern.cli.console import finite, hint, say
 from moekern.cli.continuing import Continue, Decode, NewTokens, Prompts, PromptTokens, Steer
 from moekern.cli.given import compute_of, named_plans, result, text_of
 from moekern.cli.options import (
@@ -51,13 +52,31 @@ from moekern.cli.tasks import (
 from moekern.errors import InputError
 from moekern.files import check_new, make_parents, write_bytes
 
+if TYPE_CHECKING:
+    from moekern.data.text import Text
+    from moekern.evaluation.losses import Evaluation
+    from moekern.model.compute import Compute
+    from moekern.plan.document import Plan
+
+Plans = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Plans to apply on the fly; with --tasks also folders of other models."),
+]
+TogetherOption = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Sequences computed at a time. Default: 1, and {continuing.TOGETHER} prompts.", callback=at_least(1)
+    ),
+]
+ResultOption = Annotated[Path | None, typer.Option(help="Write the result there too: .json, or .csv of losses.")]
+Best = Annotated[
+    Path | None, typer.Option(help="Write the plan that is nearest to the original there, with how all did in it.")
+]
+
 
 def evaluate(
     model: Model,
-    plans: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Plans to apply on the fly; with --tasks also folders of other models."),
-    ] = None,
+    plans: Plans = None,
     statistics: ConstantsOf = None,
     data: Data = None,
     tasks: TasksOption = None,
@@ -75,20 +94,13 @@ def evaluate(
     tokens: Tokens = "1M",
     sequence_length: SequenceLength = 2048,
     pack: Pack = True,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Sequences computed at a time. Default: 1, and {continuing.TOGETHER} prompts.", callback=at_least(1)
-        ),
-    ] = None,
+    batch_size: TogetherOption = None,
     column: Column = None,
     thinking: ThinkingOption = Thinking.row,
     strict: Strict = False,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the result there too: .json, or .csv of losses.")] = None,
-    best: Annotated[
-        Path | None, typer.Option(help="Write the plan that is nearest to the original there, with how all did in it.")
-    ] = None,
+    out: ResultOption = None,
+    best: Best = None,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
     memory: Memory = None,
@@ -101,11 +113,6 @@ def evaluate(
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights, differences between plans
     paired by sequence; or scores at --tasks; or whether what they write behind prompts ends, or loops (--continue)."""
-    from moekern.cli import pipeline
-    from moekern.cli.judged import judged_document, judged_rows, show_judged
-    from moekern.evaluation.choice import CHOICE, choice_document
-    from moekern.rows import csv_text
-
     given = [*(data or ()), *((preset.value,) if preset else ())]
     prompted = continuing.asked_of(
         sources=continued, prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens, decode=decode,
@@ -115,23 +122,18 @@ def evaluate(
         tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed, text=given
     )
     kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
-    check_written(out, best, len(plans or ()), kind)
     folders = [path for path in plans or () if path.is_dir()]
+    check_written(out, best, len(plans or ()), kind)
     if folders and asked is None:
         raise InputError(f"{folders[0]}: a folder, and no plan; give --tasks to score other models beside", kind="plan")
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, batch_size=batch_size or (1 if prompted is None else continuing.TOGETHER), seed=seed,
     )  # fmt: skip
-    compute = compute_of(
-        device=device,
-        dtype=dtype,
-        memory=memory,
-        gpu_memory=gpu_memory,
-        spill=spill,
+    compute = ranks.together(compute_of(
+        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill,
         trust_remote_code=trust_remote_code,
-    )
-    compute = ranks.together(compute)
+    ))  # fmt: skip
     named = named_plans("evaluate", [path for path in plans or () if path not in folders])
     if not named and not folders and not steer:
         what = "the loss" if kind == "losses" else kind
@@ -139,28 +141,69 @@ def evaluate(
     folder = ranks.folder_of(model, revision, compute.team)
     if prompted is not None:
         written = continuing.written_of(folder, prompted, text, named, compute, statistics)
-        document, table = continuing.document_of(written, prompted, seed), lambda: continuing.show_written(written)
-        rows = []
-    elif asked is None:
-        losses = pipeline.evaluate_plans(folder, text, compute, named, statistics=statistics, restart=restart)
-        document, table = judged_document(losses), lambda: show_judged(losses)
-        rows = judged_rows(losses)
-    else:
+        found = Found(continuing.document_of(written, prompted, seed), lambda: continuing.show_written(written))
+    elif asked is not None:
         scores = scores_of(folder, folders, named, asked, compute, restart=restart)
-        document, table, rows = document_of(scores, asked), lambda: show_scores(scores), []
+        found = Found(document_of(scores, asked), lambda: show_scores(scores))
+    else:
+        found = _losses(folder, text, compute, named, statistics, best, restart=restart)
+    _write(out, found)
+    result(found.document, found.show)
+    hint(found.said)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured: as JSON, as it is shown, as rows of a table, where it has any, and what is said of it."""
+
+    document: Mapping[str, Any]
+    show: Callable[[], None]
+    rows: Sequence[Mapping[str, Any]] = ()
+    said: str | None = None
+
+
+def _losses(
+    folder: Path,
+    text: Text,
+    compute: Compute,
+    plans: Mapping[str, Plan],
+    statistics: Path | None,
+    best: Path | None,
+    *,
+    restart: bool,
+) -> Found:
+    """Losses, and the nearest plan written to `best` where that is asked for."""
+    from moekern.cli import pipeline
+    from moekern.cli.judged import judged_document, judged_rows, show_judged
+
+    losses = pipeline.evaluate_plans(folder, text, compute, plans, statistics=statistics, restart=restart)
+    document, said = judged_document(losses), None
     if best is not None:
-        taken = choice_document(losses)
-        chosen = named[taken["chosen"]]
-        make_parents(best)
-        replace(chosen, provenance={**chosen.provenance, CHOICE: taken}).save(best, new=True)
-        document = {**document, "best": {"plan": taken["chosen"], "out": str(best)}}
+        name = _save_best(losses, plans, best)
+        document["best"] = {"plan": name, "out": str(best)}
+        said = f"{best}: the plan {name}; judge it on text that did not choose it"
+    return Found(document, lambda: show_judged(losses), judged_rows(losses), said)
+
+
+def _save_best(losses: Evaluation, plans: Mapping[str, Plan], best: Path) -> str:
+    """Write the plan that is nearest to the original, with how all did; its name."""
+    from moekern.evaluation.choice import CHOICE, choice_document
+
+    taken = choice_document(losses)
+    name: str = taken["chosen"]
+    make_parents(best)
+    replace(plans[name], provenance={**plans[name].provenance, CHOICE: taken}).save(best, new=True)
+    return name
+
+
+def _write(out: Path | None, found: Found) -> None:
+    """The same to a file, where one is named."""
+    from moekern.rows import csv_text
+
     if out is not None:
         make_parents(out)
-        content = csv_text(rows) if out.suffix == ".csv" else json.dumps(finite(document), indent=1) + "\n"
-        write_bytes(out, content.encode(), new=True)
-    result(document, table)
-    if best is not None:
-        say(f"{best}: the plan {document['best']['plan']}; judge it on text that did not choose it")
+        whole = json.dumps(finite(found.document), indent=1) + "\n"
+        write_bytes(out, (csv_text(found.rows) if out.suffix == ".csv" else whole).encode(), new=True)
 
 
 def check_written(out: Path | None, best: Path | None, plans: int, kind: str) -> None:

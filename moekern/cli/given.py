@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from moekern.cli import console
 from moekern.errors import InputError
 from moekern.files import told
@@ -159,14 +161,16 @@ def named_plans(command: str, paths: Sequence[Path]) -> dict[str, Plan]:
     return {str(path): Plan.load(path) for path in paths}
 
 
-def result(document: Any, table: Callable[[], None]) -> None:
-    """Show a result as JSON or as a table."""
+def result(document: Any, table: Callable[[], None], *, good: bool = True) -> None:
+    """Show a result as JSON or as a table; one that is not good ends the command with exit code 1."""
     with told("standard output"):
         if console.as_json():
             console.emit(document)
         else:
             table()
         sys.stdout.flush()
+    if not good:
+        raise typer.Exit(1)
 
 
 def statistics_of(source: Path, criteria: Sequence[str]) -> Statistics:

@@ -67,31 +67,41 @@ class Align(str, Enum):
     none = "none"
 
 
+Out = Annotated[Path, typer.Option(help="The folder to write; it must not exist.")]
+Keep = Annotated[str | None, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count.")]
+Method = Annotated[
+    MergeMethod | None,
+    typer.Option(help="Which experts join which: by router logits, by clusters of outputs, or by both and REAP."),
+]
+StatisticsOption = Annotated[Path | None, typer.Option(help="A statistics file, with --keep and --method.")]
+PlanOption = Annotated[Path | None, typer.Option(help="A plan with groups, in the place of statistics or text.")]
+AlignOption = Annotated[
+    Align, typer.Option(help="Put the channels of a member in the order of the expert that stays, or do not.")
+]
+RouterOption = Annotated[
+    RouterRows,
+    typer.Option(
+        help="A merged expert's router row: of the one that stays, or fitted to the logarithm of the sum of its "
+        "members' exponentiated logits, or to the largest of their logits; what is fitted takes another pass."
+    ),
+]
+BudgetOption = Annotated[
+    str, typer.Option(help="uniform, or adaptive: each layer a number of its own, by M-SMoE's rule.")
+]
+
+
 def merge_experts(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    keep: Annotated[str | None, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count.")] = None,
-    method: Annotated[
-        MergeMethod | None,
-        typer.Option(help="Which experts join which: by router logits, by clusters of outputs, or by both and REAP."),
-    ] = None,
-    statistics: Annotated[Path | None, typer.Option(help="A statistics file, with --keep and --method.")] = None,
+    out: Out,
+    keep: Keep = None,
+    method: Method = None,
+    statistics: StatisticsOption = None,
     data: Data = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan with groups, in the place of statistics or text.")] = None,
-    align: Annotated[
-        Align, typer.Option(help="Put the channels of a member in the order of the expert that stays, or do not.")
-    ] = Align.weights,
-    router: Annotated[
-        RouterRows,
-        typer.Option(
-            help="A merged expert's router row: of the one that stays, or fitted to the logarithm of the sum of its "
-            "members' exponentiated logits, or to the largest of their logits; what is fitted takes another pass."
-        ),
-    ] = RouterRows.dominant,
+    plan: PlanOption = None,
+    align: AlignOption = Align.weights,
+    router: RouterOption = RouterRows.dominant,
     domain: Domains = None,
-    budget: Annotated[
-        str, typer.Option(help="uniform, or adaptive: each layer a number of its own, by M-SMoE's rule.")
-    ] = "uniform",
+    budget: BudgetOption = "uniform",
     allow_nonuniform: AllowNonuniform = False,
     preset: Preset = None,
     tokens: Tokens = "1M",
@@ -120,27 +130,17 @@ def merge_experts(
     Groups come of a plan, of statistics, or of text that is measured first. What is interrupted goes on in the layer
     that it was in when the same command is run again. Measured on the model that ships, merging is worse than dropping.
     """
-    _check_sources(plan, statistics, bool(data or preset), keep, method, domain, budget)
-    if router is not RouterRows.dominant and (plan is not None or statistics is not None):
-        what = "rows are fitted to text, which neither a plan nor statistics hold"
-        raise InputError(f"--router {router.value}: {what}; give --data, with --keep and --method", kind="option")
+    _check_sources(plan, statistics, bool(data or preset), keep, method, domain, budget, router)
 
     from moekern.cli import whole_merge
 
     whole_merge.check_out(out)
-    make: Make
     if plan is not None:
-        given = _read(plan, align)
-        make = lambda checkpoint, side: given  # noqa: E731
+        make = _as_read(_read(plan, align))
     else:
         grouping = _grouping(keep, method, align, router, domain, budget, allow_nonuniform)
         if statistics is not None:
-            check_statistics(statistics)
-
-            from moekern.statistics.file import Statistics
-
-            measured = grouping.plan(Statistics.load(statistics))
-            make = lambda checkpoint, side: measured  # noqa: E731
+            make = _as_read(_measured(grouping, statistics))
         else:
             text = text_of(
                 data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column,
@@ -151,12 +151,9 @@ def merge_experts(
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
             make = whole_merge.by_text(text, compute, grouping, restart=restart)
-    done = whole_merge.merge_stages(
-        folder_of(model, revision), make, out, mtp=mtp.value if mtp else None, copy=copy.value
-    )
-    result(done.document(), lambda: show_merged(done))
-    if not done.good:
-        raise typer.Exit(1)
+    folder = folder_of(model, revision)
+    done = whole_merge.merge_stages(folder, make, out, mtp=mtp.value if mtp else None, copy=copy.value)
+    result(done.document(), lambda: show_merged(done), good=done.good)
 
 
 def _check_sources(
@@ -167,6 +164,7 @@ def _check_sources(
     method: MergeMethod | None,
     domain: list[str] | None,
     budget: str,
+    router: RouterRows,
 ) -> None:
     """Raise InputError for flags that do not go together."""
     if (plan is not None) + (statistics is not None) + text != 1:
@@ -178,6 +176,23 @@ def _check_sources(
             raise InputError(f"{flag}: the plan has its experts and groups already; leave one of the two out")
     if budget not in (("uniform",) if plan is not None else ("uniform", "adaptive")):
         raise InputError(f"--budget {budget}: expected uniform, or without --plan adaptive (M-SMoE's rule)")
+    if router is not RouterRows.dominant and not text:
+        what = "rows are fitted to text, which neither a plan nor statistics hold"
+        raise InputError(f"--router {router.value}: {what}; give --data, with --keep and --method", kind="option")
+
+
+def _as_read(plan: Plan) -> Make:
+    """A plan that is known before the model is looked at."""
+    return lambda checkpoint, side: plan
+
+
+def _measured(grouping: whole_merge.Grouping, statistics: Path) -> Plan:
+    """The groups of a statistics file."""
+    check_statistics(statistics)
+
+    from moekern.statistics.file import Statistics
+
+    return grouping.plan(Statistics.load(statistics))
 
 
 def _read(path: Path, align: Align) -> Plan:

@@ -182,10 +182,9 @@ def recover(
     A tenth of the text chooses the best state, another one judges it. After a kill it goes on at the last look.
     """
     training = training_of(
-        train=train, kl=kl, next=next_token, top=top, rate=rate, epochs=epochs, step_tokens=step_tokens,
-        warmup=warmup, floor=floor, clip=clip, decay=decay, every=every, patience=patience, seed=seed,
-        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter, entropy=entropy,
-        top_k=top_k,
+        train=train, kl=kl, next=next_token, top=top, rate=rate, epochs=epochs, step_tokens=step_tokens, warmup=warmup,
+        floor=floor, clip=clip, decay=decay, every=every, patience=patience, seed=seed, lora_rank=lora_rank,
+        lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter, entropy=entropy, top_k=top_k,
     )  # fmt: skip
 
     from moekern.cli import whole_recovery

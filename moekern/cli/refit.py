@@ -131,15 +131,11 @@ def refit(
     folder = ranks.folder_of(model, revision, compute.team)
     if out is not None:
         done = whole_refit.refit_stages(folder, given, text, compute, out, asked)
-        result(done.document(), lambda: show_done(done))
-        good = done.good
+        result(done.document(), lambda: show_done(done), good=done.good)
     else:
         assert verify is not None
         verdict = whole_refit.verify_stages(folder, given, text, compute, verify, asked, full=full)
-        result(verdict.document(), lambda: show_verdict(verdict))
-        good = verdict.good
-    if not good:
-        raise typer.Exit(1)
+        result(verdict.document(), lambda: show_verdict(verdict), good=verdict.good)
 
 
 def _check_flags(out: Path | None, verify: Path | None, full: bool) -> None:

@@ -70,6 +70,7 @@ from moekern.files import standing
 from moekern.router import parse_keep
 
 if TYPE_CHECKING:
+    from moekern.cli.refitter import Refitter
     from moekern.cli.whole_run import Run
     from moekern.estimation.footprint import Fit
     from moekern.plan.budgets import Budget
@@ -159,26 +160,22 @@ def run(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate, plan, prune and verify. Statistics and plan stay in OUT.moekern/, and after a kill the same command
-    goes on, in the layer that it was in."""
+    """Calibrate, plan, prune and verify; what was killed goes on. Statistics and plan stay in OUT.moekern/."""
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
     _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
-    criteria = candidates_of(criterion, candidate)
-    if len(criteria) > 1 and until_stable is not None:
-        raise InputError(f"--until-stable: is by one criterion; name one instead of {AUTO}")
     check_given(replace, form, refit=refit)
+    criteria = candidates_of(criterion, candidate, until_stable)
 
     from moekern.cli import whole_run
-    from moekern.cli.refitter import Refitter
 
-    fitting = fit_of(fit, bits, context, sequences, reserve)
     budgets = budget_of(budget, None, normalise, "usage", 1, allow_nonuniform)
+    fitting = fit_of(fit, bits, context, sequences, reserve)
     whole_run.check_targets(out, keeps)
     asked = whole_run.Asked(
         _planning(criteria, keeps, domain, seed, budgets, protect_super, target, fitting, replace),
         tuple(tier or ()), mtp.value if mtp else "keep" if replace else "prune", copy.value, forward=forward,
         quality=quality, until_stable=until_stable, restart=restart, form=form,
-        refit=Refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
+        refit=_refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
     text = text_of(
@@ -191,9 +188,7 @@ def run(
     ))  # fmt: skip
     done = whole_run.run_stages(ranks.folder_of(model, revision, compute.team), text, compute, out, asked)
     _say_remarks(done)
-    result(done.document(), lambda: show_run(done, quality))
-    if not done.good:
-        raise typer.Exit(1)
+    result(done.document(), lambda: show_run(done, quality), good=done.good)
 
 
 def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
@@ -206,13 +201,17 @@ def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
     return keeps
 
 
-def candidates_of(criterion: str, candidates: Sequence[str] | None) -> tuple[str, ...]:
+def candidates_of(
+    criterion: str, candidates: Sequence[str] | None, until_stable: float | None = None
+) -> tuple[str, ...]:
     """The criterion, or those of which the best is to be taken. Raises InputError."""
     if criterion != AUTO:
         if candidates:
             raise InputError(f"--candidate {candidates[0]}: goes with --criterion {AUTO}")
         return (criterion,)
     found = tuple(candidates or CANDIDATES)
+    if until_stable is not None:
+        raise InputError(f"--until-stable: is by one criterion; name one instead of {AUTO}")
     if len(set(found)) < max(2, len(found)):
         raise InputError(f"--candidate {', '.join(found)}: name two or more, each once")
     return found
@@ -242,6 +241,12 @@ def _planning(
         guards=Guards(protect_super=protect_super), targets=tuple(parse_target(text) for text in targets or ()),
         fit=fit, replaced=replaced,
     )  # fmt: skip
+
+
+def _refitter(refine: bool, shape: str | None, computed: str, re_estimate: bool) -> Refitter:
+    from moekern.cli.refitter import Refitter
+
+    return Refitter(refine, shape, computed, re_estimate)
 
 
 def _check_refit(refit: bool, refine: bool, shape: str | None, re_estimate: bool, quality: bool, computed: str) -> None:

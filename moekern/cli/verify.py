@@ -57,9 +57,7 @@ def verify(
     verdict = pipeline.verify_both(
         folder_of(model, revision), made_by, pruned, compute, forward=forward, full=full, statistics=statistics
     )
-    result(verdict.document(), lambda: show_verdict(verdict))
-    if not verdict.good:
-        raise typer.Exit(1)
+    result(verdict.document(), lambda: show_verdict(verdict), good=verdict.good)
 
 
 def show_verdict(found: Verdict) -> None:

@@ -71,10 +71,7 @@ def read_data(
         ended=pack and not prompting, thinking=thinking, answers=answers, prompting=prompting,
     )  # fmt: skip
     if prompts is not None:
-        for domain in domains:
-            if domain.amount != Amount():
-                raise InputError(f"--continue {domain.shown}: --prompts says how many prompts; leave the amount out")
-        tokens = prompts * max(sequence_length, PROMPT) * len(domains)
+        tokens = _prompting_tokens(prompts, domains, sequence_length)
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
@@ -108,6 +105,14 @@ def read_data(
         | ({"prompts": prompts} if prompting else {})
     )
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
+
+
+def _prompting_tokens(prompts: int, domains: Sequence[Domain], sequence_length: int) -> int:
+    """As many tokens as so many prompts of each domain may take. Raises InputError for a domain with an amount."""
+    for domain in domains:
+        if domain.amount != Amount():
+            raise InputError(f"--continue {domain.shown}: --prompts says how many prompts; leave the amount out")
+    return prompts * max(sequence_length, PROMPT) * len(domains)
 
 
 def _check(sequence_length: int, batch_size: int, chunk: int | None, seed: int, thinking: str) -> None:

@@ -103,7 +103,7 @@ def verify(
     problems: list[str] = []
     record = recorded(folder, plan, problems)
     mode = mtp or recorded_mtp(record) or planned_mtp(plan)
-    compared, step = 0, progress or (lambda done, total: None)
+    step = progress or (lambda done, total: None)
     with ExitStack() as stack:
         old = Folder(checkpoint.folder, stack, [shard.name for shard in checkpoint.shards])
         replaced = replaced_in(checkpoint, layout, plan, record, folder)
@@ -114,22 +114,16 @@ def verify(
         try:
             new = Folder(folder, stack)
         except (OSError, ValueError) as error:
-            reason = without_folder(folder, error)
-            return VerifyReport(_listed([*problems, f"{folder}: not readable: {reason}"]), 0, 0)
+            unread = f"{folder}: not readable: {without_folder(folder, error)}"
+            return VerifyReport(_listed([*problems, unread]), 0, 0)
         problems += _other_names(expected.keys() | replaced.constants.keys(), new.shards.keys())
         claims = _claims(folder, plan, layout, expected, problems)
         if recompute is None and is_merged(plan, checkpoint.fingerprint):
             check_plain(checkpoint, layout, plan)
-            recompute = lambda key: {  # noqa: E731
-                **merged_again(old, layout.layers[key], plan),
-                **routers_again(old, layout, key, plan),
-            }
+            recompute = partial(_merged, old, layout, plan)
         copied = [name for name in new.shards if name in expected and name not in claims]
-        for name in copied:
-            found, nbytes = _compare(name, expected[name], old, new)
-            problems += found
-            compared += nbytes
-            step(compared, new.data_bytes)
+        found, compared = _compare_all(copied, expected, old, new, step)
+        problems += found
         there = {name: (claims[name], _described(expected[name], old)) for name in new.shards if name in claims}
         computed = computed_tensors(there, new, plan, recompute, full=full)
         problems += computed.problems
@@ -154,6 +148,25 @@ def verify(
     counts = len(there) - trained, computed.unchecked, computed.recomputed, trained
     stand = len(replaced.constants), is_known(plan, vectors)
     return VerifyReport(_listed(problems), len(copied), compared, checkpoint.contents.left_out, *counts, *stand)
+
+
+def _compare_all(
+    names: Sequence[str], expected: Mapping[str, Expected], old: Folder, new: Folder, step: Progress
+) -> tuple[list[str], int]:
+    """Problems of copied tensors, and their bytes."""
+    problems: list[str] = []
+    compared = 0
+    for name in names:
+        found, nbytes = _compare(name, expected[name], old, new)
+        problems += found
+        compared += nbytes
+        step(compared, new.data_bytes)
+    return problems, compared
+
+
+def _merged(old: Folder, layout: Layout, plan: Plan, key: str) -> Mapping[str, bytes]:
+    """A layer's merged tensors once more, and its routers' rows where they were fitted."""
+    return {**merged_again(old, layout.layers[key], plan), **routers_again(old, layout, key, plan)}
 
 
 def _other_names(wanted: Set[str], there: Set[str]) -> list[str]:
