@@ -29,6 +29,7 @@ import torch
 from bench.comparison_tables import markdown
 from bench.comparison_ways import KINDS, TRAINED, Way, fitted, planned
 from bench.criteria import loss, read
+from bench.draws import finish, text_of, with_record
 from bench.refit import FITS, SHAPED, Draw, timed
 from bench.rounding import twin
 from bench.ruler import Routed, Ruler
@@ -37,7 +38,6 @@ from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.criteria.table import CRITERIA, DEFAULT
 from moekern.data.batches import Batch, TokenData
-from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Row
@@ -201,7 +201,7 @@ def measured(row: Row) -> Line:
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for the original, for each twin, and for each share, row and seed that the record lacks."""
     checkpoint, compute = open_checkpoint(options.model), Compute(dtype=options.dtype, device=options.device)
-    judged = _text(options, options.held_out, options.held_out_tokens).read(checkpoint).by_chunk()
+    judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint).by_chunk()
     setting: Line = {
         "model": checkpoint.folder.name, "fingerprint": checkpoint.fingerprint, "criterion": options.criterion,
         "tokens_asked": options.tokens, "judged_tokens": sum(judged.tokens.values()),
@@ -261,7 +261,7 @@ def _draw(
     }
     if not any(map(any, left.values())):
         return
-    data = _text(options, options.data, options.tokens, seed).read(ruler.checkpoint)
+    data = text_of(options, options.data, options.tokens, seed).read(ruler.checkpoint)
     data, both = apart(data, ruler.judged)
     work.mkdir()
     bench = Bench(ruler, routed, data, options.criterion, seed, work, options.steps)
@@ -309,10 +309,6 @@ def _check_original(line: Line, original: Row) -> None:
             raise InputError(f"--out: the original's loss of {domain} was {line['loss'][domain]} and is {found.nll}")
 
 
-def _text(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
-    return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="a checkpoint folder whose experts are not quantised")
@@ -332,8 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, help="a folder for what is made on the way; default: the system's")
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
-    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
+    with_record(parser)
     return parser
 
 
@@ -358,12 +353,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = _parser().parse_args()
-    try:
-        lines = read(options.show) if options.show else measure(_checked(options))
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.comparison: {error}")
-    print(markdown(lines), end="")
+    finish("comparison", _parser(), lambda options: measure(_checked(options)), markdown)
 
 
 if __name__ == "__main__":

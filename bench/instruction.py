@@ -32,13 +32,13 @@ from typing import Any
 import torch
 
 from bench.criteria import read, spread
+from bench.draws import finish, with_record
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, TEXT, text_sources
-from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
 from moekern.model.compute import Compute
 from moekern.plan.document import Plan
@@ -231,14 +231,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--work", type=Path, help="a folder for what is made; default: the system's")
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
-    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
-    options = parser.parse_args()
-    try:
-        lines = read(options.show) if options.show else measure(options)
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.instruction: {error}")
-    print(markdown(lines), end="")
+    with_record(parser)
+    finish("instruction", parser, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bench.criteria import COMPUTE, loss, read, spread
+from bench.draws import finish, parser_of, text_of
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data.text import Text
-from moekern.demo import MODEL, text_sources
-from moekern.errors import InputError
 from moekern.merging.groups import METHODS, merging_plan
 from moekern.plan.document import Plan
 from moekern.plan.make import make_plan
@@ -43,13 +40,13 @@ REFITTED = "m-smoe"  # whose merged experts are refitted too
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for each share, way and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
-    judged = _text(options, options.held_out, options.held_out_tokens).read(checkpoint)
+    judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
     lines = read(options.out) if options.out and options.out.exists() else []
     there = {line["seed"] for line in lines}
     for seed in options.seeds:
         if seed in there:
             continue
-        data = _text(options, options.data, options.tokens, seed).read(checkpoint)
+        data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
         sums = calibrate(checkpoint, data, COMPUTE, tiers=("replay",))
         base = {
             **machine(), "versions": versions(), "model": options.model.name, "tokens": sum(data.tokens.values()),
@@ -79,10 +76,6 @@ def _dropped(plan: Plan) -> Plan:
     return replace(plan, layers={key: replace(layer, groups=None) for key, layer in plan.layers.items()})
 
 
-def _text(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
-    return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
-
-
 def markdown(lines: Sequence[Line]) -> str:
     """A row a share and way: mean loss, KL and agreement over the seeds."""
     rows = [["kept", "what", "loss", "KL", "top-1"], ["---", "---", *["---:"] * 3]]
@@ -95,24 +88,8 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", nargs="+", default=list(text_sources("calibration")), metavar="NAME=PATH")
-    parser.add_argument("--held-out", nargs="+", default=list(text_sources("evaluation")), metavar="NAME=PATH")
-    parser.add_argument("--criterion", default="gated_square")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.75, 0.5])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="which draws")
-    parser.add_argument("--tokens", type=int, default=60_000, help="calibration tokens that a seed draws")
-    parser.add_argument("--held-out-tokens", type=int, default=24_576)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
-    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
-    options = parser.parse_args()
-    try:
-        lines = read(options.show) if options.show else measure(options)
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.merging: {error}")
-    print(markdown(lines), end="")
+    parser = parser_of(__doc__, criterion="gated_square", shares=(0.75, 0.5))
+    finish("merging", parser, measure, markdown)
 
 
 if __name__ == "__main__":

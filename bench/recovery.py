@@ -26,14 +26,12 @@ from typing import Any
 import torch
 
 from bench.criteria import COMPUTE, read, spread
+from bench.draws import finish, parser_of, text_of
 from bench.refit import Draw, timed
 from moekern.architectures import find_layout
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data.text import Text
-from moekern.demo import MODEL, text_sources
-from moekern.errors import InputError
 from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.losses import ORIGINAL, Loss, mean_loss
 from moekern.pruning.prune import prune
@@ -134,11 +132,11 @@ class Bench:
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for each share, start, kind and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
-    judged = _text(options, options.held_out, options.held_out_tokens).read(checkpoint)
+    judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
     lines = read(options.out) if options.out and options.out.exists() else []
     there = {line["seed"] for line in lines}
     for seed in (seed for seed in options.seeds if seed not in there):
-        data = _text(options, options.data, options.tokens, seed).read(checkpoint)
+        data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
         base = {
             **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
             "criterion": options.criterion, "tokens": sum(data.tokens.values()),
@@ -151,10 +149,6 @@ def measure(options: argparse.Namespace) -> list[Line]:
         append(options.out, found)
         lines += found
     return lines
-
-
-def _text(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
-    return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -180,28 +174,9 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", nargs="+", default=list(text_sources("calibration")), metavar="NAME=PATH")
-    parser.add_argument("--held-out", nargs="+", default=list(text_sources("evaluation")), metavar="NAME=PATH")
-    parser.add_argument("--criterion", default="hope_all_tokens")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="which draws")
-    parser.add_argument("--tokens", type=int, default=60_000, help="tokens that a seed draws")
-    parser.add_argument("--held-out-tokens", type=int, default=24_576)
-    parser.add_argument("--sequence-length", type=int, default=128)
+    parser = parser_of(__doc__, criterion="hope_all_tokens", shares=(0.5, 0.25))
     parser.add_argument("--work", type=Path, help="a folder for what is made; default: the system's")
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
-    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
-    options = parser.parse_args()
-    try:
-        if options.show:
-            print(markdown(read(options.show)), end="")
-            return
-        lines = measure(options)
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.recovery: {error}")
-    print(markdown(lines), end="")
+    finish("recovery", parser, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from bench.criteria import COMPUTE, SHARES, loss, read, spread
+from bench.draws import finish, parser_of, text_of
 from moekern.architectures import find_layout
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
-from moekern.data.text import Text
-from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
@@ -105,13 +103,13 @@ class Draw:
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for the original and for each share, method and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
-    judged = _text(options, options.held_out, options.held_out_tokens).read(checkpoint)
+    judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
     lines = read(options.out) if options.out and options.out.exists() else []
     there = {line["seed"] for line in lines}
     for seed in options.seeds:
         if seed in there:
             continue
-        data = _text(options, options.data, options.tokens, seed).read(checkpoint)
+        data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
         base = {
             **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
             "criterion": options.criterion, "tokens": sum(data.tokens.values()),
@@ -150,10 +148,6 @@ def _share(draw: Draw, share: float) -> list[Line]:
         said = {"shape": str(shape), "tried": {each: round(kl, 6) for each, kl in tried.items()}}
         add(SHAPED + name, losses, name, draw.seconds + trying + seconds, **said)
     return rows
-
-
-def _text(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
-    return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
 
 
 def table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -204,27 +198,8 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", nargs="+", default=list(text_sources("calibration")), metavar="NAME=PATH")
-    parser.add_argument("--held-out", nargs="+", default=list(text_sources("evaluation")), metavar="NAME=PATH")
-    parser.add_argument("--criterion", default="hope_all_tokens")
-    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="which draws")
-    parser.add_argument("--tokens", type=int, default=60_000, help="calibration tokens that a seed draws")
-    parser.add_argument("--held-out-tokens", type=int, default=24_576)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
-    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
-    options = parser.parse_args()
-    try:
-        if options.show:
-            print(markdown(read(options.show)), end="")
-            return
-        lines = measure(options)
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.refit: {error}")
-    print(markdown(lines), end="")
+    parser = parser_of(__doc__, criterion="hope_all_tokens", shares=SHARES)
+    finish("refit", parser, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What constants in the place of dropped experts are worth: the same plans dropped and replaced, over draws of text.
 
-python -m bench.substitution [--criterion gated_square] [--shares 0.75 0.5] [--seeds 3] [--out FILE.jsonl]
+python -m bench.substitution [--criterion gated_square] [--shares 0.75 0.5] [--seeds 0 1 2] [--out FILE.jsonl]
 python -m bench.substitution --show FILE.jsonl      measures nothing: the table of a record, in Markdown
 
 Without --model, the small trained model that ships with moekern. A seed draws --tokens of the calibration text; all
@@ -12,18 +12,16 @@ again. Errors are standard errors over seeds; "KL gained" is the share of droppi
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.criteria import COMPUTE, Line, _text, loss, read, spread
+from bench.criteria import COMPUTE, Line, loss, read, spread
+from bench.draws import finish, parser_of, text_of
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli.pipeline import losses_of
-from moekern.demo import MODEL, text_sources
-from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
 from moekern.plan.budgets import Budget
 from moekern.plan.document import Plan
@@ -39,14 +37,14 @@ TIERS = ("dimensions", "constants", "stream")
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for the original, and one for each share, method and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
-    held_out = _text(options, options.held_out, options.held_out_tokens).read(checkpoint)
+    held_out = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
     base: Line = {
         **machine(), "model": options.model.name, "tokens": options.tokens, "held_out_tokens": options.held_out_tokens,
         "criterion": options.criterion,
     }  # fmt: skip
     lines = read(options.out) if options.out and options.out.exists() else []
     there = {line["seed"] for line in lines}
-    for seed in (seed for seed in range(options.seeds) if seed not in there):
+    for seed in (seed for seed in options.seeds if seed not in there):
         with tempfile.TemporaryDirectory() as place:
             sums = Path(place) / "s.safetensors"
             plans = made_plans(checkpoint, options, seed, sums)
@@ -69,7 +67,7 @@ def made_plans(
     checkpoint: Checkpoint, options: argparse.Namespace, seed: int, sums: Path
 ) -> dict[tuple[float, str], Plan]:
     """(share, method) -> plan, all from one draw of the text, whose statistics are saved."""
-    data = _text(options, options.data, options.tokens, seed).read(checkpoint)
+    data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
     calibrate(checkpoint, data, COMPUTE, tiers=TIERS, out=sums)
     statistics, plans = Statistics.load(sums), dict[tuple[float, str], Plan]()
     for share in options.shares:
@@ -99,25 +97,8 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", nargs="+", default=list(text_sources("calibration")), metavar="NAME=PATH")
-    parser.add_argument("--held-out", nargs="+", default=list(text_sources("evaluation")), metavar="NAME=PATH")
-    parser.add_argument("--criterion", default="gated_square")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.75, 0.5])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=12288, help="calibration tokens that a seed draws")
-    parser.add_argument("--held-out-tokens", type=int, default=12288)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
-    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
-    options = parser.parse_args()
-    try:
-        lines = read(options.show) if options.show else measure(options)
-    except (InputError, OSError) as error:
-        sys.exit(f"bench.substitution: {error}")
-    print(markdown(lines), end="")
+    parser = parser_of(__doc__, criterion="gated_square", shares=(0.75, 0.5), tokens=12288, held_out_tokens=12288)
+    finish("substitution", parser, measure, markdown)
 
 
 if __name__ == "__main__":

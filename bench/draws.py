@@ -1,0 +1,60 @@
+"""What benches have in common that draw calibration text by seed and judge on held-out text: options, text, the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.criteria import read
+from moekern.data.text import Text
+from moekern.demo import MODEL, text_sources
+from moekern.errors import InputError
+
+Lines = list[dict[str, Any]]
+
+
+def parser_of(
+    about: str | None, *, criterion: str, shares: Sequence[float], tokens: int = 60_000, held_out_tokens: int = 24_576
+) -> argparse.ArgumentParser:
+    """Options with these defaults; the model that ships and its text unless others are named."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--data", nargs="+", default=list(text_sources("calibration")), metavar="NAME=PATH")
+    parser.add_argument("--held-out", nargs="+", default=list(text_sources("evaluation")), metavar="NAME=PATH")
+    parser.add_argument("--criterion", default=criterion)
+    parser.add_argument("--shares", nargs="+", type=float, default=list(shares))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="which draws")
+    parser.add_argument("--tokens", type=int, default=tokens, help="calibration tokens that a seed draws")
+    parser.add_argument("--held-out-tokens", type=int, default=held_out_tokens)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    with_record(parser)
+    return parser
+
+
+def with_record(parser: argparse.ArgumentParser) -> None:
+    """The options of a record."""
+    parser.add_argument("--out", type=Path, help="append the lines to this file")
+    parser.add_argument("--show", type=Path, help="a record to print as Markdown")
+
+
+def text_of(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
+    """A draw of text."""
+    return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
+
+
+def finish(
+    name: str,
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Lines],
+    markdown: Callable[[Lines], str],
+) -> None:
+    """Measure, or read a record, and print its table; what is wrong is one line."""
+    options = parser.parse_args()
+    try:
+        lines = read(options.show) if options.show else measure(options)
+    except (InputError, OSError) as error:
+        sys.exit(f"bench.{name}: {error}")
+    print(markdown(lines), end="")
