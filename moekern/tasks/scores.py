@@ -13,13 +13,13 @@ from moekern.data.text import config_number
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL
+from moekern.evaluation.under_plans import check_plans
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.layerwise import open_layerwise
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
 from moekern.plan.live import live_channels, live_merging
 from moekern.recovery.loaded import staying
 from moekern.tasks import harness
@@ -50,8 +50,7 @@ def task_scores(
     check_type("asked", asked, Asked)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    for plan in plans.values():
-        check_plan(plan, layout, checkpoint)
+    check_plans(plans, layout, checkpoint)
     with harness.opened(asked, tell) as tasks:
         return _scored(tasks, checkpoint, plans, settled(compute, checkpoint, layout), resume, tell, progress)
 
