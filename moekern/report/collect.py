@@ -194,7 +194,7 @@ def _remarks(each: Order, statistics: Statistics) -> list[str]:
         return []
     lines, made = [], each.plan.provenance
     counts = sorted({len(each.plan.layers[key].keep) for key in statistics.layers})
-    if len(counts) > 1:
+    if len(counts) > 1 and each.plan.replace is None:
         lines.append(f"{each.name}: layers keep {counts[0]} to {counts[-1]} experts; most engines load one count")
     ties = made.get("ties")
     if isinstance(ties, dict) and ties:
