@@ -21,7 +21,7 @@ from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
 from moekern.plan.live import live_channels, live_merging
-from moekern.recovery.loaded import staying
+from moekern.recovery.loaded import all_staying
 from moekern.tasks import harness
 from moekern.tasks.harness import Tasks, Written
 from moekern.tasks.questions import answers
@@ -97,9 +97,7 @@ def _written(
     if compute.team.size > 1:
         raise InputError(f"--tasks: {what}, which one process does: start it without torchrun")
     with open_layerwise(checkpoint, find_layout(checkpoint), compute) as opened, ExitStack() as applied:
-        layerwise = staying(opened)
-        if not layerwise.stays or layerwise.groups.cuts:
-            raise layerwise.takes.refusal(f"{what}, which needs all layers in memory")
+        layerwise = all_staying(opened, what)
         pruner = LivePruner(layerwise.loader, layerwise.layout)
         for i in layerwise.visit(range(len(layerwise.layers))):
             key = layerwise.moe_keys.get(i)
