@@ -186,11 +186,12 @@ def drawn(size: int, masks: int, seed: int, step: int) -> list[Tensor]:
 
 def spread(mask: Tensor, counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
     """Which experts of each layer a mask of all names."""
-    found, start = dict[str, tuple[int, ...]](), 0
-    for key, (experts, _) in counts.items():
-        found[key] = tuple(mask[start : start + experts].nonzero().flatten().tolist())
-        start += experts
-    return found
+    return {key: tuple(own.nonzero().flatten().tolist()) for key, own in by_layer(mask, counts).items()}
+
+
+def by_layer(values: Tensor, counts: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """What a vector of all experts holds of each layer's."""
+    return dict(zip(counts, values.split([experts for experts, _ in counts.values()]), strict=True))
 
 
 def gathered(of_layers: Mapping[str, Sequence[float] | Tensor], counts: Mapping[str, tuple[int, int]]) -> Tensor:

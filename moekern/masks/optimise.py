@@ -21,7 +21,7 @@ from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
 from moekern.files import is_plain
 from moekern.masks.biased import RECONSTRUCTED, Biased, Biases
-from moekern.masks.logits import Logits, Pools, drawn, gathered, spread
+from moekern.masks.logits import Logits, Pools, by_layer, drawn, gathered, spread
 from moekern.masks.masked import WHAT, Masked, check_optimised
 from moekern.masks.settings import Search
 from moekern.model.compute import Compute
@@ -174,14 +174,10 @@ class _Run:
 
     def _on_biases(self, step: int, of: int) -> dict[str, Any]:
         """What moves the biases: the loss of the next token of the whole model."""
-        samples, counts, start = self.course.steps[step], self.counts, 0
-        own = dict[str, torch.Tensor]()
-        for key, (experts, _) in counts.items():
-            own[key] = self.logits.values[start : start + experts]
-            start += experts
+        samples, own = self.course.steps[step], by_layer(self.logits.values, self.counts)
         biased = Biased(self.masked.layerwise, self.search.diversity)
         found, sums = biased.slopes(samples, own, lambda share: self.progress("optimising", step + share, of))
-        self.logits.stepped(gathered(found, counts), self.search.peak)
+        self.logits.stepped(gathered(found, self.counts), self.search.peak)
         return {"nll": float(sums[0]) / float(sums[3])}
 
     def _on_masks(self, step: int, of: int) -> dict[str, Any]:
@@ -309,10 +305,7 @@ def _planned(
     search: Search,
 ) -> Plan:
     """What stays as a plan: logits are the scores. Layers that are not optimised (MTP) stay as they were planned."""
-    layers, start = dict(plan.layers), 0
-    for key, (experts, _) in counts.items():
-        layers[key] = LayerPlan(keep[key], tuple(values[start : start + experts].tolist()))
-        start += experts
+    scored = {key: LayerPlan(keep[key], tuple(own.tolist())) for key, own in by_layer(values, counts).items()}
     whole = Provenance(**provenance).document({key: len(keep[key]) for key in counts})
     curve = [
         {"step": each["step"], "kl": mean_loss({d: loss["kl"] for d, loss in each["held"].items()})}
@@ -322,7 +315,7 @@ def _planned(
     more = {} if search.method == "masks" else {"reconstructed": RECONSTRUCTED}
     said = {"plan": plan.digest, "search": asdict(search), "best": state.best, "held": curve, "versions": versions()}
     mtp = {"mtp": plan.provenance["mtp"]} if "mtp" in plan.provenance else {}
-    return Plan(layers, whole | {WHAT: said | more} | mtp)
+    return Plan({**plan.layers, **scored}, whole | {WHAT: said | more} | mtp)
 
 
 def _provenance(checkpoint: Checkpoint, layout: Layout, plan: Plan, data: TokenData, search: Search) -> dict[str, Any]:
