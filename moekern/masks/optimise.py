@@ -19,9 +19,10 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
+from moekern.evaluation.under_plans import check_plans
 from moekern.files import is_plain
 from moekern.masks.biased import RECONSTRUCTED, Biased, Biases
-from moekern.masks.logits import Logits, Pools, by_layer, drawn, gathered, spread
+from moekern.masks.logits import Adam, Logits, Pools, by_layer, drawn, gathered, spread
 from moekern.masks.masked import WHAT, Masked, check_optimised
 from moekern.masks.settings import Search
 from moekern.model.compute import Compute
@@ -32,7 +33,6 @@ from moekern.model.precision import settled
 from moekern.model.requantised import as_stored
 from moekern.plan.budgets import Budget
 from moekern.plan.document import LayerPlan, Plan
-from moekern.plan.fits_model import check_plan
 from moekern.plan.provenance import Provenance
 from moekern.recovery.course import Course, Sample
 from moekern.recovery.loaded import staying
@@ -122,7 +122,7 @@ def optimise(
         tell(f"{WHAT}: {sum(count for count, _ in counts.values())} {named}; {of_layers}")
         pools = _pools(counts, layout, search)
         start = _mask_of(plan, counts)
-        logits: Logits | Biases = Biases.of(pools)
+        logits: Adam = Biases.of(pools, torch.zeros(pools.size))
         if search.method == "masks":
             logits = Logits.of(pools, pools.begun(_scores_of(plan, counts), start))
         masked = Masked(layerwise, Objective(), teacher)
@@ -142,7 +142,7 @@ class _Run:
     search: Search
     counts: Counts
     start: torch.Tensor
-    logits: Logits | Biases
+    logits: Adam
     best: torch.Tensor
     folder: Path
     key: Mapping[str, Any]
@@ -247,7 +247,7 @@ class _Run:
 
 def _check(plan: Plan, layout: Layout, checkpoint: Checkpoint, search: Search) -> None:
     """Raise InputError for a plan or a model that is not for this."""
-    check_plan(plan, layout, checkpoint)
+    check_plans({"plan": plan}, layout, checkpoint)
     if layout.family.no_gradient:
         raise InputError(f"{WHAT}: {layout.family.name}: {layout.family.no_gradient}")
     if plan.width is not None:
