@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from moekern.criteria import criterion_named, score_layer
 from moekern.errors import InputError
+from moekern.plan.agreement import agreement_of_all
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
 from moekern.plan.replacement import Replacement
@@ -52,6 +53,15 @@ def test_criteria_of_every_measured_tier_are_served_and_all_of_it_is_json() -> N
     assert {"gated_norm", "mone", "rcs_loo", "taylor", "shape"} <= set(found["values"])
     assert found["shown"]["b"] == "scores of b"
     json.dumps(found, allow_nan=False)
+
+
+def test_halves_are_those_of_the_domains_that_a_plan_is_of() -> None:
+    plans = {"all": make_plan(HELD, "usage", 4), "code": make_plan(HELD, "usage", 4, domains=["code"])}
+    found = report_of(HELD, plans)["stability"]
+    chosen = criterion_named("usage")
+    for name, domains in (("all", None), ("code", ["code"])):
+        assert found[name] == [asdict(each) for each in agreement_of_all(HELD, chosen, 4, domains).values()]
+    assert found["all"] != found["code"]
 
 
 def test_overlap_is_jaccard_of_kept_sets() -> None:
