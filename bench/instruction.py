@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -37,7 +37,7 @@ from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
-from moekern.data.text import Text
+from moekern.data.text import Text, config_number
 from moekern.demo import MODEL, TEXT, text_sources
 from moekern.evaluation.losses import ORIGINAL
 from moekern.model.compute import Compute
@@ -49,6 +49,7 @@ from moekern.recovery import Training, recover
 from moekern.refit.variants import FITTED, Split
 from moekern.tasks import Asked, Score, task_scores
 from moekern.tasks.lessons import lesson_data, lessons, read_lessons
+from moekern.tasks.scores import named
 from moekern.tasks.settings import shots_of
 from moekern.version import versions
 
@@ -74,7 +75,7 @@ class Bench:
         """Scores of the original and of plans, by help: with examples, and after training."""
         for score in task_scores(self.checkpoint, plans, self.asked, self.compute):
             yield score, f"{score.shots}-shot"
-        once = Asked(**{**asdict(self.asked), "folder": self.asked.folder, "shots": (0,)})
+        once = replace(self.asked, shots=(0,))
         for name, plan in {ORIGINAL: None, **plans}.items():
             place = Path(tempfile.mkdtemp(dir=work))
             folder = self.checkpoint.folder
@@ -84,8 +85,8 @@ class Bench:
             made = recover(folder, None, self.data, place / "training", self.training, self.compute)
             write_replaced(folder, place / TUNED, made.folder, made.record)
             _told(f"{name}: trained {made.steps} steps, best after {made.best}")
-            for score in task_scores(place / TUNED, {}, once, self.compute):
-                yield Score(**{**asdict(score), "model": name}), TUNED
+            for score in named(task_scores(place / TUNED, {}, once, self.compute), name):
+                yield score, TUNED
 
 
 def training_of(options: argparse.Namespace, data: TokenData, seed: int) -> Training:
@@ -122,8 +123,8 @@ def measure(options: argparse.Namespace) -> list[Line]:
             start = time.process_time()
             asked = Asked(tuple(tasks.split(",")), folder, shots_of(options.shots), options.limit, None, seed)
             some = read_lessons(options.sft) if options.sft else lessons(asked)
-            length = min(options.max_length, checkpoint.config.get("max_position_embeddings", options.max_length))
-            data = lesson_data(checkpoint, some, length)
+            most = config_number(checkpoint, "max_position_embeddings") or options.max_length
+            data = lesson_data(checkpoint, some, min(options.max_length, most))
             training = training_of(options, data, seed)
             base = {
                 **machine(), "versions": versions() | {"lm_eval": version("lm_eval")},

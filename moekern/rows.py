@@ -41,3 +41,8 @@ def html_table(title: str, rows: Sequence[Row]) -> str:
     )
     more = f"<p>and {len(rows) - SHOWN} rows more</p>" if len(rows) > SHOWN else ""
     return f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def with_error(value: float, error: float | None, form: str = ".4f") -> str:
+    """A figure and its standard error, where it has one, both in a format's words."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")

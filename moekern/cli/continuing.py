@@ -15,6 +15,7 @@ import typer
 from moekern.cli import console
 from moekern.cli.options import at_least
 from moekern.errors import InputError
+from moekern.rows import with_error
 
 if TYPE_CHECKING:
     from moekern.data.text import Text
@@ -209,10 +210,9 @@ def document_of(written: Mapping[str, Written], asked: Asked, seed: int) -> dict
         }
         for name, apart in shifts(table).items():
             for measure, shift in apart.items():
-                interval = [end if isfinite(end) else None for end in (shift.low, shift.high)]
                 differences.append({
-                    "decoding": decoding, "plan": name, "measure": measure, "mean": shift.mean, "interval": interval,
-                    "clear": shift.clear, "prompts": shift.prompts,
+                    "decoding": decoding, "plan": name, "measure": measure, "mean": shift.mean,
+                    "interval": shift.interval, "clear": shift.clear, "prompts": shift.prompts,
                 })  # fmt: skip
         for name, rows in table.items():
             for number, row in enumerate(rows):
@@ -266,5 +266,4 @@ def _shown(measure: Measure, rows: Sequence[Any]) -> str:
     found = figure(measure, rows)
     if found is None:
         return "-"
-    form = _form(measure)
-    return f"{found.value:{form}}" + ("" if found.error is None else f" ± {found.error:{form}}")
+    return with_error(found.value, found.error, _form(measure))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -20,6 +19,7 @@ from moekern.evaluation.losses import (
     losses_document,
     mean_of,
 )
+from moekern.rows import with_error
 
 PAIRED: tuple[Metric, ...] = ("kl", "nll")
 
@@ -35,8 +35,8 @@ def judged_document(table: Evaluation) -> dict[str, Any]:
 
 
 def _told(found: Difference) -> dict[str, Any]:
-    """As JSON, which knows no infinity."""
-    return {k: v if abs(v) < float("inf") else None for k, v in asdict(found).items()} | {"clear": found.clear}
+    low, high = found.interval
+    return {"mean": found.mean, "low": low, "high": high, "clear": found.clear}
 
 
 def judged_rows(table: Evaluation) -> list[Mapping[str, Any]]:
@@ -72,5 +72,4 @@ def show_choice(title: str, document: Mapping[str, Any], what: str = "plan") -> 
 
 def figure(row: Row, metric: Metric) -> str:
     """A mean over domains with its standard error, where it has one."""
-    mean, error, form = mean_of(row, metric), error_of(row, metric), ".1%" if metric == "top1" else ".4f"
-    return f"{mean:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return with_error(mean_of(row, metric), error_of(row, metric), ".1%" if metric == "top1" else ".4f")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 from moekern.evaluation.losses import METRICS, ORIGINAL, Evaluation, difference, error_of, mean_of
 from moekern.plan.document import Plan
 from moekern.plan.groups import MERGE
+from moekern.rows import with_error
 
 CHOICE = "choice"  # in a plan's provenance
 
@@ -45,8 +45,7 @@ def choice_document(table: Evaluation, same: Mapping[str, str] | None = None) ->
         told: dict[str, Any] = {metric: mean_of(row, metric) for metric in METRICS}
         told |= {f"{metric}_error": error_of(row, metric) for metric in METRICS}
         if name != names[0]:
-            interval = [each if isfinite(each) else None for each in (found.low, found.high)]
-            told["farther"] = {"mean": found.mean, "interval": interval, "clear": found.clear}
+            told["farther"] = {"mean": found.mean, "interval": found.interval, "clear": found.clear}
         candidates[name] = told
     for name, other in (same or {}).items():
         if name != other:
@@ -80,8 +79,7 @@ COLUMNS = ("loss", "KL to original", "same top-1", "farther by (95 % interval, p
 
 
 def _figure(told: Mapping[str, Any], metric: str, form: str) -> str:
-    error = told[f"{metric}_error"]
-    return f"{told[metric]:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return with_error(told[metric], told[f"{metric}_error"], form)
 
 
 def _farther(told: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type, memory_for
 from moekern.evaluation.losses import ORIGINAL, Evaluation, compared, means
-from moekern.evaluation.under_plans import Task, UnderPlans
+from moekern.evaluation.under_plans import Task, UnderPlans, check_plans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Resume, opened, removed
@@ -27,7 +27,6 @@ from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.plan.constants import Live, constants_digest, live_constants, measured, stored_constants
 from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
 from moekern.statistics.file import Statistics
 from moekern.version import versions
 
@@ -52,8 +51,7 @@ def evaluate(
     predictions of one batch. Text that there is no room for is taken in groups of batches, a pass over the weights
     each, to the same bits. With `resume` the same call goes on where it was stopped: its folder holds one of a name
     of its own for each model, text, plans and options. Several processes (`compute.team`) share the batches, and rank 0
-    has the losses: the same bits. Raises InputError for a plan that does not fit the model, and for data without
-    batches.
+    has the losses: the same bits. Raises InputError for plans as `check_plans` does, and for data without batches.
     """
     check_type("plans", plans, Mapping)
     check_type("compute", compute, Compute)
@@ -63,8 +61,6 @@ def evaluate(
     for domain in data.tokens or ["of no name"]:
         if domain not in predicted:
             raise InputError(f"evaluate: domain {domain}: no sequence of two tokens, so none is predicted", kind="data")
-    if ORIGINAL in plans:
-        raise InputError(f"evaluate: a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     checkpoint, constants, made_of = with_constants(checkpoint, plans, statistics)
     layout = find_layout(checkpoint)
     compute = settled(compute, checkpoint, layout)
@@ -99,10 +95,10 @@ def with_constants(
         what = "its dropped experts are constants already, and plans are for the original"
         raise InputError(f"{checkpoint.folder}: {what}; evaluate it alone")
     layout, read = find_layout(checkpoint), None
+    check_plans(plans, layout, checkpoint, replaced=True)
     found = {ORIGINAL: stored_constants(original, layers)} if layers else dict[str, Live]()
     made_of: dict[str, Any] = {"constants": constants_digest(original, layers)} if layers else {}
     for name, plan in plans.items():
-        check_plan(plan, layout, checkpoint, replaced=True)
         if plan.replace is None:
             continue
         if plan.replace.tier is not None and source is None:

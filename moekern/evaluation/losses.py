@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,11 @@ class Difference:
     def clear(self) -> bool:
         """Whether the text tells the two apart."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def interval(self) -> list[float | None]:
+        """As JSON, which knows no infinity."""
+        return [end if isfinite(end) else None for end in (self.low, self.high)]
 
 
 def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Generic, TypeVar
 
+from moekern.architectures import Layout
+from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Batch, dealt, loads
-from moekern.errors import NoRoomForText
+from moekern.errors import InputError, NoRoomForText
 from moekern.evaluation.losses import ORIGINAL
 from moekern.model.journal import Stage, undamaged
 from moekern.model.layerwise import LayerwiseModel
@@ -24,12 +26,29 @@ from moekern.model.substituted import substituted_layer
 from moekern.model.walk import Pass
 from moekern.plan.constants import Live
 from moekern.plan.document import Plan
+from moekern.plan.fits_model import check_plan
+from moekern.plan.groups import is_merged
 from moekern.plan.live import live_channels, live_merging
+from moekern.plan.refit import refit_of
 
 NONE: Mapping[str, Live] = {}
 
 LOG = logging.getLogger(__name__)
 Found = TypeVar("Found")
+
+
+def check_plans(plans: Mapping[str, Plan], layout: Layout, checkpoint: Checkpoint, *, replaced: bool = False) -> None:
+    """Raise InputError for plans that cannot be applied to the original's weights: one with the name of the original,
+    one that does not fit the model, or that replaces dropped experts (unless `replaced`), and one whose layers were
+    refitted, whose weights lie elsewhere."""
+    if ORIGINAL in plans:
+        raise InputError(f"a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
+    for name, plan in plans.items():
+        check_plan(plan, layout, checkpoint, name, replaced=replaced)
+        made_on = checkpoint.fingerprint, str(plan.provenance.get("fingerprint"))  # a twin's, or its own
+        if refit_of(plan) is not None and not any(is_merged(plan, fingerprint) for fingerprint in made_on):
+            what = "its layers were refitted, and here it is applied to the original's weights"
+            raise InputError(f"{name}: {what}; take the checkpoint that was written, or the plan from before the refit")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, inf, sqrt
 from typing import NamedTuple
 
-from moekern.evaluation.losses import NORMAL, ORIGINAL, student
+from moekern.evaluation.losses import NORMAL, ORIGINAL, Difference, student
 
 WINDOW, PERIOD, TIMES = 64, 32, 3  # tokens looked at, at least; the longest cycle; how often it comes, at least
 GRAM = 4
@@ -83,18 +83,11 @@ class Figure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shift:
-    """How much more of a measure a variant has than the original on the same prompts, with 95 % confidence from `low`
-    to `high`; `needed`: prompts that would tell it from 0 if it stays what it is (None: it is 0)."""
+class Shift(Difference):
+    """How much more of a measure a variant has than the original on the same prompts; `needed`: prompts that would tell
+    it from 0 if it stays what it is (None: it is 0)."""
 
-    mean: float
-    low: float
-    high: float
     prompts: int
-
-    @property
-    def clear(self) -> bool:
-        return self.low > 0 or self.high < 0
 
     @property
     def needed(self) -> int | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
@@ -48,8 +47,3 @@ def checkpoint_of(loader: Loader) -> Checkpoint:
         return numbers.view(torch.uint8).numpy().tobytes()
 
     return Checkpoint(Path(kind), config, (), entries, None, read_data=read)
-
-
-def named_in(model: PreTrainedModel) -> str:
-    """What a message calls a model in memory."""
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

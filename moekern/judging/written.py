@@ -22,7 +22,6 @@ from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, check_type, first_line, is_out_of_memory, out_of_memory, raised_here
 from moekern.evaluation.evaluate import with_constants
 from moekern.evaluation.losses import ORIGINAL
-from moekern.files import sized
 from moekern.judging.decoding import Decoding
 from moekern.judging.figures import Continuation, Written
 from moekern.judging.live import check_no_refit, check_steering, constants_applied, plan_applied, steering_applied
@@ -33,7 +32,7 @@ from moekern.plan.constants import Live
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Experts
-from moekern.recovery.loaded import staying
+from moekern.recovery.loaded import all_staying
 
 GENERATION = "generation_config.json"
 Applied = Callable[[], AbstractContextManager[Any]]  # of a variant
@@ -87,7 +86,9 @@ def continuations(
     total, done = len(prompts.batches) * (1 + len(variants)) * len(decodings), 0
     found: dict[str, Written] = {}
     with open_layerwise(checkpoint, layout, compute) as opened:
-        layerwise = _all_in_memory(opened, what)
+        layerwise = all_staying(opened, what)
+        for _ in layerwise.visit(range(len(layerwise.layers))):
+            pass
         for decoding in decodings:
             rows: dict[str, list[Continuation]] = {}
             for name, applied in _applied(layerwise, variants, constants):
@@ -151,19 +152,6 @@ def end_tokens(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple
         ids.append(tokenizer.get().eos_token_id)
     size = config_number(checkpoint, "vocab_size")
     return tuple(dict.fromkeys(i for i in ids if type(i) is int and i >= 0 and (size is None or i < size)))
-
-
-def _all_in_memory(opened: LayerwiseModel, what: str) -> LayerwiseModel:
-    """Filled. Raises InputError where there is no room."""
-    layerwise = staying(opened)
-    if not layerwise.stays or layerwise.groups.cuts:
-        size = sum(
-            p.numel() * layerwise.loader.dtype.itemsize for layer in layerwise.layers for p in layer.parameters()
-        )
-        raise layerwise.takes.refusal(f"{what}, which needs all layers in memory, {sized(size)}, and as much again")
-    for _ in layerwise.visit(range(len(layerwise.layers))):
-        pass
-    return layerwise
 
 
 def _applied(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekern.errors import InputError
-from moekern.masks.logits import BETAS, SMALL, Pools
+from moekern.masks.logits import BETAS, Adam
 from moekern.model.backward import Backward, eager_experts
 from moekern.model.finite import all_finite
 from moekern.model.layerwise import LayerwiseModel
@@ -36,27 +36,15 @@ RECONSTRUCTED = (
 )
 
 
-@dataclass
-class Biases:
-    """float32 [size] each: values, and Adam's moments."""
-
-    pools: Pools
-    values: Tensor
-    mean: Tensor
-    square: Tensor
-    steps: int = 0
-
-    @staticmethod
-    def of(pools: Pools) -> Biases:
-        return Biases(pools, torch.zeros(pools.size), torch.zeros(pools.size), torch.zeros(pools.size))
+class Biases(Adam):
+    """Of which each has a second moment of its own."""
 
     def stepped(self, gradient: Tensor, rate: float) -> None:
-        """One step of Adam against a gradient by the biases."""
+        """One step against a gradient by the biases."""
         self.steps += 1
         mean = BETAS[0] * self.mean.double() + (1 - BETAS[0]) * gradient
         square = BETAS[1] * self.square.double() + (1 - BETAS[1]) * gradient.square()
-        first, second = (1 - beta**self.steps for beta in BETAS)
-        values = self.values.double() - rate * (mean / first) / ((square / second).sqrt() + SMALL)
+        values = self.values.double() - self.towards(mean, square, rate)
         self.values, self.mean, self.square = values.float(), mean.float(), square.float()
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 BETAS, SMALL = (0.9, 0.99), 1e-12
+Own = TypeVar("Own", bound="Adam")
 HALVINGS = 80
 
 
@@ -110,7 +112,7 @@ def _ranked(values: Tensor) -> Tensor:
 
 
 @dataclass
-class Logits:
+class Adam:
     """float32 [size] each: values, and Adam's moments."""
 
     pools: Pools
@@ -119,9 +121,22 @@ class Logits:
     square: Tensor
     steps: int = 0
 
-    @staticmethod
-    def of(pools: Pools, values: Tensor) -> Logits:
-        return Logits(pools, values, torch.zeros_like(values), torch.zeros_like(values))
+    @classmethod
+    def of(cls: type[Own], pools: Pools, values: Tensor) -> Own:
+        return cls(pools, values, torch.zeros_like(values), torch.zeros_like(values))
+
+    def stepped(self, gradient: Tensor, rate: float) -> None:
+        """One step against a gradient by the values, float64."""
+        raise NotImplementedError
+
+    def towards(self, mean: Tensor, square: Tensor, rate: float) -> Tensor:
+        """What these moments, float64, take from the values."""
+        first, second = (1 - beta**self.steps for beta in BETAS)
+        return rate * (mean / first) / ((square / second).sqrt() + SMALL)
+
+
+class Logits(Adam):
+    """Of which as many as stay are expected."""
 
     def stepped(self, gradient: Tensor, rate: float) -> None:
         """One step against a gradient by the logits, which stay on their surfaces."""
@@ -131,8 +146,7 @@ class Logits:
         for pool in self.pools.free:
             own = gradient[pool.places].square().mean()
             square[pool.places] = BETAS[1] * square[pool.places] + (1 - BETAS[1]) * own
-        first, second = (1 - beta**self.steps for beta in BETAS)
-        step = rate * (mean / first) / ((square / second).sqrt() + SMALL)
+        step = self.towards(mean, square, rate)
         values = self.values.double()
         for pool in self.pools.free:
             own, moment = values[pool.places], mean[pool.places]
@@ -186,11 +200,12 @@ def drawn(size: int, masks: int, seed: int, step: int) -> list[Tensor]:
 
 def spread(mask: Tensor, counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
     """Which experts of each layer a mask of all names."""
-    found, start = dict[str, tuple[int, ...]](), 0
-    for key, (experts, _) in counts.items():
-        found[key] = tuple(mask[start : start + experts].nonzero().flatten().tolist())
-        start += experts
-    return found
+    return {key: tuple(own.nonzero().flatten().tolist()) for key, own in by_layer(mask, counts).items()}
+
+
+def by_layer(values: Tensor, counts: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """What a vector of all experts holds of each layer's."""
+    return dict(zip(counts, values.split([experts for experts, _ in counts.values()]), strict=True))
 
 
 def gathered(of_layers: Mapping[str, Sequence[float] | Tensor], counts: Mapping[str, tuple[int, int]]) -> Tensor:

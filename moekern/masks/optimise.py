@@ -19,9 +19,10 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
+from moekern.evaluation.under_plans import check_plans
 from moekern.files import is_plain
 from moekern.masks.biased import RECONSTRUCTED, Biased, Biases
-from moekern.masks.logits import Logits, Pools, drawn, gathered, spread
+from moekern.masks.logits import Adam, Logits, Pools, by_layer, drawn, gathered, spread
 from moekern.masks.masked import WHAT, Masked, check_optimised
 from moekern.masks.settings import Search
 from moekern.model.compute import Compute
@@ -32,7 +33,6 @@ from moekern.model.precision import settled
 from moekern.model.requantised import as_stored
 from moekern.plan.budgets import Budget
 from moekern.plan.document import LayerPlan, Plan
-from moekern.plan.fits_model import check_plan
 from moekern.plan.provenance import Provenance
 from moekern.recovery.course import Course, Sample
 from moekern.recovery.loaded import staying
@@ -122,7 +122,7 @@ def optimise(
         tell(f"{WHAT}: {sum(count for count, _ in counts.values())} {named}; {of_layers}")
         pools = _pools(counts, layout, search)
         start = _mask_of(plan, counts)
-        logits: Logits | Biases = Biases.of(pools)
+        logits: Adam = Biases.of(pools, torch.zeros(pools.size))
         if search.method == "masks":
             logits = Logits.of(pools, pools.begun(_scores_of(plan, counts), start))
         masked = Masked(layerwise, Objective(), teacher)
@@ -142,7 +142,7 @@ class _Run:
     search: Search
     counts: Counts
     start: torch.Tensor
-    logits: Logits | Biases
+    logits: Adam
     best: torch.Tensor
     folder: Path
     key: Mapping[str, Any]
@@ -174,14 +174,10 @@ class _Run:
 
     def _on_biases(self, step: int, of: int) -> dict[str, Any]:
         """What moves the biases: the loss of the next token of the whole model."""
-        samples, counts, start = self.course.steps[step], self.counts, 0
-        own = dict[str, torch.Tensor]()
-        for key, (experts, _) in counts.items():
-            own[key] = self.logits.values[start : start + experts]
-            start += experts
+        samples, own = self.course.steps[step], by_layer(self.logits.values, self.counts)
         biased = Biased(self.masked.layerwise, self.search.diversity)
         found, sums = biased.slopes(samples, own, lambda share: self.progress("optimising", step + share, of))
-        self.logits.stepped(gathered(found, counts), self.search.peak)
+        self.logits.stepped(gathered(found, self.counts), self.search.peak)
         return {"nll": float(sums[0]) / float(sums[3])}
 
     def _on_masks(self, step: int, of: int) -> dict[str, Any]:
@@ -251,7 +247,7 @@ class _Run:
 
 def _check(plan: Plan, layout: Layout, checkpoint: Checkpoint, search: Search) -> None:
     """Raise InputError for a plan or a model that is not for this."""
-    check_plan(plan, layout, checkpoint)
+    check_plans({"plan": plan}, layout, checkpoint)
     if layout.family.no_gradient:
         raise InputError(f"{WHAT}: {layout.family.name}: {layout.family.no_gradient}")
     if plan.width is not None:
@@ -309,10 +305,7 @@ def _planned(
     search: Search,
 ) -> Plan:
     """What stays as a plan: logits are the scores. Layers that are not optimised (MTP) stay as they were planned."""
-    layers, start = dict(plan.layers), 0
-    for key, (experts, _) in counts.items():
-        layers[key] = LayerPlan(keep[key], tuple(values[start : start + experts].tolist()))
-        start += experts
+    scored = {key: LayerPlan(keep[key], tuple(own.tolist())) for key, own in by_layer(values, counts).items()}
     whole = Provenance(**provenance).document({key: len(keep[key]) for key in counts})
     curve = [
         {"step": each["step"], "kl": mean_loss({d: loss["kl"] for d, loss in each["held"].items()})}
@@ -322,7 +315,7 @@ def _planned(
     more = {} if search.method == "masks" else {"reconstructed": RECONSTRUCTED}
     said = {"plan": plan.digest, "search": asdict(search), "best": state.best, "held": curve, "versions": versions()}
     mtp = {"mtp": plan.provenance["mtp"]} if "mtp" in plan.provenance else {}
-    return Plan(layers, whole | {WHAT: said | more} | mtp)
+    return Plan({**plan.layers, **scored}, whole | {WHAT: said | more} | mtp)
 
 
 def _provenance(checkpoint: Checkpoint, layout: Layout, plan: Plan, data: TokenData, search: Search) -> dict[str, Any]:

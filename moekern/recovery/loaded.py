@@ -77,6 +77,15 @@ def staying(layerwise: LayerwiseModel, taken: int = 0) -> LayerwiseModel:
     return _with_room(layerwise, max(0, left), stays=stays)
 
 
+def all_staying(layerwise: LayerwiseModel, what: str) -> LayerwiseModel:
+    """The same with all layers in memory, as `what` needs it. Raises InputError where there is no room."""
+    found = staying(layerwise)
+    if not found.stays or found.groups.cuts:
+        size = sized(sum(map(_bytes, found.layers)))
+        raise found.takes.refusal(f"{what}, which needs all layers in memory, {size}, and as much again")
+    return found
+
+
 def _bytes(layer: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in layer.parameters())
 

@@ -32,7 +32,7 @@ from moekern.report.shares import (
     strongest,
     uneven,
 )
-from moekern.report.stability import stability
+from moekern.report.stability import SHARE, stability
 from moekern.router import kept_count
 from moekern.statistics.coverage import coverage, too_thin
 from moekern.statistics.file import Statistics
@@ -42,7 +42,6 @@ from moekern.statistics.layer import LayerStatistics
 PAIRS = 12  # of a layer's experts that are together beyond chance
 MATRICES = 300_000  # pairs of experts in the matrices that are held whole
 PREFERENCES = 400_000  # domain x expert numbers that are held
-SHARE = 0.5  # kept by criteria in the overlap, where no plan says how many
 OVERLAP = 14  # plans and criteria at most
 
 
@@ -194,7 +193,7 @@ def _remarks(each: Order, statistics: Statistics) -> list[str]:
         return []
     lines, made = [], each.plan.provenance
     counts = sorted({len(each.plan.layers[key].keep) for key in statistics.layers})
-    if len(counts) > 1:
+    if len(counts) > 1 and each.plan.replace is None:
         lines.append(f"{each.name}: layers keep {counts[0]} to {counts[-1]} experts; most engines load one count")
     ties = made.get("ties")
     if isinstance(ties, dict) and ties:

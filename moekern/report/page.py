@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from moekern.files import sized
+from moekern.rows import with_error
 from moekern.statistics.coverage import THIN
 from moekern.version import __version__
 
@@ -52,9 +53,9 @@ def percent(value: float | None) -> str:
     return "not known" if value is None else f"{100 * value:.1f} %"
 
 
-def figure(told: Mapping[str, float | None]) -> str:
+def figure(told: Mapping[str, Any]) -> str:
     """A value with its standard error, where it has one."""
-    return f"{told['value']:.4f}" + ("" if told["error"] is None else f" ± {told['error']:.4f}")
+    return with_error(told["value"], told["error"])
 
 
 def _percents(told: Mapping[str, float | None]) -> str:

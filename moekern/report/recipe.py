@@ -11,6 +11,7 @@ from moekern.plan.document import Plan
 from moekern.statistics.file import Statistics
 
 WIDEST = 300  # characters of a text that a file holds
+MADE_OTHERWISE = ("merge", "refit", "optimise", "earlier_rounds")  # provenance of plans that are not `plan`'s
 
 
 def text_of(value: Any) -> str:
@@ -104,7 +105,8 @@ def plan_rows(plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
 
 
 def commands_of(statistics: Statistics, plans: Mapping[str, Plan], evaluated: bool) -> list[str]:
-    """Command lines that would do it again, as far as the files tell: names of models and of files are not in them."""
+    """Command lines that would do it again, as far as the files tell: names of models and of files are not in them, and
+    plans of other commands than `plan` have none."""
     words = ["moekern", "calibrate", "MODEL"]
     run = runs_of(statistics)[0]
     for domain in run["domains"]:
@@ -114,18 +116,13 @@ def commands_of(statistics: Statistics, plans: Mapping[str, Plan], evaluated: bo
         words += [] if run[flag] is None else [f"--{flag.replace('_', '-')}", str(run[flag])]
     words += [word for tier in statistics.tiers for word in ("--tier", tier)]
     lines = [shlex.join([*words, "--out", "s.safetensors"])]
-    for row in plan_rows(plans):
-        if row["criterion"] == "not named":
+    rows = plan_rows(plans)
+    for row, plan in zip(rows, plans.values(), strict=True):
+        other = row["merged"] or row["width"] is not None or any(key in plan.provenance for key in MADE_OTHERWISE)
+        if other or row["criterion"] == "not named":
             continue
-        made = [
-            "moekern",
-            "plan",
-            "s.safetensors",
-            "--criterion",
-            row["criterion"],
-            "--keep",
-            row["keep"] or str(row["kept"][0]),
-        ]
+        made = ["moekern", "plan", "s.safetensors", "--criterion", row["criterion"]]
+        made += ["--keep", row["keep"] or str(row["kept"][0])]
         made += [] if row["budget"] == "uniform" else ["--budget", row["budget"]]
         made += ["--allow-nonuniform"] if len(row["kept"]) > 1 and row["replace"] is None else []
         made += [] if row["replace"] is None else ["--replace", str(row["replace"])]
@@ -134,6 +131,6 @@ def commands_of(statistics: Statistics, plans: Mapping[str, Plan], evaluated: bo
         ]  # fmt: skip
         lines.append(shlex.join([*made, "--out", f"{row['name']}.json"]))
     if evaluated:
-        files = [f"{row['name']}.json" for row in plan_rows(plans)]
+        files = [f"{row['name']}.json" for row in rows]
         lines.append(shlex.join(["moekern", "evaluate", "MODEL", *files, "--data", "TEXT", "--out", "losses.json"]))
     return lines

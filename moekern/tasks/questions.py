@@ -18,7 +18,7 @@ from moekern.data.batches import CHUNK_TOKENS, Batch, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
-from moekern.evaluation.under_plans import Task, UnderPlans
+from moekern.evaluation.under_plans import Task, UnderPlans, check_plans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.journal import Resume, opened, removed
@@ -26,7 +26,6 @@ from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
 from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
 from moekern.version import versions
 
 STATE, ANSWERING = "moekern-tasks-", "answering"  # the folder of a run that is not done, with a digest; its stage
@@ -83,8 +82,7 @@ def answers(
     data, rows = arranged(questions)
     check_data(data, checkpoint)
     layout = find_layout(checkpoint)
-    for plan in plans.values():
-        check_plan(plan, layout, checkpoint)
+    check_plans(plans, layout, checkpoint)
     compute = settled(compute, checkpoint, layout)
     team = compute.team
     team.together(answers, checkpoint.folder, questions, plans, compute)

@@ -13,15 +13,15 @@ from moekern.data.text import config_number
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL
+from moekern.evaluation.under_plans import check_plans
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.layerwise import open_layerwise
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
 from moekern.plan.live import live_channels, live_merging
-from moekern.recovery.loaded import staying
+from moekern.recovery.loaded import all_staying
 from moekern.tasks import harness
 from moekern.tasks.harness import Tasks, Written
 from moekern.tasks.questions import answers
@@ -50,8 +50,7 @@ def task_scores(
     check_type("asked", asked, Asked)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
-    for plan in plans.values():
-        check_plan(plan, layout, checkpoint)
+    check_plans(plans, layout, checkpoint)
     with harness.opened(asked, tell) as tasks:
         return _scored(tasks, checkpoint, plans, settled(compute, checkpoint, layout), resume, tell, progress)
 
@@ -98,9 +97,7 @@ def _written(
     if compute.team.size > 1:
         raise InputError(f"--tasks: {what}, which one process does: start it without torchrun")
     with open_layerwise(checkpoint, find_layout(checkpoint), compute) as opened, ExitStack() as applied:
-        layerwise = staying(opened)
-        if not layerwise.stays or layerwise.groups.cuts:
-            raise layerwise.takes.refusal(f"{what}, which needs all layers in memory")
+        layerwise = all_staying(opened, what)
         pruner = LivePruner(layerwise.loader, layerwise.layout)
         for i in layerwise.visit(range(len(layerwise.layers))):
             key = layerwise.moe_keys.get(i)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moekern.errors import InputError
+from moekern.rows import with_error
 
 
 @dataclass(frozen=True)
@@ -77,4 +78,4 @@ def rows(scores: Sequence[Score]) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 def shown(score: Score) -> str:
     """Value and standard error."""
-    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+    return with_error(score.value, score.stderr)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError, NoRoomForText
 from moekern.evaluation.evaluate import evaluate
@@ -17,6 +19,7 @@ from moekern.model.compute import Compute
 from moekern.model.journal import Journal, Resume
 from moekern.model.layerwise import LayerwiseModel
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.groups import merge_recipe
 from moekern.tasks.questions import Question, answers
 from tests.helpers import families
 from tests.helpers.tight import little_room
@@ -148,3 +151,20 @@ def test_answers_are_those_of_one_pass(family_checkpoint: MakeCheckpoint, monkey
     little_room(monkeypatch, 0, TOKEN)
     with pytest.raises(NoRoomForText):
         answers(folder, questions, PLANS, F32)
+
+
+def test_plans_that_are_not_of_the_originals_weights_are_refused(family_checkpoint: MakeCheckpoint) -> None:
+    """Of losses and answers alike: nothing would say that a refit is left out. What groups make of them is there."""
+    folder, ask = family_checkpoint("qwen3_moe"), [Question((20, 21, 22), 1)]
+    refit = {"recipe": "0" * 64, "layers": {"0": {}}}
+    refitted = {"b": replace(PLANS["half"], provenance={"refit": refit})}
+    for plans, words in ((refitted, "b: its layers were refitted"), ({"original": PLANS["half"]}, "named 'original'")):
+        with pytest.raises(InputError, match=words):
+            evaluate(folder, DATA, plans, F32)
+        with pytest.raises(InputError, match=words):
+            answers(folder, ask, plans, F32)
+    groups = (((0, 1.0), (1, 2.0)), ((2, 1.0),), ((5, 1.0),), ((7, 1.0),))
+    merged = Plan({str(i): LayerPlan((0, 2, 5, 7), groups=groups) for i in range(4)})
+    made = {**refit, "recipe": merge_recipe(merged, open_checkpoint(folder).fingerprint)}
+    found = answers(folder, ask, {"merged": merged, "written": replace(merged, provenance={"refit": made})}, F32)
+    assert found["written"] == found["merged"]

@@ -149,6 +149,9 @@ def test_layers_in_groups_and_wrong_options_are_refused(family_checkpoint: Folde
     grouped = family_checkpoint("deepseek_v3")
     with pytest.raises(InputError, match="--budget global: .* 2 groups"):
         optimise(grouped, plan_of(grouped, GOOD), data, tmp_path, replace(SMALL, budget="global"))
+    refit = {"recipe": "0" * 64, "layers": {"0": {}}}
+    with pytest.raises(InputError, match="plan: its layers were refitted"):
+        optimise(folder, replace(plan, provenance={"refit": refit}), data, tmp_path, SMALL)
     with pytest.raises(InputError, match="is too small|memory"):
         optimise(folder, plan, data, tmp_path, SMALL, Compute(memory=1))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from moekern.criteria import criterion_named, score_layer
 from moekern.errors import InputError
+from moekern.plan.agreement import agreement_of_all
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
+from moekern.plan.replacement import Replacement
 from moekern.report.collect import report_of
 from tests.helpers.measured import E, model_statistics
 
@@ -53,6 +55,15 @@ def test_criteria_of_every_measured_tier_are_served_and_all_of_it_is_json() -> N
     json.dumps(found, allow_nan=False)
 
 
+def test_halves_are_those_of_the_domains_that_a_plan_is_of() -> None:
+    plans = {"all": make_plan(HELD, "usage", 4), "code": make_plan(HELD, "usage", 4, domains=["code"])}
+    found = report_of(HELD, plans)["stability"]
+    chosen = criterion_named("usage")
+    for name, domains in (("all", None), ("code", ["code"])):
+        assert found[name] == [asdict(each) for each in agreement_of_all(HELD, chosen, 4, domains).values()]
+    assert found["all"] != found["code"]
+
+
 def test_overlap_is_jaccard_of_kept_sets() -> None:
     plans = {name: make_plan(HELD, name, 4) for name in ("reap", "usage")}
     overlap = report_of(HELD, plans)["overlap"]
@@ -91,6 +102,26 @@ def test_what_is_to_be_doubted_is_said() -> None:
     lines = " | ".join(report_of(HELD, {"a": uneven, "b": changed(plan, ties={"0": 2})})["warnings"])
     for part in ("fewer than 64 tokens", "a: layers keep 2 to 4 experts", "b: scores tie at the cut in 1 layers"):
         assert part in lines
+    found = report_of(HELD, {"a": replace(uneven, replace=Replacement("zero"))})
+    assert not any("layers keep" in line for line in found["warnings"])  # the router chooses among all
+
+
+def test_commands_are_of_plans_that_plan_makes() -> None:
+    plan = make_plan(HELD, "reap", 4)
+    groups = tuple(((e, 1.0),) for e in plan.layers["0"].keep)
+    joined = replace(plan.layers["0"], groups=groups)
+    plans = {
+        "dropped": plan,
+        "constants": replace(plan, replace=Replacement("zero")),
+        "merged": replace(plan, layers={**plan.layers, "0": joined}),
+        "searched": changed(plan, criterion="masks", optimise={}),
+    }
+    commands = report_of(HELD, plans)["commands"]
+    assert commands[0].startswith("moekern calibrate MODEL --data ")
+    assert commands[1:] == [
+        "moekern plan s.safetensors --criterion reap --keep 4 --out dropped.json",
+        "moekern plan s.safetensors --criterion reap --keep 4 --replace zero --out constants.json",
+    ]
 
 
 @pytest.mark.parametrize("odd", [[], {}, 3, "x" * 5000, None, [["a"]], {"kind": []}])

@@ -3,7 +3,6 @@
 const D = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const COLOURS = ["#2f7ed8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#888888"];
-const DASHES = ["", "7 3", "2 3"];
 const keys = D.layers.map(l => l.key);
 const sizes = D.layers.map(l => l.experts);
 const starts = sizes.reduce((s, n) => [...s, s[s.length - 1] + n], [0]);
