@@ -96,6 +96,8 @@ def _check_replacing(plan: Plan, source: str, *, allowed: bool) -> None:
         raise InputError(f'{source}: {what}; here give one without "replace"')
     if any(layer.channels is not None for layer in plan.layers.values()):
         raise InputError(f"{source}: replaces dropped experts, and says which channels of others stay; do one of both")
+    if plan.merges:
+        raise InputError(f"{source}: replaces dropped experts, and merges them into those that stay; do one of both")
     if plan.provenance.get("refit") is not None:
         raise InputError(f"{source}: replaces dropped experts, and was refitted for experts that are gone; plan anew")
 

@@ -19,7 +19,7 @@ from moekern.architectures import Layout
 from moekern.checkpoint.recovery import RECOVERY
 from moekern.layer_keys import natural
 from moekern.plan.document import Plan
-from moekern.plan.refit import refit_of
+from moekern.plan.refit import check_merged, refit_of
 from moekern.plan.router_rows import routers_computed
 from moekern.verification.opened import Folder
 from moekern.verification.record import MANIFEST
@@ -63,7 +63,9 @@ class Found:
 
 def layers_refitted(plan: Plan, layout: Layout, sources: Mapping[str, str]) -> dict[str, str]:
     """Name -> layer, for each tensor of the pruned checkpoint that the plan's refit may have computed. sources: name in
-    the pruned checkpoint -> name in the source. Raises InputError for the plan."""
+    the pruned checkpoint -> name in the source. Raises InputError for the plan, which must say so of layers whose
+    experts are merged."""
+    check_merged(plan)
     record = refit_of(plan)
     experts = {t.name: key for key, layer in layout.layers.items() for t in layer.of_role("expert")}
     experts |= routers_computed(plan, layout)
