@@ -9,8 +9,9 @@ from moekern.architectures.layout import Layout
 from moekern.architectures.twins import router_numbers, same_routers
 from moekern.architectures.widths import narrow_problem, width_problem
 from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError, check_type
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, short, some_of
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, some_of
 from moekern.plan.groups import check_groups
 from moekern.plan.router_rows import check_rows
 from moekern.router import Router, count_problem, nearest_counts

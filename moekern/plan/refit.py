@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
-from moekern.plan.document import LayerPlan, Plan, short
+from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.groups import merged_into
 
 REFIT = "refit"  # provenance

@@ -67,8 +67,8 @@ class Replaced:
 def replaced_in(
     checkpoint: Checkpoint, layout: Layout, plan: Plan, record: Mapping[str, Any] | None, folder: Path
 ) -> Replaced:
-    """The form is the one that the folder's record names, else that of its
-    config.json. Raises InputError for a source whose experts cannot be replaced."""
+    """What must be there. The form is the one that the folder's record names, else that of its config.json. Raises
+    InputError for a source whose experts cannot be replaced."""
     if plan.replace is None:
         return Replaced()
     if (problem := replace_problem(checkpoint, layout)) is not None:
