@@ -28,6 +28,7 @@ from moekern.plan.document import Plan
 from moekern.plan.replacement import ZERO
 from moekern.verification.computed import Claim, checked_tensor
 from moekern.verification.opened import Folder
+from moekern.verification.record import MANIFEST
 
 
 class Vectors(Protocol):
@@ -124,10 +125,10 @@ def constant_problems(
         if name not in new.shards:
             continue
         kind, checksum = told.get(name, (None, None))
-        claim = Claim(constant.layer, kind, checksum, plain=False)
+        claim = Claim(constant.layer, kind, checksum, plain=False, words=("constant holds", "written", MANIFEST))
         problem, _, _ = checked_tensor(name, claim, (constant.dtype, list(constant.shape)), new)
         if problem is not None:
-            yield problem.replace("no refit leaves", "no constant holds").replace("was computed", "was written")
+            yield problem
             continue
         if (want := _wanted(constant, plan, vectors)) is not None:
             got = new.tensor(name)
