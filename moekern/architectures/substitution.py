@@ -40,6 +40,12 @@ class Constants:
     tensors: Mapping[int, str]
 
 
+def check_form(form: str) -> None:
+    """Raise InputError for a form that is none."""
+    if form not in FORMS:
+        raise InputError(f"--form {form:.40}: expected one of {', '.join(FORMS)}")
+
+
 def replace_problem(checkpoint: Checkpoint, layout: Layout) -> str | None:
     """Why experts of a model cannot become constants in a form that vLLM loads, and what to do; None where they can."""
     for layer in layout.layers.values():

@@ -105,3 +105,9 @@ def read_start(path: Path, *sizes: int) -> list[bytes]:
 def shown(value: Any) -> str:
     """repr of anything that JSON holds, cut to 80 printable characters; short work however large the value."""
     return f"{repr(value[:80]) if isinstance(value, str) else reprlib.repr(value):.80}"
+
+
+def short(value: Any) -> str:
+    """The same, cut to 40 characters."""
+    text = shown(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -86,11 +86,12 @@ def _merged_by(checkpoint: Checkpoint) -> Plan | None:
 
 def show_groups(plan: Plan) -> None:
     """Of each layer the experts that others were merged into, by their numbers in the original."""
+    from moekern.plan.groups import merged_groups
+
     rows = []
     for key, layer in plan.layers.items():
-        groups = zip(layer.keep, layer.groups or (), strict=False)
-        told = [f"{e} <- {' '.join(str(m) for m, _ in group if m != e)}" for e, group in groups if len(group) > 1]
-        rows.append((key, "; ".join(told)))
+        groups = merged_groups(layer).items()
+        rows.append((key, "; ".join(f"{e} <- {' '.join(str(m) for m in group if m != e)}" for e, group in groups)))
     show("merged into experts that stay, by their numbers in the original", ("layer", "experts"), rows)
 
 

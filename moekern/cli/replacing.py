@@ -27,10 +27,10 @@ def check_replace(kind: str | None) -> str | None:
 
 def check_form(form: str | None) -> str | None:
     """Raise InputError for a form that is none."""
-    from moekern.architectures.substitution import FORMS
+    from moekern.architectures import substitution
 
-    if form is not None and form not in FORMS:
-        raise InputError(f"--form {form:.40}: expected one of {', '.join(FORMS)}")
+    if form is not None:
+        substitution.check_form(form)
     return form
 
 

@@ -25,14 +25,13 @@ from moekern.measurement.recorder import Recorder
 from moekern.model.compute import Compute
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.plan.document import Plan
-from moekern.plan.groups import MERGE
+from moekern.plan.groups import MERGE, merged_groups
 from moekern.plan.router_rows import (
     DOMINANT,
     LOG_SUM,
     ROUTER,
     RouterRow,
     check_routers,
-    fitted_experts,
     rows_document,
 )
 
@@ -59,7 +58,7 @@ def plan_with_routers(
     if kind == DOMINANT:
         return plan
     layout = find_layout(checkpoint)
-    groups = {key: fitted_experts(layer) for key, layer in plan.layers.items()}
+    groups = {key: merged_groups(layer) for key, layer in plan.layers.items()}
     groups = {key: own for key, own in groups.items() if own}
     check_routers(checkpoint, layout, groups, kind)
     constants = {key for key in groups if layout.router_tensors(key)[1] is not None}

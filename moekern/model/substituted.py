@@ -84,7 +84,7 @@ def substituted_layer(layer: nn.Module, key: str, num_experts: int, constants: C
 def _watcher(block: nn.Module, num_experts: int, constants: Constants) -> Substituting:
     device = next(block.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
-    values = torch.stack([*(value.float() for value in constants.values())])
+    values = torch.stack([value.float() for value in constants.values()])
     places = torch.full((num_experts + 1,), len(values), dtype=torch.int64)
     places[list(constants)] = torch.arange(len(values))
     return Substituting(places.to(device), torch.cat([values, torch.zeros_like(values[:1])]).to(device))

@@ -107,9 +107,10 @@ def live_constants(plan: Plan, checkpoint: Checkpoint, layout: Layout, vectors: 
         dropped = [e for e in range(layer.num_experts) if e not in keep]
         if vectors is None:
             return dict.fromkeys(dropped, torch.zeros(1))
-        dtypes = {checkpoint.tensors[tensor.name].dtype for tensor in layer.of_role("expert")}
-        dtype, values = dtypes.pop(), vectors.of(key)
-        dtype = dtype if not dtypes and dtype in PLAIN else "F32"
+        downs = (t for t in layer.of_role("expert") if t.projection == "down" and not t.is_bias)
+        dtypes = {checkpoint.tensors[tensor.name].dtype for tensor in downs}
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {*PLAIN} else "F32"
+        values = vectors.of(key)
         return {e: torch.from_numpy(decode(encode(values[e], dtype), dtype).astype(np.float32)) for e in dropped}
 
     return of
@@ -145,7 +146,8 @@ def replacing(plan: Plan, kind: str, statistics: Statistics | None) -> Plan:
     if statistics is None:
         raise InputError(f"--replace {kind}: needs --statistics, which the constants are made of")
     counted = plan.provenance.get("domains")
-    own = isinstance(counted, list) and set(map(str, counted)) < set(statistics.domains) and bool(counted)
-    asked = Replacement(kind, statistics.sha256, tuple(map(str, counted)) if own and counted else None)
+    domains = tuple(map(str, counted)) if isinstance(counted, list) else ()
+    some = bool(domains) and set(domains) < set(statistics.domains)
+    asked = Replacement(kind, statistics.sha256, domains if some else None)
     _check_tier(statistics, asked)
     return replace(plan, replace=asked)

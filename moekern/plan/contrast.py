@@ -11,10 +11,10 @@ from typing import Any
 from moekern import files
 from moekern.architectures.layout import Layout
 from moekern.architectures.twins import same_routers
-from moekern.checkpoint.strict_json import check_depth, parse_json, read_file
+from moekern.checkpoint.strict_json import check_depth, parse_json, read_file, short
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.plan.document import SIZE_CAP, check_layers, pretty, short
+from moekern.plan.document import SIZE_CAP, check_layers, pretty
 from moekern.plan.guards import DISTINCTIVE, Experts, by_layer, contrast, ranked
 from moekern.statistics.file import Statistics
 

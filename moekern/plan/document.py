@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moekern import files
-from moekern.checkpoint.strict_json import check_depth, read_file, shown, unique
+from moekern.checkpoint.strict_json import check_depth, read_file, short, unique
 from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.channels import WIDTH_CAP, channel_count, channel_ids, channel_text
@@ -170,11 +170,6 @@ def check_ids(keep: Sequence[Any], where: str) -> None:
 def some_of(names: Collection[str]) -> str:
     listed = list(names)
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
-def short(value: Any) -> str:
-    text = shown(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def parsed(text: str, source: str) -> Any:

@@ -9,8 +9,9 @@ from moekern.architectures.layout import Layout
 from moekern.architectures.twins import router_numbers, same_routers
 from moekern.architectures.widths import narrow_problem, width_problem
 from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError, check_type
-from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, short, some_of
+from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, ids_of, some_of
 from moekern.plan.groups import check_groups
 from moekern.plan.router_rows import check_rows
 from moekern.router import Router, count_problem, nearest_counts
@@ -96,6 +97,8 @@ def _check_replacing(plan: Plan, source: str, *, allowed: bool) -> None:
         raise InputError(f'{source}: {what}; here give one without "replace"')
     if any(layer.channels is not None for layer in plan.layers.values()):
         raise InputError(f"{source}: replaces dropped experts, and says which channels of others stay; do one of both")
+    if plan.merges:
+        raise InputError(f"{source}: replaces dropped experts, and merges them into those that stay; do one of both")
     if plan.provenance.get("refit") is not None:
         raise InputError(f"{source}: replaces dropped experts, and was refitted for experts that are gone; plan anew")
 

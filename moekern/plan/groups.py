@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moekern.checkpoint.strict_json import shown
+from moekern.architectures.channels import PLAIN
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
 from moekern.plan.formats import weight_format
 
@@ -23,7 +24,6 @@ NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # an expert's, as a key of JSON
 EXAMPLE = '{"3": {"3": 2, "5": 1}}: into expert 3, which stays, 5 is merged, with half its weight'
 MERGE = "merge"  # provenance: how a plan's groups were made, and "align"
 ALIGN = ("weights", "none")
-PLAIN = ("F64", "F32", "F16", "BF16")  # what is merged
 VERSION = 1  # of the arithmetic: raise it when the same groups give other bytes
 
 
@@ -31,7 +31,7 @@ def parsed_groups(found: Any, keep: Sequence[int], where: str) -> tuple[Group, .
     """The groups of the experts `keep`, in their order, from JSON; those that it does not name stay as they are. None
     where no expert is merged into another. Raises InputError, which begins with `where`, for anything odd."""
     if not isinstance(found, dict) or not all(isinstance(group, dict) for group in found.values()):
-        raise InputError(f"{where}: groups: expected an object such as {EXAMPLE}; got {_short(found)}")
+        raise InputError(f"{where}: groups: expected an object such as {EXAMPLE}; got {short(found)}")
     named = {_number(e, where): group for e, group in found.items()}
     for e in named:
         if e not in keep:
@@ -61,7 +61,7 @@ def check_groups(groups: Sequence[Group], keep: Sequence[int], where: str, exper
             if member in home:
                 raise InputError(f"{what}member {member} is in the group of expert {home[member]} too")
             if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
-                raise InputError(f"{what}weight of {member}: expected a number from 0 on, got {_short(weight)}")
+                raise InputError(f"{what}weight of {member}: expected a number from 0 on, got {short(weight)}")
             home[member] = e
         if home.get(e) != e:
             raise InputError(
@@ -104,7 +104,7 @@ def aligned(provenance: Mapping[str, Any]) -> bool:
     told = provenance.get(MERGE, {})
     align = told.get("align", ALIGN[0]) if isinstance(told, dict) else told
     if align not in ALIGN:
-        raise InputError(f"plan: provenance.merge.align is {_short(align)}; expected one of {', '.join(ALIGN)}")
+        raise InputError(f"plan: provenance.merge.align is {short(align)}; expected one of {', '.join(ALIGN)}")
     return bool(align == ALIGN[0])
 
 
@@ -123,10 +123,17 @@ def is_merged(plan: Plan, fingerprint: str) -> bool:
     return plan.merges and isinstance(told, dict) and told.get("recipe") == merge_recipe(plan, fingerprint)
 
 
-def merged_into(layer: LayerPlan) -> int:
-    """How many experts of a layer are merged into others; those of weight 0 are not."""
+def merged_groups(layer: LayerPlan) -> dict[int, tuple[int, ...]]:
+    """Each expert of a layer that others are merged into, and its group: itself, and the members that count, of a
+    weight above 0."""
     groups = zip(layer.keep, layer.groups or (), strict=False)
-    return sum(weight > 0 for e, group in groups for member, weight in group if member != e)
+    found = {e: tuple(member for member, weight in group if member == e or weight > 0) for e, group in groups}
+    return {e: members for e, members in found.items() if len(members) > 1}
+
+
+def merged_into(layer: LayerPlan) -> int:
+    """How many experts of a layer are merged into others."""
+    return sum(len(members) - 1 for members in merged_groups(layer).values())
 
 
 def _floats(group: Sequence[tuple[int, float]]) -> Group:
@@ -135,10 +142,5 @@ def _floats(group: Sequence[tuple[int, float]]) -> Group:
 
 def _number(text: str, where: str) -> int:
     if not NUMBER.fullmatch(text):
-        raise InputError(f"{where}: groups: expected expert numbers, got {_short(text)}")
+        raise InputError(f"{where}: groups: expected expert numbers, got {short(text)}")
     return int(text)
-
-
-def _short(value: Any) -> str:
-    text = shown(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

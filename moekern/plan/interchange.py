@@ -22,6 +22,7 @@ from moekern.errors import InputError
 from moekern.layer_keys import natural
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan, check_ids, check_layers, parsed, plan_of, plan_text
 from moekern.plan.fits_model import check_plan
+from moekern.plan.refit import refit_of
 from moekern.version import __version__
 
 TOOLS = ("llm-compressor", "compressed-tensors")
@@ -135,8 +136,12 @@ def convert(
             raise InputError(f"--to {tool}: its names are those of the model's modules: add --model MODEL")
         return plan.to_json()
     check_plan(plan, layout, checkpoint, str(path))
-    if tool != "moekern" and (plan.merges or plan.width is not None):
-        what = "merges experts" if plan.merges else "says which channels of experts stay"
+    beyond = {
+        "merges experts": plan.merges,
+        "says which channels of experts stay": plan.width is not None,
+        "is of layers that were refitted": refit_of(plan) is not None,
+    }
+    if tool != "moekern" and (what := next((what for what, there in beyond.items() if there), None)):
         raise InputError(f"{path}: {what}, for which {tool} has no words; prune with moekern")
     if tool == TOOLS[1] and layout.mtp:
         plan = _with_mtp(plan, layout, kept(checkpoint, layout, plan), str(path))

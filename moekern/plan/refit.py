@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
-from moekern.plan.document import LayerPlan, Plan, short
+from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.groups import merged_into
 
 REFIT = "refit"  # provenance
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,6 +44,16 @@ def refit_of(plan: Plan) -> RefitRecord | None:
         if key not in plan.layers:
             raise InputError(f"plan: provenance.refit.layers: the plan has no layer {short(key)}")
     return RefitRecord(recipe, layers)
+
+
+def check_merged(plan: Plan) -> None:
+    """Raise InputError for a plan that merges experts of a layer whose weights it does not say were computed."""
+    record = refit_of(plan)
+    computed = {} if record is None else record.layers
+    for key in (key for key, layer in plan.layers.items() if merged_into(layer) and key not in computed):
+        what = f"merges experts, whose weights are computed, and does not say that those of layer {short(key)} were"
+        does = "`moekern merge-experts MODEL --plan PLAN --out OUT` does that, and so does `refit`"
+        raise InputError(f"plan: {what}: {does}; use the plan that they write")
 
 
 def kept_digest(layer: LayerPlan) -> str:

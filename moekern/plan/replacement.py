@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moekern.checkpoint.strict_json import shown
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
 
 ZERO, MEAN, LEAST_SQUARES = "zero", "mean", "least-squares"
@@ -49,15 +49,15 @@ def replacement_of(value: Any, where: str) -> Replacement:
     """What a plan says under "replace". Raises InputError, which begins with `where`."""
     if not isinstance(value, dict) or value.get("constants") not in KINDS:
         known = f'an object with "constants": one of {", ".join(KINDS)}'
-        raise InputError(f"{where}: expected {known}, got {shown(value):.40}")
+        raise InputError(f"{where}: expected {known}, got {short(value)}")
     for key in value:
         if key not in ("constants", "statistics", "domains"):
-            raise InputError(f"{where}: unknown key {shown(key):.40}; known are constants, statistics, domains")
+            raise InputError(f"{where}: unknown key {short(key)}; known are constants, statistics, domains")
     statistics, domains = value.get("statistics"), value.get("domains")
     if statistics is not None and not isinstance(statistics, str):
-        raise InputError(f"{where}: statistics: expected the sha256 of a statistics file, got {shown(statistics):.40}")
+        raise InputError(f"{where}: statistics: expected the sha256 of a statistics file, got {short(statistics)}")
     if domains is not None and not _are_names(domains):
-        raise InputError(f"{where}: domains: expected a list of names, got {shown(domains):.40}")
+        raise InputError(f"{where}: domains: expected a list of names, got {short(domains)}")
     return Replacement(value["constants"], statistics, None if domains is None else tuple(domains))
 
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from moekern.architectures.channels import PLAIN
+from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
-from moekern.plan.document import short
-from moekern.plan.groups import MERGE, PLAIN
+from moekern.plan.groups import MERGE, merged_groups
 
 if TYPE_CHECKING:
     from moekern.architectures import Layout
     from moekern.checkpoint.folder import Checkpoint
-    from moekern.plan.document import LayerPlan, Plan
+    from moekern.plan.document import Plan
 
 ROUTER = "router"  # in provenance.merge
 DOMINANT = "dominant"  # the expert that stays has its row; the plan says nothing
@@ -35,16 +36,6 @@ class RouterRow(NamedTuple):
 
 
 Rows = Mapping[int, RouterRow]  # an expert that stays -> its row
-
-
-def fitted_experts(layer: LayerPlan) -> dict[int, tuple[int, ...]]:
-    """Each expert of a layer that others are merged into, and its group: itself, and the members that count."""
-    found = {}
-    for e, group in zip(layer.keep, layer.groups or (), strict=False):
-        members = tuple(member for member, weight in group if member == e or weight > 0)
-        if len(members) > 1:
-            found[e] = members
-    return found
 
 
 def rows_document(kind: str, layers: Mapping[str, Rows]) -> dict[str, Any]:
@@ -71,7 +62,7 @@ def router_rows(plan: Plan) -> dict[str, dict[int, RouterRow]]:
         raise InputError(f'{WHERE}: expected {{"target": "{LOG_SUM}", "rows": {{layer: ...}}}}, got {short(told)}')
     found = {}
     for key, rows in layers.items():
-        groups = fitted_experts(plan.layers[key]) if key in plan.layers else {}
+        groups = merged_groups(plan.layers[key]) if key in plan.layers else {}
         if not isinstance(rows, Mapping) or {str(e) for e in groups} != rows.keys():
             what = "expected a row for each expert of the plan that others are merged into"
             raise InputError(f"{WHERE}: layer {short(key)}: {what}, got {short(rows)}")

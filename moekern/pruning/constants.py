@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from moekern.architectures import Layout
-from moekern.architectures.substitution import APPROXIMATE, FORMS, constant_name, experts_prefix, replace_problem
+from moekern.architectures.substitution import APPROXIMATE, check_form, constant_name, experts_prefix, replace_problem
 from moekern.checkpoint.dtypes import decode, encode
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
@@ -99,8 +99,8 @@ def replaced_experts(
         if form is not None or vectors is not None:
             raise InputError("--form, --statistics: the plan drops experts, and replaces none; add --replace")
         return None
-    if (form or APPROXIMATE) not in FORMS:
-        raise InputError(f"--form {form}: expected one of {', '.join(FORMS)}")
+    form = APPROXIMATE if form is None else form
+    check_form(form)
     if (problem := replace_problem(checkpoint, layout)) is not None:
         raise InputError(f"{checkpoint.folder}: experts cannot become constants: {problem}")
     if mtp == "prune" and layout.mtp:
@@ -111,7 +111,7 @@ def replaced_experts(
         key: tuple(sorted(set(range(layer.num_experts)) - set(plan.layers[key].keep)))
         for key, layer in layout.layers.items()
     }
-    return Replaced(form or APPROXIMATE, dropped, vectors)
+    return Replaced(form, dropped, vectors)
 
 
 def check_vectors(asked: Replacement, vectors: Vectors | None) -> None:

@@ -21,7 +21,9 @@ from moekern.checkpoint.writing import Buffer, write_tensors
 from moekern.errors import InputError
 from moekern.files import is_folder, is_plain
 from moekern.plan.document import KEY_CAP, LAYER_CAP, LayerPlan, Plan
-from moekern.plan.refit import is_sha256, kept_digest, refit_of
+from moekern.plan.groups import is_merged
+from moekern.plan.refit import check_merged, is_sha256, kept_digest, refit_of
+from moekern.plan.router_rows import router_rows
 
 FORMAT = "moekern.refit/1"
 METADATA = "moekern"  # the key of a header's metadata
@@ -134,7 +136,7 @@ def remove_others(folder: Path, recipe: str) -> None:
 
 def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> None:
     """Raise InputError unless the plan says of the refit what its files do; where there is none, unless the plan says
-    that its layers are as they were."""
+    that its layers are as they were; and where merged experts or their router rows are not in it."""
     record = refit_of(plan)
     if refitted is None:
         if record is not None:
@@ -142,11 +144,7 @@ def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> N
                 "plan: its layers were refitted, and their tensors lie in a folder of their own: name it with "
                 "--refitted, or use the plan that the refit was given"
             )
-        if plan.merges:
-            raise InputError(
-                "plan: merges experts, whose weights are computed: `moekern merge-experts MODEL --plan PLAN --out OUT` "
-                "does, and so does `refit`"
-            )
+        check_merged(plan)
         return
     folder = refitted.folder
     if record is None:
@@ -162,6 +160,10 @@ def check_refitted(refitted: Refitted | None, plan: Plan, fingerprint: str) -> N
         if kept != kept_digest(plan.layers[key]):
             what = "was computed for other experts or channels than the plan keeps"
             raise InputError(f"--refitted {folder}: {key}{SUFFIX} {what}; use the plan that this refit wrote")
+    check_merged(plan)
+    if router_rows(plan) and not is_merged(plan, fingerprint):
+        what = "was computed for other router rows than the plan has (provenance.merge.router)"
+        raise InputError(f"--refitted {folder}: {what}; use the plan that merge-experts wrote")
 
 
 def check_fits(new: NewTensor, layer: str | None, dtype: str, shape: Sequence[int]) -> None:

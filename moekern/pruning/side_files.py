@@ -16,6 +16,7 @@ from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import read_json, read_start, regular_size
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
+from moekern.plan.groups import merged_into
 from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed
 from moekern.pruning.constants import Replaced
 from moekern.pruning.expert_lists import expert_lists
@@ -151,7 +152,7 @@ def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Seque
             plan.digest,
             plan.width,
             layout.width,
-            merges=plan.merges,
+            merges=any(map(merged_into, plan.layers.values())),
             replaced=plan.replace is not None,
         ),
         (str(path), at, size - at),

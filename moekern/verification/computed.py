@@ -16,10 +16,9 @@ from torch import Tensor
 
 import moekern._C as _C
 from moekern.architectures import Layout
-from moekern.checkpoint.recovery import RECOVERY
 from moekern.layer_keys import natural
 from moekern.plan.document import Plan
-from moekern.plan.refit import refit_of
+from moekern.plan.refit import check_merged, refit_of
 from moekern.plan.router_rows import routers_computed
 from moekern.verification.opened import Folder
 from moekern.verification.record import MANIFEST
@@ -44,11 +43,7 @@ class Claim:
     kind: str | None  # of the checksum
     checksum: str | None
     plain: bool = True  # plain numbers may have another dtype than the source's
-
-    @property
-    def words(self) -> tuple[str, str, str]:
-        """Who computed it, what they did, and the file that has its checksum."""
-        return ("training", "trained", RECOVERY) if self.layer is None else ("refit", "computed", MANIFEST)
+    words: tuple[str, str, str] = ("refit leaves", "computed", MANIFEST)  # for people; last the file of the checksum
 
 
 @dataclass
@@ -63,7 +58,9 @@ class Found:
 
 def layers_refitted(plan: Plan, layout: Layout, sources: Mapping[str, str]) -> dict[str, str]:
     """Name -> layer, for each tensor of the pruned checkpoint that the plan's refit may have computed. sources: name in
-    the pruned checkpoint -> name in the source. Raises InputError for the plan."""
+    the pruned checkpoint -> name in the source. Raises InputError for the plan, which must say so of layers whose
+    experts are merged."""
+    check_merged(plan)
     record = refit_of(plan)
     experts = {t.name: key for key, layer in layout.layers.items() for t in layer.of_role("expert")}
     experts |= routers_computed(plan, layout)
@@ -159,7 +156,7 @@ def checked_tensor(name: str, claim: Claim, expected: Described, new: Folder) ->
             numbers = flat.view(FLOATS[dtype])
             finite = finite and bool((numbers.float() if dtype in FLOAT8 else numbers).isfinite().all())
     if not finite:
-        return f"{name}: holds NaN or infinities, which no {claim.words[0]} leaves", False, nbytes
+        return f"{name}: holds NaN or infinities, which no {claim.words[0]}", False, nbytes
     checked = state is not None and claim.checksum is not None
     if checked and state.digest().hex() != claim.checksum:
         _, made, file = claim.words

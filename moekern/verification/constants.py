@@ -28,6 +28,7 @@ from moekern.plan.document import Plan
 from moekern.plan.replacement import ZERO
 from moekern.verification.computed import Claim, checked_tensor
 from moekern.verification.opened import Folder
+from moekern.verification.record import MANIFEST
 
 
 class Vectors(Protocol):
@@ -67,8 +68,8 @@ class Replaced:
 def replaced_in(
     checkpoint: Checkpoint, layout: Layout, plan: Plan, record: Mapping[str, Any] | None, folder: Path
 ) -> Replaced:
-    """The form is the one that the folder's record names, else that of its
-    config.json. Raises InputError for a source whose experts cannot be replaced."""
+    """What must be there. The form is the one that the folder's record names, else that of its config.json. Raises
+    InputError for a source whose experts cannot be replaced."""
     if plan.replace is None:
         return Replaced()
     if (problem := replace_problem(checkpoint, layout)) is not None:
@@ -124,10 +125,10 @@ def constant_problems(
         if name not in new.shards:
             continue
         kind, checksum = told.get(name, (None, None))
-        claim = Claim(constant.layer, kind, checksum, plain=False)
+        claim = Claim(constant.layer, kind, checksum, plain=False, words=("constant holds", "written", MANIFEST))
         problem, _, _ = checked_tensor(name, claim, (constant.dtype, list(constant.shape)), new)
         if problem is not None:
-            yield problem.replace("no refit leaves", "no constant holds").replace("was computed", "was written")
+            yield problem
             continue
         if (want := _wanted(constant, plan, vectors)) is not None:
             got = new.tensor(name)

@@ -16,6 +16,8 @@ from moekern.errors import InputError
 from moekern.verification.computed import Claim
 from moekern.verification.record import MANIFEST, without_folder
 
+TRAINED = ("training leaves", "trained", RECOVERY)
+
 
 def trained_claims(
     folder: Path,
@@ -32,13 +34,13 @@ def trained_claims(
         record = read_recovery(folder)
     except InputError as error:
         problems.append(without_folder(folder, error))
-        return {name: Claim(None, None, None, name in plain) for name in named if name in expected}
+        return {name: Claim(None, None, None, name in plain, TRAINED) for name in named if name in expected}
     tensors = {} if record is None else record["tensors"]
     problems += _more(RECOVERY, tensors.keys() - named, f"as trained, which {MANIFEST} does not")
     problems += _more(MANIFEST, named - tensors.keys(), f"as trained, which {RECOVERY} does not")
     problems += _more(RECOVERY, (tensors.keys() & named) - {*expected}, "which the plan leaves no place for")
     return {
-        name: Claim(None, "xxh3-128", tensors.get(name), name in plain)
+        name: Claim(None, "xxh3-128", tensors.get(name), name in plain, TRAINED)
         for name in tensors.keys() | named
         if name in expected
     }

@@ -26,6 +26,7 @@ from moekern.model.compute import Compute
 from moekern.model.experts import experts_of
 from moekern.model.projections import views
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.router_rows import RouterRow, rows_document
 from moekern.pruning.prune import MANIFEST, prune
 from moekern.refit import Ridge
 from moekern.refit.refit import refit
@@ -196,6 +197,31 @@ def test_what_cannot_be_merged_is_refused(family_checkpoint: MakeCheckpoint, tmp
         with pytest.raises(InputError, match="merges experts: .* neither narrowed|only plain numbers are merged"):
             refit(source, TokenData((Batch("a", families.input_ids("qwen3_moe", 4, 12)),), {}, 4), [wrong], FLOAT32)
     assert not (tmp_path / "layers").exists()
+
+
+def test_what_a_plan_merges_and_was_not_computed_is_not_passed_over(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source, layers = family_checkpoint("qwen3_moe"), tmp_path / "layers"
+    plan = plan_of(source, ((KEPT, 2.0), (OTHER, 1.0)))
+    one, *others = plan.layers
+    part = replace(plan, layers=plan.layers | {key: replace(plan.layers[key], groups=None) for key in others})
+    whole = merge_experts(open_checkpoint(source), part, layers)
+    more = replace(plan, provenance=whole.provenance)
+    with pytest.raises(InputError, match=f"does not say that those of layer '{others[0]}' were: .*merge-experts"):
+        prune(source, more, tmp_path / "out", refitted=layers)
+    rows = {one: {KEPT: RouterRow((0.5,) * families.EXPERTS)}}
+    routed = replace(whole, provenance=whole.provenance | {"merge": {"router": rows_document("log-sum", rows)}})
+    with pytest.raises(InputError, match="was computed for other router rows than the plan has"):
+        prune(source, routed, tmp_path / "out", refitted=layers)
+    prune(source, whole, tmp_path / "out", refitted=layers)
+    for wrong in (more, plan):
+        with pytest.raises(InputError, match="does not say that those of layer"):
+            verify(source, wrong, tmp_path / "out")
+    none = plan_of(source, ((KEPT, 2.0), (OTHER, 0.0)))
+    prune(source, none, tmp_path / "none")
+    prune(source, plan_of(source), tmp_path / "dropped")
+    assert read(tmp_path / "none") == read(tmp_path / "dropped")
 
 
 @pytest.mark.parametrize("align", ["weights", "none"])

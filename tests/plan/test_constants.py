@@ -9,17 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.budgets import Budget
-from moekern.plan.constants import constants, measured, replacing
+from moekern.plan.constants import constants, live_constants, measured, replacing
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.make import make_plan
 from moekern.plan.replacement import Replacement
 from moekern.plan.targets import Target
+from moekern.pruning.prune import prune
 from moekern.router import Router
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import header
+from tests.helpers.substitution import EXPERTS, KEEP, Vectors, bfloat16
+from tests.helpers.substitution import replacing as dropping
+from tests.helpers.synthetic import qwen3, read, write
 
 E, H, K = 4, 3, 2
 
@@ -98,6 +104,22 @@ def test_domains_and_refusals(statistics: Statistics) -> None:
         replacing(plan, "some", statistics)
     with pytest.raises(InputError, match="no layer 7"):
         vectors.of("7")
+
+
+def test_constants_in_memory_have_the_bits_of_the_stored_ones(tmp_path: Path) -> None:
+    """They are stored as down projections are, whatever type the others have."""
+    config, tensors = qwen3()
+    wider = {n: ("F32", s, d * 2) if "gate_proj" in n else (t, s, d) for n, (t, s, d) in tensors.items()}
+    checkpoint = open_checkpoint(write(tmp_path / "model", config, wider))
+    plan = dropping()
+    prune(checkpoint, plan, tmp_path / "out", vectors=Vectors())
+    stored, made = read(tmp_path / "out"), live_constants(plan, checkpoint, find_layout(checkpoint), Vectors())
+    for key, kept in KEEP.items():
+        found = made(key)
+        assert sorted([*found, *kept]) == list(range(EXPERTS))
+        for e, value in found.items():
+            assert stored[f"model.layers.{key}.mlp.experts.{e}.approx_value"] == ("BF16", [6], bfloat16(value.numpy()))
+            assert torch.equal(value, value.bfloat16().float())
 
 
 def test_plans_need_no_even_counts(statistics: Statistics) -> None:

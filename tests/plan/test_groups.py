@@ -95,7 +95,7 @@ def test_groups_decide_what_computed_layers_belong_to() -> None:
     assert kept_digest(plain) != kept_digest(merged)
 
 
-def test_a_plan_that_merges_is_not_carried_out_as_if_it_dropped(tmp_path: Path) -> None:
+def test_a_plan_whose_weights_are_computed_is_not_carried_out_as_if_it_dropped(tmp_path: Path) -> None:
     source = write(tmp_path / "in", *qwen3())
     plan = Plan.from_json(text({"3": {"3": 1, "5": 1}}).replace('"10"', '"1"'))
     with pytest.raises(InputError, match="plan: merges experts, .*merge-experts"):
@@ -103,4 +103,8 @@ def test_a_plan_that_merges_is_not_carried_out_as_if_it_dropped(tmp_path: Path) 
     plan.save(tmp_path / "plan.json")
     with pytest.raises(InputError, match="merges experts, for which llm-compressor has no words"):
         convert(tmp_path / "plan.json", "llm-compressor", source, lambda *given: {})
-    assert [path.name for path in tmp_path.iterdir()] == ["in", "plan.json"] or not (tmp_path / "out").exists()
+    kept, provenance = LayerPlan((0, 1, 2, 3)), {"refit": {"recipe": "0" * 64, "layers": {"0": {}}}}
+    Plan({"0": kept, "1": kept}, provenance).save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match="is of layers that were refitted, for which llm-compressor has no words"):
+        convert(tmp_path / "plan.json", "llm-compressor", source, lambda *given: {})
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "plan.json"}

@@ -66,8 +66,10 @@ def test_the_router_asks_nothing_of_counts() -> None:
     with pytest.raises(InputError, match="fewer than the 2|multiple of"):
         check_plan(Plan(LAYERS), model, FINGERPRINT, replaced=True)
     narrow = {key: LayerPlan((0,), None, ("f",)) for key in LAYERS}
+    merged = {key: LayerPlan((0,), groups=(((0, 1.0), (4, 1.0)),)) for key in LAYERS}
     for layers, provenance, reason in (
         (narrow, {}, "do one of both"),
+        (merged, {}, "merges them into those that stay"),
         (LAYERS, {"refit": {}}, "was refitted for experts that are gone"),
         ({"0": LayerPlan((1,)), "10": LayerPlan((8,))}, {}, "expert 8 is out of range"),
     ):
