@@ -54,7 +54,7 @@ class Variant:
 
 
 def all_parts(step: int, *, refine: bool, narrow: bool, merges: bool = False) -> bool:
-    """The rule of `Variant.all_parts`: narrow experts of a quantised layer, whose `step` is above 0, are stored anew."""
+    """The rule of `Variant.all_parts`: narrow experts of a quantised layer (`step` above 0) are stored anew."""
     return refine or merges or (narrow and step > 0)
 
 
