@@ -15,7 +15,8 @@ struct Task {
 };
 
 std::vector<Task> tasks_of(const ExpertGram& args, const Tile& tile, int threads) {
-  const int64_t of_a = args.gram ? parts(args.M, tile.columns) : 0, of_r = parts(args.H, tile.columns), all = of_a + of_r;
+  const int64_t of_a = args.gram ? parts(args.M, tile.columns) : 0, of_r = parts(args.H, tile.columns);
+  const int64_t all = of_a + of_r;
   const int64_t wanted = all * tile.columns * args.E / (4 * threads);
   const int64_t each = parts(std::clamp(wanted, kFewColumns, kManyColumns), tile.columns);
   std::vector<Task> tasks;

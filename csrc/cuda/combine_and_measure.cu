@@ -1,5 +1,6 @@
 #include "../turn.h"
 #include "combine_and_measure.h"
+#include "slots.h"
 
 namespace moekern::cuda {
 namespace {
@@ -23,15 +24,6 @@ struct Combine {
   int64_t H;
   int K;
 };
-
-// row_of[slot] = row for the rows that experts have; the rest stays -1.
-__global__ void row_of_kernel(const int64_t* order, const int64_t* offsets, int64_t E, int64_t N, int64_t slots,
-                              int64_t* row_of) {
-  const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (n >= N || n >= offsets[E]) return;
-  const int64_t slot = order[n];
-  if (slot >= 0 && slot < slots) row_of[slot] = n;
-}
 
 // A run of columns, zero from H on. `whole` says that runs end where H does and lie on multiples of their size.
 template <bool kWhole, class T>
@@ -186,8 +178,8 @@ void run_all(const CombineAndMeasure& args, const T* y, cudaStream_t stream) {
   const RowMeasures rows{square, inverse, top, gated, turn};
   row_of.fill(0xFF);
   inverse.fill(0xBF);  // negative: a row that no slot has does not count
-  launch(row_of_kernel, blocks(parts(args.N, kThreads)), kThreads, 0, stream, args.order, args.offsets, args.E, args.N,
-         slots, row_of);
+  launch(row_of_kernel<kThreads>, blocks(parts(args.N, kThreads)), kThreads, 0, stream, args.order, args.offsets,
+         nullptr, args.E, args.N, slots, args.K, row_of);
   const Combine<T> a{y, static_cast<const T*>(args.residual), static_cast<T*>(args.out), args.weight, row_of, args.mask,
                      rows, args.H, static_cast<int>(args.K)};
   const bool whole = args.H % kRun<T> == 0 && aligned(y, 16) && aligned(args.out, 16) && aligned(args.residual, 16);

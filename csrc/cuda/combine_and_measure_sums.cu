@@ -39,12 +39,6 @@ struct Scalars {
   }
 };
 
-// The row's slot; -1 where the sums do not count it.
-__device__ inline int64_t counted_slot(const Experts& a, int64_t row) {
-  const int64_t slot = a.order[row];
-  return slot >= 0 && slot < a.slots && (!a.mask || a.mask[slot / a.K]) ? slot : -1;
-}
-
 // Block (expert, slice): its share of the expert's chunks of rows, a row a thread.
 __global__ void __launch_bounds__(kThreads) scalars_kernel(Experts a, Scalars* sums) {
   __shared__ Scalars of[kThreads];

@@ -1,4 +1,5 @@
 #include "../mixture.h"
+#include "block.h"
 #include "grouped.h"
 #include "launch.h"
 #include "slots.h"
@@ -32,14 +33,6 @@ struct Experts {
   int64_t N, slots, E;
   int K;
 };
-
-__global__ void row_of_kernel(const int64_t* order, const int64_t* offsets, const bool* mask, int64_t E, int64_t N,
-                              int64_t slots, int64_t K, int64_t* row_of) {
-  const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (n >= N || n >= offsets[E]) return;
-  const int64_t slot = order[n];
-  if (slot >= 0 && slot < slots && (!mask || mask[slot / K])) row_of[slot] = n;
-}
 
 // Sums of a token: of slot k's squared distance, then of the products of slots i <= j.
 __device__ inline int sums_of(int K, bool apart, bool dots) { return (apart ? K : 0) + (dots ? K * (K + 1) / 2 : 0); }
@@ -113,20 +106,12 @@ struct Distances {
   double norm, square, left, left_square;
 };
 
-// The row's slot; -1 where the sums do not count it.
-__device__ inline int64_t counted_slot(const Experts& a, int64_t row) {
-  const int64_t slot = a.order[row];
-  return slot >= 0 && slot < a.slots && (!a.mask || a.mask[slot / a.K]) ? slot : -1;
-}
-
 // A block for each expert: a thread adds rows that lie 256 apart, in order.
 __global__ void __launch_bounds__(kThreads) distances_kernel(Experts a, MixtureStats to) {
-  __shared__ Distances of[kThreads];
   const int64_t e = blockIdx.x;
-  const int thread = threadIdx.x;
   const Range range = rows_of(a.offsets, e, a.N);
   Distances mine = {};
-  for (int64_t row = range.first + thread; row < range.stop; row += kThreads) {
+  for (int64_t row = range.first + threadIdx.x; row < range.stop; row += kThreads) {
     const int64_t slot = counted_slot(a, row);
     if (slot < 0) continue;
     const double square = a.square[slot], rest = a.rest[slot];
@@ -135,22 +120,14 @@ __global__ void __launch_bounds__(kThreads) distances_kernel(Experts a, MixtureS
     mine.left += sqrt(square) / rest;
     mine.left_square += square / (rest * rest);
   }
-  of[thread] = mine;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (thread < width) {
-      const Distances& other = of[thread + width];
-      of[thread].norm += other.norm;
-      of[thread].square += other.square;
-      of[thread].left += other.left;
-      of[thread].left_square += other.left_square;
-    }
-  }
-  if (thread > 0) return;
-  to.norm_sum[e] += of[0].norm;
-  to.square_sum[e] += of[0].square;
-  to.left_norm_sum[e] += of[0].left;
-  to.left_square_sum[e] += of[0].left_square;
+  const Distances all = block_reduce<kThreads>(mine, [](const Distances& a, const Distances& b) {
+    return Distances{a.norm + b.norm, a.square + b.square, a.left + b.left, a.left_square + b.left_square};
+  });
+  if (threadIdx.x > 0) return;
+  to.norm_sum[e] += all.norm;
+  to.square_sum[e] += all.square;
+  to.left_norm_sum[e] += all.left;
+  to.left_square_sum[e] += all.left_square;
 }
 
 // A block for each expert: the products of its rows with the other slots of their tokens. A warp takes a row at a time,
@@ -184,24 +161,17 @@ __global__ void __launch_bounds__(kThreads) contributions_kernel(Experts a, doub
 // One block adds the tokens' sums of shares, and their squares.
 __global__ void __launch_bounds__(kThreads) shares_kernel(const double* total, const bool* mask, int64_t T, double* sum,
                                                          double* square_sum) {
-  __shared__ double of[2][kThreads];
-  const int thread = threadIdx.x;
   double mine = 0, squares = 0;
-  for (int64_t t = thread; t < T; t += kThreads)
+  for (int64_t t = threadIdx.x; t < T; t += kThreads)
     if (!mask || mask[t]) {
       mine += total[t];
       squares += total[t] * total[t];
     }
-  of[0][thread] = mine;
-  of[1][thread] = squares;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (thread < width)
-      for (int i = 0; i < 2; ++i) of[i][thread] += of[i][thread + width];
-  }
-  if (thread > 0) return;
-  *sum += of[0][0];
-  *square_sum += of[1][0];
+  mine = block_sum<kThreads>(mine);
+  squares = block_sum<kThreads>(squares);
+  if (threadIdx.x > 0) return;
+  *sum += mine;
+  *square_sum += squares;
 }
 
 template <class T>
@@ -212,8 +182,8 @@ void run_all(const MixtureStats& args, const T* y, cudaStream_t stream) {
   const Scratch<float> square(args.norm_sum ? slots : 0, stream), dots(args.gram ? slots * args.K : 0, stream);
   const Scratch<double> rest(slots, stream), total(args.T, stream);
   row_of.fill(0xFF);
-  launch(row_of_kernel, blocks(parts(args.N, kThreads)), kThreads, 0, stream, args.order, args.offsets, args.mask, args.E,
-         args.N, slots, args.K, row_of);
+  launch(row_of_kernel<kThreads>, blocks(parts(args.N, kThreads)), kThreads, 0, stream, args.order, args.offsets,
+         args.mask, args.E, args.N, slots, args.K, row_of);
   const Mixture<T> a{y, args.weight, args.share, row_of, square, dots, rest, total, args.H, K};
   launch(mixture_kernel<T>, blocks(args.T), kThreads, K * kColumns * sizeof(float), stream, a);
   const Experts e{args.idx, args.order, args.offsets, args.mask, square, dots, rest, total, args.N, slots, args.E, K};

@@ -111,13 +111,17 @@ def remove_groups(out: Path) -> None:
     with working(out) as side:
         for name in sorted(os.listdir(side)):
             if match := _GROUP.fullmatch(name):
-                path = group_path(side, Part(int(match[1]), int(match[2])))
-                removed(state_path(path))
-                with suppress(InputError, OSError):
-                    remove_left(temporary_path(path))
-                with suppress(InputError, OSError):
-                    if is_plain(path) and open_part(path):
-                        path.unlink()
+                remove_measured(group_path(side, Part(int(match[1]), int(match[2]))), open_part)
+
+
+def remove_measured(path: Path, load: Callable[[Path], object]) -> None:
+    """Remove a file that `load` takes, what a killed process has left of it, and how far that was."""
+    removed(state_path(path))
+    with suppress(InputError, OSError):
+        remove_left(temporary_path(path))
+    with suppress(InputError, OSError):
+        if is_plain(path) and load(path):
+            path.unlink()
 
 
 def remove_groups_of(out: Path) -> None:

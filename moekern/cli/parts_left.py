@@ -11,9 +11,15 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from moekern.calibration.text_groups import check_unwritten, groups_left, remove_groups, remove_groups_of
+from moekern.calibration.text_groups import (
+    check_unwritten,
+    groups_left,
+    remove_groups,
+    remove_groups_of,
+    remove_measured,
+)
 from moekern.errors import InputError
-from moekern.files import is_folder, is_plain, remove_left, state_path, temporary_path, work_path, working
+from moekern.files import is_folder, is_plain, state_path, work_path, working
 from moekern.model.journal import ANEW, POSITION, removed
 from moekern.statistics.file import Statistics
 
@@ -34,13 +40,8 @@ def parts_left(side: Path) -> list[Path]:
 def remove_parts(side: Path) -> None:
     """Remove them, and how far they are; what is no statistics file is not this program's."""
     for path in parts_left(side):
-        removed(state_path(path))
         remove_groups(path)
-        with suppress(InputError, OSError):
-            remove_left(temporary_path(path))
-        with suppress(InputError, OSError):
-            if is_plain(path) and Statistics.load(path):
-                path.unlink()
+        remove_measured(path, Statistics.load)
 
 
 def remove_parts_of(out: Path) -> None:

@@ -31,7 +31,7 @@ from moekern.refit.refine import check_alone
 from moekern.refit.refit import Refitting, check_family, refit
 from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.stored import check_formats, format_of
-from moekern.refit.variants import Variant
+from moekern.refit.variants import Variant, all_parts
 from moekern.router import count_problem, kept_count, nearest_counts
 from moekern.statistics.file import Statistics
 
@@ -99,8 +99,10 @@ class Refitter:
             code, names = compute.trust_remote_code, checkpoint.tensors
             loader = open_loader(checkpoint.folder, None, code, layout, len(names))
             narrow = self.narrows(layout, width)
-            parts = lambda layer: self.refine or (narrow and bool(layer.step))  # noqa: E731
-            check_formats(checkpoint, layout, loader, layout.layers, parts)
+            check_formats(
+                checkpoint, layout, loader, layout.layers,
+                lambda layer: all_parts(layer.step, refine=self.refine, narrow=narrow),
+            )  # fmt: skip
         return lines
 
     def narrowed(self, planning: Planning, checkpoint: Checkpoint, layout: Layout) -> Planning:
@@ -134,7 +136,8 @@ class Refitter:
         """Bytes of what is computed of so many experts of each layer, with so many channels (None: all); merges: others
         are merged into them before."""
         dtype = format_of(self.computed, checkpoint, layout).dtype
-        parts = self.refine or merges or (bool(layout.step) and self.narrows(layout, width))
+        narrow = self.narrows(layout, width)
+        parts = all_parts(layout.step, refine=self.refine, narrow=narrow, merges=merges)
         return refitted_bytes(checkpoint, layout, kept, all_parts=parts, width=width, dtype=dtype)
 
     def _check_shape(self, checkpoint: Checkpoint, layout: Layout, planning: Planning) -> list[str]:

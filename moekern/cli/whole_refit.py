@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,25 @@ from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
 from moekern.cli.refitter import Refitter, check_narrow
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refitted
+from moekern.cli.whole_run import Result, verified
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.evaluation.held_out import held_back
 from moekern.files import check_work, is_folder, is_plain, scratch, standing, work_path, working
-from moekern.model.compute import AUTO, Compute
+from moekern.model.compute import Compute
 from moekern.model.position import differences
 from moekern.plan.document import Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import REFIT, refit_of
-from moekern.plan.served import check_folder, served_as
-from moekern.plan.serving import serve_commands, slower
+from moekern.plan.served import served_as
+from moekern.plan.serving import slower
 from moekern.plan.targets import Target, check_counts
 from moekern.pruning.copying import room_needed
 from moekern.pruning.cuts import check_mtp
 from moekern.pruning.preflight import check_space
-from moekern.pruning.prune import Copy, PruneReport
+from moekern.pruning.prune import Copy
 from moekern.pruning.refitted import SUFFIX, open_refitted
 from moekern.pruning.work_folder import check_target
 from moekern.refit.choice import Choice
@@ -62,24 +63,15 @@ class Asked:
 class Found:
     """What `refit` made, and where."""
 
-    plan: Path
+    result: Result
     refit: Refitting
-    pruned: PruneReport
-    verdict: pipeline.Verdict
-    serve: Mapping[str, str]  # target -> command line
 
     @property
     def good(self) -> bool:
-        return self.verdict.good
+        return self.result.verdict.good
 
     def document(self) -> dict[str, Any]:
-        return {
-            "plan": str(self.plan),
-            "refit": refit_document(self.refit),
-            "pruned": {**asdict(self.pruned), "out": str(self.pruned.out)},
-            "verify": self.verdict.document(),
-            "serve": dict(self.serve),
-        }
+        return {**self.result.document(), "refit": refit_document(self.refit)}
 
 
 def check_out(out: Path) -> None:
@@ -107,11 +99,11 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
         report = prune_to(
             checkpoint, whole, out, mtp=asked.mtp, copy=asked.copy, again=is_folder(out), refitted=place.folder
         )
-        plain = replace(compute, dtype=AUTO)
-        verdict = pipeline.verify_both(folder, whole, out, plain, forward=asked.forward, mtp=asked.mtp)
+        result = verified(
+            folder, whole, path, report, compute, forward=asked.forward, mtp=asked.mtp, targets=asked.targets
+        )
         place.clear()
-    serve = serve_commands(report.out, check_folder(report.out, asked.targets), asked.targets)
-    return Found(path, made, report, verdict, serve)
+    return Found(result, made)
 
 
 def verify_stages(

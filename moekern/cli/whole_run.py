@@ -45,6 +45,7 @@ from moekern.plan.replacement import TIERS as CONSTANTS_OF
 from moekern.plan.served import check_folder
 from moekern.plan.serving import serve_commands, slower
 from moekern.plan.several import Planning, fitted_count, make_plans
+from moekern.plan.targets import Target
 from moekern.pruning.copying import room_needed
 from moekern.pruning.cuts import check_mtp
 from moekern.pruning.preflight import check_space
@@ -219,9 +220,12 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             for plan, target, done, place in zip(plans, targets, made, places, strict=True)
         ]  # fmt: skip
     results = [
-        _verified(folder, plan, path, report, compute, asked, constants_of)
+        verified(
+            folder, plan, path, report, compute,
+            forward=asked.forward, mtp=asked.mtp, targets=planning.targets, statistics=constants_of,
+        )
         for plan, path, report in zip(plans, paths, reports, strict=True)
-    ]
+    ]  # fmt: skip
     for place in places if asked.refit is not None else ():
         place.clear()
     return Run(statistics_path, coverage(statistics), quality, results, refits)
@@ -263,21 +267,22 @@ def _made(
     return plans, refits
 
 
-def _verified(
+def verified(
     folder: Path,
     plan: Plan,
     path: Path,
     report: PruneReport,
     compute: Compute,
-    asked: Asked,
-    constants_of: Path | None,
+    *,
+    forward: bool,
+    mtp: Mtp | None,
+    targets: Sequence[Target],
+    statistics: Path | None = None,
 ) -> Result:
     """What was written, read again. Logits are compared in the type that the comparison chooses, whatever the text was
     measured in."""
-    plain, targets = replace(compute, dtype=AUTO), asked.planning.targets
-    verdict = pipeline.verify_both(
-        folder, plan, report.out, plain, forward=asked.forward, mtp=asked.mtp, statistics=constants_of
-    )
+    plain = replace(compute, dtype=AUTO)
+    verdict = pipeline.verify_both(folder, plan, report.out, plain, forward=forward, mtp=mtp, statistics=statistics)
     return Result(path, report, verdict, serve_commands(report.out, check_folder(report.out, targets), targets))
 
 

@@ -76,12 +76,18 @@ def asked(chat: Chat) -> Chat:
     end = answers[-1] if answers else len(chat.messages)
     if not end:
         raise Unreadable("messages begin with the answer: there is nothing to ask")
+    return before(chat, end)
+
+
+def before(chat: Chat, end: int) -> Chat:
+    """A conversation up to the answer that is message `end`, which the template is told to begin; of a pair the
+    question."""
     return replace(
         chat,
         messages=chat.messages[:end],
         as_given=None if chat.as_given is None else chat.as_given[:end],
         options={**chat.options, "add_generation_prompt": True},
-        plain=None if chat.plain is None else f"{chat.messages[end - 1]['content']}\n\n",
+        plain=None if chat.plain is None else chat.asked,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from moekern.checkpoint.strict_json import regular_size
 from moekern.data.left_out import HeldNotes, Unreadable
 from moekern.data.process import TokenizerProcess, TokenizerProcesses
 from moekern.data.readers import PIECE, cut_of
-from moekern.data.rows import Chat, Document, Passage, asked, check_characters
+from moekern.data.rows import Chat, Document, Passage, asked, before, check_characters
 from moekern.errors import InputError, first_line
 
 CARRIED = ("tools", "tool_calls", "reasoning_content")  # of a conversation, beside its contents
@@ -234,9 +233,9 @@ class Writing:
         """Where answers are told apart: ~id in the place of those with which it begins as what is asked does."""
         if not self.tokenizer.answers:
             return ids
-        before = asked()
-        most = min(len(ids), len(before))
-        differs = np.flatnonzero(ids[:most] != before[:most])
+        question = asked()
+        most = min(len(ids), len(question))
+        differs = np.flatnonzero(ids[:most] != question[:most])
         count = int(differs[0]) if len(differs) else most
         return np.concatenate([~ids[:count], ids[count:]])
 
@@ -244,13 +243,7 @@ class Writing:
         """A conversation up to its last message, an answer. Raises Unreadable where that is none."""
         if chat.messages[-1]["role"] != "assistant":
             raise Unreadable("messages: the last one is no answer (of the assistant)")
-        cut = replace(
-            chat,
-            messages=chat.messages[:-1],
-            as_given=None if chat.as_given is None else chat.as_given[:-1],
-            options={**chat.options, "add_generation_prompt": True},
-        )
-        return self._rendered(cut)
+        return self._rendered(before(chat, len(chat.messages) - 1))
 
     def _check_carried(self, chat: Chat) -> None:
         """Say what a template passes over in silence."""

@@ -28,6 +28,7 @@ from moekern.model.sizes import Size
 from moekern.router import kept_count
 from moekern.statistics.layer import HALVES, LayerStatistics
 
+AT_ONCE = frozenset({"outliers", "replay", "gradient"})  # tiers that need all of the text (`measurement.tiers.at_once`)
 COPIES = 2  # of a layer's parameters: experts are stacked, then gate and up are joined; assumed
 CONVERTED = 0.8  # of a layer's experts, that is held beside them while they are stacked and joined; measured
 TOUCHED = 20  # times that norms, residuals and rotations write a layer's hidden states; assumed
@@ -84,8 +85,7 @@ class Job:
             *([Part("inputs of all layers, or --spill", inputs, "counted")] if inputs else []),
         ]
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
-        all_text = {"outliers", "replay", "gradient"} & set(tiers)
-        groups = 1 if all_text else SEGMENTS * self.asked.domains
+        groups = 1 if AT_ONCE & set(tiers) else SEGMENTS * self.asked.domains
         statistics = Figure((Part("statistics", sum(sums), "counted"),))
         return self.stage("calibrate", passes, more, working, device, statistics, most=groups)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moekern import kernels
 from moekern.architectures import Layout
+from moekern.criteria.mixture import SPREAD
 from moekern.errors import InputError
 from moekern.measurement.batch import InFlight
 from moekern.measurement.probe import Chosen, Probe
@@ -26,7 +27,6 @@ from moekern.model.transformers_api import Loader, router_modules
 from moekern.model.walk import moved
 from moekern.statistics.layer import LayerStatistics
 
-SPREAD = 2.0**-8  # of tokens' sums of gates that are one number but for rounding, relative to it
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
 
 

@@ -159,15 +159,17 @@ def _check(variant: Variant, layout: Layout, checkpoint: Checkpoint) -> None:
         what = "a refit writes no rows of routers, and the plan has such of merged experts (provenance.merge.router)"
         raise InputError(f"{variant.name}: {what}; take a plan of --router dominant")
     check_plain(checkpoint, layout, variant.plan)
-    problem = None
     if variant.width is not None:
-        problem = narrow_problem(checkpoint, layout) or width_problem(layout, variant.width)
-    if problem:
-        raise InputError(f"{variant.name}: {variant.width} channels are to stay: {problem}")
-    if variant.width is not None and layout.width is not None and variant.width > layout.width:
-        raise InputError(f"{variant.name}: {variant.width} channels are to stay, and experts have {layout.width}")
+        _check_width(variant, variant.width, layout, checkpoint)
+
+
+def _check_width(variant: Variant, width: int, layout: Layout, checkpoint: Checkpoint) -> None:
+    if problem := narrow_problem(checkpoint, layout) or width_problem(layout, width):
+        raise InputError(f"{variant.name}: {width} channels are to stay: {problem}")
+    if layout.width is not None and width > layout.width:
+        raise InputError(f"{variant.name}: {width} channels are to stay, and experts have {layout.width}")
     further = [key for key in variant.plan.layers if key not in layout.layers]
-    if variant.width is not None and further:
+    if further:
         raise InputError(f"{variant.name}: no text runs through layer {further[0]}, which the plan names; leave it out")
 
 

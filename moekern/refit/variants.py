@@ -45,12 +45,17 @@ class Variant:
     def all_parts(self, layer: MoeLayer) -> bool:
         """Whether all that an expert of a layer is may have become another, and not its down projection alone."""
         narrow = self.width is not None or self.plan.width not in (None, layer.width)
-        return self.refine is not None or self.plan.merges or (narrow and bool(layer.step))
+        return all_parts(layer.step, refine=self.refine is not None, narrow=narrow, merges=self.plan.merges)
 
     @property
     def needs_text(self) -> bool:
         """Whether it is made from the text, or only held against the original on what is held back."""
         return self.fits or self.width is not None or self.choice is not None
+
+
+def all_parts(step: int, *, refine: bool, narrow: bool, merges: bool = False) -> bool:
+    """The rule of `Variant.all_parts`: narrow experts of a quantised layer (`step` above 0) are stored anew."""
+    return refine or merges or (narrow and step > 0)
 
 
 FITTED, HELD, JUDGED = range(3)  # what a batch is for: weights are fitted to it, or candidates, or results, are judged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from moekern.model.compute import Compute
 from moekern.statistics.file import Statistics, merge
 from moekern.statistics.layer import TIERS, LayerStatistics
 from tests.helpers import families
+from tests.helpers.measured import differences
 from tests.helpers.pairwise import thirds
 from tests.helpers.threads import using_threads
 
@@ -37,10 +38,6 @@ def _data(name: str, *seeds: int, domain: str = "text") -> TokenData:
     return TokenData(
         tuple(Batch(domain, families.input_ids(name, 2, 12, seed)) for seed in seeds), {"seeds": [*seeds]}, 2
     )
-
-
-def _differences(a: LayerStatistics, b: LayerStatistics) -> list[str]:
-    return [f.name for f in fields(a) if not torch.equal(getattr(a, f.name), getattr(b, f.name))]
 
 
 @pytest.mark.parametrize("name", thirds([n for n in families.FAMILIES if n not in families.NO_CALIBRATION], 1))
@@ -55,7 +52,7 @@ def test_streamed_statistics_are_the_whole_models_bit_for_bit(
     streamed = calibrate(folder, data, Compute(dtype=torch.float32), tiers=["dimensions"])
     assert list(streamed.layers) == list(seen.layers)
     for key in streamed.layers:
-        assert _differences(streamed.layer(key), seen.layer(key)) == []
+        assert differences(streamed.layer(key), seen.layer(key)) == []
         s = streamed.layer(key)
         assert int(s.tokens) == 72
         assert torch.equal(s.coactivation.diagonal(), s.count)
@@ -127,8 +124,8 @@ def test_domains_are_kept_apart_and_add_up(family_checkpoint: MakeCheckpoint) ->
     assert both.domains == merged.domains == ("a", "b")
     for key in both.layers:
         for domain, one in zip("ab", apart, strict=True):
-            assert _differences(both.layer(key, [domain]), one.layer(key)) == []
-        assert _differences(both.layer(key), merged.layer(key)) == []
+            assert differences(both.layer(key, [domain]), one.layer(key)) == []
+        assert differences(both.layer(key), merged.layer(key)) == []
 
 
 def test_observing_leaves_the_model_as_it_was(family_checkpoint: MakeCheckpoint) -> None:
@@ -164,7 +161,7 @@ def test_statistics_survive_the_file(family_checkpoint: MakeCheckpoint, tmp_path
     loaded = Statistics.load(tmp_path / "s.safetensors")
     assert loaded.header == statistics.header
     for key in statistics.layers:
-        assert _differences(loaded.layer(key), statistics.layer(key)) == []
+        assert differences(loaded.layer(key), statistics.layer(key)) == []
 
 
 def test_slots_that_do_not_add_up_stop_the_run() -> None:
@@ -188,7 +185,7 @@ def test_the_size_of_batches_changes_no_bit(name: str, family_checkpoint: MakeCh
         found.append(calibrate(family_checkpoint(name), data, Compute(dtype=torch.float32), tiers=tiers))
     for other in found[1:]:
         for key in other.layers:
-            assert _differences(found[0].layer(key), other.layer(key)) == []
+            assert differences(found[0].layer(key), other.layer(key)) == []
 
 
 BATCHES = [(1, 1), (2, 2), (4, 1), (7, 4)]  # sequences, threads
@@ -245,7 +242,7 @@ def test_rows_of_their_own_are_measured_as_if_alone(
         for line in lines:
             families.forward(whole_model(name), torch.tensor([line[:33]]))
     for key in alone.layers:
-        assert _differences(found[0].layer(key), found[1].layer(key)) == []
+        assert differences(found[0].layer(key), found[1].layer(key)) == []
         a, b = found[0].layer(key), alone.layer(key)
         assert int(a.tokens) == sum(min(33, length) for length in lengths)
         assert torch.equal(a.count, b.count)

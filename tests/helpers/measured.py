@@ -195,6 +195,22 @@ def assert_same(a: LayerStatistics, b: LayerStatistics, **tolerance: float) -> N
             assert torch.equal(x, y), f.name
 
 
+def differences(a: LayerStatistics, b: LayerStatistics, besides: str = "") -> list[str]:
+    """Fields that differ, but those that merge in the way `besides`."""
+    return [
+        f.name
+        for f in fields(a)
+        if f.metadata["merge"] != besides and not torch.equal(getattr(a, f.name), getattr(b, f.name))
+    ]
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Both sides compute in float32, through products of other shapes; differences of gates lose some digits more."""
+    scale = float(expected.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=2e-5 * scale)
+
+
 def close_gradients(name: str, got: Tensor, want: Tensor) -> None:
     """Fields of the gradient tier in float32, but for rounding of products of other shapes; logarithms of small
     variances lose more."""

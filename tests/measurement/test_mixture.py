@@ -23,6 +23,7 @@ from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers import families
+from tests.helpers.measured import close
 
 MakeCheckpoint = Callable[[str], Path]
 E = families.EXPERTS
@@ -74,13 +75,6 @@ class Watched:
 @pytest.fixture
 def watched(family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any]) -> Callable[[str, str], Watched]:
     return lambda name, tier: Watched(name, family_checkpoint(name), whole_model(name), tier)
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    """Both sides compute in float32, through products of other shapes."""
-    scale = float(expected.abs().max())
-    assert scale > 0
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=2e-5 * scale)
 
 
 # A softmax whose gates sum to 1; a scaled sigmoid with groups and a bias; a gain of each expert; a latent space.

@@ -22,15 +22,15 @@ from moekern.criteria import CRITERIA
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.measurement.replay import sample
-from moekern.measurement.tiers import BY_BATCH
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
 from moekern.model.experts import experts_of
 from moekern.model.masking import masked
 from moekern.model.transformers_api import loader_of, router_modules
 from moekern.statistics.file import Statistics, merge
-from moekern.statistics.layer import TIERS, LayerStatistics
+from moekern.statistics.layer import TIERS
 from tests.helpers import families
+from tests.helpers.measured import close, differences
 
 MakeCheckpoint = Callable[[str], Path]
 E, K = families.EXPERTS, families.TOP_K
@@ -129,13 +129,6 @@ def runs() -> Runs:
         return [held[case.name, seed] for seed in case.seeds]
 
     return make
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    """Both sides compute in float32, through products of other shapes; differences of gates lose some digits more."""
-    scale = float(expected.abs().max())
-    assert scale > 0
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -286,15 +279,6 @@ def _two_domains(name: str) -> TokenData:
     return TokenData(tuple(Batch(domain, families.input_ids(name, 2, 12, i)) for i, domain in enumerate("ab")), {})
 
 
-def _differences(a: LayerStatistics, b: LayerStatistics, besides: str = "") -> list[str]:
-    """Fields that differ, but those that merge in the way `besides`."""
-    return [
-        f.name
-        for f in fields(a)
-        if f.metadata["merge"] != besides and not torch.equal(getattr(a, f.name), getattr(b, f.name))
-    ]
-
-
 Steps = list[tuple[float, int]]  # done, total
 
 
@@ -337,9 +321,9 @@ def test_every_tier_with_domains_apart(
         assert both.layer(key).tiers == TIERS
         assert int(both.layer(key).replay_tokens) == 20
         for domain, one in zip("ab", apart, strict=True):
-            assert _differences(both.layer(key, [domain]), one.layer(key), besides="alike") == []
-            assert _differences(both.layer(key, [domain]), loaded.layer(key, [domain])) == []
-        assert _differences(both.layer(key), merged.layer(key), besides="alike") == []
+            assert differences(both.layer(key, [domain]), one.layer(key), besides="alike") == []
+            assert differences(both.layer(key, [domain]), loaded.layer(key, [domain])) == []
+        assert differences(both.layer(key), merged.layer(key), besides="alike") == []
         assert not merged.layer(key).joint_gradient_norm.any()
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert {int(done) for done, _ in steps} == set(range(steps[0][1] + 1))
@@ -368,42 +352,3 @@ def test_the_replayed_sample_is_even_seeded_and_exact() -> None:
 def test_a_router_that_cannot_be_asked_again_is_refused(name: str, family_checkpoint: MakeCheckpoint) -> None:
     with pytest.raises(InputError, match="--tier replay: .*(itself|no expert)"):
         calibrate(family_checkpoint(name), _two_domains(name), tiers=("replay",))
-
-
-def test_observing_measures_what_one_pass_can(family_checkpoint: MakeCheckpoint) -> None:
-    folder, token_ids = family_checkpoint("qwen3_moe"), families.input_ids("qwen3_moe", 2, 12, 1)
-    model, tiers = families.load(folder), BY_BATCH
-    with moekern.observe(model, tiers=tiers) as seen:
-        families.forward(model, token_ids)
-    streamed = calibrate(
-        folder, TokenData((Batch("text", token_ids),), {}, 2), Compute(dtype=torch.float32), tiers=tiers
-    )
-    for key in streamed.layers:
-        assert _differences(seen.layer(key), streamed.layer(key)) == []
-    with (
-        pytest.raises(InputError, match="--tier replay: observe does not measure it"),
-        moekern.observe(model, tiers=["replay"]),
-    ):
-        pass
-    embeddings = model.get_input_embeddings()(token_ids)
-    with pytest.raises(InputError, match="not given input_ids"), moekern.observe(model, tiers=["vocabulary"]):
-        model(inputs_embeds=embeddings)
-
-
-def test_padding_counts_in_no_tier(family_checkpoint: MakeCheckpoint) -> None:
-    model = families.load(family_checkpoint("deepseek_v3"))
-    ids = families.input_ids("deepseek_v3", 1, 9, 3)
-    tiers = BY_BATCH
-    padded = torch.cat([ids, torch.full((1, 3), 17)], 1)
-    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 3, dtype=torch.long)], 1)
-    with moekern.observe(model, tiers=tiers) as plain, torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    with moekern.observe(model, tiers=tiers) as whole_, torch.no_grad():
-        model(input_ids=padded, attention_mask=mask, use_cache=False)
-    for key in plain.layers:
-        a, b = plain.layer(key), whole_.layer(key)
-        for name in ("vocabulary", "token_count", "coalitions", "compat_count", "residual_tokens"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
-        for name in ("renormalised_norm_sum", "compat_gated_norm_sum", "residual_sum", "unit_sum", "mixture_norm_sum",
-                     "left_out_square_sum", "share_sum", "contribution_gram"):  # fmt: skip
-            close(getattr(b, name), getattr(a, name))
