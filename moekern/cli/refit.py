@@ -151,8 +151,9 @@ def show_done(done: Found) -> None:
     from moekern.cli.refitting import show_refit
 
     show_refit(done.refit)
-    show_pruned(done.pruned)
-    show_verdict(done.verdict)
-    for name, command in done.serve.items():
+    result = done.result
+    show_pruned(result.pruned)
+    show_verdict(result.verdict)
+    for name, command in result.serve.items():
         say(f"serve with {name}: {command}")
-    say(f"plan: {done.plan}")
+    say(f"plan: {result.plan}")
