@@ -47,6 +47,7 @@ def document(*arguments: object) -> dict[str, object]:
 _SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from moekern.cli.app import main
 import moekern._C as _C
 def slow(*arguments):
