@@ -35,9 +35,10 @@ def test_lines_tables_and_going_on(
         assert line["mean"] == pytest.approx(sum(line["loss"].values()) / 6, abs=1e-6)
         assert (line["mean_kl"] > 0.01) == (line["criterion"] != "original")
         assert 0 <= line["mean_top1"] <= 1
-    run(monkeypatch, *arguments, "--seeds", 2)
-    assert out.read_text().startswith(before)
-    assert len(out.read_text().splitlines()) == 2 * len(lines) - 1
+    run(monkeypatch, *arguments, "--seeds", 1)  # nothing is left to measure
+    assert out.read_text() == before
+    second = "".join(json.dumps({**line, "seed": 1, "mean": line["mean"] + 0.2}) + "\n" for line in lines)
+    out.write_text(before + second)
     capsys.readouterr()
     run(monkeypatch, "--show", out)
     shown = capsys.readouterr().out
