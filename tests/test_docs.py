@@ -1,4 +1,4 @@
-"""README and the pages under docs/ say what the code does: every command and example runs, tables are the code's."""
+"""Every command and every example in Python of README and the pages under docs/ runs."""
 
 from __future__ import annotations
 
@@ -11,156 +11,29 @@ import warnings
 from collections.abc import Iterable, Iterator
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import typer
 from transformers import AutoModelForCausalLM
 
-import moekern as package
-from moekern.cli.app import app
-from moekern.cli.criteria import markdown
-from moekern.criteria import criterion_named, score_layer
-from moekern.criteria.table import described
-from moekern.data.mixes import PRESETS
-from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
 from moekern.demo import MODEL, TEXT
 from moekern.plan.contrast import Contrast
 from moekern.plan.document import LayerPlan, Plan
-from tests.helpers import ROOT
 from tests.helpers.commands import moekern
-from tests.helpers.measured import layer_statistics
+from tests.helpers.pages import PYTHON, SHELL, code
 from tests.helpers.ranks import torchrun
 
-DOCS = ROOT / "docs"
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-# Why what is shown does not run. Everything else in a block of a page does.
-OTHER_PROGRAMS = {
-    "git clone": "there is no address to clone from",
-    "source ": "the shell's own",
-    "make ": "the Makefile's, which CI runs",
-    "python -m bench.": "minutes to hours: tests/benchmark runs the benches at small size",
-    "python convert_hf_to_gguf.py ": "llama.cpp's",
-    "llama-quantize ": "llama.cpp's",
-    "vllm serve ": "vLLM's",
-}
-SHOWN = {  # page and the beginning of a block that is marked `text`
-    ("data.md", "code: left out:"): "what is said of files: tests/data/test_read.py",
-    ("judging.md", "moekern evaluate  MODEL half.json quarter.json"): "minutes: tests/cli/test_continuing.py",
-    ("judging.md", "moekern evaluate  MODEL --steer"): "minutes: tests/cli/test_continuing.py",
-    ("tasks.md", "moekern evaluate MODEL plan.json MODEL-half --tasks"): "tasks of the hub: tests/cli/test_tasks.py",
-    ("tasks.md", "python -m bench.instruction"): "minutes to hours: tests/benchmark/test_instruction.py",
-}
+IN_PYTHON = ("README.md", "backend.md", "formats.md", "judging.md", "refit.md")  # examples that run as they stand
 FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
 # Pages whose commands other tests run at every `make test`: tests/cli/test_replacing.py, tests/masks,
-# tests/cli/test_continuing.py, tests/merging, tests/cli/test_report.py, tests/cli/test_choosing.py.
-TESTED_TOO = ("substitution.md", "masks.md", "judging.md", "merging.md", "report.md", "criteria.md")
-
-
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    page: str
-    language: str
-    text: str
-
-    @property
-    def lines(self) -> list[str]:
-        """Without comments and empty lines, continued ones joined."""
-        lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
-        return [line for line in lines if line and not line.startswith("#")]
-
-    @property
-    def commands(self) -> list[list[str]]:
-        """The words behind `moekern` of each line that starts with it, without comments."""
-        return [shlex.split(line, comments=True)[1:] for line in self.lines if line.startswith("moekern ")]
-
-
-BLOCKS = [
-    Block(page.name, *found)
-    for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
-    for found in FENCE.findall(page.read_text())
-]
-SHELL = [block for block in BLOCKS if block.language in ("", "bash")]
-PYTHON = [block for block in BLOCKS if block.language == "python"]
+# tests/cli/test_continuing.py, tests/merging, tests/cli/test_report.py, tests/cli/test_choosing.py,
+# tests/cli/test_whole_recovery.py.
+TESTED_TOO = ("substitution.md", "masks.md", "judging.md", "merging.md", "report.md", "criteria.md", "recovery.md")
 PAGES = {page: [line for block in SHELL if block.page == page for line in block.commands] for page, *_ in SHELL}
 del PAGES["machines.md"]  # below
-
-
-def code(page: str, block: int = 0) -> str:
-    return [each.text for each in PYTHON if each.page == page][block]
-
-
-# What is on the pages
-
-
-def test_whatever_is_shown_runs_or_says_why_not() -> None:
-    """A block is of a kind, and a line of a shell begins as one, that a test runs; the rest is named with a reason."""
-    named = set()
-    for block in BLOCKS:
-        if block.language == "text":
-            named |= {key for key in SHOWN if key[0] == block.page and block.text.startswith(key[1])} or {block}
-        elif block.language in ("", "bash"):
-            other = [line for line in block.lines if not line.startswith(("moekern ", "torchrun "))]
-            assert not [line for line in other if not line.startswith(tuple(OTHER_PROGRAMS))], block
-        else:
-            assert block.language in ("python", "json"), block
-    assert named == set(SHOWN), "blocks marked `text` are named with their reason, and no others"
-    assert sum(page.read_text().count("\n```") for page in (ROOT / "README.md", *DOCS.glob("*.md"))) == 2 * len(BLOCKS)
-
-
-def test_every_command_line_is_one() -> None:
-    """Commands and options that are shown, and do not run, are those of the command line."""
-    commands: Any = typer.main.get_command(app)
-    shown = [block._replace(language="").commands for block in BLOCKS if block.language == "text"]
-    for command, *words in (line for block in shown for line in block):
-        known = {name for each in commands.commands[command].params for name in (*each.opts, *each.secondary_opts)}
-        assert known.issuperset(word for word in words if word.startswith("--")), (command, words)
-    assert len(PAGES["README.md"]) > 10
-
-
-def test_documents_of_the_pages_are_plans() -> None:
-    documents = [block.text for block in BLOCKS if block.language == "json"]
-    assert documents
-    assert all(Plan.from_json(text, "the page").layers for text in documents)
-
-
-def prose(page: Path) -> str:
-    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
-
-
-def anchors(page: Path) -> set[str]:
-    """Of the headings of a page, as GitHub and the site make them."""
-    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", each).lower()).replace(" ", "-") for each in headings}
-
-
-def test_links_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
-    for page in pages:
-        for name, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", prose(page)):
-            target = page.parent / name if name else page
-            assert target.is_file(), f"{page.name}: {name}"
-            assert not anchor or anchor in anchors(target), f"{page.name}: {name}#{anchor}"
-
-
-def test_the_site_has_every_page() -> None:
-    assert sorted(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)) == sorted([
-        *("index.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md"),
-        *(page.name for page in DOCS.glob("*.md")),
-    ])  # fmt: skip
-
-
-def test_the_page_of_the_library_has_every_name() -> None:
-    found = re.findall(r"^::: moekern\.([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
-    assert set(found).issuperset(f"{home}.{name}" for name, home in package.HOMES.items())
-    assert len(set(found)) == len(found)
-
-
-# What runs
+IN_ORDER = sorted((page for page, lines in PAGES.items() if lines), key=lambda page: (page in TESTED_TOO, page))
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +77,14 @@ def goes_on(page: list[list[str]], command: list[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=pytest.mark.whole if page in TESTED_TOO else ())
-        for page, found in PAGES.items() if found
-    ],
-)  # fmt: skip
+    "page", [pytest.param(page, marks=pytest.mark.whole if page in TESTED_TOO else ()) for page in IN_ORDER]
+)
 def test_every_command_of_the_pages_runs(
     page: str, measured: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they stand, one after another, where every model's name is the model that ships and files hold little text.
 
-    What README.md has too is run there, but where others of the page go on with it.
+    What is on a page before it too is run there, but where others of the page go on with it.
     """
     monkeypatch.chdir(tmp_path)
     names = re.findall(r"(?:Qwen|MODEL)[\w./-]*", " ".join(" ".join(command) for command in PAGES[page]))
@@ -225,16 +94,21 @@ def test_every_command_of_the_pages_runs(
     Path("sharegpt.json").write_text(json.dumps([{"text": text[:3000]}]))  # the tokenizer has no template of chats
     for path in measured:
         shutil.copy(path, path.name)
+    before = [command for other in IN_ORDER[: IN_ORDER.index(page)] for command in PAGES[other]]
     for command in PAGES[page]:
         if command[0] in TESTED_ELSEWHERE or any(FROM_THE_HUB.search(word) for word in command):
             continue
-        if page != "README.md" and command in PAGES["README.md"] and not goes_on(PAGES[page], command):
+        if command in before and not goes_on(PAGES[page], command):
             continue
         if "--out" in command:  # of an earlier block
             out = Path(command[command.index("--out") + 1])
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         done = moekern(*(word for given in with_little_text(command) for word in sorted(glob(given)) or [given]))
         assert done.returncode == 0, f"moekern {shlex.join(command)}: {done.stderr}"
+
+
+def test_the_pages_hold_commands() -> None:
+    assert sum(map(len, PAGES.values())) > 80
 
 
 @pytest.mark.whole  # tests/team and tests/statistics/test_parts.py run the same commands
@@ -281,16 +155,18 @@ def example(measured: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("page", "number"),
     [
         pytest.param(page, i, marks=pytest.mark.whole if page == "refit.md" else ())
-        for page in ("README.md", "refit.md", "judging.md")
+        for page in IN_PYTHON
         for i in range(sum(each.page == page for each in PYTHON))
     ],
 )
 def test_every_example_in_python_runs(page: str, number: int, example: dict[str, Any]) -> None:
+    if "compressed_tensors" in code(page, number):
+        pytest.importorskip("compressed_tensors")
     exec(code(page, number), example)
 
 
 def test_every_example_in_python_is_run() -> None:
-    assert {block.page for block in PYTHON} == {"README.md", "criteria.md", "judging.md", "kernels.md", "refit.md"}
+    assert {block.page for block in PYTHON} == {*IN_PYTHON, "criteria.md", "kernels.md"}
 
 
 def test_the_kernels_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,25 +192,3 @@ def test_the_example_of_a_refit_predicts_what_it_is_given() -> None:
     )
     for script in (code("kernels.md", 1), planted + "assert residual.norm() < 1e-2 * before, residual.norm()\n"):
         exec(script, {})
-
-
-# What is the code's
-
-
-def test_the_table_of_criteria_is_the_codes() -> None:
-    page = (DOCS / "criteria.md").read_text()
-    assert markdown(described()) in page, "run: moekern criteria --markdown"
-
-
-def test_the_presets_of_the_page_are_the_codes() -> None:
-    page = (DOCS / "data.md").read_text()
-    rows = {name: mix.replace(",", ", ") for name, mix in PRESETS.items()}
-    assert all(f"| `{name}` | `{mix}` |" in page for name, mix in rows.items())
-    assert all(suffix in page for suffix in (*COMPRESSED, *FORMATS) if suffix not in TEXT_SUFFIXES)
-
-
-def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:
-    (tmp_path / "my.py").write_text(code("criteria.md"))
-    s = layer_statistics(0)
-    want = s.norm_sum / s.count - s.count / s.tokens
-    torch.testing.assert_close(score_layer(criterion_named(f"{tmp_path}/my.py:score"), s, "0"), want)
