@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DOCS_VENV ?= .venv-docs
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all test-report lint bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all test-report lint docs bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -25,6 +26,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check moekern tests bench setup.py
 	$(BIN)/ruff format --check moekern tests bench setup.py
 	$(BIN)/mypy
+
+# The site of README.md, docs/ and the library's docstrings, in site/; pages load nothing from elsewhere, and
+# the search works where they are served: python -m http.server -d site. No warning is let through. The set-up is the
+# extra `docs` alone, in a folder of its own, since sources are read and nothing is built.
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.kernels
@@ -109,5 +116,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(DOCS_VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		$$(sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d '",')
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info moekern/_C*.so
+	rm -rf $(VENV) $(DOCS_VENV) site build *.egg-info moekern/_C*.so

@@ -18,16 +18,24 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Compute:
-    """Where, in what type and by which kernels layers are computed, from the command line to the core."""
+    """Where, in what type and by which kernels layers are computed, from the command line to the core.
 
-    device: str = "auto"  # or torch's name for one; auto: the first CUDA device where torch has one, else the CPU
-    dtype: str | torch.dtype = AUTO  # a name such as "float32", or torch's; auto: see `precision.settled`
-    backend: str | None = None  # of kernels; None: the best
+    device: "auto" (the first CUDA device where torch has one, else the CPU) or torch's name for one. dtype: a name such
+    as "float32", or torch's; "auto" is the checkpoint's, or float32 where the CPU computes that slowly and memory
+    allows (`precision.settled`). backend: of the kernels (None: the best); a named one never falls back.
+    trust_remote_code: run code that comes with a checkpoint. memory, gpu_memory: bytes that the process may take of the
+    host's and of the GPU's (None: what is free). spill: a folder for what does not fit (None: the system's for
+    temporary files). team: the processes that share text and layers.
+    """
+
+    device: str = "auto"
+    dtype: str | torch.dtype = AUTO
+    backend: str | None = None
     trust_remote_code: bool = False
-    memory: int | None = None  # bytes that the process may take; None: what is free, see `budget.budget_of`
-    gpu_memory: int | None = None  # the same of the GPU
-    spill: Path | None = None  # a folder for what does not fit; None: the system's for temporary files
-    team: Team = ALONE  # the processes that share text and layers
+    memory: int | None = None
+    gpu_memory: int | None = None
+    spill: Path | None = None
+    team: Team = ALONE
 
     @property
     def place(self) -> torch.device:

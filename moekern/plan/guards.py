@@ -25,7 +25,12 @@ class Behaviour:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """What a person asks for. domain_floor: domain (or "" for all) -> the share of its mass that every layer keeps."""
+    """What a person asks for, above what scores say.
+
+    protect_super: keep experts whose outputs are extreme. keep_always, drop_first: layer key -> expert numbers, rising.
+    guard, suppress: classes of domains with the number of their most distinctive experts that stay, or go first.
+    domain_floor: domain (or "" for all) -> the share in (0, 1] of its mass (gate x norm) that every layer keeps.
+    """
 
     protect_super: bool = False
     keep_always: Experts = field(default_factory=dict)

@@ -43,9 +43,10 @@ class Scores:
 def score(
     statistics: Statistics, criterion: str = DEFAULT, domains: Sequence[str] | None = None, seed: int = 0
 ) -> Scores:
-    """Score every expert. domains: count these only. One layer is held at a time.
+    """Score every expert: E numbers (float64) a layer, higher is kept. domains: count these only. seed: of `random`.
 
-    Raises InputError for a criterion that nobody knows or whose tier was not measured, and TypeError.
+    One layer is held at a time. Raises InputError for a criterion that nobody knows or whose tier was not measured,
+    and for an unknown domain; TypeError where `statistics` are none.
     """
     check_type("statistics", statistics, Statistics)
     chosen = criterion_named(criterion)
