@@ -150,7 +150,7 @@ def evaluate(
         say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
     if prompted is not None:
-        written = continuing.written_of(folder, prompted, text, named, compute, statistics)
+        written = continuing.written_of(folder, prompted, text, named, compute, statistics, restart=restart)
         found = Found(continuing.document_of(written, prompted, seed), lambda: continuing.show_written(written))
     elif asked is not None:
         scores = scores_of(folder, folders, named, asked, compute, restart=restart)

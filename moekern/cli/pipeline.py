@@ -249,14 +249,20 @@ def evaluate_plans(
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
-    place = compute.spill or Path(tempfile.gettempdir())
-    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
-        raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
+    place = place_of_state(checkpoint, compute)
     whole, _ = as_whole(checkpoint)
     compute = told_compute(compute, whole, find_layout(whole))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     resume = Resume(place, restart, console.say)
     return losses_of(checkpoint, data, compute, plans, resume, what, statistics=statistics, layers=layers)
+
+
+def place_of_state(checkpoint: Checkpoint, compute: Compute) -> Path:
+    """Where commands without a target write down how far they are. Raises InputError for a place in the model."""
+    place = compute.spill or Path(tempfile.gettempdir())
+    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
+    return place
 
 
 def losses_of(

@@ -31,7 +31,7 @@ from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Resume, Stage, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
-from moekern.model.position import digest, text_key
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.model.states import States
 from moekern.model.stepwise import Tangled
@@ -82,8 +82,7 @@ def evaluate(
     team.together(evaluate, checkpoint.folder, data, plans, compute, statistics=statistics, layers=layers)
     team.check_alike(facts_of(checkpoint, compute))
     key = _key(checkpoint, data, plans, compute) | made_of | {"--layers": layers}
-    if resume is not None:
-        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
+    resume = None if resume is None else resume.keyed(STATE, key)
     with (
         opened(resume, key, ("evaluating",), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
