@@ -6,7 +6,7 @@ DOCS_VENV ?= .venv-docs
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all test-report lint docs bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu clean
+.PHONY: demo test test-all test-report lint docs bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu bench-evaluating clean
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -86,6 +86,10 @@ bench-streaming: $(VENV)/.ready
 # calibrate in one process and in two, on two cores.
 bench-ranks: $(VENV)/.ready
 	$(BIN)/python -m bench.ranks
+
+# evaluate with one plan and with eight; writes 2.6 GB beside the temporary files and removes them.
+bench-evaluating: $(VENV)/.ready
+	$(BIN)/python -m bench.evaluating
 
 # All of calibration's machinery on a 1T model of holes, in 8 GB: half an hour.
 bench-scale: $(VENV)/.ready

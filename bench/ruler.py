@@ -21,7 +21,8 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.evaluate import evaluate
-from moekern.evaluation.losses import ORIGINAL, Evaluation, Loss, Row, compared, means
+from moekern.evaluation.losses import ORIGINAL, Evaluation, Loss, Row, means
+from moekern.evaluation.predictions import compared
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
@@ -107,7 +108,7 @@ class _Held(Pass[Task]):
 
     def forward(self, task: Task) -> None:
         place, batch = task
-        predicted = self.layerwise.compute(batch).logits[:, :-1].float().log_softmax(-1)
+        predicted = self.layerwise.compute(batch).logits[:, :-1]
         original = self.teacher.of(place).logp.to(predicted.device).view(*predicted.shape[:2], -1)
         wanted = batch.input_ids[:, 1:].to(predicted.device)
         found = compared(predicted, original, wanted)

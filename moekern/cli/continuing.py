@@ -147,6 +147,8 @@ def written_of(
     plans: Mapping[str, Plan],
     compute: Compute,
     statistics: Path | None = None,
+    *,
+    restart: bool = False,
 ) -> dict[str, Written]:
     """Decoding -> model -> continuations; `statistics` give the constants of replaced experts. How it goes is said."""
     from moekern.architectures import find_layout
@@ -155,6 +157,7 @@ def written_of(
     from moekern.cli import pipeline
     from moekern.judging.figures import TIMES, WINDOW
     from moekern.judging.written import check_variants, continuations
+    from moekern.model.journal import Resume
     from moekern.plan.fits_model import check_plan
 
     source = open_checkpoint(folder)
@@ -179,6 +182,7 @@ def written_of(
         return continuations(
             source, data, variants, asked.decodings, compute,
             new_tokens=asked.new_tokens, seed=text.seed, statistics=statistics, tell=console.say, progress=step,
+            resume=Resume(pipeline.place_of_state(checkpoint, compute), restart, console.say),
         )  # fmt: skip
 
 

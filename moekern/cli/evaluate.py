@@ -72,6 +72,13 @@ ResultOption = Annotated[Path | None, typer.Option(help="Write the result there 
 Best = Annotated[
     Path | None, typer.Option(help="Write the plan that is nearest to the original there, with how all did in it.")
 ]
+Layers = Annotated[
+    bool,
+    typer.Option(
+        "--layers",
+        help="Also hold each layer's output, and its router's choice, against the original's: how far they are apart.",
+    ),
+]
 
 
 def evaluate(
@@ -101,6 +108,7 @@ def evaluate(
     seed: Seed = 0,
     out: ResultOption = None,
     best: Best = None,
+    layers: Layers = False,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
     memory: Memory = None,
@@ -124,6 +132,8 @@ def evaluate(
     kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
     folders = [path for path in plans or () if path.is_dir()]
     check_written(out, best, len(plans or ()), kind)
+    if layers and kind != "losses":
+        raise InputError(f"--layers: goes with losses, not with {kind}; leave it out")
     if folders and asked is None:
         raise InputError(f"{folders[0]}: a folder, and no plan; give --tasks to score other models beside", kind="plan")
     text = text_of(
@@ -140,13 +150,13 @@ def evaluate(
         say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
     if prompted is not None:
-        written = continuing.written_of(folder, prompted, text, named, compute, statistics)
+        written = continuing.written_of(folder, prompted, text, named, compute, statistics, restart=restart)
         found = Found(continuing.document_of(written, prompted, seed), lambda: continuing.show_written(written))
     elif asked is not None:
         scores = scores_of(folder, folders, named, asked, compute, restart=restart)
         found = Found(document_of(scores, asked), lambda: show_scores(scores))
     else:
-        found = _losses(folder, text, compute, named, statistics, best, restart=restart)
+        found = _losses(folder, text, compute, named, statistics, best, out, layers=layers, restart=restart)
     _write(out, found)
     result(found.document, found.show)
     hint(found.said)
@@ -169,14 +179,20 @@ def _losses(
     plans: Mapping[str, Plan],
     statistics: Path | None,
     best: Path | None,
+    out: Path | None,
     *,
+    layers: bool,
     restart: bool,
 ) -> Found:
     """Losses, and the nearest plan written to `best` where that is asked for."""
     from moekern.cli import pipeline
-    from moekern.cli.judged import judged_document, judged_rows, show_judged
+    from moekern.cli.judged import judged_document, judged_rows, show_judged, untold
 
-    losses = pipeline.evaluate_plans(folder, text, compute, plans, statistics=statistics, restart=restart)
+    losses = pipeline.evaluate_plans(
+        folder, text, compute, plans, statistics=statistics, layers=layers, restart=restart
+    )
+    for line in untold(losses, written=out is not None):
+        say(line)
     document, said = judged_document(losses), None
     if best is not None:
         name = _save_best(losses, plans, best)

@@ -240,22 +240,29 @@ def evaluate_plans(
     what: str = "evaluating",
     *,
     statistics: Path | None = None,
+    layers: bool = False,
     restart: bool = False,
 ) -> Evaluation:
     """Held-out loss of the original and of plans applied on the fly; `statistics` give the constants of experts that
-    plans replace."""
+    plans replace, `layers` asks for what becomes of each layer."""
     if ORIGINAL in plans:
         raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
     check_device(compute.device)
     checkpoint = open_checkpoint(folder)
-    place = compute.spill or Path(tempfile.gettempdir())
-    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
-        raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
+    place = place_of_state(checkpoint, compute)
     whole, _ = as_whole(checkpoint)
     compute = told_compute(compute, whole, find_layout(whole))
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     resume = Resume(place, restart, console.say)
-    return losses_of(checkpoint, data, compute, plans, resume, what, statistics=statistics)
+    return losses_of(checkpoint, data, compute, plans, resume, what, statistics=statistics, layers=layers)
+
+
+def place_of_state(checkpoint: Checkpoint, compute: Compute) -> Path:
+    """Where commands without a target write down how far they are. Raises InputError for a place in the model."""
+    place = compute.spill or Path(tempfile.gettempdir())
+    if place.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise InputError(f"--spill {place}: lies inside the model {checkpoint.folder}; name a folder elsewhere")
+    return place
 
 
 def losses_of(
@@ -267,6 +274,7 @@ def losses_of(
     what: str = "evaluating",
     *,
     statistics: Path | None = None,
+    layers: bool = False,
 ) -> Evaluation:
     """Evaluate, and say how it goes."""
     layout = find_layout(checkpoint) if plans else None
@@ -274,7 +282,9 @@ def losses_of(
         assert layout is not None
         console.hint(check_plan(plan, layout, checkpoint, name, replaced=True))
     with console.progress(what) as step:
-        return evaluate(checkpoint, data, plans, compute, statistics=statistics, resume=resume, progress=step)
+        return evaluate(
+            checkpoint, data, plans, compute, statistics=statistics, layers=layers, resume=resume, progress=step
+        )
 
 
 def check_iterated(out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -84,7 +83,7 @@ def scores_of(
     checkpoints = [open_checkpoint(each) for each in (folder, *others)]
     for name, plan in plans.items():
         console.hint(check_plan(plan, find_layout(checkpoints[0]), checkpoints[0], name))
-    place = compute.spill or Path(tempfile.gettempdir())
+    place = pipeline.place_of_state(checkpoints[0], compute)
     for number, checkpoint in enumerate(checkpoints):
         own = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
         applied = {} if number else plans

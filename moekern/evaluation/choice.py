@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moekern.evaluation.losses import METRICS, ORIGINAL, Evaluation, difference, error_of, mean_of
+from moekern.evaluation.losses import METRICS, ORIGINAL, Evaluation, Metric, difference, error_of, mean_of
 from moekern.plan.document import Plan
 from moekern.plan.groups import MERGE
 from moekern.rows import with_error
@@ -69,7 +69,7 @@ def choice_rows(document: Mapping[str, Any]) -> list[Sequence[str]]:
             continue
         farther = told.get("farther")
         rows.append((
-            name, _figure(told, "nll", ".4f"), _figure(told, "kl", ".4f"), _figure(told, "top1", ".1%"),
+            name, *(figure_text(metric, told[metric], told[f"{metric}_error"]) for metric in METRICS),
             "chosen" if farther is None else _farther(farther),
         ))  # fmt: skip
     return rows
@@ -78,8 +78,9 @@ def choice_rows(document: Mapping[str, Any]) -> list[Sequence[str]]:
 COLUMNS = ("loss", "KL to original", "same top-1", "farther by (95 % interval, paired)")
 
 
-def _figure(told: Mapping[str, Any], metric: str, form: str) -> str:
-    return with_error(told[metric], told[f"{metric}_error"], form)
+def figure_text(metric: Metric, value: float, error: float | None) -> str:
+    """A figure with its standard error, where it has one."""
+    return with_error(value, error, ".1%" if metric == "top1" else ".4f")
 
 
 def _farther(told: Mapping[str, Any]) -> str:

@@ -4,28 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import inf, isfinite, sqrt
+from math import inf, isfinite, log, sqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from moekern.errors import InputError
 
 ORIGINAL = "original"
 Metric = Literal["nll", "kl", "top1"]
 METRICS: tuple[Metric, ...] = ("nll", "kl", "top1")
+TOKENS, SHARED, BYTES = 3, 4, 5  # columns of sums behind those of the metrics
+IN_MEMORY = ("sums", "buckets", "layers")
 NORMAL = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What became of a model's stream of hidden states behind a decoder layer, against the original's, over tokens.
+
+    error: norm of the difference by the norm of the original's; cosine: mean over tokens. Of layers with experts, None
+    where they have none or it is not known: orphans, the share of tokens of whose choice in the original nothing
+    stays; load, how often the busiest expert that stays is chosen by the mean of those; same_top1, the share of tokens
+    whose largest gate is that of the same expert as in the original; overlap, the mean share of the original's choice
+    that is chosen still. Of the original itself only the load is told.
+    """
+
+    error: float | None = None
+    cosine: float | None = None
+    orphans: float | None = None
+    load: float | None = None
+    same_top1: float | None = None
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
 class Loss:
     """Means over predicted tokens.
 
-    nll and kl(original || plan) are in nats; top1 is the share of tokens whose likeliest is the original's. The errors
-    are standard errors by sequence (`sequences` of them; None of fewer than two). `sums` [sequences, 4], float64, as
-    `compared` gives them, are what a difference is taken of; they are not written, so that none are read.
+    nll and kl(original || plan) are in nats; top1 is the share of tokens whose likeliest is the original's;
+    one_minus_tv is 1 less the total variation to the original, the probability that both give alike; bits_per_byte is
+    the sum of nll in bits by the bytes of the predicted tokens. The last two are None where they were not measured. The
+    errors are standard errors by sequence (`sequences` of them; None of fewer than two). Not written, so that none are
+    read: `sums` [sequences, 4 to 6], float64, as `predictions.summed` gives them, of which a difference is taken;
+    `buckets` by axis, as `buckets.bucket_sums` does; `layers` by key, what became of the model's stream there.
     """
 
     nll: float
@@ -36,7 +57,13 @@ class Loss:
     nll_error: float | None = None
     kl_error: float | None = None
     top1_error: float | None = None
+    one_minus_tv: float | None = None
+    one_minus_tv_error: float | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_error: float | None = None
     sums: Tensor | None = field(default=None, repr=False, compare=False)
+    buckets: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    layers: Mapping[str, LayerFigures] | None = field(default=None, repr=False, compare=False)
 
 
 Row = Mapping[str, Loss]  # domain -> loss
@@ -63,51 +90,45 @@ class Difference:
         return [end if isfinite(end) else None for end in (self.low, self.high)]
 
 
-def compared(predicted: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
-    """Sums over each sequence's tokens [B, 4], float64: -log p of those wanted [B, S], KL, equal likeliest tokens,
-    tokens.
-
-    predicted and original are log probabilities [B, S, V]; a sequence is looked at at a time.
-    """
-    classes = predicted.shape[-1]
-    if wanted.numel() and int(wanted.max()) >= classes:
-        raise InputError(
-            f"its head predicts {classes} classes, and the text has token {int(wanted.max())}: no loss of it"
-        )
-    sums = torch.zeros(len(wanted), 4, dtype=torch.float64)
-    for row, mine, theirs, ids in zip(sums, predicted, original, wanted, strict=True):
-        row[0] = -float(mine.gather(1, ids[:, None]).double().sum())
-        divergence = F.kl_div(mine, theirs, reduction="none", log_target=True)
-        impossible = theirs == -torch.inf  # tokens that a head masks add nothing
-        row[1] = float(divergence.masked_fill_(impossible, 0).sum(1).double().sum())
-        row[2] = int((mine.argmax(1) == theirs.argmax(1)).sum())
-        row[3] = len(ids)
-    return sums
-
-
 def means(names: Iterable[str], found: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Loss]]:
-    """Name -> domain -> what sums, as `compared` gives them for a name and a domain, come to. Sums [4] of a whole batch
-    count as one sequence."""
+    """Name -> domain -> what sums, as `predictions.summed` gives them for a name and a domain, come to. Sums [4] of a
+    whole batch count as one sequence."""
     sums: dict[tuple[str, str], list[Tensor]] = {}
     for name, domain, one in found:
-        sums.setdefault((name, domain), []).append(one.reshape(-1, 4))
+        sums.setdefault((name, domain), []).append(one.reshape(-1, one.shape[-1]))
     table: dict[str, dict[str, Loss]] = {name: {} for name in names}
     for (name, domain), parts in sums.items():
-        rows = torch.cat(parts)
-        nll, kl, top1, count = rows.sum(0).tolist()
-        first, second, third = (_error(rows[:, i], rows[:, 3]) for i in range(3))
-        figures = nll / count, kl / count, top1 / count
-        table[name][domain] = Loss(*figures, int(count), len(rows), first, second, third, rows)
+        table[name][domain] = _loss(torch.cat(parts))
     return table
 
 
-def _error(sums: Tensor, tokens: Tensor) -> float | None:
-    """Standard error of sums / tokens, a ratio of means over sequences [n]; None of fewer than two."""
-    n, total = len(sums), float(tokens.sum())
-    if n < 2:
-        return None
-    left = sums - tokens * (float(sums.sum()) / total)
-    return sqrt(float((left * left).sum()) * n / (n - 1)) / total
+def _loss(rows: Tensor) -> Loss:
+    tokens = rows[:, TOKENS]
+    figures: dict[str, tuple[float, float | None]] = {}
+    figures |= {name: _ratio(rows[:, i], tokens) for i, name in enumerate(METRICS)}
+    if rows.shape[1] > SHARED:
+        figures["one_minus_tv"] = _ratio(rows[:, SHARED], tokens)
+    if rows.shape[1] > BYTES and float(rows[:, BYTES].sum()):
+        figures["bits_per_byte"] = _ratio(rows[:, 0] / log(2), rows[:, BYTES])
+    found: dict[str, Any] = {name: value for name, (value, _) in figures.items()}
+    found |= {f"{name}_error": error for name, (_, error) in figures.items()}
+    return Loss(**found, tokens=int(tokens.sum()), sequences=len(rows), sums=rows)
+
+
+def _ratio(sums: Tensor, sizes: Tensor) -> tuple[float, float | None]:
+    return float(sums.sum()) / float(sizes.sum()), _error(sums, sizes)
+
+
+def _error(sums: Tensor, sizes: Tensor) -> float | None:
+    """Standard error of sums / sizes, a ratio of means over sequences [n]; None of fewer than two."""
+    total = float(sizes.sum())
+    left = sums - sizes * (float(sums.sum()) / total)
+    return ratio_error(float((left * left).sum()), len(sums), total)
+
+
+def ratio_error(squares: float, n: int, total: float) -> float | None:
+    """The same of the sum of squares of what n sequences have beyond their share, of `total` in all."""
+    return None if n < 2 else sqrt(max(0.0, squares) * n / (n - 1)) / total
 
 
 def difference(one: Row, other: Row, metric: Metric) -> Difference:
@@ -115,11 +136,11 @@ def difference(one: Row, other: Row, metric: Metric) -> Difference:
     column, shift, variance, free = METRICS.index(metric), 0.0, 0.0, 0
     for domain, loss in one.items():
         mine, theirs = loss.sums, other[domain].sums
-        if mine is None or theirs is None or not torch.equal(mine[:, 3], theirs[:, 3]):
+        if mine is None or theirs is None or not torch.equal(mine[:, TOKENS], theirs[:, TOKENS]):
             raise ValueError(f"domain {domain}: the two were not measured on the same sequences")
         apart = mine[:, column] - theirs[:, column]
-        error = _error(apart, mine[:, 3])
-        shift += float(apart.sum()) / float(mine[:, 3].sum()) / len(one)
+        error = _error(apart, mine[:, TOKENS])
+        shift += float(apart.sum()) / float(mine[:, TOKENS].sum()) / len(one)
         variance += inf if error is None else (error / len(one)) ** 2
         free += len(mine) - 1
     reach = student(free) * sqrt(variance) if free else inf
@@ -146,12 +167,17 @@ def mean_loss(row: Mapping[str, float]) -> float:
     return sum(row.values()) / len(row)
 
 
-def mean_of(row: Row, metric: Metric) -> float:
+def mean_of(row: Row, metric: str) -> float:
     """The same of a row's metric."""
     return mean_loss({domain: getattr(loss, metric) for domain, loss in row.items()})
 
 
-def error_of(row: Row, metric: Metric) -> float | None:
+def is_known(row: Row, figure: str) -> bool:
+    """Whether all domains have a figure that is not always measured."""
+    return all(getattr(loss, figure) is not None for loss in row.values())
+
+
+def error_of(row: Row, metric: str) -> float | None:
     """Standard error of `mean_of`; None where a domain has none."""
     errors = [getattr(loss, f"{metric}_error") for loss in row.values()]
     return None if None in errors else sqrt(sum(error**2 for error in errors)) / len(errors)
@@ -165,7 +191,8 @@ def losses_document(table: Evaluation) -> dict[str, Any]:
 def row_document(row: Row) -> dict[str, Any]:
     """Losses by domain as JSON."""
     return {
-        domain: {name: value for name, value in vars(loss).items() if name != "sums"} for domain, loss in row.items()
+        domain: {name: value for name, value in vars(loss).items() if name not in IN_MEMORY}
+        for domain, loss in row.items()
     }
 
 

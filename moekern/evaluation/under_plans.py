@@ -116,8 +116,11 @@ class UnderPlans(Pass[Task], Generic[Found]):
         self.tasks = self._own(self.part)
         if stage is None or stage.left is None or not stage.left.complete:
             self.layerwise.expect(sum(task.batch.input_ids.numel() for task in self.tasks))
-        self.layerwise.run(self.tasks, self, stage)
+        self._through(stage)
         self.passed += 1
+
+    def _through(self, stage: Stage | None) -> None:
+        self.layerwise.run(self.tasks, self, stage)
 
     def _whole(self) -> dict[tuple[int, int], Found]:
         """What all ranks have found, at rank 0."""
@@ -190,11 +193,15 @@ class UnderPlans(Pass[Task], Generic[Found]):
             elif task.plan is not None:
                 own, merging = task.plan.layers[key], live_merging(task.plan, key)
                 self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own), merging))
+            self.changed(layer)
         yield
         self.through += 1
         total = len(self.tasks) * self.layerwise.visits(layer)
         if layer >= 0 and self.through < total:
             self._tell(layer + self.through / total)
+
+    def changed(self, layer: int) -> None:
+        """A layer with experts is what a plan makes of it, until `applied` is closed."""
 
     def _tell(self, layers: float) -> None:
         of = len(self.layerwise.layers)

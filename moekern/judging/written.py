@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,23 @@ from moekern.errors import InputError, check_type, first_line, is_out_of_memory,
 from moekern.evaluation.evaluate import with_constants
 from moekern.evaluation.losses import ORIGINAL
 from moekern.judging.decoding import Decoding
+from moekern.judging.drafts import Drafts
 from moekern.judging.figures import Continuation, Written
 from moekern.judging.live import check_no_refit, check_steering, constants_applied, plan_applied, steering_applied
 from moekern.model.compute import Compute
+from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.plan.constants import Live
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Experts
 from moekern.recovery.loaded import all_staying
+from moekern.version import versions
 
 GENERATION = "generation_config.json"
+STATE, WRITING = "moekern-continue-", "writing"  # the folder of a run that is not done, with a digest; its stage
 Applied = Callable[[], AbstractContextManager[Any]]  # of a variant
 
 
@@ -56,6 +61,7 @@ def continuations(
     new_tokens: int = 256,
     seed: int = 0,
     statistics: str | Path | None = None,
+    resume: Resume | None = None,
     tell: Callable[[str], None] = lambda line: None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> dict[str, Written]:
@@ -63,13 +69,14 @@ def continuations(
 
     Prompts of one length are continued together, and nothing is padded before them. Tokens are drawn with the same
     seed for all variants, a seed of its own for each batch. Logits differ by rounding with the batches and the number
-    of threads, and what is written may. All layers must fit into memory, and one process does it. Raises InputError
-    where they do not, for a variant that does not fit the model, and for numbers that are not finite.
+    of threads, and what is written may. With `resume` the same call goes on at the batch where it was stopped. All
+    layers must fit into memory, and one process does it. Raises InputError where they do not, for a variant that does
+    not fit the model, and for numbers that are not finite.
     """
     check_type("prompts", prompts, TokenData)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     plans = {name: variant for name, variant in variants.items() if isinstance(variant, Plan)}
-    checkpoint, constants, _ = with_constants(checkpoint, plans, statistics)
+    checkpoint, constants, made_of = with_constants(checkpoint, plans, statistics)
     if ORIGINAL in constants and variants:
         raise InputError(f"{checkpoint.folder}: its dropped experts are constants: it is continued alone, not steered")
     check_data(prompts, checkpoint)
@@ -83,27 +90,43 @@ def continuations(
     ends = end_tokens(checkpoint, compute.trust_remote_code)
     if not ends:
         tell(f"{checkpoint.folder}: names no end token (eos_token_id): no continuation ends before {new_tokens} tokens")
-    total, done = len(prompts.batches) * (1 + len(variants)) * len(decodings), 0
-    found: dict[str, Written] = {}
-    with open_layerwise(checkpoint, layout, compute) as opened:
-        layerwise = all_staying(opened, what)
+    key = made_of | {
+        "model": checkpoint.fingerprint,
+        "config.json": checkpoint.config_sha256,
+        "prompts": text_key(prompts),
+        "models": [(name, _told(variant)) for name, variant in variants.items()],
+        "--decode": [asdict(decoding) for decoding in decodings],
+        "--new-tokens": new_tokens,
+        "--seed": seed,
+        "end tokens": ends,
+        "--dtype": compute.dtype_name,
+        "--device": compute.place.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    resume = None if resume is None else resume.keyed(STATE, key)
+    with opened(resume, key, (WRITING,)) as journal, open_layerwise(checkpoint, layout, compute) as opened_model:
+        layerwise = all_staying(opened_model, what)
         for _ in layerwise.visit(range(len(layerwise.layers))):
             pass
+        stage = None if journal is None else journal.stage(WRITING)
+        drafts = Drafts(stage, len(prompts.batches) * (1 + len(variants)) * len(decodings), progress)
         for decoding in decodings:
-            rows: dict[str, list[Continuation]] = {}
             for name, applied in _applied(layerwise, variants, constants):
-                rows[name] = []
-                writer = Writer(layerwise, decoding, ends, new_tokens, name)
+                writer, rows = Writer(layerwise, decoding, ends, new_tokens, name), drafts.of(decoding.name, name)
                 with applied():
-                    for number, batch in enumerate(prompts.batches):
+                    for number, batch in list(enumerate(prompts.batches))[len(rows) :]:
                         written = writer.written(batch.input_ids, seed + number)
-                        first = len(rows[name])
-                        of_original = rows[ORIGINAL][first : first + len(written)] if name != ORIGINAL else written
-                        rows[name] += writer.held_against(batch.input_ids, written, of_original)
-                        done += 1
-                        progress(done, total)
-            found[decoding.name] = rows
-    return found
+                        theirs = written if name == ORIGINAL else drafts.of(decoding.name, ORIGINAL)[number]
+                        drafts.add(rows, writer.held_against(batch.input_ids, written, theirs))
+    if journal is not None:
+        removed(journal.folder)
+    return drafts.whole()
+
+
+def _told(variant: Plan | Steering) -> Any:
+    """What decides a variant, as JSON."""
+    return variant.digest if isinstance(variant, Plan) else [variant.experts, str(variant.strength)]
 
 
 def check_variants(checkpoint: Checkpoint, variants: Mapping[str, Plan | Steering]) -> None:

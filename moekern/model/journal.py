@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from moekern import files
 from moekern.errors import InputError, add_note
-from moekern.model.position import OWN, Position, differences
+from moekern.model.position import OWN, Position, differences, digest
 from moekern.model.state_files import StateFiles, write_states
 from moekern.model.states import States
 from moekern.model.stepwise import Beside
@@ -45,6 +45,10 @@ class Resume:
     folder: Path
     restart: bool = False
     tell: Callable[[str], None] = warnings.warn
+
+    def keyed(self, name: str, key: Mapping[str, Any]) -> Resume:
+        """In a folder of its own, by that name and a digest of what decides the bits: for commands without a target."""
+        return replace(self, folder=self.folder / f"{name}{digest(key)[:16]}")
 
     @property
     def position(self) -> Path:
@@ -204,6 +208,7 @@ class Stage:
         states: States | None,
         kept: Callable[[], Any],
         returns: Mapping[int, Beside],
+        unit: str = "layer",
     ) -> None:
         """Layers up to `layer` - 1 are done: write that down, where the last time is long enough ago, or it is the end.
 
@@ -215,7 +220,7 @@ class Stage:
         if journal.off:  # at the end there may be no states that need room
             due = layer >= of and (states is None or not states.there)
         if journal.team.broadcast(due):
-            position = Position(self.name, layer, of, kept(), dict(returns), ())
+            position = Position(self.name, layer, of, kept(), dict(returns), (), unit)
             journal.save(position, states)
             journal.ended = time.monotonic()
             journal.cost = journal.ended - start

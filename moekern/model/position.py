@@ -22,7 +22,7 @@ SHOWN = 24  # characters of a value that is shown in words
 
 @dataclass(frozen=True)
 class Position:
-    """Decoder layers 0 to `layer` - 1 of the `of` ones of a stage are done."""
+    """Decoder layers 0 to `layer` - 1 of the `of` ones of a stage are done, or what else `unit` says."""
 
     stage: str
     layer: int
@@ -30,6 +30,7 @@ class Position:
     kept: Any  # what the stage must know beside states
     returns: Mapping[int, Beside]  # what layers that have run return
     files: tuple[str, ...]
+    unit: str = "layer"
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -42,7 +43,7 @@ class Position:
         returns = {int(i): None if each is None else [_typed(e) for e in each] for i, each in found["returns"].items()}
         position = Position(**{**found, "returns": returns, "files": tuple(found["files"])})
         sound = all(type(n) is int for n in (position.layer, position.of)) and 0 < position.layer <= position.of
-        if not sound or not all(OWN.fullmatch(name) for name in position.files):
+        if not sound or type(position.unit) is not str or not all(OWN.fullmatch(name) for name in position.files):
             raise ValueError("a position that cannot be")
         return position
 
@@ -54,7 +55,7 @@ class Position:
     @property
     def described(self) -> str:
         """For people, as what follows "goes on"."""
-        where = "behind the last" if self.complete else f"at layer {self.layer + 1}"
+        where = "behind the last" if self.complete else f"at {self.unit} {self.layer + 1}"
         return f"{where} of {self.of} ({self.stage})"
 
 

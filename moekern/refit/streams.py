@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moekern.data.batches import Batch, TokenData, dealt
 from moekern.errors import InputError
 from moekern.estimation.refit import row_bytes
-from moekern.evaluation.losses import compared
+from moekern.evaluation.predictions import compared
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Stage
@@ -97,7 +97,7 @@ class Streams(Pass[Task]):
         self.judging = False  # the last layer is run for what is held back, whichever stream comes
         self.saved: dict[int, list[Tensor]] = {}  # variant -> weights of the last layer's experts
         self.task: Task | None = None
-        self.original: Tensor | None = None  # log probabilities of the batch that streams are compared on
+        self.original: Tensor | None = None  # logits of the batch that streams are compared on
         fitted = tuple(b for b, use in zip(split.batches, split.uses, strict=True) if use == FITTED)
         text = TokenData(fitted, {})  # which comes first: a chunk's place is its number
         self.choosers = {
@@ -163,7 +163,7 @@ class Streams(Pass[Task]):
 
     def forward(self, task: Task) -> None:
         logits = self.layerwise.compute(task.batch).logits
-        predicted = logits[:, :-1].float().log_softmax(-1)
+        predicted = logits[:, :-1]
         if task.number == ORIGINAL:
             self.original = predicted
         assert self.original is not None

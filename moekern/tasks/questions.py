@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,7 @@ def answers(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    if resume is not None:
-        resume = replace(resume, folder=resume.folder / f"{STATE}{digest(key)[:16]}")
+    resume = None if resume is None else resume.keyed(STATE, key)
     with (
         opened(resume, key, (ANSWERING,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,

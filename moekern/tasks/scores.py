@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from moekern.evaluation.losses import ORIGINAL
 from moekern.evaluation.under_plans import check_plans
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
-from moekern.model.layerwise import open_layerwise
+from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
 from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
 from moekern.plan.live import live_channels, live_merging
 from moekern.recovery.loaded import all_staying
 from moekern.tasks import harness
-from moekern.tasks.harness import Tasks, Written
+from moekern.tasks.harness import Tasks
 from moekern.tasks.questions import answers
 from moekern.tasks.settings import Asked, Score
 
@@ -66,7 +66,7 @@ def _scored(
 ) -> tuple[Score, ...]:
     every = tasks.asked.shots or (None,)
     tokenizer = Tokenizer(checkpoint.folder, compute.trust_remote_code)
-    with closing(tokenizer):
+    with closing(tokenizer), ExitStack() as stack:
         longest = config_number(checkpoint, "max_position_embeddings") or LONGEST
         book = harness.book(tokenizer, longest)
         for shots in every:
@@ -74,37 +74,41 @@ def _scored(
         if book.cut:
             tell(f"{len(book.cut)} of {len(book.asked)} questions are longer than {longest} tokens: cut at the front")
         found = answers(checkpoint, book.asked, plans, compute, resume=resume, progress=progress) if book.asked else {}
-        scores = list[Score]()
+        wanted, scores = tuple(book.wanted), list[Score]()
+        layerwise = stack.enter_context(_all_layers(checkpoint, compute)) if wanted else None
         for name, plan in {ORIGINAL: None, **plans}.items():
             book.answers = found.get(name, {})
-            if book.wanted:
-                book.texts = _written(checkpoint, plan, tokenizer, longest, tuple(book.wanted), compute)
+            if layerwise is not None:
+                with _under(layerwise, plan):
+                    book.texts = harness.written(layerwise.model, tokenizer.get(), longest, wanted)
             for shots in every:
                 scores += tasks.scores(shots, book, name)
     return tuple(scores)
 
 
-def _written(
-    checkpoint: Checkpoint,
-    plan: Plan | None,
-    tokenizer: Tokenizer,
-    longest: int,
-    wanted: tuple[Written, ...],
-    compute: Compute,
-) -> dict[Written, str]:
-    """What the model writes, whole or under a plan, with all layers in memory."""
+@contextmanager
+def _all_layers(checkpoint: Checkpoint, compute: Compute) -> Iterator[LayerwiseModel]:
+    """The model with all its layers in memory, which are read once for all models that write."""
     what = "a task has answers written, token by token"
     if compute.team.size > 1:
         raise InputError(f"--tasks: {what}, which one process does: start it without torchrun")
-    with open_layerwise(checkpoint, find_layout(checkpoint), compute) as opened, ExitStack() as applied:
+    with open_layerwise(checkpoint, find_layout(checkpoint), compute) as opened:
         layerwise = all_staying(opened, what)
-        pruner = LivePruner(layerwise.loader, layerwise.layout)
-        for i in layerwise.visit(range(len(layerwise.layers))):
-            key = layerwise.moe_keys.get(i)
-            if key is not None and plan is not None:
-                own, merging = plan.layers[key], live_merging(plan, key)
+        for _ in layerwise.visit(range(len(layerwise.layers))):
+            pass
+        yield layerwise
+
+
+@contextmanager
+def _under(layerwise: LayerwiseModel, plan: Plan | None) -> Iterator[None]:
+    """All layers pruned while the context is open, where there is a plan."""
+    pruner = LivePruner(layerwise.loader, layerwise.layout)
+    with ExitStack() as applied:
+        if plan is not None:
+            for key, own in plan.layers.items():
+                merging = live_merging(plan, key)
                 applied.enter_context(pruner.pruned(key, own.keep, live_channels(own), merging))
-        return harness.written(layerwise.model, tokenizer.get(), longest, wanted)
+        yield
 
 
 def named(scores: tuple[Score, ...], model: str) -> tuple[Score, ...]:

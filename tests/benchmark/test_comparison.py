@@ -72,7 +72,7 @@ def test_a_folder_is_judged_as_the_plan_that_made_it(tmp_path: Path) -> None:
     prune(checkpoint, HALF, tmp_path / "half")
     plan, folder = ruler.plans({"half": HALF})["half"], ruler.folder(tmp_path / "half")
     for domain, loss in plan.items():
-        torch.testing.assert_close(loss.sums, folder[domain].sums, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss.sums[:, :5], folder[domain].sums, rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):
         same(plan, ruler.original)
 

@@ -32,9 +32,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Any]:
         np.save(folder / f"{name}.npy", np.random.default_rng(seed).integers(0, 96, 240))
     data = [word for name in "ab" for word in ("--data", f"{name}={folder / name}.npy")]
     command = ("evaluate", folder / "model", *(folder / f"{n}.json" for n in PLANS), *data, "--sequence-length", 24)
-    shown = moekern(*command, "--out", folder / "losses.csv")
+    shown = moekern(*command, "--layers", "--out", folder / "losses.csv")
     assert shown.returncode == 0, shown.stderr
-    found = moekern(*command, "--out", folder / "losses.json", "--json")
+    found = moekern(*command, "--layers", "--out", folder / "losses.json", "--json")
     return folder, shown.stdout + shown.stderr, json.loads(found.stdout)
 
 
@@ -57,7 +57,24 @@ def test_the_same_as_rows(judged: tuple[Path, str, Any]) -> None:
     rows = list(csv.DictReader((folder / "losses.csv").read_text().splitlines()))
     assert [(row["plan"], row["domain"]) for row in rows][:2] == [(ORIGINAL, "a"), (ORIGINAL, "b")]
     for row in rows:
-        assert float(row["nll"]) == document["losses"][row["plan"]][row["domain"]]["nll"]
+        if row["axis"] == "text":
+            assert float(row["nll"]) == document["losses"][row["plan"]][row["domain"]]["nll"]
+        elif row["axis"] == "layer":
+            of = document["layers"][row["plan"]][row["domain"]][row["from"]]
+            assert [row[name] for name in of] == ["" if value is None else str(value) for value in of.values()]
+    assert {row["axis"] for row in rows} == {"text", "position", "entropy", "layer"}
+    half = str(folder / "half.json")
+    buckets = [row for row in rows if (row["plan"], row["domain"], row["axis"]) == (half, "a", "position")]
+    assert [(row["from"], row["to"]) for row in buckets] == [
+        ("1", "1"),
+        ("2", "3"),
+        ("4", "7"),
+        ("8", "15"),
+        ("16", "31"),
+    ]
+    assert [float(row["kl"]) for row in buckets] == [each["kl"] for each in document["by_position"][half]["a"]]
+    assert sum(int(row["tokens"]) for row in buckets) == document["losses"][half]["a"]["tokens"]
+    assert sum(each["tokens"] for each in document["by_entropy"][half]["a"]) == 230
 
 
 def test_what_is_shown(judged: tuple[Path, str, Any]) -> None:
@@ -65,6 +82,8 @@ def test_what_is_shown(judged: tuple[Path, str, Any]) -> None:
     assert " ± " in shown
     assert shown.index("which is nearest to the original") < shown.index("chosen")
     assert "20 sequences are too few to tell" in shown
+    assert "less.json: the layers whose output is farthest from the original's" in shown
+    assert "bits a byte: not told, since no tokenizer.json" in shown  # the model has none
 
 
 def test_no_file_of_another_kind_and_none_that_is_there(judged: tuple[Path, str, Any], tmp_path: Path) -> None:

@@ -35,9 +35,15 @@ DATA = TokenData(tuple(Batch(d, families.input_ids("qwen3_moe", 2, 8, n)) for n,
 
 
 def alike(one: Evaluation, other: Evaluation) -> bool:
-    """Sums of each sequence too."""
+    """Sums of each sequence too, and those of buckets and layers."""
     rows = [(one[name][domain], other[name][domain]) for name in other for domain in other[name]]
-    return one == other and all(torch.equal(a.sums, b.sums) for a, b in rows if a.sums is not None)
+    more = [(a.buckets or {}, b.buckets or {}) for a, b in rows]
+    return (
+        one == other
+        and all(torch.equal(a.sums, b.sums) for a, b in rows if a.sums is not None and b.sums is not None)
+        and all(a.layers == b.layers for a, b in rows)
+        and all(torch.equal(a[axis], b[axis]) for a, b in more for axis in {**a, **b})
+    )
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def stopped(folder: Path, state: Path, layers: int) -> tuple[Evaluation | None, 
         patch.setattr(LayerwiseModel, "_load", stop)
         patch.setattr(journal, "SHARE", 0)
         try:
-            return evaluate(folder, DATA, PLANS, F32, resume=Resume(state, tell=lambda line: None)), met
+            return evaluate(folder, DATA, PLANS, F32, layers=True, resume=Resume(state, tell=lambda line: None)), met
         except KeyboardInterrupt:
             return None, met
 
@@ -86,7 +92,7 @@ def test_a_stopped_run_goes_on_in_the_group_and_layer_that_it_was_in(
     folder = family_checkpoint("qwen3_moe")
     with pytest.MonkeyPatch.context() as patch:
         little_room(patch, 1 << 30, 0)
-        whole = evaluate(folder, DATA, PLANS, F32)
+        whole = evaluate(folder, DATA, PLANS, F32, layers=True)
     assert stopped(folder, tmp_path, 6) == (None, [0, 1, 2, 3, 0, 1])
     assert stopped(folder, tmp_path, 2) == (None, [2, 3])
     found, met = stopped(folder, tmp_path, 100)

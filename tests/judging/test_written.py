@@ -16,8 +16,10 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
 from moekern.judging.decoding import decoding_of
-from moekern.judging.written import Steering, continuations, end_tokens, fitting
+from moekern.judging.written import Steering, Writer, continuations, end_tokens, fitting
+from moekern.model import journal
 from moekern.model.compute import Compute
+from moekern.model.journal import Resume
 from tests.helpers import families
 from tests.helpers.in_flight import Half
 from tests.helpers.tight import tighten
@@ -144,3 +146,43 @@ def test_what_cannot_be_done_is_refused(family_checkpoint: Callable[[str], Path]
         continuations(folder, prompts(), {ORIGINAL: half(NAME).plan}, ways)
     with pytest.raises(InputError, match="too-hard: layer 1: without experts"):
         continuations(folder, prompts(), {"too-hard": Steering({"1": tuple(range(7))}, -torch.inf)}, ways)
+
+
+def test_a_stopped_run_goes_on_at_the_batch_that_it_was_in(
+    ending: Path, half: Callable[[str], Half], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same continuations, drawn ones too; nothing is left in the end, and other prompts are another run."""
+    monkeypatch.setattr(journal, "SHARE", 0)
+    write, said = Writer.written, list[str]()
+    decodings = [decoding_of("greedy"), decoding_of("sampled")]
+
+    def run(most: int, new: int = NEW, resume: bool = True) -> tuple[Any, int]:
+        """What was written, or None where it was interrupted behind so many batches; how many were."""
+        count = 0
+
+        def counted(self: Writer, *given: Any) -> Any:
+            nonlocal count
+            if count == most:
+                raise KeyboardInterrupt
+            count += 1
+            return write(self, *given)
+
+        monkeypatch.setattr(Writer, "written", counted)
+        where = Resume(tmp_path / "state", tell=said.append) if resume else None
+        try:
+            return continuations(
+                ending, prompts(), {"half": half(NAME).plan}, decodings, Compute("cpu", "float32"), new_tokens=new,
+                resume=where,
+            ), count  # fmt: skip
+        except KeyboardInterrupt:
+            return None, count
+
+    whole, batches = run(100, resume=False)
+    assert batches == 8
+    assert run(3) == (None, 3)
+    assert run(2, new=NEW - 1) == (None, 2)
+    assert run(2) == (None, 2)
+    assert run(100) == (whole, 3)
+    assert said == [f"going on at batch {n} of 8 (writing), where a stopped run was" for n in (4, 6)]
+    assert run(100, new=NEW - 1)[1] == 6
+    assert not list((tmp_path / "state").iterdir())

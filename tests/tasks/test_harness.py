@@ -19,7 +19,7 @@ from moekern.errors import InputError
 from moekern.model.compute import Compute
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import prune
-from moekern.tasks import Asked, harness, task_scores
+from moekern.tasks import Asked, harness, scores, task_scores
 from tests.helpers.asked import KINDS, save_tasks
 from tests.helpers.commands import document, moekern
 
@@ -63,8 +63,11 @@ def test_scores_are_those_of_the_harness_on_the_pruned_checkpoint(
     texts = list[Any]()
     written = harness.written
     monkeypatch.setattr(harness, "written", lambda *given: texts.append(written(*given)) or texts[-1])
+    opened, open_once = list[Path](), scores.open_layerwise
+    monkeypatch.setattr(scores, "open_layerwise", lambda c, *more: opened.append(c.folder) or open_once(c, *more))
     found = task_scores(MODEL, {"half": plan}, Asked(tuple(KINDS), tasks, (2,), seed=3), EXACT)
     assert {score.model for score in found} == {"original", "half"}
+    assert opened == [MODEL]  # for all models that write
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     want = simple_evaluate(
         HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder)),
@@ -90,9 +93,9 @@ def test_the_command_scores_the_original_plans_and_folders(half: tuple[Plan, Pat
     command = ("evaluate", MODEL, tmp_path / "half.json", folder, "--tasks", "little_choice", "--task-dir", tasks)
     found = document(*command, "--shots", "0,1", "--limit", 5, "--out", tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text()) == found
-    scores: Any = found["scores"]
-    assert {each["questions"] for each in scores} == {5}
-    by = {(each["model"], each["shots"], each["metric"]): each["value"] for each in scores}
+    each_score: Any = found["scores"]
+    assert {each["questions"] for each in each_score} == {5}
+    by = {(each["model"], each["shots"], each["metric"]): each["value"] for each in each_score}
     for shots in (0, 1):
         for metric in ("acc", "acc_norm"):
             assert by[str(tmp_path / "half.json"), shots, metric] == by[str(folder), shots, metric]
