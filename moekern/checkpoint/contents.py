@@ -13,6 +13,7 @@ from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MODEL_CARD = "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_FORMS = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".nemo", ".tflite")
 WEIGHTS = (".safetensors", *OTHER_FORMS)
@@ -67,6 +68,15 @@ def _contents(folder: Path, shards: Collection[str], strays: Mapping[str, str]) 
             else:
                 side.append(path)
     return Contents(tuple(sorted(side)), dict(sorted(left_out.items())), refused)
+
+
+def kept_card(names: Collection[str]) -> str | None:
+    """The name that a checkpoint's card gets in one that is made of it and has a card of its own: README.original.md,
+    or with a number where there is one already. None of a checkpoint without a card. names: its side files."""
+    if MODEL_CARD not in names:
+        return None
+    wanted = ("README.original.md", *(f"README.original-{n}.md" for n in range(2, len(names) + 3)))
+    return next(name for name in wanted if name not in names)
 
 
 def _raised(error: OSError) -> None:

@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from moekern.cli import console, ranks
 from moekern.cli.bench import bench
 from moekern.cli.calibrate import calibrate
+from moekern.cli.card import card
 from moekern.cli.check import check
 from moekern.cli.compare import compare
 from moekern.cli.contrast import contrast
@@ -183,6 +184,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (recover, "moekern recover MODEL-pruned --original MODEL --data prose=book.txt --out MODEL-recovered"),
     (lottery, "moekern lottery MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out MODEL-pruned"),
     (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
+    (card, "moekern card MODEL-pruned --evaluation evaluation.json --base-model OWNER/MODEL"),
     (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
     (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),
     (demo, "moekern demo"),

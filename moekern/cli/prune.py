@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moekern.checkpoint.folder import Checkpoint
     from moekern.plan.document import Mtp, Plan
     from moekern.pruning.prune import Checksum, Copy, PruneReport
+    from moekern.publishing.card import About
     from moekern.team import Part
 
 
@@ -100,12 +101,14 @@ def prune_to(
     refitted: Path | None = None,
     form: str | None = None,
     statistics: Path | None = None,
+    about: About | None = None,
 ) -> PruneReport:
     """Prune, and say how it goes. Here and not in `pipeline`, since nothing of it needs torch, but constants that are
     made of statistics."""
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.pruning.prune import prune as run
+    from moekern.publishing.card import About
 
     vectors = None
     if statistics is not None:
@@ -114,7 +117,8 @@ def prune_to(
     with console.progress("pruning", "bytes") as step:
         return run(
             source, plan, out, mtp=mtp, copy=copy, checksum=checksum, reread=reread, max_shard_size=max_shard_size,
-            part=part, again=again, refitted=refitted, form=form, vectors=vectors, progress=step,
+            part=part, again=again, refitted=refitted, form=form, vectors=vectors,
+            about=about or About(), progress=step,
         )  # fmt: skip
 
 

@@ -62,6 +62,7 @@ from moekern.cli.options import (
 )
 from moekern.cli.plan import budget_of, fit_of
 from moekern.cli.prune import show_pruned
+from moekern.cli.recipes import RecipeOption, recipe_of, revision_of
 from moekern.cli.replacing import FormOption, Replace, check_given
 from moekern.cli.verify import show_verdict
 from moekern.criteria.table import AUTO, CANDIDATES, DEFAULT
@@ -110,8 +111,10 @@ Quality = Annotated[
 
 
 def run(
+    ctx: typer.Context,
     model: Model,
     out: Out,
+    recipe: RecipeOption = None,
     data: Data = None,
     keep: Keeps = None,
     fit: FitOption = None,
@@ -160,7 +163,9 @@ def run(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate, plan, prune and verify; what was killed goes on. Statistics and plan stay in OUT.moekern/."""
+    """Calibrate, plan, prune and verify; what was killed goes on. Statistics and plan stay in OUT.moekern/; what was
+    asked for in OUT/moekern_recipe.yaml, which --recipe takes."""
+    written = recipe_of(ctx, recipe)
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
     _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
     check_given(replace, form, refit=refit)
@@ -174,7 +179,7 @@ def run(
     asked = whole_run.Asked(
         _planning(criteria, keeps, domain, seed, budgets, protect_super, target, fitting, replace),
         tuple(tier or ()), mtp.value if mtp else "keep" if replace else "prune", copy.value, forward=forward,
-        quality=quality, until_stable=until_stable, restart=restart, form=form,
+        quality=quality, until_stable=until_stable, restart=restart, form=form, recipe=written,
         refit=_refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
@@ -186,7 +191,8 @@ def run(
         device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
         trust_remote_code=trust_remote_code,
     ))  # fmt: skip
-    done = whole_run.run_stages(ranks.folder_of(model, revision, compute.team), text, compute, out, asked)
+    folder = ranks.folder_of(model, revision_of(ctx, recipe, revision), compute.team)
+    done = whole_run.run_stages(folder, text, compute, out, asked)
     _say_remarks(done)
     result(done.document(), lambda: show_run(done, quality), good=done.good)
 

@@ -14,6 +14,7 @@ from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint, re
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.prune import prune_to
+from moekern.cli.recipes import about_of
 from moekern.cli.refitter import Refitter, check_narrow
 from moekern.cli.refitting import DROPPED, REFITTED, Place, refit_document, refitted
 from moekern.cli.whole_run import Result, verified
@@ -97,8 +98,9 @@ def refit_stages(folder: Path, plan: Plan, text: Text, compute: Compute, out: Pa
         whole = made.plans[REFITTED]
         whole.save(path)
         report = prune_to(
-            checkpoint, whole, out, mtp=asked.mtp, copy=asked.copy, again=is_folder(out), refitted=place.folder
-        )
+            checkpoint, whole, out, mtp=asked.mtp, copy=asked.copy, again=is_folder(out), refitted=place.folder,
+            about=about_of(made.losses, REFITTED),
+        )  # fmt: skip
         result = verified(
             folder, whole, path, report, compute, forward=asked.forward, mtp=asked.mtp, targets=asked.targets
         )

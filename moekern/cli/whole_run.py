@@ -17,6 +17,7 @@ from moekern.cli.earlier import earlier_statistics
 from moekern.cli.plan import check_options, slower_with
 from moekern.cli.prune import prune_to
 from moekern.cli.quality import quality_of
+from moekern.cli.recipes import about_of, check_model_of, check_text_of, written_recipe
 from moekern.cli.refitter import Refitter, Work, joined
 from moekern.cli.refitting import REFITTED, Place, refit_document
 from moekern.criteria import criterion_named
@@ -52,6 +53,7 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
+from moekern.recipe import Recipe
 from moekern.refit.refit import Refitting, check_model
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
@@ -73,6 +75,7 @@ class Asked:
     refit: Refitter | None = None  # what stays is computed anew
     restart: bool = False  # whatever a stopped run has left, text is measured anew
     form: str | None = None  # in which replaced experts are written
+    recipe: Recipe | None = None  # by which the same is done again
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -156,6 +159,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     backends_of(compute.device, compute.backend, wanted)
     check_tiers_of(wanted, compute.team)
     checkpoint = open_checkpoint(folder)
+    check_model_of(asked.recipe, checkpoint)
     layout = find_layout(checkpoint)
     planning = replace(asked.planning, model=checkpoint)
     if asked.refit is not None:
@@ -183,6 +187,8 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             counts = dict.fromkeys(layout.layers, kept(keep))
             _say_of(target, slower(counts, planning.served(layout, checkpoint), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
+    check_text_of(asked.recipe, data)
+    recipe = written_recipe(asked.recipe, checkpoint, data, compute)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data, choosing = held_for_choice(data, planning.domains) if asked.auto else (data, replace(data, batches=()))
     measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text
@@ -215,7 +221,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
             prune_to(
                 checkpoint, plan, target,
                 mtp=asked.mtp, copy=asked.copy, again=done, refitted=None if asked.refit is None else place.folder,
-                form=asked.form, statistics=constants_of,
+                form=asked.form, statistics=constants_of, about=about_of(quality, str(target), statistics, recipe),
             )
             for plan, target, done, place in zip(plans, targets, made, places, strict=True)
         ]  # fmt: skip

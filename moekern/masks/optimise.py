@@ -324,6 +324,7 @@ def _provenance(checkpoint: Checkpoint, layout: Layout, plan: Plan, data: TokenD
         "fingerprint": checkpoint.fingerprint,
         "criterion": search.method,
         "domains": list(data.tokens),
+        "tokens": data.tokens,
         "keep": plan.provenance.get("keep", len(plan.layers[first].keep)),
         "num_experts": layout.num_experts,
         "seed": search.seed,

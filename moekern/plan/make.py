@@ -100,6 +100,7 @@ def make_plan(
     provenance = Provenance(
         fingerprint=statistics.header["fingerprint"],
         statistics=statistics.sha256,
+        tokens=statistics.header["tokens"],
         criterion=chosen.name,
         domains=statistics.domains if domains is None else domains,
         keep=keep,

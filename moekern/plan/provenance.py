@@ -37,7 +37,8 @@ def _tie_note(what: str, keys: Sequence[str], layers: int) -> str | None:
 class Provenance:
     """What a plan was made from, and what was asked for.
 
-    `statistics` is the sha256 of their file, None where they were not kept in one; `marked` what the guards came to.
+    `statistics` is the sha256 of their file, None where they were not kept in one; `tokens` has how many each domain of
+    the text has, of those that count; `marked` what the guards came to.
     """
 
     fingerprint: str
@@ -47,6 +48,7 @@ class Provenance:
     num_experts: int
     seed: int = 0
     statistics: str | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
     marked: Mapping[str, Any] = field(default_factory=dict)
     targets: Sequence[Target] = ()
@@ -62,6 +64,7 @@ class Provenance:
                 "statistics": self.statistics,
                 "criterion": self.criterion,
                 "domains": list(self.domains),
+                "tokens": {name: self.tokens[name] for name in self.domains if name in self.tokens},
                 "keep": self.keep,
                 "kept": next(iter(counts.values())) if uniform else dict(counts),
                 "num_experts": self.num_experts,

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moekern.plan.engines import Finding
 from moekern.plan.served import Report, verdict
 from moekern.plan.targets import Served, Target, findings
 
@@ -26,8 +27,15 @@ def serve_commands(folder: Path, found: Report, targets: Sequence[Target] = ()) 
 
     `found` is what `check_folder` says of the checkpoint for the same targets (none: every engine).
     """
+    return commands_of(folder, found.found, targets)
+
+
+def commands_of(
+    folder: Path, found: Mapping[str, tuple[Finding, ...]], targets: Sequence[Target] = ()
+) -> dict[str, str]:
+    """The same of the rules that each target's name comes with."""
     asked = {str(target): target for target in targets}
-    good = {name: asked.get(name, Target(name.partition(":")[0])) for name, row in found.found.items() if verdict(row)}
+    good = {name: asked.get(name, Target(name.partition(":")[0])) for name, row in found.items() if verdict(row)}
     return {name: _command(target, folder) for name, target in good.items() if target.engine in COMMANDS}
 
 

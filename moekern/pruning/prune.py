@@ -22,6 +22,7 @@ from moekern.pruning.shards import OutputShard, output_shards
 from moekern.pruning.side_files import MANIFEST, mtp_line, side_files
 from moekern.pruning.work_folder import check_target, clean_up
 from moekern.pruning.writing import Progress, Tally, check_out, job_of, written
+from moekern.publishing.card import About
 from moekern.team import Part
 
 __all__ = ["MANIFEST", "PLAN_FILE", "Checksum", "Copy", "Part", "PruneReport", "prune"]
@@ -79,6 +80,7 @@ def prune(
     refitted: Refitted | str | Path | None = None,
     form: str | None = None,
     vectors: Vectors | None = None,
+    about: About = About(),
     progress: Progress | None = None,
 ) -> PruneReport:
     """Copy `source` to the new folder `out` without the experts that `plan` drops.
@@ -97,7 +99,7 @@ def prune(
     same plan is no error, as it is none for a part. refitted: the folder of what a refit computed, where the plan says
     that there was one. form, vectors: of a plan that replaces the experts that it drops, how config.json and
     names say it ("approximate-experts", which is the default, or "compression-config"), and the constants where they
-    are no zeros. Raises InputError.
+    are no zeros. about: what the card tells beside model and plan. Raises InputError.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -117,7 +119,7 @@ def prune(
     narrow = narrowed_layers(checkpoint, layout, plan, kept)
     routers = routers_computed(plan, layout)
     shards = output_shards(checkpoint, layout, kept, mtp, max_shard_size, refitted, narrow, replaced, routers)
-    side = side_files(checkpoint, layout, plan, kept, shards, mtp, replaced)
+    side = side_files(checkpoint, layout, plan, kept, shards, mtp, replaced, about)
     job = job_of(checkpoint, plan.digest, shards, side, _told(shards, refitted), target, copy, checksum, reread=reread)
     mine = _share(shards, part)
     check_out(job, target, mine, again=again)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.contents import MODEL_CARD
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.checkpoint.header import TensorEntry, read_shard
 from moekern.checkpoint.recovery import FORMAT, RECOVERY, read_recovery
-from moekern.checkpoint.strict_json import HEADER_CAP, check_depth, parse_json, read_json, shown
+from moekern.checkpoint.strict_json import HEADER_CAP, check_depth, parse_json, read_file, read_json, shown
 from moekern.errors import InputError
 from moekern.files import is_plain
 from moekern.plan.refit import is_sha256
@@ -24,6 +25,7 @@ from moekern.pruning.shards import OutputShard
 from moekern.pruning.side_files import MANIFEST, SideFile, check_side_files, side_file, text_file, whole_file
 from moekern.pruning.work_folder import check_target
 from moekern.pruning.writing import Progress, Tally, check_out, job_of, written
+from moekern.publishing.card import CARD_CAP, TRAINING, training_section, with_section
 
 OWN = ("format", "source_fingerprint", "tensors", "settings", "earlier")  # keys of RECOVERY that no caller gives
 
@@ -92,7 +94,7 @@ def write_replaced(
     shards = _shards(checkpoint, held)
     numbers = {**(earlier or {}).get("settings", {}), **{".".join(path): n for path, n in settings.items()}}
     recovery = _recovery(checkpoint, trained, numbers, record, earlier)
-    side = _side_files(checkpoint, recovery, _config(checkpoint, settings))
+    side = _side_files(checkpoint, recovery, _config(checkpoint, settings), len(trained), record)
     told = {shard.name: _line(shard, computed, refits, trained) for shard in shards}
     job = job_of(checkpoint, _plan_sha256(checkpoint), shards, side, told, target, copy, checksum)
     check_out(job, target, shards, again=False)
@@ -111,7 +113,7 @@ def write_replaced(
         copied=tally.copied,
         reused=tally.reused,
         left_out=checkpoint.contents.left_out,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *(note for file in side for note in file.notes)),
         seconds=time.perf_counter() - start,
     )
 
@@ -267,9 +269,23 @@ def _recovery(
     return text_file(RECOVERY, text)
 
 
-def _side_files(checkpoint: Checkpoint, recovery: SideFile, config: SideFile) -> Sequence[SideFile]:
+def _side_files(
+    checkpoint: Checkpoint, recovery: SideFile, config: SideFile, trained: int, record: Mapping[str, Any]
+) -> Sequence[SideFile]:
     """In the order of writing: what is copied, the record, then index and config."""
     names = [name for name in checkpoint.side_files if name not in (MANIFEST, RECOVERY)]
     last = [] if checkpoint.index is None else [INDEX]
     copied, ends = ([side_file(name, whole_file(checkpoint.folder / name)) for name in some] for some in (names, last))
+    copied = [_card(checkpoint, trained, record) if file.name == MODEL_CARD else file for file in copied]
     return [*copied, recovery, *ends, config]
+
+
+def _card(checkpoint: Checkpoint, trained: int, record: Mapping[str, Any]) -> SideFile:
+    """The source's card with what was trained; as it is where it has no place for that, which is told."""
+    path = checkpoint.folder / MODEL_CARD
+    try:
+        card = read_file(path, CARD_CAP).decode()
+        return text_file(MODEL_CARD, with_section(card, TRAINING, training_section(trained, record), str(path)))
+    except (InputError, UnicodeDecodeError):
+        note = f"{MODEL_CARD}: copied as it is; it does not tell of the training"
+        return side_file(MODEL_CARD, whole_file(path), notes=(note,))

@@ -11,23 +11,25 @@ from typing import Any
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import mtp_counts
 from moekern.architectures.substitution import with_replaced
+from moekern.checkpoint.contents import MODEL_CARD, kept_card
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
-from moekern.checkpoint.strict_json import read_json, read_start, regular_size
+from moekern.checkpoint.strict_json import read_json, regular_size
 from moekern.errors import InputError
 from moekern.plan.document import Mtp, Plan
-from moekern.plan.groups import merged_into
 from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed
 from moekern.pruning.constants import Replaced
 from moekern.pruning.expert_lists import expert_lists
 from moekern.pruning.expert_names import Renamer
-from moekern.pruning.model_card import MODEL_CARD, notice, split_at
+from moekern.pruning.model_card import facts_of
 from moekern.pruning.pieces import Range, made_from
 from moekern.pruning.shards import OutputShard
-from moekern.pruning.stale import SETTINGS_CAP, stale
+from moekern.pruning.stale import stale
+from moekern.publishing.card import RECIPE, About, card
 
 MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
+OWN = (PLAN_FILE, MANIFEST, RECOVERY, RECIPE)  # files that speak of the checkpoint that they lie in, and of no other
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class SideFile:
     @property
     def size(self) -> int:
         return sum(len(piece) if isinstance(piece, bytes) else piece[2] for piece in self.pieces)
+
+    @property
+    def text(self) -> str:
+        """Of a file that is literal bytes alone."""
+        return b"".join(piece for piece in self.pieces if isinstance(piece, bytes)).decode()
 
 
 def side_file(name: str, *pieces: bytes | Range, notes: Iterable[str] = ()) -> SideFile:
@@ -67,9 +74,11 @@ def side_files(
     shards: Sequence[OutputShard],
     mtp: Mtp,
     replaced: Replaced | None = None,
+    about: About = About(),
 ) -> list[SideFile]:
-    """In the order of writing: what is copied, the plan, then index and config. With `replaced` all experts count and
-    keep their numbers, and config.json names those that are constants.
+    """In the order of writing: what is copied, card and recipe, the plan, then index and config. With `replaced` all
+    experts count and keep their numbers, and config.json names those that are constants. The original's card gets
+    another name, and stays as it is.
 
     Raises InputError as check_side_files does, and for settings that name experts in a form that cannot be renumbered.
     """
@@ -84,15 +93,22 @@ def side_files(
         if name in QUANTIZATION_FILES:
             files.append(settings.quantiser(name))
         elif name == MODEL_CARD:
-            files.append(_model_card(path, layout, plan, left))
-        elif name not in (PLAN_FILE, MANIFEST, RECOVERY):
+            files.append(side_file(str(kept_card(checkpoint.side_files)), whole_file(path)))
+        elif name not in OWN:
             notes = stale(path, name, checkpoint.config, layout, kept, plan.width)
             files.append(side_file(name, whole_file(path), notes=notes))
+    config = settings.config()
+    told = mtp_line(layout, left, plan, mtp)
+    facts = facts_of(checkpoint, layout, plan, left, shards, json.loads(config.text), mtp, told)
+    before = facts.original_card
+    note = f"{MODEL_CARD}: of the pruned model; the original's card, as it was, is {before}"
+    files.append(text_file(MODEL_CARD, card(facts, about), () if before is None else (note,)))
+    if about.recipe is not None:
+        files.append(text_file(RECIPE, about.recipe))
     files.append(text_file(PLAN_FILE, _provenance(checkpoint, layout, plan, kept, mtp, replaced)))
     if checkpoint.index is not None or len(shards) > 1:
         files.append(text_file(INDEX, _index(checkpoint, shards)))
-    files.append(settings.config())
-    return files
+    return [*files, config]
 
 
 @dataclass(frozen=True)
@@ -137,28 +153,6 @@ def text_file(name: str, text: str, notes: Iterable[str] = ()) -> SideFile:
 
 def whole_file(path: Path) -> Range:
     return str(path), 0, regular_size(path)
-
-
-def _model_card(path: Path, layout: Layout, plan: Plan, kept: Mapping[str, Sequence[int]]) -> SideFile:
-    """The original's card with a notice in front of its text: what it says about experts is the original's."""
-    size = regular_size(path)
-    at = split_at(read_start(path, min(size, SETTINGS_CAP))[0], size)
-    most = max(len(kept[key]) for key in layout.layers)
-    pieces = (
-        (str(path), 0, at),
-        notice(
-            most,
-            layout.num_experts,
-            plan.digest,
-            plan.width,
-            layout.width,
-            merges=any(map(merged_into, plan.layers.values())),
-            replaced=plan.replace is not None,
-        ),
-        (str(path), at, size - at),
-    )
-    note = f"{MODEL_CARD}: the original's, behind a notice that names the plan; its numbers are the original's"
-    return side_file(MODEL_CARD, *pieces, notes=(note,))
 
 
 def _provenance(

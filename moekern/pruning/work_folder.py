@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
+from moekern.checkpoint.contents import MODEL_CARD
 from moekern.errors import InputError
 from moekern.files import (
     check_new,
@@ -34,6 +35,7 @@ from moekern.files import (
 )
 from moekern.pruning.pieces import Range
 from moekern.pruning.side_files import SideFile
+from moekern.publishing.card import RECIPE
 from moekern.team import Part
 
 MANIFESTS = ("manifest.jsonl", "manifest.*-of-*.jsonl")  # of a run without parts; of each part
@@ -153,12 +155,15 @@ def clean_up(target: Path) -> None:
 
 def is_made(target: Path, sizes: Mapping[str, int], side: Sequence[SideFile]) -> bool:
     """Whether a finished target is what the same plan makes of the same source: all shards are there and have these
-    sizes, and the files beside them, which name plan and source, their bytes."""
+    sizes, and the files beside them, which name plan and source, their bytes; but for the card, which people change,
+    and the recipe, in which a model may be named in several ways."""
     try:
         if not is_folder(target) or any((target / shard).lstat().st_size != size for shard, size in sizes.items()):
             return False
         for file in side:
             path = target / file.name
+            if file.name in (MODEL_CARD, RECIPE):
+                continue
             if not is_plain(path) or path.lstat().st_size != file.size:
                 return False
             if not _has_literals(path, file.pieces):

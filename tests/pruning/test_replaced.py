@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from moekern.checkpoint.contents import MODEL_CARD
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.checkpoint.recovery import RECOVERY
 from moekern.errors import InputError
@@ -46,7 +47,8 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_bytes(source: Path, out: Path, new: Tensors) -> None:
-    """Every file is the source's, but for the ranges of `new` and the two files that are written anew."""
+    """Every file is the source's, but for the ranges of `new`, the files that are written anew, and the card, which
+    tells of the training."""
     want = tree(source)
     for path in source.glob("*.safetensors"):
         raw = bytearray(want[path.name])
@@ -58,7 +60,11 @@ def check_bytes(source: Path, out: Path, new: Tensors) -> None:
         want[path.name] = bytes(raw)
     found = tree(out)
     assert found.keys() == want.keys() | {MANIFEST, RECOVERY}
-    assert {name for name in want if found[name] != want[name]} <= {MANIFEST, RECOVERY}
+    assert {name for name in want if found[name] != want[name]} <= {MANIFEST, RECOVERY, MODEL_CARD}
+    if MODEL_CARD in want:
+        assert b"## Training after pruning" in found[MODEL_CARD]
+        end = b"<!-- moekern: training -->"
+        assert found[MODEL_CARD].partition(end)[0] == want[MODEL_CARD].partition(end)[0]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,14 @@ def test_all_other_bytes_stay(pruned: Path, tmp_path: Path, copy: Any, checksum:
 TOP_K = "num_experts_per_tok"
 
 
+def test_a_card_without_a_place_for_the_training_is_copied(pruned: Path, tmp_path: Path) -> None:
+    (pruned / MODEL_CARD).write_bytes(b"written by hand \xff")
+    train(pruned, tmp_path / "new", ".gate.")
+    report = write_replaced(pruned, tmp_path / "out", tmp_path / "new", RECORD)
+    assert (tmp_path / "out" / MODEL_CARD).read_bytes() == b"written by hand \xff"
+    assert "README.md: copied as it is; it does not tell of the training" in report.notes
+
+
 def test_settings_become_others_and_nothing_else_of_config(pruned: Path, tmp_path: Path) -> None:
     """In the form that the file has: indented by tabs, a list of equal numbers, escapes."""
     config = json.loads((pruned / "config.json").read_text())
@@ -103,7 +117,7 @@ def test_settings_become_others_and_nothing_else_of_config(pruned: Path, tmp_pat
     told = json.loads(after[RECOVERY])["settings"]
     assert told == {TOP_K: 1, "text_config.moe_topk": 1}
     assert {name for name in before if before[name] != after[name] and "safetensors" not in name} <= {
-        "config.json", MANIFEST,
+        "config.json", MANIFEST, MODEL_CARD,
     }  # fmt: skip
     train(tmp_path / "out", tmp_path / "newer", ".gate.", seed=4)
     write_replaced(tmp_path / "out", tmp_path / "twice", tmp_path / "newer", RECORD)

@@ -12,7 +12,6 @@ import pytest
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.plan.document import LayerPlan, Mtp, Plan
-from moekern.pruning.model_card import notice, split_at
 from moekern.pruning.prune import prune
 from moekern.verification.tensors import verify
 from tests.helpers.commands import moekern
@@ -56,7 +55,7 @@ def test_the_summary_and_the_document_tell_what_was_not_copied(source: Path, tmp
     add(source, pytorch_model_dot_bin="p", README_dot_md="128 experts")
     done = moekern("prune", source, tmp_path / "plan.json", "--out", tmp_path / "a")
     assert "not copied: pytorch_model.bin (the weights in another form)" in " ".join(done.stderr.split())
-    assert "README.md: the original's, behind a notice" in " ".join(done.stderr.split())
+    assert "the original's card, as it was, is README.original.md" in " ".join(done.stderr.split())
     done = moekern("prune", source, tmp_path / "plan.json", "--out", tmp_path / "b", "--json")
     document = json.loads(done.stdout)
     assert document["left_out"] == {"pytorch_model.bin": "the weights in another form"}
@@ -65,40 +64,34 @@ def test_the_summary_and_the_document_tell_what_was_not_copied(source: Path, tmp
     assert "pytorch_model.bin" in done.stderr
 
 
-CARDS = [
-    (b"# Model\n128 experts\n", 0),
-    (b"---\nlicense: mit\n---\n# Model\n", 21),
-    (b"---\r\nlicense: mit\r\n---\r\n# Model\r\n", 24),
-    (b"\xef\xbb\xbf---\n---\nx", 11),
-    (b"---\nno end", 10),
-    (b"--- a rule\ntext", 0),
-    (b"", 0),
-    (b"\xff\xfe odd", 0),
-]
-
-
-@pytest.mark.parametrize(("card", "at"), CARDS)
-def test_the_model_card_gets_a_notice_behind_front_matter(source: Path, tmp_path: Path, card: bytes, at: int) -> None:
+@pytest.mark.parametrize("card", [b"---\nlicense: mit\n---\n# Model\n", b"\xff\xfe odd", b""])
+def test_the_original_card_stays_as_it_is_beside_the_new_one(source: Path, tmp_path: Path, card: bytes) -> None:
     add(source, README_dot_md=card)
     prune(source, PLAN, tmp_path / "out")
-    got = (tmp_path / "out/README.md").read_bytes()
-    assert got == card[:at] + notice(4, 8, PLAN.digest) + card[at:]
+    assert (tmp_path / "out/README.original.md").read_bytes() == card
+    assert PLAN.digest in (tmp_path / "out/README.md").read_text()
     assert verify(source, PLAN, tmp_path / "out").problems == ()
-    (tmp_path / "out/README.md").write_bytes(got + b"!")
-    assert verify(source, PLAN, tmp_path / "out").problems == ("README.md: differs from the source's",)
+    with (tmp_path / "out/README.md").open("a") as file:
+        file.write("what a person has to say\n")
+    assert verify(source, PLAN, tmp_path / "out").problems == ()
+    assert prune(source, PLAN, tmp_path / "out", again=True).already
+    (tmp_path / "out/README.md").write_text("of another plan")
+    (tmp_path / "out/README.original.md").write_bytes(card + b"!")
+    assert verify(source, PLAN, tmp_path / "out").problems == (
+        "README.original.md: differs from the source's", f"README.md: does not name the plan (sha256 {PLAN.digest})",
+    )  # fmt: skip
 
 
-def test_front_matter_that_is_longer_than_what_is_looked_at_stays_in_front() -> None:
-    assert split_at(b"---\nlong: ", 5000) == 5000
-
-
-def test_a_model_pruned_twice_has_a_notice_for_each_plan(source: Path, tmp_path: Path) -> None:
-    add(source, README_dot_md="text")
+def test_a_model_pruned_twice_keeps_both_cards(source: Path, tmp_path: Path) -> None:
+    add(source, README_dot_md="text", recipe_dot_yaml="of a quantiser", moekern_recipe_dot_yaml="of another run")
     prune(source, PLAN, tmp_path / "once")
     again = Plan({"0": LayerPlan((0, 1)), "1": LayerPlan((2, 3))})
     prune(tmp_path / "once", again, tmp_path / "twice")
-    notices = notice(2, 4, again.digest) + notice(4, 8, PLAN.digest)
-    assert (tmp_path / "twice/README.md").read_bytes() == notices + b"text"
+    assert (tmp_path / "twice/README.original.md").read_text() == "text"
+    assert (tmp_path / "twice/README.original-2.md").read_text() == (tmp_path / "once/README.md").read_text()
+    assert again.digest in (tmp_path / "twice/README.md").read_text()
+    assert not (tmp_path / "twice/moekern_recipe.yaml").exists()
+    assert (tmp_path / "twice/recipe.yaml").read_text() == "of a quantiser"
     assert verify(tmp_path / "once", again, tmp_path / "twice").problems == ()
 
 

@@ -251,7 +251,7 @@ def test_what_another_tool_pruned(source: Path, tmp_path: Path) -> None:
     prune(source, PLAN, tmp_path / "pruned")
     for name in (PLAN_FILE, MANIFEST):
         (tmp_path / "pruned" / name).unlink()
-    (tmp_path / "pruned/README.md").write_text("# A model\n")
+    (tmp_path / "pruned/README.original.md").replace(tmp_path / "pruned/README.md")
     out = train_to(tmp_path / "pruned", tmp_path / "out", ".gate.")
     report = verify(source, PLAN, out)
     assert (report.problems, report.trained) == ((), 2)

@@ -1,0 +1,80 @@
+"""The card of a folder with more in it: an evaluation, the text's sources, the model that it is made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moekern.checkpoint.contents import MODEL_CARD
+from moekern.checkpoint.folder import PLAN_FILE
+from moekern.checkpoint.strict_json import read_file, read_json
+from moekern.errors import InputError
+from moekern.files import write_bytes
+from moekern.plan.document import Plan, plan_of
+from moekern.publishing.card import BASE, CARD_CAP, EVALUATION, TEXT, base_section, evaluation_section, with_section
+from moekern.publishing.front_matter import HUB_ID, with_values
+from moekern.publishing.text import text_section
+
+
+def card_of(folder: Path) -> str:
+    """The text of a folder's card. Raises InputError where it has none that can be read."""
+    path = folder / MODEL_CARD
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; name the folder of a checkpoint that moekern has pruned")
+    try:
+        return read_file(path, CARD_CAP).decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+
+
+def made_by(folder: Path) -> Plan:
+    """The plan that a pruned folder was made by. Raises InputError for any other folder."""
+    path = folder / PLAN_FILE
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; name the folder of a checkpoint that moekern has pruned")
+    return plan_of(read_json(path).get("plan"), f"{path}: plan")
+
+
+def rewrite_card(
+    folder: Path,
+    *,
+    base: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    row: str | None = None,
+    source: str = "evaluation",
+    header: Mapping[str, Any] | None = None,
+    statistics: str | None = None,
+) -> list[str]:
+    """Write what is given into the card, the rest stays byte for byte; names of what was written.
+
+    base: id on the hub. evaluation: a document of `evaluate` from the file `source`, of which `row` is the model's.
+    header, statistics: of a statistics file, and its sha256, which must be the plan's. Raises InputError for what does
+    not fit, and for a card that has no place for it; nothing is written then.
+    """
+    plan, card, where = made_by(folder), card_of(folder), str(folder / MODEL_CARD)
+    written, values = list[str](), dict[str, Any]()
+    if base is not None:
+        if not HUB_ID.fullmatch(base):
+            raise InputError(f"--base-model {base}: expected the id of a model on the hub, OWNER/NAME")
+        values |= {"base_model": base, "base_model_relation": "finetune"}
+        card = with_section(card, BASE, base_section(base), where)
+        written.append("base_model")
+    if header is not None:
+        made_of = plan.provenance.get("statistics")
+        if statistics != made_of:
+            what = "not those that the plan was made of" if made_of else "the plan does not name those it was made of"
+            raise InputError(f"--statistics: {what} (sha256 {made_of or 'not told'})")
+        text, datasets = text_section(plan, header)
+        card = with_section(card, TEXT, text, where)
+        values |= {"datasets": datasets} if datasets else {}
+        written.append(TEXT)
+    if evaluation is not None:
+        card = with_section(card, EVALUATION, evaluation_section(evaluation, row, source), where)
+        written.append(EVALUATION)
+    if values:
+        card = with_values(card, values, where)
+    if written:
+        write_bytes(folder / MODEL_CARD, card.encode())
+    return written

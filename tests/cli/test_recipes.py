@@ -1,0 +1,83 @@
+"""`run --recipe` does again what `run` has done, to the byte, and takes nothing beside the recipe that it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moekern.demo import MODEL, TEXT
+from moekern.files import work_path
+from tests.helpers.commands import Done, moekern
+from tests.helpers.synthetic import tree
+
+RECIPE = "moekern_recipe.yaml"
+LITTLE = ("--data", "a=book.txt", "--tokens", 1200, "--sequence-length", 64, "--seed", 3, "--no-forward")
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with text in it."""
+    monkeypatch.chdir(tmp_path)
+    text = "".join(path.read_text()[:3000] for path in sorted((TEXT / "c").iterdir())[:3])
+    Path("book.txt").write_text(text)
+    return tmp_path
+
+
+def again(*arguments: object) -> Done:
+    return moekern("run", "--recipe", "r.yaml", "--no-forward", *arguments)
+
+
+@pytest.mark.whole  # one count without a refit is the other test's
+def test_the_same_bytes_again_of_two_counts_and_a_refit(made: Path) -> None:
+    done = moekern(
+        "run", MODEL, *LITTLE, "--keep", "0.5", "--keep", 6, "--refit", "--criterion", "reap", "--out", "one"
+    )
+    assert done.returncode == 0, done.stderr
+    Path("r.yaml").write_bytes(Path("one-6", RECIPE).read_bytes())
+    done = again(MODEL, "--out", "two")
+    assert done.returncode == 0, done.stderr
+    for count in ("0.5", "6"):
+        assert tree(Path(f"one-{count}")) == tree(Path(f"two-{count}"))
+
+
+def test_the_same_bytes_again_and_no_flags_beside_it(made: Path) -> None:
+    done = moekern("run", MODEL, *LITTLE, "--keep", "0.5", "--criterion", "reap", "--no-quality", "--out", "one")
+    assert done.returncode == 0, done.stderr
+    Path("r.yaml").write_bytes(Path("one", RECIPE).read_bytes())
+    recipe = yaml.safe_load(Path("r.yaml").read_text())
+    assert (recipe["keep"], recipe["criterion"], recipe["quality"], recipe["tokens"]) == (
+        ["0.5"],
+        "reap",
+        False,
+        "1200",
+    )
+    for words, line in (
+        (("--keep", 4), "moekern: --keep: the recipe says it (keep); change it in a copy"),
+        (("--tokens", 1300), "--tokens: the recipe says it"),
+        (("--quality",), "--quality: the recipe says it"),
+        (("--allow-nonuniform",), "--allow-nonuniform: the recipe says it"),
+        (("--device", "nowhere"), "--device nowhere"),
+    ):
+        refused = again("--out", "no", *words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert line in refused.stderr
+    for change, line in (
+        ({"fingerprint": "0" * 64}, "is another model than the recipe's"),
+        ({"seed": 4}, "--data a: its tokens are not those that the recipe was written with"),
+        ({"criterion": "evil.py:score"}, "criterion evil.py:score is code, which a recipe alone does not start"),
+        ({"criterion": "reapp"}, "--criterion reapp: unknown"),
+        ({"dtype": "fp17"}, "--dtype fp17"),
+    ):
+        Path("r.yaml").write_text(yaml.safe_dump(recipe | change))
+        refused = again("--out", "no")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert line in refused.stderr
+    assert not Path("no").exists()
+    Path("r.yaml").write_bytes(Path("one", RECIPE).read_bytes())
+    done = again("--seed", 3, MODEL, "--out", "two")
+    assert done.returncode == 0, done.stderr
+    assert tree(Path("one")) == tree(Path("two"))
+    plans = [work_path(Path(name)) / "plan.json" for name in ("one", "two")]
+    assert plans[0].read_bytes() == plans[1].read_bytes()

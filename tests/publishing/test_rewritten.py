@@ -1,0 +1,112 @@
+"""What is added to a card stands in its place, and nothing else changes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from moekern.errors import InputError
+from moekern.plan.document import LayerPlan, Plan
+from moekern.pruning.prune import prune
+from moekern.publishing.rewritten import rewrite_card
+from moekern.verification.tensors import verify
+from tests.helpers.commands import moekern
+from tests.helpers.synthetic import qwen3, write
+
+PLAN = Plan({"0": LayerPlan((0, 2, 3, 7)), "1": LayerPlan((1, 4, 5, 6))}, {"statistics": "5" * 64, "tokens": {"a": 7}})
+LOSS = {"nll": 2.5, "kl": 0.25, "top1": 0.875, "tokens": 1234, "sequences": 9} | {
+    "nll_error": 0.5, "kl_error": None, "top1_error": 0.125,
+}  # fmt: skip
+LOSSES = {"losses": {"original": {"a": LOSS}, "half.json": {"a": LOSS}}}
+SCORE = {"model": "half.json", "task": "arc", "shots": 5, "metric": "acc", "filter": "none", "value": 0.5}
+SCORES = {"scores": [SCORE | {"stderr": 0.25, "questions": 100, "higher_is_better": True}]}
+PROMPTS = {"figures": {"greedy": {"half.json": {"ended": {"value": 0.75, "error": 0.125, "prompts": 8}}}}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = write(tmp_path / "in", *qwen3())
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    prune(source, PLAN, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("document", "row"),
+    [
+        (LOSSES, "| loss, nats a token | 1,234 tokens in 9 sequences of a | 2.5000 ± 0.5000 | 2.5000 ± 0.5000 |"),
+        (LOSSES, "| KL to the original | 1,234 tokens in 9 sequences of a |  | 0.2500 |"),
+        (SCORES, "| arc, 5 shots\\: acc | 100 questions |  | 0.5000 ± 0.2500 |"),
+        (PROMPTS, "| greedy\\: ended | 8 prompts |  | 0.7500 ± 0.1250 |"),
+    ],
+)
+def test_an_evaluation_takes_the_place_of_none_and_of_another(folder: Path, document: Any, row: str) -> None:
+    with (folder / "README.md").open("a") as file:
+        file.write("by hand\n")
+    before = lines(folder)
+    assert rewrite_card(folder, evaluation=document) == ["evaluation"]
+    assert row in lines(folder)
+    assert [line for line in before if line not in lines(folder)] == [
+        "Not measured yet: `moekern card FOLDER --evaluation evaluation.json` writes it here."
+    ]
+    once = lines(folder)
+    rewrite_card(folder, evaluation=document)
+    assert lines(folder) == once
+    assert verify(folder.parent / "in", PLAN, folder).problems == ()
+
+
+def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
+    sources = {"a": {"path": "org/set[python](train)"}, "b": {"path": "/home/me/book.txt"}}
+    header = {"tokens": {"a": 7, "b": 8}, "runs": [{"data": {"sources": sources}}]}
+    rewrite_card(folder, base="some/model", header=header, statistics="5" * 64)
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.base_model, card.data.datasets, card.data.license) == ("some/model", ["org/set"], "mit")
+    assert "| b | 8 | `book.txt` |" in lines(folder)
+    assert "The original is [some/model](https://huggingface.co/some/model)." in lines(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"base": "x"}, "--base-model x: expected the id of a model on the hub, OWNER/NAME"),
+        ({"base": "a/b\n---"}, "expected the id of a model"),
+        ({"header": {"tokens": {}, "runs": []}, "statistics": "6" * 64}, "--statistics: not those that the plan"),
+        ({"evaluation": {}}, "evaluation: no losses, scores or continuations that"),
+        ({"evaluation": {"losses": {"original": {"a": LOSS | {"nll": float("nan")}}}}}, "no losses, scores"),
+        ({"evaluation": {"losses": {"original": {"a": {"nll": 1}}}}}, "no losses, scores"),
+        ({"evaluation": {"losses": {"original": {"a": LOSS}}}}, "name which row of evaluation is this model's: none"),
+        ({"evaluation": LOSSES, "row": "x"}, "--row x: evaluation has no such row; beside the original's it has 'half"),
+        ({"evaluation": LOSSES | {"losses": LOSSES["losses"] | {"b": {"a": LOSS}}}}, "--row: name which row"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_and_nothing_written(folder: Path, given: dict[str, Any], line: str) -> None:
+    before = lines(folder)
+    with pytest.raises(InputError) as error:
+        rewrite_card(folder, **given)
+    assert line in str(error.value)
+    assert lines(folder) == before
+
+
+def test_cards_and_folders_that_are_no_pruned_ones(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"in/moekern_plan.json: no such file; name the folder of a checkpoint"):
+        rewrite_card(tmp_path / "in", base="a/b")
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"README.md: has no section 'evaluation' as moekern writes it"):
+        rewrite_card(folder, evaluation=LOSSES)
+    (folder / "README.md").unlink()
+    with pytest.raises(InputError, match=r"README.md: no such file"):
+        rewrite_card(folder, base="a/b")
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps(LOSSES))
+    done = moekern("card", folder, "--evaluation", tmp_path / "e.json", "--base-model", "a/b", "--json")
+    assert json.loads(done.stdout) == {"card": str(folder / "README.md"), "written": ["base_model", "evaluation"]}
+    for words in ((), ("--row", "x")):
+        assert moekern("card", folder, *words).returncode == 2
