@@ -124,7 +124,9 @@ def verify(
             check_plain(checkpoint, layout, plan)
             recompute = partial(_merged, old, layout, plan)
         if full and recompute is None and refit_of(plan) is not None:
-            what = "the recipe of provenance.refit is none of what its groups make of this model, so that nothing is made"
+            what = (
+                "the recipe of provenance.refit is none of what its groups make of this model; nothing can be computed"
+            )
             raise InputError(f"verify: --full: plan: {what} again; `refit --verify --full` does that of a refit")
         copied = [name for name in new.shards if name in expected and name not in claims]
         found, compared = _compare_all(copied, expected, old, new, step)
