@@ -27,7 +27,8 @@ def verify(
         bool, typer.Option("--forward", help="Also stream both models and compare logits with the masked original.")
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Compute merged experts of all layers again, and not of two.")
+        bool,
+        typer.Option("--full", help="Compute merged experts of all layers again, not of two; refused where none are."),
     ] = False,
     replace: Replace = None,
     statistics: ConstantsOf = None,
@@ -111,8 +112,8 @@ def _computed_line(report: VerifyReport) -> str:
     """What is known of tensors that stand in no source."""
     n = report.computed
     checked = f"{n - report.unchecked} of {n}" if report.unchecked else "all"
-    again = f"{report.recomputed} of them" if report.recomputed else "none of them"
+    again = f"{report.recomputed} of them were" if report.recomputed else "NONE of them was"
     return (
         f"refitted or merged: {n} tensors are computed, and have no original; the checksums of {checked} are those "
-        f"of that time, {again} were computed again"
+        f"of that time, {again} computed again"
     )

@@ -22,7 +22,7 @@ from moekern.model.compute import Compute
 from moekern.plan.budgets import Budget
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
-from moekern.plan.groups import check_plain, merged_into
+from moekern.plan.groups import check_mergeable, check_plain, merged_into
 from moekern.plan.router_rows import DOMINANT, check_routers
 from moekern.pruning.copying import Copy, room_needed
 from moekern.pruning.preflight import check_space
@@ -90,6 +90,7 @@ def by_text(text: Text, compute: Compute, grouping: Grouping, *, restart: bool) 
 
     def make(checkpoint: Checkpoint, side: Path) -> Plan:
         layout = find_layout(checkpoint)
+        check_mergeable(checkpoint, layout, layout.layers)
         if grouping.router != DOMINANT:
             check_routers(checkpoint, layout, layout.layers, grouping.router)
         settled = pipeline.told_compute(compute, checkpoint, layout)

@@ -17,7 +17,6 @@ from moekern.errors import InputError
 from moekern.model.experts import experts_of
 from moekern.model.projections import Views, halves, views
 
-ROW = 16  # bytes: torch's grouped products take rows of multiples of it
 INSTEAD = "take a plan without channels"
 
 
@@ -43,15 +42,6 @@ def check_cuttable(layer: nn.Module, key: str) -> Views:
         what = "its experts run in groups, which have all their channels"
         raise InputError(f"layer {key}: {what}; give more (--memory, --gpu-memory), or {INSTEAD}", kind="memory")
     return own
-
-
-def check_width(width: int, dtype: torch.dtype) -> None:
-    """Raise InputError for experts of so many channels that no products can be taken of them."""
-    unit = ROW // dtype.itemsize
-    if width % unit:
-        kind = str(dtype).removeprefix("torch.")
-        what = f"experts cannot be run with rows of {width} channels in {kind}"
-        raise InputError(f"{what}: take a multiple of {unit} channels")
 
 
 def check_channels(channels: Tensor, width: int, key: str) -> None:

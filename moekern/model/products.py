@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moekern.model import transformers_api
+from moekern.model.aligned import aligned
 
 FEW, EVEN = 16, 8  # rows of a product: at least so many, and a multiple of these
 SHARES = 120  # rows of an activation are a multiple of these, which 1 to 6 and 8 threads share evenly
@@ -53,7 +54,10 @@ def grouped_linear(
     """
     if rows.device.type != "cpu" or len(rows) == int(ends[-1]):
         each = None if bias is None else bias.repeat_interleave(_sizes(ends), dim=0, output_size=len(rows))
-        return transformers_api.grouped_linear(rows, weight, ends, each, is_transposed)
+        if all(aligned(size, weight) for size in weight.shape[1:]):
+            return transformers_api.grouped_linear(rows, weight, ends, each, is_transposed)
+        made = _one_by_one(rows, weight if is_transposed else weight.mT, ends)
+        return made if each is None else made + each
     weight = weight.mT if is_transposed else weight
     rows, library = rows.to(weight.dtype), library_of(weight.dtype)
     bounds = [0, *ends.tolist()]
@@ -89,6 +93,13 @@ def library_of(dtype: torch.dtype) -> str | None:
     known = dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     cpu = _cpu() if known else None
     return None if cpu is None else FASTEST.get(cpu)
+
+
+def _one_by_one(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Products with weight [E, C, R] of any sizes, which have a gradient; of rows behind the last zeros."""
+    bounds, rows = [0, *ends.tolist()], rows.to(weight.dtype)
+    made = [rows[start:stop] @ own for (start, stop), own in zip(pairwise(bounds), weight, strict=True) if stop > start]
+    return torch.cat([*made, rows.new_zeros(len(rows) - bounds[-1], weight.shape[2])])
 
 
 def _sizes(ends: Tensor) -> Tensor:

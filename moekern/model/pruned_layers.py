@@ -22,7 +22,7 @@ from moekern.errors import InputError
 from moekern.model.expert_lists import LIST, blocks_with_lists
 from moekern.model.memory import drop
 from moekern.model.merged_experts import Merging, combined_rows, merge_live, views_to_merge
-from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, check_width, narrow_live
+from moekern.model.narrow_layers import check_channels, check_cuttable, check_same, narrow_live
 from moekern.model.transformers_api import Loader, layers_with
 
 Size = tuple[int, int | None]  # experts, and their channels where some were cut
@@ -127,13 +127,11 @@ class LivePruner:
     def _check_channels(self, key: str, module: nn.Module, channels: Tensor, count: int) -> None:
         if key in self.widths:
             raise ValueError(f"[prune] channels: expected a layer with all of them, layer {key} has lost some already")
-        down = check_cuttable(module, key).down
-        width = down.shape[2]
+        width = check_cuttable(module, key).down.shape[2]
         if channels.ndim != 2 or len(channels) != count or not channels.shape[1]:
             what = f"expected [{count}, M] numbers for layer {key}"
             raise ValueError(f"[prune] channels: {what}, got {list(channels.shape)}")
         check_channels(channels, width, key)
-        check_width(channels.shape[1], down.dtype)
 
     def _narrow(self, key: str, module: nn.Module, count: int, picked: Tensor) -> None:
         """Cut channels of a layer that has the experts to be kept already."""

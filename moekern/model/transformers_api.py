@@ -40,6 +40,7 @@ from moekern.checkpoint.folder import CONFIG
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import MEMORY, InputError, first_line
 from moekern.model import dequantised
+from moekern.model.aligned import eager_where_odd
 from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
 from moekern.model.memory import Unfilled
 
@@ -94,8 +95,7 @@ class Loader:
         Raises InputError when no module list holds MoE blocks.
         """
         names = [name for name, module in self.model.named_modules() if is_experts_module(module)]
-        names += (name for name, _ in blocks_with_lists(self.model))
-        names += router_modules(self.model, self.model)
+        names += [*(name for name, _ in blocks_with_lists(self.model)), *router_modules(self.model, self.model)]
         lists = dict.fromkeys(filter(None, (_outermost_list(self.model, name) for name in names)))
         if not lists:
             raise InputError(f"{type(self.model).__name__}: no decoder layers with experts found in the model")
@@ -274,7 +274,7 @@ def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) ->
             model = cls._from_config(copy.deepcopy(config), dtype=dtype)
         if any(buffer.is_meta for buffer in model.buffers()):
             model = cls._from_config(config, dtype=dtype)
-    return model.eval()
+    return eager_where_odd(model.eval(), filter(is_experts_module, model.modules()))
 
 
 def layers_with(loader: Loader, numbers: Numbers) -> nn.ModuleList:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moekern.architectures.channels import PLAIN
@@ -79,9 +79,14 @@ def groups_document(groups: Sequence[Group] | None, keep: Sequence[int]) -> dict
 
 
 def check_plain(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> None:
-    """Raise InputError, naming a tensor, for a layer with groups whose experts are no plain matrices of gate, up and
-    down and their biases, and for one in which a table says which experts a token takes: it would name merged ones."""
-    for key in (key for key, given in plan.layers.items() if given.groups is not None):
+    """`check_mergeable` of the layers that have groups."""
+    check_mergeable(checkpoint, layout, [key for key, given in plan.layers.items() if given.groups is not None])
+
+
+def check_mergeable(checkpoint: Checkpoint, layout: Layout, keys: Iterable[str]) -> None:
+    """Raise InputError, naming a tensor, for a layer whose experts are no plain matrices of gate, up and down and their
+    biases, and for one in which a table says which experts a token takes: it would name merged ones."""
+    for key in keys:
         layer = layout.layers[key]
         known = {tensor.name for tensor in layer.refitted(all_parts=True)}
         for tensor in layer.of_role("expert"):

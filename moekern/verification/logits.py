@@ -23,7 +23,6 @@ from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import WHOLE, Channels, masked_layer
-from moekern.model.narrow_layers import check_width
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.substituted import substituted_layer
 from moekern.model.walk import Pass
@@ -90,8 +89,6 @@ def compare_forward(
             check_plan(applied, layout, checkpoint, replaced=True)
         with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
             batches = batches or random_batches(layerwise.vocab_size)
-            if plan.width is not None:
-                check_width(plan.width, chosen)
             masks = (dropped_experts(layout, applied), kept_channels(applied)) if constants is None else ({}, {})
             tasks = [MaskedTask(side, *masks, batch) for batch in batches]
             layers = len(layerwise.layers)

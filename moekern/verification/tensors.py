@@ -23,6 +23,7 @@ from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
 from moekern.plan.groups import check_plain, is_merged
+from moekern.plan.refit import refit_of
 from moekern.verification.computed import Claim, Recompute, claims_of, computed_tensors, layers_refitted
 from moekern.verification.config import config_problems
 from moekern.verification.constants import Vectors, constant_problems, is_known, replaced_in
@@ -88,7 +89,8 @@ def verify(
     were refitted, and the plan that their layers were, are held against the manifest's checksum instead of the source,
     and must be finite; so are those that moekern_recovery.json says were trained, against its checksum. recompute:
     gives the tensors of a refitted layer once more, name -> bytes (None: those of merged experts are computed here); of
-    the first one and another that the plan's digest draws they are compared, with `full` of all. vectors: the constants
+    the first one and another that the plan's digest draws they are compared, with `full` of all, which is refused of a
+    plan whose recipe is no merge's where nothing else computes it. vectors: the constants
     of a plan that replaces dropped experts, which are then compared; without, they must be finite, and have the
     manifest's checksum. Raises InputError when `source` or `plan` is at fault, never for what is in `pruned`.
     """
@@ -121,6 +123,11 @@ def verify(
         if recompute is None and is_merged(plan, checkpoint.fingerprint):
             check_plain(checkpoint, layout, plan)
             recompute = partial(_merged, old, layout, plan)
+        if full and recompute is None and refit_of(plan) is not None:
+            what = (
+                "the recipe of provenance.refit is none of what its groups make of this model; nothing can be computed"
+            )
+            raise InputError(f"verify: --full: plan: {what} again; `refit --verify --full` does that of a refit")
         copied = [name for name in new.shards if name in expected and name not in claims]
         found, compared = _compare_all(copied, expected, old, new, step)
         problems += found

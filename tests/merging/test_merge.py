@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -286,6 +287,16 @@ def test_a_command_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> N
         assert command(out).returncode == 0
         assert read(out) == read(tmp_path / "whole")
         assert {path.name for path in (tmp_path / f"out-{share}.moekern").iterdir()} == {"plan.json"}
+
+
+def test_what_cannot_be_merged_is_refused_before_any_text_is_read(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    command = ["merge-experts", str(family_checkpoint("deepseek_v4")), "--data", str(tmp_path / "text.npy")]
+    np.save(tmp_path / "text.npy", np.zeros(0, np.int64))  # of which no sequence could be made
+    done = CliRunner().invoke(app, [*command, "--keep", "4", "--method", "m-smoe", "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, InputError)
+    assert "a table of ids chooses its experts, so that none are merged" in str(done.exception)
 
 
 @pytest.mark.whole

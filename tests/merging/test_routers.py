@@ -173,7 +173,10 @@ def test_a_row_that_another_plan_would_make_is_found_out(tmp_path: Path) -> None
     other = merge_experts(open_checkpoint(source), replace(whole, provenance=told), tmp_path / "others")
     assert other.provenance["refit"]["recipe"] != whole.provenance["refit"]["recipe"]
     told["refit"] = whole.provenance["refit"]
-    assert verify(source, replace(whole, provenance=told), tmp_path / "out", full=True).problems != ()
+    forged = replace(whole, provenance=told)
+    assert verify(source, forged, tmp_path / "out").problems != ()
+    with pytest.raises(InputError, match="--full: plan: the recipe .* is none of what its groups make of this model"):
+        verify(source, forged, tmp_path / "out", full=True)
 
 
 def test_what_has_no_rows_to_combine_is_refused(family_checkpoint: MakeCheckpoint) -> None:

@@ -42,6 +42,18 @@ def test_products_are_those_of_each_row_with_its_experts_weight(
     torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=2 * eps * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_no_whole_16_bytes_have_products_and_gradients(transposed: bool) -> None:
+    hidden, tokens, ends, weight, bias = made(torch.float64, C=9, R=5)
+    held = (weight.mT.contiguous() if transposed else weight).requires_grad_()
+    rows = hidden[tokens].requires_grad_()
+    expert = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+    want = torch.einsum("nc,nrc->nr", rows, (held.mT if transposed else held)[expert]) + bias[expert]
+    got = grouped_linear(rows, held, ends, bias, transposed)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(each.square().sum(), (rows, held)) for each in (got, want)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_expert_alone_has_the_bits_that_it_has_among_others_for_any_threads(
     library: str | None, dtype: torch.dtype

@@ -99,8 +99,8 @@ def test_a_layer_pruned_for_a_while_is_the_same_again(
     model, ids = whole_model("gpt_oss"), families.input_ids("gpt_oss")
     layout, whole = find_layout(open_checkpoint(family_checkpoint("gpt_oss"))), families.forward(model, ids)
     pruner, found = LivePruner(loader_of(model), layout), []
-    for seed in (0, 1, 0):
-        with pruner.pruned("1", keep, random_channels(layout, {"1": keep}, 8, seed)["1"]):
+    for seed, width in ((0, 8), (1, 8), (0, 8), (2, 7)):  # rows of 7 numbers are no whole 16 bytes
+        with pruner.pruned("1", keep, random_channels(layout, {"1": keep}, width, seed)["1"]):
             found.append(families.forward(model, ids))
         assert torch.equal(families.forward(model, ids), whole)
     assert torch.equal(found[0], found[2])
@@ -114,8 +114,6 @@ def test_a_layer_pruned_for_a_while_is_the_same_again(
     ):
         with pytest.raises(InputError, match="layer 1: channel 24 is to stay, and its experts have channels 0 to 23"):
             refused()
-    with pytest.raises(InputError, match="rows of 6 channels .* take a multiple of 4"):
-        pruner.prune("1", keep, random_channels(layout, {"1": keep}, 6, 0)["1"])
 
 
 @torch.no_grad()

@@ -56,6 +56,12 @@ def text(name: str, sequences: int = 20, length: int = 12) -> TokenData:
     return TokenData(tuple(Batch("a", families.input_ids(name, 1, length, seed)) for seed in range(sequences)), {}, 4)
 
 
+def judged_text(name: str) -> TokenData:
+    """The part of it that a refit is judged by."""
+    split = Split.of(text(name))
+    return TokenData(tuple(b for b, use in zip(split.batches, split.uses, strict=True) if use == JUDGED), {})
+
+
 def half(folder: Path) -> Plan:
     layout = find_layout(open_checkpoint(folder))
     step = layout.num_experts // layout.n_group
@@ -100,10 +106,25 @@ def test_every_family_is_refitted_written_and_verified_or_refused(
     assert report.problems == ()
     assert report.computed
     assert compare_forward(source, whole, tmp_path / "out").equal
-    judged = Split.of(text(name))
-    data = TokenData(tuple(b for b, use in zip(judged.batches, judged.uses, strict=True) if use == JUDGED), {})
-    alone = evaluate(tmp_path / "out", data, {}, FLOAT32)
+    alone = evaluate(tmp_path / "out", judged_text(name), {}, FLOAT32)
     assert alone[ORIGINAL]["a"].nll == pytest.approx(made.losses["new"]["a"].nll, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "whole", "width"), [("qwen3_moe", 10, None), ("jetmoe", 24, 21)])
+def test_experts_of_any_width_are_refitted_and_evaluated(
+    name: str, whole: int, width: int | None, tmp_path: Path
+) -> None:
+    """torch's grouped products take rows of whole 16 bytes; jetmoe's attention has experts too."""
+    config = families.FAMILIES[name]()
+    setattr(config, "intermediate_size" if name == "jetmoe" else "moe_intermediate_size", whole)
+    families.build(name, config=lambda: config).save_pretrained(tmp_path / "model")
+    variant = Variant("new", half(tmp_path / "model"), width, Ridge(sweeps=1), Refine(epochs=1), tmp_path / "refit")
+    made = refit(tmp_path / "model", text(name), [variant], FLOAT32)
+    prune(tmp_path / "model", made.plans["new"], tmp_path / "out", refitted=tmp_path / "refit")
+    judged = evaluate(tmp_path / "out", judged_text(name), {}, FLOAT32)[ORIGINAL]["a"]
+    assert judged.nll == pytest.approx(made.losses["new"]["a"].nll, rel=1e-5)
+    assert find_layout(open_checkpoint(tmp_path / "out")).width == (width or whole)
+    assert compare_forward(tmp_path / "model", made.plans["new"], tmp_path / "out").equal
 
 
 @pytest.fixture

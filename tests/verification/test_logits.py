@@ -89,20 +89,18 @@ def test_a_wrong_checkpoint_is_not_equal(family_checkpoint: MakeCheckpoint, tmp_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(("name", "width"), [("qwen3_moe", 16), ("deepseek_v3", 16), ("qwen3_moe", 10)])
 def test_a_narrow_checkpoint_is_the_original_with_channels_silent(
-    name: str, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any], tmp_path: Path
+    name: str, width: int, family_checkpoint: MakeCheckpoint, whole_model: Callable[[str], Any], tmp_path: Path
 ) -> None:
     source, keep = family_checkpoint(name), (0, 2, 5, 7)
     layout = find_layout(open_checkpoint(source))
-    plan, other = (narrow_plan(layout, keep, 16, seed) for seed in (0, 1))
-    channels = random_channels(layout, dict.fromkeys(layout.layers, keep), 16, 0)
+    plan, other = (narrow_plan(layout, keep, width, seed) for seed in (0, 1))
+    channels = random_channels(layout, dict.fromkeys(layout.layers, keep), width, 0)
     out = save_narrow(whole_model(name), layout, plan, channels, tmp_path / "out")
     batches = (Batch("d", families.input_ids(name, 2, 16)),)
     assert compare_forward(source, plan, out, batches).equal
     assert not compare_forward(source, other, out, batches).equal
-    with pytest.raises(InputError, match="rows of 10 channels in float32: take a multiple of 4 channels"):
-        compare_forward(source, narrow_plan(layout, keep, 10, 0), out, batches)
 
 
 def test_channels_are_not_masked_where_experts_run_in_groups(
