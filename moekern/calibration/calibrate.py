@@ -102,7 +102,7 @@ def calibrate(
     check_data(data, checkpoint)
     layout, out = find_layout(checkpoint), None if out is None else Path(out)
     compute = settled(compute, checkpoint, layout)
-    check_tiers_of(wanted, compute.team, part)
+    check_tiers_of(wanted, part)
     measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens)
     groups: tuple[Part, ...] = ()
     if part is None and out is not None:
@@ -164,7 +164,7 @@ def measure_once(
         files.check_new(out)
     team = compute.team
     team.together(measure_once, checkpoint.folder, data, compute, tiers, replay_tokens, part=part)
-    team.check_alike(facts_of(checkpoint, compute))
+    team.check_alike(facts_of(checkpoint, compute, tiers))
     if out is None:
         held = HeldStore()
         with opened(None, {}, job.passes, team) as journal:  # of rank 0 of a team it may be there
@@ -198,7 +198,7 @@ class Job:
         """Measure every tier into `store`, or what a stopped run has left to do."""
         with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             if "gradient" in self.tiers:
-                check_gradients(layerwise, sum(self.data.tokens.values()))
+                check_gradients(layerwise, self.data)
             step = self._steps(layerwise)
             if journal is not None and journal.found is not None:
                 with undamaged(journal.folder):

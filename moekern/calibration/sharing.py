@@ -11,25 +11,20 @@ import torch
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Segment, TokenData, dealt
 from moekern.errors import InputError
-from moekern.measurement.tiers import TABLE, at_once, backends_of
+from moekern.measurement.tiers import at_once, backends_of
 from moekern.model.compute import Compute
 from moekern.model.products import library_of
 from moekern.statistics.parts import part_header
-from moekern.team import Part, Team
+from moekern.team import Part
 from moekern.version import versions
 
 
-def check_tiers_of(tiers: Collection[str], team: Team, part: Part | None = None) -> None:
-    """Raise InputError for a tier that needs all of the text in one process, or in one run."""
-    for tier in tiers:
-        if TABLE[tier].by == "backward" and team.size > 1:
-            raise InputError(
-                f"--tier {tier}: its sums are not split over processes; calibrate it in one, not by torchrun"
-            )
-        if part is not None and at_once((tier,)):
-            raise InputError(
-                f"--tier {tier}: it needs all of the text, and --part {part.number}/{part.of} has a share; leave it out"
-            )
+def check_tiers_of(tiers: Collection[str], part: Part | None) -> None:
+    """Raise InputError for a tier that needs all of the text, where a part has a share of it."""
+    if part is not None and (whole := at_once(tiers)):
+        raise InputError(
+            f"--tier {whole[0]}: it needs all of the text, and --part {part.number}/{part.of} has a share; leave it out"
+        )
 
 
 def deciding_threads(compute: Compute, tiers: Collection[str] = ()) -> int | None:
@@ -56,7 +51,7 @@ def recipe_of(data: TokenData, compute: Compute, tiers: Collection[str]) -> dict
     return dict(data.recipe) | {name: value for name, value in deciding.items() if value is not None}
 
 
-def facts_of(checkpoint: Checkpoint, compute: Compute) -> dict[str, object]:
+def facts_of(checkpoint: Checkpoint, compute: Compute, tiers: Collection[str] = ()) -> dict[str, object]:
     """What decides the bits of a process beside text and options, which rank 0 gives to all."""
     place = compute.place
     on_cpu = place.type == "cpu"
@@ -67,7 +62,7 @@ def facts_of(checkpoint: Checkpoint, compute: Compute) -> dict[str, object]:
         "config.json": checkpoint.config_sha256,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else chip,
         "kernels": ", ".join(sorted(set(backends.values()))),
-        "threads": deciding_threads(compute) or "1, 2, 4, ...",
+        "threads": deciding_threads(compute, tiers) or "1, 2, 4, ...",
         "products": deciding_library(compute) or "torch",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }

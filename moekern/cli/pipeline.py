@@ -94,7 +94,7 @@ def calibrate_to(
     check_work(out)
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
-    check_tiers_of(wanted, compute.team, part)
+    check_tiers_of(wanted, part)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     if stable is not None:

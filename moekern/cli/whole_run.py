@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
-from moekern.calibration.sharing import check_tiers_of
 from moekern.calibration.stable import Stable
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console, pipeline
@@ -157,7 +156,6 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     """Calibrate, plan, evaluate, prune, verify. What an earlier run with the same model and data left is used again."""
     wanted = wanted_tiers(asked.wanted, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
-    check_tiers_of(wanted, compute.team)
     checkpoint = open_checkpoint(folder)
     check_model_of(asked.recipe, checkpoint)
     layout = find_layout(checkpoint)

@@ -88,7 +88,9 @@ class Biased:
 
         first, layers = min(layerwise.moe_keys), len(layerwise.layers)
         with eager_experts(layerwise.model), layerwise.states() as states:
-            back = Backward(layerwise, first, states, samples, loss, what=WHAT, loaded=self._at, beside=term)
+            back = Backward(
+                layerwise, first, states, dict(enumerate(samples)), loss, what=WHAT, loaded=self._at, beside=term
+            )
             back.forward(lambda i: progress((i + 1) / layers / 3))
             for i in back.layers():
                 self._at(i)

@@ -88,7 +88,7 @@ class Masked:
 
         first, layers = min(layerwise.moe_keys), len(layerwise.layers)
         with eager_experts(layerwise.model), layerwise.states() as states:
-            back = Backward(layerwise, first, states, tasks, loss, what=WHAT, loaded=self._at)
+            back = Backward(layerwise, first, states, dict(enumerate(tasks)), loss, what=WHAT, loaded=self._at)
             back.forward(lambda i: progress((i + 1) / layers / 3))
             for i in back.layers():
                 self._at(i)

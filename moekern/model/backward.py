@@ -8,7 +8,7 @@ input to the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -35,7 +35,7 @@ class Backward(Generic[Task]):
     layerwise: LayerwiseModel
     first: int
     store: States  # by (what it is, layer or -1, task)
-    tasks: Sequence[Task]
+    tasks: Mapping[int, Task]  # by number; of several processes each has its own
     loss: Callable[[Task], Tensor]
     kept: Callable[[], Any] = lambda: None  # what another process must know that goes on with this
     what: str = "--tier gradient"  # what it is for, in refusals
@@ -51,7 +51,7 @@ class Backward(Generic[Task]):
         run = _Forward(self, progress)
         with run.hooked():
             try:
-                self.layerwise.run_stepwise(list(enumerate(self.tasks)), run, self.store, stage)
+                self.layerwise.run_stepwise(list(self.tasks.items()), run, self.store, stage)
             except Tangled as found:
                 raise self.refusal(found.layer) from None
 
@@ -61,7 +61,7 @@ class Backward(Generic[Task]):
         run, order = _Alone(self), range(len(self.layerwise.layers) - 1, self.first - 1, -1)
         done = 0
         if stage is not None and stage.left is not None:
-            self.layerwise.take_over(stage, self.store, len(order))
+            self.layerwise.take_over(stage, self.store, len(order), [("gradient", -1, task) for task in self.tasks])
             done = stage.left.layer
         with self.layerwise.stepwise(run, self.store) as self.steps:
             for i in self.layerwise.visit(order[done:]):
@@ -150,6 +150,9 @@ class _Forward(Pass[tuple[int, Task]]):
         self.back, self.progress = back, progress
         self.running = 0
         self.leaves: dict[int, Tensor] = {}
+
+    def label(self, number: int, task: tuple[int, Task]) -> int:
+        return task[0]
 
     def forward(self, task: tuple[int, Task]) -> None:
         number, batch = task

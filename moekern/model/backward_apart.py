@@ -51,13 +51,12 @@ class BackwardApart(Generic[Task]):
     layer: int
     kept: States = field(init=False)
     rows: _Leaves = field(init=False)
-    left: int = field(init=False)  # tasks that have not been through `groups`
 
     def __enter__(self) -> BackwardApart[Task]:
-        layerwise, tasks = self.back.layerwise, range(len(self.back.tasks))
-        self.kept, self.left = layerwise.states_beside(self.back.store), len(tasks)
+        layerwise = self.back.layerwise
+        self.kept = layerwise.states_beside(self.back.store)
         self.rows = _Leaves(layerwise.groups.cuts[self.layer], self.kept, layerwise.device)
-        for task in tasks:
+        for task in self.back.tasks:
             self._run(task)
         self.rows.compute(lambda wanted: layerwise.filled(self.layer, wanted, layerwise.groups.numbers[self.layer, 0]))
         return self
@@ -81,13 +80,14 @@ class BackwardApart(Generic[Task]):
                 self.kept.put((name, task), State(gradient, {}))
         return found[2:]
 
-    def groups(self, tasks: Sequence[int]) -> Iterator[tuple[range, nn.Module]]:
-        """The experts of each group that these tasks want, with a layer that holds them, for `weights`."""
+    def groups(self, tasks: Sequence[int], *, last: bool) -> Iterator[tuple[range, nn.Module]]:
+        """The experts of each group that these tasks, or those of other processes, want, with a layer that holds them,
+        for `weights`; `last`: no others will."""
         layerwise, groups = self.back.layerwise, self.rows.groups
-        self.left -= len(tasks)
         before = self.layer - 1 if self.layer > self.back.first else None
-        then = layerwise.groups.numbers[self.layer, 0] if self.left else before
-        wanted = [g for g, experts in enumerate(groups) if any(self._rows_of(task, experts) for task in tasks)]
+        then = before if last else layerwise.groups.numbers[self.layer, 0]
+        own = [g for g, experts in enumerate(groups) if any(self._rows_of(task, experts) for task in tasks)]
+        wanted = sorted(set().union(*layerwise.team.every(own)))
         for g, layer in layerwise.filled(self.layer, wanted, then):
             yield groups[g], layer
 

@@ -191,14 +191,15 @@ class Stage:
         at = self.journal.found
         return at if at is not None and at.stage == self.name and not self.anew else None
 
-    def take_over(self, states: States, own: Collection[int] = ()) -> None:
-        """Let `states` have what a stopped run has left, which must hold those of a rank's `own` tasks; of several
-        ranks each has no other. Raises InputError where some are not there."""
+    def take_over(self, states: States, own: Collection[Any] = ()) -> None:
+        """Let `states` have what a stopped run has left, which must hold a rank's `own`, a name for each of its tasks;
+        of several ranks each has no other tasks'. Raises InputError where some are not there."""
         journal, saved = self.journal, self.journal.saved
         if self.left is not None and not self.left.complete and not all(name in saved for name in own):
             raise InputError(f"{journal.folder}: what a stopped run has left there lacks some of the text; {ANEW}")
         lasting = {name for held in journal.lasting.values() for name in held}
-        mine = [name for name in saved if journal.team.size == 1 or name in own]
+        tasks = set(map(_task_of, own))
+        mine = [name for name in saved if journal.team.size == 1 or _task_of(name) in tasks]
         states.take_over(saved, mine, lasting)
 
     def save(
@@ -224,6 +225,11 @@ class Stage:
             journal.save(position, states)
             journal.ended = time.monotonic()
             journal.cost = journal.ended - start
+
+
+def _task_of(name: Any) -> Any:
+    """The number of the task whose state has this name."""
+    return name[-1] if isinstance(name, tuple) else name
 
 
 @contextmanager

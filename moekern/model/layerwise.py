@@ -175,16 +175,7 @@ class LayerwiseModel:
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         beside = ((states, "hidden states"), (apart, "experts' rows"), (more, named))
         what = " and ".join(f"{sized(n)} of {each}" for n, each in beside if n)
-        beyond, refused = 0, None
-        try:
-            beyond = self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
-        except NoRoomForText as found:
-            refused = found.message, found.tokens
-        told = [(each[1], rank, each[0]) for rank, each in enumerate(self.team.every(refused)) if each is not None]
-        if not told:
-            return what, beyond
-        fitting, rank, why = min(told)
-        raise NoRoomForText(why if self.team.size == 1 else f"rank {rank}: {why}", fitting)
+        return what, self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
 
     def rows_apart(self, tokens: int) -> int:
         """Bytes of what experts that are run in groups are given, and put out, for so many tokens."""
@@ -192,14 +183,20 @@ class LayerwiseModel:
         return tokens * (row + slots * (row + 8)) if self.groups.cuts else 0
 
     def check_room(self, nbytes: int, what: str, tokens: int) -> int:
-        """How many of the bytes of so many tokens go to a file. Raises NoRoomForText where the disk has no room."""
+        """How many of the bytes of so many tokens go to a file. Raises NoRoomForText where the disk has no room, on
+        every rank where one has too little."""
         beyond, folder = max(0, nbytes - self.takes.room), self.spill or Path(tempfile.gettempdir())
         free = shutil.disk_usage(folder).free // self.team.local_size  # which ranks of a node share, as memory
+        refused = None
         if beyond > free:
             room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
             ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
-            raise NoRoomForText(f"{what}: {room}; {ways}", (self.takes.room + free) * tokens // nbytes)
-        return beyond
+            refused = f"{what}: {room}; {ways}", (self.takes.room + free) * tokens // nbytes
+        told = [(each[1], rank, each[0]) for rank, each in enumerate(self.team.every(refused)) if each is not None]
+        if not told:
+            return beyond
+        fitting, rank, why = min(told)
+        raise NoRoomForText(why if self.team.size == 1 else f"rank {rank}: {why}", fitting)
 
     def check_whole(self, what: str) -> None:
         """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
@@ -260,8 +257,8 @@ class LayerwiseModel:
         finally:
             self._let_go()
 
-    def take_over(self, stage: Stage, states: States | None, of: int, own: Collection[int] = ()) -> None:
-        """What a stopped run has left of a stage of `of` layers, for this process's `own` tasks.
+    def take_over(self, stage: Stage, states: States | None, of: int, own: Collection[Any] = ()) -> None:
+        """What a stopped run has left of a stage of `of` layers, for this process's `own` tasks, see `Stage`.
 
         Raises InputError where it is of another number of layers.
         """

@@ -61,7 +61,7 @@ class Steps:
         with eager_experts(layerwise.model), layerwise.states() as states:
             trained.put_in(None)
             back = Backward(
-                layerwise, first, states, mine, loss,
+                layerwise, first, states, dict(enumerate(mine)), loss,
                 what=WHAT, loaded=trained.put_in, done=trained.take_out, beside=routers.term,
                 outside=trained.parameters(None),
             )  # fmt: skip

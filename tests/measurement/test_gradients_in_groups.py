@@ -152,7 +152,7 @@ def test_sums_that_are_not_finite_are_refused(
 ) -> None:
     folder = family_checkpoint("qwen3_moe")
     tighten(monkeypatch, folder, F32)
-    plain: Any = gradients._taylor
-    monkeypatch.setattr(gradients, "_taylor", lambda parts, totals: plain(parts, totals) * torch.nan)
+    plain: Any = gradients.taylor
+    monkeypatch.setattr(gradients, "taylor", lambda parts, totals: plain(parts, totals) * torch.nan)
     with pytest.raises(InputError, match="layer 3, domain a: taylor_sum for experts 0, .*: the gradients overflow"):
         calibrate(folder, text("qwen3_moe"), F32, tiers=("gradient",))

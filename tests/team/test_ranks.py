@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import dealt
 from moekern.demo import MODEL, TEXT
+from moekern.model.compute import Compute
 from moekern.plan.document import LayerPlan, Plan
 from moekern.statistics.layer import TIERS
 from tests.helpers.commands import Done, contents, model_and_ids, moekern
 from tests.helpers.ranks import ended, started, torchrun
-from tests.helpers.tight import little_room
+from tests.helpers.tight import little_room, tighten
 
 C, GERMAN = TEXT / "c" / "calibration.txt", TEXT / "german" / "calibration.txt"
 TEXTS = ["--data", f"c={C}:0.7", "--data", f"de={GERMAN}:0.3", "--tokens", 700, "--sequence-length", 32]
@@ -38,7 +39,7 @@ def well(done: list[Done]) -> None:
 
 @pytest.mark.parametrize("ranks", [[(4, 2)], pytest.param([(2, 1), (3, 1)], marks=pytest.mark.whole)])
 def test_statistics_are_those_of_one_process(tmp_path: Path, ranks: list[tuple[int, int]]) -> None:
-    """Every tier that is split, for 1 to 4 ranks, the last of them on two nodes."""
+    """Every tier but gradients, for 1 to 4 ranks, the last of them on two nodes."""
     command = ["calibrate", MODEL, *WORDS, *FLOAT32, *SPLIT, "--replay-tokens", 20]
     for size, nodes in ((1, 1), *ranks):
         well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s", nodes=nodes))
@@ -62,6 +63,29 @@ def test_ranks_without_text_help_too(tmp_path: Path) -> None:
     ]
     for size in (1, 3):
         well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s"))
+    assert (tmp_path / "1.s").read_bytes() == (tmp_path / "3.s").read_bytes()
+
+
+def in_groups(folder: Path, rank: int) -> None:
+    """Layers are larger than the budget."""
+    tighten(pytest.MonkeyPatch(), folder, Compute(dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("budget", "nodes"),
+    [("groups", 1), *(pytest.param(*each, marks=pytest.mark.whole) for each in (("groups", 3), ("layers", 1)))],
+)
+def test_gradients_are_those_of_one_process(tmp_path: Path, budget: str, nodes: int) -> None:
+    """Of three ranks each of two has a domain, and one no text."""
+    model_and_ids(tmp_path)
+    model, ids = tmp_path / "model", tmp_path / "ids.npy"
+    text = ["--data", f"a={ids}:3", "--data", f"b={ids}:2", "--tokens", 40, "--sequence-length", 24]
+    command = ["calibrate", model, *text, *FLOAT32, "--tier", "gradient"]
+    for size in (1, 3):
+        out, places = tmp_path / f"{size}.s", nodes if size > 1 else 1
+        tight = partial(in_groups, model) if budget == "groups" else None
+        well(torchrun(tmp_path / f"said-{size}", size, *command, "--out", out, before=tight, nodes=places))
+    assert ("experts run in 2 groups" in (tmp_path / "said-1" / "0.err").read_text()) == (budget == "groups")
     assert (tmp_path / "1.s").read_bytes() == (tmp_path / "3.s").read_bytes()
 
 
@@ -187,10 +211,10 @@ def test_what_no_ranks_share_is_done_by_one(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_input_is_one_line(tmp_path: Path) -> None:
-    command = ["calibrate", MODEL, *WORDS, "--tier", "gradient", "--out", tmp_path / "s"]
+    command = ["calibrate", MODEL, *WORDS, "--tier", "gradient", "--part", "1/2", "--out", tmp_path / "s"]
     done = torchrun(tmp_path / "said", 2, *command)
     assert [each.returncode for each in done] == [2, 2]
-    assert done[0].stderr.startswith("moekern: --tier gradient: its sums are not split over processes")
+    assert done[0].stderr.startswith("moekern: --tier gradient: it needs all of the text, and --part 1/2 has a share")
     assert (done[0].stderr.count("\n"), done[1].stderr) == (1, "")
     assert not (tmp_path / "s").exists()
 
@@ -213,10 +237,8 @@ def fail_in_a_layer(failing: int, how: str, rank: int) -> None:
 @pytest.mark.parametrize(("failing", "how"), [(1, "killed"), (0, "killed"), (2, "raised")])
 def test_a_rank_that_dies_ends_the_run(tmp_path: Path, failing: int, how: str) -> None:
     command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--out", tmp_path / "s"]
-    begun = time.monotonic()
     processes = started(tmp_path / "said", 3, command, partial(fail_in_a_layer, failing, how))
     done = ended(tmp_path / "said", processes, seconds=100)
-    assert time.monotonic() - begun < 90
     assert all(each.returncode for each in done)
     others = [rank for rank in range(3) if rank != failing]
     assert [done[rank].returncode for rank in others] == [2, 2], done

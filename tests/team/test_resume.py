@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(work: Path, name: str, out: Path) -> Sequence[object]:
-    """What each of them does: two passes with tiers, two rounds, losses of a plan, all of it."""
+    """What each of them does: two passes with tiers, gradients, two rounds, losses of a plan, all of it."""
     ids = work / "ids.npy"
     text = ("--data", f"a={ids}", "--data", f"b={ids}:2", "--sequence-length", 16, "--tokens", 160, "--chunk", 1)
     tiers = ("--tier", "outliers", "--tier", "replay", "--replay-tokens", 10)
@@ -40,6 +40,7 @@ def command(work: Path, name: str, out: Path) -> Sequence[object]:
     model, dtype = work / "model", ("--dtype", "fp32")
     return {
         "calibrate": ("calibrate", model, *text, *dtype, *tiers, "--out", out),
+        "gradients": ("calibrate", model, *text, *dtype, "--tier", "gradient", "--out", out),
         "iterate": ("iterate", model, *text, *dtype, *rounds, "--out", out),
         "evaluate": ("evaluate", model, work / "plan.json", *text[:-2], *dtype, "--batch-size", 1,
                      "--spill", out.parent, "--json"),
@@ -109,6 +110,7 @@ def gone_on(folder: Path, size: int, words: Sequence[object]) -> Done:
 # Layers are loaded 4 times a pass: the command, then (ranks, layer that is come to, rank that is killed) of each try.
 TRIES: list[Any] = [
     ("calibrate", [(2, 3, 1), (1, 4, 0)]),  # the first pass at layer 3, the second at 2
+    pytest.param("gradients", [(2, 7, 1), (1, 4, 0)], marks=pytest.mark.whole),  # the way forward, and the way back
     pytest.param("calibrate", [(2, 3, 1), (3, 4, 0), (1, 2, 0), (2, 1, 1)], marks=pytest.mark.whole),
     pytest.param("iterate", [(2, 3, 1), (1, 5, 0)], marks=pytest.mark.whole),  # both rounds
     ("evaluate", [(2, 2, 0), (3, 2, 1)]),
