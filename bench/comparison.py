@@ -19,7 +19,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from bench.comparison_tables import markdown
 from bench.comparison_ways import KINDS, TRAINED, Way, fitted, planned
 from bench.criteria import loss, read
-from bench.draws import finish, text_of, with_record
+from bench.draws import draw_of, finish, text_of, with_record
 from bench.refit import FITS, SHAPED, Draw, timed
 from bench.rounding import twin
 from bench.ruler import Routed, Ruler
@@ -37,7 +37,7 @@ from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.criteria.table import CRITERIA, DEFAULT
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import TokenData
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL, Row
@@ -261,8 +261,7 @@ def _draw(
     }
     if not any(map(any, left.values())):
         return
-    data = text_of(options, options.data, options.tokens, seed).read(ruler.checkpoint)
-    data, both = apart(data, ruler.judged)
+    data, both = draw_of(options, ruler.checkpoint, ruler.judged, seed)
     work.mkdir()
     bench = Bench(ruler, routed, data, options.criterion, seed, work, options.steps)
     own = {"seed": seed, "tokens": sum(data.tokens.values()), "left_out": both}
@@ -274,25 +273,6 @@ def _draw(
 
 def _wanted(options: argparse.Namespace, name: str, kind: str) -> bool:
     return not options.only or name in options.only or kind in options.only
-
-
-def apart(data: TokenData, judged: TokenData) -> tuple[TokenData, int]:
-    """The text without the sequences that are judged too, and how many these were. Raises InputError where it has no
-    others."""
-    seen = {_ids(row) for batch in judged.batches for row in batch.each()}
-    rows = [row for batch in data.batches for row in batch.each()]
-    kept = tuple(row for row in rows if _ids(row) not in seen)
-    if not kept:
-        raise InputError("--held-out: it has all sequences of --data; give text that this does not hold")
-    if len(kept) == len(rows):
-        return data, 0
-    rest = replace(data, batches=kept)
-    missing = {domain: tokens - rest.tokens.get(domain, 0) for domain, tokens in data.tokens.items()}
-    return replace(rest, recipe={**data.recipe, "held_out": missing}).by_chunk(), len(rows) - len(kept)
-
-
-def _ids(batch: Batch) -> bytes:
-    return batch.input_ids.numpy().tobytes()
 
 
 def _check_record(path: Path | None, lines: Sequence[Line], setting: Line) -> None:

@@ -33,9 +33,11 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli.pipeline import losses_of
 from moekern.criteria import CRITERIA
 from moekern.criteria.table import described
+from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
+from moekern.evaluation.held_out import apart
 from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.model.compute import Compute
@@ -73,7 +75,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     for seed in range(options.seeds):
         if seed in there:
             continue
-        plans = {json.dumps(key): plan for key, plan in made_plans(checkpoint, options, seed)}
+        plans = {json.dumps(key): plan for key, plan in made_plans(checkpoint, options, seed, held_out)}
         losses = losses_of(checkpoint, held_out, COMPUTE, plans, None, f"seed {seed}: evaluating {len(plans)} plans")
         found: list[Line] = []
         if not lines:
@@ -99,11 +101,19 @@ def _text(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: i
     )
 
 
+def drawn(text: Text, checkpoint: Checkpoint, judged: TokenData) -> tuple[TokenData, int]:
+    """A draw of calibration text, without its sequences that are judged too, and how many these were."""
+    data, both = apart(text.read(checkpoint), judged)
+    if both:
+        print(f"seed {text.seed}: {both} sequences that are judged too are left out", file=sys.stderr, flush=True)
+    return data, both
+
+
 def made_plans(
-    checkpoint: Checkpoint, options: argparse.Namespace, seed: int
+    checkpoint: Checkpoint, options: argparse.Namespace, seed: int, judged: TokenData
 ) -> Iterator[tuple[tuple[str, float, str], Plan]]:
     """(criterion, share, method) -> plan, all from one draw of the text."""
-    data = _text(options, options.data, options.tokens, seed).read(checkpoint)
+    data, _ = drawn(_text(options, options.data, options.tokens, seed), checkpoint, judged)
     start = time.perf_counter()
     sums = calibrate(checkpoint, data, COMPUTE, tiers=TIERS)
     print(f"seed {seed}: calibrated with every tier: {time.perf_counter() - start:.0f} s", file=sys.stderr)

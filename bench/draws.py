@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.criteria import read
+from bench.criteria import drawn, read
+from moekern.checkpoint.folder import Checkpoint
+from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
@@ -43,6 +45,11 @@ def with_record(parser: argparse.ArgumentParser) -> None:
 def text_of(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
     """A draw of text."""
     return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
+
+
+def draw_of(options: argparse.Namespace, checkpoint: Checkpoint, judged: TokenData, seed: int) -> tuple[TokenData, int]:
+    """What a seed draws of the calibration text; see `drawn`."""
+    return drawn(text_of(options, options.data, options.tokens, seed), checkpoint, judged)
 
 
 def finish(

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.criteria import COMPUTE, loss, read, spread
-from bench.draws import finish, parser_of, text_of
+from bench.draws import draw_of, finish, parser_of, text_of
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     for seed in options.seeds:
         if seed in there:
             continue
-        data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
+        data, _ = draw_of(options, checkpoint, judged, seed)
         sums = calibrate(checkpoint, data, COMPUTE, tiers=("replay",))
         base = {
             **machine(), "versions": versions(), "model": options.model.name, "tokens": sum(data.tokens.values()),

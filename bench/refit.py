@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.criteria import COMPUTE, SHARES, loss, read, spread
-from bench.draws import finish, parser_of, text_of
+from bench.draws import draw_of, finish, parser_of, text_of
 from moekern.architectures import find_layout
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     for seed in options.seeds:
         if seed in there:
             continue
-        data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
+        data, _ = draw_of(options, checkpoint, judged, seed)
         base = {
             **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
             "criterion": options.criterion, "tokens": sum(data.tokens.values()),

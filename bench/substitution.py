@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.criteria import COMPUTE, Line, loss, read, spread
-from bench.draws import finish, parser_of, text_of
+from bench.draws import draw_of, finish, parser_of, text_of
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli.pipeline import losses_of
+from moekern.data.batches import TokenData
 from moekern.evaluation.losses import ORIGINAL
 from moekern.plan.budgets import Budget
 from moekern.plan.document import Plan
@@ -47,7 +48,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     for seed in (seed for seed in options.seeds if seed not in there):
         with tempfile.TemporaryDirectory() as place:
             sums = Path(place) / "s.safetensors"
-            plans = made_plans(checkpoint, options, seed, sums)
+            plans = made_plans(checkpoint, options, seed, sums, held_out)
             named = {f"{share} {method}": plan for (share, method), plan in plans.items()}
             losses = losses_of(checkpoint, held_out, COMPUTE, named, None, f"seed {seed}", statistics=sums)
         keys = [(1.0, ORIGINAL), *plans] if not lines else list(plans)
@@ -64,10 +65,10 @@ def measure(options: argparse.Namespace) -> list[Line]:
 
 
 def made_plans(
-    checkpoint: Checkpoint, options: argparse.Namespace, seed: int, sums: Path
+    checkpoint: Checkpoint, options: argparse.Namespace, seed: int, sums: Path, judged: TokenData
 ) -> dict[tuple[float, str], Plan]:
     """(share, method) -> plan, all from one draw of the text, whose statistics are saved."""
-    data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
+    data, _ = draw_of(options, checkpoint, judged, seed)
     calibrate(checkpoint, data, COMPUTE, tiers=TIERS, out=sums)
     statistics, plans = Statistics.load(sums), dict[tuple[float, str], Plan]()
     for share in options.shares:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+CONTEXT = 32_768  # tokens of the KV cache that memory is told with, at most
 
 
 def report(
@@ -32,19 +33,19 @@ def report(
         str | None, typer.Option(help="The model, of which headers are read: sizes before and after.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the page there: one file of HTML.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write a picture there: the cut curve, and the experts that go.")
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="Show the essentials here.")] = False,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """One page that shows a pruning: recipe, losses, cut curves, experts layer by layer, stability; in one file that
-    loads nothing from elsewhere (--out), or in the terminal (--text)."""
+    loads nothing from elsewhere (--out), or in the terminal (--text); and a picture of it (--png)."""
     check_statistics(statistics)
-    if out is None and not text and not as_json:
+    if out is None and png is None and not text and not as_json:
         raise InputError("report: nowhere to write; name the page with --out report.html, or add --text or --json")
-    if out is not None:
-        check_new(out)
-        if out.suffix not in (".html", ".htm"):
-            raise InputError(f"--out {out}: a report is HTML; name a file that ends in .html")
+    _check_written(out, png)
     if checkpoint is not None:
         check_model(checkpoint)
     elif revision is not None:
@@ -60,17 +61,43 @@ def report(
         losses = read_losses(evaluation)
     measured, given = Statistics.load(statistics), named_plans("report", plans or ())
     names, judged = short_names(given), short_names(losses["losses"] if losses else ())
-    seen = None if checkpoint is None else _overview(checkpoint, revision, measured)
+    seen, cache = (None, None) if checkpoint is None else _sizes(checkpoint, revision, measured)
     named = {names[path]: plan for path, plan in given.items()}
-    found = report_of(measured, named, losses, seen, judged)
+    found = report_of(measured, named, losses, seen, judged, cache)
+    _write(found, out, png)
+    result(found, lambda: show_report(found) if text else None)
+
+
+def _check_written(out: Path | None, png: Path | None) -> None:
+    """Raise InputError for files that may not be written, or not as what their names say."""
+    if out is not None:
+        check_new(out)
+        if out.suffix not in (".html", ".htm"):
+            raise InputError(f"--out {out}: a report is HTML; name a file that ends in .html")
+    if png is not None:
+        check_new(png)
+        if png.suffix != ".png":
+            raise InputError(f"--png {png}: name a file that ends in .png")
+        from moekern.report.picture import check_installed
+
+        check_installed()
+
+
+def _write(found: Mapping[str, Any], out: Path | None, png: Path | None) -> None:
+    """The page and the picture, both made before either is written."""
+    made: dict[Path, bytes] = {}
     if out is not None:
         from moekern.report.page import page_of
 
-        page = page_of(found).encode()
-        make_parents(out)
-        write_bytes(out, page, new=True)
-        say(f"{out}: {sized(len(page))}")
-    result(found, lambda: show_report(found) if text else None)
+        made[out] = page_of(found).encode()
+    if png is not None:
+        from moekern.report.picture import picture_of
+
+        made[png] = picture_of(found)
+    for path, content in made.items():
+        make_parents(path)
+        write_bytes(path, content, new=True)
+        say(f"{path}: {sized(len(content))}")
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
@@ -80,22 +107,31 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return {path: Path(path).stem if count[Path(path).stem] == 1 else path for path in known}
 
 
-def _overview(name: str, revision: str | None, statistics: Statistics) -> Overview:
-    """Raises InputError for a checkpoint that the statistics are not of."""
+def _sizes(name: str, revision: str | None, statistics: Statistics) -> tuple[Overview, dict[str, int] | None]:
+    """What the checkpoint's headers tell, and its KV cache, None where config.json does not tell. Raises InputError for
+    a checkpoint that the statistics are not of."""
     from moekern.architectures import find_layout
     from moekern.architectures.twins import router_numbers, same_routers
+    from moekern.data.text import config_number
+    from moekern.estimation.footprint import cache_bytes
     from moekern.estimation.overview import overview
 
     checkpoint = headers_of(name, revision)
+    layout = find_layout(checkpoint)
     seen, header = overview(checkpoint), statistics.header
     if seen.fingerprint != header["fingerprint"]:
         known = header.get("routers")
-        if not known or not same_routers(known, router_numbers(checkpoint, find_layout(checkpoint))):
+        if not known or not same_routers(known, router_numbers(checkpoint, layout)):
             raise InputError(
                 f"--checkpoint {checkpoint.name}: the statistics were measured on another model (fingerprint "
                 f"{header['fingerprint'][:12]}, this checkpoint has {seen.fingerprint[:12]}), and no twin of it"
             )
-    return seen
+    longest = config_number(checkpoint, "max_position_embeddings") or CONTEXT
+    try:
+        tokens = min(longest, CONTEXT)
+        return seen, {"tokens": tokens, "bytes": cache_bytes(checkpoint.config, layout.family.holder, tokens)}
+    except InputError:
+        return seen, None
 
 
 def strip(values: Sequence[float | None], top: float | None = None) -> str:
@@ -109,7 +145,7 @@ def strip(values: Sequence[float | None], top: float | None = None) -> str:
 
 def show_report(found: Mapping[str, Any]) -> None:
     """The essentials, in tables."""
-    from moekern.report.page import figure, number, percent
+    from moekern.report.page import figure, mean_of, number, percent
 
     model = found["model"]
     experts = " or ".join(map(str, model["experts"]))
@@ -118,6 +154,8 @@ def show_report(found: Mapping[str, Any]) -> None:
         ("MoE layers, experts, top-k", f"{model['layers']}, {experts}, {model['top_k']}"),
         *((("size", sized(model["bytes"])),) if model["bytes"] else ()),
         *((f"after {name}", sized(after)) for name, after in model["after"].items()),
+        *(((f"KV cache of {number(model['cache']['tokens'])} tokens", sized(model["cache"]["bytes"])),)
+          if model["cache"] else ()),
         *((f"text: {each['name']}", f"{number(each['tokens'])} tokens") for run in found["runs"]
           for each in run["domains"]),
     ])  # fmt: skip
@@ -132,9 +170,13 @@ def show_report(found: Mapping[str, Any]) -> None:
             (c["name"], c["criterion"], *(percent(c["cut"][name]) for name in ("experts", "saliency", "tokens")))
             for c in cuts
         ])  # fmt: skip
-    show("saliency removed when so many experts go", ("order", "25 %", "50 %", "75 %", "0 to 100 %"), [
+    show("saliency removed when so many experts go", ("order", "25 %", "50 %", "75 %", "knee: experts", "0 to 100 %"), [
         (c["name"], *(percent(c["saliency"][len(c["saliency"]) * n // 4]) for n in (1, 2, 3)),
-         strip(c["saliency"][::2], 1.0)) for c in found["curves"]
+         percent(c["knee"]["experts"]) if c["knee"] else "-", strip(c["saliency"][::2], 1.0)) for c in found["curves"]
+    ])  # fmt: skip
+    show("rank correlation of scores, means of layers", ("order", "with tokens", "mean gate", "mean output norm"), [
+        (name, *(number(mean_of([layer[what] for layer in layers])) for what in ("count", "gate", "norm")))
+        for name, layers in found["follows"].items()
     ])  # fmt: skip
     show("layer by layer, a block a layer", ("what", "layers", "highest"), _strips(found))
     for line in found["warnings"]:

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.before_after import pairs_document
-from moekern.cli.pipeline import Verdict, calibrate_to, evaluate_plans, verify_both
+from moekern.cli.pipeline import Verdict, evaluate_plans, measured, told_compute, verify_both
 from moekern.cli.prune import prune_to
 from moekern.cli.refitting import DROPPED, REFITTED, show_quality
 from moekern.cli.verify import show_verdict
@@ -24,6 +25,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
+from moekern.evaluation.held_out import apart
 from moekern.evaluation.losses import ORIGINAL, losses_document, mean_loss, mean_of
 from moekern.files import check_new, scratch, sized
 from moekern.model.compute import Compute
@@ -77,9 +79,15 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
     console.say(
         "it is calibrated, planned, evaluated, pruned and verified: three quarters of a minute on two idle cores"
     )
-    text = Text(text_sources("calibration"), sequence_length=LENGTH, batch_size=BATCH)
-    statistics = calibrate_to(MODEL, text, COMPUTE, work / "statistics.safetensors", tiers=TIERS)
-    console.say(f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}")
+    checkpoint = open_checkpoint(MODEL)
+    judged = _text("evaluation", EVALUATION_TOKENS).read(checkpoint)
+    data, both = apart(_text("calibration", None).read(checkpoint), judged)
+    compute = told_compute(COMPUTE, checkpoint, find_layout(checkpoint))
+    statistics = measured(checkpoint, data, compute, tiers=TIERS, out=work / "statistics.safetensors")
+    console.say(
+        f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}, without "
+        f"{both} sequences that are evaluated on: headers of licences are in both"
+    )
     plans = make_plans(statistics, seeds)
     losses = _evaluate(plans)
     criterion, share = CHOSEN
@@ -105,7 +113,7 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
             f"losses are of one calibration, on {EVALUATION_TOKENS:,} tokens: those of docs/comparison.md are means of "
             "several; --json has every criterion's by domain"
         )
-    data, judged = _texts()
+    data, _ = apart(_text("calibration", REFIT_TOKENS).read(checkpoint), judged)
     fitted = _refit(plan, data, judged)
     if not console.as_json():
         show_quality(fitted)
@@ -131,21 +139,15 @@ def make_plans(statistics: Statistics, seeds: int) -> dict[Key, Plan]:
 
 
 def _evaluate(plans: Mapping[Key, Plan]) -> dict[Key | str, Mapping[str, float]]:
-    text = Text(text_sources("evaluation"), tokens=EVALUATION_TOKENS, sequence_length=LENGTH, batch_size=BATCH)
+    text = _text("evaluation", EVALUATION_TOKENS)
     names = {str(key): key for key in plans}
     what = f"evaluating {len(plans)} plans in one pass"
     found = evaluate_plans(MODEL, text, COMPUTE, {str(key): plan for key, plan in plans.items()}, what)
     return {names.get(name, name): {domain: loss.nll for domain, loss in row.items()} for name, row in found.items()}
 
 
-def _texts() -> tuple[TokenData, TokenData]:
-    """What is fitted to and trained on, and what judges that."""
-    checkpoint = open_checkpoint(MODEL)
-    data, judged = (
-        Text(text_sources(part), tokens=tokens, sequence_length=LENGTH, batch_size=BATCH).read(checkpoint)
-        for part, tokens in (("calibration", REFIT_TOKENS), ("evaluation", EVALUATION_TOKENS))
-    )
-    return data, judged
+def _text(part: str, tokens: int | None) -> Text:
+    return Text(text_sources(part), tokens=tokens, sequence_length=LENGTH, batch_size=BATCH)
 
 
 def _refit(plan: Plan, data: TokenData, judged: TokenData) -> Refitting:

@@ -155,7 +155,7 @@ def _agreement(criterion: Criterion, sums: LayerStatistics, key: str, count: int
     if not chosen:
         return Agreement(None, None, None, undecided)
     (a, first), (b, second) = chosen
-    return Agreement(len(a & b) / len(a | b), _correlation(first, second), len(a ^ b) / E, undecided)
+    return Agreement(len(a & b) / len(a | b), rank_correlation(first, second), len(a ^ b) / E, undecided)
 
 
 def _by_halves(
@@ -193,7 +193,7 @@ def _undecided(criterion: Criterion, sums: LayerStatistics, key: str, count: int
     return float(near.double().mean())
 
 
-def _correlation(a: Tensor, b: Tensor) -> float | None:
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
     """Spearman's, equal scores sharing their ranks; None where one side's are all equal."""
     pair = torch.stack([ranks(a), ranks(b)])
     value = float(torch.corrcoef(pair)[0, 1]) if (pair.amax(1) > pair.amin(1)).all() else float("nan")

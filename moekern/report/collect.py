@@ -14,35 +14,43 @@ from moekern.criteria import Criterion
 from moekern.errors import InputError
 from moekern.estimation.overview import Overview
 from moekern.layer_keys import natural
+from moekern.plan.agreement import rank_correlation
 from moekern.plan.choose import choose_top
 from moekern.plan.compare import check_fits
 from moekern.plan.document import Plan
-from moekern.report.diagnostics import coverage_of, domains_of, preferences, router_of
+from moekern.report.diagnostics import (
+    coverage_of,
+    domains_of,
+    preferences,
+    router_of,
+    routing_term,
+    routing_variance,
+)
 from moekern.report.orders import Order, Values, orders, scored, wanted
 from moekern.report.recipe import commands_of, model_of, plan_rows, runs_of
 from moekern.report.shares import (
+    POINTS,
     absorbed,
-    lift,
+    knee,
     on_grid,
     order,
     removed,
     saliency,
     share_of,
+    spike,
     spiking,
-    strongest,
     uneven,
 )
 from moekern.report.stability import SHARE, stability
+from moekern.report.together import TIERS, known, room, together
 from moekern.router import kept_count
 from moekern.statistics.coverage import coverage, too_thin
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import router_of as router_in
-from moekern.statistics.layer import LayerStatistics
 
-PAIRS = 12  # of a layer's experts that are together beyond chance
-MATRICES = 300_000  # pairs of experts in the matrices that are held whole
 PREFERENCES = 400_000  # domain x expert numbers that are held
 OVERLAP = 14  # plans and criteria at most
+SHARES = ("experts", "saliency", "tokens")  # that are removed
 
 
 @dataclass
@@ -52,6 +60,8 @@ class _Found:
     scores: dict[str, Values] = field(default_factory=dict)
     count: dict[str, Tensor] = field(default_factory=dict)
     largest: dict[str, Tensor] = field(default_factory=dict)
+    gate: dict[str, Tensor] = field(default_factory=dict)  # means of the tokens that chose an expert
+    norm: dict[str, Tensor] = field(default_factory=dict)
     together: dict[str, dict[str, Any]] = field(default_factory=dict)
     absorbed: dict[str, dict[str, float | None]] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -64,9 +74,11 @@ def report_of(
     losses: Mapping[str, Any] | None = None,
     overview: Overview | None = None,
     names: Mapping[str, str] | None = None,
+    cache: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Everything that the page shows. `losses` is what `read_losses` gives, `names` the names that its plans have among
-    `plans`. One layer is read at a time. Raises InputError for plans that do not fit the statistics."""
+    `plans`, `cache` the KV cache as `model_of` takes it. One layer is read at a time. Raises InputError for plans that
+    do not fit the statistics."""
     for name, plan in plans.items():
         check_fits(name, plan, statistics)
     keys = sorted(statistics.layers, key=natural)
@@ -81,10 +93,10 @@ def report_of(
         evaluation = told(losses, names or {})
         doubted = warnings_of(evaluation, list(plans))
     stable, doubts = stability(statistics, shown)
-    covered = coverage(statistics)
+    covered, limit, top_k = coverage(statistics), spike(found.largest.values()), statistics.header["top_k"]
     lines = [too_thin(covered), *doubts, *(line for o in shown for line in _remarks(o, statistics)), *doubted]
     return {
-        "model": model_of(statistics, overview, plans),
+        "model": model_of(statistics, overview, plans, cache),
         "runs": runs_of(statistics),
         "plans": plan_rows(plans),
         "commands": commands_of(statistics, plans, losses is not None),
@@ -92,7 +104,10 @@ def report_of(
         "evaluation": evaluation,
         "layers": found.layers,
         "curves": [_curve(each, keys, found) for each in shown],
-        "by_plan": {each.name: [_in_layer(each, key, found) for key in keys] for each in shown if each.plan},
+        "by_plan": {
+            each.name: [_in_layer(each, key, found, limit, top_k) for key in keys] for each in shown if each.plan
+        },
+        "follows": {each.name: [_follows(each, key, found) for key in keys] for each in shown},
         "kept": {each.name: {key: list(each.keep(key) or ()) for key in keys} for each in shown if each.plan},
         "values": {"tokens": {key: found.count[key].tolist() for key in keys}, **_values(shown, scores)},
         "shown": {each.name: _value_name(each, scores) for each in shown},
@@ -105,8 +120,9 @@ def report_of(
 
 
 def _layers(statistics: Statistics, keys: Sequence[str], plans: Mapping[str, Plan], asked: list[Criterion]) -> _Found:
-    found, tiers = _Found(), tuple({tier for row in asked for tier in row.tiers})
-    whole = _spread(keys, [statistics.num_experts(key) for key in keys])
+    found, tiers = _Found(), tuple({tier for row in asked for tier in row.tiers} | {*TIERS})
+    pairs = room(len(keys), max(statistics.num_experts(key) for key in keys))
+    groups = router_in(statistics.header).n_group
     most = PREFERENCES // max(1, sum(statistics.num_experts(key) for key in keys))
     for key in keys:
         sums = statistics.layer(key, tiers=tiers)
@@ -115,37 +131,18 @@ def _layers(statistics: Statistics, keys: Sequence[str], plans: Mapping[str, Pla
         parts = {name: statistics.part(key, name, ()) for name in statistics.layers[key]}
         preferred = list(preferences(parts).items())[:most] if len(parts) > 1 else []
         found.count[key], found.largest[key] = sums.count, sums.max_abs
-        found.together[key] = _together(sums, key in whole)
+        found.gate[key], found.norm[key] = (x / sums.count.clamp(min=1) for x in (sums.gate_sum, sums.norm_sum))
+        found.together[key] = together(sums, min(pairs, sums.num_experts))
         found.absorbed[key] = {name: absorbed(sums.coactivation, plan.layers[key].keep) for name, plan in plans.items()}
-        found.domains.append({name: _known(row) for name, row in preferred})
-        found.layers.append({"key": key, **coverage_of(sums), "router": router_of(sums), "domains": domains_of(parts)})
+        found.domains.append({name: known(row[None])[0] for name, row in preferred})
+        router = {**router_of(sums), "variance": routing_variance(sums, groups)}
+        found.layers.append({"key": key, **coverage_of(sums), "router": router, "domains": domains_of(parts)})
     return found
-
-
-def _spread(keys: Sequence[str], experts: Sequence[int]) -> set[str]:
-    """Layers whose matrices are held whole: all, or as many as there is room for, evenly spread."""
-    room = MATRICES // max(1, max(experts) ** 2 // 2)
-    if room >= len(keys):
-        return set(keys)
-    return {keys[round(i * (len(keys) - 1) / max(1, room - 1))] for i in range(room)}
-
-
-def _together(sums: LayerStatistics, whole: bool) -> dict[str, Any]:
-    tokens = int(sums.tokens)
-    pairs = [{"experts": [i, j], "tokens": n, "lift": value}
-             for i, j, n, value in strongest(sums.coactivation, tokens, PAIRS)]  # fmt: skip
-    table = lift(sums.coactivation, tokens) if whole else None
-    return {"strongest": pairs, "lift": None if table is None else [_known(row) for row in table]}
-
-
-def _known(row: Tensor) -> list[float | None]:
-    """Numbers of four decimals, since there are many; None for NaN, which JSON lacks, and -1e9 for -infinity."""
-    return [None if value != value else value for value in row.clamp(min=-1e9).round(decimals=4).tolist()]
 
 
 def _curve(each: Order, keys: Sequence[str], found: _Found) -> dict[str, Any]:
     """Shares of saliency and of tokens that are gone at even shares of experts removed, means over layers, and where
-    the plan cuts."""
+    the plan cuts; the knee is where saliency lags most behind experts."""
     rows, cuts, shifted = [], [], False
     for key in keys:
         mass, below = saliency(torch.tensor(each.scores[key], dtype=torch.float64), found.count[key])
@@ -156,10 +153,12 @@ def _curve(each: Order, keys: Sequence[str], found: _Found) -> dict[str, Any]:
         if gone is not None:
             cuts.append([len(gone) / len(mass), share_of(mass, gone), share_of(found.count[key], gone)])
     lines = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    at = knee(lines[0])
     cut = torch.tensor(cuts, dtype=torch.float64).mean(0).tolist() if cuts else None
     return {
         "name": each.name, "criterion": each.criterion, "from_lowest": shifted, "saliency": lines[0],
-        "tokens": lines[1], "cut": cut and dict(zip(("experts", "saliency", "tokens"), cut, strict=True)),
+        "tokens": lines[1], "cut": cut and dict(zip(SHARES, cut, strict=True)),
+        "knee": None if at is None else dict(zip(SHARES, (at / (POINTS - 1), lines[0][at], lines[1][at]), strict=True)),
     }  # fmt: skip
 
 
@@ -168,23 +167,38 @@ def _dropped(each: Order, key: str) -> list[int] | None:
     return None if keep is None else [e for e in range(len(each.scores[key])) if e not in set(keep)]
 
 
-def _in_layer(each: Order, key: str, found: _Found) -> dict[str, Any]:
+def _in_layer(each: Order, key: str, found: _Found, limit: float, top_k: int) -> dict[str, Any]:
     """One layer of a plan. at_cut: the lowest mass of saliency that is kept, over the mean of the layer. Load is that
-    of the tokens as they were routed before the others went."""
+    of the tokens as they were routed before the others went. routing_term: over that of the whole layer; a router that
+    stays whole has the same."""
     keep, gone = list(each.keep(key) or ()), _dropped(each, key) or []
     mass, _ = saliency(torch.tensor(each.scores[key], dtype=torch.float64), found.count[key])
     mean = float(mass.mean())
-    largest, gini = uneven(found.count[key][keep])
+    largest, gini, variation = uneven(found.count[key][keep])
+    tokens = int(found.count[key].sum()) // top_k
+    whole = each.plan is not None and each.plan.replace is not None
+    left = routing_term(len(keep), min(top_k, len(keep)), tokens) / routing_term(len(mass), top_k, tokens)
     return {
         "kept": len(keep),
         "at_cut": float(mass[keep].min()) / mean if mean > 0 else None,
         "saliency": share_of(mass, gone),
         "tokens": share_of(found.count[key], gone),
-        "spiking": spiking(found.largest[key], gone),
+        "spiking": spiking(found.largest[key], gone, limit),
         "max_over_mean": largest,
         "gini": gini,
+        "variation": variation,
         "absorbed": found.absorbed[key][each.name],
+        "routing_term": 1.0 if whole else left,
     }
+
+
+def _follows(each: Order, key: str, found: _Found) -> dict[str, float | None]:
+    """What the scores of a layer go with: rank correlation, over experts with tokens, with their tokens, their mean
+    gate and the mean norm of their outputs."""
+    used, scores = found.count[key] > 0, torch.tensor(each.scores[key], dtype=torch.float64)
+    driven = {"count": found.count[key].double(), "gate": found.gate[key], "norm": found.norm[key]}
+    return {name: rank_correlation(scores[used], values[used]) if used.any() else None
+            for name, values in driven.items()}  # fmt: skip
 
 
 def _remarks(each: Order, statistics: Statistics) -> list[str]:

@@ -4,17 +4,20 @@ names of experts, collapse, degradation and underfitting, as far as sums over a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import log
+from math import log, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moekern.criteria.needs import distances
+from moekern.criteria.subsets import average_linkage
 from moekern.report.shares import outlying, uneven
 from moekern.statistics.coverage import THIN
 from moekern.statistics.layer import LayerStatistics
 
 OWNED = 0.9  # of an expert's mass, from one domain
+CLUSTER = 8  # experts of a cluster, in the mean, where the router has no groups: as MoEC's 64 in 8
 
 
 def coverage_of(sums: LayerStatistics) -> dict[str, Any]:
@@ -35,13 +38,14 @@ def router_of(sums: LayerStatistics) -> dict[str, Any]:
     ln E; margin the mean of the k-th minus the (k+1)-th score. z is in standard deviations over the layer's experts: of
     tokens, and of the log of the mean output norm."""
     E, seen, used = sums.num_experts, int(sums.logit_tokens), sums.count > 0
-    largest, gini = uneven(sums.count)
+    largest, gini, variation = uneven(sums.count)
     norm = (sums.norm_sum / sums.count.clamp(min=1)).clamp(min=1e-300).log()
     return {
         "entropy": float(sums.entropy_sum) / seen / log(E) if seen and E > 1 else None,
         "margin": float(sums.margin_sum) / seen if seen else None,
         "max_over_mean": largest,
         "gini": gini,
+        "variation": variation,
         "dead": int((~used).sum()),
         "load_z": _told(outlying(sums.count.double(), torch.ones_like(used))),
         "norm_z": _told(outlying(norm, used & (sums.norm_sum > 0))),
@@ -86,3 +90,31 @@ def preferences(parts: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         return {}
     mean = torch.stack(list(shares.values())).mean(0)
     return {name: (share / mean).log2() for name, share in shares.items()}
+
+
+def routing_variance(sums: LayerStatistics, groups: int) -> dict[str, Any] | None:
+    """What router logits vary by within clusters of experts and between them (the two variances that MoEC trains,
+    arXiv:2207.09094): means over tokens of the variance over experts, of which the two are the parts.
+
+    Clusters are the router's groups, or average linkage of the logits' distances into as many as have CLUSTER experts
+    in the mean. None where logits were not given, or of fewer than 4 experts.
+    """
+    gram, seen, E = sums.logit_gram, int(sums.logit_tokens), sums.num_experts
+    if not gram.numel() or not seen or E < 4:
+        return None
+    if groups > 1:
+        clusters = [list(range(first, first + E // groups)) for first in range(0, E, E // groups)]
+    else:
+        clusters = average_linkage(distances(gram).cpu().numpy(), list(range(E)), max(2, round(E / CLUSTER)))
+    of_means = sum(float(gram[members][:, members].sum()) / len(members) for members in clusters)
+    within = (float(gram.trace()) - of_means) / (E * seen)
+    between = (of_means - float(gram.sum()) / E) / (E * seen)
+    return {"clusters": len(clusters), "within": max(within, 0.0), "between": max(between, 0.0)}
+
+
+def routing_term(experts: int, top_k: int, tokens: int) -> float:
+    """The part of the bound of arXiv:2403.17404 on a sparse mixture's generalisation error that routing makes, for
+    `tokens` samples, up to a factor: sqrt(E (2 k (1 + ln(E / k)) + ln(2 m))). The router's Natarajan dimension is taken
+    as its number of weights, so as proportional to E; the term of the confidence is left out, small beside these.
+    Only the ratio of two means something."""
+    return sqrt(experts * (2 * top_k * (1 + log(max(1.0, experts / top_k))) + log(2 * max(1, tokens))))

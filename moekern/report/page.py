@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from moekern.files import sized
+from moekern.report.collect import SHARES
 from moekern.rows import with_error
 from moekern.statistics.coverage import THIN
 from moekern.version import __version__
@@ -21,6 +23,7 @@ PARTS = Path(__file__).parent / "page"
 VALUES = 800_000  # bytes of the values that the map shows; those of plans come first
 STEP = 16  # of a factor of two, in what is held as bytes
 COLUMNS = 16  # domains of a table of layers
+LOAD = ("max_over_mean", "variation", "gini")
 UNKNOWN, NEVER = -128, -127  # in the place of such a byte
 
 
@@ -53,6 +56,12 @@ def percent(value: float | None) -> str:
     return "not known" if value is None else f"{100 * value:.1f} %"
 
 
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
 def figure(told: Mapping[str, Any]) -> str:
     """A value with its standard error, where it has one."""
     return with_error(told["value"], told["error"])
@@ -83,9 +92,17 @@ def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
             for i in range(0, points, 4)
         ],
         "cut_rows": [
-            (c["name"], c["criterion"], *(percent(c["cut"][what]) for what in ("experts", "saliency", "tokens")))
+            (c["name"], c["criterion"], *(percent(c["cut"][what]) for what in SHARES))
             for c in curves if c["cut"]
         ],
+        "knee_rows": [(c["name"], *(percent(c["knee"][what]) for what in SHARES)) for c in curves if c["knee"]],
+        "follows_rows": {name: [(layer["key"], *map(number, row.values()))
+                                for layer, row in zip(layers, rows, strict=True)]
+                         for name, rows in found["follows"].items()},
+        "variance_rows": [_variance_row(layer["key"], layer["router"]["variance"]) for layer in layers]
+        if any(layer["router"]["variance"] for layer in layers) else [],
+        "term_rows": [(name, number(mean_of([row["routing_term"] for row in rows])))
+                      for name, rows in found["by_plan"].items()],
         "by_plan": {name: [_layer_row(layer["key"], row) for layer, row in zip(layers, rows, strict=True)]
                     for name, rows in found["by_plan"].items()},
         "coverage_rows": [(name, *map(number, row.values())) for name, row in found["coverage"].items()],
@@ -116,7 +133,8 @@ def _also(row: Mapping[str, Any]) -> str:
 
 def _layer_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     shares = (percent(row[name]) for name in ("saliency", "tokens", "spiking", "absorbed"))
-    return key, number(row["kept"]), number(row["at_cut"]), *shares, number(row["max_over_mean"]), number(row["gini"])
+    load = (number(row[name]) for name in LOAD)
+    return key, number(row["kept"]), number(row["at_cut"]), *shares, *load
 
 
 def _router_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -124,8 +142,20 @@ def _router_row(key: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         "-" if each is None else f"{each['z']:+.2f} (expert {each['expert']})"
         for each in (row["load_z"], row["norm_z"])
     )
-    load = (number(row[name]) for name in ("dead", "max_over_mean", "gini"))
+    load = (number(row[name]) for name in ("dead", *LOAD))
     return key, percent(row["entropy"]), number(row["margin"]), *load, *z
+
+
+def _variance_row(key: str, found: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if found is None:
+        return key, *["not known"] * 4
+    numbers = (number(found[name]) for name in ("clusters", "within", "between"))
+    return key, *numbers, percent(_within(found))
+
+
+def _within(found: Mapping[str, Any]) -> float | None:
+    whole = found["within"] + found["between"]
+    return found["within"] / whole if whole > 0 else None
 
 
 def _domain_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,20 +177,27 @@ def _packed(found: Mapping[str, Any]) -> dict[str, Any]:
     keys, experts = [layer["key"] for layer in found["layers"]], sum(layer["experts"] for layer in found["layers"])
     values, most = found["values"], max(2, VALUES * 3 // (4 * 4 * max(1, experts)))
     held = {name: _base64(_floats(v for key in keys for v in values[name][key])) for name in [*values][:most]}
-    small = ("by_plan", "stability", "shown")
+    small = ("by_plan", "stability", "shown", "follows")
     evaluation = found["evaluation"]
     return _rounded({
         **{name: found[name] for name in small},
         "names": list(found["kept"]),
-        "layers": [{name: layer[name] for name in ("key", "experts", "thin", "median", "router", "domains")}
-                   for layer in found["layers"]],
+        "layers": [_layer(layer) for layer in found["layers"]],
         "curves": found["curves"],
         "evaluation": evaluation and {name: evaluation[name] for name in ("original", "rows", "pairs")},
         "kept": {name: _bits(layers, found["layers"]) for name, layers in found["kept"].items()},
         "values": held,
         "preferences": [{name: _base64(_bytes(row)) for name, row in layer.items()} for layer in found["domains"]],
-        "pairs": [{"strongest": each["strongest"], "lift": _triangle(each["lift"])} for each in found["pairs"]],
+        "pairs": [{**each, "lift": _lifts(each["lift"]), "alike": each["alike"] and _cosines(each["alike"])}
+                  for each in found["pairs"]],
     })  # fmt: skip
+
+
+def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    router = layer["router"]
+    variance = router["variance"] and {"share": _within(router["variance"])}
+    kept = {name: layer[name] for name in ("key", "experts", "thin", "median", "domains")}
+    return {**kept, "router": {**router, "variance": variance}}
 
 
 def _bits(keep: Mapping[str, Sequence[int]], layers: Sequence[Mapping[str, Any]]) -> str:
@@ -181,16 +218,27 @@ def _bytes(row: Sequence[float | None]) -> np.ndarray:
     return np.array(at, np.int8)
 
 
-def _triangle(table: Sequence[Sequence[float | None]] | None) -> str | None:
-    """Lifts above the diagonal, row by row: 128 + STEP log2 of each; 0 where it is not known, 1 of pairs that never
-    were together."""
-    if table is None:
-        return None
-    values = np.array(table, np.float64)[np.triu_indices(len(table), 1)]
+Table = Sequence[Sequence[float | None]]
+
+
+def _lifts(table: Table) -> str:
+    """128 + STEP log2 of each; 0 where it is not known, 1 of pairs that never were together."""
+    values = _triangle(table)
     with np.errstate(divide="ignore", invalid="ignore"):
         at = np.clip(np.round(128 + STEP * np.log2(values)), 2, 255)
     at = np.where(np.isnan(values), 0, np.where(values <= 0, 1, at))
     return _base64(at.astype(np.uint8))
+
+
+def _cosines(table: Table) -> str:
+    """128 + 127 times each; 0 where it is not known."""
+    values = _triangle(table)
+    return _base64(np.where(np.isnan(values), 0, np.clip(np.round(128 + 127 * values), 1, 255)).astype(np.uint8))
+
+
+def _triangle(table: Table) -> np.ndarray:
+    """What stands above the diagonal, row by row."""
+    return np.array(table, np.float64)[np.triu_indices(len(table), 1)]
 
 
 def _base64(values: np.ndarray) -> str:

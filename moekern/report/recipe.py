@@ -20,8 +20,11 @@ def text_of(value: Any) -> str:
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
-def model_of(statistics: Statistics, overview: Overview | None, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """The model that was measured; with an overview, its bytes before and after each plan."""
+def model_of(
+    statistics: Statistics, overview: Overview | None, plans: Mapping[str, Plan], cache: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The model that was measured; with an overview, its bytes before and after each plan. cache: the "bytes" that keys
+    and values of so many "tokens" take beside them, where that is known."""
     header = statistics.header
     experts = [statistics.num_experts(key) for key in statistics.layers]
     found = {
@@ -31,11 +34,11 @@ def model_of(statistics: Statistics, overview: Overview | None, plans: Mapping[s
         "statistics": statistics.sha256,
     }  # fmt: skip
     if overview is None:
-        return {**found, "name": None, "bytes": None, "routed_bytes": None, "after": {}}
+        return {**found, "name": None, "bytes": None, "routed_bytes": None, "after": {}, "cache": None}
     after = {name: _bytes_after(overview, plan, statistics) for name, plan in plans.items()}
     return {
         **found, "name": overview.model, "bytes": overview.total_bytes, "routed_bytes": overview.routed_bytes,
-        "after": after,
+        "after": after, "cache": None if cache is None else dict(cache),
     }  # fmt: skip
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 POINTS = 41  # of a cut curve: shares of experts removed, from 0 to 1
-SPIKES = 0.75  # quantile of a layer's largest outputs beyond which an expert spikes
+SPIKES = 0.75  # quantile of the largest outputs of all layers' experts beyond which an expert spikes
 
 
 def saliency(scores: Tensor, count: Tensor) -> tuple[Tensor, bool]:
@@ -47,15 +47,23 @@ def share_of(mass: Tensor, experts: Sequence[int]) -> float:
     return float(mass[list(experts)].sum()) / total if total > 0 else 0.0
 
 
-def uneven(count: Tensor) -> tuple[float | None, float | None]:
-    """Largest over mean, and the Gini coefficient, of counts [E]; None where all are 0."""
+def knee(shares: Sequence[float]) -> int | None:
+    """The place among even shares of experts removed where a curve is farthest below the diagonal, the first of equal
+    ones; None where it is nowhere below."""
+    below = [i / (len(shares) - 1) - share for i, share in enumerate(shares)]
+    return below.index(max(below)) if max(below) > 1e-12 else None
+
+
+def uneven(count: Tensor) -> tuple[float | None, float | None, float | None]:
+    """Largest over mean, the Gini coefficient, and the standard deviation over the mean, of counts [E]; None where all
+    are 0."""
     values = count.double().sort().values
     n, total = len(values), float(values.sum())
     if total == 0:
-        return None, None
+        return None, None, None
     place = torch.arange(1, n + 1, dtype=torch.float64)
     gini = float((2 * place - n - 1) @ values) / (n * total)
-    return float(values[-1]) * n / total, max(gini, 0.0)
+    return float(values[-1]) * n / total, max(gini, 0.0), float(values.std(correction=0)) * n / total
 
 
 def absorbed(together: Tensor, keep: Sequence[int]) -> float | None:
@@ -68,11 +76,15 @@ def absorbed(together: Tensor, keep: Sequence[int]) -> float | None:
     return float(pairs[~kept][:, kept].sum()) / total if total > 0 else None
 
 
-def spiking(largest: Tensor, dropped: Sequence[int]) -> float | None:
-    """The share of dropped experts whose largest output is beyond the layer's quantile SPIKES. None: none goes."""
+def spike(largest: Iterable[Tensor]) -> float:
+    """The quantile SPIKES of the largest outputs [E] of all layers' experts."""
+    return float(torch.cat(list(largest)).double().quantile(SPIKES))
+
+
+def spiking(largest: Tensor, dropped: Sequence[int], limit: float) -> float | None:
+    """The share of dropped experts whose largest output is beyond the limit. None: none goes."""
     if not dropped:
         return None
-    limit = torch.quantile(largest.double(), SPIKES)
     return float((largest[list(dropped)] > limit).double().mean())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
-from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.replacement import Replacement
 from moekern.pruning.prune import prune
@@ -104,17 +102,6 @@ def test_rounding_is_to_the_nearest_level_of_each_group(bits: int) -> None:
 def test_a_twin_counts_codes_scales_and_zero_points(tmp_path: Path) -> None:
     found = twin(open_checkpoint(MODEL), tmp_path / "out", tmp_path / "work", 3, 64)
     assert found == pytest.approx(3 + (16 + 3) * (2 / 128 + 2 / 128 + 2 / 96) / 3)  # two groups a row of each matrix
-
-
-def test_sequences_that_are_judged_are_left_out() -> None:
-    seen, held = text("calibration"), text("evaluation")
-    assert comparison.apart(seen, held) == (seen, 0)
-    both = replace(seen, batches=(*held.batches[:1], *seen.batches))
-    rest, left = comparison.apart(both, held)
-    assert (left, rest.tokens) == (len(held.batches[0].input_ids), seen.tokens)
-    assert rest.recipe["held_out"] == {**dict.fromkeys(seen.tokens, 0), held.batches[0].domain: 128 * left}
-    with pytest.raises(InputError, match="--held-out: it has all sequences of --data"):
-        comparison.apart(held, held)
 
 
 @pytest.mark.whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def test_a_page_a_table_and_a_document(folder: Path) -> None:
         (["s.safetensors"], "nowhere to write"),
         (["s.safetensors", "--out", "report.pdf"], "ends in .html"),
         (["s.safetensors", "--out", "reap.json"], "exists already"),
+        (["s.safetensors", "--png", "report.jpg"], "ends in .png"),
+        (["s.safetensors", "--png", "report.png"], "--png: needs matplotlib: pip install 'moekern[report]'"),
         (["none.safetensors", "--text"], "no such statistics file"),
         (["reap.json", "--text"], "reap.json"),
         (["s.safetensors", "losses.json", "--text"], "losses.json: expected an object"),
@@ -59,7 +62,10 @@ def test_a_page_a_table_and_a_document(folder: Path) -> None:
         (["s.safetensors", "--checkpoint", "model", "--text"], "measured on another model"),
     ],
 )
-def test_what_does_not_fit_is_one_line(folder: Path, words: list[str], said: str) -> None:
+def test_what_does_not_fit_is_one_line(
+    folder: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     plan = make_plan(model_statistics(), "reap", 4)
     replace(plan, provenance={**plan.provenance, "fingerprint": "0" * 64}).save("other.json")
     if "model" in words:
@@ -68,7 +74,7 @@ def test_what_does_not_fit_is_one_line(folder: Path, words: list[str], said: str
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not Path("report.html").exists()
+    assert not any(Path(name).exists() for name in ("report.html", "report.png"))
 
 
 def test_names_are_short_where_they_tell_plans_apart() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moekern.data.batches import Batch, TokenData
-from moekern.evaluation.held_out import MOST, held_back
+from moekern.errors import InputError
+from moekern.evaluation.held_out import MOST, apart, held_back
 
 
 def text(rows: int, length: int, batch: int = 4, domain: str = "a") -> tuple[Batch, ...]:
@@ -40,3 +41,16 @@ def test_domains_are_held_back_apart() -> None:
 def test_one_long_row_is_still_one() -> None:
     _, missing = held_back(TokenData(text(10, MOST + 1, batch=1), {}))
     assert len(rows_of(missing)) == 1
+
+
+def test_sequences_that_are_judged_are_left_out() -> None:
+    seen, judged = TokenData(text(8, 5), {"seed": 0}, chunk=2), TokenData(text(2, 5, domain="b"), {})
+    both = TokenData((*seen.batches, *text(3, 7, domain="c")), {"held_out": {"a": 4}}, chunk=2)
+    rest, left = apart(both, judged)  # text of another domain, with the same ids
+    assert left == 2
+    assert rows_of(rest) == rows_of(seen)[2:]
+    assert rest.tokens == {"a": 30, "c": 21}
+    assert rest.recipe == {"held_out": {"a": 14, "c": 0}}
+    assert apart(rest, judged)[0] is rest
+    with pytest.raises(InputError, match="all of its sequences are judged too"):
+        apart(judged, seen)

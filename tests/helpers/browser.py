@@ -35,6 +35,8 @@ seen.key = press("#heat", "ArrowRight");
 seen.curve = point("#curve svg", 200, 100);
 if (document.querySelector("#strips svg")) seen.strip = point("#strips svg", 8, 40);
 seen.pairs = point("#lift", 54 + 4, 4);
+const cell = document.getElementById("alike").offsetHeight / 7;
+seen.alike = point("#alike", 54 + 1.5 * cell, 4);
 seen.domains = point("#domain-heat", 54 + 4, 4);
 seen.before = document.getElementById("experts").textContent;
 choose("layer", 1);

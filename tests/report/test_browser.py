@@ -34,6 +34,7 @@ def test_the_page_works_in_a_browser(width: int, dark: bool, tmp_path: Path) -> 
     assert "of the experts removed" in seen["curve"]
     assert seen["strip"].startswith("layer 0\nsaliency at the cut")
     assert seen["pairs"] == "expert 0"
+    assert seen["alike"].startswith("layer 0, experts 0 and 1\ncosine ")
     assert MARK in seen["domains"]
     assert seen["layer"] == "layer 2"
     assert seen["before"] != seen["after"]

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from scipy.stats import spearmanr
 
 from moekern.criteria import criterion_named, score_layer
 from moekern.errors import InputError
@@ -42,10 +43,39 @@ def test_the_cut_of_a_plan_is_what_its_experts_hold() -> None:
     assert curve["cut"] == pytest.approx(
         {"experts": 1 / 3, "saliency": sum(s for s, _ in shares) / 3, "tokens": sum(t for _, t in shares) / 3}
     )
+    line = curve["saliency"]
+    at = max(range(len(line)), key=lambda i: i / (len(line) - 1) - line[i])
+    assert curve["knee"] == {"experts": at / (len(line) - 1), "saliency": line[at], "tokens": curve["tokens"][at]}
     assert [layer["key"] for layer in found["layers"]] == list(KEYS)
     assert found["kept"]["half"] == {key: list(plan.layers[key].keep) for key in KEYS}
     assert found["shown"] == {"half": "reap"}
     assert found["values"]["tokens"]["2"] == HELD.layer("2").count.tolist()
+
+
+def test_spikes_are_beyond_those_of_all_layers() -> None:
+    plan = make_plan(HELD, "usage", 2)
+    rows = report_of(HELD, {"p": plan})["by_plan"]["p"]
+    every = sorted(float(x) for key in KEYS for x in HELD.layer(key).max_abs)
+    limit = every[12] + 0.75 * (every[13] - every[12])  # place 0.75 x 17 of 18 numbers
+    for key, row in zip(KEYS, rows, strict=True):
+        gone = [e for e in range(E) if e not in plan.layers[key].keep]
+        assert row["spiking"] == sum(float(HELD.layer(key).max_abs[e]) > limit for e in gone) / len(gone)
+
+
+def test_what_scores_follow_is_rank_correlation() -> None:
+    found = report_of(HELD, {"p": make_plan(HELD, "reap", 4)})["follows"]["p"]
+    for key, row in zip(KEYS, found, strict=True):
+        sums = HELD.layer(key)
+        scores = sums.gated_norm_sum / sums.count
+        driven = {"count": sums.count, "gate": sums.gate_sum / sums.count, "norm": sums.norm_sum / sums.count}
+        assert row == pytest.approx({name: spearmanr(scores, x).statistic for name, x in driven.items()})
+
+
+def test_a_router_that_stays_whole_keeps_its_routing_term() -> None:
+    plan = make_plan(HELD, "reap", 4)
+    found = report_of(HELD, {"a": plan, "b": replace(plan, replace=Replacement("zero"))})["by_plan"]
+    assert all(row["routing_term"] < 1 for row in found["a"])
+    assert all(row["routing_term"] == 1 for row in found["b"])
 
 
 def test_criteria_of_every_measured_tier_are_served_and_all_of_it_is_json() -> None:

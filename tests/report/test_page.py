@@ -101,15 +101,21 @@ def test_61_layers_of_384_experts_are_less_than_2_mb() -> None:
     half.tokens.fill_(4000)
     half.count.copy_(count)
     half.coactivation.copy_((pairs + pairs.T).fill_diagonal_(0) + torch.diag(count))
+    half.logit_gram.copy_(torch.eye(E) + 1)
+    half.logit_tokens.fill_(4000)
     for name in ("gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_square_sum", "max_abs"):
         getattr(half, name).copy_(torch.rand(E, generator=draw, dtype=torch.float64))
     sums = with_halves(half, half.to("cpu"))
-    held = Statistics(header(["a", "b"], num_experts=E, top_k=8), {key: {"a": sums, "b": sums} for key in layers})
+    told = header(["a", "b"], num_experts=E, top_k=8, n_group=8, topk_group=4)
+    held = Statistics(told, {key: {"a": sums, "b": sums} for key in layers})
     page = page_of(report_of(held, {"half": make_plan(held, "gated_norm", 192)}))
     assert len(page.encode()) < 2_000_000
     data = Page(page).data
     assert {"tokens", "gated_norm", "reap"} <= set(data["values"])
-    assert sum(pair["lift"] is not None for pair in data["pairs"]) >= 2
+    for pairs in data["pairs"]:
+        n = len(pairs["experts"])
+        assert n > 64
+        assert len(base64.b64decode(pairs["lift"])) == len(base64.b64decode(pairs["alike"])) == n * (n - 1) // 2
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], "x" * 9999])

@@ -10,6 +10,7 @@ import torch
 from moekern.report.shares import (
     POINTS,
     absorbed,
+    knee,
     lift,
     on_grid,
     order,
@@ -17,6 +18,7 @@ from moekern.report.shares import (
     removed,
     saliency,
     share_of,
+    spike,
     spiking,
     strongest,
     uneven,
@@ -55,12 +57,18 @@ def test_the_grid_joins_counts_by_straight_lines() -> None:
     assert found[-1] == 1
 
 
+def test_the_knee_is_farthest_below_the_diagonal() -> None:
+    assert knee([0, 0.1, 0.2, 0.6, 1]) == 2  # 0.15, 0.3 and 0.15 below
+    assert knee([0, 0.25, 0.5, 0.75, 1]) is None
+    assert knee([0, 0.5, 0.6, 0.8, 1]) is None
+
+
 def test_how_uneven_load_is() -> None:
     count = torch.tensor([1, 5, 2, 0])
     pairs = [abs(a - b) for a in count.tolist() for b in count.tolist()]
-    assert uneven(count) == pytest.approx((2.5, sum(pairs) / (2 * 16 * 2)))  # mean difference over twice the mean
-    assert uneven(torch.tensor([3, 3])) == pytest.approx((1, 0))
-    assert uneven(torch.zeros(3)) == (None, None)
+    assert uneven(count) == pytest.approx((2.5, sum(pairs) / (2 * 16 * 2), (14 / 4) ** 0.5 / 2))
+    assert uneven(torch.tensor([3, 3])) == pytest.approx((1, 0, 0))
+    assert uneven(torch.zeros(3)) == (None, None, None)
 
 
 def test_absorption_counts_slots_beside_those_of_dropped_experts() -> None:
@@ -72,11 +80,13 @@ def test_absorption_counts_slots_beside_those_of_dropped_experts() -> None:
     assert TOGETHER[0, 0] == 50
 
 
-def test_tail_risk() -> None:
-    largest = doubles(1, 2, 3, 4, 9)  # 75th percentile: 4
-    assert spiking(largest, [4, 0]) == 0.5
-    assert spiking(largest, [3]) == 0
-    assert spiking(largest, []) is None
+def test_tail_risk_is_beyond_the_quantile_of_all_layers() -> None:
+    quiet, loud = doubles(1, 2, 3), doubles(4, 9)
+    limit = spike([quiet, loud])  # the 75th percentile of both together
+    assert limit == 4
+    assert spiking(loud, [1, 0], limit) == 0.5
+    assert spiking(quiet, [0, 2], limit) == 0
+    assert spiking(loud, [], limit) is None
 
 
 def test_lift_is_joint_over_product() -> None:

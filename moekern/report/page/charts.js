@@ -99,12 +99,16 @@ function curves() {
       if (curve.cut) make(chart, "circle", { cx: X(curve.cut.experts), cy: Y(curve.cut[what]), r: 4.5, fill: what === "tokens" ? "var(--page)" : colour, stroke: colour, "stroke-width": 2 });
       rows.push([`${curve.name}: ${what === "tokens" ? "traffic" : "saliency"}`, colour, dash]);
     }
+    if (curve.knee) {
+      const x = X(curve.knee.experts), y = Y(curve.knee.saliency);
+      make(chart, "path", { d: `M${x} ${y - 7}L${x + 6} ${y}L${x} ${y + 7}L${x - 6} ${y}Z`, fill: "var(--page)", stroke: colour, "stroke-width": 2 });
+    }
     if (curve.cut) make(chart, "line", { x1: X(curve.cut.experts), x2: X(curve.cut.experts), y1: Y(0), y2: Y(1), stroke: colour, "stroke-width": 1, "stroke-dasharray": "1 3" });
   });
   legend($("curve-legend"), rows);
   const n = D.curves[0].saliency.length;
   explore(chart, x => clamp(Math.round((x - left) / (width - left - 26) * (n - 1)), 0, n - 1),
-    j => `${percent(j / (n - 1))} of the experts removed\n` + D.curves.map(c => `${c.name}: saliency ${percent(c.saliency[j])}, traffic ${percent(c.tokens[j])}`).join("\n"), along(n));
+    j => `${percent(j / (n - 1))} of the experts removed\n` + D.curves.map(c => `${c.name}: saliency ${percent(c.saliency[j])}, traffic ${percent(c.tokens[j])}${c.knee && Math.round(c.knee.experts * (n - 1)) === j ? " (knee)" : ""}`).join("\n"), along(n));
 }
 
 // A value with its error, or an interval, on one axis for each row.
@@ -136,18 +140,18 @@ function evaluation() {
   if (pairs.length) intervals($("pairs"), "paired differences of KL with intervals of 95 %", pairs, fmt);
 }
 
-// A row of bars for each number, a bar a layer.
+// A row of bars for each number, a bar a layer; signed ones stand on a line in the middle.
 function strips(host, label, rows) {
-  const n = keys.length, row = 58, { chart, width } = svg(host, rows.length * row + 18, label), left = 4;
+  const n = keys.length, row = 64, { chart, width } = svg(host, rows.length * row + 18, label), left = 4;
   const step = Math.min(48, (width - left - 4) / n), end = left + n * step;
   rows.forEach((r, i) => {
-    const known = r.values.filter(v => v !== null), high = r.top ?? Math.max(1e-12, ...known), base = i * row + 52;
-    make(chart, "text", { class: "label", x: left, y: i * row + 12 }, `${r.label} (to ${r.form(high)})`);
+    const known = r.values.filter(v => v !== null), high = r.top ?? Math.max(1e-12, ...known), base = i * row + (r.signed ? 36 : 54);
+    make(chart, "text", { class: "label", x: left, y: i * row + 13 }, `${r.label} (${r.signed ? `${r.form(-high)} ` : ""}to ${r.form(high)})`);
     make(chart, "line", { class: "axis", x1: left, x2: end, y1: base, y2: base });
     r.values.forEach((v, j) => {
       if (v === null) return;
-      const h = 34 * clamp(v / high, 0, 1);
-      make(chart, "rect", { class: j === state.layer ? "fill chosen" : "fill", x: left + j * step + step * .08, width: Math.max(1, step * .84), y: base - h, height: Math.max(v > 0 ? 1 : 0, h) });
+      const h = (r.signed ? 18 : 34) * clamp(Math.abs(v) / high, 0, 1);
+      make(chart, "rect", { class: j === state.layer ? "fill chosen" : "fill", x: left + j * step + step * .08, width: Math.max(1, step * .84), y: v < 0 ? base : base - h, height: Math.max(v === 0 ? 0 : 1, h) });
     });
   });
   for (const j of new Set([0, n - 1])) make(chart, "text", { class: "tick", x: left + (j + (j ? 1 : 0)) * step, y: rows.length * row + 12, "text-anchor": j ? "end" : "start" }, "layer " + keys[j]);
@@ -164,9 +168,13 @@ function layerStrips() {
       { label: "tail risk: dropped experts that spike", values: of("spiking"), form: percent, top: 1 },
       { label: "absorbed: co-firing traffic that stays", values: of("absorbed"), form: percent, top: 1 },
       { label: "load of the kept, largest over mean", values: of("max_over_mean"), form: fmt },
+      { label: "load of the kept, deviation over mean", values: of("variation"), form: fmt },
       { label: "Gini of the kept experts' load", values: of("gini"), form: fmt, top: 1 },
     ]);
   }
+  const orders = state.plan ? [state.plan] : D.curves.map(c => c.name);
+  strips($("follows-strips"), "what scores go with in each layer", orders.flatMap(name =>
+    [["count", "tokens"], ["gate", "mean gate"], ["norm", "mean output norm"]].map(([what, label]) => ({ label: `${name} with ${label}`, values: D.follows[name].map(l => l[what]), form: fmt, top: 1, signed: true }))));
   strips($("coverage-strips"), "coverage of each layer", [
     { label: "experts with too few tokens", values: D.layers.map(l => l.thin / l.experts), form: percent },
     { label: "median tokens of an expert", values: D.layers.map(l => l.median), form: fmt },
@@ -176,14 +184,16 @@ function layerStrips() {
     { label: "router entropy, of ln E", values: D.layers.map(l => l.router.entropy), form: percent, top: 1 },
     { label: "dead experts", values: D.layers.map(l => l.router.dead / l.experts), form: percent },
     { label: "load, largest over mean", values: D.layers.map(l => l.router.max_over_mean), form: fmt },
+    { label: "load, deviation over mean", values: D.layers.map(l => l.router.variation), form: fmt },
     { label: "load, Gini", values: D.layers.map(l => l.router.gini), form: fmt, top: 1 },
     { label: "largest |z| of load", values: D.layers.map(l => l.router.load_z && Math.abs(l.router.load_z.z)), form: fmt },
     { label: "largest |z| of output norm", values: D.layers.map(l => l.router.norm_z && Math.abs(l.router.norm_z.z)), form: fmt },
+    ...(D.layers.some(l => l.router.variance) ? [{ label: "logits: variance within clusters, of all", values: D.layers.map(l => l.router.variance && l.router.variance.share), form: percent, top: 1 }] : []),
   ]);
   const told = D.layers.map(l => l.domains), found = told.find(d => d);
   if (found) strips($("domain-strips"), "domains and experts of each layer", [
     { label: "degradation: experts of one domain", values: told.map((d, i) => d && d.owned / sizes[i]), form: percent },
-    ...Object.keys(found.served).slice(0, 8).map(name => ({ label: `underfitting: mass of ${name} on its own experts`, values: told.map(d => d && name in d.served ? d.served[name] : null), form: percent, top: 1 })),
+    ...Object.keys(found.served).slice(0, 8).map(name => ({ label: `on its own experts: mass of ${name}`, values: told.map(d => d && name in d.served ? d.served[name] : null), form: percent, top: 1 })),
   ]);
 }
 
@@ -196,12 +206,13 @@ function colour(stops, t) {
 }
 const rgb = c => `rgb(${c[0]},${c[1]},${c[2]})`;
 
-function grid(id, columns, rows, rowNames, cell, say, pick, label) {
-  const canvas = $(id), host = canvas.parentElement, gutter = 54;
-  const w = clamp(Math.floor((host.clientWidth - gutter) / columns), 3, 30), h = rows > 100 ? clamp(w, 3, 10) : rows > 24 ? 11 : 20;
+function grid(id, columns, rows, rowNames, cell, say, pick, label, names = null) {
+  const canvas = $(id), host = canvas.parentElement, gutter = 54, margin = 10;
+  // names of rows and of columns alike: a matrix, whose cells are square
+  const w = clamp(Math.floor((host.clientWidth - gutter - margin) / columns), 3, names ? 22 : 30), h = names ? w : rows > 100 ? clamp(w, 3, 10) : rows > 24 ? 11 : 20;
   const ratio = window.devicePixelRatio || 1, draw = canvas.getContext("2d");
-  canvas.width = (gutter + w * columns) * ratio; canvas.height = (h * rows + 16) * ratio;
-  canvas.style.width = gutter + w * columns + "px"; canvas.style.height = h * rows + 16 + "px";
+  canvas.width = (gutter + w * columns + margin) * ratio; canvas.height = (h * rows + 16) * ratio;
+  canvas.style.width = gutter + w * columns + margin + "px"; canvas.style.height = h * rows + 16 + "px";
   canvas.setAttribute("aria-label", label);
   draw.scale(ratio, ratio);
   draw.font = "11px system-ui, sans-serif";
@@ -210,7 +221,7 @@ function grid(id, columns, rows, rowNames, cell, say, pick, label) {
   for (let r = 0; r < rows; r += every) draw.fillText(String(rowNames(r)).slice(0, 9), gutter - 5, h * (r + .5));
   draw.textAlign = "center";
   const ticks = Math.max(1, Math.ceil(28 / w));
-  for (let c = 0; c < columns; c += ticks) draw.fillText(c, gutter + w * (c + .5), h * rows + 9);
+  for (let c = 0; c < columns; c += ticks) draw.fillText(names ? names(c) : c, gutter + w * (c + .5), h * rows + 9);
   for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
     const found = cell(r, c);
     if (!found) continue;
@@ -290,24 +301,30 @@ function domains() {
   table($("domain-table"), ["expert", ...names], Array.from({ length: sizes[layer] }, (_, e) => [e, ...rows.map(row => text(row[e]))]));
 }
 
-function lifts() {
-  const layer = state.layer, found = D.pairs[layer], E = sizes[layer], whole = found.lift !== null;
-  $("lift").hidden = !whole;
-  $("lift-none").hidden = whole;
-  if (whole) {
-    const cells = bytes(found.lift), at = (i, j) => { const [a, b] = i < j ? [i, j] : [j, i]; return a * E - a * (a + 1) / 2 + (b - a - 1); };
-    const value = (i, j) => i === j ? 0 : cells[at(i, j)];
-    const text = v => v === 0 ? "not known" : v === 1 ? "never together" : `lift ${fmt(2 ** ((v - 128) / 16))}`;
-    grid("lift", E, E, r => r, (i, j) => value(i, j) === 0 ? null : { colour: colour(SIDES, .5 + (value(i, j) - 128) / 96), crossed: false },
-      ([i, j]) => i === j ? `expert ${i}` : `layer ${keys[layer]}, experts ${i} and ${j}\n${text(value(i, j))}`, null, `layer ${keys[layer]}: lift of pairs of experts`);
-  }
+// A matrix of pairs of the layer's most used experts, held as a byte for each pair above the diagonal; 0 is not known.
+function pairs(id, cells, place, text, label) {
+  const layer = state.layer, shown = D.pairs[layer].experts, n = shown.length;
+  const at = (i, j) => { const [a, b] = i < j ? [i, j] : [j, i]; return a * n - a * (a + 1) / 2 + (b - a - 1); };
+  const value = (i, j) => i === j ? 0 : cells[at(i, j)];
+  grid(id, n, n, r => shown[r], (i, j) => value(i, j) === 0 ? null : { colour: colour(SIDES, place(value(i, j))), crossed: false },
+    ([i, j]) => i === j ? `expert ${shown[i]}` : `layer ${keys[layer]}, experts ${shown[i]} and ${shown[j]}\n${value(i, j) ? text(value(i, j)) : "not known"}`, null, `layer ${keys[layer]}: ${label}`, c => shown[c]);
+}
+function together() {
+  const layer = state.layer, found = D.pairs[layer], alike = found.alike !== null;
+  for (const span of document.querySelectorAll("[data-busy]")) span.textContent = found.experts.length < sizes[layer] ? `The ${found.experts.length} most used experts of ${sizes[layer]}.` : "";
+  pairs("lift", bytes(found.lift), v => .5 + (v - 128) / 96, v => v === 1 ? "never together" : `lift ${fmt(2 ** ((v - 128) / 16))}`, "lift of pairs of experts");
+  $("alike").hidden = $("alike-ramp").hidden = !alike;
+  $("alike-what").textContent = alike ? found.like : "Outputs were not measured: --tier dimensions, or replay.";
+  const cells = alike ? bytes(found.alike) : [], high = cells.reduce((most, v) => v ? Math.max(most, Math.abs(v - 128)) : most, 1);
+  for (const [id, sign] of [["alike-low", -1], ["alike-high", 1]]) $(id).textContent = fmt(sign * high / 127);
+  if (alike) pairs("alike", cells, v => .5 + (v - 128) / (2 * high), v => `cosine ${fmt((v - 128) / 127)}`, found.like);
   table($("strongest"), ["experts", "tokens together", "lift", "plan"], found.strongest.map(p => [p.experts.join(" and "), fmt(p.tokens), fmt(p.lift),
     D.kept[state.plan] ? ["both dropped", "one kept", "both kept"][p.experts.filter(e => isKept(state.plan, layer, e)).length] : ""]));
 }
 
 function ofLayer() {
   for (const span of document.querySelectorAll("[data-layer]")) span.textContent = "layer " + keys[state.layer];
-  sorted(); domains(); lifts();
+  sorted(); domains(); together();
 }
 function chooseLayer(layer) { state.layer = layer; $("layer").value = layer; ofLayer(); layerStrips(); }
 function options(select, names) { for (const [value, text] of names) make(select, "option", { value }, text); }
