@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import typer
 
@@ -141,11 +142,12 @@ def test_error_messages_of_the_page_are_the_codes() -> None:
         assert re.search(pattern, said), message
 
 
-def test_rules_of_formats_name_tests_that_there_are() -> None:
-    named = re.findall(r"`([\w/]+\.py)::(\w+)` \|$", (DOCS / "formats.md").read_text(), re.MULTILINE)
-    assert len(named) > 25
+@pytest.mark.parametrize(("page", "folder"), [("formats.md", "tests"), ("traps.md", "tests/kernels")])
+def test_rules_name_tests_that_there_are(page: str, folder: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / page).read_text())
+    assert len(named) > 20
     for path, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / path).read_text(), f"{path}::{test}"
+        assert f"def {test}(" in (ROOT / folder / path).read_text(), f"{path}::{test}"
 
 
 def test_figures_of_the_choice_are_those_that_were_measured() -> None:
