@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_the_page_of_the_library_has_every_name() -> None:
     found = re.findall(r"^::: moekern\.([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert set(found).issuperset(f"{home}.{name}" for name, home in package.HOMES.items())
     assert len(set(found)) == len(found)
+    for name in found:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(f"moekern.{module}"), attribute), name
 
 
 def test_the_table_of_criteria_is_the_codes() -> None:
