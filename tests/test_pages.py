@@ -13,6 +13,7 @@ import torch
 import typer
 
 import moekern as package
+from moekern.architectures.quantisation import METHODS
 from moekern.cli.app import app
 from moekern.cli.criteria import markdown
 from moekern.criteria import criterion_named, score_layer
@@ -20,6 +21,7 @@ from moekern.criteria.table import described
 from moekern.data.mixes import PRESETS
 from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
 from moekern.plan.document import Plan
+from moekern.plan.formats import WRITTEN
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 from tests.helpers.pages import BLOCKS, DOCS, FENCE, FILES, code
@@ -127,6 +129,16 @@ def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:
     s = layer_statistics(0)
     want = s.norm_sum / s.count - s.count / s.tokens
     torch.testing.assert_close(score_layer(criterion_named(f"{tmp_path}/my.py:score"), s, "0"), want)
+
+
+def test_formats_of_quantised_sources_are_the_codes() -> None:
+    page = (DOCS / "quantised.md").read_text()
+    rows = [row for row in page.splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split(" | ")[0])} == {*METHODS, "modelopt"}
+    kinds = {"fp8": "fp8", "int8": "int", "packed int4": "pack", "mxfp4": "mxfp4"}
+    for row in rows:
+        written = any(kind in name for word, kind in kinds.items() if word in row.lower() for name in WRITTEN)
+        assert row.split(" | ")[3].startswith("yes") == written, row
 
 
 def literal(node: ast.AST) -> str:
