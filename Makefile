@@ -23,8 +23,8 @@ test-report: $(VENV)/.ready
 	$(BIN)/python -m pytest -q --whole tests/report tests/cli/test_report.py
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check moekern tests bench setup.py
-	$(BIN)/ruff format --check moekern tests bench setup.py
+	$(BIN)/ruff check moekern tests bench docs/site.py setup.py
+	$(BIN)/ruff format --check moekern tests bench docs/site.py setup.py
 	$(BIN)/mypy
 
 # The site of README.md, docs/ and the library's docstrings, in site/; pages load nothing from elsewhere, and

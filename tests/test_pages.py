@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import typer
 
 import moekern as package
+from moekern.architectures.quantisation import METHODS
 from moekern.cli.app import app
 from moekern.cli.criteria import markdown
 from moekern.criteria import criterion_named, score_layer
@@ -18,6 +21,7 @@ from moekern.criteria.table import described
 from moekern.data.mixes import PRESETS
 from moekern.data.readers import COMPRESSED, FORMATS, TEXT_SUFFIXES
 from moekern.plan.document import Plan
+from moekern.plan.formats import WRITTEN
 from tests.helpers import ROOT
 from tests.helpers.measured import layer_statistics
 from tests.helpers.pages import BLOCKS, DOCS, FENCE, FILES, code
@@ -103,6 +107,9 @@ def test_the_page_of_the_library_has_every_name() -> None:
     found = re.findall(r"^::: moekern\.([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert set(found).issuperset(f"{home}.{name}" for name, home in package.HOMES.items())
     assert len(set(found)) == len(found)
+    for name in found:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(f"moekern.{module}"), attribute), name
 
 
 def test_the_table_of_criteria_is_the_codes() -> None:
@@ -124,6 +131,16 @@ def test_the_plug_in_of_the_page_scores(tmp_path: Path) -> None:
     torch.testing.assert_close(score_layer(criterion_named(f"{tmp_path}/my.py:score"), s, "0"), want)
 
 
+def test_formats_of_quantised_sources_are_the_codes() -> None:
+    page = (DOCS / "quantised.md").read_text()
+    rows = [row for row in page.splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split(" | ")[0])} == {*METHODS, "modelopt"}
+    kinds = {"fp8": "fp8", "int8": "int", "packed int4": "pack", "mxfp4": "mxfp4"}
+    for row in rows:
+        written = any(kind in name for word, kind in kinds.items() if word in row.lower() for name in WRITTEN)
+        assert row.split(" | ")[3].startswith("yes") == written, row
+
+
 def literal(node: ast.AST) -> str:
     """A text as the source has it, values shown as "\0"."""
     if isinstance(node, ast.JoinedStr):
@@ -132,7 +149,7 @@ def literal(node: ast.AST) -> str:
 
 
 def test_error_messages_of_the_page_are_the_codes() -> None:
-    quoted = re.findall(r"^- `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = re.findall(r"^- `(.*)`<br>$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     sources = (ast.walk(ast.parse(path.read_text())) for path in (ROOT / "moekern").rglob("*.py"))
     said = "\n".join(text for nodes in sources for node in nodes if (text := literal(node)) and "\n" not in text)
     assert len(quoted) > 30
@@ -141,11 +158,12 @@ def test_error_messages_of_the_page_are_the_codes() -> None:
         assert re.search(pattern, said), message
 
 
-def test_rules_of_formats_name_tests_that_there_are() -> None:
-    named = re.findall(r"`([\w/]+\.py)::(\w+)` \|$", (DOCS / "formats.md").read_text(), re.MULTILINE)
-    assert len(named) > 25
+@pytest.mark.parametrize(("page", "folder"), [("formats.md", "tests"), ("traps.md", "tests/kernels")])
+def test_rules_name_tests_that_there_are(page: str, folder: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / page).read_text())
+    assert len(named) > 20
     for path, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / path).read_text(), f"{path}::{test}"
+        assert f"def {test}(" in (ROOT / folder / path).read_text(), f"{path}::{test}"
 
 
 def test_figures_of_the_choice_are_those_that_were_measured() -> None:

@@ -23,8 +23,8 @@ FORMAT = "moekern.contrast/1"
 
 @dataclass(frozen=True)
 class Contrast:
-    """How much more often a token of one class chooses each expert than a token of the others: layer -> [E], as
-    `guards.contrast` gives it (MoTE's differential map, arXiv:2502.11096), and where that came from."""
+    """How much more often a token of one class chooses each expert than a token of the others (MoTE's differential map,
+    arXiv:2502.11096): layer key -> E differences of shares, from -1 to 1; and where that came from."""
 
     layers: Mapping[str, Sequence[float]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
