@@ -41,7 +41,7 @@ def command(work: Path, name: str, out: Path) -> Sequence[object]:
     return {
         "calibrate": ("calibrate", model, *text, *dtype, *tiers, "--out", out),
         "iterate": ("iterate", model, *text, *dtype, *rounds, "--out", out),
-        "evaluate": ("evaluate", model, work / "plan.json", *text[:-2], *dtype, "--batch-size", 1,
+        "evaluate": ("evaluate", model, work / "plan.json", *text[:-2], *dtype, "--batch-size", 1, "--layers",
                      "--spill", out.parent, "--json"),
         "run": ("run", model, *text, *dtype, "--keep", 4, "--no-forward", "--out", out),
     }[name]  # fmt: skip
