@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Generic, TypeVar
@@ -49,6 +49,22 @@ def check_plans(plans: Mapping[str, Plan], layout: Layout, checkpoint: Checkpoin
         if refit_of(plan) is not None and not any(is_merged(plan, fingerprint) for fingerprint in made_on):
             what = "its layers were refitted, and here it is applied to the original's weights"
             raise InputError(f"{name}: {what}; take the checkpoint that was written, or the plan from before the refit")
+
+
+def pruned_by(pruner: LivePruner, plan: Plan, key: str) -> AbstractContextManager[None]:
+    """A layer whose weights are loaded is what a plan makes of it while the context is open."""
+    own = plan.layers[key]
+    return pruner.pruned(key, own.keep, live_channels(own), live_merging(plan, key))
+
+
+@contextmanager
+def all_pruned(layerwise: LayerwiseModel, plan: Plan) -> Iterator[None]:
+    """The same of a model whose layers are all in memory."""
+    pruner = LivePruner(layerwise.loader, layerwise.layout)
+    with ExitStack() as applied:
+        for key in plan.layers:
+            applied.enter_context(pruned_by(pruner, plan, key))
+        yield
 
 
 @dataclass(frozen=True)
@@ -191,8 +207,7 @@ class UnderPlans(Pass[Task], Generic[Found]):
                 module = self.layerwise.layers[layer]
                 self.applied.enter_context(substituted_layer(module, key, experts, given))
             elif task.plan is not None:
-                own, merging = task.plan.layers[key], live_merging(task.plan, key)
-                self.applied.enter_context(self.pruner.pruned(key, own.keep, live_channels(own), merging))
+                self.applied.enter_context(pruned_by(self.pruner, task.plan, key))
             self.changed(layer)
         yield
         self.through += 1

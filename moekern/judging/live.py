@@ -111,12 +111,12 @@ def _vectors(
     return measured(read, asked)
 
 
-def check_no_refit(plan: Plan, source: str = "plan") -> None:
+def check_no_refit(plan: Plan) -> None:
     """Raise InputError for a plan whose layers were refitted, or whose experts are merged."""
     if plan.merges or refit_of(plan) is not None:
         made = "experts are merged" if plan.merges else "layers were refitted"
         what = f"its {made}, and a mask has the original's weights"
-        raise InputError(f"{source}: {what}; open the pruned checkpoint itself", kind="plan")
+        raise InputError(f"plan: {what}; open the pruned checkpoint itself", kind="plan")
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, check_type, first_line, is_out_of_memory, out_of_memory, raised_here
 from moekern.evaluation.evaluate import with_constants
 from moekern.evaluation.losses import ORIGINAL
+from moekern.evaluation.under_plans import all_pruned, check_plans
 from moekern.judging.decoding import Decoding
 from moekern.judging.drafts import Drafts
 from moekern.judging.figures import Continuation, Written
-from moekern.judging.live import check_no_refit, check_steering, constants_applied, plan_applied, steering_applied
+from moekern.judging.live import check_steering, constants_applied, steering_applied
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened, removed
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
@@ -33,7 +34,6 @@ from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.plan.constants import Live
 from moekern.plan.document import Plan
-from moekern.plan.fits_model import check_plan
 from moekern.plan.guards import Experts
 from moekern.recovery.loaded import all_staying
 from moekern.version import versions
@@ -132,13 +132,9 @@ def _told(variant: Plan | Steering) -> Any:
 def check_variants(checkpoint: Checkpoint, variants: Mapping[str, Plan | Steering]) -> None:
     """Raise InputError for one that does not fit the model."""
     layout = find_layout(checkpoint)
-    if ORIGINAL in variants:
-        raise InputError(f"a plan is named {ORIGINAL!r}, which is the name of the whole model's row; rename it")
+    check_plans({n: each for n, each in variants.items() if isinstance(each, Plan)}, layout, checkpoint, replaced=True)
     for name, variant in variants.items():
-        if isinstance(variant, Plan):
-            check_no_refit(variant, name)
-            check_plan(variant, layout, checkpoint, name, replaced=True)
-        else:
+        if isinstance(variant, Steering):
             check_steering(layout, variant.experts, variant.strength, name)
 
 
@@ -187,7 +183,7 @@ def _applied(
         elif variant is None:
             yield name, nullcontext
         elif isinstance(variant, Plan):
-            yield name, partial(plan_applied, layerwise.loader, layerwise.layout, variant)
+            yield name, partial(all_pruned, layerwise, variant)
         else:
             args = layerwise.loader, layerwise.layout, variant.experts, variant.strength
             yield name, partial(steering_applied, *args)

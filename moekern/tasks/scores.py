@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,12 @@ from moekern.data.text import config_number
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL
-from moekern.evaluation.under_plans import check_plans
+from moekern.evaluation.under_plans import all_pruned, check_plans
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.precision import settled
-from moekern.model.pruned_layers import LivePruner
 from moekern.plan.document import Plan
-from moekern.plan.live import live_channels, live_merging
 from moekern.recovery.loaded import all_staying
 from moekern.tasks import harness
 from moekern.tasks.harness import Tasks
@@ -79,7 +77,7 @@ def _scored(
         for name, plan in {ORIGINAL: None, **plans}.items():
             book.answers = found.get(name, {})
             if layerwise is not None:
-                with _under(layerwise, plan):
+                with nullcontext() if plan is None else all_pruned(layerwise, plan):
                     book.texts = harness.written(layerwise.model, tokenizer.get(), longest, wanted)
             for shots in every:
                 scores += tasks.scores(shots, book, name)
@@ -97,18 +95,6 @@ def _all_layers(checkpoint: Checkpoint, compute: Compute) -> Iterator[LayerwiseM
         for _ in layerwise.visit(range(len(layerwise.layers))):
             pass
         yield layerwise
-
-
-@contextmanager
-def _under(layerwise: LayerwiseModel, plan: Plan | None) -> Iterator[None]:
-    """All layers pruned while the context is open, where there is a plan."""
-    pruner = LivePruner(layerwise.loader, layerwise.layout)
-    with ExitStack() as applied:
-        if plan is not None:
-            for key, own in plan.layers.items():
-                merging = live_merging(plan, key)
-                applied.enter_context(pruner.pruned(key, own.keep, live_channels(own), merging))
-        yield
 
 
 def named(scores: tuple[Score, ...], model: str) -> tuple[Score, ...]:

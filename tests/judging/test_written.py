@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
@@ -20,6 +22,7 @@ from moekern.judging.written import Steering, Writer, continuations, end_tokens,
 from moekern.model import journal
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
+from moekern.plan.document import LayerPlan, Plan
 from tests.helpers import families
 from tests.helpers.in_flight import Half
 from tests.helpers.tight import tighten
@@ -148,13 +151,24 @@ def test_what_cannot_be_done_is_refused(family_checkpoint: Callable[[str], Path]
         continuations(folder, prompts(), {"too-hard": Steering({"1": tuple(range(7))}, -torch.inf)}, ways)
 
 
+def test_merged_experts_are_merged_and_a_refit_is_refused(ending: Path) -> None:
+    groups = (((0, 1.0), (1, 3.0)), ((2, 1.0),), ((5, 1.0),), ((7, 1.0),))
+    keys = find_layout(open_checkpoint(ending)).layers
+    plan, merged = (Plan({key: LayerPlan((0, 2, 5, 7), groups=each) for key in keys}) for each in (None, groups))
+    plans, compute = {"half": plan, "merged": merged}, Compute("cpu", "float32")
+    found = continuations(ending, prompts(), plans, [decoding_of("greedy")], compute, new_tokens=NEW)["greedy"]
+    assert found["half"] != found["merged"]
+    refit = {"b": replace(plan, provenance={"refit": {"recipe": "0" * 64, "layers": {"0": {}}}})}
+    with pytest.raises(InputError, match="b: its layers were refitted"):
+        continuations(ending, prompts(), refit, [decoding_of("greedy")], compute, new_tokens=NEW)
+
+
 def test_a_stopped_run_goes_on_at_the_batch_that_it_was_in(
     ending: Path, half: Callable[[str], Half], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the same continuations, drawn ones too; nothing is left in the end, and other prompts are another run."""
+    """To the same drawn continuations; nothing is left in the end, and another number of new tokens is another run."""
     monkeypatch.setattr(journal, "SHARE", 0)
     write, said = Writer.written, list[str]()
-    decodings = [decoding_of("greedy"), decoding_of("sampled")]
 
     def run(most: int, new: int = NEW, resume: bool = True) -> tuple[Any, int]:
         """What was written, or None where it was interrupted behind so many batches; how many were."""
@@ -171,18 +185,18 @@ def test_a_stopped_run_goes_on_at_the_batch_that_it_was_in(
         where = Resume(tmp_path / "state", tell=said.append) if resume else None
         try:
             return continuations(
-                ending, prompts(), {"half": half(NAME).plan}, decodings, Compute("cpu", "float32"), new_tokens=new,
-                resume=where,
+                ending, prompts(), {"half": half(NAME).plan}, [decoding_of("sampled")], Compute("cpu", "float32"),
+                new_tokens=new, resume=where,
             ), count  # fmt: skip
         except KeyboardInterrupt:
             return None, count
 
     whole, batches = run(100, resume=False)
-    assert batches == 8
-    assert run(3) == (None, 3)
-    assert run(2, new=NEW - 1) == (None, 2)
+    assert batches == 4
     assert run(2) == (None, 2)
-    assert run(100) == (whole, 3)
-    assert said == [f"going on at batch {n} of 8 (writing), where a stopped run was" for n in (4, 6)]
-    assert run(100, new=NEW - 1)[1] == 6
+    assert run(1, new=NEW - 1) == (None, 1)
+    assert run(1) == (None, 1)
+    assert run(100) == (whole, 1)
+    assert said == [f"going on at batch {n} of 4 (writing), where a stopped run was" for n in (3, 4)]
+    assert run(100, new=NEW - 1)[1] == 3
     assert not list((tmp_path / "state").iterdir())

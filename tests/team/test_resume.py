@@ -42,7 +42,7 @@ def command(work: Path, name: str, out: Path) -> Sequence[object]:
         "calibrate": ("calibrate", model, *text, *dtype, *tiers, "--out", out),
         "gradients": ("calibrate", model, *text, *dtype, "--tier", "gradient", "--out", out),
         "iterate": ("iterate", model, *text, *dtype, *rounds, "--out", out),
-        "evaluate": ("evaluate", model, work / "plan.json", *text[:-2], *dtype, "--batch-size", 1,
+        "evaluate": ("evaluate", model, work / "plan.json", *text[:-2], *dtype, "--batch-size", 1, "--layers",
                      "--spill", out.parent, "--json"),
         "run": ("run", model, *text, *dtype, "--keep", 4, "--no-forward", "--out", out),
     }[name]  # fmt: skip
