@@ -117,14 +117,17 @@ def is_written(path: Path, data: bytes) -> bool:
 
 def check_new(path: str | Path, flag: str = "--out", *, folder: bool = False, source: Path | None = None) -> None:
     """Raise InputError unless a new file, or folder, can be made at `path`, which `flag` gave. A link to nothing is
-    something too, and so is what stands where a file is written before it has its name. With `source`: unless `path`
-    lies outside it. To be called before anything is measured or written."""
+    something too, and so is what stands where a file is written before it has its name. Nor may it lie in `source`, or
+    in any model's folder, of which it would be a part. To be called before anything is measured or written."""
     target, what = Path(path), "folder" if folder else "file"
     check_name(target, flag, what)
     if os.path.lexists(target):
         raise InputError(f"{flag} {target}: exists already; name a new {what} or remove it")
     if source is not None and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{flag} {target}: lies inside the source {source}; name a {what} elsewhere")
+    for place in (standing(target.parent).resolve() / "x").parents:
+        if os.path.isfile(place / "config.json") and any(place.glob("model*.safetensors*")):
+            raise InputError(f"{flag} {target}: would become a part of the model in {place}; name a place outside it")
     check_place(target, flag)
     if not folder:
         is_plain(temporary_path(target))
@@ -310,18 +313,16 @@ def locked(handle: int, how: int = fcntl.LOCK_EX) -> bool:
 
 def is_still(handle: int, path: Path) -> bool:
     """False when what was opened no longer has this name."""
-    try:
+    with suppress(OSError):
         return os.path.samestat(os.fstat(handle), path.lstat())
-    except OSError:
-        return False
+    return False
 
 
 def is_folder(path: Path) -> bool:
     """A folder itself, no link to one."""
-    try:
+    with suppress(OSError):
         return stat.S_ISDIR(path.lstat().st_mode)
-    except OSError:
-        return False
+    return False
 
 
 def is_plain(path: Path) -> bool:
@@ -392,9 +393,7 @@ def sha256(path: str | Path) -> str:
 
 def sized(nbytes: float) -> str:
     """Bytes with a binary unit: 1536 -> "1.5 KiB"."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = 0
+    units, power = ("B", "KiB", "MiB", "GiB", "TiB"), 0
     while nbytes >= 1024 and power + 1 < len(units):
-        nbytes /= 1024
-        power += 1
-    return f"{nbytes:.0f} {units[power]}" if power == 0 else f"{nbytes:.1f} {units[power]}"
+        nbytes, power = nbytes / 1024, power + 1
+    return f"{nbytes:.{min(power, 1)}f} {units[power]}"

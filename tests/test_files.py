@@ -44,6 +44,12 @@ def _file(at):
     at.write_bytes(b"")
 
 
+def _model(at):
+    at.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (at / name).touch()
+
+
 NEW = {
     "a file": (_file, "x", "exists already; name a new file or remove it"),
     "a folder": (lambda at: at.mkdir(), "x", "exists already; name a new file or remove it"),
@@ -53,6 +59,7 @@ NEW = {
     "deep in a file": (_file, "x/y/z", ".*/x is no folder; name another place"),
     "in a link to nothing": (lambda at: at.symlink_to("nowhere"), "x/y", ".*/x is no folder; name another place"),
     "no name": (lambda at: None, "x/..", "names no new file"),
+    "in a model": (_model, "x/deep/s", "would become a part of the model in .*/x; name a place outside it"),
     "inside the source": (lambda at: (at.parent / "in").mkdir(), "in/y", "lies inside the source .*/in; name a file"),
 }
 

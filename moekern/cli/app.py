@@ -38,6 +38,7 @@ from moekern.cli.recover import recover
 from moekern.cli.refit import refit
 from moekern.cli.report import report
 from moekern.cli.run import run
+from moekern.cli.schema import schema
 from moekern.cli.score import score
 from moekern.cli.verify import verify
 from moekern.errors import InputError, first_line, is_out_of_memory, nearest_name, notes, speaking_flags
@@ -186,6 +187,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
     (card, "moekern card MODEL-pruned --evaluation evaluation.json --base-model OWNER/MODEL"),
     (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
+    (schema, "moekern schema plan"),
     (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),
     (demo, "moekern demo"),
 )

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from moekern.statistics.file import Statistics
 
 
+def is_typed(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter stands on the command line, and is neither a default nor a recipe's."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def parsed_size(flag: str, text: str) -> int:
     """Bytes: "5GB" is 5e9, "512MiB" 512 * 2^20, "4096" itself. Raises InputError that names the flag."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)

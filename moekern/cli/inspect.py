@@ -11,7 +11,7 @@ import typer
 
 from moekern.cli.console import say, show
 from moekern.cli.enough import enough
-from moekern.cli.given import headers_of, result
+from moekern.cli.given import headers_of, is_typed, result
 from moekern.cli.options import CriterionOption, Json, Revision, check_model
 from moekern.criteria.table import DEFAULT
 from moekern.errors import InputError
@@ -31,6 +31,7 @@ def check_model_or_statistics(name: str) -> str:
 
 
 def inspect(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -46,7 +47,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show layout, experts, bytes and what can be pruned, from the headers alone."""
-    if os.path.isfile(model):
+    statistics_file = os.path.isfile(model)
+    for name in ("revision",) if statistics_file else ("criterion", "keep"):
+        if is_typed(ctx, name):
+            of = "a hub id, and this is a statistics file" if statistics_file else "a statistics file, and this is none"
+            raise InputError(f"--{name} {ctx.params[name]}: goes with {of}; leave it out")
+    if statistics_file:
         from moekern.statistics.file import Statistics
 
         statistics = Statistics.load(model)

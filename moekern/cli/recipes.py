@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekern.cli.console import say
+from moekern.cli.given import is_typed
 from moekern.errors import InputError
 from moekern.version import __version__
 
@@ -71,21 +72,16 @@ def _check_beside(ctx: typer.Context, given: Recipe) -> None:
     for parameter in ctx.command.params:
         name = str(parameter.name)
         key = next((key for key, other in PARAMETER.items() if other == name), name)
-        if key not in type(given).model_fields or key in BESIDE or not _typed(ctx, name):
+        if key not in type(given).model_fields or key in BESIDE or not is_typed(ctx, name):
             continue
         said, wanted = _plain(ctx.params[name]), given.options().get(key)
         if _words(said) != _words(wanted):
             flag = parameter.opts[0]
             raise InputError(f"{flag}: the recipe says it ({key}); change it in a copy of the recipe, or leave it out")
     for criterion in given.plug_ins():
-        if not _typed(ctx, "criterion") and not _typed(ctx, "candidate"):
+        if not is_typed(ctx, "criterion") and not is_typed(ctx, "candidate"):
             what = "is code, which a recipe alone does not start"
             raise InputError(f"--recipe: criterion {criterion} {what}; if you trust it, give the same --criterion too")
-
-
-def _typed(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _plain(value: Any) -> Any:
@@ -101,7 +97,7 @@ def _words(value: Any) -> list[str]:
 
 def revision_of(ctx: typer.Context, path: Path | None, revision: str | None) -> str | None:
     """The recipe's is of the recipe's model, and not of another that is named beside it."""
-    return None if path is not None and _typed(ctx, "model") and not _typed(ctx, "revision") else revision
+    return None if path is not None and is_typed(ctx, "model") and not is_typed(ctx, "revision") else revision
 
 
 def check_model_of(recipe: Recipe | None, checkpoint: Checkpoint) -> None:

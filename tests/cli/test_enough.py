@@ -212,3 +212,12 @@ def test_run_stops_early_and_is_taken_over(work: Path, tmp_path: Path) -> None:
     assert 0 < header["tokens"]["a"] < 600
     again = moekern(*command, "--out", tmp_path / "out")
     assert "using the statistics of an earlier run" in again.stderr
+
+
+def test_flags_of_the_other_kind_of_source_are_refused_by_name(work: Path) -> None:
+    for name, flag, value in (
+        ("s.safetensors", "--revision", "main"), ("model", "--keep", 4), ("model", "--criterion", "reap"),
+    ):  # fmt: skip
+        refused = moekern("inspect", work / name, flag, value)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert f"{flag} {value}: goes with a" in refused.stderr
