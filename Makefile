@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DOCS_VENV ?= .venv-docs
+ENGINES ?= .engines
 OUT ?= gpu-results
 RUNS ?= 1000000
 
-.PHONY: demo test test-all test-report lint docs bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning fuzz gpu bench-evaluating clean
+.PHONY: demo test test-all test-report test-engines lint docs fuzz gpu clean
+.PHONY: bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning bench-evaluating
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -21,6 +23,12 @@ test-all: test
 # The page of `report` in headless Chromium, where there is one (Debian, Ubuntu: apt-get install chromium).
 test-report: $(VENV)/.ready
 	$(BIN)/python -m pytest -q --whole tests/report tests/cli/test_report.py
+
+# Pruned checkpoints in vLLM, llama.cpp, compressed-tensors and llm-compressor, which go to the folder ENGINES= (6 GB).
+# What cannot be installed is named, and its tests skip.
+test-engines: $(VENV)/.ready
+	tests/engines/setup.sh $(ENGINES) $(BIN)/python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engines --engines $(ENGINES)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check moekern tests bench docs/site.py setup.py

@@ -45,6 +45,7 @@ DEAR = ("test_docs.py", "test_tour.py", "test_limits.py", "test_cuda_logic.py", 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="also what is marked whole")
+    parser.addoption("--engines", metavar="FOLDER", help="also what needs engines, which lie there")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -54,10 +55,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if (name := _family(item)) in places:
             item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: (item.path.name not in DEAR, places.get(_family(item), len(places))))
-    if not config.getoption("--whole"):
-        spare = [item for item in items if item.get_closest_marker("whole")]
-        config.hook.pytest_deselected(items=spare)
-        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+    for name in ("whole", "engines"):
+        if not config.getoption(f"--{name}"):
+            spare = [item for item in items if item.get_closest_marker(name)]
+            config.hook.pytest_deselected(items=spare)
+            items[:] = [item for item in items if not item.get_closest_marker(name)]
 
 
 def pytest_collection_finish() -> None:

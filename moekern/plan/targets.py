@@ -103,6 +103,13 @@ VLLM_SOFTPLUS = frozenset({1 << n for n in range(7)} | {128, 192, 256, 320, 384,
 VLLM_DIVIDES = {"deepseek_v4": ("tp", "ep"), "kimi_k3": ("ep",)}
 # vllm/models/flint/ops/moe.py: a static assertion of its router on one Blackwell GPU; elsewhere it is plain code.
 FLINT = "on Blackwell GPUs with tp=1 its Flint kernels take powers of two up to 256"
+# conversion/base.py: where config.json has none of these keys, as in what transformers 5 has saved, the file does not
+# say how scores are made. Run with v0.5.0: DeepSeek-V3 then computes something else, without a word, the others end.
+SCORE_KEYS = frozenset({
+    "score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func",
+    "expert_selection_fn",
+})  # fmt: skip
+SCORED = ("deepseek_v3", "dots1", "exaone_moe", "minimax_m2")
 
 RULES: tuple[Rule, ...] = (
     # torch.topk raises below top_k; the group rules are the model's own: transformers reshapes tokens and groups into
@@ -207,6 +214,22 @@ RULES: tuple[Rule, ...] = (
         lambda n, model, target: _when(
             model.grouped and (n <= model.router.n_group or model.router.topk_group >= model.router.n_group),
             f"needs more experts than the {model.router.n_group} groups, and fewer chosen groups than all",
+        ),
+    ),
+    # src/llama-graph.cpp, build_moe_ffn: the sum of the two best scores of each group, as DeepSeek-V3 has it. Run with
+    # v0.5.0: DeepSeek-V2's own code takes the best one, and other tokens came out, pruned or not.
+    Rule(
+        ("llama.cpp",), True,
+        lambda n, model, target: _when(
+            model.grouped and model.router.group_top != 2,
+            f"it ranks groups by their two best experts, this model by its best {model.router.group_top}",
+        ),
+    ),
+    Rule(  # see SCORED
+        ("llama.cpp",), True,
+        lambda n, model, target: _when(
+            model.family in SCORED and bool(model.keys) and not model.keys & SCORE_KEYS,
+            "its converter reads the kind of the router's scores from config.json, which has no scoring_func",
         ),
     ),
     # mlx_lm/models: ModelArgs. transformers 5 saves rope_theta in rope_parameters, and some keys under other names.

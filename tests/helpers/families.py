@@ -293,10 +293,13 @@ def _sizes(config_class: type[PreTrainedConfig], table: Mapping[str, Any]) -> di
     return sizes
 
 
-def _config(name: str) -> PreTrainedConfig:
+def configured(name: str, **sizes: Any) -> PreTrainedConfig:
+    """The family's configuration, with these `sizes` in it where it has the field."""
     config_class = CONFIG_MAPPING[name.split("-")[0]]
     variant = dict(OVERRIDES[name]) if "-" in name else {}
-    return config_class(**(_sizes(config_class, SMALL) | variant))
+    fields = inspect.signature(config_class).parameters
+    asked = {field: value for field, value in sizes.items() if field in fields}
+    return config_class(**(_sizes(config_class, SMALL) | variant | asked))
 
 
 TABLES = (
@@ -305,7 +308,9 @@ TABLES = (
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {name: functools.partial(_config, name) for name in NAMES.split()}
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    name: functools.partial(configured, name) for name in NAMES.split()
+}
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
@@ -356,9 +361,15 @@ def build(
     return model.eval()
 
 
-def save(name: str, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the checkpoint of ``build(name, seed, dtype)`` in several shards."""
-    model = build(name, seed, dtype)
+def save(
+    name: str,
+    folder: str | Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    config: Callable[[], PreTrainedConfig] | None = None,
+) -> Path:
+    """Write the checkpoint of ``build(name, seed, dtype, config)`` in several shards."""
+    model = build(name, seed, dtype, config)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     model.save_pretrained(folder, max_shard_size=size // 3)
     return Path(folder)

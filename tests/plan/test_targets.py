@@ -69,6 +69,10 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "1024": ("llama.cpp", WIDE, 1025, True, "at most 1024"),
     "512": ("ik_llama.cpp", WIDE, 513, True, "at most 512"),
     "all groups chosen": ("llama.cpp", Served("x", "sigmoid", Router(64, 4, 4, 4, 1)), 32, True, "fewer chosen groups"),
+    "groups by the best expert": (
+        "llama.cpp", Served("deepseek_v2", "softmax", Router(160, 6, 8, 3, 1)), 80, True, "this model by its best 1",
+    ),
+    "no kind of scores": ("llama.cpp", replace(V3, keys=frozenset({"n_group"})), 128, True, "has no scoring_func"),
     "flint": ("vllm", Served("flint", "sigmoid", Router(256, 6)), 96, False, "Flint kernels take powers of two"),
     "a config of transformers 5": (
         "mlx-lm", replace(QWEN, names=frozenset({"qwen3_moe"}), keys=frozenset({"hidden_size", "rope_parameters"})),
