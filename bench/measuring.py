@@ -76,7 +76,7 @@ def line(model: Path, tokens: int, rounds: int, tiers: Sequence[str], dtype: str
         f"{name}_{kind}_s": round(each[i], 3) for name, each in times.items() for i, kind in enumerate(("wall", "cpu"))
     }
     return {
-        **machine(), "what": "calibrate", "model": str(model), "tokens": sum(data.tokens.values()), "dtype": dtype,
+        **machine(), "what": "calibrate", "model": model.name, "tokens": sum(data.tokens.values()), "dtype": dtype,
         "tiers": ["routed", *tiers], "rounds": rounds, **seconds,
         "over_plain": round(wall, 3), "over_plain_cpu": round(cpu, 3), "target": TARGET,
     }  # fmt: skip

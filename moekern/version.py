@@ -1,5 +1,6 @@
 """The version, and those of the libraries that results depend on."""
 
+from functools import cache
 from importlib.metadata import version
 
 __version__ = "0.1.0"
@@ -7,4 +8,7 @@ __version__ = "0.1.0"
 
 def versions() -> dict[str, str]:
     """moekern, torch and transformers, as artefacts record them."""
-    return {"moekern": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return {"moekern": __version__, **{name: _installed(name) for name in ("torch", "transformers")}}
+
+
+_installed = cache(version)

@@ -103,7 +103,7 @@ def calibrate(
     layout, out = find_layout(checkpoint), None if out is None else Path(out)
     compute = settled(compute, checkpoint, layout)
     check_tiers_of(wanted, part)
-    measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens)
+    measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens, layout=layout)
     groups: tuple[Part, ...] = ()
     if part is None and out is not None:
         if resume is not None and resume.restart:
@@ -140,6 +140,7 @@ def measure_once(
     tiers: tuple[str, ...],
     replay_tokens: int,
     *,
+    layout: Layout | None = None,
     out: Path | None = None,
     resume: Resume | None = None,
     part: Part | None = None,
@@ -151,7 +152,7 @@ def measure_once(
     Raises NoRoomForText, on all ranks of a team, where neither memory nor disk have room for it.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    layout = find_layout(checkpoint)
+    layout = find_layout(checkpoint) if layout is None else layout
     header = _header(checkpoint, layout, data, compute, tiers)
     experts = {key: layer.num_experts for key, layer in layout.layers.items()}
     tell: Finished = lambda key, sums: told(Statistics(header, {key: sums}))  # noqa: E731

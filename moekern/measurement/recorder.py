@@ -14,7 +14,8 @@ from moekern.measurement.batch import BatchContext, Routed, Seen
 from moekern.measurement.tiers import TABLE, add_outliers, by_logits, chosen_sets, rows_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.statistics.folding import Folding
-from moekern.statistics.layer import LayerStatistics, merge_rows
+from moekern.statistics.layer import LayerStatistics
+from moekern.statistics.merges import merge_rows
 from moekern.team import Team
 
 MASKED = -1e4  # a logit that can be multiplied and added, and whose score is 0 in every type

@@ -22,7 +22,8 @@ from moekern.statistics.disk import (
     open_layers,
 )
 from moekern.statistics.header import IDENTITY, PART, header_problem, merged_header
-from moekern.statistics.layer import TIERS, UNKNOWN, LayerStatistics
+from moekern.statistics.layer import TIERS, LayerStatistics
+from moekern.statistics.merges import UNKNOWN
 
 COLUMNS = ("count", "gate_sum", "norm_sum", "gated_norm_sum")  # of to_rows
 

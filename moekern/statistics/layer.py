@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moekern.kernels.sums import ExpertSums, MixtureSums, RouterSums, declared
 from moekern.statistics.contradictions import contradiction
+from moekern.statistics.merges import IN_PLACE, MERGES, ONE_SIDED, merge_rows
 
 Views = TypeVar("Views")
 
@@ -211,14 +212,9 @@ class LayerStatistics:
         subsets = 1 << num_experts if num_experts <= SUBSETS else 0
         size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "S": subsets, "C": 0, "M": 0}
         size |= {"W": words, "V": 64 * words, "2": 2}
-        wanted = {"routed", *tiers, *(["dimensions"] if dimensions else [])}
-
-        def zero(f: Field[Any]) -> Tensor:
-            named = f.metadata["tier"] in wanted
-            shape = [size[d.rstrip("?")] if named or d[-1] != "?" else 0 for d in f.metadata["shape"].split()]
-            return torch.zeros(shape, dtype=f.metadata["dtype"], device=device)
-
-        return cls(*(zero(f) for f in fields(cls)))
+        wanted = frozenset(("routed", *tiers, *(["dimensions"] if dimensions else [])))
+        shapes = _shapes(wanted, tuple(size.items()))
+        return cls(*((_zeros if all(shape) else _nothing)(shape, dtype, device) for shape, dtype in shapes))
 
     def like(self) -> LayerStatistics:
         """No token seen yet, of the same sizes and weights."""
@@ -274,20 +270,23 @@ class LayerStatistics:
         if problem:
             raise ValueError(f"[LayerStatistics] add: {problem}")
         united = {}
-        for f in fields(self):
+        for f in FIELDS:
             mine, theirs, merge = getattr(self, f.name), getattr(other, f.name), f.metadata["merge"]
+            if mine.numel() == theirs.numel() == 0:
+                united[f.name] = mine
+                continue
             into = {"out": mine} if merge in in_place else {}
             united[f.name] = MERGES[merge](mine, theirs, **into)
         return LayerStatistics(**united)
 
     def differs(self, other: LayerStatistics) -> str | None:
         """Why the two cannot be added, by their shapes (the sums may lie on the meta device); None when they can."""
-        for f in fields(self):
+        for f in FIELDS:
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine.shape == theirs.shape:
+                continue
             merge = f.metadata["merge"]
             if merge == "rows" or (merge in ONE_SIDED and not (mine.numel() and theirs.numel())):
-                continue
-            if mine.shape == theirs.shape:
                 continue
             if bool(mine.numel()) != bool(theirs.numel()):
                 return f"{f.metadata['tier']} ({f.name}) is measured on one side only"
@@ -296,7 +295,7 @@ class LayerStatistics:
 
     def other_weights(self, other: LayerStatistics) -> str | None:
         """Why the two are not of the same weights; None when they are, or one side did not look at them."""
-        for f in fields(self):
+        for f in FIELDS:
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if f.metadata["merge"] == "same" and mine.numel() and theirs.numel() and not torch.equal(mine, theirs):
                 return f"{f.name}: the two sides are of different weights"
@@ -333,6 +332,27 @@ class LayerStatistics:
         return contradiction(self, top_k)
 
 
+FIELDS = fields(LayerStatistics)
+
+
+@cache
+def _shapes(tiers: frozenset[str], sizes: tuple[tuple[str, int], ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of every field; where its tier is not among these, sizes that may be missing are 0."""
+    found, size = [], dict(sizes)
+    for f in FIELDS:
+        named, dims = f.metadata["tier"] in tiers, f.metadata["shape"].split()
+        shape = tuple(size[d.rstrip("?")] if named or d[-1] != "?" else 0 for d in dims)
+        found.append((shape, f.metadata["dtype"]))
+    return found
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+_nothing = cache(_zeros)  # a tensor without numbers is one for all: most fields are of tiers that are not measured
+
+
 def _optional(f: Field[Any]) -> bool:
     return "?" in f.metadata["shape"] and f.metadata["tier"] != "routed"
 
@@ -364,28 +384,4 @@ def _shape_problem(f: Field[Any], value: Tensor, size: dict[str, int]) -> str | 
     return None
 
 
-def merge_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Rows whose last number counts the others: equal ones are united, in rising order."""
-    rows = torch.cat([part for part in (a, b) if part.numel()]) if a.numel() or b.numel() else a
-    if not rows.numel():
-        return rows
-    keys, index = rows[:, :-1].unique(dim=0, return_inverse=True)
-    counts = rows.new_zeros(len(keys)).index_add_(0, index, rows[:, -1])
-    return torch.cat([keys, counts[:, None]], 1)
-
-
-IN_PLACE = ("add", "max", "or")
-MERGES: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add,
-    "max": torch.maximum,
-    "or": torch.bitwise_or,
-    "same": lambda a, b: a if a.numel() else b,
-    "alike": lambda a, b: a if torch.equal(a, b) else torch.zeros_like(a if a.numel() else b),
-    "rows": merge_rows,
-    # Halves, and others, that one side does not know are not known of both.
-    "halves": lambda a, b: a + b if a.numel() and b.numel() else a[:0],
-    "half maxima": lambda a, b: torch.maximum(a, b) if a.numel() and b.numel() else a[:0],
-}
-ONE_SIDED = ("same", "alike", "halves", "half maxima")  # may be measured on one side only
-UNKNOWN = ("halves", "half maxima")  # and are then not known of both
 HALVED = tuple(f.name.removeprefix("half_") for f in fields(LayerStatistics) if f.metadata["tier"] == HALVES)
