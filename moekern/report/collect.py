@@ -164,7 +164,8 @@ def _curve(each: Order, keys: Sequence[str], found: _Found) -> dict[str, Any]:
 
 def _dropped(each: Order, key: str) -> list[int] | None:
     keep = each.keep(key)
-    return None if keep is None else [e for e in range(len(each.scores[key])) if e not in set(keep)]
+    kept = set(keep or ())
+    return None if keep is None else [e for e in range(len(each.scores[key])) if e not in kept]
 
 
 def _in_layer(each: Order, key: str, found: _Found, limit: float, top_k: int) -> dict[str, Any]:
