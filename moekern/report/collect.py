@@ -18,6 +18,7 @@ from moekern.plan.agreement import rank_correlation
 from moekern.plan.choose import choose_top
 from moekern.plan.compare import check_fits
 from moekern.plan.document import Plan
+from moekern.report.commands import commands_of
 from moekern.report.diagnostics import (
     coverage_of,
     domains_of,
@@ -27,7 +28,7 @@ from moekern.report.diagnostics import (
     routing_variance,
 )
 from moekern.report.orders import Order, Values, orders, scored, wanted
-from moekern.report.recipe import commands_of, model_of, plan_rows, runs_of
+from moekern.report.recipe import model_of, plan_rows, runs_of
 from moekern.report.shares import (
     POINTS,
     absorbed,
@@ -99,7 +100,7 @@ def report_of(
         "model": model_of(statistics, overview, plans, cache),
         "runs": runs_of(statistics),
         "plans": plan_rows(plans),
-        "commands": commands_of(statistics, plans, losses is not None),
+        "commands": commands_of(statistics, plans, evaluation),
         "warnings": [line.removeprefix("warning: ") for line in lines if line],
         "evaluation": evaluation,
         "layers": found.layers,
@@ -164,7 +165,8 @@ def _curve(each: Order, keys: Sequence[str], found: _Found) -> dict[str, Any]:
 
 def _dropped(each: Order, key: str) -> list[int] | None:
     keep = each.keep(key)
-    return None if keep is None else [e for e in range(len(each.scores[key])) if e not in set(keep)]
+    kept = set(keep or ())
+    return None if keep is None else [e for e in range(len(each.scores[key])) if e not in kept]
 
 
 def _in_layer(each: Order, key: str, found: _Found, limit: float, top_k: int) -> dict[str, Any]:

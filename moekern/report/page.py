@@ -64,10 +64,11 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 def figure(told: Mapping[str, Any]) -> str:
     """A value with its standard error, where it has one."""
-    return with_error(told["value"], told["error"])
+    return "not known" if told["value"] is None else with_error(told["value"], told["error"])
 
 
 def _percents(told: Mapping[str, float | None]) -> str:
+    """The same as a share."""
     return percent(told["value"]) + ("" if told["error"] is None else f" ± {percent(told['error'])}")
 
 
@@ -84,7 +85,7 @@ def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation": evaluation and {**evaluation, "pair_rows": [
             (p["plan"], p["than"], p["metric"], *(number(p[end]) for end in ("mean", "low", "high")),
              "yes" if p["clear"] else "no") for p in evaluation["pairs"]
-        ]},
+        ], **_evaluation_tables(evaluation)},
         "from_lowest": [curve["name"] for curve in curves if curve["from_lowest"]],
         "curve_head": ("experts removed", *(f"{c['name']}, {w}" for c in curves for w in ("saliency", "traffic"))),
         "curve_rows": [
@@ -115,6 +116,23 @@ def _tables(found: Mapping[str, Any]) -> dict[str, Any]:
         },
         "router_rows": [_router_row(layer["key"], layer["router"]) for layer in layers],
         **_domain_table(layers),
+    }  # fmt: skip
+
+
+def _evaluation_tables(found: Mapping[str, Any]) -> dict[str, Any]:
+    more = {"one_minus_tv": "1 - TV", "bits_per_byte": "bits a byte"}
+    names = [row["name"] for row in found["rows"] if row["name"] != found["original"]]
+    return {
+        "more": {what: told for what, told in more.items()
+                 if any(row[what]["value"] is not None for row in found["rows"])},
+        "bucket_head": (*(f"{what}, {name}" for name in names for what in ("KL", "same top-1")),),
+        "bucket_rows": {axis: [
+            (row["label"], *(form(row["plans"][name][what]) if name in row["plans"] else "-"
+                             for name in names for what, form in (("kl", figure), ("top1", _percents))))
+            for row in rows
+        ] for axis, rows in found["buckets"].items() if rows},
+        "layer_rows": {name: [(key, *map(number, row.values())) for key, row in layers.items()]
+                       for name, layers in found["layers"].items() if layers},
     }  # fmt: skip
 
 
@@ -184,7 +202,9 @@ def _packed(found: Mapping[str, Any]) -> dict[str, Any]:
         "names": list(found["kept"]),
         "layers": [_layer(layer) for layer in found["layers"]],
         "curves": found["curves"],
-        "evaluation": evaluation and {name: evaluation[name] for name in ("original", "rows", "pairs")},
+        "evaluation": evaluation and {
+            name: evaluation[name] for name in ("original", "rows", "pairs", "buckets", "layers")
+        },
         "kept": {name: _bits(layers, found["layers"]) for name, layers in found["kept"].items()},
         "values": held,
         "preferences": [{name: _base64(_bytes(row)) for name, row in layer.items()} for layer in found["domains"]],

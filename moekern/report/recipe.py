@@ -1,8 +1,7 @@
-"""What the artefacts tell of how they were made: the model, the text, the plans, and the commands that they imply."""
+"""What the artefacts tell of how they were made: the model, the text, the plans."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from moekern.plan.document import Plan
 from moekern.statistics.file import Statistics
 
 WIDEST = 300  # characters of a text that a file holds
-MADE_OTHERWISE = ("merge", "refit", "optimise", "earlier_rounds")  # provenance of plans that are not `plan`'s
 
 
 def text_of(value: Any) -> str:
@@ -59,7 +57,10 @@ def runs_of(statistics: Statistics) -> list[dict[str, Any]]:
             "domains": [{"name": text_of(name), "tokens": _count(each, "tokens"), "source": _entry(each, "path")}
                         for name, each in named],
             "sequence_length": _count(data, "sequence_length"),
+            "chunk": _count(data, "chunk"),
             "seed": _count(data, "seed"),
+            "rows": data.get("pack") is False,
+            "thinking": text_of(data.get("thinking")),
             "dtype": text_of(run.get("dtype")),
             "model": text_of(run.get("model")),
             "versions": _versions(run.get("versions")),
@@ -67,7 +68,10 @@ def runs_of(statistics: Statistics) -> list[dict[str, Any]]:
     if rows and any(row["domains"] for row in rows):
         return rows
     whole = [{"name": name, "tokens": n, "source": ""} for name, n in statistics.header["tokens"].items()]
-    first = rows[0] if rows else {"sequence_length": None, "seed": None, "dtype": "", "model": "", "versions": ""}
+    first = rows[0] if rows else {
+        **dict.fromkeys(("sequence_length", "chunk", "seed")), "rows": False,
+        **dict.fromkeys(("thinking", "dtype", "model", "versions"), ""),
+    }  # fmt: skip
     return [{**first, "domains": whole}]
 
 
@@ -105,35 +109,3 @@ def plan_rows(plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
             "digest": plan.digest,
         })  # fmt: skip
     return rows
-
-
-def commands_of(statistics: Statistics, plans: Mapping[str, Plan], evaluated: bool) -> list[str]:
-    """Command lines that would do it again, as far as the files tell: names of models and of files are not in them, and
-    plans of other commands than `plan` have none."""
-    words = ["moekern", "calibrate", "MODEL"]
-    run = runs_of(statistics)[0]
-    for domain in run["domains"]:
-        amount = "" if domain["tokens"] is None else f":{domain['tokens']}"
-        words += ["--data", f"{domain['name']}={domain['source'] or 'TEXT'}{amount}"]
-    for flag in ("sequence_length", "seed"):
-        words += [] if run[flag] is None else [f"--{flag.replace('_', '-')}", str(run[flag])]
-    words += [word for tier in statistics.tiers for word in ("--tier", tier)]
-    lines = [shlex.join([*words, "--out", "s.safetensors"])]
-    rows = plan_rows(plans)
-    for row, plan in zip(rows, plans.values(), strict=True):
-        other = row["merged"] or row["width"] is not None or any(key in plan.provenance for key in MADE_OTHERWISE)
-        if other or row["criterion"] == "not named":
-            continue
-        made = ["moekern", "plan", "s.safetensors", "--criterion", row["criterion"]]
-        made += ["--keep", row["keep"] or str(row["kept"][0])]
-        made += [] if row["budget"] == "uniform" else ["--budget", row["budget"]]
-        made += ["--allow-nonuniform"] if len(row["kept"]) > 1 and row["replace"] is None else []
-        made += [] if row["replace"] is None else ["--replace", str(row["replace"])]
-        made += [] if row["domains"] in ([], list(statistics.domains)) else [
-            word for each in row["domains"] for word in ("--domain", each)
-        ]  # fmt: skip
-        lines.append(shlex.join([*made, "--out", f"{row['name']}.json"]))
-    if evaluated:
-        files = [f"{row['name']}.json" for row in rows]
-        lines.append(shlex.join(["moekern", "evaluate", "MODEL", *files, "--data", "TEXT", "--out", "losses.json"]))
-    return lines

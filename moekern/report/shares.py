@@ -104,11 +104,15 @@ def strongest(together: Tensor, tokens: int, most: int) -> list[tuple[int, int, 
     found = lift(together, tokens)
     worth = torch.nan_to_num(together.double() * found.log(), nan=0.0, neginf=0.0).triu(1).flatten()
     E = len(together)
-    least = max(float(worth.topk(min(most, len(worth))).values[-1]), 0.0)
-    places = ((worth >= least) & (worth > 0)).nonzero().flatten().tolist()
-    chosen = sorted(places, key=lambda place: (-float(worth[place]), place))[:most]
-    cells = [(place // E, place % E) for place in chosen]
+    cells = [(place // E, place % E) for place in largest(worth, most) if worth[place] > 0]
     return [(i, j, int(together[i, j]), float(found[i, j])) for i, j in cells]
+
+
+def largest(values: Tensor, most: int) -> list[int]:
+    """Places of the largest numbers [N], so many at most, the largest first, of equal ones the first."""
+    least = values.topk(min(most, len(values))).values[-1]
+    places = [*(values > least).nonzero().flatten().tolist(), *(values == least).nonzero().flatten()[:most].tolist()]
+    return sorted(places, key=lambda place: (-float(values[place]), place))[:most]
 
 
 def outlying(values: Tensor, used: Tensor) -> tuple[int, float] | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekern.criteria.needs import cosines
-from moekern.report.shares import lift, strongest
+from moekern.report.shares import largest, lift, strongest
 from moekern.statistics.layer import LayerStatistics
 
 TIERS = ("replay", "dimensions", "constants")  # that know outputs, the best first
@@ -37,6 +38,7 @@ def together(sums: LayerStatistics, count: int) -> dict[str, Any]:
     busy = sorted(sorted(range(sums.num_experts), key=lambda e: (-int(sums.count[e]), e))[:count])
     way, alike = likeness(sums)
     return {
+        "nearest": [] if alike is None else nearest(alike),
         "strongest": [{"experts": [i, j], "tokens": n, "lift": value}
                       for i, j, n, value in strongest(sums.coactivation, tokens, PAIRS)],
         "experts": busy,
@@ -61,6 +63,15 @@ def likeness(sums: LayerStatistics) -> tuple[str, Tensor | None]:
     found[unknown] = torch.nan
     found[:, unknown] = torch.nan
     return way, found.fill_diagonal_(torch.nan)
+
+
+def nearest(alike: Tensor) -> list[dict[str, Any]]:
+    """The pairs that are most alike, of equal ones the lowest numbers first."""
+    E = len(alike)
+    upper = torch.ones_like(alike).triu(1) > 0
+    values = torch.where(upper & ~alike.isnan(), alike, -torch.inf).flatten()
+    found = ((place, float(values[place])) for place in largest(values, PAIRS))
+    return [{"experts": [place // E, place % E], "cosine": value} for place, value in found if isfinite(value)]
 
 
 def known(table: Tensor) -> list[list[float | None]]:

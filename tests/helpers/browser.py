@@ -34,6 +34,7 @@ seen.cell = point("#heat", 54 + 4, 4);
 seen.key = press("#heat", "ArrowRight");
 seen.curve = point("#curve svg", 200, 100);
 if (document.querySelector("#strips svg")) seen.strip = point("#strips svg", 8, 40);
+if (document.querySelector("#by-position svg")) seen.bucket = point("#by-position svg", 60, 40);
 seen.pairs = point("#lift", 54 + 4, 4);
 const cell = document.getElementById("alike").offsetHeight / 7;
 seen.alike = point("#alike", 54 + 1.5 * cell, 4);

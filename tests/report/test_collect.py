@@ -136,24 +136,6 @@ def test_what_is_to_be_doubted_is_said() -> None:
     assert not any("layers keep" in line for line in found["warnings"])  # the router chooses among all
 
 
-def test_commands_are_of_plans_that_plan_makes() -> None:
-    plan = make_plan(HELD, "reap", 4)
-    groups = tuple(((e, 1.0),) for e in plan.layers["0"].keep)
-    joined = replace(plan.layers["0"], groups=groups)
-    plans = {
-        "dropped": plan,
-        "constants": replace(plan, replace=Replacement("zero")),
-        "merged": replace(plan, layers={**plan.layers, "0": joined}),
-        "searched": changed(plan, criterion="masks", optimise={}),
-    }
-    commands = report_of(HELD, plans)["commands"]
-    assert commands[0].startswith("moekern calibrate MODEL --data ")
-    assert commands[1:] == [
-        "moekern plan s.safetensors --criterion reap --keep 4 --out dropped.json",
-        "moekern plan s.safetensors --criterion reap --keep 4 --replace zero --out constants.json",
-    ]
-
-
 @pytest.mark.parametrize("odd", [[], {}, 3, "x" * 5000, None, [["a"]], {"kind": []}])
 def test_provenance_of_any_type_is_only_shown(odd: object) -> None:
     names = ("criterion", "keep", "domains", "budget", "ties", "statistics", "refit")

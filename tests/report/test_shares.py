@@ -11,6 +11,7 @@ from moekern.report.shares import (
     POINTS,
     absorbed,
     knee,
+    largest,
     lift,
     on_grid,
     order,
@@ -104,6 +105,11 @@ def test_the_strongest_pairs_come_by_what_chance_would_not_give() -> None:
     assert set(worth) == {(0, 1), (1, 2)}  # 0 and 2 are together less than by chance
     assert list(worth.values()) == sorted(worth.values(), reverse=True)
     assert strongest(together, 400, 1) == found[:1]
+
+
+def test_the_largest_come_in_order_and_of_equal_ones_the_first() -> None:
+    assert largest(doubles(1, 3, 2, 3, 2, 2), 4) == [1, 3, 2, 4]
+    assert largest(doubles(1, 1), 5) == [0, 1]
 
 
 def test_the_farthest_expert_in_standard_deviations() -> None:

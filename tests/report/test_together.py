@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from moekern.report.together import LIKE, MATRICES, likeness, room, together
+from moekern.report.together import LIKE, MATRICES, PAIRS, likeness, room, together
 from moekern.statistics.layer import LayerStatistics
 from tests.helpers.measured import E, layer_statistics, with_tiers
 
@@ -45,3 +45,8 @@ def test_matrices_are_of_the_most_used_experts_within_their_room() -> None:
     both = int(sums.coactivation[i, j]) * int(sums.tokens) / int(sums.count[i] * sums.count[j])
     assert found["lift"][0][1] == pytest.approx(both, abs=1e-4)
     assert found["lift"][0][0] is None
+    alike = likeness(sums)[1]
+    assert alike is not None
+    order = sorted((-float(alike[i, j]), i, j) for i in range(E) for j in range(i + 1, E))[:PAIRS]
+    assert [pair["experts"] for pair in found["nearest"]] == [[i, j] for _, i, j in order]
+    assert found["nearest"][0]["cosine"] == -order[0][0]

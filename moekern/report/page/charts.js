@@ -126,8 +126,33 @@ function intervals(host, label, rows, form) {
   for (const v of [low, high]) make(chart, "text", { class: "tick", x: X(v), y: rows.length * row + 16, "text-anchor": v === low ? "start" : "end" }, form(v));
   explore(chart, (x, y) => clamp(Math.floor(y / row), 0, rows.length - 1), i => rows[i].told, (p, dx, dy) => p === null ? 0 : clamp(p + dx + dy, 0, rows.length - 1));
 }
+// A line a plan over buckets, with bars of errors.
+function buckets(axis, rows) {
+  const host = $("by-" + axis), names = D.evaluation.rows.map(r => r.name).filter(name => name !== D.evaluation.original && rows.some(r => name in r.plans));
+  if (!host || !names.length) return;
+  const height = 220, left = 46, { chart, width } = svg(host, height, `KL of plans by ${axis}; the table below holds the numbers`);
+  const end = ({ value, error }) => value + (error || 0), known = rows.flatMap(r => Object.values(r.plans).map(p => end(p.kl))), high = Math.max(1e-9, ...known);
+  const X = i => left + (i + .5) * (width - left - 8) / rows.length, Y = v => 10 + (1 - v / high) * (height - 60);
+  for (const v of [0, high / 2, high]) {
+    make(chart, "line", { class: "grid", x1: left, x2: width - 8, y1: Y(v), y2: Y(v) });
+    make(chart, "text", { class: "tick", x: left - 6, y: Y(v) + 4, "text-anchor": "end" }, Number(v.toPrecision(2)));
+  }
+  const every = Math.ceil(62 * rows.length / (width - left));
+  rows.forEach((r, i) => i % every || make(chart, "text", { class: "tick", x: X(i), y: height - 34, "text-anchor": "middle" }, r.label));
+  make(chart, "text", { class: "tick", x: left + (width - left) / 2, y: height - 14, "text-anchor": "middle" }, axis);
+  names.forEach((name, n) => {
+    const colour = COLOURS[n % COLOURS.length], shift = 3 * (n - (names.length - 1) / 2);
+    const points = rows.map((r, i) => r.plans[name] && [X(i) + shift, r.plans[name].kl]).filter(Boolean);
+    make(chart, "path", { d: points.map(([x, kl], i) => `${i ? "L" : "M"}${x} ${Y(kl.value)}`).join(""), fill: "none", stroke: colour, "stroke-width": 2 });
+    for (const [x, kl] of points) if (kl.error !== null) make(chart, "line", { x1: x, x2: x, y1: Y(end(kl)), y2: Y(Math.max(0, kl.value - kl.error)), stroke: colour });
+  });
+  legend($(`by-${axis}-legend`), names.map((name, n) => [name, COLOURS[n % COLOURS.length], ""]));
+  explore(chart, x => clamp(Math.floor((x - left) / (width - left - 8) * rows.length), 0, rows.length - 1),
+    i => `${axis} ${rows[i].label}\n` + names.filter(name => name in rows[i].plans).map(name => { const { value, error } = rows[i].plans[name].kl; return `${name}: KL ${fmt(value)}` + (error === null ? "" : ` ± ${fmt(error)}`); }).join("\n"), along(rows.length));
+}
 function evaluation() {
   if (!D.evaluation) return;
+  for (const [axis, rows] of Object.entries(D.evaluation.buckets)) buckets(axis, rows);
   const rows = D.evaluation.rows.filter(r => r.name !== D.evaluation.original).map(r => {
     const { value, error } = r.kl;
     return { name: r.name, mean: value, low: error === null ? null : value - error, high: error === null ? null : value + error, told: `${r.name}: KL ${fmt(value)}` + (error === null ? "" : ` ± ${fmt(error)} nats a token`) };
@@ -157,6 +182,13 @@ function strips(host, label, rows) {
   for (const j of new Set([0, n - 1])) make(chart, "text", { class: "tick", x: left + (j + (j ? 1 : 0)) * step, y: rows.length * row + 12, "text-anchor": j ? "end" : "start" }, "layer " + keys[j]);
   explore(chart, x => clamp(Math.floor((x - left) / step), 0, n - 1), j => `layer ${keys[j]}\n` + rows.map(r => `${r.label}: ${r.form(r.values[j])}`).join("\n"), (place, dx) => place === null ? state.layer : clamp(place + dx, 0, n - 1), chooseLayer);
 }
+function evaluated() {
+  const found = D.evaluation && D.evaluation.layers[state.plan];
+  if (!found) return [];
+  const row = (what, label, form, top) => ({ label: "evaluated: " + label, values: keys.map(key => found[key] ? found[key][what] : null), form, top });
+  return [row("error", "relative error of the stream", percent), row("cosine", "cosine of the stream", fmt, 1), row("orphans", "orphans", percent),
+    row("load", "load, busiest over mean", fmt), row("same_top1", "same first expert", percent, 1), row("overlap", "same choice", percent, 1)].filter(r => r.values.some(v => v !== null));
+}
 function layerStrips() {
   const rows = D.by_plan[state.plan];
   if (rows) {
@@ -170,6 +202,7 @@ function layerStrips() {
       { label: "load of the kept, largest over mean", values: of("max_over_mean"), form: fmt },
       { label: "load of the kept, deviation over mean", values: of("variation"), form: fmt },
       { label: "Gini of the kept experts' load", values: of("gini"), form: fmt, top: 1 },
+      ...evaluated(),
     ]);
   }
   const orders = state.plan ? [state.plan] : D.curves.map(c => c.name);
@@ -318,8 +351,9 @@ function together() {
   const cells = alike ? bytes(found.alike) : [], high = cells.reduce((most, v) => v ? Math.max(most, Math.abs(v - 128)) : most, 1);
   for (const [id, sign] of [["alike-low", -1], ["alike-high", 1]]) $(id).textContent = fmt(sign * high / 127);
   if (alike) pairs("alike", cells, v => .5 + (v - 128) / (2 * high), v => `cosine ${fmt((v - 128) / 127)}`, found.like);
-  table($("strongest"), ["experts", "tokens together", "lift", "plan"], found.strongest.map(p => [p.experts.join(" and "), fmt(p.tokens), fmt(p.lift),
-    D.kept[state.plan] ? ["both dropped", "one kept", "both kept"][p.experts.filter(e => isKept(state.plan, layer, e)).length] : ""]));
+  const both = p => p.experts.join(" and "), stay = p => D.kept[state.plan] ? ["both dropped", "one kept", "both kept"][p.experts.filter(e => isKept(state.plan, layer, e)).length] : "";
+  table($("strongest"), ["experts", "tokens together", "lift", "plan"], found.strongest.map(p => [both(p), fmt(p.tokens), fmt(p.lift), stay(p)]));
+  table($("nearest"), ["experts", "cosine", "plan"], alike && found.nearest.map(p => [both(p), fmt(p.cosine), stay(p)]));
 }
 
 function ofLayer() {
