@@ -40,8 +40,18 @@ def write(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(300, marks=pytest.mark.whole), 40_000, None])
-@pytest.mark.parametrize(("kind", "pack"), [("jsonl", True), ("jsonl", False), ("txt", True)])
+KINDS = [("jsonl", True), ("jsonl", False), ("txt", True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pack", "tokens"),
+    [
+        *(pytest.param(kind, pack, 300, marks=pytest.mark.whole) for kind, pack in KINDS),
+        ("jsonl", True, 40_000),
+        *(pytest.param(kind, pack, 40_000, marks=pytest.mark.whole) for kind, pack in KINDS[1:]),
+        *((kind, pack, None) for kind, pack in KINDS),
+    ],
+)
 def test_the_number_of_processes_changes_nothing(
     kind: str, pack: bool, tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
