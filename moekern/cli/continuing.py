@@ -161,6 +161,7 @@ def written_of(
     from moekern.plan.fits_model import check_plan
 
     source = open_checkpoint(folder)
+    place = pipeline.place_of_state(source, compute)
     checkpoint, _ = as_whole(source)
     layout = find_layout(checkpoint)
     for name, plan in plans.items():
@@ -182,7 +183,7 @@ def written_of(
         return continuations(
             source, data, variants, asked.decodings, compute,
             new_tokens=asked.new_tokens, seed=text.seed, statistics=statistics, tell=console.say, progress=step,
-            resume=Resume(pipeline.place_of_state(checkpoint, compute), restart, console.say),
+            resume=Resume(place, restart, console.say),
         )  # fmt: skip
 
 

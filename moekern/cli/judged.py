@@ -103,12 +103,12 @@ def show_judged(table: Evaluation, title: str = "held-out loss, nats a token") -
     show(title, ("plan", *several, *columns, "same top-1"), rows)
     if len(table) > 2:
         show_choice("which is nearest to the original", choice_document(table))
-    for name, row in table.items():
-        if name != ORIGINAL and is_known(row, "layers"):
-            show(f"{name}: the layers whose output is farthest from the original's", LAYERS, _worst(row))
+    worst = [line for name, row in table.items() if name != ORIGINAL for line in _worst(name, row)]
+    if worst:
+        show(f"layers whose output is farthest from the original's, {WORST} of each plan at the most", LAYERS, worst)
 
 
-LAYERS = ("layer", "relative error", "cosine", "orphans", "busiest expert", "same first", "same choice")
+LAYERS = ("plan", "layer", "relative error", "cosine", "orphans", "busiest expert", "same first", "same choice")
 
 
 def _beside(row: Row) -> tuple[str, str, str]:
@@ -116,11 +116,11 @@ def _beside(row: Row) -> tuple[str, str, str]:
     return figure(row, "kl"), f"{mean_of(row, 'one_minus_tv'):.1%}" if known else "-", figure(row, "top1")
 
 
-def _worst(row: Row) -> list[tuple[str, ...]]:
+def _worst(name: str, row: Row) -> list[tuple[str, ...]]:
     forms = {"error": ".4f", "cosine": ".4f", "orphans": ".2%", "load": ".2f", "same_top1": ".1%", "overlap": ".1%"}
     found = mean_layers(row)
     worst = sorted(found, key=lambda key: -(found[key].error or 0))[:WORST]
-    return [(key, *(_told_figure(getattr(found[key], name), form) for name, form in forms.items())) for key in worst]
+    return [(name, key, *(_told_figure(getattr(found[key], n), form) for n, form in forms.items())) for key in worst]
 
 
 def _told_figure(value: float | None, form: str) -> str:

@@ -81,9 +81,9 @@ def scores_of(
 
     found = list[Any]()
     checkpoints = [open_checkpoint(each) for each in (folder, *others)]
+    place = pipeline.place_of_state(checkpoints[0], compute)
     for name, plan in plans.items():
         console.hint(check_plan(plan, find_layout(checkpoints[0]), checkpoints[0], name))
-    place = pipeline.place_of_state(checkpoints[0], compute)
     for number, checkpoint in enumerate(checkpoints):
         own = pipeline.told_compute(compute, checkpoint, find_layout(checkpoint))
         applied = {} if number else plans

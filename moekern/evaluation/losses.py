@@ -189,11 +189,15 @@ def losses_document(table: Evaluation) -> dict[str, Any]:
 
 
 def row_document(row: Row) -> dict[str, Any]:
-    """Losses by domain as JSON."""
+    """Losses by domain as JSON, without figures that were not measured."""
     return {
-        domain: {name: value for name, value in vars(loss).items() if name not in IN_MEMORY}
+        domain: {name: value for name, value in vars(loss).items() if _written(loss, name)}
         for domain, loss in row.items()
     }
+
+
+def _written(loss: Loss, name: str) -> bool:
+    return name not in IN_MEMORY and getattr(loss, name.removesuffix("_error")) is not None
 
 
 def row_of(document: Mapping[str, Mapping[str, Any]]) -> dict[str, Loss]:

@@ -68,10 +68,13 @@ def test_what_is_shown_and_written(folder: Path, tmp_path: Path) -> None:
         (("--continue", "IDS", "--out", "x.csv"), "continuations are written as .json"),
         (("--continue", "IDS", "--steer", "none.json=3"), "--steer none.json=3: no such file as none.json"),
         (("--continue", "IDS", "--decode", "beam"), "--decode beam: beam is neither a name"),
+        (("--continue", "IDS", "--layers"), "--layers: goes with losses, not with continuations"),
+        (("PLAN", "--continue", "IDS", "--spill", "MODEL"), "lies inside the model"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(folder: Path, arguments: tuple[object, ...], message: str) -> None:
-    words = [str(folder / "ids.npy") if word == "IDS" else word for word in arguments]
+    places = {"IDS": folder / "ids.npy", "MODEL": folder / "model", "PLAN": folder / "all.json"}
+    words = [places.get(str(word), word) for word in arguments]
     done = moekern("evaluate", folder / "model", *words)
     assert done.returncode == 2
     assert message in done.stderr

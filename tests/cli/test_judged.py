@@ -82,7 +82,7 @@ def test_what_is_shown(judged: tuple[Path, str, Any]) -> None:
     assert " ± " in shown
     assert shown.index("which is nearest to the original") < shown.index("chosen")
     assert "20 sequences are too few to tell" in shown
-    assert "less.json: the layers whose output is farthest from the original's" in shown
+    assert "layers whose output is farthest from the original's" in shown
     assert "bits a byte: not told, since no tokenizer.json" in shown  # the model has none
 
 

@@ -51,8 +51,11 @@ def test_each_token_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     want = torch.tensor(literal(q, p, ids), dtype=torch.float64)
     whole = token_figures(q, p, ids)
     torch.testing.assert_close(whole, want, rtol=1e-4, atol=2e-6)  # float32 within a token
+    held, plain = list[int](), Tensor.log_softmax
     monkeypatch.setattr(predictions, "CHUNK", 4 * V)
+    monkeypatch.setattr(Tensor, "log_softmax", lambda x, dim: held.append(x.numel()) or plain(x, dim))
     assert torch.equal(token_figures(q, p, ids), whole)
+    assert max(held) == 4 * V
 
 
 def test_the_original_is_itself() -> None:
