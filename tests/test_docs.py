@@ -101,7 +101,7 @@ def commands(page: Path) -> list[list[str]]:
 PAGES = {page.name: commands(page) for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 del PAGES["machines.md"]  # below
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
-# By tests/cli/test_replacing.py, tests/masks, tests/cli/test_continuing.py, tests/merging, tests/cli/test_report.py, and
+# By tests/cli/test_replacing.py, tests/masks, tests/cli/test_continuing.py, tests/merging, tests/cli/test_report.py,
 # tests/publishing with tests/cli/test_recipes.py:
 TESTED_TOO = ("substitution.md", "masks.md", "judging.md", "merging.md", "report.md", "publishing.md")
 FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tests/data/test_hub.py
