@@ -29,8 +29,9 @@ FROM_THE_HUB = re.compile(r"^--preset|\w/[\w-]+(\[\w+\])?:\d")  # data sets: tes
 TESTED_ELSEWHERE = ("demo", "bench")  # minutes long
 # Pages whose commands other tests run at every `make test`: tests/cli/test_replacing.py, tests/masks,
 # tests/cli/test_continuing.py, tests/merging, tests/cli/test_report.py, tests/cli/test_choosing.py,
-# tests/cli/test_whole_recovery.py.
-TESTED_TOO = ("substitution.md", "masks.md", "judging.md", "merging.md", "report.md", "criteria.md", "recovery.md")
+# tests/cli/test_whole_recovery.py, tests/publishing with tests/cli/test_recipes.py.
+TESTED_TOO = ("substitution.md", "masks.md", "judging.md", "merging.md", "report.md", "criteria.md", "recovery.md",
+              "publishing.md")  # fmt: skip
 PAGES = {page: [line for block in SHELL if block.page == page for line in block.commands] for page, *_ in SHELL}
 del PAGES["machines.md"]  # below
 IN_ORDER = sorted((page for page, lines in PAGES.items() if lines), key=lambda page: (page in TESTED_TOO, page))

@@ -34,6 +34,7 @@ from moekern.cli.merge_experts import merge_experts
 from moekern.cli.optimise import optimise
 from moekern.cli.plan import plan
 from moekern.cli.prune import prune
+from moekern.cli.push import push
 from moekern.cli.recover import recover
 from moekern.cli.refit import refit
 from moekern.cli.report import report
@@ -186,6 +187,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (lottery, "moekern lottery MODEL --data prose=book.txt --keep 0.5 --rounds 4 --out MODEL-pruned"),
     (verify, "moekern verify MODEL plan.json MODEL-pruned --forward"),
     (card, "moekern card MODEL-pruned --evaluation evaluation.json --base-model OWNER/MODEL"),
+    (push, "moekern push MODEL-pruned OWNER/MODEL-pruned --dry-run"),
     (convert, "moekern convert plan.json --to llm-compressor --model MODEL --out report.json"),
     (schema, "moekern schema plan"),
     (bench, "moekern bench --case qwen3-30b-a3b --threads 1 --out bench.jsonl"),

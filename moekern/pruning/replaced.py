@@ -94,7 +94,7 @@ def write_replaced(
     shards = _shards(checkpoint, held)
     numbers = {**(earlier or {}).get("settings", {}), **{".".join(path): n for path, n in settings.items()}}
     recovery = _recovery(checkpoint, trained, numbers, record, earlier)
-    side = _side_files(checkpoint, recovery, _config(checkpoint, settings), len(trained), record)
+    side = _side_files(checkpoint, recovery, _config(checkpoint, settings), len(trained), {**record, **numbers})
     told = {shard.name: _line(shard, computed, refits, trained) for shard in shards}
     job = job_of(checkpoint, _plan_sha256(checkpoint), shards, side, told, target, copy, checksum)
     check_out(job, target, shards, again=False)
@@ -270,22 +270,22 @@ def _recovery(
 
 
 def _side_files(
-    checkpoint: Checkpoint, recovery: SideFile, config: SideFile, trained: int, record: Mapping[str, Any]
+    checkpoint: Checkpoint, recovery: SideFile, config: SideFile, trained: int, told: Mapping[str, Any]
 ) -> Sequence[SideFile]:
     """In the order of writing: what is copied, the record, then index and config."""
     names = [name for name in checkpoint.side_files if name not in (MANIFEST, RECOVERY)]
     last = [] if checkpoint.index is None else [INDEX]
     copied, ends = ([side_file(name, whole_file(checkpoint.folder / name)) for name in some] for some in (names, last))
-    copied = [_card(checkpoint, trained, record) if file.name == MODEL_CARD else file for file in copied]
+    copied = [_card(checkpoint, trained, told) if file.name == MODEL_CARD else file for file in copied]
     return [*copied, recovery, *ends, config]
 
 
-def _card(checkpoint: Checkpoint, trained: int, record: Mapping[str, Any]) -> SideFile:
+def _card(checkpoint: Checkpoint, trained: int, told: Mapping[str, Any]) -> SideFile:
     """The source's card with what was trained; as it is where it has no place for that, which is told."""
     path = checkpoint.folder / MODEL_CARD
     try:
         card = read_file(path, CARD_CAP).decode()
-        return text_file(MODEL_CARD, with_section(card, TRAINING, training_section(trained, record), str(path)))
+        return text_file(MODEL_CARD, with_section(card, TRAINING, training_section(trained, told), str(path)))
     except (InputError, UnicodeDecodeError):
         note = f"{MODEL_CARD}: copied as it is; it does not tell of the training"
         return side_file(MODEL_CARD, whole_file(path), notes=(note,))

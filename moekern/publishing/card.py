@@ -163,7 +163,7 @@ def _layers(facts: Facts) -> str:
     rows = []
     for (before, after), some in groupby(facts.layers.items(), key=lambda each: each[1]):
         keys = [key for key, _ in some]
-        named = keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]}"
+        named = keys[0] if len(keys) == 1 else f"{keys[0]} to {keys[-1]} ({len(keys)} layers)"
         rows.append((plain(named), str(before), str(after)))
     return table(("layers", "experts", "left"), rows)
 

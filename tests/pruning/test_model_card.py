@@ -41,7 +41,7 @@ def test_sizes_layers_settings_and_method_are_those_of_the_files(tmp_path: Path)
     (whole, used), (left, still) = used_by_a_token(source, 8), used_by_a_token(tmp_path / "out", 4)
     assert rows["parameters"] == f"{whole} | {left}"
     assert rows["of these used by a token"] == f"{used} | {still}"
-    assert rows["0 to 1"] == "8 | 4"
+    assert rows["0 to 1 \\(2 layers\\)"] == "8 | 4"
     assert rows["`num_experts`"] == "`8` | `4`"
     assert rows["criterion"] == "`reap`"
     assert rows["a"] == "12,345"

@@ -116,6 +116,7 @@ def test_settings_become_others_and_nothing_else_of_config(pruned: Path, tmp_pat
     assert after["config.json"].decode() == json.dumps(want, indent="\t") + "\n\n"
     told = json.loads(after[RECOVERY])["settings"]
     assert told == {TOP_K: 1, "text_config.moe_topk": 1}
+    assert b"text\\_config.moe\\_topk | `1` |" in after[MODEL_CARD]
     assert {name for name in before if before[name] != after[name] and "safetensors" not in name} <= {
         "config.json", MANIFEST, MODEL_CARD,
     }  # fmt: skip
