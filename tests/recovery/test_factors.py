@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moekern.checkpoint.recovery import read_recovery
 from moekern.data.batches import TokenData
@@ -26,7 +28,9 @@ from tests.helpers.commands import contents
 from tests.helpers.quantised_models import plain, twins
 from tests.helpers.recovering import FLOAT32, data
 
-MC = Training(train=("factors",), kl=0.2, next=1.0, temperature=2.0, step_tokens=64, rate=3e-3, top="vocabulary")
+STEPS = {"step_tokens": 48, "rate": 3e-3, "every": 50}
+MC = Training(train=("factors",), kl=0.2, next=1.0, temperature=2.0, top="vocabulary", **STEPS)  # type: ignore[arg-type]
+FEW = 8  # sequences, of which none are held back: the last state is what is written
 TOLERANCE = 2e-5  # of logits, float32
 
 
@@ -113,19 +117,17 @@ def assert_stays(rows: Rows, importance: dict[str, NDArray[Any]], columns: list[
         np.testing.assert_array_equal(own, importance[name] >= least)
 
 
-def factored(source: Path, folder: Path, training: Training, **options: Any) -> Recovery:
-    return recover(source, source, data(24), folder, training, FLOAT32, **options)
+def factored(source: Path, folder: Path, training: Training, sequences: int = FEW, **options: Any) -> Recovery:
+    return recover(source, source, data(sequences), folder, training, FLOAT32, **options)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", pytest.param("llama4_text", marks=pytest.mark.whole)])
 def test_base_and_adapter_are_the_compressed_model_to_peft(name: str, tmp_path: Path) -> None:
     """Stacks of gate and up that lie one behind the other, turned and alternating with biases, and turned alone."""
-    peft = pytest.importorskip("peft")
     families.save(name, source := tmp_path / "model")
     training = MC if name == "qwen3_moe" else Training(train=("factors",), epochs=0, factor_ratio=0.6, kept_rows=0.4)
     whole, parts = (
-        factored(source, tmp_path / what, Training(**{**vars(training), "adapter": what == "parts"}))
-        for what in ("whole", "parts")
+        factored(source, tmp_path / what, replace(training, adapter=what == "parts")) for what in ("whole", "parts")
     )
     for found, out in ((whole, "dense"), (parts, "base")):
         write_replaced(source, tmp_path / out, found.folder, {})
@@ -137,18 +139,36 @@ def test_base_and_adapter_are_the_compressed_model_to_peft(name: str, tmp_path: 
     assert zeros / count == pytest.approx(1 - training.kept_rows, abs=0.05)
     ids = families.input_ids(name, 2, 16)
     want, alone = families.forward(dense, ids), families.forward(base, ids)
+    assert (want - alone).abs().max() > 100 * TOLERANCE
+    torch.testing.assert_close(with_peft(base, tmp_path / "parts/adapter", ids), want, rtol=0, atol=TOLERANCE)
+
+
+def test_low_rank_is_the_same_to_peft_and_merged(tmp_path: Path) -> None:
+    """Of attention, whose matrices are modules, and of stacks of experts."""
+    families.save("qwen3_moe", source := tmp_path / "model")
+    training = replace(MC, train=("lora",), lora_targets=("attention", "experts"), lora_rank=3, temperature=1.0)
+    merged, adapter = (
+        factored(source, tmp_path / str(alone), replace(training, adapter=alone)) for alone in (False, True)
+    )
+    write_replaced(source, tmp_path / "merged", merged.folder, {})
+    ids, model = families.input_ids("qwen3_moe", 2, 16), families.load(source)
+    want, before = families.forward(families.load(tmp_path / "merged"), ids), families.forward(model, ids)
+    assert (want - before).abs().max() > 100 * TOLERANCE
+    torch.testing.assert_close(with_peft(model, adapter.folder, ids), want, rtol=0, atol=TOLERANCE)
+
+
+def with_peft(base: Any, adapter: Path, ids: Tensor) -> Tensor:
+    """Logits of a model with an adapter on it."""
+    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of patterns of ranks, which it follows all the same
-        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "parts" / "adapter")
-        got = families.forward(loaded, ids)
-    assert (want - alone).abs().max() > 100 * TOLERANCE
-    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+        return families.forward(peft.PeftModel.from_pretrained(base, adapter), ids)
 
 
 def test_what_is_told_is_the_loss_of_the_compressed_model(tmp_path: Path) -> None:
     families.save("qwen3_moe", source := tmp_path / "model")
     judged = TokenData(data(6, domains="b").batches, {}, 2)
-    found = factored(source, tmp_path / "work", MC, judged=judged)
+    found = factored(source, tmp_path / "work", MC, 20, judged=judged)
     plain, factors = found.judged
     assert plain["b"].nll == pytest.approx(evaluate(source, judged, {}, FLOAT32)[ORIGINAL]["b"].nll, rel=1e-6)
     write_replaced(source, tmp_path / "out", found.folder, {})
@@ -168,26 +188,27 @@ class Stopped(Exception):
 @pytest.mark.whole
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     families.save("qwen3_moe", source := tmp_path / "model")
-    factored(source, tmp_path / "want", MC)
+    training = replace(MC, every=1)
+    factored(source, tmp_path / "want", training, 20)
     step = Steps.step
 
     def until(self: Steps, *rest: Any) -> Any:
-        if self.trained.steps == 4:
+        if self.trained.steps == 2:
             raise Stopped
         return step(self, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Steps, "step", until)
         with pytest.raises(Stopped):
-            factored(source, tmp_path / "got", MC)
-    factored(source, tmp_path / "got", MC)
+            factored(source, tmp_path / "got", training, 20)
+    factored(source, tmp_path / "got", training, 20)
     assert contents(tmp_path / "got") == contents(tmp_path / "want")
 
 
 def test_quantised_experts_and_other_forms_are_refused_by_name(tmp_path: Path, family_checkpoint: Any) -> None:
     coded, _ = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, "fp8_block", only=".experts.")
     with pytest.raises(InputError, match=r"experts\..*proj.* is stored as F8_E4M3"):
-        recover(coded, None, data(24), tmp_path / "work", Training(train=("factors",), kl=0, next=1), FLOAT32)
+        recover(coded, None, data(20), tmp_path / "work", Training(train=("factors",), kl=0, next=1), FLOAT32)
     with pytest.raises(InputError, match="--train factors: dbrx: its experts are not held as stacks of matrices"):
         factored(family_checkpoint("dbrx"), tmp_path / "work", MC)
     for wrong, flag in (
@@ -196,4 +217,4 @@ def test_quantised_experts_and_other_forms_are_refused_by_name(tmp_path: Path, f
         ({"top_k": 1}, "--top-k: goes without --train factors"), ({"train": ("norms",), "epochs": 0.0}, "--epochs 0"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=flag):
-            Training(**{**vars(MC), **wrong}).check()
+            replace(MC, **wrong).check()
