@@ -48,6 +48,7 @@ class Recovered:
             "tensors": found.tensors,
             "curve": list(found.curve),
             "notes": list(found.notes),
+            "factored": dict(found.factored),
             "settings": {".".join(path): number for path, number in found.settings.items()},
             "out": str(self.out),
             "adapter": None if self.adapter is None else str(self.adapter),
@@ -86,6 +87,7 @@ def recover_stages(
             **found.record,
             **losses_of(found),
             "curve": list(found.curve),
+            **({"factored": dict(found.factored)} if found.factored else {}),
         }
         report, beside = None, adapter_of(out) if training.adapter and training.factored else None
         if beside is not None:

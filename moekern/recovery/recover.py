@@ -18,7 +18,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
-from moekern.files import is_folder, is_plain
+from moekern.files import is_folder, is_plain, sized
 from moekern.model.compute import Compute
 from moekern.model.journal import check_same_run
 from moekern.model.position import text_key
@@ -33,7 +33,7 @@ from moekern.recovery.settings import Training
 from moekern.recovery.steps import Steps
 from moekern.recovery.taught import Progress, taught
 from moekern.recovery.trained import Trained
-from moekern.recovery.written import factored_notes, write_adapter, write_trained
+from moekern.recovery.written import factored_size, write_adapter, write_trained
 from moekern.version import versions
 
 STATE, BEST, TRAINED, ADAPTER = "state.safetensors", "best.safetensors", "trained", "adapter"
@@ -48,8 +48,8 @@ class Recovery:
     Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
     (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
     curve: a record for each step and each look. record: what decided the result. settings: numbers that config.json
-    must have from now on, by path. Where each token chooses fewer experts, losses are with so many, but for those of
-    `judged` before.
+    must have from now on, by path. factored: what experts take as factors, by `written.factored_size`. Where each token
+    chooses fewer experts, or experts are factored, losses are of such, but for those of `judged` before.
     """
 
     folder: Path
@@ -62,6 +62,7 @@ class Recovery:
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     settings: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    factored: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -211,7 +212,8 @@ class _Run:
             self.trained.load(self.folder / BEST, ("value",))
         elif self.trained.rows is not None:
             self.trained.rows.drop(self.training.kept_rows)
-        notes += factored_notes(self.trained)
+        size = factored_size(self.trained)
+        notes += _size_notes(size)
         self.chosen.choose(self.top_k)
         after = self._look(self.course.judged)
         fewer = self._settings()
@@ -246,7 +248,7 @@ class _Run:
         return Recovery(
             out, count, best, state.step, held, (row_of(state.before), after), tuple(state.curve),
             {"training": asdict(self.training), "best": best, "steps": state.step, **self.key, **self._reconstructed()},
-            tuple(notes), fewer,
+            tuple(notes), fewer, size,
         )  # fmt: skip
 
     def _settings(self) -> dict[tuple[str, ...], int]:
@@ -350,3 +352,16 @@ def _value(losses: Losses, training: Training) -> float:
     """What training makes smaller, on some text: a mean over domains."""
     parts = mean_of(losses, "kl"), mean_of(losses, "nll")
     return sum(weight * part for weight, part in zip((training.kl, training.next), parts, strict=True) if weight)
+
+
+def _size_notes(size: Mapping[str, int]) -> list[str]:
+    """What experts take as factors, for people."""
+    if not size:
+        return []
+    share = size["bytes"] / size["of_bytes"]
+    shares = f"{sized(size['bytes'])} in the place of {sized(size['of_bytes'])} ({share:.1%})"
+    told = f"experts as factors: {shares}, with {size['rows']} of {size['of_rows']} rows beside the products"
+    return [
+        f"{told}; no engine runs them so, and in a checkpoint they take what they took",
+        "losses before are of whole experts on text that decided nothing, of untrained factors on text that chose",
+    ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.writing import write_tensors
 from moekern.errors import InputError
-from moekern.files import sized, write_bytes
+from moekern.files import write_bytes
 from moekern.model.finite import all_finite
 from moekern.model.reader import DTYPES
 from moekern.model.requantised import as_stored
@@ -84,22 +84,23 @@ def write_adapter(trained: Trained, folder: Path) -> int:
     return len(tensors)
 
 
-def factored_notes(trained: Trained) -> list[str]:
-    """What experts take as factors, in the type that is computed in; none where they are not factored."""
+def factored_size(trained: Trained) -> dict[str, int]:
+    """What experts take as factors, in the type that is computed in, and as matrices, in bytes; how many rows there are
+    beside the products, of how many. {} where nothing is factored."""
     if trained.rows is None:
-        return []
-    before = after = kept = rows = 0
+        return {}
+    found = dict.fromkeys(("bytes", "of_bytes", "rows", "of_rows"), 0)
     itemsize = trained.layerwise.loader.dtype.itemsize
     for one in trained.some:
         values = {part: trained.numbers["value", name] for part, name, _ in one.values()}
         stays, width = values[SPARSE].any(-1), values[SPARSE].shape[-1]
-        before += values[SPARSE].numel() * itemsize
-        after += (values[LEFT].numel() + values[RIGHT].numel() + int(stays.sum()) * width) * itemsize
-        after += -(-stays.numel() // 8)  # a bit a row
-        kept, rows = kept + int(stays.sum()), rows + stays.numel()
-    size = f"{sized(after)} in the place of {sized(before)} ({after / before:.1%})"
-    told = f"experts as factors: {size}, with {kept} of {rows} rows beside the products"
-    return [f"{told}; no engine runs them so, and in a checkpoint they take what they took"]
+        rows = int(stays.sum())
+        factors = values[LEFT].numel() + values[RIGHT].numel()
+        found["bytes"] += (factors + rows * width) * itemsize + -(-stays.numel() // 8)  # a bit a row
+        found["of_bytes"] += values[SPARSE].numel() * itemsize
+        found["rows"] += rows
+        found["of_rows"] += stays.numel()
+    return found
 
 
 def _product(trained: Trained, one: Chosen) -> tuple[Tensor, Tensor]:

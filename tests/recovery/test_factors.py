@@ -175,6 +175,12 @@ def test_what_is_told_is_the_loss_of_the_compressed_model(tmp_path: Path) -> Non
     written = evaluate(tmp_path / "out", judged, {}, FLOAT32)[ORIGINAL]["b"]
     assert factors["b"].nll == pytest.approx(written.nll, rel=1e-6)
     assert factors["b"].nll != pytest.approx(plain["b"].nll, rel=1e-6)
+    size, E, H, M = found.factored, 8, 32, 24
+    ranks = {(2 * M, H): rank_of(2 * M, H, 0.25), (H, M): rank_of(H, M, 0.25)}
+    products = sum(rank * (rows + columns) for (rows, columns), rank in ranks.items())
+    assert (size["of_rows"], size["of_bytes"]) == (4 * E * (2 * M + H), 4 * E * 3 * M * H * 4)
+    assert 4 * E * (4 * products + 4 * M * size["rows"] / (4 * E)) < size["bytes"]
+    assert size["bytes"] <= 4 * E * 4 * products + 4 * H * size["rows"] + 4 * E * (2 * M + H) / 8
     assert any(note.startswith("experts as factors: ") and "rows beside the products" in note for note in found.notes)
     recovery = read_recovery(tmp_path / "out")
     assert recovery is not None
