@@ -8,7 +8,7 @@ OUT ?= gpu-results
 RUNS ?= 1000000
 
 .PHONY: demo test test-all test-report test-engines lint docs fuzz gpu clean
-.PHONY: bench bench-criteria bench-comparison bench-refit bench-merging bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning bench-evaluating
+.PHONY: bench bench-criteria bench-comparison bench-refit bench-merging bench-factoring bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning bench-evaluating
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -60,6 +60,11 @@ bench-comparison: $(VENV)/.ready
 bench-merging: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.merging --out $(OUT)/merging.jsonl
+
+# Experts as products of low rank and sparse rows, on the model that ships, three draws of text. Lines go to OUT=.
+bench-factoring: $(VENV)/.ready
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.factoring --out $(OUT)/factoring.jsonl
 
 # What fitting the experts that stay is worth on the model that ships, three draws of text: half an hour. Lines go to OUT=.
 bench-refit: $(VENV)/.ready

@@ -29,8 +29,8 @@ from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.walk import Pass
 from moekern.plan.document import Plan
 from moekern.recovery.course import Sample
-from moekern.recovery.recover import taught
 from moekern.recovery.settings import VOCABULARY
+from moekern.recovery.taught import taught
 from moekern.recovery.teacher import Teacher
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}

@@ -48,7 +48,7 @@ Train = Annotated[
     str,
     typer.Option(
         help="What trains, some of bias, scale (a factor an expert), router, norms, lora, down, experts, all (but "
-        "embeddings and head), separated by commas."
+        "embeddings and head), separated by commas; or factors (experts as products and sparse rows, MC-SMoE)."
     ),
 ]
 Kl = Annotated[float, typer.Option(help="Weight of KL to the original's predictions.")]
@@ -77,7 +77,21 @@ LoraRank = Annotated[int, typer.Option(help="With --train lora.", callback=at_le
 LoraAlpha = Annotated[float, typer.Option(help="With --train lora: its product is scaled by alpha / rank.")]
 LoraTargets = Annotated[str, typer.Option(help="With --train lora: attention, experts, linear; separated by commas.")]
 Adapter = Annotated[
-    bool, typer.Option("--adapter", help="With --train lora: write an adapter for peft instead of a checkpoint.")
+    bool,
+    typer.Option(
+        "--adapter",
+        help="Write an adapter for peft: with --train lora in the place of a checkpoint, with --train factors "
+        "OUT-adapter, the products, beside OUT, which has the sparse rows alone.",
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option(help="Of --kl; where it is not 1, over --top tokens alone, divided by their sum.")
+]
+FactorRatio = Annotated[
+    float, typer.Option(help="With --train factors: the share of a matrix' numbers that its product holds.")
+]
+KeptRows = Annotated[
+    float, typer.Option(help="With --train factors: the share of the rows beside products that is no zeros in the end.")
 ]
 Original = Annotated[
     str | None, typer.Option(help="The folder or hub id of the model that predicts what --kl trains towards.")
@@ -153,6 +167,9 @@ def recover(
     lora_alpha: LoraAlpha = 32.0,
     lora_targets: LoraTargets = "attention",
     adapter: Adapter = False,
+    temperature: Temperature = 1.0,
+    factor_ratio: FactorRatio = 0.25,
+    kept_rows: KeptRows = 0.1,
     entropy: EntropyOption = 0.0,
     top_k: TopK = None,
     answers: Answers = False,
@@ -185,6 +202,7 @@ def recover(
         train=train, kl=kl, next=next_token, top=top, rate=rate, epochs=epochs, step_tokens=step_tokens, warmup=warmup,
         floor=floor, clip=clip, decay=decay, every=every, patience=patience, seed=seed, lora_rank=lora_rank,
         lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter, entropy=entropy, top_k=top_k,
+        temperature=temperature, factor_ratio=factor_ratio, kept_rows=kept_rows,
     )  # fmt: skip
 
     from moekern.cli import whole_recovery
@@ -192,6 +210,8 @@ def recover(
 
     whole_recovery.clean_up(out)
     check_target(out, pruned)
+    if training.adapter and training.factored:
+        whole_recovery.check_adapter(out, pruned)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed, answers=answers,
@@ -242,4 +262,7 @@ def show_recovered(done: Recovered) -> None:
         say(f"{done.out}: an adapter of {found.tensors} matrices for {done.base}; peft loads it on that checkpoint")
         return
     say(f"{found.tensors} tensors trained; {sized(report.bytes_out)} in {report.shards} files (--copy {report.copy})")
+    if done.adapter is not None:
+        say(f"{done.adapter}: the products, which peft loads on {report.out}: that has the sparse rows alone")
+        return
     say(f"{report.out}: load it as any checkpoint; moekern_recovery.json says how it was trained")

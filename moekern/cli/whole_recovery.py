@@ -17,12 +17,12 @@ from moekern.cli import console, pipeline
 from moekern.cli.before_after import pairs_document
 from moekern.data.text import Text
 from moekern.errors import InputError, add_note
-from moekern.files import is_folder, work_path, working, write_bytes
+from moekern.files import check_new, is_folder, work_path, working, write_bytes
 from moekern.model.compute import Compute
 from moekern.pruning.copying import Copy
 from moekern.pruning.replaced import ReplacedReport, write_replaced
 from moekern.recovery import Recovery, Training, recover
-from moekern.recovery.recover import STATE
+from moekern.recovery.recover import ADAPTER, STATE
 from moekern.recovery.trained import Trained
 
 WORK = "recover"  # in the work folder
@@ -37,6 +37,7 @@ class Recovered:
     out: Path
     written: ReplacedReport | None  # None: an adapter was
     against: bool
+    adapter: Path | None = None  # of products that go with what was written
 
     def document(self) -> dict[str, Any]:
         found = self.recovery
@@ -47,8 +48,10 @@ class Recovered:
             "tensors": found.tensors,
             "curve": list(found.curve),
             "notes": list(found.notes),
+            "factored": dict(found.factored),
             "settings": {".".join(path): number for path, number in found.settings.items()},
             "out": str(self.out),
+            "adapter": None if self.adapter is None else str(self.adapter),
             "written": None if self.written is None else {**asdict(self.written), "out": str(self.out)},
         }
 
@@ -84,9 +87,12 @@ def recover_stages(
             **found.record,
             **losses_of(found),
             "curve": list(found.curve),
+            **({"factored": dict(found.factored)} if found.factored else {}),
         }
-        report = None
-        if training.adapter:
+        report, beside = None, adapter_of(out) if training.adapter and training.factored else None
+        if beside is not None:
+            put_adapter(found.folder.parent / ADAPTER, beside, out)
+        if training.adapter and beside is None:
             write_bytes(found.folder / RECOVERY, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
             found.folder.rename(out)
         else:
@@ -95,7 +101,29 @@ def recover_stages(
                     checkpoint, out, found.folder, record, settings=found.settings, copy=copy, progress=step
                 )
         shutil.rmtree(side / WORK)
-    return Recovered(found, pruned, out, report, original is not None and training.kl > 0)
+    return Recovered(found, pruned, out, report, original is not None and training.kl > 0, beside)
+
+
+def adapter_of(out: Path) -> Path:
+    """The folder of the products that go with a checkpoint of what is beside them."""
+    return out.with_name(out.name + "-adapter")
+
+
+def check_adapter(out: Path, pruned: Path) -> None:
+    """Raise InputError where something is in the adapter's place that no run that was stopped can have put there."""
+    if not (work_path(out) / WORK / STATE).is_file():
+        check_new(adapter_of(out), folder=True, source=pruned)
+
+
+def put_adapter(made: Path, place: Path, base: Path) -> None:
+    """Give an adapter its name, and the one of the checkpoint that it is put on. One of a stopped run is replaced."""
+    config = made / "adapter_config.json"
+    said = {**json.loads(config.read_text()), "base_model_name_or_path": str(base)}
+    write_bytes(config, (json.dumps(said, indent=2) + "\n").encode())
+    if is_folder(place) and {path.name for path in place.iterdir()} <= {path.name for path in made.iterdir()}:
+        shutil.rmtree(place)
+    check_new(place)
+    made.rename(place)
 
 
 @contextmanager

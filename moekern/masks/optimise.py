@@ -37,8 +37,8 @@ from moekern.plan.provenance import Provenance
 from moekern.recovery.course import Course, Sample
 from moekern.recovery.loaded import staying
 from moekern.recovery.objective import Objective
-from moekern.recovery.recover import taught
 from moekern.recovery.settings import Training
+from moekern.recovery.taught import taught
 from moekern.recovery.trained import Trained
 from moekern.refit.variants import FITTED, Split
 from moekern.version import versions

@@ -83,6 +83,8 @@ def schedule(sizes: Sequence[int], training: Training) -> list[list[int]]:
     """The batches, of so many tokens each, of every step, one at least: a step ends where all so far come nearest to
     what they are to have, so that what one lacks the next one has."""
     rng, steps = np.random.default_rng(training.seed), list[list[int]]()
+    if training.epochs == 0:
+        return steps
     waiting: list[int] = rng.permutation(len(sizes)).tolist()
     whole = round(training.epochs * sum(sizes))
     most = training.tokens_of_step(whole)

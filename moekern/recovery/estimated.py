@@ -24,8 +24,8 @@ def recovered(job: Job, training: Training, kept: float) -> Stage:
     own = replace(job, model=cut)
     held = min(HELD * tokens, MOST * job.asked.domains)
     trained = training.epochs * (tokens - 2 * held)
-    steps = max(1, round(trained / training.tokens_of_step(round(trained))))
-    share = {"step": trained / steps / tokens, "look": held / tokens}
+    steps = max(int(training.epochs > 0), round(trained / training.tokens_of_step(round(trained))))
+    share = {"step": trained / max(1, steps) / tokens, "look": held / tokens}
     teach = [job.layer_seconds(layer, measured=False) for layer in model.layers] if training.kl else []
     forward = [own.layer_seconds(layer, measured=False) for layer in cut.layers]
     states = STATES * _numbers(cut, training)
@@ -65,7 +65,7 @@ def recovered(job: Job, training: Training, kept: float) -> Stage:
     name = f"recover --train {','.join(training.train)}"
     found = own.stage(name, [teach] if teach else [], more, working, device, Figure(tuple(disk)), whole=True)
     where = "layers stay in memory" if stays else "every step reads the weights twice"
-    return replace(found, notes=(*found.notes, f"{steps} steps of {ceil(trained / steps)} tokens; {where}"))
+    return replace(found, notes=(*found.notes, f"{steps} steps of {ceil(trained / max(1, steps))} tokens; {where}"))
 
 
 def _cut(layer: Layer, kept: float) -> Layer:
@@ -89,6 +89,7 @@ def _numbers(model: Counted, training: Training) -> int:
         "lora": 8.0 * training.lora_rank * hidden * len(model.layers),
         "down": sum(layer.routed / 3 for layer in model.layers),
         "experts": sum(layer.routed for layer in model.layers),
+        "factors": sum((1 + training.factor_ratio) * layer.routed for layer in model.layers),
         "all": sum(layer.size.weights for layer in model.layers),
     }
     if {"experts", "linear"} & set(training.lora_targets):  # of each expert's three matrices

@@ -46,7 +46,7 @@ def trainable(
         some = chosen(layerwise, training)
         if training.adapter:
             check_adapter(layerwise.model, some)
-        else:
+        if not training.adapter or training.factored:
             check_written(checkpoint, layerwise.loader, layerwise.layers_name, layerwise.layers, some)
         if layerwise.groups.cuts:
             raise layerwise.takes.refusal("layers that are run in groups of experts are not trained")

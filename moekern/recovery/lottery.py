@@ -30,8 +30,9 @@ from moekern.model.journal import check_same_run
 from moekern.model.position import text_key
 from moekern.pruning.prune import prune
 from moekern.pruning.replaced import write_replaced
-from moekern.recovery.recover import TRAINED, Losses, Progress, recover
+from moekern.recovery.recover import TRAINED, Losses, recover
 from moekern.recovery.settings import Training
+from moekern.recovery.taught import Progress
 from moekern.router import kept_count
 
 PAPER = Training(train=("all",), kl=0.0, next=1.0, rate=1e-6)  # arXiv:2504.05586; all weights: inferred

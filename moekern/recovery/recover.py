@@ -18,28 +18,27 @@ from moekern.data.batches import TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import Loss, mean_loss, mean_of, row_document, row_of
-from moekern.files import is_folder, is_plain
+from moekern.files import is_folder, is_plain, sized
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, check_same_run, opened, removed
-from moekern.model.layerwise import open_layerwise
-from moekern.model.position import digest, text_key
+from moekern.model.journal import check_same_run
+from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.model.top_k import TopK
 from moekern.recovery.course import Course, Sample
 from moekern.recovery.entropy import RECONSTRUCTED, check_entropy, idle
+from moekern.recovery.factors import share_at
 from moekern.recovery.loaded import ready, trainable
 from moekern.recovery.objective import Objective
-from moekern.recovery.settings import VOCABULARY, Training
+from moekern.recovery.settings import Training
 from moekern.recovery.steps import Steps
-from moekern.recovery.teacher import Teacher, Teaching
+from moekern.recovery.taught import Progress, taught
 from moekern.recovery.trained import Trained
-from moekern.recovery.written import write_adapter, write_trained
+from moekern.recovery.written import factored_size, write_adapter, write_trained
 from moekern.version import versions
 
-STATE, BEST, TRAINED = "state.safetensors", "best.safetensors", "trained"
-TEACHING, LOOKING = "the original's predictions", "looking at held-back text"
+STATE, BEST, TRAINED, ADAPTER = "state.safetensors", "best.safetensors", "trained", "adapter"
+LOOKING = "looking at held-back text"
 Losses = Mapping[str, Loss]  # by domain
-Progress = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Recovery:
     Losses are on text that was not trained on, before and after: `held` chose the best state, `judged` decided nothing
     (empty where there is too little text). best: the step after which the state was best, from 1 on; 0: as it was.
     curve: a record for each step and each look. record: what decided the result. settings: numbers that config.json
-    must have from now on, by path. Where each token chooses fewer experts, losses are with so many, but for those of
-    `judged` before.
+    must have from now on, by path. factored: what experts take as factors, by `written.factored_size`. Where each token
+    chooses fewer experts, or experts are factored, losses are of such, but for those of `judged` before.
     """
 
     folder: Path
@@ -63,6 +62,7 @@ class Recovery:
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     settings: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    factored: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -137,63 +137,11 @@ def recover(
         )  # fmt: skip
     with ready(student, compute, training) as there:
         tell(f"recover: {there.described}")
-        objective = Objective(training.kl, training.next)
+        objective = Objective(training.kl, training.next, training.temperature)
         steps = Steps(there.layerwise, there.trained, objective, teacher, training.entropy)
         chosen = TopK(there.layerwise.loader, there.layerwise.layout)
         run = _Run(steps, chosen, course, training, folder, key, tell, progress)
         return run.finished(run.trained_on())
-
-
-def taught(
-    original: Checkpoint,
-    samples: Sequence[Sample],
-    folder: Path,
-    top: int | str,
-    compute: Compute,
-    classes: int,
-    *,
-    restart: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, done, total: None,
-) -> Teacher:
-    """What the original predicts of some text, from a file in `folder`, which is made where it is not there.
-
-    Raises InputError for an original whose vocabulary has not so many `classes`.
-    """
-    if compute.team.first:
-        folder.mkdir(parents=True, exist_ok=True)
-    team, batches = compute.team, [sample.batch for sample in samples]
-    key = {
-        "original": original.fingerprint,
-        "config.json": original.config_sha256,
-        "text": text_key(TokenData(tuple(batches), {})),
-        "--top": top,
-        "--dtype": compute.dtype_name,
-        "--device": compute.place.type,
-        "versions": versions(),
-    }
-    resume = Resume(folder / f"teaching-{digest(key)[:16]}", restart, tell)
-    with open_layerwise(original, find_layout(original), compute, team) as layerwise:
-        if layerwise.vocab_size != classes:
-            what = f"its vocabulary has {layerwise.vocab_size} tokens, and that of the model that trains {classes}"
-            raise InputError(f"--original {original.folder}: {what}; name the model that it was pruned from")
-        path = folder / f"predictions-{digest(key)[:16]}.safetensors"
-        teacher = Teacher(path, batches, None if top == VOCABULARY else int(top), classes)
-        if team.broadcast(team.first and teacher.open(digest(key), anew=restart)):
-            team.meet()
-            teacher.open(digest(key))
-            return teacher
-        with opened(resume, key, (TEACHING,), team) as journal:
-            team.meet()
-            if not team.first:
-                teacher.share()
-            stage = None if journal is None else journal.stage(TEACHING)
-            Teaching(layerwise, teacher, lambda done, of: progress(TEACHING, done, of)).run(batches, stage)
-            if team.first:
-                teacher.finished()
-        if journal is not None and team.first:
-            removed(journal.folder)
-    return teacher
 
 
 @dataclass
@@ -228,7 +176,9 @@ class _Run:
         state = self._left()
         of, looks = self.of, self.training.looks(self.of)
         if state.step == 0 and not state.curve:
-            state.before = row_document(self._look(self.course.judged))
+            state.before = row_document(self._look(self.course.judged, untrained=True))
+            if self.trained.rows is not None:
+                self.steps.begin()
             self._looked(state)
         peak = self.training.peak(self.steps.layerwise.embedding_size, self._distance(state))
         while state.step < of and state.stale < self.training.patience:
@@ -238,6 +188,8 @@ class _Run:
             if state.step == 0:
                 self._check_touched()
             state.step += 1
+            if self.trained.rows is not None:
+                self.trained.rows.drop(share_at(state.step, of, self.training.kept_rows))
             tokens = self.course.tokens(state.step - 1)
             fewer = {} if self.training.top_k is None else {"top_k": self.chosen.now}
             state.curve.append({"step": state.step, "tokens": tokens, "rate": rate, **fewer, **told})
@@ -258,10 +210,14 @@ class _Run:
         best = state.best if self.course.held else state.step
         if best != state.step:
             self.trained.load(self.folder / BEST, ("value",))
+        elif self.trained.rows is not None:
+            self.trained.rows.drop(self.training.kept_rows)
+        size = factored_size(self.trained)
+        notes += _size_notes(size)
         self.chosen.choose(self.top_k)
         after = self._look(self.course.judged)
         fewer = self._settings()
-        if self.course.held and not best:
+        if self.course.held and not best and self.of:
             changed = "no weight" if fewer else "nothing"
             notes.append(
                 f"no state was better on held-back text than the first: {changed} is changed; a lower --rate may help"
@@ -281,16 +237,18 @@ class _Run:
                 shutil.rmtree(out)
             out.mkdir()
         team.meet()
+        count = 0
         if self.training.adapter:
-            count = write_adapter(self.trained, out)
-        else:
-            count = write_trained(self.trained, out, as_it_was=not best)
+            count = write_adapter(self.trained, self.folder / ADAPTER if self.training.factored else out)
+        if not self.training.adapter or self.training.factored:
+            as_it_was = not best and not self.training.factored
+            count = write_trained(self.trained, out, as_it_was=as_it_was, sparse=self.training.adapter)
         looks = [each["held"] for each in state.curve if "held" in each and each["step"] in (0, best)]
         held = (row_of(looks[0]), row_of(looks[-1])) if self.course.held else ({}, {})
         return Recovery(
             out, count, best, state.step, held, (row_of(state.before), after), tuple(state.curve),
             {"training": asdict(self.training), "best": best, "steps": state.step, **self.key, **self._reconstructed()},
-            tuple(notes), fewer,
+            tuple(notes), fewer, size,
         )  # fmt: skip
 
     def _settings(self) -> dict[tuple[str, ...], int]:
@@ -302,29 +260,38 @@ class _Run:
         seer = self.training.entropy or self.training.top_k is not None
         return {"reconstructed": RECONSTRUCTED} if seer else {}
 
-    def _look(self, samples: Sequence[Sample], shown: bool = True) -> Losses:
+    def _look(self, samples: Sequence[Sample], shown: bool = True, untrained: bool = False) -> Losses:
         """`shown`: it has a progress of its own, where it is not one of many between steps."""
         if not samples:
             return {}
         step = partial(self.progress, LOOKING) if shown else lambda done, total: None
-        return self.steps.look(samples, step)
+        return self.steps.look(samples, step, untrained=untrained)
 
     def _looked(self, state: _State) -> None:
-        """Look at what is held back, keep what is best, and write down how far the run is."""
+        """Look at what is held back, keep what is best, and write down how far the run is. What has not the experts a
+        token or the sparse rows of the end yet is looked at with these."""
         self.chosen.choose(self.top_k)
-        team, held = self.steps.layerwise.team, self._look(self.course.held, shown=state.step == 0)
-        if held:
-            state.curve.append({"step": state.step, "held": row_document(held)})
-            value = _value(held, self.training)
-            if state.least is None or value < state.least:
+        team = self.steps.layerwise.team
+        with self.trained.as_sparse_as_in_the_end():
+            held = self._look(self.course.held, shown=state.step == 0)
+            value = _value(held, self.training) if held else None
+            if value is not None and (state.least is None or value < state.least):
                 state.least, state.best, state.stale = value, state.step, 0
                 if team.first:
                     self.trained.save(self.folder / BEST, {"step": state.step}, ("value",))
-            elif self.training.top_k_at(state.step, self.of, self.chosen.of_config) == self.top_k:
+            elif value is not None and self._is_settled(state.step):
                 state.stale += 1
+        if held:
+            state.curve.append({"step": state.step, "held": row_document(held)})
         if team.first and len(self.trained.begun) == len(self.trained.some):
             self.trained.save(self.folder / STATE, {"key": self.key, **asdict(state)})
         team.meet()
+
+    def _is_settled(self, step: int) -> bool:
+        """Whether nothing but values changes any more."""
+        kept, last = self.training.kept_rows, self.trained.rows is None
+        few = self.training.top_k_at(step, self.of, self.chosen.of_config) == self.top_k
+        return few and (last or share_at(step, self.of, kept) == kept)
 
     def _left(self) -> _State:
         """Where a run was stopped; its beginning where none was."""
@@ -385,3 +352,16 @@ def _value(losses: Losses, training: Training) -> float:
     """What training makes smaller, on some text: a mean over domains."""
     parts = mean_of(losses, "kl"), mean_of(losses, "nll")
     return sum(weight * part for weight, part in zip((training.kl, training.next), parts, strict=True) if weight)
+
+
+def _size_notes(size: Mapping[str, int]) -> list[str]:
+    """What experts take as factors, for people."""
+    if not size:
+        return []
+    share = size["bytes"] / size["of_bytes"]
+    shares = f"{sized(size['bytes'])} in the place of {sized(size['of_bytes'])} ({share:.1%})"
+    told = f"experts as factors: {shares}, with {size['rows']} of {size['of_rows']} rows beside the products"
+    return [
+        f"{told}; no engine runs them so, and in a checkpoint they take what they took",
+        "losses before are of whole experts on text that decided nothing, of untrained factors on text that chose",
+    ]

@@ -12,11 +12,12 @@ from moekern.errors import InputError
 from moekern.model.expert_lists import LIST, expert_modules
 from moekern.model.experts import experts_of
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.projections import halves
+from moekern.model.projections import halves, views
 from moekern.model.saved import places
 from moekern.model.transformers_api import Loader, router_modules
+from moekern.recovery.factors import Factored, rank_of
 from moekern.recovery.forms import Direct, Form, Lora, Scale
-from moekern.recovery.settings import Training
+from moekern.recovery.settings import FACTORS, Training
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ def chosen(layerwise: LayerwiseModel, training: Training) -> list[Chosen]:
 
 
 def check_adapter(model: nn.Module, some: Sequence[Chosen]) -> None:
-    """Raise InputError where peft has no place for matrices of low rank."""
+    """Raise InputError where peft has no place for matrices of low rank: they are of a linear module, or a stack."""
     for one in some:
         owner, _, name = one.name.rpartition(".")
-        if name != "weight" or not isinstance(model.get_submodule(owner), nn.Linear):
+        linear = name == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
+        if not linear and len(one.shape) != 3:
             what = f"{one.name} is no matrix of a module of its own, which an adapter could be put on"
             raise InputError(f"--adapter: {what}; name other --lora-targets, or write a checkpoint")
 
@@ -70,6 +72,7 @@ NOTHING = {
     "lora": "it has no matrices of the kinds that --lora-targets names",
     "down": "its experts' down projections are not held in a way that is known",
     "experts": "its experts are not held in a way that is known",
+    FACTORS: "its experts are not held as stacks of matrices",
     "all": "it has no decoder layers",
 }
 
@@ -106,6 +109,8 @@ def _of_kind(kind: str, layerwise: LayerwiseModel, training: Training) -> Iterat
             names = {name: Direct() for name in (parts.experts if kind == "experts" else parts.downs)}
         elif kind == "scale":
             names = {name: Scale(parts.count) for name in parts.downs if parts.count}
+        elif kind == FACTORS:
+            names = {name: _factored(layer, own[name], training.factor_ratio) for name in parts.matrices(own)}
         elif kind == "lora":
             names = {name: lora for name in _targets(own, parts, training.lora_targets)}
         elif kind == "all":
@@ -149,6 +154,10 @@ class _Parts:
     downs: Sequence[str]
     count: int
 
+    def matrices(self, own: Mapping[str, Tensor]) -> list[str]:
+        """Those that hold experts' matrices: stacks of them, or of experts in a list each its own."""
+        return [name for name in self.experts if own[name].ndim == (3 if self.downs else 2)]
+
 
 def _parts(layerwise: LayerwiseModel, i: int, layer: nn.Module) -> _Parts:
     routers = [
@@ -169,6 +178,13 @@ def _parts(layerwise: LayerwiseModel, i: int, layer: nn.Module) -> _Parts:
         return _Parts(routers, (), (), 0)
     held = [f"{path}.{name}".lstrip(".") for name in known.parameters]
     return _Parts([name for name in routers if name not in held], held, held[-1:], count)
+
+
+def _factored(layer: nn.Module, value: Tensor, ratio: float) -> Factored:
+    """The form of an expert's matrix, or of a stack, of a layer: rows are what experts put out of it."""
+    block = experts_of(layer)
+    turned = value.ndim == 3 and block is not None and views(block).up.stride(-1) != 1
+    return Factored(rank_of(value.shape[-2], value.shape[-1], ratio), turned)
 
 
 def _targets(own: Mapping[str, Tensor], parts: _Parts, targets: Sequence[str]) -> Iterator[str]:

@@ -15,11 +15,13 @@ KINDS = {  # what trains -> the peak of the learning rate where nobody names one
     "lora": 3e-3,
     "down": 3e-3,
     "experts": 2e-3,
+    "factors": 2e-3,
     "all": 1e-3,
 }
 WIDTH = 128  # of the model that they were measured on; of wider ones they are as much smaller (arXiv:2203.03466)
 AT_ANY_WIDTH = ("bias", "scale")
 FAR = 0.5  # nats of KL to the original, of the models that they were measured on; nearer ones move less
+FACTORS = "factors"
 TARGETS = ("attention", "experts", "linear")  # of lora: linear is every matrix but routers
 VOCABULARY = "vocabulary"
 STEPS, FEWEST, MOST = 24, 2048, 65536
@@ -36,7 +38,9 @@ class Training:
     held-back text is looked at, and training ends where `patience` such looks brought nothing.
     `entropy` times the entropy of what routers choose from is added to the loss (see `entropy.py`). `top_k`: each token
     chooses fewer and fewer experts in the first half of the steps, which is not ended early, and so many from then on
-    (None: as many as ever).
+    (None: as many as ever). `temperature`: of KL alone; where it is not 1, over the likeliest tokens alone. "factors"
+    are experts as products, which hold `factor_ratio` of a matrix' numbers, and a share `kept_rows` of the rows of what
+    these do not make (see `factors.py`); they train alone, with 0 epochs too.
     """
 
     train: tuple[str, ...] = ("all",)
@@ -60,6 +64,9 @@ class Training:
     adapter: bool = False  # what is written is an adapter of peft's, and no checkpoint
     entropy: float = 0.0
     top_k: int | None = None
+    factor_ratio: float = 0.25
+    kept_rows: float = 0.1
+    temperature: float = 1.0
 
     def check(self) -> None:
         """Raise InputError for what no training can be."""
@@ -72,8 +79,12 @@ class Training:
                 raise InputError(f"--lora-targets {target}: {expected}{nearest_name(target, TARGETS)}")
         if not self.train:
             raise InputError(f"--train: name what trains: {', '.join(KINDS)}")
-        if self.adapter and self.train != ("lora",):
-            raise InputError("--adapter: goes with --train lora alone")
+        if self.adapter and self.train not in (("lora",), (FACTORS,)):
+            raise InputError(f"--adapter: goes with --train lora or {FACTORS}, alone")
+        if FACTORS in self.train and len(self.train) > 1:
+            raise InputError(f"--train {','.join(self.train)}: {FACTORS} train alone")
+        if self.factored and self.top_k is not None:
+            raise InputError(f"--top-k: goes without --train {FACTORS}")
         if self.adapter and self.top_k is not None:
             raise InputError("--adapter: goes without --top-k, which config.json says")
         least = {"--patience": self.patience, "--lora-rank": self.lora_rank}
@@ -89,17 +100,24 @@ class Training:
                 raise InputError(f"{flag} {number}: expected 0 or more")
         if not self.kl and not self.next:
             raise InputError("--kl 0 --next 0: nothing is left to train towards")
-        for flag, number in {"--clip": self.clip, "--lora-alpha": self.lora_alpha}.items():
+        above = {"--clip": self.clip, "--lora-alpha": self.lora_alpha, "--temperature": self.temperature}
+        for flag, number in above.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{flag} {number}: expected more than 0")
+        if not 0 < self.factor_ratio < 1:
+            raise InputError(f"--factor-ratio {self.factor_ratio}: expected a share of a matrix' numbers, below 1")
         for flag, number in {"--rate": self.peak(WIDTH), "--epochs": self.epochs}.items():
-            if not 0 < number <= LARGEST:
+            if not 0 < number <= LARGEST and not (self.factored and flag == "--epochs" and number == 0):
                 raise InputError(f"{flag} {number}: expected more than 0, and {LARGEST} at the most")
-        for flag, number in {"--warmup": self.warmup, "--floor": self.floor}.items():
+        for flag, number in {"--warmup": self.warmup, "--floor": self.floor, "--kept-rows": self.kept_rows}.items():
             if not 0 <= number <= 1:
                 raise InputError(f"{flag} {number}: expected a share, from 0 to 1")
         if self.top != VOCABULARY and not (isinstance(self.top, int) and self.top > 0):
             raise InputError(f"--top {self.top}: expected a number of tokens, or {VOCABULARY}")
+
+    @property
+    def factored(self) -> bool:
+        return self.train == (FACTORS,)
 
     def tokens_of_step(self, tokens: int) -> int:
         """Of each step, where all have so many."""

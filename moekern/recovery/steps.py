@@ -83,6 +83,12 @@ class Steps:
             raise InputError(f"{WHAT}: the gradients are not finite; a lower --rate, or --dtype float32, may mend it")
         return {**told, "norm": norm}
 
+    def begin(self) -> None:
+        """Let the values of all layers begin, which one layer after the other does when it is first filled."""
+        for i in self.layerwise.visit(range(len(self.layerwise.layers))):
+            self.trained.put_in(i)
+            self.trained.take_out(i)
+
     def _through(self, back: Backward[Sample], i: int) -> None:
         """The way back of all tasks through a layer that is filled, with the gradients of what trains in it."""
         parameters = self.trained.parameters(i)
@@ -106,14 +112,18 @@ class Steps:
             parts = team.every(own.clone())
             own.copy_(sum(parts[1:], parts[0]))
 
-    def look(self, samples: Sequence[Sample], step: Callable[[float, int], None]) -> Mapping[str, Loss]:
+    def look(
+        self, samples: Sequence[Sample], step: Callable[[float, int], None], *, untrained: bool = False
+    ) -> Mapping[str, Loss]:
         """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank. `step` is told
-        how many layers are done, of how many."""
-        look = _Look(self, self._own(samples), step)
+        how many layers are done, of how many. untrained: of the model as the checkpoint has it."""
+        look = _Look(self, self._own(samples), step, untrained)
         with eager_experts(self.layerwise.model):
-            self.trained.put_in(None)
+            if not untrained:
+                self.trained.put_in(None)
             self.layerwise.run(look.samples, look)
-            self.trained.take_out(None)
+            if not untrained:
+                self.trained.take_out(None)
         found: dict[int, Tensor] = {}
         for each in self.layerwise.team.every(look.sums):
             found |= each
@@ -134,8 +144,10 @@ class Steps:
 class _Look(Pass[Sample]):
     """Losses of samples, without a gradient."""
 
-    def __init__(self, steps: Steps, samples: Sequence[Sample], step: Callable[[float, int], None]) -> None:
-        self.steps, self.samples, self.step = steps, samples, step
+    def __init__(
+        self, steps: Steps, samples: Sequence[Sample], step: Callable[[float, int], None], untrained: bool
+    ) -> None:
+        self.steps, self.samples, self.step, self.untrained = steps, samples, step, untrained
         self.sums: dict[int, Tensor] = {}
 
     def forward(self, task: Sample) -> None:
@@ -153,8 +165,10 @@ class _Look(Pass[Sample]):
         return f"domain {task.batch.domain}"
 
     def loaded(self, layer: int) -> None:
-        self.steps.trained.put_in(layer)
+        if not self.untrained:
+            self.steps.trained.put_in(layer)
 
     def done(self, layer: int) -> None:
-        self.steps.trained.take_out(layer)
+        if not self.untrained:
+            self.steps.trained.take_out(layer)
         self.step(layer + 1, len(self.steps.layerwise.layers))

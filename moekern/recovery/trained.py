@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,11 +21,13 @@ from moekern.model.journal import undamaged
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.paged import paged_zeros
 from moekern.model.requantised import as_stored
+from moekern.recovery.factors import SPARSE, Factored, Rows
 from moekern.recovery.selection import Chosen
 from moekern.recovery.settings import Training
 
 KINDS = ("value", "gradient", "mean", "square")  # 16 bytes a number that trains
-WRITTEN = ("value", "mean", "square")
+IMPORTANCE = "importance"  # of the rows of what becomes sparse
+WRITTEN = ("value", "mean", "square", IMPORTANCE)
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}  # as torch's AdamW calls them
 
 
@@ -46,12 +49,20 @@ class Trained:
     bases: dict[str, Tensor] = field(default_factory=dict)  # as the checkpoint has them, of forms that need that, now
     touched: set[str] = field(default_factory=set)  # names of parameters that some gradient has reached
     steps: int = 0
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # name of a value -> its rows that are none, now
+    rows: Rows | None = None  # of what becomes sparse
 
     def __post_init__(self) -> None:
         for one in self.some:
-            for _, name, shape in one.values():
+            for part, name, shape in one.values():
                 for kind in KINDS:
                     self.numbers[kind, name] = self._zeros(f"{kind}-{len(self.numbers)}", shape)
+                if isinstance(one.form, Factored) and part == SPARSE:
+                    self.numbers[IMPORTANCE, name] = torch.zeros(shape[:-1])
+        names = [name for kind, name in self.numbers if kind == IMPORTANCE]
+        if names:
+            values, own = ({name: self.numbers[kind, name] for name in names} for kind in ("value", IMPORTANCE))
+            self.rows = Rows(values, own, self.training.kept_rows)
 
     def _zeros(self, name: str, shape: Sequence[int]) -> Tensor:
         if self.folder is None:
@@ -71,8 +82,9 @@ class Trained:
             parameter = self.layerwise.model.get_parameter(one.name)
             base = parameter.data
             if one.name not in self.begun:
-                for part, value in one.form.begun(base, self._seed(one.name)).items():
-                    self._values(one)[part].copy_(value)
+                begun = one.form.begun(base, self._seed(one.name))
+                for part, name, _ in one.values():
+                    self.numbers["value", name].copy_(begun[part])
                 self.begun.add(one.name)
             if one.form.based:
                 self.bases[one.name] = base
@@ -92,6 +104,11 @@ class Trained:
         bases = {one.name: self.layerwise.model.get_parameter(one.name).detach() for one in self.of_layer(layer)}
         return {o.name: o.form.made(bases[o.name].cpu(), self._values(o)) for o in self.of_layer(layer)}
 
+    def sparse(self, layer: int | None) -> dict[str, Tensor]:
+        """The same of those that are factored, without their products: what an adapter of these is put on."""
+        some = [(one, one.form) for one in self.of_layer(layer)]
+        return {one.name: form.rest(self._values(one)) for one, form in some if isinstance(form, Factored)}
+
     def add(self, layer: int | None, gradients: Sequence[Tensor | None]) -> None:
         """Gradients by the layer's `parameters`, summed over some text."""
         for one, G in zip(self.of_layer(layer), gradients, strict=True):
@@ -106,6 +123,8 @@ class Trained:
         """One step of AdamW (arXiv:1711.05101) by the gradients, which become 0. Returns their norm before it is
         clipped; where that is not finite no value changes."""
         names = self.names
+        if self.rows is not None:
+            self.rows.seen({name: self.numbers["gradient", name] for name in self.rows.sparse})
         values = []
         for name in names:
             value = self.numbers["value", name]
@@ -132,23 +151,38 @@ class Trained:
         """Of all values."""
         return [name for one in self.some for _, name, _ in one.values()]
 
+    @contextmanager
+    def as_sparse_as_in_the_end(self) -> Iterator[None]:
+        """Let what becomes sparse have the rows alone that would stay if these were its last values."""
+        self.masks = {} if self.rows is None else self.rows.staying()
+        try:
+            yield
+        finally:
+            self.masks = {}
+
     def _values(self, one: Chosen) -> dict[str, Tensor]:
-        return {part: self.numbers["value", name] for part, name, _ in one.values()}
+        return {part: self._value(name) for part, name, _ in one.values()}
+
+    def _value(self, name: str) -> Tensor:
+        value, stays = self.numbers["value", name], self.masks.get(name)
+        return value if stays is None else value * stays[..., None]
 
     def _seed(self, name: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.training.seed} {name}".encode()).digest()[:6], "big")
 
     def save(self, path: Path, said: Mapping[str, Any], kinds: Sequence[str] = WRITTEN) -> None:
         """Write values and moments, with what is `said` of them, whole or not at all."""
-        tensors = {f"{kind}/{name}": as_stored(self.numbers[kind, name]) for kind in kinds for name in self.names}
+        own = {(kind, name): value for (kind, name), value in self.numbers.items() if kind in kinds}
+        own |= {("value", name): self._value(name) for name in self.masks}
+        tensors = {f"{kind}/{name}": as_stored(value) for (kind, name), value in own.items()}
         write_tensors(path, tensors, {"said": json.dumps(said)})
 
     def load(self, path: Path, kinds: Sequence[str] = WRITTEN) -> dict[str, Any]:
         """What `save` wrote; what was said. Raises InputError for a file that something has spoilt."""
         with undamaged(path), safe_open(path, framework="pt") as file:
-            for kind in kinds:
-                for name in self.names:
-                    self.numbers[kind, name].copy_(file.get_tensor(f"{kind}/{name}"))
+            for (kind, name), value in self.numbers.items():
+                if kind in kinds:
+                    value.copy_(file.get_tensor(f"{kind}/{name}"))
         self.begun = {one.name for one in self.some}
         return self.said_in(path)
 

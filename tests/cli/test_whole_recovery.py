@@ -123,6 +123,23 @@ def test_a_person_is_told_how_losses_fell(work: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(work / "want")
 
 
+def test_factors_are_a_checkpoint_and_an_adapter_beside_it(work: Path, tmp_path: Path) -> None:
+    out, adapter = tmp_path / "out", tmp_path / "out-adapter"
+    given = command(work, out, "--adapter", "--epochs", 0, "--json", train="factors")
+    adapter.mkdir()
+    done = moekern(*given)
+    assert (done.returncode, "out-adapter: exists already" in done.stderr) == (2, True), done.stderr
+    adapter.rmdir()
+    found = document(*given)
+    assert found["adapter"] == str(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(out)
+    assert all(".mlp.experts." in name for name in config["target_parameters"])
+    assert "experts as factors: " in str(found["notes"])
+    assert document("verify", work / "model", work / "plan.json", out, "--json")["good"]
+    assert not (tmp_path / "out.moekern").exists()
+
+
 def test_the_next_token_alone_needs_no_original(work: Path, tmp_path: Path) -> None:
     text = ("--data", f"a={work / 'ids.npy'}", "--sequence-length", 32, "--tokens", 640)
     plain = ("recover", work / "half", *text, "--kl", 0, "--next", 1, "--train", "norms", "--step-tokens", 256)

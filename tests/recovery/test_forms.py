@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moekern.recovery.factors import Factored
 from moekern.recovery.forms import Direct, Form, Lora, Scale
 
 CASES: dict[str, tuple[Form, tuple[int, ...]]] = {
@@ -14,6 +15,11 @@ CASES: dict[str, tuple[Form, tuple[int, ...]]] = {
     "a matrix": (Lora(2, 6.0), (5, 7)),
     "stacked matrices": (Lora(3, 6.0), (4, 5, 7)),
     "of a rank beyond the matrix": (Lora(9, 6.0), (3, 4)),
+}
+GRADIENTS = {
+    **CASES,
+    "factors and a rest": (Factored(3), (4, 5, 7)),
+    "factors and a rest, turned": (Factored(3, turned=True), (4, 5, 7)),
 }
 
 
@@ -28,9 +34,9 @@ def test_what_is_made_at_first_is_the_parameter(case: str, dtype: torch.dtype) -
     assert all(torch.equal(value, values[name]) for name, value in form.begun(base, 3).items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients_are_those_of_autograd(case: str) -> None:
-    form, shape = CASES[case]
+    form, shape = GRADIENTS[case]
     generator = torch.Generator().manual_seed(0)
     base, G = (torch.randn(shape, generator=generator) for _ in range(2))
     values = {name: torch.randn(size, generator=generator) for name, size in form.shapes(shape).items()}

@@ -20,7 +20,7 @@ from moekern.model import journal
 from moekern.model.layerwise import LayerwiseModel
 from moekern.recovery import teacher as module
 from moekern.recovery.course import Sample
-from moekern.recovery.recover import taught
+from moekern.recovery.taught import taught
 from moekern.recovery.teacher import Predicted, Teaching
 from tests.helpers import families
 from tests.helpers.commands import contents
