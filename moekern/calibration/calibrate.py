@@ -30,7 +30,7 @@ from moekern.data.text import check_data
 from moekern.errors import InputError, NoRoomForText, check_type
 from moekern.measurement.gradients import STAGES, check_gradients, measure_gradients
 from moekern.measurement.probe import Probe
-from moekern.measurement.recorder import OutlierRecorder, Recorder
+from moekern.measurement.recorder import CountingRecorder, OutlierRecorder, Recorder
 from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
@@ -52,6 +52,7 @@ REPLAY_TOKENS = 512
 Finished = Callable[[str, Sums], object]  # a layer's key and sums
 Told = Callable[[Statistics], object]  # of one layer
 FIRST, SECOND = "first pass", "second pass"
+OTHER = "another %s than what is to be measured; give statistics of the same text, with the tier dimensions"
 
 
 def calibrate(
@@ -64,6 +65,7 @@ def calibrate(
     out: str | Path | None = None,
     resume: Resume | None = None,
     part: Part | None = None,
+    first: Path | None = None,
     progress: Progress = lambda done, total: None,
     told: Told = lambda layer: None,
 ) -> Statistics:
@@ -87,7 +89,8 @@ def calibrate(
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
     (`compute.team`, whose rank 0 alone has the sums). With `part`, one of several calibrations that know nothing of
-    each other, the segments of its share are kept apart, for `statistics.parts.merge_parts`.
+    each other, the segments of its share are kept apart, for `statistics.parts.merge_parts`; outliers of parts are
+    counted by `first`, merged statistics of all text with the tier "dimensions", and in the same pass.
     Raises InputError for a checkpoint that is not a MoE, cannot be built or lacks tensors, and for a tier that cannot
     be measured there.
     """
@@ -102,8 +105,10 @@ def calibrate(
     check_data(data, checkpoint)
     layout, out = find_layout(checkpoint), None if out is None else Path(out)
     compute = settled(compute, checkpoint, layout)
-    check_tiers_of(wanted, part)
-    measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens, layout=layout)
+    check_tiers_of(wanted, part, first)
+    if first is not None:
+        check_same(first, Statistics.load(first), checkpoint, data, compute, ["dimensions"], then=OTHER)
+    measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens, layout=layout, first=first)
     groups: tuple[Part, ...] = ()
     if part is None and out is not None:
         if resume is not None and resume.restart:
@@ -144,6 +149,7 @@ def measure_once(
     out: Path | None = None,
     resume: Resume | None = None,
     part: Part | None = None,
+    first: Path | None = None,
     progress: Progress = lambda done, total: None,
     told: Told = lambda layer: None,
 ) -> Statistics:
@@ -160,11 +166,11 @@ def measure_once(
     if part is not None:
         share = share_of(data.by_chunk(), part)
         header, units = header_of_part(header, part, share), list(kept_apart(share).values())
-    job = Job(checkpoint, layout, data, compute, tiers, replay_tokens, progress, tell, units)
+    job = Job(checkpoint, layout, data, compute, tiers, replay_tokens, progress, tell, units, first)
     if out is not None:
         files.check_new(out)
     team = compute.team
-    team.together(measure_once, checkpoint.folder, data, compute, tiers, replay_tokens, part=part)
+    team.together(measure_once, checkpoint.folder, data, compute, tiers, replay_tokens, part=part, first=first)
     team.check_alike(facts_of(checkpoint, compute, tiers))
     if out is None:
         held = HeldStore()
@@ -194,6 +200,7 @@ class Job:
     progress: Progress
     told: Finished
     units: Sequence[Segment] | None = None  # segments of the text; None: all
+    first: Path | None = None  # statistics of all text, by which outliers are counted in the first pass
 
     def run(self, store: Store, journal: Journal | None = None) -> None:
         """Measure every tier into `store`, or what a stopped run has left to do."""
@@ -216,12 +223,17 @@ class Job:
     @property
     def passes(self) -> tuple[str, ...]:
         """Names of what is run through the layers, in this order."""
-        again = (SECOND,) if "outliers" in self.tiers else ()
+        again = (SECOND,) if self._twice else ()
         return (FIRST, *again, *(STAGES if "gradient" in self.tiers else ()))
+
+    @property
+    def _twice(self) -> bool:
+        return "outliers" in self.tiers and self.first is None
 
     def key(self, header: Mapping[str, Any], part: Part | None = None) -> dict[str, Any]:
         """All that decides the bits of what is measured, in words for people."""
         share = {} if part is None else {"--part": str(part)}
+        share |= {} if self.first is None else {"--first": files.sha256(self.first)}
         sample = {"--replay-tokens": self.replay_tokens} if "replay" in self.tiers else {}
         (run,) = header["runs"]
         return {
@@ -241,12 +253,13 @@ class Job:
         """For the first pass."""
         tiers = [tier for tier in self.tiers if TABLE[tier].by not in ("backward", "weights")]
         words = -(-layerwise.vocab_size // 64)
-        return Recorder(self.layout.family.score, tiers, self.compute.backend, words)
+        kind = Recorder if self.first is None else CountingRecorder
+        return kind(self.layout.family.score, tiers, self.compute.backend, words)
 
     def _steps(self, layerwise: LayerwiseModel) -> Steps:
         """Counts decoder layers over all passes."""
         upto, layers = max(layerwise.moe_keys) + 1, len(layerwise.layers)
-        total = upto * (2 if "outliers" in self.tiers else 1)
+        total = upto * (2 if self._twice else 1)
         total += len(self.layout.layers) if "weights" in self.tiers else 0
         total += 2 * layers - min(layerwise.moe_keys) if "gradient" in self.tiers else 0
         return Steps(self.progress, total)
@@ -263,6 +276,7 @@ class _FirstPass(MeasuringPass):
     def __init__(self, job: Job, layerwise: LayerwiseModel, store: Store, step: Steps) -> None:
         super().__init__(layerwise, job.data, job.recorder(layerwise), step, job.units)
         self.job, self.store, self.replay = job, store, None
+        self.first = Statistics.load(job.first) if job.first is not None and self.team.first else None
         if "replay" in job.tiers:
             layerwise.check_whole("--tier replay")
             layers = {key: layerwise.layers[i] for i, key in self.keys.items()}
@@ -273,6 +287,15 @@ class _FirstPass(MeasuringPass):
     def started(self) -> None:
         super().started()
         self.store.expect(self.layerwise.embedding_size, -(-self.layerwise.vocab_size // 64))
+
+    def loaded(self, layer: int) -> None:
+        if isinstance(self.recorder, CountingRecorder) and layer in self.keys:
+            key, device = self.keys[layer], self.layerwise.device
+            told = {d: self.first.layers[key][d] for d in self.data.tokens} if self.first is not None else {}
+            of = {domain: sums.to(device) for domain, sums in self.team.broadcast(told).items()}
+            batches = self.data.batches  # in a part's file each segment is a domain of its own
+            self.recorder.first = {key: {unit.domain: of[batches[unit.chunks[0]].domain] for unit in self.units}}
+        super().loaded(layer)
 
     def watched(self, probes: Mapping[str, Probe]) -> None:
         if self.replay is not None:

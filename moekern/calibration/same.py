@@ -26,8 +26,10 @@ def check_same(
     compute: Compute,
     tiers: Collection[str],
     exactly: bool = False,
+    then: str = f"of an earlier run, with another %s; give the same again and it is used, or {ANEW}",
 ) -> None:
-    """Raise InputError unless statistics are what this calibration would measure, or (but for `exactly`) more."""
+    """Raise InputError unless statistics are what this calibration would measure, or (but for `exactly`) more: `then`
+    is what is said of them, %s being what differs."""
     runs, wanted = found.header["runs"], wanted_tiers(tiers, TIERS, "calibrate")
     backends = backends_of(compute.device, compute.backend, wanted)
     run = runs[0] if len(runs) == 1 else {}
@@ -52,7 +54,4 @@ def check_same(
         },
     )
     if differing:
-        raise InputError(
-            f"{path}: of an earlier run, with another {differing}; give the same again and it is used, or {ANEW}",
-            kind="option",
-        )
+        raise InputError(f"{path}: {then % differing}", kind="option")

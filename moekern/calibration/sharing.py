@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Segment, TokenData, dealt
 from moekern.errors import InputError
-from moekern.measurement.tiers import at_once, backends_of
+from moekern.measurement.tiers import TABLE, at_once, backends_of
 from moekern.model.compute import Compute
 from moekern.model.products import library_of
 from moekern.statistics.parts import part_header
@@ -19,12 +20,17 @@ from moekern.team import Part
 from moekern.version import versions
 
 
-def check_tiers_of(tiers: Collection[str], part: Part | None) -> None:
-    """Raise InputError for a tier that needs all of the text, where a part has a share of it."""
-    if part is not None and (whole := at_once(tiers)):
-        raise InputError(
-            f"--tier {whole[0]}: it needs all of the text, and --part {part.number}/{part.of} has a share; leave it out"
-        )
+def check_tiers_of(tiers: Collection[str], part: Part | None, first: Path | None = None) -> None:
+    """Raise InputError for a tier that needs all of the text, where a part has a share of it, and for a `first` pass
+    that nothing is counted by."""
+    if first is not None and (part is None or "outliers" not in tiers):
+        raise InputError(f"--first {first}: parts of the tier outliers are counted by it; give --part and that tier")
+    for tier in at_once(tiers) if part is not None else ():
+        if (of_two := TABLE[tier].by == "second pass") and first is not None:
+            continue
+        then = "give as --first what parts of the tier dimensions, merged, have measured" if of_two else "leave it out"
+        share = "" if part is None else f"--part {part.number}/{part.of}"
+        raise InputError(f"--tier {tier}: it needs all of the text, and {share} has a share; {then}")
 
 
 def deciding_threads(compute: Compute, tiers: Collection[str] = ()) -> int | None:

@@ -56,6 +56,10 @@ PartOption = Annotated[
     str | None,
     typer.Option(help="I/N: measure this share of the text only, for `merge` of all parts. Not set by torchrun."),
 ]
+FirstOption = Annotated[
+    Path | None,
+    typer.Option(help="With --part: merged statistics of the same text, by whose means tier outliers is counted."),
+]
 
 
 def calibrate(
@@ -90,6 +94,7 @@ def calibrate(
     ] = "0.5",
     until_stable: UntilStable = None,
     part: PartOption = None,
+    first: FirstOption = None,
     backend: BackendOption = None,
     restart: Restart = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -130,7 +135,8 @@ def calibrate(
     statistics = pipeline.calibrate_to(
         ranks.folder_of(model, revision, compute.team), text, compute, out,
         tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, part=share, stable=stable, restart=restart, told=layer_teller(judged, keep),
+        replay_tokens=replay_tokens, part=share, first=first, stable=stable, restart=restart,
+        told=layer_teller(judged, keep),
     )  # fmt: skip
     if share is None:
         show_all(statistics, out, judged, keep)

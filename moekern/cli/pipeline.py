@@ -85,6 +85,7 @@ def calibrate_to(
     tiers: Collection[str] = (),
     replay_tokens: int = REPLAY_TOKENS,
     part: Part | None = None,
+    first: Path | None = None,
     stable: Stable | None = None,
     restart: bool = False,
     told: Told = lambda layer: None,
@@ -94,7 +95,7 @@ def calibrate_to(
     check_work(out)
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
     backends_of(compute.device, compute.backend, wanted)
-    check_tiers_of(wanted, part)
+    check_tiers_of(wanted, part, first)
     checkpoint = open_checkpoint(folder)
     layout = find_layout(checkpoint)
     if stable is not None:
@@ -103,7 +104,8 @@ def calibrate_to(
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     return measured(
         checkpoint, data, compute,
-        tiers=tiers, replay_tokens=replay_tokens, out=out, part=part, stable=stable, restart=restart, told=told,
+        tiers=tiers, replay_tokens=replay_tokens, out=out, part=part, first=first, stable=stable, restart=restart,
+        told=told,
     )  # fmt: skip
 
 
@@ -160,6 +162,7 @@ def measured(
     replay_tokens: int = REPLAY_TOKENS,
     out: Path,
     part: Part | None = None,
+    first: Path | None = None,
     stable: Stable | None = None,
     restart: bool = False,
     told: Told = lambda layer: None,
@@ -184,6 +187,7 @@ def measured(
             out=out,
             resume=resume,
             part=part,
+            first=first,
             progress=step,
             told=told,
         )

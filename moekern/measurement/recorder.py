@@ -199,8 +199,8 @@ class Recorder:
 
 
 @dataclass
-class OutlierRecorder(Recorder):
-    """A second pass over the same data: counts outliers by the sums of the `first`. Its own other sums are not kept."""
+class CountingRecorder(Recorder):
+    """Counts outliers beside all else, by the sums of a `first` pass over all text."""
 
     first: dict[str, dict[str, LayerStatistics]] = field(default_factory=dict)  # of the layer that runs
 
@@ -209,6 +209,11 @@ class OutlierRecorder(Recorder):
         own = self._segment(layer, context, seen.num_experts, seen.y)
         add_outliers(seen, _mask(context, len(seen.ids)), first, own.outlier_sum)
         return super().measure(layer, seen, context)
+
+
+@dataclass
+class OutlierRecorder(CountingRecorder):
+    """A second pass over the same data, whose own other sums are not kept."""
 
     def take(
         self, layer: str, top_k: int, blamed: Callable[[], str | None] = lambda: None

@@ -127,14 +127,13 @@ class RowsApart:
         """[N, H]: what a group of experts makes of its rows of one request."""
         request = self.requests[task][n]
         own, offsets = request.within(self.groups[g])
-        given = self.kept.copy(("asked", task, n)).moved(self.device)
-        tokens = given.beside[TOKENS][own]
+        given = self.kept.rows(("asked", task, n), TOKENS, own).to(self.device)
         if torch.get_num_threads() != request.threads:
             torch.set_num_threads(request.threads)
         offsets = offsets.to(self.device)
         if request.steadily:
-            return steady(request.of_rows, module, given.hidden, tokens, offsets)
-        return request.of_rows(module, given.hidden[tokens], offsets)
+            return steady(request.of_rows, module, given, torch.arange(len(given), device=self.device), offsets)
+        return request.of_rows(module, given, offsets)
 
 
 @dataclass

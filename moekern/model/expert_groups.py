@@ -89,6 +89,7 @@ class ExpertGroups:
     layers: nn.ModuleList
     layers_name: str
     keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
+    targets: Mapping[str, str]  # the checkpoint's name of a tensor -> the model's; "" where it has none
     device: torch.device
     spent: Spent
     cuts: dict[int, tuple[range, ...]] = field(default_factory=dict)  # of layers that are too large: their groups
@@ -120,7 +121,7 @@ class ExpertGroups:
             return "experts lie on an inner axis of its tensors"
         start, own = f"{self.layers_name}.{i}.", self.parameters(i)
         for tensor in layer.of_role("expert"):
-            if (self.loader.model_key(tensor.name) or "").removeprefix(start) not in own:
+            if self.targets[tensor.name].removeprefix(start) not in own:
                 return f"{tensor.name} is not divided by experts alone, or lies outside of their module"
         return None
 

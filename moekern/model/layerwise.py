@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -372,16 +373,16 @@ def open_layerwise(
     layers_name, layers = loader.decoder_layers()
     layer_keys: list[list[str]] = [[] for _ in layers]
     skeleton: list[str] = []
-    for key in checkpoint.tensors:
-        target = loader.model_key(key)
+    targets = {key: sys.intern(loader.model_key(key) or "") for key in checkpoint.tensors}
+    for key, target in targets.items():
         index = layer_index(layers_name, target)
         if index is not None:
             layer_keys[index].append(key)
-        elif target is not None:
+        elif target:
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     spent = Spent()
-    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, place, spent)
+    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, targets, place, spent)
     takes = groups.divide(layer_keys, budget)
     there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
     spill = compute.spill if there else None

@@ -16,6 +16,7 @@ from moekern.errors import InputError
 
 Path = tuple[Any, ...]  # of a tensor in nested arguments
 CPU = torch.device("cpu")
+FILE = "the file of hidden states"
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class States:
     def put(self, name: Hashable, state: State, *, lasting: bool = False) -> None:
         """`lasting`: nothing else will be put by this name. Raises InputError where the file cannot take it."""
         self.there[name] = lasting
-        own = State(_own(state.hidden), {path: _own(value) for path, value in state.beside.items()})
+        own = State(_here(state.hidden), {path: _here(value) for path, value in state.beside.items()})
         if self.memory is None or self.size + own.nbytes <= self.memory:
-            self.held[name] = own
+            self.held[name] = State(_own(own.hidden), {path: _own(value) for path, value in own.beside.items()})
             self.size += own.nbytes
             return
         slot = self.slots.get(name)
@@ -105,6 +106,22 @@ class States:
         if name in self.held:
             return self.held[name]
         return self._read(self.slots[name]) if name in self.slots else self.saved[name]
+
+    def rows(self, name: Hashable, path: Path, own: slice) -> Tensor:
+        """Of what was put and stays, the rows of its hidden states [T, H] that what lies beside them numbers there."""
+        if name in self.held or name not in self.slots:
+            state = self.look(name)
+            return state.hidden[state.beside[path][own]]
+        places = dict(self.slots[name].places)
+        numbers, hidden = self._tensor(places[path])[own].tolist(), places[None]
+        if len(numbers) >= hidden.shape[0]:
+            return self._tensor(hidden)[numbers]
+        found = torch.empty(len(numbers), *hidden.shape[1:], dtype=hidden.dtype)
+        data, size = bytes_of(found), found[:1].nbytes
+        assert self.file is not None
+        for n, number in enumerate(numbers):
+            _read_into(data[n * size : (n + 1) * size], self.file, hidden.start + number * size, FILE)
+        return found
 
     def nbytes(self, name: Hashable) -> int:
         """About the bytes of what this process has put."""
@@ -152,25 +169,32 @@ class States:
 
     def _tensor(self, place: _Place) -> Tensor:
         assert self.file is not None
-        return read_tensor(self.file, place.start, place.shape, place.dtype, "the file of hidden states")
+        return read_tensor(self.file, place.start, place.shape, place.dtype, FILE)
+
+
+def _here(value: Tensor) -> Tensor:
+    """The same numbers on the CPU, one after another."""
+    return value.detach().to(CPU).contiguous()
 
 
 def _own(value: Tensor) -> Tensor:
-    """The same numbers on the CPU, in memory of their own: a part of something larger must not keep it all."""
-    value = value.detach().to(CPU).contiguous()
+    """The same in memory of its own: a part of something larger must not keep it all."""
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def read_tensor(file: int, start: int, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
     """The tensor that lies at byte `start` of an open file, which is `what` where it ends too early (InputError)."""
     out = torch.empty(tuple(shape), dtype=dtype)
-    data = bytes_of(out)
+    _read_into(bytes_of(out), file, start, what)
+    return out
+
+
+def _read_into(data: memoryview, file: int, start: int, what: str) -> None:
     while data:
         got = os.preadv(file, [data], start)
         if not got:
             raise InputError(f"{what} ends early: something has cut it")
         data, start = data[got:], start + got
-    return out
 
 
 def bytes_of(value: Tensor) -> memoryview:

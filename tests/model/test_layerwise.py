@@ -307,6 +307,16 @@ def test_states_come_back_as_they_were_put(memory: int | None, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("wanted", [slice(0, 2), slice(2, 2), slice(0, 5)], ids=str)
+def test_rows_of_a_state_are_read_alone(memory: int | None, wanted: slice, tmp_path: Path) -> None:
+    hidden, tokens = torch.arange(12.0).view(4, 3), torch.tensor([2, 0, 1, 2, 3])
+    with States(memory, tmp_path) as states:
+        states.put(7, State(hidden, {("tokens",): tokens}))
+        assert torch.equal(states.rows(7, ("tokens",), wanted), hidden[tokens[wanted]])
+        assert torch.equal(states.take(7).hidden, hidden)
+
+
 def test_what_the_models_own_code_raises_is_the_configs_fault(
     family_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

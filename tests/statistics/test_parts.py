@@ -17,7 +17,7 @@ from moekern.model.compute import Compute
 from moekern.statistics.file import Statistics
 from moekern.statistics.parts import merge_parts, open_part
 from moekern.team import Part
-from tests.helpers.commands import moekern
+from tests.helpers.commands import model_and_ids, moekern
 from tests.helpers.threads import using_threads
 
 TIERS = ["dimensions", "coalitions", "weights", "vocabulary"]
@@ -110,6 +110,33 @@ def test_what_a_part_cannot_measure(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--part 1/20: the text has 16 segments; make no more parts of it"):
         calibrate(MODEL, text(), FLOAT32, out=tmp_path / "s", part=Part(1, 20))
     assert not list(tmp_path.iterdir())
+
+
+def test_outliers_are_counted_by_the_mean_of_all_parts(tmp_path: Path) -> None:
+    """A second array of jobs, by what the first one has measured together."""
+    ids = model_and_ids(tmp_path) / "ids.npy"
+    command = ["calibrate", tmp_path / "model", "--data", f"a={ids}:2", "--data", f"b={ids}:1", "--tokens", 48]
+    command += ["--sequence-length", 16, "--chunk", 1, "--dtype", "float32"]
+
+    def made(name: str, *words: object) -> Path:
+        done = moekern(*words, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    def of_parts(name: str, *more: object) -> Path:
+        parts = [made(f"{name}-{n}", *command, *more, "--part", f"{n}/2") for n in (1, 2)]
+        return made(name, "merge", *parts)
+
+    whole = made("whole", *command, "--tier", "outliers")
+    by = ("--tier", "outliers", "--first", of_parts("first", "--tier", "dimensions"))
+    assert of_parts("second", *by).read_bytes() == whole.read_bytes()
+    done = moekern(*command, "--seed", 1, *by, "--part", "1/2", "--out", tmp_path / "other")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'first'}: another text " in done.stderr
+    assert "give statistics of the same text, with the tier dimensions" in done.stderr
+    done = moekern(*command, *by, "--out", tmp_path / "other")
+    assert f"--first {tmp_path / 'first'}: parts of the tier outliers are counted by it" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_command_says_what_is_next(tmp_path: Path) -> None:
