@@ -42,7 +42,7 @@ def with_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=Path, help="a record to print as Markdown")
 
 
-def text_of(options: argparse.Namespace, data: Sequence[str], tokens: int, seed: int = 0) -> Text:
+def text_of(options: argparse.Namespace, data: Sequence[str], tokens: int | None, seed: int = 0) -> Text:
     """A draw of text."""
     return Text(data=tuple(data), tokens=tokens, sequence_length=options.sequence_length, seed=seed)
 

@@ -190,6 +190,9 @@ def _strips(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, layers in found["by_plan"].items():
         for what, told in (("saliency", "saliency removed"), ("spiking", "tail risk"), ("absorbed", "absorbed")):
             rows[f"{name}: {told}"] = [layer[what] for layer in layers]
+    for name, stream in (found["evaluation"] or {"layers": {}})["layers"].items():
+        for what, told in (("error", "relative error"), ("orphans", "orphans")):
+            rows[f"{name}, evaluated: {told}"] = [each[what] for each in stream.values()]
     rows["router entropy, of ln E"] = [layer["router"]["entropy"] for layer in found["layers"]]
     rows["load, Gini"] = [layer["router"]["gini"] for layer in found["layers"]]
     rows["dead experts"] = [layer["router"]["dead"] for layer in found["layers"]]

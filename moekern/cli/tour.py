@@ -86,7 +86,7 @@ def _tour(work: Path, seeds: int) -> dict[str, Any]:
     statistics = measured(checkpoint, data, compute, tiers=TIERS, out=work / "statistics.safetensors")
     console.say(
         f"calibrated on {sum(statistics.header['tokens'].values())} tokens of {', '.join(statistics.domains)}, without "
-        f"{both} sequences that are evaluated on: headers of licences are in both"
+        f"what is evaluated on too ({both} of the sequences: headers of licences)"
     )
     plans = make_plans(statistics, seeds)
     losses = _evaluate(plans)

@@ -26,7 +26,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("reap", "usage"):
         make_plan(statistics, name, 4).save(f"{name}.json")
     rows = {name: {"prose": loss} for name in ("original", "/elsewhere/reap.json", "usage.json")}
-    Path("losses.json").write_text(json.dumps({"losses": rows, "differences": []}))
+    layers = {"usage.json": {"prose": {key: {"error": 0.25, "orphans": 0.5} for key in ("0", "2", "10")}}}
+    Path("losses.json").write_text(json.dumps({"losses": rows, "differences": [], "layers": layers}))
     return tmp_path
 
 
@@ -35,7 +36,8 @@ def test_a_page_a_table_and_a_document(folder: Path) -> None:
     done = moekern(*given, "--out", "new/report.html", "--text")
     assert done.returncode == 0, done.stderr
     assert Path("new/report.html").read_text().startswith("<!DOCTYPE html>")
-    for part in ("what plans remove", "held-out loss", "saliency removed", "router entropy"):
+    shown = ("what plans remove", "held-out loss", "saliency removed", "router entropy", "usage, evaluated: orphans")
+    for part in shown:
         assert part in done.stdout
     assert "warning: warning" not in done.stderr
     found = document(*given)

@@ -65,7 +65,7 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
     assert code.count("http") == code.count("http://www.w3.org/2000/svg")  # a name, not a place
     assert any("default-src 'none'" in str(found.get("content")) for _, found in page.seen)
     labels = [found for tag, found in page.seen if tag == "canvas"]
-    assert all(found["role"] == "img" and found["tabindex"] == "0" for found in labels)
+    assert all(found["role"] == "application" and found["tabindex"] == "0" for found in labels)
 
 
 def test_what_files_say_is_text() -> None:

@@ -35,7 +35,7 @@ function svg(host, height, label) {
   const focused = host.contains(document.activeElement);
   host.replaceChildren();
   const width = Math.max(280, host.clientWidth);
-  const chart = make(host, "svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, tabindex: 0 });
+  const chart = make(host, "svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "application", "aria-roledescription": "chart", "aria-label": label, tabindex: 0 });
   if (focused) chart.focus({ preventScroll: true });
   return { chart, width };
 }
@@ -251,7 +251,7 @@ function grid(id, columns, rows, rowNames, cell, say, pick, label, names = null)
   draw.font = "11px system-ui, sans-serif";
   const ink = printing ? "#1c1f24" : getComputedStyle(document.body).color, every = Math.ceil(14 / h);
   draw.textAlign = "right"; draw.textBaseline = "middle"; draw.fillStyle = ink;
-  for (let r = 0; r < rows; r += every) draw.fillText(String(rowNames(r)).slice(0, 9), gutter - 5, h * (r + .5));
+  for (let r = 0; r < rows; r += every) draw.fillText(String(rowNames(r)).slice(0, 9), gutter - 5, Math.max(6, h * (r + .5)));
   draw.textAlign = "center";
   const ticks = Math.max(1, Math.ceil(28 / w));
   for (let c = 0; c < columns; c += ticks) draw.fillText(names ? names(c) : c, gutter + w * (c + .5), h * rows + 9);
@@ -358,7 +358,7 @@ function together() {
 
 function ofLayer() {
   for (const span of document.querySelectorAll("[data-layer]")) span.textContent = "layer " + keys[state.layer];
-  sorted(); domains(); together();
+  sorted(); domains(); together(); reachable();
 }
 function chooseLayer(layer) { state.layer = layer; $("layer").value = layer; ofLayer(); layerStrips(); }
 function options(select, names) { for (const [value, text] of names) make(select, "option", { value }, text); }
@@ -372,7 +372,15 @@ $("plan").onchange = event => { state.plan = event.target.value; heat(); layerSt
 $("value").onchange = event => { state.value = event.target.value; heat(); };
 $("scale").onchange = event => { state.scale = event.target.value; heat(); };
 $("dim").onchange = event => { state.dim = event.target.checked; heat(); };
+// What scrolls can be reached by the keyboard.
+function reachable() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    if (box.scrollWidth > box.clientWidth && !box.querySelector("canvas")) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
 function all() { evaluation(); curves(); heat(); layerStrips(); ofLayer(); }
+document.addEventListener("toggle", reachable, true);
 let width = window.innerWidth;
 window.onresize = () => { if (window.innerWidth !== width) { width = window.innerWidth; all(); } };
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
