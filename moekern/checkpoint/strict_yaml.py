@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from moekern.checkpoint.strict_json import check_depth, shown
+from moekern.checkpoint.strict_json import check_depth, unique
 from moekern.errors import InputError
 
 SIZE_CAP = 1 << 16  # characters of a text, where real ones have a few hundred
@@ -28,19 +28,17 @@ class _Plain(yaml.SafeLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise ValueError("a key that is no text")
-            if keys.count(key) > 1:
-                raise ValueError(f"duplicate key {shown(key)}")
+        if not all(isinstance(key, str) for key in keys):
+            raise ValueError("a key that is no text")
+        unique([(key, None) for key in keys])
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
+def parse_yaml(text: str, source: str, cap: int = SIZE_CAP) -> dict[str, Any]:
     """The mapping in a text. Raises InputError that begins with `source` for anything else, for references, duplicate
-    keys, deep nesting, tags of objects and more than SIZE_CAP characters."""
-    if len(text) > SIZE_CAP:
-        raise InputError(f"{source}: {len(text)} characters, more than the limit of {SIZE_CAP}")
+    keys, deep nesting, tags of objects and more than `cap` characters."""
+    if len(text) > cap:
+        raise InputError(f"{source}: {len(text)} characters, more than the limit of {cap}")
     try:
         value = yaml.load(text, _Plain)
     except yaml.MarkedYAMLError as error:

@@ -106,7 +106,8 @@ def evaluation_section(document: Mapping[str, Any], row: str | None, source: str
 def training_section(tensors: int, told: Mapping[str, Any]) -> str:
     """What was trained after pruning; told: as its record has it, whatever it is."""
     rows = [(plain(key), code(value)) for key, value in told.items() if isinstance(value, (str, int, float))]
-    text = f"## Training after pruning\n\n{tensors} tensors were trained since; `moekern_recovery.json` names them.\n\n"
+    text = f"## Training after pruning\n\n{tensors} tensors were trained since; `moekern_recovery.json` names them. "
+    text += "Plan and recipe are those of the model before.\n\n"
     return text + (table(("setting", "value"), rows[:CHANGES]) + "\n" if rows else "")
 
 

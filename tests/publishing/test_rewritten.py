@@ -61,6 +61,13 @@ def test_an_evaluation_takes_the_place_of_none_and_of_another(folder: Path, docu
     assert verify(folder.parent / "in", PLAN, folder).problems == ()
 
 
+def test_a_loss_that_is_no_number_is_shown_as_none(folder: Path) -> None:
+    broken = LOSS | {"nll": float("nan"), "kl": float("inf"), "top1": None, "nll_error": None}
+    rewrite_card(folder, evaluation={"losses": {"half.json": {"a": broken}}})
+    assert "| loss, nats a token | 1,234 tokens in 9 sequences of a |  | nan |" in lines(folder)
+    assert "| KL to the original | 1,234 tokens in 9 sequences of a |  | nan |" in lines(folder)
+
+
 def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
     sources = {"a": {"path": "org/set[python](train)"}, "b": {"path": "/home/me/book.txt"}}
     header = {"tokens": {"a": 7, "b": 8}, "runs": [{"data": {"sources": sources}}]}
@@ -78,7 +85,7 @@ def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
         ({"base": "a/b\n---"}, "expected the id of a model"),
         ({"header": {"tokens": {}, "runs": []}, "statistics": "6" * 64}, "--statistics: not those that the plan"),
         ({"evaluation": {}}, "evaluation: no losses, scores or continuations that"),
-        ({"evaluation": {"losses": {"original": {"a": LOSS | {"nll": float("nan")}}}}}, "no losses, scores"),
+        ({"evaluation": {"losses": {"original": {"a": LOSS | {"nll": "1"}}}}}, "no losses, scores"),
         ({"evaluation": {"losses": {"original": {"a": {"nll": 1}}}}}, "no losses, scores"),
         ({"evaluation": {"losses": {"original": {"a": LOSS}}}}, "name which row of evaluation is this model's: none"),
         ({"evaluation": LOSSES, "row": "x"}, "--row x: evaluation has no such row; beside the original's it has 'half"),
