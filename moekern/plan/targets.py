@@ -250,9 +250,9 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# vllm/model_executor/layers/fused_moe/expert_substitution.py, of main in November 2026.
+# vllm/model_executor/layers/fused_moe/expert_substitution.py, first in 0.33.0, whose code was run: docs/engines.md.
 REPLACED = "dropped experts are constants (expert substitution), which vLLM alone loads"
-SUBSTITUTION = "its expert substitution runs without data parallelism, EPLB, MoE LoRA and monolithic kernels"
+SUBSTITUTION = "needs 0.33.0 or later, without data parallelism, EPLB, MoE LoRA and monolithic kernels"
 # One scalar in config.json sizes every layer: in transformers' models and those of vLLM, SGLang, mlx-lm (its sanitize
 # stacks that many experts a layer) and mistral.rs, and n_expert in GGUF.
 NONUNIFORM = "layers have {low} to {high} experts; the engine takes one count for all layers"
