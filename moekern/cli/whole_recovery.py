@@ -91,6 +91,7 @@ def recover_stages(
         }
         report, beside = None, adapter_of(out) if training.adapter and training.factored else None
         if beside is not None:
+            record["adapter"] = beside.name
             put_adapter(found.folder.parent / ADAPTER, beside, out)
         if training.adapter and beside is None:
             write_bytes(found.folder / RECOVERY, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
