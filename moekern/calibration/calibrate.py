@@ -35,10 +35,11 @@ from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Journal, Resume, opened, removed, undamaged
+from moekern.model.journal import Journal, Resume, opened, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
+from moekern.model.state_folder import removed
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
