@@ -94,7 +94,7 @@ def test_a_compressed_checkpoint_runs(
     for engine in ("transformers", "vllm"):
         assert verdict(check_folder(folder, [Target(engine)]).found[engine])
     answer = engines.vllm([folder], environment, "bfloat16")[folder]
-    print(answer, transformers(folder))
+    print("VLLM", scheme, answer, transformers(folder))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "Q4_K_M"])  # what the converter writes itself, and what the quantiser makes
