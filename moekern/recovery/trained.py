@@ -50,7 +50,7 @@ class Trained:
     bases: dict[str, Tensor] = field(default_factory=dict)  # as the checkpoint has them, of forms that need that, now
     touched: set[str] = field(default_factory=set)  # names of parameters that some gradient has reached
     steps: int = 0
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  # name of a value -> its rows that count, now; others are zeros
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # name of a value -> its rows that are no zeros, now
     rows: Rows | None = None  # of what becomes sparse
 
     def __post_init__(self) -> None:
