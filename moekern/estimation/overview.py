@@ -151,8 +151,7 @@ def _recovered(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says{fewer}"
         if "adapter" in found:
             name = shown(found["adapter"])
-            what = f"its experts lack their products, the adapter {name}"
-            yield f"incomplete: {what}; without it, it is no model to be used"
+            yield f"incomplete: its experts lack their products, the adapter {name}; alone it is no model to be used"
 
 
 def _running(checkpoint: Checkpoint) -> Iterator[str]:
