@@ -17,6 +17,7 @@ from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError, memory_for
 from moekern.files import sized
 from moekern.model.budget import Budget
+from moekern.model.dequantised import is_coded
 from moekern.model.expert_lists import expert_modules
 from moekern.model.experts import experts_of
 from moekern.model.memory import drop, return_freed_memory, weights_apart
@@ -273,12 +274,16 @@ class ExpertGroups:
         return small
 
     def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Layer i of what was read of it: without experts where it is cut, else whole, its experts piece by piece."""
+        """Layer i of what was read of it: without experts where it is cut, else whole, experts that are not just copied
+        piece by piece."""
         if not self._by_pieces(i):
             self.loader.load(tensors, self.device)
-        else:
-            own = self.names(i)
-            self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
+            return self.layers[i]
+        names = self.names(i)
+        own = {name: value for name, value in tensors.items() if name in names}
+        self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
+        coded = any(is_coded(name, value) for name, value in own.items())
+        if coded or self.loader.stacked(own, self.device):
             self.fill_whole(i, tensors)
         return self.layers[i]
 
