@@ -157,9 +157,8 @@ def evaluate(
         found = Found(document_of(scores, asked), lambda: show_scores(scores))
     else:
         found = _losses(folder, text, compute, named, statistics, best, out, layers=layers, restart=restart)
-    document = {**found.document, **evaluated(folder, named, folders)}
-    _write(out, document, found.rows)
-    result(document, found.show)
+    _write(out, found)
+    result(found.document, found.show)
     hint(found.said)
 
 
@@ -213,28 +212,14 @@ def _save_best(losses: Evaluation, plans: Mapping[str, Plan], best: Path) -> str
     return name
 
 
-def evaluated(folder: Path, plans: Mapping[str, Plan], folders: Sequence[Path]) -> dict[str, Any]:
-    """Which model this is of, by its fingerprint, and which plans: name -> `plan.refit.experts_digest`, of a folder
-    that of the plan it was made by. So a model card knows its own figures."""
-    from moekern.checkpoint.folder import PLAN_FILE, open_checkpoint
-    from moekern.plan.refit import experts_digest
-    from moekern.publishing.rewritten import made_by
-
-    made = dict(plans) | {str(each): made_by(each) for each in folders if (each / PLAN_FILE).exists()}
-    return {
-        "fingerprint": open_checkpoint(folder).fingerprint,
-        "plans": {name: experts_digest(plan) for name, plan in made.items()},
-    }
-
-
-def _write(out: Path | None, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def _write(out: Path | None, found: Found) -> None:
     """The same to a file, where one is named."""
     from moekern.rows import csv_text
 
     if out is not None:
         make_parents(out)
-        whole = json.dumps(finite(document), indent=1) + "\n"
-        write_bytes(out, (csv_text(rows) if out.suffix == ".csv" else whole).encode(), new=True)
+        whole = json.dumps(finite(found.document), indent=1) + "\n"
+        write_bytes(out, (csv_text(found.rows) if out.suffix == ".csv" else whole).encode(), new=True)
 
 
 def check_written(out: Path | None, best: Path | None, plans: int, kind: str) -> None:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
-from moekern.plan.groups import is_merged, merge_recipe, merged_into
+from moekern.plan.groups import merged_into
 
 REFIT = "refit"  # provenance
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -60,17 +60,6 @@ def kept_digest(layer: LayerPlan) -> str:
     """sha256 of which experts and channels of a layer stay, and of what is merged into them."""
     merged = [] if layer.groups is None else [layer.groups]
     return hashlib.sha256(json.dumps([layer.keep, layer.channels, *merged]).encode()).hexdigest()
-
-
-def experts_digest(plan: Plan) -> str:
-    """sha256 of what becomes of a model's experts by a plan: two with the same one make the same model of an original,
-    whatever their scores and the rest of their provenance."""
-    record, made_on = refit_of(plan), str(plan.provenance.get("fingerprint"))
-    computed = None if record is None or is_merged(plan, made_on) else record.recipe
-    layers = sorted((key, kept_digest(layer)) for key, layer in plan.layers.items())
-    merged = merge_recipe(plan, "") if plan.merges else None
-    replaced = None if plan.replace is None else asdict(plan.replace)
-    return hashlib.sha256(json.dumps([layers, merged, replaced, computed], sort_keys=True).encode()).hexdigest()
 
 
 def is_sha256(value: object) -> bool:

@@ -13,7 +13,7 @@ from moekern.errors import InputError
 from moekern.files import sized
 from moekern.plan.document import Plan
 from moekern.plan.groups import merged_into
-from moekern.publishing.evaluation import MadeBy, evaluation_table, figures_of, row_of
+from moekern.publishing.evaluation import evaluation_table, figures_of, row_of
 from moekern.publishing.front_matter import front_matter
 from moekern.publishing.markdown import block, code, plain, table
 from moekern.publishing.text import text_section
@@ -97,14 +97,10 @@ def with_section(card: str, name: str, text: str, source: str) -> str:
     return card[: match.start()] + section(name, text) + card[match.end() :]
 
 
-def evaluation_section(
-    document: Mapping[str, Any], row: str | None, made_by: MadeBy | None = None, source: str = "evaluation"
-) -> str:
-    """A table. Raises InputError, naming `source`, for a document that is none, and where none of its rows is the
-    model's."""
+def evaluation_section(document: Mapping[str, Any], row: str | None, source: str = "evaluation") -> str:
+    """A table. Raises InputError, naming `source`, for a document that is none, and for a row that is not in it."""
     figures = figures_of(document, source)
-    names = list(dict.fromkeys(each.model for each in figures))
-    return evaluation_table(figures, row_of(document, names, row, made_by, source)) + "\nErrors are standard errors.\n"
+    return evaluation_table(figures, row_of(figures, row, source)) + "\nErrors are standard errors.\n"
 
 
 def training_section(tensors: int, told: Mapping[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
@@ -15,13 +15,6 @@ from moekern.rows import with_error
 ORIGINAL = "original"  # the row of the model that was not pruned
 LIMIT = 1e9  # no figure is beyond
 LOSSES = {"nll": ("loss, nats a token", ".4f"), "kl": ("KL to the original", ".4f"), "top1": ("same top-1", ".2%")}
-
-
-class MadeBy(NamedTuple):
-    """Of a pruned folder: `plan.refit.experts_digest` of its plan (None: it was trained since), and its fingerprint."""
-
-    plan: str | None
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -98,41 +91,25 @@ def _count(value: Any) -> int:
     return value
 
 
-def row_of(
-    document: Mapping[str, Any], names: Sequence[str], row: str | None, made_by: MadeBy | None, source: str
-) -> str:
-    """The row that is the model's: the one that is named, the one of its plan, of what `evaluate` found of its folder
-    itself, or, where no plans are told, the only one beside the original's. Raises InputError."""
-    plans, others = document.get("plans"), [name for name in names if name != ORIGINAL]
-    listed = ", ".join(map(short, others)) or "none"
-    if row is not None and row not in others:
+def row_of(figures: list[Figure], row: str | None, source: str) -> str:
+    """The row that is the model's: the one that is named, or the only one beside the original's. Raises InputError."""
+    names = list(dict.fromkeys(each.model for each in figures if each.model != ORIGINAL))
+    listed = ", ".join(map(short, names)) or "none"
+    if row is not None and row not in names:
         raise InputError(f"--row {row}: {source} has no such row; beside the original's it has {listed}")
-    if made_by is None or not isinstance(plans, Mapping):
-        if row is None and len(others) != 1:
-            raise InputError(f"--row: name which row of {source} is this model's: {listed}")
-        return others[0] if row is None else row
-    own = [name for name in others if made_by.plan is not None and plans.get(name) == made_by.plan]
-    if row is not None and row in plans and row not in own:
-        raise InputError(
-            f"--row {row}: in {source} that is another model than this folder's; evaluate the folder itself"
-        )
-    if row is not None or own:
-        return own[0] if row is None else row
-    if document.get("fingerprint") == made_by.fingerprint and ORIGINAL in names:
-        return ORIGINAL
-    raise InputError(f"{source}: none is of this folder's plan: {listed}; evaluate it, or the folder itself")
+    if row is None and len(names) != 1:
+        raise InputError(f"--row: name which row of {source} is this model's: {listed}")
+    return names[0] if row is None else row
 
 
 def evaluation_table(figures: list[Figure], row: str) -> str:
-    """Markdown: a row for each measure, of the original and of the model; of the model alone where it was evaluated
-    as a model of its own."""
+    """Markdown: a row for each measure, of the original and of the model."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for each in figures:
         if each.model in (ORIGINAL, row):
             cells.setdefault((each.measure, each.over), {})[each.model] = with_error(each.value, each.error, each.form)
-    models = {ORIGINAL: "original", row: "this model"}
     rows = [
-        (plain(measure), plain(over), *(found.get(model, "") for model in models))
+        (plain(measure), plain(over), found.get(ORIGINAL, ""), found.get(row, ""))
         for (measure, over), found in cells.items()
     ]
-    return table(("measure", "over", *models.values()), rows)
+    return table(("measure", "over", "original", "this model"), rows)

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.contents import MODEL_CARD
-from moekern.checkpoint.folder import PLAN_FILE, open_checkpoint
-from moekern.checkpoint.recovery import RECOVERY
+from moekern.checkpoint.folder import PLAN_FILE
 from moekern.checkpoint.strict_json import read_file, read_json
 from moekern.errors import InputError
 from moekern.files import write_bytes
 from moekern.plan.document import Plan, plan_of
-from moekern.plan.refit import experts_digest
 from moekern.publishing.card import BASE, CARD_CAP, EVALUATION, TEXT, base_section, evaluation_section, with_section
-from moekern.publishing.evaluation import MadeBy
 from moekern.publishing.front_matter import HUB_ID, with_values
 from moekern.publishing.text import text_section
 
@@ -38,12 +35,6 @@ def made_by(folder: Path) -> Plan:
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; name the folder of a checkpoint that moekern has pruned")
     return plan_of(read_json(path).get("plan"), f"{path}: plan")
-
-
-def model_of(folder: Path, plan: Plan) -> MadeBy:
-    """What an evaluation knows a pruned folder by."""
-    trained = os.path.lexists(folder / RECOVERY)
-    return MadeBy(None if trained else experts_digest(plan), open_checkpoint(folder).fingerprint)
 
 
 def rewrite_card(
@@ -80,8 +71,7 @@ def rewrite_card(
         values |= {"datasets": datasets} if datasets else {}
         written.append(TEXT)
     if evaluation is not None:
-        section = evaluation_section(evaluation, row, model_of(folder, plan), source)
-        card = with_section(card, EVALUATION, section, where)
+        card = with_section(card, EVALUATION, evaluation_section(evaluation, row, source), where)
         written.append(EVALUATION)
     if values:
         card = with_values(card, values, where)

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
-from moekern.plan.refit import experts_digest
 from moekern.pruning.prune import prune
 from moekern.publishing.rewritten import rewrite_card
 from moekern.verification.tensors import verify
@@ -68,27 +66,6 @@ def test_a_loss_that_is_no_number_is_shown_as_none(folder: Path) -> None:
     rewrite_card(folder, evaluation={"losses": {"half.json": {"a": broken}}})
     assert "| loss, nats a token | 1,234 tokens in 9 sequences of a |  | nan |" in lines(folder)
     assert "| KL to the original | 1,234 tokens in 9 sequences of a |  | nan |" in lines(folder)
-
-
-def test_figures_of_other_models_are_not_written(folder: Path) -> None:
-    own, made = experts_digest(PLAN), open_checkpoint(folder).fingerprint
-    row = "| loss, nats a token | 1,234 tokens in 9 sequences of a |"
-    several = {"losses": {"original": {"a": LOSS}, "b.json": {"a": LOSS}, "a.json": {"a": LOSS | {"nll": 3.5}}}}
-    told = several | {"fingerprint": "1" * 64, "plans": {"a.json": own, "b.json": "2" * 64}}
-    rewrite_card(folder, evaluation=told)
-    assert f"{row} 2.5000 ± 0.5000 | 3.5000 ± 0.5000 |" in lines(folder)
-    with pytest.raises(InputError, match=r"--row b.json: .*another model"):
-        rewrite_card(folder, evaluation=told, row="b.json")
-    others = told | {"plans": {"a.json": "3" * 64, "b.json": "2" * 64}}
-    with pytest.raises(InputError, match="none is of this folder's plan"):
-        rewrite_card(folder, evaluation=others)
-    itself = {"losses": {"original": {"a": LOSS}}, "fingerprint": made, "plans": {}}
-    rewrite_card(folder, evaluation=itself)  # `evaluate FOLDER`
-    assert f"{row} 2.5000 ± 0.5000 |" in lines(folder)
-    (folder / "moekern_recovery.json").write_text("{}")  # trained since: not what the plan alone makes
-    with pytest.raises(InputError, match="none is of this folder's plan"):
-        rewrite_card(folder, evaluation=told)
-    rewrite_card(folder, evaluation=itself)
 
 
 def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
