@@ -92,12 +92,21 @@ def test_what_is_wrong_is_one_line_that_names_the_key(tmp_path: Path, change: An
         ("x" * 1_100_000, "more than the limit of 1048576"),
         ("model: a\0", "not valid YAML: "),
         ("format: moekern.recipe/1", "model: is missing"),
+        ("format: moekern.recipe/1\nmodel: a\n<<: {seed: 3}", "unknown key '<<'"),
+        ("format: moekern.recipe/1\nmodel: a\n!!merge m: {seed: 3}", "not valid YAML: could not determine"),
     ],
 )
 def test_texts_that_are_no_recipe(tmp_path: Path, text: str, line: str) -> None:
     with pytest.raises(InputError) as error:
         read_recipe(write(tmp_path / "r.yaml", text))
     assert line in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["010", "1:30", "0b11", "0x1F", "1_000", "no", "On"])
+def test_words_that_only_old_yaml_takes_for_numbers_are_text(tmp_path: Path, text: str) -> None:
+    """There 010 is 8, and 1:30 is 90."""
+    path = write(tmp_path / "r.yaml", f"format: moekern.recipe/1\nmodel: a\nkeep: [{text}]\n")
+    assert read_recipe(path).keep == [text]
 
 
 def test_places_that_are_no_files(tmp_path: Path) -> None:

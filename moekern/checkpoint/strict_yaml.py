@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import yaml
 
@@ -10,21 +12,29 @@ from moekern.checkpoint.strict_json import check_depth, unique
 from moekern.errors import InputError
 
 SIZE_CAP = 1 << 16  # characters of a text, where real ones have a few hundred
-TIMESTAMP = "tag:yaml.org,2002:timestamp"
+# Plain values that are no text, alike in YAML 1.1 and 1.2: of 1.1 alone are 010 (8), 1:30 (90), `no`, dates and `<<`.
+PLAIN = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
 
 
 class _Plain(yaml.SafeLoader):  # type: ignore[misc]
-    """safe_load's, which makes no objects; dates stay text, and a key stands once."""
+    """safe_load's, which makes no objects; a key stands once, and all that a mapping has stands in it."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if tag != TIMESTAMP]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    yaml_implicit_resolvers: ClassVar[dict[str | None, list[tuple[str, re.Pattern[str]]]]] = {
+        None: [(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{form})\Z")) for kind, form in PLAIN.items()]
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise ValueError("refers to another of its values (*name); write the value out")
         return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Keys of another mapping are not put in: a key that asks for it (`!!merge`) is one of an unknown kind."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         keys = [key.value for key, _ in node.value]
@@ -55,3 +65,12 @@ def parse_yaml(text: str, source: str, cap: int = SIZE_CAP) -> dict[str, Any]:
 def yaml_text(values: dict[str, Any]) -> str:
     """The same turned round: keys in their order, one to a line."""
     return str(yaml.safe_dump(values, allow_unicode=True, sort_keys=False, default_flow_style=False, width=2**31))
+
+
+def without_keys(text: str, keys: Collection[str]) -> str:
+    """A text that `parse_yaml` takes, without the lines of these keys of its mapping; all others as they are."""
+    node, lines = yaml.compose(text, _Plain), text.splitlines(keepends=True)
+    marks = [] if node is None else [(key.start_mark, value.end_mark) for key, value in node.value if key.value in keys]
+    gone = {i for start, end in marks for i in range(start.line, end.line + (end.column > 0))}
+    kept = [line for i, line in enumerate(lines) if i not in gone]
+    return "".join(line if line.endswith("\n") else f"{line}\n" for line in kept)

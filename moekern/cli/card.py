@@ -53,7 +53,7 @@ def card(
     document = None if evaluation is None else read_json(evaluation)
     written = rewrite_card(
         folder, base=base_model, evaluation=document, row=row, source=str(evaluation), header=header,
-        statistics=digest,
+        statistics=digest, tell=say,
     )  # fmt: skip
     path = folder / MODEL_CARD
     result({"card": str(path), "written": written}, lambda: say(f"{path}: {', '.join(written)} written"))

@@ -17,6 +17,7 @@ from moekern.files import check_new, make_parents, sized, write_bytes
 
 if TYPE_CHECKING:
     from moekern.estimation.overview import Overview
+    from moekern.plan.document import Plan
     from moekern.statistics.file import Statistics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -60,7 +61,8 @@ def report(
 
         losses = read_losses(evaluation)
     measured, given = Statistics.load(statistics), named_plans("report", plans or ())
-    names, judged = short_names(given), short_names(losses["losses"] if losses else ())
+    names = short_names(given)
+    judged = {} if losses is None else judged_names(losses, given, names)
     seen, cache = (None, None) if checkpoint is None else _sizes(checkpoint, revision, measured)
     named = {names[path]: plan for path, plan in given.items()}
     found = report_of(measured, named, losses, seen, judged, cache)
@@ -105,6 +107,25 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     known = list(paths)
     count = Counter(Path(path).stem for path in known)
     return {path: Path(path).stem if count[Path(path).stem] == 1 else path for path in known}
+
+
+def judged_names(losses: Mapping[str, Any], given: Mapping[str, Plan], names: Mapping[str, str]) -> dict[str, str]:
+    """By which names rows of losses are shown beside the plans `given`: where the file tells what a row is of, that of
+    the plan that makes this model, and of no other; else by the file's name."""
+    from moekern.plan.groups import model_digest
+    from moekern.publishing.evaluation import models_of
+
+    digests = {names[path]: model_digest(plan) for path, plan in given.items()}
+    told, shown = models_of(losses), short_names(losses["losses"])
+    known = {row: of["plan"] for row, of in told.items() if row in shown and "plan" in of}
+    same = {row for row, digest in known.items() if digests.get(shown[row]) == digest}
+    free = [name for name in digests if name not in {shown[row] for row in same}]
+    for row in (row for row in known if row not in same):
+        name = next((name for name in free if digests[name] == known[row]), None)
+        if name is not None:
+            free.remove(name)
+        shown[row] = name or (f"{row} (another plan)" if shown[row] in digests else shown[row])
+    return shown
 
 
 def _sizes(name: str, revision: str | None, statistics: Statistics) -> tuple[Overview, dict[str, int] | None]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from moekern.evaluation.losses import METRICS, ORIGINAL, Evaluation, Metric, difference, error_of, mean_of
 from moekern.plan.document import Plan
-from moekern.plan.groups import MERGE
+from moekern.plan.groups import model_digest
 from moekern.rows import with_error
 
 CHOICE = "choice"  # in a plan's provenance
@@ -22,13 +21,7 @@ def by_nearness(table: Evaluation) -> list[str]:
 def alike(plans: Mapping[str, Plan]) -> dict[str, str]:
     """Name -> the first name of a plan that makes the same model, whatever the scores and where it came from."""
     first: dict[str, str] = {}
-    return {name: first.setdefault(_bare(plan).digest, name) for name, plan in plans.items()}
-
-
-def _bare(plan: Plan) -> Plan:
-    """What decides the model: the layers without scores, and how experts are merged."""
-    layers = {key: replace(layer, scores=None) for key, layer in plan.layers.items()}
-    return replace(plan, layers=layers, provenance={k: v for k, v in plan.provenance.items() if k == MERGE})
+    return {name: first.setdefault(model_digest(plan), name) for name, plan in plans.items()}
 
 
 def choice_document(table: Evaluation, same: Mapping[str, str] | None = None) -> dict[str, Any]:

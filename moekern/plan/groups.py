@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moekern.architectures.channels import PLAIN
@@ -126,6 +127,19 @@ def is_merged(plan: Plan, fingerprint: str) -> bool:
     """Whether what the plan says was computed is what its groups make of this model, and not a refit of that."""
     told = plan.provenance.get("refit")
     return plan.merges and isinstance(told, dict) and told.get("recipe") == merge_recipe(plan, fingerprint)
+
+
+def model_digest(plan: Plan) -> str:
+    """sha256 hex of what decides which model a plan makes, whatever its scores and where it came from: what stays, what
+    stands for the others, how experts are merged, and by which recipe they were refitted."""
+    told, layers = plan.provenance, {key: replace(layer, scores=None) for key, layer in plan.layers.items()}
+    decides: dict[str, Any] = {}
+    if plan.merges:
+        merge = told.get(MERGE)
+        decides[MERGE] = [aligned(told), merge.get("router") if isinstance(merge, dict) else None]
+    if "refit" in told and not is_merged(plan, str(told.get("fingerprint"))):
+        decides["refit"] = told["refit"].get("recipe") if isinstance(told["refit"], dict) else None
+    return replace(plan, layers=layers, provenance=decides).digest
 
 
 def merged_groups(layer: LayerPlan) -> dict[int, tuple[int, ...]]:

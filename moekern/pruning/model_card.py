@@ -35,8 +35,10 @@ def facts_of(
     config: Mapping[str, Any],
     mtp: Mtp,
     told: str,
+    flags: Sequence[str] = (),
 ) -> Facts:
-    """kept: the experts that stay, of MTP layers too; config: that of the result; told: a line about MTP layers."""
+    """kept: the experts that stay, of MTP layers too; config: that of the result; told: a line about MTP layers; flags:
+    those that made it, where the plan does not say so."""
     values = values_of(checkpoint.folder / MODEL_CARD) if MODEL_CARD in checkpoint.side_files else {}
     base, _, commit = (checkpoint.repository or "").partition("@")
     if (checkpoint.folder / PLAN_FILE).is_file():
@@ -57,6 +59,7 @@ def facts_of(
         serve=_serve(checkpoint, layout, plan, kept, mtp),
         original_card=kept_card(checkpoint.side_files),
         inherited=inherited(values),
+        flags=flags,
     )
 
 

@@ -25,7 +25,7 @@ from moekern.pruning.shards import OutputShard
 from moekern.pruning.side_files import MANIFEST, SideFile, check_side_files, side_file, text_file, whole_file
 from moekern.pruning.work_folder import check_target
 from moekern.pruning.writing import Progress, Tally, check_out, job_of, written
-from moekern.publishing.card import CARD_CAP, TRAINING, training_section, with_section
+from moekern.publishing.card import CARD_CAP, trained_card
 
 OWN = ("format", "source_fingerprint", "tensors", "settings", "earlier")  # keys of RECOVERY that no caller gives
 
@@ -285,7 +285,7 @@ def _card(checkpoint: Checkpoint, trained: int, told: Mapping[str, Any]) -> Side
     path = checkpoint.folder / MODEL_CARD
     try:
         card = read_file(path, CARD_CAP).decode()
-        return text_file(MODEL_CARD, with_section(card, TRAINING, training_section(trained, told), str(path)))
+        return text_file(MODEL_CARD, trained_card(card, trained, told, str(path)))
     except (InputError, UnicodeDecodeError):
         note = f"{MODEL_CARD}: copied as it is; it does not tell of the training"
         return side_file(MODEL_CARD, whole_file(path), notes=(note,))

@@ -10,13 +10,13 @@ from typing import Any
 
 from moekern.architectures import Layout
 from moekern.architectures.config_keys import mtp_counts
-from moekern.architectures.substitution import with_replaced
+from moekern.architectures.substitution import APPROXIMATE, with_replaced
 from moekern.checkpoint.contents import MODEL_CARD, kept_card
 from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import read_json, regular_size
 from moekern.errors import InputError
-from moekern.plan.document import Mtp, Plan
+from moekern.plan.document import Mtp, Plan, planned_mtp
 from moekern.pruning.config import QUANTIZATION_FILES, dumped_like, pruned_config, renamed
 from moekern.pruning.constants import Replaced
 from moekern.pruning.expert_lists import expert_lists
@@ -99,7 +99,9 @@ def side_files(
             files.append(side_file(name, whole_file(path), notes=notes))
     config = settings.config()
     told = mtp_line(layout, left, plan, mtp)
-    facts = facts_of(checkpoint, layout, plan, left, shards, json.loads(config.text), mtp, told)
+    flags: tuple[str, ...] = () if mtp == planned_mtp(plan) else ("--mtp", mtp)
+    flags += () if replaced is None or replaced.form == APPROXIMATE else ("--form", replaced.form)
+    facts = facts_of(checkpoint, layout, plan, left, shards, json.loads(config.text), mtp, told, flags)
     before = facts.original_card
     note = f"{MODEL_CARD}: of the pruned model; the original's card, as it was, is {before}"
     files.append(text_file(MODEL_CARD, card(facts, about), () if before is None else (note,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -12,8 +13,8 @@ from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
 from moekern.files import sized
 from moekern.plan.document import Plan
-from moekern.plan.groups import merged_into
-from moekern.publishing.evaluation import evaluation_table, figures_of, row_of
+from moekern.plan.groups import is_merged, merged_into
+from moekern.publishing.evaluation import ORIGINAL, Figure, evaluation_table, figures_of, row_of
 from moekern.publishing.front_matter import front_matter
 from moekern.publishing.markdown import block, code, plain, table
 from moekern.publishing.text import text_section
@@ -25,6 +26,7 @@ FOLDER = "MODEL"  # in commands
 BASE, EVALUATION, TEXT, TRAINING = "base", "evaluation", "text", "training"  # names of sections
 CARD_CAP = 16 << 20  # bytes of a card that is read
 CHANGES = 40  # lines of config.json that are shown
+BEFORE_TRAINING = "Of the model before the training that is told below:\n\n"
 NOT_MEASURED = "Not measured yet: `moekern card FOLDER --evaluation evaluation.json` writes it here.\n"
 
 
@@ -62,6 +64,7 @@ class Facts:
     serve: Mapping[str, str]  # engine -> command
     original_card: str | None  # the file that it is kept in
     inherited: Mapping[str, Any] = field(default_factory=dict)  # of its front matter
+    flags: Sequence[str] = ()  # that made it, where the plan does not say so
 
 
 def card(facts: Facts, about: About = About()) -> str:
@@ -78,7 +81,7 @@ def card(facts: Facts, about: About = About()) -> str:
         f"{section(TRAINING, '')}\n",
         f"## What changed in config.json\n\n{_settings(facts.settings)}\n",
         f"## Serving\n\n{_serving(facts.serve)}\n",
-        f"## The same again\n\n{_again(about.recipe is not None)}",
+        f"## The same again\n\n{_again(facts, about.recipe is not None)}",
     )
     return "".join(parts)
 
@@ -90,24 +93,43 @@ def section(name: str, text: str) -> str:
 
 def with_section(card: str, name: str, text: str, source: str) -> str:
     """A card with another text in a section. Raises InputError, naming `source`, where it has none of this name."""
-    pattern = "^" + SECTION.format(name=name, text=r"(?:.*?\n)?")
-    match = re.search(pattern, card, re.DOTALL | re.MULTILINE)
+    found = _found(card, name, source)
+    return card[: found.start()] + section(name, text) + card[found.end() :]
+
+
+def _found(card: str, name: str, source: str) -> re.Match[str]:
+    match = re.search("^" + SECTION.format(name=name, text=r"((?:.*?\n)?)"), card, re.DOTALL | re.MULTILINE)
     if match is None:
         raise InputError(f"{source}: has no section {name!r} as moekern writes it; write what there is to say yourself")
-    return card[: match.start()] + section(name, text) + card[match.end() :]
+    return match
 
 
 def evaluation_section(document: Mapping[str, Any], row: str | None, source: str = "evaluation") -> str:
     """A table. Raises InputError, naming `source`, for a document that is none, and for a row that is not in it."""
     figures = figures_of(document, source)
-    return evaluation_table(figures, row_of(figures, row, source)) + "\nErrors are standard errors.\n"
+    return measured_text(figures, row_of(figures, row, source))
+
+
+def measured_text(figures: list[Figure], row: str) -> str:
+    """A table of the original and of the model whose row it is."""
+    errors = any(each.error is not None for each in figures if each.model in (ORIGINAL, row))
+    said = "Errors are standard errors." if errors else "Of a single sequence there is no standard error."
+    return f"{evaluation_table(figures, row)}\n{said}\n"
+
+
+def trained_card(card: str, tensors: int, told: Mapping[str, Any], source: str) -> str:
+    """A card with what was trained; figures that it has say that they are older. Raises InputError as with_section."""
+    measured = _found(card, EVALUATION, source)[1]
+    if measured != NOT_MEASURED and not measured.startswith(BEFORE_TRAINING):
+        card = with_section(card, EVALUATION, BEFORE_TRAINING + measured, source)
+    return with_section(card, TRAINING, training_section(tensors, told), source)
 
 
 def training_section(tensors: int, told: Mapping[str, Any]) -> str:
     """What was trained after pruning; told: as its record has it, whatever it is."""
     rows = [(plain(key), code(value)) for key, value in told.items() if isinstance(value, (str, int, float))]
-    text = f"## Training after pruning\n\n{tensors} tensors were trained since; `moekern_recovery.json` names them. "
-    text += "Plan and recipe are those of the model before.\n\n"
+    text = f"## Training after pruning\n\n{tensors} tensors were trained since; `moekern_recovery.json` names them.\n\n"
+    text += "What is said below about making the same again makes the model before that training.\n\n"
     return text + (table(("setting", "value"), rows[:CHANGES]) + "\n" if rows else "")
 
 
@@ -170,13 +192,13 @@ def _layers(facts: Facts) -> str:
 
 
 def _method(facts: Facts) -> str:
-    rows = [*_of_plan(facts.plan), ("MTP layers", plain(facts.mtp))]
+    rows = [*_of_plan(facts.plan, facts.fingerprint), ("MTP layers", plain(facts.mtp))]
     rows.append(("sha256 of the plan", code(facts.plan.digest)))
     rows.append(("fingerprint of the original", code(facts.fingerprint)))
     return table(("what", "value"), rows) + "\nThe plan is in `moekern_plan.json`.\n"
 
 
-def _of_plan(plan: Plan) -> Iterator[tuple[str, str]]:
+def _of_plan(plan: Plan, fingerprint: str) -> Iterator[tuple[str, str]]:
     """What a plan says of how its experts were chosen, and of what became of the others."""
     made = plan.provenance
     yield "criterion", code(made["criterion"]) if "criterion" in made else "none: the plan was written by hand"
@@ -195,7 +217,7 @@ def _of_plan(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "merged", f"{merged} experts into those that stay" + (f", by {code(method)}" if method else "")
     if plan.width is not None:
         yield "channels", f"{plan.width} of each expert stay"
-    if "refit" in made:
+    if "refit" in made and not is_merged(plan, fingerprint):
         told = made["refit"].get("layers") if isinstance(made["refit"], Mapping) else None
         layers = list(told.values()) if isinstance(told, Mapping) else []
         refined = any(isinstance(each, Mapping) and each.get("refine") for each in layers)
@@ -223,9 +245,18 @@ def _serving(serve: Mapping[str, str]) -> str:
     return said + "".join(f"\n{plain(engine)}:\n\n{block(command)}" for engine, command in serve.items())
 
 
-def _again(recipe: bool) -> str:
+def _again(facts: Facts, recipe: bool) -> str:
     if recipe:
         text = f"`{RECIPE}` has all that decides the bytes:\n\n"
         return text + block(f"moekern run --recipe {RECIPE} --out OUT")
-    text = "`moekern_plan.json` has the plan under `plan`; as a file of its own it makes the same checkpoint:\n\n"
-    return text + block("moekern prune ORIGINAL plan.json --out OUT")
+    text = "`moekern_plan.json` has the plan under `plan`; as a file of its own it makes the same weights"
+    plan, out = facts.plan, shlex.join([*facts.flags, "--out", "OUT"])
+    if is_merged(plan, facts.fingerprint):
+        return f"{text}:\n\n{block(f'moekern merge-experts ORIGINAL --plan plan.json {out}')}"
+    if "refit" in plan.provenance:
+        text += ", with the text and the options that it has under `provenance.refit`"
+        return f"{text}:\n\n{block(f'moekern refit ORIGINAL plan.json --data TEXT {out}')}"
+    if plan.replace is not None and plan.replace.constants != "zero":
+        out = f"--statistics s.safetensors {out}"
+        text += ", with the statistics that its constants are of"
+    return f"{text}:\n\n{block(f'moekern prune ORIGINAL plan.json {out}')}"

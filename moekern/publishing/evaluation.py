@@ -46,6 +46,17 @@ def figures_of(document: Mapping[str, Any], source: str) -> list[Figure]:
     raise InputError(f"{source}: {what}")
 
 
+def models_of(document: Mapping[str, Any]) -> dict[str, Mapping[str, str]]:
+    """Row -> {"fingerprint": of the checkpoint} or {"plan": `model_digest` of the plan}, as far as they are told."""
+    found = document.get("models")
+    rows = found.items() if isinstance(found, Mapping) else ()
+    return {name: told for name, told in rows if isinstance(told, Mapping) and all(map(_is_text, told.values()))}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _losses(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[Figure]:
     for model, row in found.items():
         for domain, loss in row.items():

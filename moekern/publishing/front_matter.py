@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.strict_json import read_start, regular_size
-from moekern.checkpoint.strict_yaml import SIZE_CAP, parse_yaml, yaml_text
+from moekern.checkpoint.strict_yaml import SIZE_CAP, parse_yaml, without_keys, yaml_text
 from moekern.errors import InputError
 
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -67,7 +67,18 @@ def front_matter(known: Mapping[str, Any], base: str | None, datasets: list[str]
 
 
 def with_values(card: str, values: Mapping[str, Any], source: str) -> str:
-    """A card with these values in its front matter. Raises InputError, naming `source`, where that cannot be read."""
+    """A card with these values at the head of its front matter, whose other lines stay as they are where each key has
+    lines of its own. Raises InputError, naming `source`, where that cannot be read."""
     front, text = split(card)
-    before = {} if front is None or not front.strip() else parse_yaml(front, f"{source}: front matter")
-    return f"---\n{yaml_text({**values, **{k: v for k, v in before.items() if k not in values}})}---\n{text}"
+    where, front = f"{source}: front matter", (front or "").replace("\r\n", "\n")
+    before = parse_yaml(front, where) if _has_values(front) else {}
+    wanted = {**values, **{key: value for key, value in before.items() if key not in values}}
+    made = yaml_text(dict(values)) + without_keys(front, values)
+    with suppress(InputError):
+        if parse_yaml(made, where) == wanted:
+            return f"---\n{made}---\n{text}"
+    return f"---\n{yaml_text(wanted)}---\n{text}"
+
+
+def _has_values(front: str) -> bool:
+    return any(line.strip() and not line.startswith("#") for line in front.splitlines())

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.contents import MODEL_CARD
-from moekern.checkpoint.folder import PLAN_FILE
-from moekern.checkpoint.strict_json import read_file, read_json
+from moekern.checkpoint.folder import PLAN_FILE, open_checkpoint
+from moekern.checkpoint.recovery import read_recovery
+from moekern.checkpoint.strict_json import read_file, read_json, short
 from moekern.errors import InputError
 from moekern.files import write_bytes
 from moekern.plan.document import Plan, plan_of
-from moekern.publishing.card import BASE, CARD_CAP, EVALUATION, TEXT, base_section, evaluation_section, with_section
+from moekern.plan.groups import model_digest
+from moekern.publishing.card import BASE, CARD_CAP, EVALUATION, TEXT, base_section, measured_text, with_section
+from moekern.publishing.evaluation import ORIGINAL, figures_of, models_of, row_of
 from moekern.publishing.front_matter import HUB_ID, with_values
 from moekern.publishing.text import text_section
 
@@ -46,12 +50,14 @@ def rewrite_card(
     source: str = "evaluation",
     header: Mapping[str, Any] | None = None,
     statistics: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Write what is given into the card, the rest stays byte for byte; names of what was written.
 
     base: id on the hub. evaluation: a document of `evaluate` from the file `source`, of which `row` is the model's.
     header, statistics: of a statistics file, and its sha256, which must be the plan's. Raises InputError for what does
-    not fit, and for a card that has no place for it; nothing is written then.
+    not fit, for figures of another model, and for a card that has no place for it; nothing is written then. `tell` is
+    given a line where a file does not say of which model its figures are.
     """
     plan, card, where = made_by(folder), card_of(folder), str(folder / MODEL_CARD)
     written, values = list[str](), dict[str, Any]()
@@ -71,10 +77,42 @@ def rewrite_card(
         values |= {"datasets": datasets} if datasets else {}
         written.append(TEXT)
     if evaluation is not None:
-        card = with_section(card, EVALUATION, evaluation_section(evaluation, row, source), where)
+        card = with_section(card, EVALUATION, _measured(folder, plan, evaluation, row, source, tell), where)
         written.append(EVALUATION)
     if values:
         card = with_values(card, values, where)
     if written:
         write_bytes(folder / MODEL_CARD, card.encode())
     return written
+
+
+def _measured(
+    folder: Path, plan: Plan, document: Mapping[str, Any], row: str | None, source: str, tell: Callable[[str], None]
+) -> str:
+    """The table of a document of `evaluate`. What it says of the folder itself, as of an original, is this model's."""
+    figures, models = figures_of(document, source), models_of(document)
+    if row is None and all(each.model == ORIGINAL for each in figures) and _is_of(models.get(ORIGINAL), folder, plan):
+        row = str(folder)
+        return measured_text([replace(each, model=row) for each in figures], row)
+    if row is None:  # the one of this folder's plan, where there are several
+        row = next((name for name, told in models.items() if name != ORIGINAL and _is_of(told, folder, plan)), None)
+    row = row_of(figures, row, source)
+    told = models.get(row)
+    if told is None:
+        tell(f"{source}: does not tell which model its row {short(row)} is of; it is written as this one's")
+    elif not _is_of(told, folder, plan):
+        trained = read_recovery(folder) is not None and told.get("plan") == model_digest(plan)
+        what = (
+            "this one before it was trained: evaluate the folder itself" if trained else "another model than this one"
+        )
+        raise InputError(f"--evaluation {source}: its row {short(row)} is of {what}; nothing was written")
+    return measured_text(figures, row)
+
+
+def _is_of(told: Mapping[str, str] | None, folder: Path, plan: Plan) -> bool:
+    """Whether a row is of the folder, or of its plan, where no tensor was trained since."""
+    if told is None:
+        return False
+    if "plan" in told:
+        return told["plan"] == model_digest(plan) and read_recovery(folder) is None
+    return told.get("fingerprint") == open_checkpoint(folder).fingerprint

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from moekern.cli.report import short_names, strip
+from moekern.plan.document import Plan
+from moekern.plan.groups import model_digest
 from moekern.plan.make import make_plan
 from tests.helpers import families
 from tests.helpers.commands import document, moekern
@@ -44,6 +46,17 @@ def test_a_page_a_table_and_a_document(folder: Path) -> None:
     assert list(found["kept"]) == ["reap", "usage"]
     assert [row["name"] for row in found["evaluation"]["rows"]] == ["original", "reap", "usage"]
     assert not any("none of these plans" in line for line in found["warnings"])
+
+
+def test_rows_are_of_the_plans_that_make_their_models(folder: Path) -> None:
+    losses = json.loads(Path("losses.json").read_text())
+    digests = {name: {"plan": model_digest(Plan.load(f"{name}.json"))} for name in ("reap", "usage")}
+    for of, name in ((digests["usage"], "usage"), ({"plan": "0" * 64}, "/elsewhere/reap.json (another plan)")):
+        losses["models"] = {"/elsewhere/reap.json": of, "usage.json": {"plan": "1" * 64}}
+        Path("losses.json").write_text(json.dumps(losses))
+        found = document("report", "s.safetensors", "reap.json", "usage.json", "--evaluation", "losses.json")
+        shown = [row["name"] for row in found["evaluation"]["rows"]]
+        assert shown == ["original", name, "usage.json (another plan)"]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.groups import merge_recipe
+from moekern.plan.replacement import Replacement
 from moekern.pruning.prune import prune
-from moekern.publishing.card import About
+from moekern.publishing.card import About, Facts, card
 from tests.helpers.synthetic import deepseek_v3, qwen3, read, write
 
 PLAN = Plan({"0": LayerPlan((0, 2, 3, 7)), "1": LayerPlan((1, 4, 5, 6))}, {"criterion": "reap", "tokens": {"a": 12345}})
@@ -140,3 +143,24 @@ def test_names_and_values_are_shown_and_mean_nothing(tmp_path: Path) -> None:
     assert "# no" not in lines
     for block in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):  # every row of a table has as many cells
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()}) == 1
+
+
+def test_how_to_make_it_again_is_told_of_each_kind_of_plan(tmp_path: Path) -> None:
+    """Nothing is said to be fitted that was merged."""
+    fingerprint = open_checkpoint(write(tmp_path / "in", *qwen3())).fingerprint
+    groups = (((0, 1.0), (1, 1.0)), *(((e, 1.0),) for e in (2, 3, 7)))
+    merging = Plan({**PLAN.layers, "0": LayerPlan((0, 2, 3, 7), groups=groups)})
+    told = {"layers": {"0": {}}}
+    merged = replace(merging, provenance={"refit": told | {"recipe": merge_recipe(merging, fingerprint)}})
+    plain = Facts("m", None, None, fingerprint, {"0": (8, 4)}, 2, (4, 4), None, (2, 1), (), PLAN, "", {}, None)
+    refitted = replace(PLAN, provenance={"refit": told | {"recipe": "1" * 64}})
+    constants = replace(PLAN, replace=Replacement("mean"))
+    for facts, line in (
+        (plain, "prune ORIGINAL plan.json --out OUT"),
+        (replace(plain, flags=("--mtp", "drop")), "prune ORIGINAL plan.json --mtp drop --out OUT"),
+        (replace(plain, plan=constants), "prune ORIGINAL plan.json --statistics s.safetensors --out OUT"),
+        (replace(plain, plan=refitted), "refit ORIGINAL plan.json --data TEXT --out OUT"),
+        (replace(plain, plan=merged), "merge-experts ORIGINAL --plan plan.json --out OUT"),
+    ):
+        assert f"```bash\nmoekern {line}\n```" in card(facts)
+        assert ("| fitted anew |" in card(facts)) == (facts.plan is refitted)

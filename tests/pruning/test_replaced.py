@@ -22,6 +22,7 @@ from moekern.files import work_path
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.prune import MANIFEST, prune
 from moekern.pruning.replaced import write_replaced
+from moekern.publishing.rewritten import rewrite_card
 from tests.helpers import ROOT
 from tests.helpers.digest import xxh3
 from tests.helpers.mounts import MIB, mounted
@@ -65,6 +66,17 @@ def check_bytes(source: Path, out: Path, new: Tensors) -> None:
         assert b"## Training after pruning" in found[MODEL_CARD]
         end = b"<!-- moekern: training -->"
         assert found[MODEL_CARD].partition(end)[0] == want[MODEL_CARD].partition(end)[0]
+
+
+def test_a_card_tells_that_its_figures_are_older_than_the_training(pruned: Path, tmp_path: Path) -> None:
+    loss = {"nll": 2.5, "kl": 0.25, "top1": 0.5, "tokens": 9, "sequences": 1}
+    row = {"a": loss | {f"{key}_error": None for key in ("nll", "kl", "top1")}}
+    rewrite_card(pruned, evaluation={"losses": {"original": row, "half": row}})
+    train(pruned, tmp_path / "new", "layernorm")
+    write_replaced(pruned, tmp_path / "out", tmp_path / "new", RECORD)
+    older = "<!-- moekern: evaluation -->\nOf the model before the training that is told below:\n\n| measure |"
+    assert older in (tmp_path / "out" / MODEL_CARD).read_text()
+    assert "makes the model before that training" in (tmp_path / "out" / MODEL_CARD).read_text()
 
 
 @pytest.mark.parametrize(
@@ -273,6 +285,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from moekern.pruning.replaced import write_replaced
+from moekern.publishing.rewritten import rewrite_card
 def progress(done, total):
     if done > int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)

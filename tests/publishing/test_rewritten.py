@@ -1,14 +1,18 @@
 """What is added to a card stands in its place, and nothing else changes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
+from moekern.plan.groups import model_digest
 from moekern.pruning.prune import prune
 from moekern.publishing.rewritten import rewrite_card
 from moekern.verification.tensors import verify
@@ -98,6 +102,51 @@ def test_what_does_not_fit_is_refused_and_nothing_written(folder: Path, given: d
         rewrite_card(folder, **given)
     assert line in str(error.value)
     assert lines(folder) == before
+
+
+def test_figures_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Whatever the row is called; a plan with other scores, or of another place, makes the same model."""
+    same = replace(PLAN, provenance={}, layers={k: replace(v, scores=(0.5,) * 8) for k, v in PLAN.layers.items()})
+    other = Plan({"0": LayerPlan((0, 2, 3, 6)), "1": LayerPlan((1, 4, 5, 6))})
+    lines = list[str]()
+    for of in ({"plan": model_digest(same)}, {"fingerprint": open_checkpoint(folder).fingerprint}):
+        rewrite_card(folder, evaluation=LOSSES | {"models": {"half.json": of}}, tell=lines.append)
+    assert lines == []
+    before = (folder / "README.md").read_bytes()
+    for of in ({"plan": model_digest(other)}, {"fingerprint": "0" * 64}, {"steered": "map.json"}):
+        with pytest.raises(InputError, match="its row 'half.json' is of another model than this one"):
+            rewrite_card(folder, evaluation=LOSSES | {"models": {"half.json": of}})
+    trained = {"format": "moekern.recovered/1", "source_fingerprint": "0" * 64, "tensors": {"a": "0" * 32}}
+    (folder / "moekern_recovery.json").write_text(json.dumps(trained))
+    with pytest.raises(InputError, match="this one before it was trained: evaluate the folder itself"):
+        rewrite_card(folder, evaluation=LOSSES | {"models": {"half.json": {"plan": model_digest(PLAN)}}})
+    assert (folder / "README.md").read_bytes() == before
+    rewrite_card(folder, evaluation=LOSSES, tell=lines.append)
+    assert lines == ["evaluation: does not tell which model its row 'half.json' is of; it is written as this one's"]
+
+
+def test_a_loss_of_the_folder_itself_is_this_models(folder: Path) -> None:
+    alone = {"losses": {"original": {"a": LOSS | {"nll_error": None}}}}
+    rewrite_card(
+        folder, evaluation=alone | {"models": {"original": {"fingerprint": open_checkpoint(folder).fingerprint}}}
+    )
+    assert "| loss, nats a token | 1,234 tokens in 9 sequences of a |  | 2.5000 |" in lines(folder)
+    assert "Errors are standard errors." not in lines(folder)
+
+
+@pytest.mark.parametrize(
+    "front", ["version: 1.10\nlicense: no  # by hand\n# last\n", "{license: mit, tags: [a]}\n", "# none\n"]
+)
+def test_front_matter_written_by_hand_stays(folder: Path, front: str) -> None:
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"---\n{front}---\n{card.split('---', 2)[2]}")
+    for base in ("some/model", "some/other"):
+        rewrite_card(folder, base=base)
+    found = (folder / "README.md").read_text().split("---\n")[1]
+    assert found.startswith("base_model: some/other\nbase_model_relation: finetune\n")
+    assert found.count("base_model") == 2
+    assert "{" in front or found.endswith(front)
+    assert yaml.safe_load(found).items() >= (yaml.safe_load(front) or {}).items()
 
 
 def test_cards_and_folders_that_are_no_pruned_ones(folder: Path, tmp_path: Path) -> None:
