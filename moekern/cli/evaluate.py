@@ -157,23 +157,26 @@ def evaluate(
         found = Found(document_of(scores, asked), lambda: show_scores(scores))
     else:
         found = _losses(folder, text, compute, named, statistics, best, out, layers=layers, restart=restart)
-    steered = () if prompted is None else prompted.steering
-    models = {**_models(folder, folders, named), **{name: {"steered": path} for name, path, *_ in steered}}
+    models = _models(folder, folders, named, () if prompted is None else prompted.steering)
     found = replace(found, document={**found.document, "models": models})
     _write(out, found)
     result(found.document, found.show)
     hint(found.said)
 
 
-def _models(folder: Path, others: Sequence[Path], plans: Mapping[str, Plan]) -> dict[str, dict[str, str]]:
-    """What each row is of: the fingerprint of a checkpoint, or the digest of the model that a plan makes."""
+def _models(
+    folder: Path, others: Sequence[Path], plans: Mapping[str, Plan], steering: Sequence[tuple[str, str, int, float]]
+) -> dict[str, dict[str, str]]:
+    """What each row is of: the fingerprint of a checkpoint, the digest of the model that a plan makes, or the map that
+    steers."""
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.evaluation.losses import ORIGINAL
     from moekern.plan.groups import model_digest
 
     folders = {ORIGINAL: folder, **{str(other): other for other in others}}
     found = {name: {"fingerprint": open_checkpoint(each).fingerprint} for name, each in folders.items()}
-    return found | {name: {"plan": model_digest(plan)} for name, plan in plans.items()}
+    made = {name: {"plan": model_digest(plan)} for name, plan in plans.items()}
+    return found | made | {name: {"steered": path} for name, path, *_ in steering}
 
 
 @dataclass(frozen=True)
