@@ -131,9 +131,7 @@ def evaluate(
     )
     kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
     folders = [path for path in plans or () if path.is_dir()]
-    check_written(out, best, len(plans or ()), kind)
-    if layers and kind != "losses":
-        raise InputError(f"--layers: goes with losses, not with {kind}; leave it out")
+    check_written(out, best, len(plans or ()), kind, layers=layers)
     if folders and asked is None:
         raise InputError(f"{folders[0]}: a folder, and no plan; give --tasks to score other models beside", kind="plan")
     text = text_of(
@@ -239,9 +237,11 @@ def _write(out: Path | None, found: Found) -> None:
         write_bytes(out, (csv_text(found.rows) if out.suffix == ".csv" else whole).encode(), new=True)
 
 
-def check_written(out: Path | None, best: Path | None, plans: int, kind: str) -> None:
-    """Raise InputError for files that a result of this kind, or a plan, cannot be written to, before anything is
-    measured."""
+def check_written(out: Path | None, best: Path | None, plans: int, kind: str, *, layers: bool) -> None:
+    """Raise InputError for files that a result of this kind, or a plan, cannot be written to, and for layers that are
+    asked for where none are told, before anything is measured."""
+    if layers and kind != "losses":
+        raise InputError(f"--layers: goes with losses, not with {kind}; leave it out")
     if best is not None:
         check_new(best, "--best")
         if kind != "losses":
