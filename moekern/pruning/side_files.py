@@ -26,6 +26,7 @@ from moekern.pruning.pieces import Range, made_from
 from moekern.pruning.shards import OutputShard
 from moekern.pruning.stale import stale
 from moekern.publishing.card import RECIPE, About, card
+from moekern.publishing.front_matter import LICENSE
 
 MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
@@ -104,6 +105,7 @@ def side_files(
     facts = facts_of(checkpoint, layout, plan, left, shards, json.loads(config.text), mtp, told, flags)
     before = facts.original_card
     note = f"{MODEL_CARD}: of the pruned model; the original's card, as it was, is {before}"
+    note += "" if LICENSE in facts.inherited else ", whose front matter tells no license that is taken over"
     files.append(text_file(MODEL_CARD, card(facts, about), () if before is None else (note,)))
     if about.recipe is not None:
         files.append(text_file(RECIPE, about.recipe))

@@ -113,7 +113,7 @@ def evaluation_section(document: Mapping[str, Any], row: str | None, source: str
 def measured_text(figures: list[Figure], row: str) -> str:
     """A table of the original and of the model whose row it is."""
     errors = any(each.error is not None for each in figures if each.model in (ORIGINAL, row))
-    said = "Errors are standard errors." if errors else "Of a single sequence there is no standard error."
+    said = "Errors are standard errors." if errors else "No standard error is known."
     return f"{evaluation_table(figures, row)}\n{said}\n"
 
 

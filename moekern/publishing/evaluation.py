@@ -62,8 +62,9 @@ def _losses(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[Fi
         for domain, loss in row.items():
             over = f"{_count(loss['tokens']):,} tokens in {_count(loss['sequences']):,} sequences of {domain}"
             for key, (words, form) in LOSSES.items():
+                read = _share if key == "top1" else _number
                 if model != ORIGINAL or key == "nll":
-                    yield Figure(words, over, model, _number(loss[key]), _error(loss[f"{key}_error"]), form)
+                    yield Figure(words, over, model, read(loss[key]), _error(loss[f"{key}_error"]), form)
 
 
 def _scores(found: list[Mapping[str, Any]]) -> Iterator[Figure]:
@@ -93,7 +94,15 @@ def _number(value: Any) -> float:
 
 
 def _error(value: Any) -> float | None:
-    return None if value is None else _number(value)
+    if value is not None and _number(value) < 0:
+        raise ValueError
+    return value
+
+
+def _share(value: Any) -> float:
+    if not 0 <= _number(value) <= 1:
+        raise ValueError
+    return float(value)
 
 
 def _count(value: Any) -> int:

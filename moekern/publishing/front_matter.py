@@ -13,9 +13,10 @@ from moekern.checkpoint.strict_yaml import SIZE_CAP, parse_yaml, without_keys, y
 from moekern.errors import InputError
 
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-LICENSE_LINK = "license_link"
-INHERITED = ("license", "license_name", LICENSE_LINK, "language", "library_name", "pipeline_tag")
+NAME = r"(?![.-])(?:(?!--|\.\.)[\w.-]){1,96}(?<![.-])"  # of an owner, and of what is theirs, as the hub has them
+HUB_ID = re.compile(rf"{NAME}/{NAME}(?<!\.git)", re.ASCII)
+LICENSE, LICENSE_LINK = "license", "license_link"
+INHERITED = (LICENSE, "license_name", LICENSE_LINK, "language", "library_name", "pipeline_tag")
 TAGS = ("moe", "expert-pruning", "pruned", "moekern")
 LINK, WORDS = (
     re.compile(r"(https?://)?[\w./%?=#&+~-]{1,300}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def _check_card(folder: Path, plan: Any) -> None:
     ids = base if isinstance(base, list) and base else [base]
     if not all(isinstance(each, str) and HUB_ID.fullmatch(each) for each in ids):
         said = "is missing" if base is None else f"is {shown(base)}, and no id of the hub"
-        raise InputError(f"{path}: base_model {said}: `moekern card {folder} --base-model OWNER/NAME` writes it")
+        command = f"moekern card {shlex.quote(str(folder))} --base-model OWNER/NAME"
+        raise InputError(f"{path}: base_model {said}: `{command}` writes it")
     if not isinstance(plan, str) or plan not in text:
         raise InputError(f"{path}: does not name the plan (sha256 {plan}); it is the card of another model")
 

@@ -67,8 +67,11 @@ def _loss_problem(loss: Any) -> str | None:
         _number(value) or (value is None and name not in METRICS) for name, value in loss.items()
     ):
         return "a loss is no number"
-    if type(loss.get("tokens")) is not int or type(loss.get("sequences")) is not int:
+    if not all(type(loss.get(name)) is int and loss[name] >= 0 for name in ("tokens", "sequences")):
         return "a count is no number"
+    shares = all(loss.get(name) is None or 0 <= loss[name] <= 1 for name in ("top1", "one_minus_tv"))
+    if not shares or any(loss.get(f"{name}_error") is not None and loss[f"{name}_error"] < 0 for name in figures):
+        return "a share is beyond 0 and 1, or an error below 0"
     return None
 
 

@@ -87,6 +87,10 @@ def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
     [
         ({"base": "x"}, "--base-model x: expected the id of a model on the hub, OWNER/NAME"),
         ({"base": "a/b\n---"}, "expected the id of a model"),
+        ({"base": "../b"}, "expected the id of a model"),
+        ({"base": "a/b.git"}, "expected the id of a model"),
+        ({"evaluation": {"losses": {"a": {"a": LOSS | {"top1": 37.0}}}}}, "no losses, scores"),
+        ({"evaluation": {"losses": {"a": {"a": LOSS | {"nll_error": -1.0}}}}}, "no losses, scores"),
         ({"header": {"tokens": {}, "runs": []}, "statistics": "6" * 64}, "--statistics: not those that the plan"),
         ({"evaluation": {}}, "evaluation: no losses, scores or continuations that"),
         ({"evaluation": {"losses": {"original": {"a": LOSS | {"nll": "1"}}}}}, "no losses, scores"),
