@@ -7,7 +7,7 @@ goes to its place at once: the same bits, and a third of the time on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,11 @@ def stacked(
     `mapping` are transformers' converters and renamings, `casts` parts of names whose parameters have another type than
     the model says. What is not all there, or of another shape than the parameter has room for, is among the others.
     """
-    sources = {} if any(hasattr(each, "_active") for each in mapping) else _sources(mapping)
-    found: dict[str, dict[str, list[str]]] = {}  # parameter -> pattern -> keys
+    sources, found = _sources(mapping), dict[str, dict[str, list[str]]]()  # parameter -> pattern -> keys
     for key in tensors if sources else ():
-        target, pattern = way(key)
-        if target is not None and pattern in sources and not any(word in target or "*" in word for word in casts):
-            found.setdefault(target, {}).setdefault(str(pattern), []).append(key)
+        if (place := _place(key, way, sources, casts)) is not None:
+            target, pattern = place
+            found.setdefault(target, {}).setdefault(pattern, []).append(key)
     done: set[str] = set()
     for target, keys in found.items():
         patterns = sources[next(iter(keys))]
@@ -46,9 +45,27 @@ def stacked(
     return {key: tensor for key, tensor in tensors.items() if key not in done}
 
 
+def only_stacked(keys: Iterable[str], way: Way, mapping: Sequence[Any], casts: Mapping[str, torch.dtype]) -> bool:
+    """Whether `stacked` takes all weights of these names, if they are of one shape."""
+    sources = _sources(mapping)
+    return all(_place(key, way, sources, casts) is not None for key in keys)
+
+
+def _place(
+    key: str, way: Way, sources: Mapping[str, tuple[str, ...]], casts: Mapping[str, torch.dtype]
+) -> tuple[str, str] | None:
+    """The parameter that a weight is a part of, and the pattern of the others that it is stacked with."""
+    target, pattern = way(key)
+    if target is None or pattern not in sources or any(word in target or "*" in word for word in casts):
+        return None
+    return target, str(pattern)
+
+
 def _sources(mapping: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     """Pattern -> all patterns, in order, of the one converter that it belongs to, which stacks along the first axis and
-    joins along the next."""
+    joins along the next. None where names depend on what was loaded before."""
+    if any(hasattr(each, "_active") for each in mapping):
+        return {}
     found: dict[str, tuple[str, ...]] = {}
     known: set[str] = set()
     for each in mapping:

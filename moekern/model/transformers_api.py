@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from moekern.model.aligned import eager_where_odd
 from moekern.model.config_numbers import Numbers, put_numbers
 from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
 from moekern.model.memory import Unfilled
-from moekern.model.stacked import stacked
+from moekern.model.stacked import only_stacked, stacked
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
@@ -133,8 +133,10 @@ class Loader:
 
     def stacked(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """See `model.stacked`."""
-        casts = self.model._get_dtype_plan(self.dtype)
-        return stacked(self.model, tensors, self.way, self.mapping, casts, device)
+        return stacked(self.model, tensors, self.way, self.mapping, self.model._get_dtype_plan(self.dtype), device)
+
+    def only_stacked(self, keys: Iterable[str]) -> bool:
+        return only_stacked(keys, self.way, self.mapping, self.model._get_dtype_plan(self.dtype))
 
     def _load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         plan, mapping = self.model._get_dtype_plan(self.dtype), copy.deepcopy(self.mapping)
