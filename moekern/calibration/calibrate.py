@@ -82,10 +82,8 @@ def calibrate(
 
     Text that neither memory nor disk have room for is measured in groups, to the same bytes, but for tiers that need
     all of it at once (`text_groups`). With `out` what they measure stays in OUT.moekern/ until all are there, and the
-    same call goes on with it.
-
-    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped, in any
-    number of processes.
+    same call goes on with it. With `out` and `resume` it is written down how far it is, and the same call goes on where
+    it was stopped, in any number of processes.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes
