@@ -104,7 +104,7 @@ def test_gguf_before_and_after_pruning(
     held = {}
     for folder in (whole, pruned):
         outtype = kind if kind == "q8_0" else "f32"
-        (made,) = engines.lines("llama.cpp", WORKERS / "convert_worker.py", outtype, folder)
+        (made,) = engines.lines("llama.cpp", WORKERS / "convert_worker.py", outtype, "", folder)
         out = Path(made["file"])
         if kind != outtype:
             out = out.with_suffix(f".{kind}.gguf")
