@@ -83,9 +83,10 @@ class Recipe(BaseModel):
         """As a file of this name: keys in the order of the class, without those that have no value."""
         return HEAD.format(name=name) + yaml_text({k: v for k, v in self.model_dump().items() if v is not None})
 
-    def plug_ins(self) -> list[str]:
-        """Criteria that are code of a file or a module, which a recipe alone must not start."""
-        return [each for each in (self.criterion, *(self.candidate or ())) if each and is_plug_in(each)]
+    def plug_ins(self) -> dict[str, str]:
+        """Flag -> the first of its criteria that is code of a file or a module, which a recipe alone must not start."""
+        named = {"criterion": [self.criterion] if self.criterion else [], "candidate": self.candidate or []}
+        return {flag: next(filter(is_plug_in, each)) for flag, each in named.items() if any(map(is_plug_in, each))}
 
 
 def is_plug_in(criterion: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moekern.checkpoint.strict_json import short
 from moekern.cli.console import say
 from moekern.cli.given import is_typed
 from moekern.errors import InputError
@@ -76,12 +77,13 @@ def _check_beside(ctx: typer.Context, given: Recipe) -> None:
             continue
         said, wanted = _plain(ctx.params[name]), given.options().get(key)
         if _words(said) != _words(wanted):
-            flag = parameter.opts[0]
-            raise InputError(f"{flag}: the recipe says it ({key}); change it in a copy of the recipe, or leave it out")
-    for criterion in given.plug_ins():
-        if not is_typed(ctx, "criterion") and not is_typed(ctx, "candidate"):
-            what = "is code, which a recipe alone does not start"
-            raise InputError(f"--recipe: criterion {criterion} {what}; if you trust it, give the same --criterion too")
+            says = "leaves it at its default" if wanted is None else f"says {short(wanted)}"
+            what = f"the recipe {says} ({key}); change it in a copy of the recipe, or leave it out"
+            raise InputError(f"{parameter.opts[0]}: {what}")
+    for flag, criterion in given.plug_ins().items():
+        if not is_typed(ctx, flag):
+            what = f"criterion {criterion} is code, which a recipe alone does not start"
+            raise InputError(f"--recipe: {what}; if you trust it, give the same --{flag} too")
 
 
 def _plain(value: Any) -> Any:
