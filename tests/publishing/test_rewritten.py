@@ -128,9 +128,7 @@ def test_the_row_of_this_model_needs_no_name(folder: Path) -> None:
     rows = {name: {"a": LOSS | {"nll": loss}} for name, loss in (("original", 1.0), ("x", 2.0), ("y", 3.0))}
     models = {"x": {"plan": "0" * 64}, "y": {"plan": model_digest(PLAN)}}
     rewrite_card(folder, evaluation={"losses": rows, "models": models})
-    assert "| loss, nats a token | 1,234 tokens in 9 sequences of a | 1.0000 ± 0.5000 | 3.0000 ± 0.5000 |" in lines(
-        folder
-    )
+    assert any(line.endswith("| 1.0000 ± 0.5000 | 3.0000 ± 0.5000 |") for line in lines(folder))
 
 
 def test_a_loss_of_the_folder_itself_is_this_models(folder: Path) -> None:
