@@ -17,7 +17,7 @@ EvaluationFile = Annotated[
     Path | None, typer.Option(help="What `evaluate --out` has written: losses, scores or continuations.")
 ]
 RowOption = Annotated[
-    str | None, typer.Option(help="With --evaluation: the row that is this model's, where there are several.")
+    str | None, typer.Option(help="With --evaluation: the row that is this model's, where the file does not tell.")
 ]
 StatisticsFile = Annotated[
     Path | None, typer.Option(help="The statistics that the plan was made of: where the text came from.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moekern.checkpoint.strict_json import short
 from moekern.cli.console import say
 from moekern.cli.given import is_typed
 from moekern.errors import InputError
@@ -78,8 +79,9 @@ def _check_beside(ctx: typer.Context, given: Recipe) -> None:
             continue
         said, wanted = _plain(ctx.params[name]), given.options().get(key)
         if _words(said) != _words(wanted):
-            flag = parameter.opts[0]
-            raise InputError(f"{flag}: the recipe says it ({key}); change it in a copy of the recipe, or leave it out")
+            says = "leaves it at its default" if wanted is None else f"says {short(wanted)}"
+            what = f"the recipe {says} ({key}); change it in a copy of the recipe, or leave it out"
+            raise InputError(f"{parameter.opts[0]}: {what}")
     for name, criteria in (("criterion", [given.criterion or ""]), ("candidate", given.candidate or [])):
         for criterion in filter(is_plug_in, () if is_typed(ctx, name) else criteria):
             what = "is code, which a recipe alone does not start"

@@ -77,7 +77,7 @@ def _check_written(out: Path | None, png: Path | None) -> None:
         if out.suffix not in (".html", ".htm"):
             raise InputError(f"--out {out}: a report is HTML; name a file that ends in .html")
     if png is not None:
-        check_new(png)
+        check_new(png, "--png")
         if png.suffix != ".png":
             raise InputError(f"--png {png}: name a file that ends in .png")
         from moekern.report.picture import check_installed

@@ -97,6 +97,11 @@ def with_section(card: str, name: str, text: str, source: str) -> str:
     return card[: found.start()] + section(name, text) + card[found.end() :]
 
 
+def has_figures(card: str, source: str) -> bool:
+    """Whether an evaluation stands in a card. Raises InputError as with_section."""
+    return _found(card, EVALUATION, source)[1] != NOT_MEASURED
+
+
 def _found(card: str, name: str, source: str) -> re.Match[str]:
     match = re.search("^" + SECTION.format(name=name, text=r"((?:.*?\n)?)"), card, re.DOTALL | re.MULTILINE)
     if match is None:
@@ -120,7 +125,7 @@ def measured_text(figures: list[Figure], row: str) -> str:
 def trained_card(card: str, tensors: int, told: Mapping[str, Any], source: str) -> str:
     """A card with what was trained; figures that it has say that they are older. Raises InputError as with_section."""
     measured = _found(card, EVALUATION, source)[1]
-    if measured != NOT_MEASURED and not measured.startswith(BEFORE_TRAINING):
+    if has_figures(card, source) and not measured.startswith(BEFORE_TRAINING):
         card = with_section(card, EVALUATION, BEFORE_TRAINING + measured, source)
     return with_section(card, TRAINING, training_section(tensors, told), source)
 

@@ -16,7 +16,17 @@ from moekern.errors import InputError
 from moekern.files import write_bytes
 from moekern.plan.document import Plan, plan_of
 from moekern.plan.groups import model_digest
-from moekern.publishing.card import BASE, CARD_CAP, EVALUATION, TEXT, base_section, measured_text, with_section
+from moekern.publishing.card import (
+    BASE,
+    CARD_CAP,
+    EVALUATION,
+    TEXT,
+    base_section,
+    has_figures,
+    measured_text,
+    section,
+    with_section,
+)
 from moekern.publishing.evaluation import ORIGINAL, figures_of, models_of, row_of
 from moekern.publishing.front_matter import HUB_ID, with_values
 from moekern.publishing.text import text_section
@@ -77,7 +87,10 @@ def rewrite_card(
         values |= {"datasets": datasets} if datasets else {}
         written.append(TEXT)
     if evaluation is not None:
-        card = with_section(card, EVALUATION, _measured(folder, plan, evaluation, row, source, tell), where)
+        text = _measured(folder, plan, evaluation, row, source, tell)
+        if has_figures(card, where) and section(EVALUATION, text) not in card:
+            tell(f"{where}: what stood under Evaluation is replaced")
+        card = with_section(card, EVALUATION, text, where)
         written.append(EVALUATION)
     if values:
         card = with_values(card, values, where)
@@ -89,14 +102,15 @@ def rewrite_card(
 def _measured(
     folder: Path, plan: Plan, document: Mapping[str, Any], row: str | None, source: str, tell: Callable[[str], None]
 ) -> str:
-    """The table of a document of `evaluate`. What it says of the folder itself, as of an original, is this model's."""
+    """The table of a document of `evaluate`: of the row that is named, or that is this model's. That of an original is,
+    where the folder itself was evaluated."""
     figures, models = figures_of(document, source), models_of(document)
-    if row is None and all(each.model == ORIGINAL for each in figures) and _is_of(models.get(ORIGINAL), folder, plan):
+    names = dict.fromkeys(each.model for each in figures)
+    own = next((name for name in names if _is_of(models.get(name), folder, plan)), None)
+    if row is None and own == ORIGINAL:
         row = str(folder)
-        return measured_text([replace(each, model=row) for each in figures], row)
-    if row is None:  # the one of this folder's plan, where there are several
-        row = next((name for name, told in models.items() if name != ORIGINAL and _is_of(told, folder, plan)), None)
-    row = row_of(figures, row, source)
+        return measured_text([replace(each, model=row) for each in figures if each.model == ORIGINAL], row)
+    row = row_of(figures, row or own, source)
     told = models.get(row)
     if told is None:
         tell(f"{source}: does not tell which model its row {short(row)} is of; it is written as this one's")

@@ -211,6 +211,10 @@ def _remarks(each: Order, statistics: Statistics) -> list[str]:
     counts = sorted({len(each.plan.layers[key].keep) for key in statistics.layers})
     if len(counts) > 1 and each.plan.replace is None:
         lines.append(f"{each.name}: layers keep {counts[0]} to {counts[-1]} experts; most engines load one count")
+    if each.plan.merges:
+        lines.append(f"{each.name}: what it removes counts the experts that are merged into others")
+    if each.plan.width is not None:
+        lines.append(f"{each.name}: what it removes counts whole experts, and no channels of those that stay")
     ties = made.get("ties")
     if isinstance(ties, dict) and ties:
         lines.append(f"{each.name}: scores tie at the cut in {len(ties)} layers, where the lowest numbers stay")

@@ -59,10 +59,10 @@ def test_the_same_bytes_again_and_no_flags_beside_it(made: Path) -> None:
         "1200",
     )
     for words, line in (
-        (("--keep", 4), "moekern: --keep: the recipe says it (keep); change it in a copy"),
-        (("--tokens", 1300), "--tokens: the recipe says it"),
-        (("--quality",), "--quality: the recipe says it"),
-        (("--allow-nonuniform",), "--allow-nonuniform: the recipe says it"),
+        (("--keep", 4), "moekern: --keep: the recipe says ['0.5'] (keep); change it in a copy"),
+        (("--tokens", 1300), "--tokens: the recipe says"),
+        (("--quality",), "--quality: the recipe says False"),
+        (("--allow-nonuniform",), "--allow-nonuniform: the recipe says False"),
         (("--device", "nowhere"), "--device nowhere"),
     ):
         refused = again("--out", "no", *words)
@@ -72,11 +72,13 @@ def test_the_same_bytes_again_and_no_flags_beside_it(made: Path) -> None:
         ({"fingerprint": "0" * 64}, "is another model than the recipe's"),
         ({"seed": 4}, "--data a: its tokens are not those that the recipe was written with"),
         ({"criterion": "evil.py:score"}, "criterion evil.py:score is code, which a recipe alone does not start"),
+        ({"candidate": ["evil.py:score"]}, "give the same --candidate too"),
         ({"criterion": "reapp"}, "--criterion reapp: unknown"),
         ({"dtype": "fp17"}, "--dtype fp17"),
     ):
         Path("r.yaml").write_text(yaml.safe_dump(recipe | change))
-        refused = again("--out", "no")
+        typed = ("--criterion", "reap") if "candidate" in change else ()
+        refused = again("--out", "no", *typed)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert line in refused.stderr
     assert not Path("no").exists()
