@@ -24,7 +24,7 @@ test-all: test
 test-report: $(VENV)/.ready
 	$(BIN)/python -m pytest -q --whole tests/report tests/cli/test_report.py
 
-# Pruned checkpoints in vLLM, llama.cpp, compressed-tensors and llm-compressor, which go to the folder ENGINES= (6 GB).
+# Pruned checkpoints in vLLM, llama.cpp, compressed-tensors and llm-compressor, which go to the folder ENGINES= (10 GB).
 # What cannot be installed is named, and its tests skip.
 test-engines: $(VENV)/.ready
 	tests/engines/setup.sh $(ENGINES) $(BIN)/python

@@ -1,5 +1,5 @@
 #!/bin/sh
-# setup.sh FOLDER [PYTHON]: engines in environments of their own, about 6 GB, from package registries alone. What is there
+# setup.sh FOLDER [PYTHON]: engines in environments of their own, about 10 GB, from package registries alone. What is there
 # is kept; what cannot be installed is named, and its tests skip.
 set -u
 mkdir -p "$1"
