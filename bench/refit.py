@@ -27,6 +27,7 @@ import torch
 from bench.criteria import COMPUTE, SHARES, loss, read, spread
 from bench.draws import draw_of, finish, parser_of, text_of
 from moekern.architectures import find_layout
+from moekern.architectures.widths import narrow_problem, widths_held
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -85,11 +86,13 @@ class Draw:
         return found.losses, seconds
 
     def shape(self, share: float) -> tuple[Shape, Mapping[str, float], float]:
-        """The shape that `--shape auto` takes, the KL of all that were tried, and the CPU seconds of trying."""
+        """The shape that `--shape auto` takes, the KL of all that were tried, and the CPU seconds of trying. Raises
+        InputError, before anything is computed, for experts that cannot be narrower."""
         layout = find_layout(self.checkpoint)
-        if layout.width is None:
-            raise InputError(f"{self.checkpoint.folder}: experts of several widths; no shapes to try")
-        allowed = widths_for(served_as(layout, self.checkpoint.config), (), share)
+        problem = narrow_problem(self.checkpoint, layout)
+        if layout.width is None or problem:
+            raise InputError(f"{self.checkpoint.folder}: no shapes to try: {problem or 'experts of several widths'}")
+        allowed = widths_for(served_as(layout, self.checkpoint.config), (), share, widths_held(layout))
         shapes, width = candidates(layout.router, layout.width, share, allowed), layout.width
         rest, held = held_back(self.data)
         found, seconds = timed(

@@ -9,15 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moekern.checkpoint.strict_json import read_file, short
-from moekern.checkpoint.strict_yaml import SIZE_CAP, parse_yaml, yaml_text
+from moekern.checkpoint.strict_yaml import parse_yaml, yaml_text
 from moekern.errors import InputError, nearest_name
 
 FORMAT = "moekern.recipe/1"
+SIZE_CAP = 1 << 20  # bytes of a file
 FOUND = ("format", "moekern", "fingerprint", "ids_sha256")  # keys that are no options: what the run came upon
 HEAD = "# moekern run --recipe {name} --out OUT\n"
 
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Texts = Annotated[list[Text], Field(min_length=1, max_length=1000)]
+Text = Annotated[str, Field(min_length=1, max_length=1 << 14)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=1 << 12)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, lt=1 << 53)]
 
@@ -83,15 +84,18 @@ class Recipe(BaseModel):
         """As a file of this name: keys in the order of the class, without those that have no value."""
         return HEAD.format(name=name) + yaml_text({k: v for k, v in self.model_dump().items() if v is not None})
 
-    def plug_ins(self) -> dict[str, str]:
-        """Flag -> the first of its criteria that is code of a file or a module, which a recipe alone must not start."""
-        named = {"criterion": [self.criterion] if self.criterion else [], "candidate": self.candidate or []}
-        return {flag: next(filter(is_plug_in, each)) for flag, each in named.items() if any(map(is_plug_in, each))}
-
 
 def is_plug_in(criterion: str) -> bool:
     """Whether a criterion's text names code; a combination may hold such a name."""
     return re.search(r":", criterion) is not None
+
+
+def recipe_with(values: dict[str, Any]) -> Recipe:
+    """Raises InputError that names the option whose value no recipe holds."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"--{_problem(error).replace('_', '-', 1)}", kind="option") from None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -101,7 +105,7 @@ def read_recipe(path: Path) -> Recipe:
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     try:
-        return Recipe.model_validate(parse_yaml(text, str(path)))
+        return Recipe.model_validate(parse_yaml(text, str(path), SIZE_CAP))
     except ValidationError as error:
         raise InputError(f"{path}: {_problem(error)}") from None
 

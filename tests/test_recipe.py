@@ -16,7 +16,7 @@ from moekern.cli.recipes import BESIDE, PARAMETER
 from moekern.errors import InputError
 from moekern.plan.budgets import KINDS, NORMALISATIONS
 from moekern.plan.replacement import KINDS as CONSTANTS
-from moekern.recipe import FOUND, Recipe, is_plug_in, read_recipe
+from moekern.recipe import FOUND, Recipe, is_plug_in, read_recipe, recipe_with
 
 LEAST = {"format": "moekern.recipe/1", "model": "some/model"}
 NOT_DECIDING = {
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_one_line_that_names_the_key(tmp_path: Path, change: An
         ("model: a\nmodel: b", "not valid YAML: duplicate key 'model'"),
         ("[a]: b", "not valid YAML: a key that is no text"),
         ("model: " + "[" * 2_000, "not valid YAML: "),
-        ("x" * 70_000, "more than the limit of 65536"),
+        ("x" * 1_100_000, "more than the limit of 1048576"),
         ("model: a\0", "not valid YAML: "),
         ("format: moekern.recipe/1", "model: is missing"),
         ("format: moekern.recipe/1\nmodel: a\n<<: {seed: 3}", "unknown key '<<'"),
@@ -126,6 +126,11 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, words
     path.write_text(recipe.text("r.yaml"), encoding="utf-8", newline="")
     assert read_recipe(path) == recipe
     assert read_recipe(path).text("r.yaml") == recipe.text("r.yaml")
+
+
+def test_a_flag_that_no_recipe_holds_is_named() -> None:
+    with pytest.raises(InputError, match=r"^--until-stable: expected less than or equal to 1, got 2$"):
+        recipe_with(LEAST | {"until_stable": 2})
 
 
 def test_criteria_that_are_code_are_known() -> None:

@@ -19,7 +19,8 @@ from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 
 APPROXIMATE, COMPRESSION = "approximate-experts", "compression-config"
-FORMS = (APPROXIMATE, COMPRESSION)  # the first is what vLLM's document shows first
+# The first is the default: vLLM before 0.33.0 refuses it, and takes the other for a whole model, without a word.
+FORMS = (COMPRESSION, APPROXIMATE)
 KEY, VALUE = "approximate_experts", ".approx_value"
 NESTED = ("compression_config", "transform_config", "expert_substitution")
 LAYOUT, CONSTANT = "compact_retained_experts", "constant-v1"

@@ -35,10 +35,11 @@ from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Journal, Resume, opened, removed, undamaged
+from moekern.model.journal import Journal, Resume, opened, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
+from moekern.model.state_folder import removed
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
@@ -81,10 +82,8 @@ def calibrate(
 
     Text that neither memory nor disk have room for is measured in groups, to the same bytes, but for tiers that need
     all of it at once (`text_groups`). With `out` what they measure stays in OUT.moekern/ until all are there, and the
-    same call goes on with it.
-
-    With `out` and `resume` it is written down how far it is, and the same call goes on where it was stopped, in any
-    number of processes.
+    same call goes on with it. With `out` and `resume` it is written down how far it is, and the same call goes on where
+    it was stopped, in any number of processes.
 
     Text is computed and its sums are added `data.chunk` sequences at a time, in their order: the batches of `data`
     change no bit, and neither does the number of threads, but for the gradient tier's, nor that of processes

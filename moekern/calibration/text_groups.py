@@ -20,7 +20,7 @@ from moekern.data.batches import TokenData, loads
 from moekern.errors import InputError, NoRoomForText
 from moekern.files import is_folder, is_plain, remove_left, scratch, state_path, temporary_path, work_path, working
 from moekern.measurement.tiers import at_once
-from moekern.model.journal import clean_up, removed
+from moekern.model.state_folder import clean_up, removed
 from moekern.statistics.file import Statistics
 from moekern.statistics.parts import merge_parts, open_part
 from moekern.team import Part

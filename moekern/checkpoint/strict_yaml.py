@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from moekern.checkpoint.strict_json import check_depth, shown
+from moekern.checkpoint.strict_json import check_depth, unique
 from moekern.errors import InputError
 
 SIZE_CAP = 1 << 16  # characters of a text, where real ones have a few hundred
@@ -37,21 +37,18 @@ class _Plain(yaml.SafeLoader):  # type: ignore[misc]
         """Keys of another mapping are not put in: a key that asks for it (`!!merge`) is one of an unknown kind."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-        seen = set[str]()
-        for key in (key.value for key, _ in node.value):
-            if not isinstance(key, str):
-                raise ValueError("a key that is no text")
-            if key in seen:
-                raise ValueError(f"duplicate key {shown(key)}")
-            seen.add(key)
+        keys = [key.value for key, _ in node.value]
+        if not all(isinstance(key, str) for key in keys):
+            raise ValueError("a key that is no text")
+        unique([(key, None) for key in keys])
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
+def parse_yaml(text: str, source: str, cap: int = SIZE_CAP) -> dict[str, Any]:
     """The mapping in a text. Raises InputError that begins with `source` for anything else, for references, duplicate
-    keys, deep nesting, tags of objects and more than SIZE_CAP characters."""
-    if len(text) > SIZE_CAP:
-        raise InputError(f"{source}: {len(text)} characters, more than the limit of {SIZE_CAP}")
+    keys, deep nesting, tags of objects and more than `cap` characters."""
+    if len(text) > cap:
+        raise InputError(f"{source}: {len(text)} characters, more than the limit of {cap}")
     try:
         value = yaml.load(text, _Plain)
     except yaml.MarkedYAMLError as error:

@@ -109,7 +109,7 @@ def calibrate(
         )
     if out.name and os.path.lexists(out) and is_folder(work_path(out)):  # as of a run that was killed at its very end
         from moekern.cli.parts_left import remove_parts_of
-        from moekern.model.journal import clean_up
+        from moekern.model.state_folder import clean_up
 
         remove_parts_of(out)
         clean_up(out)

@@ -14,7 +14,7 @@ from moekern.errors import InputError
 from moekern.files import is_plain
 from moekern.measurement.tiers import wanted_tiers
 from moekern.model.compute import Compute
-from moekern.model.journal import clean_up
+from moekern.model.state_folder import clean_up
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
 

@@ -131,9 +131,7 @@ def evaluate(
     )
     kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
     folders = [path for path in plans or () if path.is_dir()]
-    check_written(out, best, len(plans or ()), kind)
-    if layers and kind != "losses":
-        raise InputError(f"--layers: goes with losses, not with {kind}; leave it out")
+    check_written(out, best, len(plans or ()), kind, layers=layers)
     if folders and asked is None:
         raise InputError(f"{folders[0]}: a folder, and no plan; give --tasks to score other models beside", kind="plan")
     text = text_of(
@@ -157,23 +155,26 @@ def evaluate(
         found = Found(document_of(scores, asked), lambda: show_scores(scores))
     else:
         found = _losses(folder, text, compute, named, statistics, best, out, layers=layers, restart=restart)
-    steered = () if prompted is None else prompted.steering
-    models = {**_models(folder, folders, named), **{name: {"steered": path} for name, path, *_ in steered}}
+    models = _models(folder, folders, named, () if prompted is None else prompted.steering)
     found = replace(found, document={**found.document, "models": models})
     _write(out, found)
     result(found.document, found.show)
     hint(found.said)
 
 
-def _models(folder: Path, others: Sequence[Path], plans: Mapping[str, Plan]) -> dict[str, dict[str, str]]:
-    """What each row is of: the fingerprint of a checkpoint, or the digest of the model that a plan makes."""
+def _models(
+    folder: Path, others: Sequence[Path], plans: Mapping[str, Plan], steering: Sequence[tuple[str, str, int, float]]
+) -> dict[str, dict[str, str]]:
+    """What each row is of: the fingerprint of a checkpoint, the digest of the model that a plan makes, or the map that
+    steers."""
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.evaluation.losses import ORIGINAL
     from moekern.plan.groups import model_digest
 
     folders = {ORIGINAL: folder, **{str(other): other for other in others}}
     found = {name: {"fingerprint": open_checkpoint(each).fingerprint} for name, each in folders.items()}
-    return found | {name: {"plan": model_digest(plan)} for name, plan in plans.items()}
+    made = {name: {"plan": model_digest(plan)} for name, plan in plans.items()}
+    return found | made | {name: {"steered": path} for name, path, *_ in steering}
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,11 @@ def _write(out: Path | None, found: Found) -> None:
         write_bytes(out, (csv_text(found.rows) if out.suffix == ".csv" else whole).encode(), new=True)
 
 
-def check_written(out: Path | None, best: Path | None, plans: int, kind: str) -> None:
-    """Raise InputError for files that a result of this kind, or a plan, cannot be written to, before anything is
-    measured."""
+def check_written(out: Path | None, best: Path | None, plans: int, kind: str, *, layers: bool) -> None:
+    """Raise InputError for files that a result of this kind, or a plan, cannot be written to, and for layers that are
+    asked for where none are told, before anything is measured."""
+    if layers and kind != "losses":
+        raise InputError(f"--layers: goes with losses, not with {kind}; leave it out")
     if best is not None:
         check_new(best, "--best")
         if kind != "losses":

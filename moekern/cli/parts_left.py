@@ -20,7 +20,8 @@ from moekern.calibration.text_groups import (
 )
 from moekern.errors import InputError
 from moekern.files import is_folder, is_plain, state_path, work_path, working
-from moekern.model.journal import ANEW, POSITION, removed
+from moekern.model.journal import ANEW
+from moekern.model.state_folder import POSITION, removed
 from moekern.statistics.file import Statistics
 
 _PART = re.compile(r"(part-[0-9]{1,4}\.safetensors)(\.moekern)?")  # measured, or begun

@@ -44,8 +44,9 @@ from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import at_once, backends_of, wanted_tiers
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
-from moekern.model.journal import Resume, clean_up, removed
+from moekern.model.journal import Resume
 from moekern.model.precision import precision
+from moekern.model.state_folder import clean_up, removed
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.pruning.preflight import check_space

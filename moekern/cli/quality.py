@@ -16,7 +16,8 @@ from moekern.evaluation.held_out import LEAST
 from moekern.evaluation.losses import ORIGINAL, Evaluation, losses_document, mean_of, row_of
 from moekern.files import is_plain, work_path, write_bytes
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, removed
+from moekern.model.journal import Resume
+from moekern.model.state_folder import removed
 from moekern.plan.document import Plan
 
 

@@ -52,7 +52,7 @@ RecipeOption = Annotated[
 def recipe_of(ctx: typer.Context, path: Path | None) -> Recipe:
     """What this command would be given again; of the recipe at `path`, what the run must find. Raises InputError for
     flags beside a recipe that say something else than it, and for criteria of code that stand in it alone."""
-    from moekern.recipe import FORMAT, Recipe, read_recipe
+    from moekern.recipe import FORMAT, Recipe, read_recipe, recipe_with
 
     given = None if path is None else read_recipe(path)
     if given is not None:
@@ -66,10 +66,12 @@ def recipe_of(ctx: typer.Context, path: Path | None) -> Recipe:
         values |= {"fingerprint": given.fingerprint, "ids_sha256": given.ids_sha256}
         if given.moekern not in (None, __version__):
             say(f"{path}: written by moekern {given.moekern}; this is {__version__}, whose bytes may be others")
-    return Recipe.model_validate(values)
+    return recipe_with(values)
 
 
 def _check_beside(ctx: typer.Context, given: Recipe) -> None:
+    from moekern.recipe import is_plug_in
+
     for parameter in ctx.command.params:
         name = str(parameter.name)
         key = next((key for key, other in PARAMETER.items() if other == name), name)
@@ -80,10 +82,10 @@ def _check_beside(ctx: typer.Context, given: Recipe) -> None:
             says = "leaves it at its default" if wanted is None else f"says {short(wanted)}"
             what = f"the recipe {says} ({key}); change it in a copy of the recipe, or leave it out"
             raise InputError(f"{parameter.opts[0]}: {what}")
-    for flag, criterion in given.plug_ins().items():
-        if not is_typed(ctx, flag):
-            what = f"criterion {criterion} is code, which a recipe alone does not start"
-            raise InputError(f"--recipe: {what}; if you trust it, give the same --{flag} too")
+    for name, criteria in (("criterion", [given.criterion or ""]), ("candidate", given.candidate or [])):
+        for criterion in filter(is_plug_in, () if is_typed(ctx, name) else criteria):
+            what = "is code, which a recipe alone does not start"
+            raise InputError(f"--recipe: {name} {criterion} {what}; if you trust it, give the same --{name} too")
 
 
 def _plain(value: Any) -> Any:

@@ -206,16 +206,10 @@ def recover(
     )  # fmt: skip
 
     from moekern.cli import whole_recovery
-    from moekern.pruning.work_folder import check_target
 
-    whole_recovery.clean_up(out)
-    check_target(out, pruned)
-    if training.adapter and training.factored:
-        whole_recovery.check_adapter(out, pruned)
-    text = text_of(
-        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, pack=pack, chunk=chunk, seed=seed, answers=answers,
-    )  # fmt: skip
+    whole_recovery.check_targets(out, pruned, training)
+    text = text_of(data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, pack=pack,
+                   thinking=thinking, strict=strict, chunk=chunk, seed=seed, answers=answers)  # fmt: skip
     compute = compute_of(
         device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
         trust_remote_code=trust_remote_code, tell=not only_estimate,

@@ -47,7 +47,7 @@ FormOption = Annotated[
     str | None,
     typer.Option(
         "--form",
-        help="With --replace: how config.json says it, approximate-experts (the default) or compression-config.",
+        help="With --replace: how config.json says it, compression-config (the default) or approximate-experts.",
         callback=check_form,
     ),
 ]

@@ -163,8 +163,7 @@ def run(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Calibrate, plan, prune and verify; what was killed goes on. Statistics and plan stay in OUT.moekern/; what was
-    asked for in OUT/moekern_recipe.yaml, which --recipe takes."""
+    """Calibrate, plan, prune and verify; what was killed goes on. Statistics and plan stay in OUT.moekern/."""
     written = recipe_of(ctx, recipe)
     keeps = _keeps(keep or (), fit)  # before torch is imported, or anything downloaded
     _check_refit(refit, refine, shape, re_estimate, quality, computed_dtype.value)
@@ -183,18 +182,13 @@ def run(
         refit=_refitter(refine, shape, computed_dtype.value, re_estimate) if refit else None,
     )  # fmt: skip
     say_unused(batch_size)
-    text = text_of(
-        data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
-        strict=strict, pack=pack, chunk=chunk, seed=seed,
-    )  # fmt: skip
-    compute = ranks.together(compute_of(
-        device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, spill=spill or standing(out.parent),
-        trust_remote_code=trust_remote_code,
-    ))  # fmt: skip
+    text = text_of(data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column,
+                   thinking=thinking, strict=strict, pack=pack, chunk=chunk, seed=seed)  # fmt: skip
+    compute = compute_of(device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory,
+                         spill=spill or standing(out.parent), trust_remote_code=trust_remote_code)  # fmt: skip
+    compute = ranks.together(compute)
     folder = ranks.folder_of(model, revision_of(ctx, recipe, revision), compute.team)
-    done = whole_run.run_stages(folder, text, compute, out, asked)
-    _say_remarks(done)
-    result(done.document(), lambda: show_run(done, quality), good=done.good)
+    _tell(whole_run.run_stages(folder, text, compute, out, asked), quality)
 
 
 def _keeps(texts: Sequence[str], fit: str | None) -> tuple[float | int, ...]:
@@ -267,6 +261,11 @@ def _check_refit(refit: bool, refine: bool, shape: str | None, re_estimate: bool
             raise InputError(f"{flag}: goes with --refit")
     if refit and not quality:
         raise InputError("--no-quality: a refit is judged on text that is held back; leave it out")
+
+
+def _tell(done: Run, quality: bool) -> None:
+    _say_remarks(done)
+    result(done.document(), lambda: show_run(done, quality), good=done.good)
 
 
 def _say_remarks(done: Run) -> None:

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moekern.architectures import find_layout
+from moekern.architectures import Layout, find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.cli import console, pipeline
 from moekern.cli.earlier import earlier_statistics
 from moekern.cli.prune import prune_to
+from moekern.data.batches import TokenData
 from moekern.data.text import Text
+from moekern.errors import InputError
 from moekern.estimation.overview import overview
 from moekern.files import check_work, is_folder, standing, work_path, working
-from moekern.merging.groups import METHODS, merging_plan
+from moekern.merging.groups import METHODS, check_count, merging_plan
 from moekern.merging.merge import merge_experts, merged_bytes
 from moekern.merging.routers import plan_with_routers
 from moekern.model.compute import Compute
@@ -29,6 +31,7 @@ from moekern.pruning.preflight import check_space
 from moekern.pruning.prune import PruneReport
 from moekern.pruning.refitted import SUFFIX
 from moekern.pruning.work_folder import check_target
+from moekern.router import kept_count
 from moekern.statistics.file import Statistics
 
 STATISTICS, PLAN, LAYERS = "statistics.safetensors", "plan.json", "refit"  # in the work folder; layers until it is done
@@ -46,6 +49,14 @@ class Grouping:
     domains: tuple[str, ...] | None
     budget: Budget
     router: str = DOMINANT
+
+    def check(self, layout: Layout, data: TokenData) -> None:
+        """Raise InputError for what a plan would be refused for when the text was measured."""
+        for layer in layout.layers.values() if self.budget.kind == "uniform" else ():
+            check_count(self.method, kept_count(self.keep, layout.router.of(layer.num_experts)), layer.num_experts)
+        for name in self.domains or ():
+            if name not in data.tokens:
+                raise InputError(f"--domain {name}: the text has no such domain; it has {', '.join(data.tokens)}")
 
     def plan(self, statistics: Statistics) -> Plan:
         return merging_plan(
@@ -95,6 +106,7 @@ def by_text(text: Text, compute: Compute, grouping: Grouping, *, restart: bool) 
             check_routers(checkpoint, layout, layout.layers, grouping.router)
         settled = pipeline.told_compute(compute, checkpoint, layout)
         data, path = text.read(checkpoint, trust_remote_code=settled.trust_remote_code), side / STATISTICS
+        grouping.check(layout, data)
         tiers = METHODS[grouping.method].tiers
         found = earlier_statistics(path, checkpoint, data, settled, tiers, restart=restart)
         if found is None:

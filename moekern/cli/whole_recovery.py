@@ -21,6 +21,7 @@ from moekern.files import check_new, is_folder, work_path, working, write_bytes
 from moekern.model.compute import Compute
 from moekern.pruning.copying import Copy
 from moekern.pruning.replaced import ReplacedReport, write_replaced
+from moekern.pruning.work_folder import check_target
 from moekern.recovery import Recovery, Training, recover
 from moekern.recovery.recover import ADAPTER, STATE
 from moekern.recovery.trained import Trained
@@ -91,6 +92,7 @@ def recover_stages(
         }
         report, beside = None, adapter_of(out) if training.adapter and training.factored else None
         if beside is not None:
+            record["adapter"] = beside.name
             put_adapter(found.folder.parent / ADAPTER, beside, out)
         if training.adapter and beside is None:
             write_bytes(found.folder / RECOVERY, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
@@ -109,9 +111,12 @@ def adapter_of(out: Path) -> Path:
     return out.with_name(out.name + "-adapter")
 
 
-def check_adapter(out: Path, pruned: Path) -> None:
-    """Raise InputError where something is in the adapter's place that no run that was stopped can have put there."""
-    if not (work_path(out) / WORK / STATE).is_file():
+def check_targets(out: Path, pruned: Path, training: Training) -> None:
+    """Raise InputError where something is in the place of what is to be written; what a run that ended has left of its
+    work is removed. An adapter may be there that a run which was stopped has put there."""
+    clean_up(out)
+    check_target(out, pruned)
+    if training.adapter and training.factored and not (work_path(out) / WORK / STATE).is_file():
         check_new(adapter_of(out), folder=True, source=pruned)
 
 

@@ -180,10 +180,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     compute = pipeline.told_compute(compute, checkpoint, layout)
     if asked.refit is not None:
         check_model(checkpoint, compute)
-    if planning.budget.kind == "uniform":  # else counts are known with the plans
-        for target, keep in zip(targets, keeps, strict=True):
-            counts = dict.fromkeys(layout.layers, kept(keep))
-            _say_of(target, slower(counts, planning.served(layout, checkpoint), planning.targets), len(targets) > 1)
+    for target, keep in zip(targets, keeps, strict=True) if planning.budget.kind == "uniform" else ():  # else: plans'
+        counts = dict.fromkeys(layout.layers, kept(keep))
+        _say_of(target, slower(counts, planning.served(layout, checkpoint), planning.targets), len(targets) > 1)
     data = text.read(checkpoint, trust_remote_code=compute.trust_remote_code)
     check_text_of(asked.recipe, data)
     recipe = written_recipe(asked.recipe, checkpoint, data, compute)

@@ -16,6 +16,8 @@ from moekern.estimation.probe import Known, Shapes
 from moekern.model.compute import Compute
 from moekern.model.sizes import Size, size_of, sizes_of
 
+PLAIN = ("F64", "F32", "F16", "BF16")
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -88,6 +90,7 @@ class Layer:
     size: Size
     experts: int  # E, 0 in a layer without
     routed: int  # weights of all E experts
+    copied: bool  # these lie one by one, in plain numbers: they are copied to where they stay, without a conversion
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,12 @@ def counted(checkpoint: Checkpoint, layout: Layout, compute: Compute, asked: Ask
     layers = []
     for i, size in sizes.layers.items():
         moe = by_place.get(i)
-        names = () if moe is None else {tensor.name for tensor in moe.of_role("expert")}
-        inside = sum((size_of(checkpoint.tensors[name]) for name in names), Size())
-        layers.append(Layer(size, 0 if moe is None else moe.num_experts, inside.weights))
+        experts = () if moe is None else tuple(moe.of_role("expert"))
+        entries = {tensor.name: checkpoint.tensors[tensor.name] for tensor in experts}
+        inside = sum((size_of(entry) for entry in entries.values()), Size())
+        plain = all(entry.dtype in PLAIN for entry in entries.values())
+        copied = plain and all(tensor.action != "slice" for tensor in experts)
+        layers.append(Layer(size, 0 if moe is None else moe.num_experts, inside.weights, copied))
 
     def number(*names: str) -> int | None:
         return first(checkpoint.config, names, layout.family.holder)

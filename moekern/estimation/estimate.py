@@ -219,10 +219,10 @@ class Job:
 
     @property
     def converted(self) -> float:
-        """Bytes that are held beside a layer while its experts are made: of all, or of pieces where memory is short
-        (`model.expert_groups`)."""
+        """Bytes that are held beside a layer while its experts are made, if they are not just copied: of all, or of
+        pieces where memory is short (`model.expert_groups`)."""
         size, host = self.model.itemsize, self.budget.gpu is None
-        experts = max(layer.routed for layer in self.model.layers) * size
+        experts = max((layer.routed for layer in self.model.layers if not layer.copied), default=0) * size
         room = self.budget.host if self.budget.gpu is None else self.budget.gpu
         whole = self.largest.weights * size + experts + self.largest.stored * host
         if whole > HALF * (less_work(room) - self.model.skeleton.weights * size):

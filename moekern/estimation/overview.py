@@ -149,6 +149,9 @@ def _recovered(checkpoint: Checkpoint) -> Iterator[str]:
     if found is not None:
         fewer = "".join(f"; {name} is {number} since" for name, number in found.get("settings", {}).items())
         yield f"recovered: {len(found['tensors'])} of its tensors were trained after pruning, as {RECOVERY} says{fewer}"
+        if "adapter" in found:
+            name = shown(found["adapter"])
+            yield f"incomplete: its experts lack their products, the adapter {name}; alone it is no model to be used"
 
 
 def _running(checkpoint: Checkpoint) -> Iterator[str]:

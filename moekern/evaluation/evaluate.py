@@ -29,10 +29,11 @@ from moekern.evaluation.tally import Tally
 from moekern.evaluation.under_plans import Task, UnderPlans, check_plans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite, all_finite
-from moekern.model.journal import Resume, Stage, opened, removed
+from moekern.model.journal import Resume, Stage, opened
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
+from moekern.model.state_folder import removed
 from moekern.model.states import States
 from moekern.model.stepwise import Tangled
 from moekern.plan.constants import Live, constants_digest, live_constants, measured, stored_constants

@@ -70,9 +70,9 @@ class Watch:
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         ids = next((value for value in given if value.ndim == 2 and not value.is_floating_point()), None)
-        gates = [value for value in given[1:] if value.is_floating_point() and ids is not None]
-        same = next((value for value in gates if ids is not None and value.shape == ids.shape), None)
-        self.given = None if ids is None or same is None else (ids, same)
+        beside = [value for value in given[1:] if value.is_floating_point()]  # the first are hidden states
+        gates = None if ids is None else next((value for value in beside if value.shape == ids.shape), None)
+        self.given = None if ids is None or gates is None else (ids, gates)
 
     def taken(self, place: int, plan: Plan | None, key: str | None) -> Tensor | None:
         """Of the task that has run a layer, float64: `agreement` with the original's choice (zeros of the original

@@ -174,7 +174,7 @@ def _job(
         fingerprint=checkpoint.fingerprint,
         criterion=chosen.name,
         domains=domains,
-        tokens={} if data is None else data.tokens,
+        tokens={NO_TEXT: 0} if data is None else data.tokens,
         keep=method.keep,
         num_experts=layout.num_experts,
         seed=method.seed,

@@ -28,10 +28,11 @@ from moekern.judging.drafts import Drafts
 from moekern.judging.figures import Continuation, Written
 from moekern.judging.live import check_steering, constants_applied, steering_applied
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, opened, removed
+from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
+from moekern.model.state_folder import removed
 from moekern.plan.constants import Live
 from moekern.plan.document import Plan
 from moekern.plan.guards import Experts

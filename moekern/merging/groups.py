@@ -74,6 +74,12 @@ def _groups(layer: LayerPlan, sums: LayerStatistics, method: Method, router_grou
     return tuple(found) if any(len(group) > 1 for group in found) else None
 
 
+def check_count(method: str, kept: int, experts: int) -> None:
+    """Raise InputError where the groups of so many experts that stay have no place for all of a layer's."""
+    if method == "ream" and kept * CAPACITY < experts:
+        raise InputError(f"--keep: ream: {kept} groups of {CAPACITY} experts have no place for {experts}; keep more")
+
+
 def most_alike(likeness: Tensor, keep: Sequence[int]) -> list[int]:
     """Each expert joins the one of those that stay that it is most like; of equal ones the lowest number."""
     nearest = likeness[:, list(keep)].argmax(1).tolist()
@@ -104,9 +110,7 @@ def ream(sums: LayerStatistics, keep: Sequence[int], router_groups: int) -> list
     """From the most salient expert that stays on, each takes the nearest that are left, up to a group of 16
     (arXiv:2604.04356). Raises InputError where so many groups have no place for all."""
     need(sums, "ream", "scored_output_sum", "logit_gram")
-    if len(keep) * CAPACITY < sums.num_experts:
-        what = f"{len(keep)} groups of {CAPACITY} experts have no place for {sums.num_experts}"
-        raise InputError(f"--keep: ream: {what}; keep more")
+    check_count("ream", len(keep), sums.num_experts)
     likeness, salience = ream_likeness(sums), _reap(sums)
     home = [e if e in keep else -1 for e in range(sums.num_experts)]
     for e in sorted(keep, key=lambda e: (-float(salience[e]), e)):

@@ -17,10 +17,11 @@ from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError, memory_for
 from moekern.files import sized
 from moekern.model.budget import Budget
+from moekern.model.dequantised import is_coded
 from moekern.model.expert_lists import expert_modules
 from moekern.model.experts import experts_of
 from moekern.model.memory import drop, return_freed_memory, weights_apart
-from moekern.model.reader import LayerReader
+from moekern.model.reader import DTYPES, LayerReader
 from moekern.model.sizes import Size, size_of
 from moekern.model.spent import Spent
 from moekern.model.transformers_api import Loader, layers_with
@@ -99,6 +100,7 @@ class ExpertGroups:
     obstacles: dict[int, str | None] = field(default_factory=dict)  # layer -> see `obstacle`
     divided: dict[int, frozenset[str]] = field(default_factory=dict)  # layer -> see `parameters`
     sizes: dict[int, Size] = field(default_factory=dict)  # layer -> see `size`
+    copied: dict[int, bool] = field(default_factory=dict)  # layer -> see `_copied`
 
     def of(self, i: int) -> MoeLayer:
         return self.layout.layers[self.keys[i]]
@@ -191,22 +193,33 @@ class ExpertGroups:
     def _takes(
         self, fixed: Takes, cuts: Mapping[int, Sequence[range]], stored: Sequence[int], filled: Sequence[int]
     ) -> Takes:
-        """With these cuts: of each layer what is no expert's, and a group, which is converted."""
+        """With these cuts: of each layer what is no expert's, and a group, which is converted or copied."""
         weights, buffer = [fixed.weights], [fixed.buffer]
         for i, groups in cuts.items():
             share, read, held = max(map(len, groups)) / self.of(i).num_experts, self.size(i).stored, self.held(i)
-            weights.append(round(max(0, filled[i] - held) + 2 * share * held))
+            weights.append(round(max(0, filled[i] - held) + (1 if self._copied(i) else 2) * share * held))
             buffer.append(round(max(stored[i] - read, share * read)) + SLACK)
         return replace(fixed, weights=max(weights), buffer=max(buffer), groups=max(map(len, cuts.values()), default=1))
 
     def _converted(self, i: int) -> int:
         """Bytes that are held beside the weights of a layer while these are made: conversion stacks and joins."""
+        if self._copied(i):
+            return 0
         return min(self.held(i), 2 * PIECE) if self._by_pieces(i) else self.held(i)
 
     def _by_pieces(self, i: int) -> bool:
         """Whether the experts of a layer that is not cut are converted a piece at a time."""
         large = self.piece is not None and self.held(i) > self.piece
-        return large and i not in self.cuts and self.obstacle(i) is None
+        return large and not self._copied(i) and i not in self.cuts and self.obstacle(i) is None
+
+    def _copied(self, i: int) -> bool:
+        """Whether the experts of a layer are copied to where they stay, without a conversion."""
+        if i not in self.copied:
+            experts = self.of(i).of_role("expert") if i in self.keys else ()
+            first = {tensor.name: self.checkpoint.tensors[tensor.name].dtype for tensor in experts if not tensor.expert}
+            coded = (is_coded(name, torch.empty(0, dtype=DTYPES.get(dtype))) for name, dtype in first.items())
+            self.copied[i] = bool(first) and not any(coded) and self.loader.only_stacked(first)
+        return self.copied[i]
 
     def reading(self, names: Sequence[Sequence[str]]) -> list[list[TensorEntry]]:
         """What is read at a time: each layer, without experts where it is cut; then each group, which is numbered."""

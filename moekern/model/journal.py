@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 
 from moekern import files
 from moekern.errors import InputError, add_note
-from moekern.model.position import OWN, Position, differences, digest
+from moekern.model.position import Position, differences, digest
 from moekern.model.state_files import StateFiles, write_states
+from moekern.model.state_folder import POSITION, check_own, locked, remove_files, removed
 from moekern.model.states import States
 from moekern.model.stepwise import Beside
 from moekern.team import ALONE, Team
 
 FORMAT = "moekern.position/1"
-POSITION = "position.json"
 SHARE = 20  # of the time of a run, one part in so many goes into this at the most, but for the first time
 SPARE = 16  # of the room on the disk, one part in so many is left alone
 ANEW = "--restart begins anew"
@@ -241,11 +241,11 @@ def opened(
     All ranks of a team open it together: `resume` and `key` are rank 0's. Raises InputError where another run, or
     something strange, is kept there. What is there stays when the block fails, and until it is `removed`.
     """
-    with nullcontext(False) if resume is None else _locked(resume) as there:
+    with nullcontext(False) if resume is None else locked(resume.folder, resume.tell) as there:
         if resume is not None and there:
-            _check_own(resume.folder)
+            check_own(resume.folder)
             if resume.restart:
-                _remove_files(resume.folder)
+                remove_files(resume.folder)
         resume = _seen_by_all(resume if there else None, team)
         if resume is None:
             yield None
@@ -254,7 +254,7 @@ def opened(
         if journal.position is not None:
             resume.tell(f"going on {journal.position.described}, where a stopped run was")
         elif team.first:
-            _remove_files(resume.folder)  # without a position they are nothing
+            remove_files(resume.folder)  # without a position they are nothing
         try:
             with _told_how_to_go_on(journal):
                 yield journal
@@ -335,69 +335,3 @@ def undamaged(folder: Path) -> Iterator[None]:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: what a stopped run has left there is damaged ({error}); {ANEW}") from error
-
-
-@contextmanager
-def _locked(resume: Resume) -> Iterator[bool]:
-    """Whether the folder is there, made if need be, this user's own, and no other process's."""
-    folder, handle = resume.folder, None
-    for path in (folder.parent, folder) if _in_work_folder(folder) else (folder,):
-        if os.path.lexists(path) and not files.is_folder(path):
-            raise InputError(f"{path}: is no folder, and it is written there how far a run is; move it away")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        if os.fstat(handle).st_uid != os.getuid():
-            raise InputError(f"{folder}: belongs to another user; name another place (--spill)")
-        free, why = files.locked(handle), "another process is at work there"
-    except OSError as error:
-        free, why = False, files.reason(error)
-    if not free:
-        resume.tell(f"{folder}: not usable ({why}); if this run is stopped, it begins anew")
-    try:
-        yield free
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _check_own(folder: Path) -> None:
-    """Raise InputError for a link, a pipe or a folder by the name of a file of this program's."""
-    for name in sorted(os.listdir(folder)):
-        if OWN.fullmatch(name):
-            files.is_plain(folder / name)
-
-
-def _remove_files(folder: Path) -> None:
-    with suppress(OSError):
-        names = [name for name in os.listdir(folder) if OWN.fullmatch(name)]
-        for name in sorted(names, key=lambda name: name != POSITION):  # without it the others are nothing
-            with suppress(OSError, InputError):
-                if files.is_plain(folder / name):
-                    (folder / name).unlink()
-
-
-def removed(folder: Path) -> None:
-    """Remove what this program has written into a folder, and it, and the work folder around it, where nothing is left
-    there. Nothing happens where it is not there, or a link."""
-    if files.is_folder(folder) and not (_in_work_folder(folder) and folder.parent.is_symlink()):
-        _remove_files(folder)
-        with suppress(OSError):
-            folder.rmdir()
-            if _in_work_folder(folder):
-                folder.parent.rmdir()
-
-
-def _in_work_folder(folder: Path) -> bool:
-    """The folder around it is moekern's too, and no place that a person has named."""
-    return folder.parent.suffix == files.WORK
-
-
-def clean_up(target: Path) -> None:
-    """Remove what a process left that was killed between giving `target` its name and removing this itself."""
-    folder = files.state_path(target)
-    with suppress(InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        if files.is_plain(target) and files.is_folder(folder) and files.is_plain(folder / POSITION):
-            found = json.loads(files.read_plain(folder / POSITION))
-            if found["stage"] == found["stages"][-1] and found["layer"] == found["of"]:
-                removed(folder)

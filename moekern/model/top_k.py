@@ -10,7 +10,8 @@ from torch import nn
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import CONFIG
 from moekern.errors import InputError
-from moekern.model.transformers_api import Loader, layers_with, put_numbers
+from moekern.model.config_numbers import put_numbers
+from moekern.model.transformers_api import Loader, layers_with
 
 Places = Mapping[tuple[str, str], tuple[int, int]]  # module, attribute -> its number as config.json has it, and for k
 

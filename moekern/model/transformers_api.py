@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,14 +41,15 @@ from moekern.checkpoint.strict_json import read_json
 from moekern.errors import MEMORY, InputError, first_line
 from moekern.model import dequantised
 from moekern.model.aligned import eager_where_odd
+from moekern.model.config_numbers import Numbers, put_numbers
 from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
 from moekern.model.memory import Unfilled
+from moekern.model.stacked import only_stacked, stacked
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
 EXPERTS_FUNCTIONS, grouped_linear = moe.ALL_EXPERTS_FUNCTIONS, moe._grouped_linear
 turned_back = revert_weight_conversion  # what a model holds, as its checkpoint does
-Numbers = Mapping[tuple[str, ...], int]  # config path -> what stands there
 TWIN = "; prune and verify work, and so does a plan that was made on an unquantised twin of the model"
 
 
@@ -81,13 +82,17 @@ class Loader:
         return key, dequantised.WEIGHT, None
 
     def _renamed(self, key: str) -> str | None:
+        return self.way(key)[0]
+
+    def way(self, key: str) -> tuple[str | None, str | None]:
+        """The model's name for a weight, and the pattern of the converter that takes it; None where there is none."""
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
         prefix = self.model.base_model_prefix
-        renamed, _ = rename_source_key(key, renamings, converters, prefix, self.names)
+        renamed, pattern = rename_source_key(key, renamings, converters, prefix, self.names)
         if renamed not in self.names and key in self.names:
-            renamed, _ = rename_source_key(key, [], [], prefix, self.names)
-        return renamed if renamed in self.names else None
+            renamed, pattern = rename_source_key(key, [], [], prefix, self.names)
+        return (renamed, pattern) if renamed in self.names else (None, None)
 
     def decoder_layers(self) -> tuple[str, nn.ModuleList]:
         """Name and modules of the decoder: the outermost module list with MoE blocks; of several, the text decoder's.
@@ -123,7 +128,15 @@ class Loader:
         Raises InputError for a shape that config.json does not imply and for a tensor that cannot be converted.
         """
         for plain in self._plain(tensors, device):
-            self._load(plain, device)
+            if rest := self.stacked(plain, device):
+                self._load(rest, device)
+
+    def stacked(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """See `model.stacked`."""
+        return stacked(self.model, tensors, self.way, self.mapping, self.model._get_dtype_plan(self.dtype), device)
+
+    def only_stacked(self, keys: Iterable[str]) -> bool:
+        return only_stacked(keys, self.way, self.mapping, self.model._get_dtype_plan(self.dtype))
 
     def _load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         plan, mapping = self.model._get_dtype_plan(self.dtype), copy.deepcopy(self.mapping)
@@ -292,19 +305,6 @@ def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[Numbers], 
         for key in (key for key, n in fewer.items() if n == count):
             layers[places[key]] = others[places[key]]
     return replace(loader, names=loader.model.state_dict()) if fewer else loader
-
-
-def put_numbers(config: Any, numbers: Numbers) -> Any:
-    """Change the numbers at these paths of a configuration, which is returned."""
-    for (*sections, key), number in numbers.items():
-        section = config
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else getattr(section, name, None)
-        if isinstance(section, dict):
-            section[key] = number
-        elif section is not None:
-            setattr(section, key, number)
-    return config
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> type[PreTrainedModel]:

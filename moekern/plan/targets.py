@@ -103,13 +103,26 @@ VLLM_SOFTPLUS = frozenset({1 << n for n in range(7)} | {128, 192, 256, 320, 384,
 VLLM_DIVIDES = {"deepseek_v4": ("tp", "ep"), "kimi_k3": ("ep",)}
 # vllm/models/flint/ops/moe.py: a static assertion of its router on one Blackwell GPU; elsewhere it is plain code.
 FLINT = "on Blackwell GPUs with tp=1 its Flint kernels take powers of two up to 256"
-# conversion/base.py: where config.json has none of these keys, as in what transformers 5 has saved, the file does not
-# say how scores are made. Run with v0.5.0: DeepSeek-V3 then computes something else, without a word, the others end.
-SCORE_KEYS = frozenset({
-    "score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func",
-    "expert_selection_fn",
-})  # fmt: skip
-SCORED = ("deepseek_v3", "dots1", "exaone_moe", "minimax_m2")
+# conversion/: keys of published configs that the converter needs, and that transformers 5 does not write; of each group
+# one. Run with the converter of August 2026: it stops, but where no kind of scores is named. llama.cpp v0.5.0 then
+# computes DeepSeek-V3 otherwise, without a word, and ends for the others.
+SCORE = ("scoring_func", "score_function", "score_func", "moe_router_activation", "moe_router_activation_func",
+         "expert_selection_fn")  # fmt: skip
+CONVERTER_KEYS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(("deepseek_v3", "dots1", "exaone_moe"), (SCORE,)),
+    "hunyuan_v1_moe": (("moe_intermediate_size",),),
+    "mimo_v2_flash": (("swa_head_dim",),),
+    "minimax_m2": (SCORE, ("rotary_dim",)),
+    "step3p7": (("num_attention_groups",),),
+}
+
+
+def _lacks(model: Served) -> str | None:
+    """What llama.cpp's converter does not find in config.json, where that was seen."""
+    groups = CONVERTER_KEYS.get(model.family, ()) if model.keys else ()
+    missing = [keys[0] for keys in groups if not model.keys.intersection(keys)]
+    return f"its converter needs {', '.join(missing)} in config.json" if missing else None
+
 
 RULES: tuple[Rule, ...] = (
     # torch.topk raises below top_k; the group rules are the model's own: transformers reshapes tokens and groups into
@@ -225,13 +238,7 @@ RULES: tuple[Rule, ...] = (
             f"it ranks groups by their two best experts, this model by its best {model.router.group_top}",
         ),
     ),
-    Rule(  # see SCORED
-        ("llama.cpp",), True,
-        lambda n, model, target: _when(
-            model.family in SCORED and bool(model.keys) and not model.keys & SCORE_KEYS,
-            "its converter reads the kind of the router's scores from config.json, which has no scoring_func",
-        ),
-    ),
+    Rule(("llama.cpp",), True, lambda n, model, target: _lacks(model)),  # see CONVERTER_KEYS
     # mlx_lm/models: ModelArgs. transformers 5 saves rope_theta in rope_parameters, and some keys under other names.
     Rule(
         ("mlx-lm",), True,
@@ -250,9 +257,9 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# vllm/model_executor/layers/fused_moe/expert_substitution.py, of main in November 2026.
+# vllm/model_executor/layers/fused_moe/expert_substitution.py, first in 0.33.0, whose code was run: docs/engines.md.
 REPLACED = "dropped experts are constants (expert substitution), which vLLM alone loads"
-SUBSTITUTION = "its expert substitution runs without data parallelism, EPLB, MoE LoRA and monolithic kernels"
+SUBSTITUTION = "needs 0.33.0 or later, without data parallelism, EPLB, MoE LoRA and monolithic kernels"
 # One scalar in config.json sizes every layer: in transformers' models and those of vLLM, SGLang, mlx-lm (its sanitize
 # stacks that many experts a layer) and mistral.rs, and n_expert in GGUF.
 NONUNIFORM = "layers have {low} to {high} experts; the engine takes one count for all layers"

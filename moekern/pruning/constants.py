@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from moekern.architectures import Layout
-from moekern.architectures.substitution import APPROXIMATE, check_form, constant_name, experts_prefix, replace_problem
+from moekern.architectures.substitution import FORMS, check_form, constant_name, experts_prefix, replace_problem
 from moekern.checkpoint.dtypes import decode, encode
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
@@ -99,7 +99,7 @@ def replaced_experts(
         if form is not None or vectors is not None:
             raise InputError("--form, --statistics: the plan drops experts, and replaces none; add --replace")
         return None
-    form = APPROXIMATE if form is None else form
+    form = FORMS[0] if form is None else form
     check_form(form)
     if (problem := replace_problem(checkpoint, layout)) is not None:
         raise InputError(f"{checkpoint.folder}: experts cannot become constants: {problem}")

@@ -98,16 +98,15 @@ def prune(
     shards; the part that finds all of them written finishes. again: a target that was made of the same source by the
     same plan is no error, as it is none for a part. refitted: the folder of what a refit computed, where the plan says
     that there was one. form, vectors: of a plan that replaces the experts that it drops, how config.json and
-    names say it ("approximate-experts", which is the default, or "compression-config"), and the constants where they
-    are no zeros. about: what the card tells beside model and plan. Raises InputError, before anything is written, for a
-    plan that does not fit the checkpoint, a target that exists or cannot be made, an option that there is not and a
-    disk without room; and for a source that changes.
+    names say it ("compression-config", which is the default, or "approximate-experts"), and the constants where they
+    are no zeros. about: what the card tells beside model and plan. Raises InputError, before anything is written, for
+    what does not fit the checkpoint, a target that exists or cannot be made, and a disk without room; and for a source
+    that changes.
     """
     start = time.perf_counter()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout, target = find_layout(checkpoint), Path(out)
-    again = (again or part is not None) and is_folder(target)
-    if again:
+    if again := (again or part is not None) and is_folder(target):
         clean_up(target)
     else:
         check_target(target, checkpoint.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from moekern.publishing.markdown import plain, table
 from moekern.rows import with_error
 
 ORIGINAL = "original"  # the row of the model that was not pruned
-LIMIT = 1e9  # no figure is beyond, nor is NaN below
+LIMIT = 1e9  # no figure is beyond
 LOSSES = {"nll": ("loss, nats a token", ".4f"), "kl": ("KL to the original", ".4f"), "top1": ("same top-1", ".2%")}
 
 
@@ -84,9 +85,12 @@ def _continued(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) < LIMIT:
+    """NaN for what is no number of a sound measurement, and for null, as which JSON has it."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
         raise ValueError
-    return float(value)
+    return float(value) if abs(value) < LIMIT else math.nan
 
 
 def _error(value: Any) -> float | None:

@@ -75,7 +75,7 @@ def _cut(layer: Layer, kept: float) -> Layer:
     gone = round((1 - kept) * layer.routed)
     share = 1 - gone / max(1, layer.size.weights)
     size = Size(round(layer.size.stored * share), layer.size.weights - gone)
-    return Layer(size, max(1, round(kept * layer.experts)), layer.routed - gone)
+    return Layer(size, max(1, round(kept * layer.experts)), layer.routed - gone, layer.copied)
 
 
 def _numbers(model: Counted, training: Training) -> int:

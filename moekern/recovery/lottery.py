@@ -113,6 +113,8 @@ def lottery(
         raise InputError(
             "lottery: rounds leave fewer experts; that a token chooses fewer is trained by recover (--top-k)"
         )
+    if method.training.factored:
+        raise InputError("lottery: --train factors: rounds score whole experts; factor what they leave, by recover")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layout = find_layout(checkpoint)
     kept = kept_count(method.keep, layout.router)

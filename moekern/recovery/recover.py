@@ -32,7 +32,7 @@ from moekern.recovery.objective import Objective
 from moekern.recovery.settings import Training
 from moekern.recovery.steps import Steps
 from moekern.recovery.taught import Progress, taught
-from moekern.recovery.trained import Trained
+from moekern.recovery.trained import VALUES, Trained
 from moekern.recovery.written import factored_size, write_adapter, write_trained
 from moekern.version import versions
 
@@ -209,8 +209,8 @@ class _Run:
         team, notes = self.steps.layerwise.team, list(self.course.notes)
         best = state.best if self.course.held else state.step
         if best != state.step:
-            self.trained.load(self.folder / BEST, ("value",))
-        elif self.trained.rows is not None:
+            self.trained.load(self.folder / BEST, VALUES)
+        if self.trained.rows is not None:
             self.trained.rows.drop(self.training.kept_rows)
         size = factored_size(self.trained)
         notes += _size_notes(size)
@@ -278,7 +278,7 @@ class _Run:
             if value is not None and (state.least is None or value < state.least):
                 state.least, state.best, state.stale = value, state.step, 0
                 if team.first:
-                    self.trained.save(self.folder / BEST, {"step": state.step}, ("value",))
+                    self.trained.save(self.folder / BEST, {"step": state.step}, VALUES)
             elif value is not None and self._is_settled(state.step):
                 state.stale += 1
         if held:

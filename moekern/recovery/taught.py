@@ -10,9 +10,10 @@ from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import TokenData
 from moekern.errors import InputError
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, opened, removed
+from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import open_layerwise
 from moekern.model.position import digest, text_key
+from moekern.model.state_folder import removed
 from moekern.recovery.course import Sample
 from moekern.recovery.settings import VOCABULARY
 from moekern.recovery.teacher import Teacher, Teaching

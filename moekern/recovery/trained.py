@@ -27,7 +27,8 @@ from moekern.recovery.settings import Training
 
 KINDS = ("value", "gradient", "mean", "square")  # 16 bytes a number that trains
 IMPORTANCE = "importance"  # of the rows of what becomes sparse
-WRITTEN = ("value", "mean", "square", IMPORTANCE)
+VALUES = ("value", IMPORTANCE)  # what makes the model
+WRITTEN = (*VALUES, "mean", "square")
 MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}  # as torch's AdamW calls them
 
 
@@ -49,7 +50,7 @@ class Trained:
     bases: dict[str, Tensor] = field(default_factory=dict)  # as the checkpoint has them, of forms that need that, now
     touched: set[str] = field(default_factory=set)  # names of parameters that some gradient has reached
     steps: int = 0
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  # name of a value -> its rows that are none, now
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # name of a value -> its rows that are no zeros, now
     rows: Rows | None = None  # of what becomes sparse
 
     def __post_init__(self) -> None:
@@ -172,9 +173,8 @@ class Trained:
 
     def save(self, path: Path, said: Mapping[str, Any], kinds: Sequence[str] = WRITTEN) -> None:
         """Write values and moments, with what is `said` of them, whole or not at all."""
-        own = {(kind, name): value for (kind, name), value in self.numbers.items() if kind in kinds}
-        own |= {("value", name): self._value(name) for name in self.masks}
-        tensors = {f"{kind}/{name}": as_stored(value) for (kind, name), value in own.items()}
+        own = ((f"{kind}/{name}", value) for (kind, name), value in self.numbers.items() if kind in kinds)
+        tensors = {name: as_stored(value) for name, value in own}
         write_tensors(path, tensors, {"said": json.dumps(said)})
 
     def load(self, path: Path, kinds: Sequence[str] = WRITTEN) -> dict[str, Any]:

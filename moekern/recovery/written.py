@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.header import DTYPE_BITS
 from moekern.checkpoint.writing import write_tensors
 from moekern.errors import InputError
 from moekern.files import write_bytes
@@ -85,12 +86,13 @@ def write_adapter(trained: Trained, folder: Path) -> int:
 
 
 def factored_size(trained: Trained) -> dict[str, int]:
-    """What experts take as factors, in the type that is computed in, and as matrices, in bytes; how many rows there are
-    beside the products, of how many. {} where nothing is factored."""
+    """What experts take as factors, of the type that they are stored in, and as matrices, in bytes; how many rows
+    there are beside the products, of how many. {} where nothing is factored."""
     if trained.rows is None:
         return {}
     found = dict.fromkeys(("bytes", "of_bytes", "rows", "of_rows"), 0)
-    itemsize = trained.layerwise.loader.dtype.itemsize
+    layer = next(iter(trained.layerwise.layout.layers.values()))
+    itemsize = DTYPE_BITS[trained.layerwise.checkpoint.tensors[next(layer.of_role("expert")).name].dtype] // 8
     for one in trained.some:
         values = {part: trained.numbers["value", name] for part, name, _ in one.values()}
         stays, width = values[SPARSE].any(-1), values[SPARSE].shape[-1]

@@ -20,10 +20,11 @@ from moekern.errors import InputError, check_type
 from moekern.evaluation.losses import ORIGINAL, Evaluation, means, row_document
 from moekern.measurement.tiers import served
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume, opened, removed
+from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
+from moekern.model.state_folder import removed
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.groups import check_plain

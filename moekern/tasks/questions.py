@@ -21,10 +21,11 @@ from moekern.evaluation.losses import ORIGINAL
 from moekern.evaluation.under_plans import Task, UnderPlans, check_plans
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
-from moekern.model.journal import Resume, opened, removed
+from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import digest, text_key
 from moekern.model.precision import settled
+from moekern.model.state_folder import removed
 from moekern.plan.document import Plan
 from moekern.version import versions
 

@@ -120,14 +120,7 @@ def verify(
             return VerifyReport(_listed([*problems, unread]), 0, 0)
         problems += _other_names(expected.keys() | replaced.constants.keys(), new.shards.keys())
         claims = _claims(folder, plan, layout, expected, problems)
-        if recompute is None and is_merged(plan, checkpoint.fingerprint):
-            check_plain(checkpoint, layout, plan)
-            recompute = partial(_merged, old, layout, plan)
-        if full and recompute is None and refit_of(plan) is not None:
-            what = (
-                "the recipe of provenance.refit is none of what its groups make of this model; nothing can be computed"
-            )
-            raise InputError(f"verify: --full: plan: {what} again; `refit --verify --full` does that of a refit")
+        recompute = _recomputing(recompute, checkpoint, old, layout, plan, full=full)
         copied = [name for name in new.shards if name in expected and name not in claims]
         found, compared = _compare_all(copied, expected, old, new, step)
         problems += found
@@ -155,6 +148,23 @@ def verify(
     counts = len(there) - trained, computed.unchecked, computed.recomputed, trained
     stand = len(replaced.constants), is_known(plan, vectors)
     return VerifyReport(_listed(problems), len(copied), compared, checkpoint.contents.left_out, *counts, *stand)
+
+
+def _recomputing(
+    recompute: Recompute | None, checkpoint: Checkpoint, old: Folder, layout: Layout, plan: Plan, *, full: bool
+) -> Recompute | None:
+    """What gives the tensors of refitted layers once more; merged experts are computed here. Raises InputError where
+    `full` asks for what nothing gives."""
+    if recompute is not None:
+        return recompute
+    if is_merged(plan, checkpoint.fingerprint):
+        check_plain(checkpoint, layout, plan)
+        return partial(_merged, old, layout, plan)
+    if full and refit_of(plan) is not None:
+        what = "the recipe of provenance.refit is none of what its groups make of this model"
+        does = "nothing can be computed again; `refit --verify --full` does that of a refit"
+        raise InputError(f"verify: --full: plan: {what}; {does}")
+    return None
 
 
 def _compare_all(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import refit
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.data.batches import TokenData
+from moekern.errors import InputError
 from moekern.refit import Refine, Ridge
 
 
@@ -42,3 +47,13 @@ def test_lines_tables_and_going_on(
     assert "| kept | method | loss | gain over dropping |" in shown
     assert f"| 50% | dropped | {lines['dropped']['mean'] + 0.1:.3f} ± 0.100 |  |" in shown
     assert "| 50% | ridge |" in shown
+
+
+def test_shapes_of_experts_that_cannot_be_narrower_are_refused_before_anything_is_computed(
+    family_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refit, "timed", lambda made: 1 / 0)
+    checkpoint, none = open_checkpoint(family_checkpoint("deepseek_v4")), TokenData((), {})
+    draw = refit.Draw(checkpoint, none, none, "gated_norm", SimpleNamespace(), 0.0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no shapes to try: .* its shared expert has the width of the others"):
+        draw.shape(0.5)

@@ -60,7 +60,8 @@ def test_a_hub_id_is_pruned_as_its_folder_is(hub: Hub, work: Path, tmp_path: Pat
     assert moekern("prune", work / "model", work / "plan.json", "--out", tmp_path / "b").returncode == 0
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert a.keys() == b.keys()
-    assert all(a[name] == b[name] for name in a if name != "moekern_manifest.jsonl")
+    assert all(a[name] == b[name] for name in a if name not in ("moekern_manifest.jsonl", "README.md"))
+    assert f"https://huggingface.co/{ID})".encode() in a["README.md"]
     hub.forget()
     assert document("verify", ID, work / "plan.json", tmp_path / "a")["good"] is True
     assert hub.sent() == 0

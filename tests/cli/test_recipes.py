@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moekern.checkpoint.folder import open_checkpoint
+from moekern.cli.recipes import written_recipe
+from moekern.data.batches import TokenData
 from moekern.demo import MODEL, TEXT
 from moekern.files import work_path
+from moekern.model.compute import Compute
+from moekern.recipe import FORMAT, Recipe
 from tests.helpers.commands import Done, moekern
-from tests.helpers.synthetic import tree
+from tests.helpers.synthetic import qwen3, tree, write
 
 RECIPE = "moekern_recipe.yaml"
 LITTLE = ("--data", "a=book.txt", "--tokens", 1200, "--sequence-length", 64, "--seed", 3, "--no-forward")
@@ -83,3 +88,16 @@ def test_the_same_bytes_again_and_no_flags_beside_it(made: Path) -> None:
     assert tree(Path("one")) == tree(Path("two"))
     plans = [work_path(Path(name)) / "plan.json" for name in ("one", "two")]
     assert plans[0].read_bytes() == plans[1].read_bytes()
+
+
+def test_a_model_of_the_hub_is_named_by_id_and_commit(tmp_path: Path) -> None:
+    commit = "c0ffee" * 6 + "c0ff"
+    checkpoint = open_checkpoint(write(tmp_path / f"models--some--model/snapshots/{commit}", *qwen3()))
+    data = TokenData((), {"sources": {"a": {"ids_sha256": "5" * 64}}})
+    compute = Compute("cpu", "float32")
+    recipe = Recipe(format=FORMAT, model="some/model", revision="main", dtype="auto", device="auto")
+    found = yaml.safe_load(str(written_recipe(recipe, checkpoint, data, compute)))
+    assert found == {
+        "format": FORMAT, "model": "some/model", "revision": commit, "fingerprint": checkpoint.fingerprint,
+        "ids_sha256": {"a": "5" * 64}, "dtype": "float32", "device": "cpu",
+    }  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 
 from moekern import files
 from moekern.errors import InputError
-from moekern.model import journal
+from moekern.model import journal, state_folder
 from moekern.model.layerwise import LayerwiseModel
 from moekern.plan.document import LayerPlan, Plan
 from moekern.statistics.store import FileStore
@@ -84,7 +84,7 @@ def test_killed_again_and_again(work: Path, tmp_path: Path, name: str, request: 
         done = killed.command(command(out), told, draw.randint(1, calls * 3 // 4) if kills < wanted else None)
         if done is None:
             kills += 1
-            midway += any(path.name == journal.POSITION for path in out.parent.rglob("*"))
+            midway += any(path.name == state_folder.POSITION for path in out.parent.rglob("*"))
             continue
         if name != "run" and "exists already" in done.stderr:  # it was killed when all was done
             assert {**contents(out.parent), "printed": ""} == want
@@ -129,7 +129,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(work: Path, tmp_path
     command = commands(work)["calibrate"](tmp_path / "out")
     line = stopped(command, 2).stderr.splitlines()[-1]
     assert line == "moekern: stopped by Ctrl-C; the same command goes on at layer 3 of 4 (first pass)"
-    assert (tmp_path / "out.moekern" / "state" / journal.POSITION).is_file()
+    assert (tmp_path / "out.moekern" / "state" / state_folder.POSITION).is_file()
     done, met = loaded(command)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("going on at layer 3 of 4 (first pass), where a stopped run was") == 1
@@ -267,7 +267,7 @@ def test_what_is_damaged_is_one_line(work: Path, tmp_path: Path, damage: str) ->
     out = tmp_path / "out"
     command = commands(work)["calibrate"](out)
     stopped(command, 2)
-    position = files.state_path(out) / journal.POSITION
+    position = files.state_path(out) / state_folder.POSITION
     found = json.loads(position.read_text())
     if damage == "file":
         (position.parent / found["files"][0]).write_bytes(b"0123")

@@ -137,6 +137,7 @@ def test_factors_are_a_checkpoint_and_an_adapter_beside_it(work: Path, tmp_path:
     assert all(".mlp.experts." in name for name in config["target_parameters"])
     assert "experts as factors: " in str(found["notes"])
     assert document("verify", work / "model", work / "plan.json", out, "--json")["good"]
+    assert "incomplete: its experts lack their products" in moekern("inspect", out).stderr
     assert not (tmp_path / "out.moekern").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from moekern.plan.document import Plan
 from moekern.plan.served import check_folder, verdict
 from moekern.plan.targets import Target
 from moekern.pruning.prune import prune
-from tests.helpers import families
+from tests.helpers import ROOT, families
 from tests.helpers.engine_models import SIZES, write_tokenizer
 from tests.helpers.engines import WORKERS, Engines, transformers
 from tests.helpers.in_flight import random_plan
@@ -50,11 +51,14 @@ def pruned(whole: Path, plan: Plan) -> Path:
 
 
 def compressed(engines: Engines, source: Path, scheme: str) -> Path:
-    """llm-compressor's result, made once."""
+    """What the example of docs/engines.md makes of a checkpoint, once."""
     out = source.with_name(f"{source.name}-{scheme}")
     if not out.exists():
-        request = {"source": str(source), "out": str(out), "scheme": scheme}
-        done = engines.run("llm-compressor", "python", WORKERS / "compress_worker.py", json.dumps(request))
+        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engines.md").read_text(), re.DOTALL)
+        for name, value in (("MODEL-half-w4a16", out), ("MODEL-half", source), ("W4A16", scheme)):
+            assert f'"{name}"' in example
+            example = example.replace(f'"{name}"', f'"{value}"')
+        done = engines.run("llm-compressor", "python", "-c", example)
         assert done.returncode == 0, done.stderr
     return out
 
@@ -90,26 +94,28 @@ def test_a_compressed_checkpoint_runs(
     for engine in ("transformers", "vllm"):
         assert verdict(check_folder(folder, [Target(engine)]).found[engine])
     answer = engines.vllm([folder], environment, "bfloat16")[folder]
-    print(answer, transformers(folder))
+    print("VLLM", scheme, answer, transformers(folder))
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M"])
-def test_gguf_types(
+@pytest.mark.parametrize("kind", ["q8_0", "Q4_K_M"])  # what the converter writes itself, and what the quantiser makes
+def test_gguf_before_and_after_pruning(
     kind: str, engines: Engines, needs: Callable[[str], None], whole: Path, plan: Plan, pruned: Path
 ) -> None:
     """Each expert that stays has the bytes that it has in the original's file."""
     needs("llama.cpp")
     held = {}
     for folder in (whole, pruned):
-        (made,) = engines.lines("llama.cpp", WORKERS / "convert_worker.py", "f32", folder)
-        out = Path(made["file"]).with_suffix(f".{kind}.gguf")
-        (library,) = engines.root.glob("llama.cpp/node_modules/@node-llama-cpp/*/bins/*")
-        done = engines.run("llama.cpp", "python", WORKERS / "quantise_worker.py", library, made["file"], out, kind)
-        assert done.returncode == 0, done.stderr
+        outtype = kind if kind == "q8_0" else "f32"
+        (made,) = engines.lines("llama.cpp", WORKERS / "convert_worker.py", outtype, folder)
+        out = Path(made["file"])
+        if kind != outtype:
+            out = out.with_suffix(f".{kind}.gguf")
+            (library,) = engines.root.glob("llama.cpp/node_modules/@node-llama-cpp/*/bins/*")
+            done = engines.run("llama.cpp", "python", WORKERS / "quantise_worker.py", library, made["file"], out, kind)
+            assert done.returncode == 0, done.stderr
         (held[folder],) = engines.lines("llama.cpp", WORKERS / "gguf_worker.py", out)
     assert held[whole].keys() == held[pruned].keys()
     for name, (stored, *experts) in held[whole].items():
-        keep = plan.layers[name.split(".")[1]].keep
-        assert held[pruned][name] == [stored, *(experts[e] for e in keep)]
-        assert stored == kind or kind != "Q8_0"
+        assert stored.startswith("Q"), name
+        assert held[pruned][name] == [stored, *(experts[e] for e in plan.layers[name.split(".")[1]].keep)]
     assert isinstance(engines.gguf([out])[out], list)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moekern.architectures import find_layout
-from moekern.architectures.substitution import FORMS, as_whole
+from moekern.architectures.substitution import APPROXIMATE, FORMS, as_whole
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.judging.live import constants_applied
 from moekern.model.transformers_api import loader_of
@@ -25,7 +25,7 @@ from tests.helpers.substitution import Vectors
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
-NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe")  # two with groups, three with shared experts
+NAMES = ("qwen2_moe", "qwen3_moe", "glm4_moe")  # with a shared expert, plain, and with both that and groups
 KEPT = ((0, 2, 7), (4,), (1, 3, 5, 6, 7), (2, 6))  # of each layer in turn
 
 
@@ -80,8 +80,10 @@ def test_vllm_computes_the_constants(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_vllm_before_0_33_does_not(
-    name: str, form: str, folders: Mapping[tuple[str, str], Path], answers: Callable[[str, Path], Answer]
-) -> None:
+    name: str, form: str, folders: Mapping[tuple[str, str], Path], answers: Callable[[str, Path], Answer],
+    original: Callable[[str], Path],
+) -> None:  # fmt: skip
+    """The form that is written by default ends it; of the other one it may not notice anything."""
     answer = answers("vllm", folders[name, form])
-    print(answer)
-    assert isinstance(answer, str)
+    assert answer != literal(original(name), folders[name, form])
+    assert isinstance(answer, str) or form == APPROXIMATE

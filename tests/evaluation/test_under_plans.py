@@ -14,7 +14,7 @@ from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError, NoRoomForText
 from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.losses import Evaluation
-from moekern.model import journal
+from moekern.model import journal, state_folder
 from moekern.model.compute import Compute
 from moekern.model.journal import Journal, Resume
 from moekern.model.layerwise import LayerwiseModel
@@ -142,7 +142,7 @@ def test_a_batch_that_there_is_no_room_for_is_refused(
 def test_positions_that_cannot_be(family_checkpoint: MakeCheckpoint, two_batches: None, tmp_path: Path) -> None:
     folder = family_checkpoint("qwen3_moe")
     stopped(folder, tmp_path, 6)
-    (path,) = tmp_path.rglob(journal.POSITION)
+    (path,) = tmp_path.rglob(state_folder.POSITION)
     path.write_text(path.read_text().replace('"batches": [', '"batches": [7, '))
     with pytest.raises(InputError, match="what a stopped run has left there is damaged"):
         stopped(folder, tmp_path, 100)

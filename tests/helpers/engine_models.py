@@ -27,12 +27,14 @@ SIZES: Mapping[str, Any] = {
 # What a family needs beyond these sizes.
 MORE: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5_moe": {"intermediate_size": 128},
+    "llama4_text": {"attention_chunk_size": LENGTH, "intermediate_size_mlp": 64},
     "olmoe": {"num_key_value_heads": 4},
 }
 # Keys of published config.json files that transformers 5 does not write, and engines read.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"scoring_func": "softmax"},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "exaone_moe": {"scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": 32},
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True, "qk_norm_type": "per_layer"},
 }

@@ -297,8 +297,7 @@ def configured(name: str, **sizes: Any) -> PreTrainedConfig:
     """The family's configuration, with these `sizes` in it where it has the field."""
     config_class = CONFIG_MAPPING[name.split("-")[0]]
     variant = dict(OVERRIDES[name]) if "-" in name else {}
-    fields = inspect.signature(config_class).parameters
-    asked = {field: value for field, value in sizes.items() if field in fields}
+    asked = {field: sizes[field] for field in inspect.signature(config_class).parameters if field in sizes}
     return config_class(**(_sizes(config_class, SMALL) | variant | asked))
 
 
@@ -308,9 +307,8 @@ TABLES = (
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    name: functools.partial(configured, name) for name in NAMES.split()
-}
+Config = Callable[[], PreTrainedConfig]
+FAMILIES: dict[str, Config] = {name: functools.partial(configured, name) for name in NAMES.split()}
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
@@ -362,11 +360,7 @@ def build(
 
 
 def save(
-    name: str,
-    folder: str | Path,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    config: Callable[[], PreTrainedConfig] | None = None,
+    name: str, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32, config: Config | None = None
 ) -> Path:
     """Write the checkpoint of ``build(name, seed, dtype, config)`` in several shards."""
     model = build(name, seed, dtype, config)

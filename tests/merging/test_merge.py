@@ -299,6 +299,26 @@ def test_what_cannot_be_merged_is_refused_before_any_text_is_read(
     assert "a table of ids chooses its experts, so that none are merged" in str(done.exception)
 
 
+def test_groups_that_cannot_be_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = families.FAMILIES["qwen3_moe"]()
+    config.num_experts = 40
+    families.build("qwen3_moe", config=lambda: config).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "ids.npy", families.input_ids("qwen3_moe", 4, 32).numpy())
+    monkeypatch.setattr("moekern.cli.pipeline.measured", lambda *given, **options: 1 / 0)
+    command = ["merge-experts", str(tmp_path / "model"), "--data", f"a={tmp_path / 'ids.npy'}"]
+    command += ["--sequence-length", "32", "--out", str(tmp_path / "out")]
+    for wrong, line in (
+        (["--keep", "99", "--method", "m-smoe"], "--keep 99: more than the 40 experts there are"),
+        (["--keep", "2", "--method", "ream"], "2 groups of 16 experts have no place for 40"),
+        (["--keep", "20", "--method", "m-smoe", "--domain", "b"], "--domain b: the text has no such domain; it has a"),
+    ):
+        done = CliRunner().invoke(app, [*command, *wrong])
+        assert isinstance(done.exception, InputError), done.exception
+        assert line in str(done.exception)
+
+
 @pytest.mark.whole
 def test_text_is_measured_first_and_used_again(tmp_path: Path) -> None:
     source = model_and_ids(tmp_path) / "model"

@@ -186,8 +186,8 @@ def _with_nan(folder: Path, target: Path, name: str) -> Path:
 def test_experts_are_converted_piece_by_piece(
     family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = family_checkpoint("qwen3_moe")
-    whole = evaluate(folder, text("qwen3_moe"), {}, F32)
+    folder = family_checkpoint("gpt_oss")
+    whole = evaluate(folder, text("gpt_oss"), {}, F32)
     size = taken(folder, F32).weights // 8
     monkeypatch.setattr(expert_groups, "PIECE", size)
     monkeypatch.setattr(expert_groups.Takes, "within", lambda self, share=1: share == 1)
@@ -198,5 +198,5 @@ def test_experts_are_converted_piece_by_piece(
         "fill",
         lambda self, i, experts, t: (pieces.append(experts), fill(self, i, experts, t))[1],
     )
-    assert evaluate(folder, text("qwen3_moe"), {}, F32) == whole
+    assert evaluate(folder, text("gpt_oss"), {}, F32) == whole
     assert len(pieces) > 4

@@ -15,7 +15,7 @@ from moekern import files
 from moekern.calibration.calibrate import calibrate
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
-from moekern.model import journal
+from moekern.model import journal, state_folder
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume, opened
 from moekern.model.layerwise import LayerwiseModel
@@ -84,7 +84,7 @@ def test_states_that_never_change_are_written_once(tmp_path: Path) -> None:
         assert set(other.there) == {("input", 1, 0), ("input", 2, 0), ("input", 3, 0), 0}
         assert other.take(0).hidden.tolist() == [2.0]
         assert other.take(("input", 1, 0)).hidden[0, 0] == 0.5
-    journal.removed(resume.folder)
+    state_folder.removed(resume.folder)
     assert not list(tmp_path.iterdir())
 
 

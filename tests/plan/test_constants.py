@@ -118,7 +118,8 @@ def test_constants_in_memory_have_the_bits_of_the_stored_ones(tmp_path: Path) ->
         found = made(key)
         assert sorted([*found, *kept]) == list(range(EXPERTS))
         for e, value in found.items():
-            assert stored[f"model.layers.{key}.mlp.experts.{e}.approx_value"] == ("BF16", [6], bfloat16(value.numpy()))
+            name = f"model.layers.{key}.mlp.expert_replacements.{e}.value"
+            assert stored[name] == ("BF16", [6], bfloat16(value.numpy()))
             assert torch.equal(value, value.bfloat16().float())
 
 

@@ -72,7 +72,7 @@ BROKEN = {  # target, model, count, whether it stops, words of the finding
     "groups by the best expert": (
         "llama.cpp", Served("deepseek_v2", "softmax", Router(160, 6, 8, 3, 1)), 80, True, "this model by its best 1",
     ),
-    "no kind of scores": ("llama.cpp", replace(V3, keys=frozenset({"n_group"})), 128, True, "has no scoring_func"),
+    "no kind of scores": ("llama.cpp", replace(V3, keys=frozenset({"n_group"})), 128, True, "needs scoring_func in"),
     "flint": ("vllm", Served("flint", "sigmoid", Router(256, 6)), 96, False, "Flint kernels take powers of two"),
     "a config of transformers 5": (
         "mlx-lm", replace(QWEN, names=frozenset({"qwen3_moe"}), keys=frozenset({"hidden_size", "rope_parameters"})),

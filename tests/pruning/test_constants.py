@@ -45,7 +45,7 @@ def expected(tensors: Any, vectors: Vectors | None, name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "form", "shards"),
-    [("mean", None, 3), ("zero", "approximate-experts", 1), ("mean", "compression-config", 2)],
+    [("mean", None, 3), ("zero", "approximate-experts", 1), ("mean", "approximate-experts", 2)],
 )
 def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> None:
     config, tensors = qwen3()
@@ -53,7 +53,7 @@ def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> Non
     vectors = Vectors() if kind == "mean" else None
     plan = replacing(kind)
     report = prune(source, plan, out, form=form, vectors=vectors)
-    if form == "compression-config":
+    if form != "approximate-experts":
         name = "model.layers.{layer}.mlp.expert_replacements.{expert}.value"
     else:
         name = "model.layers.{layer}.mlp.experts.{expert}.approx_value"
@@ -64,7 +64,7 @@ def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> Non
         weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
         assert weight_map.keys() == want.keys()
     made = json.loads((out / "config.json").read_text())
-    if form == "compression-config":
+    if form != "approximate-experts":
         targets = made["compression_config"]["transform_config"]["expert_substitution"].pop("targets")
         assert made.pop("compression_config") == {
             "transform_config": {"expert_substitution": {"version": 1, "router_semantics": ROUTING}}
@@ -84,7 +84,7 @@ def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> Non
         assert made.pop("approximate_experts") == {"0": dropped("0"), "1": dropped("1")}
     assert made == config
     record = json.loads((out / "moekern_plan.json").read_text())
-    told = {"form": form or "approximate-experts", "constants": kind}
+    told = {"form": form or "compression-config", "constants": kind}
     assert record["replaced"] == told | ({} if vectors is None else {"statistics": "0" * 64})
     assert record["plan"]["replace"]["constants"] == kind
     assert verify(source, plan, out, vectors=vectors).problems == ()
@@ -138,7 +138,7 @@ def test_wrong_options(tmp_path: Path) -> None:
         (replacing("zero"), {"vectors": Vectors()}, "--statistics: .* by zeros, which need none"),
         (replacing("least-squares"), {"vectors": Vectors()}, "mean was made, the plan asks for least-squares"),
         (plain, {"form": "approximate-experts"}, "--form, --statistics: the plan drops experts, and replaces none"),
-        (replacing("zero"), {"form": "other"}, "--form other: expected one of approximate-experts, compression-config"),
+        (replacing("zero"), {"form": "other"}, "--form other: expected one of compression-config, approximate-experts"),
     ):
         with pytest.raises(InputError, match=reason):
             prune(source, plan, out, **options)  # type: ignore[arg-type]

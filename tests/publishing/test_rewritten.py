@@ -67,6 +67,13 @@ def test_an_evaluation_takes_the_place_of_none_and_of_another(folder: Path, docu
     assert verify(folder.parent / "in", PLAN, folder).problems == ()
 
 
+def test_a_loss_that_is_no_number_is_shown_as_none(folder: Path) -> None:
+    broken = LOSS | {"nll": float("nan"), "kl": float("inf"), "top1": None, "nll_error": None}
+    rewrite_card(folder, evaluation={"losses": {"half.json": {"a": broken}}})
+    assert "| loss, nats a token | 1,234 tokens in 9 sequences of a |  | nan |" in lines(folder)
+    assert "| KL to the original | 1,234 tokens in 9 sequences of a |  | nan |" in lines(folder)
+
+
 def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
     sources = {"a": {"path": "org/set[python](train)"}, "b": {"path": "/home/me/book.txt"}}
     header = {"tokens": {"a": 7, "b": 8}, "runs": [{"data": {"sources": sources}}]}
@@ -88,7 +95,7 @@ def test_the_base_and_the_sources_of_the_text(folder: Path) -> None:
         ({"evaluation": {"losses": {"a": {"a": LOSS | {"nll_error": -1.0}}}}}, "no losses, scores"),
         ({"header": {"tokens": {}, "runs": []}, "statistics": "6" * 64}, "--statistics: not those that the plan"),
         ({"evaluation": {}}, "evaluation: no losses, scores or continuations that"),
-        ({"evaluation": {"losses": {"original": {"a": LOSS | {"nll": float("nan")}}}}}, "no losses, scores"),
+        ({"evaluation": {"losses": {"original": {"a": LOSS | {"nll": "1"}}}}}, "no losses, scores"),
         ({"evaluation": {"losses": {"original": {"a": {"nll": 1}}}}}, "no losses, scores"),
         ({"evaluation": {"losses": {"original": {"a": LOSS}}}}, "name which row of evaluation is this model's: none"),
         ({"evaluation": LOSSES, "row": "x"}, "--row x: evaluation has no such row; beside the original's it has 'half"),
@@ -124,11 +131,15 @@ def test_figures_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
     assert lines == ["evaluation: does not tell which model its row 'half.json' is of; it is written as this one's"]
 
 
-def test_the_row_of_this_model_needs_no_name(folder: Path) -> None:
-    rows = {name: {"a": LOSS | {"nll": loss}} for name, loss in (("original", 1.0), ("x", 2.0), ("y", 3.0))}
-    models = {"x": {"plan": "0" * 64}, "y": {"plan": model_digest(PLAN)}}
-    rewrite_card(folder, evaluation={"losses": rows, "models": models})
-    assert any(line.endswith("| 1.0000 ± 0.5000 | 3.0000 ± 0.5000 |") for line in lines(folder))
+def test_of_several_plans_the_folders_own_is_taken(folder: Path) -> None:
+    losses = {"original": {"a": LOSS}, "b.json": {"a": LOSS}, "a.json": {"a": LOSS | {"nll": 3.5}}}
+    models = {"original": {"fingerprint": "1" * 64}, "b.json": {"plan": "2" * 64}}
+    own = models | {"a.json": {"plan": model_digest(PLAN)}}
+    rewrite_card(folder, evaluation={"losses": losses, "models": own})
+    row = "| loss, nats a token | 1,234 tokens in 9 sequences of a | 2.5000 ± 0.5000 | 3.5000 ± 0.5000 |"
+    assert row in lines(folder)
+    with pytest.raises(InputError, match="--row: name which row"):
+        rewrite_card(folder, evaluation={"losses": losses, "models": models})
 
 
 def test_a_loss_of_the_folder_itself_is_this_models(folder: Path) -> None:

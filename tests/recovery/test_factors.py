@@ -22,6 +22,7 @@ from moekern.evaluation.losses import ORIGINAL
 from moekern.pruning.replaced import write_replaced
 from moekern.recovery import Recovery, Training, recover
 from moekern.recovery.factors import LEFT, RIGHT, SPARSE, Factored, Rows, least_kept, rank_of, share_at
+from moekern.recovery.lottery import Lottery, lottery
 from moekern.recovery.steps import Steps
 from tests.helpers import families
 from tests.helpers.commands import contents
@@ -217,6 +218,9 @@ def test_quantised_experts_and_other_forms_are_refused_by_name(tmp_path: Path, f
         recover(coded, None, data(20), tmp_path / "work", Training(train=("factors",), kl=0, next=1), FLOAT32)
     with pytest.raises(InputError, match="--train factors: dbrx: its experts are not held as stacks of matrices"):
         factored(family_checkpoint("dbrx"), tmp_path / "work", MC)
+    rounds = Lottery(0.5, 2, "gated_norm", 200, False, MC)
+    with pytest.raises(InputError, match="lottery: --train factors: rounds score whole experts"):
+        lottery(tmp_path / "plain", data(20), rounds, tmp_path / "out", tmp_path / "work", FLOAT32)
     for wrong, flag in (
         ({"factor_ratio": 1.0}, "--factor-ratio 1.0"), ({"kept_rows": 1.5}, "--kept-rows 1.5"),
         ({"temperature": 0.0}, "--temperature 0.0"), ({"train": ("factors", "norms")}, "factors train alone"),

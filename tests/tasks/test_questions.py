@@ -12,7 +12,7 @@ import torch
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.evaluation.losses import ORIGINAL
-from moekern.model import journal
+from moekern.model import journal, state_folder
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.layerwise import LayerwiseModel
@@ -70,7 +70,7 @@ def test_what_was_stopped_goes_on_to_the_same_answers(
         if layer == 99 and met.count(99) == 0:
             met.append(99)
             raise KeyboardInterrupt
-        journal.removed(folder)
+        state_folder.removed(folder)
 
     monkeypatch.setattr(LayerwiseModel, "_load", load)
     monkeypatch.setattr(questions_module, "removed", done)

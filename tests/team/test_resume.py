@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moekern import files
-from moekern.model import journal
+from moekern.model import journal, state_folder
 from moekern.plan.document import LayerPlan, Plan
 from tests.helpers.commands import Done, contents, model_and_ids
 from tests.helpers.ranks import torchrun
@@ -128,7 +128,7 @@ def test_any_number_of_ranks_goes_on(work: Path, tmp_path: Path, name: str, trie
     for number, (size, layer, rank) in enumerate(tries):
         done = stopped(tmp_path, size, words, layer, rank)
         assert number == 0 or size == 1 or rank == 0 or GOING_ON in done[0].stderr
-        assert any(path.name == journal.POSITION for path in (tmp_path / "killed").rglob("*"))
+        assert any(path.name == state_folder.POSITION for path in (tmp_path / "killed").rglob("*"))
     done = gone_on(tmp_path, 3 if tries[-1][0] != 3 else 2, words)
     assert GOING_ON in done.stderr
     assert made(tmp_path / "killed", done) == want
@@ -152,7 +152,7 @@ def test_killed_while_it_is_written_down(work: Path, tmp_path: Path, steps: list
     for size, step, number, killed in steps:
         done = torchrun(tmp_path / "said", size, *words, before=partial(killed_while_written, step, number, killed))
         assert done[killed].returncode == -signal.SIGKILL, (step, done)
-        assert (tmp_path / "out.moekern" / "state" / journal.POSITION).exists()
+        assert (tmp_path / "out.moekern" / "state" / state_folder.POSITION).exists()
     assert GOING_ON in gone_on(tmp_path, 3, words).stderr
     assert set(contents(tmp_path)) == {"out", "whole"}
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()

@@ -23,7 +23,7 @@ from tests.helpers import families
 from tests.helpers.substitution import Vectors, replacing
 from tests.helpers.synthetic import qwen3, read_shard, shard_bytes, write
 
-CONSTANT, KEPT = "model.layers.0.mlp.experts.3.approx_value", "model.layers.0.mlp.experts.2.up_proj.weight"
+CONSTANT, KEPT = "model.layers.0.mlp.expert_replacements.3.value", "model.layers.0.mlp.experts.2.up_proj.weight"
 
 
 def edited(folder: Path, change: Callable[[Any], None]) -> None:
@@ -87,7 +87,7 @@ def test_constants_of_other_statistics(tmp_path: Path) -> None:
 
 def test_a_config_that_names_other_experts_or_none(tmp_path: Path) -> None:
     source, out = write(tmp_path / "model", *qwen3(), 1), tmp_path / "out"
-    prune(source, replacing("zero"), out)
+    prune(source, replacing("zero"), out, form="approximate-experts")
     config = json.loads((out / "config.json").read_text())
     for listed in ({"0": [1, 3, 4, 5], "1": [0, 1, 2, 3, 5, 6, 7]}, None):
         changed = {k: v for k, v in config.items() if k != "approximate_experts"}
