@@ -95,6 +95,7 @@ bench-streaming: $(VENV)/.ready
 	$(BIN)/python -m bench.streaming scale
 	$(BIN)/python -m bench.streaming dense
 	$(BIN)/python -m bench.reading
+	$(BIN)/python -m bench.filling
 
 # calibrate in one process and in two, on two cores.
 bench-ranks: $(VENV)/.ready

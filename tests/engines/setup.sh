@@ -49,7 +49,7 @@ vllm() {
 vllm_next() {
     rm -rf "$root/vllm-0.33" && cp -a "$root/vllm" "$root/vllm-0.33" && rm -f "$root/vllm-0.33/.ready" \
         && "$python" -m venv "$root/vllm-0.33" && file=$(wheel vllm-0.33 vllm==0.33.0) \
-        && rm -rf "$root/vllm-0.33"/lib/python3*/site-packages/vllm-* \
+        && install vllm-0.33 orjson && rm -rf "$root/vllm-0.33"/lib/python3*/site-packages/vllm-* \
         && "$root/vllm-0.33/bin/python" - "$file" <<'PYTHON' && called vllm-0.33 0.33.0 && rm -r "$root/vllm-0.33/wheels"
 import pathlib, sys, sysconfig, zipfile
 site = pathlib.Path(sysconfig.get_path("purelib"))

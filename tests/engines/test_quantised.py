@@ -20,8 +20,8 @@ from moekern.plan.served import check_folder, verdict
 from moekern.plan.targets import Target
 from moekern.pruning.prune import prune
 from tests.helpers import ROOT, families
-from tests.helpers.engine_models import SIZES, write_tokenizer
-from tests.helpers.engines import WORKERS, Engines, transformers
+from tests.helpers.engine_models import PROMPTS, SIZES, write_tokenizer
+from tests.helpers.engines import WORKERS, Engines
 from tests.helpers.in_flight import random_plan
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
@@ -84,17 +84,15 @@ def test_llm_compressor_before_and_after_pruning(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("environment", ["vllm", "vllm-0.33"])
 def test_a_compressed_checkpoint_runs(
-    environment: str, scheme: str, engines: Engines, needs: Callable[[str], None], pruned: Path
+    scheme: str, engines: Engines, needs: Callable[[str], None], pruned: Path
 ) -> None:
+    """In transformers; vLLM's CPU build has no kernels for such experts."""
     needs("llm-compressor")
-    needs(environment)
-    folder = compressed(engines, pruned, scheme)
-    for engine in ("transformers", "vllm"):
-        assert verdict(check_folder(folder, [Target(engine)]).found[engine])
-    answer = engines.vllm([folder], environment, "bfloat16")[folder]
-    print("VLLM", scheme, answer, transformers(folder))
+    folder, ids = compressed(engines, pruned, scheme), torch.tensor(PROMPTS[:1])
+    assert verdict(check_folder(folder, [Target("transformers")]).found["transformers"])
+    rounded, plain = (families.forward(families.load(each), ids).flatten() for each in (folder, pruned))
+    assert torch.cosine_similarity(rounded, plain, dim=0) > 0.5  # 0.95 of FP8, 0.70 of 4 bits; of other models near 0
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "Q4_K_M"])  # what the converter writes itself, and what the quantiser makes
@@ -106,7 +104,7 @@ def test_gguf_before_and_after_pruning(
     held = {}
     for folder in (whole, pruned):
         outtype = kind if kind == "q8_0" else "f32"
-        (made,) = engines.lines("llama.cpp", WORKERS / "convert_worker.py", outtype, folder)
+        (made,) = engines.lines("llama.cpp", WORKERS / "convert_worker.py", outtype, "", folder)
         out = Path(made["file"])
         if kind != outtype:
             out = out.with_suffix(f".{kind}.gguf")

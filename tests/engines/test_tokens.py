@@ -25,7 +25,7 @@ EVERYWHERE = ["demo", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "
 # vLLM's build for CPUs computes the unpruned checkpoints of these otherwise than transformers does, too: latent
 # attention in its own way; routers with a selection bias and no groups without the bias, or not at all.
 OTHERWISE = ["deepseek_v2", "deepseek_v3", "ernie4_5_moe", "minimax_m2", "lfm2_moe"]
-NOT_ASKED = ["dbrx", "granitemoeshared", "llama4_text", "exaone_moe"]  # of vLLM
+NOT_ASKED = ["dbrx", "granitemoeshared", "llama4_text", "exaone_moe", "qwen3_next", "qwen3_5_moe_text"]  # of vLLM
 ENGINES = {"vllm": "vllm", "vllm-0.33": "vllm", "llama.cpp": "llama.cpp"}  # environment -> engine
 NAMES = {
     environment: EVERYWHERE if engine == "vllm" else [*EVERYWHERE, *OTHERWISE, *NOT_ASKED]

@@ -24,10 +24,16 @@ SIZES: Mapping[str, Any] = {
     "shared_intermediate_size": 64, "kv_lora_rank": 512, "q_lora_rank": 64, "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 64, "v_head_dim": 64, "sliding_window": LENGTH,
 }  # fmt: skip
+# llama.cpp takes every fourth layer for one of full attention.
+LINEAR = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
 # What a family needs beyond these sizes.
 MORE: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5_moe": {"intermediate_size": 128},
     "llama4_text": {"attention_chunk_size": LENGTH, "intermediate_size_mlp": 64},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), LINEAR),
     "olmoe": {"num_key_value_heads": 4},
 }
 # Keys of published config.json files that transformers 5 does not write, and engines read.

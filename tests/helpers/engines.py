@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moekern.plan.served import check_folder
+from moekern.plan.targets import Target
 from tests.helpers import ROOT, families
 from tests.helpers.engine_models import LENGTH, NEW_TOKENS, PROMPTS
 
 WORKERS = ROOT / "tests" / "engines"
+LLAMA, NO_MTP = Target("llama.cpp"), "--no-mtp"
 Answer = list[list[int]] | str  # tokens of each prompt, or why there are none
 # vLLM alone would take half of the memory for its cache; one process, nothing asked of a network.
 SURROUNDINGS = {
@@ -43,9 +46,12 @@ class Engines:
         request = _asked(dtype=dtype, options=options, folders=list(map(str, folders)))
         return _answers(self.lines(environment, WORKERS / "vllm_worker.py", json.dumps(request)), "folder")
 
-    def llama_cpp(self, folders: Sequence[Path], kind: str = "f32") -> dict[Path, Answer]:
-        """What llama.cpp says of each folder, converted to this type of GGUF."""
-        made = list(self.lines("llama.cpp", WORKERS / "convert_worker.py", kind, *folders))
+    def llama_cpp(self, folders: Sequence[Path]) -> dict[Path, Answer]:
+        """What llama.cpp says of each folder, converted to float32 with what the rules ask for."""
+        made = []
+        for option in ("", NO_MTP):
+            asked = [folder for folder in folders if _waits(folder) == bool(option)]
+            made += self.lines("llama.cpp", WORKERS / "convert_worker.py", "f32", option, *asked) if asked else []
         files = {line["file"]: Path(line["folder"]) for line in made if "file" in line}
         found: dict[Path, Answer] = {Path(line["folder"]): line["error"] for line in made if "error" in line}
         return found | {files[str(file)]: answer for file, answer in self.gguf(list(map(Path, files))).items()}
@@ -100,6 +106,11 @@ def greedy(model: PreTrainedModel) -> Greedy:
 def transformers(folder: Path) -> Greedy:
     """The same of a checkpoint, in float32."""
     return greedy(families.load(folder))
+
+
+def _waits(folder: Path) -> bool:
+    """Whether the rules tell to convert without MTP layers."""
+    return any(f"convert with {NO_MTP}" in finding.text for finding in check_folder(folder, [LLAMA]).found["llama.cpp"])
 
 
 def _asked(**more: Any) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def test_base_and_adapter_are_the_compressed_model_to_peft(name: str, tmp_path: 
     torch.testing.assert_close(with_peft(base, tmp_path / "parts/adapter", ids), want, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.whole
 def test_low_rank_is_the_same_to_peft_and_merged(tmp_path: Path) -> None:
     """Of attention, whose matrices are modules, and of stacks of experts."""
     families.save("qwen3_moe", source := tmp_path / "model")
