@@ -69,7 +69,8 @@ def rewrite_card(
     not fit, for figures of another model, and for a card that has no place for it; nothing is written then. `tell` is
     given a line where a file does not say of which model its figures are.
     """
-    plan, card, where = made_by(folder), card_of(folder), str(folder / MODEL_CARD)
+    plan, before, where = made_by(folder), card_of(folder), str(folder / MODEL_CARD)
+    card = before
     written, values = list[str](), dict[str, Any]()
     if base is not None:
         if not HUB_ID.fullmatch(base):
@@ -94,6 +95,8 @@ def rewrite_card(
         written.append(EVALUATION)
     if values:
         card = with_values(card, values, where)
+    if written and card_of(folder) != before:
+        raise InputError(f"{where}: another process has written it meanwhile; give the same command again")
     if written:
         write_bytes(folder / MODEL_CARD, card.encode())
     return written

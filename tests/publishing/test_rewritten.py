@@ -162,6 +162,12 @@ def test_front_matter_written_by_hand_stays(folder: Path, front: str) -> None:
     assert yaml.safe_load(found).items() >= (yaml.safe_load(front) or {}).items()
 
 
+def test_what_another_process_writes_meanwhile_stays(folder: Path) -> None:
+    with pytest.raises(InputError, match="another process has written it meanwhile"):
+        rewrite_card(folder, evaluation=LOSSES, tell=lambda line: rewrite_card(folder, base="a/b") and None)
+    assert "base_model: a/b" in lines(folder)
+
+
 def test_cards_and_folders_that_are_no_pruned_ones(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"in/moekern_plan.json: no such file; name the folder of a checkpoint"):
         rewrite_card(tmp_path / "in", base="a/b")
