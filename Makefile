@@ -50,7 +50,7 @@ bench-criteria: $(VENV)/.ready
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.criteria --out $(OUT)/criteria.jsonl
 
-# Every way to shrink the model that ships by its experts, on one ruler, three draws of text: about an hour.
+# Every way to shrink the model that ships by its experts, on one ruler, three draws of text: an hour and a half.
 # Lines go to OUT=, and are gone on with there.
 bench-comparison: $(VENV)/.ready
 	mkdir -p $(OUT)

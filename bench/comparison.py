@@ -1,6 +1,6 @@
 """Every way to shrink a model by its experts on one ruler: loss, KL and top-1 against bits a routed weight and cost.
 
-python -m bench.comparison MODEL --data NAME=PATH --held-out NAME=PATH --seeds 3 --keeps 0.5,0.25 --out RECORD.jsonl
+python -m bench.comparison MODEL --data NAME=PATH --held-out NAME=PATH --seeds 3 --out RECORD.jsonl
 python -m bench.comparison --demo --out RECORD.jsonl        the small trained model that ships with moekern
 python -m bench.comparison --show RECORD.jsonl              measures nothing: the tables of a record, in Markdown
 
@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--demo", action="store_true", help="the model that ships, and its text")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="what choosing and fitting see")
     parser.add_argument("--held-out", nargs="+", default=[], metavar="NAME=PATH", help="what all are judged on")
-    parser.add_argument("--keeps", type=_numbers(float), default=[0.5, 0.25], help="shares of the routed bytes")
+    parser.add_argument("--keeps", type=_numbers(float), default=[0.75, 0.5, 0.25], help="shares of the routed bytes")
     parser.add_argument("--bits", type=_numbers(int), default=[8, 4, 3, 2], help="of the twins")
     parser.add_argument("--group", type=int, default=32, help="numbers that share a scale in a twin")
     parser.add_argument("--seeds", type=int, default=3, help="how many draws of the calibration text")
