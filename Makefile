@@ -13,8 +13,11 @@ RUNS ?= 1000000
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
 
+# A process more than there are cores, since tests wait too: for the disk, for a kill; eight at most.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, 1 + len(os.sched_getaffinity(0))))')
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup --benchmark-disable $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --benchmark-disable $(PYTEST_FLAGS)
 
 # As test, with what is marked `whole`: every combination of parameters, every family, dear tests.
 test-all: PYTEST_FLAGS = --whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from bench import comparison
-from bench.criteria import COMPUTE
+from bench.comparison_tables import markdown
+from bench.criteria import COMPUTE, read
 from bench.rounding import rounded, twin
 from bench.ruler import Routed, Ruler, same
 from moekern.checkpoint.folder import open_checkpoint
@@ -22,6 +24,7 @@ from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.replacement import Replacement
 from moekern.pruning.prune import prune
 from moekern.refit import Refine, Ridge
+from tests.helpers import ROOT
 
 SMALL = ("--demo", "--keeps", "0.5", "--tokens", 3072, "--held-out-tokens", 768, "--bits", "4", "--seeds", 1)
 HALF = Plan({str(layer): LayerPlan(tuple(range(0, 16, 2))) for layer in range(4)})
@@ -73,6 +76,15 @@ def test_a_folder_is_judged_as_the_plan_that_made_it(tmp_path: Path) -> None:
         torch.testing.assert_close(loss.sums[:, :5], folder[domain].sums, rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):
         same(plan, ruler.original)
+
+
+def test_the_tables_of_the_page_are_the_records() -> None:
+    lines = read(ROOT / "bench/records/vm3-comparison.jsonl")
+    page = (ROOT / "docs/comparison.md").read_text()
+    tables = [table.strip() for table in re.split(r"(?m)^(?=\d+% kept:|By bits)", markdown(lines)) if table.strip()]
+    assert len(tables) == 4
+    assert all(table in page for table in tables)
+    assert {line["seed"] for line in lines if line["keep"] < 1} == {0, 1, 2}
 
 
 def test_bits_count_constants_and_channels() -> None:
