@@ -47,7 +47,7 @@ def token_figures(logits: Tensor, original: Tensor, wanted: Tensor) -> Tensor:
                 continue
             own[:, KL] = ((log_p - q) * p).masked_fill_(p == 0, 0).sum(1).double().cpu()
             own[:, TOP1] = (q.argmax(1) == log_p.argmax(1)).double().cpu()
-            own[:, SHARED] = torch.minimum(p, q.exp_()).sum(1).double().cpu()
+            own[:, SHARED] = torch.minimum(p, q.exp_()).sum(1).clamp_(max=1).double().cpu()
     return found
 
 

@@ -265,7 +265,7 @@ def test_a_demo_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.
     def fail(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(show, "calibrate_to", fail)
+    monkeypatch.setattr(show, "measured", fail)
     with pytest.raises(KeyboardInterrupt):
         show.run_demo(tmp_path / "demo", 1)
     assert list(tmp_path.iterdir()) == []

@@ -66,6 +66,13 @@ def test_the_original_is_itself() -> None:
     torch.testing.assert_close(found, token_figures(p, p.clone(), ids), rtol=1e-6, atol=1e-6)
 
 
+def test_what_both_give_alike_is_no_more_than_all() -> None:
+    """Rounded sums of float32 come to more than 1 for some tokens."""
+    of = torch.randn(2, 64, 999, generator=torch.Generator().manual_seed(0))
+    assert float(of.log_softmax(-1).exp().sum(-1).max()) > 1
+    assert float(token_figures(of, of.clone(), torch.zeros(2, 64, dtype=torch.int64))[..., SHARED].max()) == 1
+
+
 def test_a_token_that_the_head_does_not_have_is_refused() -> None:
     with pytest.raises(InputError, match="predicts 50 classes, and the text has token 50"):
         compared(logits(0), logits(1), wanted() * 0 + V)

@@ -337,7 +337,6 @@ def test_what_cannot_be_is_one_line(source: Path, tmp_path: Path) -> None:
         ([Variant("n", narrow, 8, Ridge())], data, "the plan says which channels stay"),
         ([Variant(ORIGINAL, plan, None, Ridge())], data, "give it another name"),
         ([Variant("n", plan, None, Ridge())], TokenData((), {}), "no batches|no text"),
-        ([Variant("n", plan, 7, Ridge())], data, "multiple of 4 channels"),
         ([Variant("n", plan, 99, Ridge())], data, "24"),
         ([Variant("n", plan, choice=Choice("gated_norm", ("b",)))], data, "domain 'b', which the text"),
     ]
