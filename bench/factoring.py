@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench.criteria import COMPUTE, read, spread
-from bench.draws import finish, parser_of, text_of
+from bench.draws import draw_of, finish, parser_of, text_of
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace) -> list[Line]:
     lines = read(options.out) if options.out and options.out.exists() else []
     there = {line["seed"] for line in lines}
     for seed in (seed for seed in options.seeds if seed not in there):
-        data = text_of(options, options.data, options.tokens, seed).read(checkpoint)
+        data, _ = draw_of(options, checkpoint, judged, seed)
         base = {
             **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
             "criterion": options.criterion, "share": options.share, "ratio": options.ratio, "rows": options.rows,
