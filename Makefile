@@ -108,7 +108,7 @@ bench-ranks: $(VENV)/.ready
 bench-evaluating: $(VENV)/.ready
 	$(BIN)/python -m bench.evaluating
 
-# All of calibration's machinery on a 1T model of holes, in 8 GB: half an hour.
+# All of calibration's machinery on a 1T model of holes, in 8 GB: ten minutes.
 bench-scale: $(VENV)/.ready
 	$(BIN)/python -m bench.scale
 
