@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.criteria import drawn, read
+from moekern.benchmark.records import machine
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, text_sources
 from moekern.errors import InputError
+from moekern.version import versions
 
 Lines = list[dict[str, Any]]
 
@@ -50,6 +54,22 @@ def text_of(options: argparse.Namespace, data: Sequence[str], tokens: int | None
 def draw_of(options: argparse.Namespace, checkpoint: Checkpoint, judged: TokenData, seed: int) -> tuple[TokenData, int]:
     """What a seed draws of the calibration text; see `drawn`."""
     return drawn(text_of(options, options.data, options.tokens, seed), checkpoint, judged)
+
+
+def begun(options: argparse.Namespace) -> tuple[Lines, list[int]]:
+    """The lines that the record has already, and the seeds that it lacks."""
+    lines = read(options.out) if options.out and options.out.exists() else []
+    there = {line["seed"] for line in lines}
+    return lines, [seed for seed in options.seeds if seed not in there]
+
+
+def setting(options: argparse.Namespace, data: TokenData, judged: TokenData, seed: int) -> dict[str, Any]:
+    """What a line tells of where and of what it was measured."""
+    return {
+        **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
+        "criterion": options.criterion, "tokens": sum(data.tokens.values()),
+        "judged_tokens": sum(judged.tokens.values()), "sequence_length": options.sequence_length, "seed": seed,
+    }  # fmt: skip
 
 
 def finish(

@@ -24,11 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.criteria import COMPUTE, read, spread
-from bench.draws import draw_of, finish, parser_of, text_of
-from moekern.benchmark.records import append, machine
+from bench.criteria import COMPUTE, spread
+from bench.draws import begun, draw_of, finish, parser_of, setting, text_of
+from moekern.benchmark.records import append
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
@@ -40,7 +38,6 @@ from moekern.plan.make import make_plan
 from moekern.pruning.prune import prune
 from moekern.recovery import Recovery, Training, recover
 from moekern.statistics.file import Statistics
-from moekern.version import versions
 
 Line = dict[str, Any]
 AS_IT_IS, FACTORED, TRAINED, BOTH = "as it is", "factored", "trained", "factored and trained"
@@ -120,16 +117,11 @@ def measure(options: argparse.Namespace) -> list[Line]:
     """A line for each base, what was made of it, and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
     judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
-    lines = read(options.out) if options.out and options.out.exists() else []
-    there = {line["seed"] for line in lines}
-    for seed in (seed for seed in options.seeds if seed not in there):
+    lines, left = begun(options)
+    for seed in left:
         data, _ = draw_of(options, checkpoint, judged, seed)
-        base = {
-            **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
-            "criterion": options.criterion, "share": options.share, "ratio": options.ratio, "rows": options.rows,
-            "tokens": sum(data.tokens.values()), "judged_tokens": sum(judged.tokens.values()),
-            "sequence_length": options.sequence_length, "seed": seed,
-        }  # fmt: skip
+        base = setting(options, data, judged, seed)
+        base |= {"share": options.share, "ratio": options.ratio, "rows": options.rows}
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             bench = Bench(checkpoint, data, judged, calibrate(checkpoint, data, COMPUTE), options, Path(work))
             found = [{**base, **row} for row in bench.rows(seed)]

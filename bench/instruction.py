@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from bench.criteria import read, spread
-from bench.draws import finish, with_record
+from bench.criteria import spread
+from bench.draws import begun, finish, with_record
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -111,15 +111,14 @@ def plans_of(options: argparse.Namespace, checkpoint: Checkpoint, compute: Compu
 def measure(options: argparse.Namespace) -> list[Line]:
     """A line for each seed, model, help, task and metric, written when a seed is done."""
     checkpoint, compute = open_checkpoint(options.model), Compute(dtype=options.dtype)
-    lines = read(options.out) if options.out and options.out.exists() else []
-    there = {line["seed"] for line in lines}
+    lines, left = begun(options)
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         tasks, folder = options.tasks, options.task_dir
         if tasks is None:
             folder = demo_tasks(Path(work) / "tasks", options.questions)
             tasks = "continuation,language"
         plans = plans_of(options, checkpoint, compute)
-        for seed in (seed for seed in options.seeds if seed not in there):
+        for seed in left:
             start = time.process_time()
             asked = Asked(tuple(tasks.split(",")), folder, shots_of(options.shots), options.limit, None, seed)
             some = read_lessons(options.sft) if options.sft else lessons(asked)

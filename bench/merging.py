@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.criteria import COMPUTE, loss, read, spread
-from bench.draws import draw_of, finish, parser_of, text_of
-from moekern.benchmark.records import append, machine
+from bench.criteria import COMPUTE, loss, spread
+from bench.draws import begun, draw_of, finish, parser_of, setting, text_of
+from moekern.benchmark.records import append
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.merging.groups import METHODS, merging_plan
@@ -31,7 +31,6 @@ from moekern.refit import Ridge
 from moekern.refit.refit import refit
 from moekern.refit.variants import Variant
 from moekern.statistics.file import Statistics
-from moekern.version import versions
 
 Line = dict[str, Any]
 REFITTED = "m-smoe"  # whose merged experts are refitted too
@@ -41,17 +40,11 @@ def measure(options: argparse.Namespace) -> list[Line]:
     """A line for each share, way and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
     judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
-    lines = read(options.out) if options.out and options.out.exists() else []
-    there = {line["seed"] for line in lines}
-    for seed in options.seeds:
-        if seed in there:
-            continue
+    lines, left = begun(options)
+    for seed in left:
         data, _ = draw_of(options, checkpoint, judged, seed)
         sums = calibrate(checkpoint, data, COMPUTE, tiers=("replay",))
-        base = {
-            **machine(), "versions": versions(), "model": options.model.name, "tokens": sum(data.tokens.values()),
-            "judged_tokens": sum(judged.tokens.values()), "sequence_length": options.sequence_length, "seed": seed,
-        }  # fmt: skip
+        base = setting(options, data, judged, seed)
         for share in options.shares:
             losses = refit(checkpoint, data, _variants(sums, options.criterion, share), COMPUTE, judged=judged).losses
             lines += (found := [{**base, "share": share, "way": way, **loss(losses, way)} for way in losses])

@@ -23,13 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.criteria import COMPUTE, read, spread
-from bench.draws import draw_of, finish, parser_of, text_of
+from bench.criteria import COMPUTE, spread
+from bench.draws import begun, draw_of, finish, parser_of, setting, text_of
 from bench.refit import Draw, timed
 from moekern.architectures import find_layout
-from moekern.benchmark.records import append, machine
+from moekern.benchmark.records import append
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.evaluation.evaluate import evaluate
@@ -40,7 +38,6 @@ from moekern.recovery.lottery import Lottery, lottery
 from moekern.refit import Refine, Ridge
 from moekern.refit.refit import refit
 from moekern.refit.variants import Variant
-from moekern.version import versions
 
 Line = dict[str, Any]
 DROPPED, REFITTED, WHOLE = "dropped", "shape, ridge, refine", "whole"
@@ -133,15 +130,10 @@ def measure(options: argparse.Namespace) -> list[Line]:
     """A line for each share, start, kind and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
     judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
-    lines = read(options.out) if options.out and options.out.exists() else []
-    there = {line["seed"] for line in lines}
-    for seed in (seed for seed in options.seeds if seed not in there):
+    lines, left = begun(options)
+    for seed in left:
         data, _ = draw_of(options, checkpoint, judged, seed)
-        base = {
-            **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
-            "criterion": options.criterion, "tokens": sum(data.tokens.values()),
-            "judged_tokens": sum(judged.tokens.values()), "sequence_length": options.sequence_length, "seed": seed,
-        }  # fmt: skip
+        base = setting(options, data, judged, seed)
         draw = Draw(checkpoint, data, judged, options.criterion, calibrate(checkpoint, data, COMPUTE), 0.0)
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             bench = Bench(draw, seed, Path(work))

@@ -22,13 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
-from bench.criteria import COMPUTE, SHARES, loss, read, spread
-from bench.draws import draw_of, finish, parser_of, text_of
+from bench.criteria import COMPUTE, SHARES, loss, spread
+from bench.draws import begun, draw_of, finish, parser_of, setting, text_of
 from moekern.architectures import find_layout
 from moekern.architectures.widths import narrow_problem, widths_held
-from moekern.benchmark.records import append, machine
+from moekern.benchmark.records import append
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import TokenData
@@ -47,7 +45,6 @@ from moekern.refit.refit import refit
 from moekern.refit.shapes import best, trial_text, trials
 from moekern.refit.variants import Variant
 from moekern.statistics.file import Statistics
-from moekern.version import versions
 
 Line = dict[str, Any]
 T = TypeVar("T")
@@ -107,17 +104,10 @@ def measure(options: argparse.Namespace) -> list[Line]:
     """A line for the original and for each share, method and seed, written when a seed is done."""
     checkpoint = open_checkpoint(options.model)
     judged = text_of(options, options.held_out, options.held_out_tokens).read(checkpoint)
-    lines = read(options.out) if options.out and options.out.exists() else []
-    there = {line["seed"] for line in lines}
-    for seed in options.seeds:
-        if seed in there:
-            continue
+    lines, left = begun(options)
+    for seed in left:
         data, _ = draw_of(options, checkpoint, judged, seed)
-        base = {
-            **machine(), "versions": versions(), "threads": torch.get_num_threads(), "model": options.model.name,
-            "criterion": options.criterion, "tokens": sum(data.tokens.values()),
-            "judged_tokens": sum(judged.tokens.values()), "sequence_length": options.sequence_length, "seed": seed,
-        }  # fmt: skip
+        base = setting(options, data, judged, seed)
         sums, seconds = timed(lambda data=data: calibrate(checkpoint, data, COMPUTE))  # type: ignore[misc]
         draw = Draw(checkpoint, data, judged, options.criterion, sums, seconds)
         found = [{**base, **row} for share in options.shares for row in _share(draw, share)]

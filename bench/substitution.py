@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.criteria import COMPUTE, Line, loss, read, spread
-from bench.draws import draw_of, finish, parser_of, text_of
+from bench.criteria import COMPUTE, Line, loss, spread
+from bench.draws import begun, draw_of, finish, parser_of, text_of
 from moekern.benchmark.records import append, machine
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
@@ -43,9 +43,8 @@ def measure(options: argparse.Namespace) -> list[Line]:
         **machine(), "model": options.model.name, "tokens": options.tokens, "held_out_tokens": options.held_out_tokens,
         "criterion": options.criterion,
     }  # fmt: skip
-    lines = read(options.out) if options.out and options.out.exists() else []
-    there = {line["seed"] for line in lines}
-    for seed in (seed for seed in options.seeds if seed not in there):
+    lines, left = begun(options)
+    for seed in left:
         with tempfile.TemporaryDirectory() as place:
             sums = Path(place) / "s.safetensors"
             plans = made_plans(checkpoint, options, seed, sums, held_out)

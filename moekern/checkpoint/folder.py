@@ -21,8 +21,9 @@ from moekern.checkpoint.strict_json import read_json, shown
 from moekern.checkpoint.unlisted import unlisted_shards
 from moekern.errors import InputError
 
-__all__ = ["CONFIG", "INDEX", "PLAN_FILE", "SINGLE", "Checkpoint", "open_checkpoint"]
+__all__ = ["CONFIG", "INDEX", "MANIFEST", "PLAN_FILE", "SINGLE", "Checkpoint", "open_checkpoint"]
 
+MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 PLAN_FILE = "moekern_plan.json"  # in a pruned folder: the plan it was made by
 HUB_FOLDER = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/(?:snapshots/)?([0-9a-f]{40})$")
 FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 4096

@@ -13,7 +13,7 @@ from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError
 
 TOKENIZER = "tokenizer.json"
-KINDS = {"ByteLevel", "ByteFallback", "Metaspace"}
+KINDS = {"ByteLevel", "ByteFallback", "Metaspace"}  # decoders whose tokens are known
 MOST = 1 << 24  # ids
 SPACE = "\u2581"  # as SentencePiece writes it
 
@@ -37,12 +37,7 @@ def token_bytes(folder: Path) -> Tensor | None:
             sizes[int(added["id"])] = 0 if added["special"] else len(added["content"].encode())
     except (InputError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    if (
-        not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}
-        or not sizes
-        or not 0 <= max(sizes) < MOST
-        or min(sizes) < 0
-    ):
+    if not kinds & KINDS or not sizes or min(sizes) < 0 or max(sizes) >= MOST:
         return None
     found = torch.zeros(max(sizes) + 1, dtype=torch.int64)
     found[list(sizes)] = torch.tensor(list(sizes.values()))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moekern.checkpoint.folder import MANIFEST
 from moekern.checkpoint.strict_json import read_json_lines, shown
 from moekern.errors import InputError
 from moekern.plan.refit import is_sha256
-from moekern.pruning.side_files import MANIFEST, SideFile, side_file
+from moekern.pruning.side_files import SideFile, side_file
 from moekern.pruning.work_folder import Record
 
 HEX = {"xxh3-128": 16, "blake3": 32}  # bytes of a checksum

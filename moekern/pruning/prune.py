@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout, find_layout
-from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import MANIFEST, PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, check_type
 from moekern.files import is_folder
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
@@ -19,7 +19,7 @@ from moekern.pruning.cuts import kept_experts
 from moekern.pruning.narrow import narrowed_layers
 from moekern.pruning.refitted import Refitted, check_refitted, open_refitted
 from moekern.pruning.shards import OutputShard, output_shards
-from moekern.pruning.side_files import MANIFEST, mtp_line, side_files
+from moekern.pruning.side_files import mtp_line, side_files
 from moekern.pruning.work_folder import check_target, clean_up
 from moekern.pruning.writing import Progress, Tally, check_out, job_of, written
 from moekern.publishing.card import About

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.contents import MODEL_CARD
-from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import CONFIG, INDEX, MANIFEST, PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.checkpoint.header import TensorEntry, read_shard
 from moekern.checkpoint.recovery import FORMAT, RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import HEADER_CAP, check_depth, parse_json, read_file, read_json, shown
@@ -22,7 +22,7 @@ from moekern.pruning.cuts import OutputTensor
 from moekern.pruning.manifest import RefittedBefore, read_manifest
 from moekern.pruning.refitted import SUFFIX, NewTensor
 from moekern.pruning.shards import OutputShard
-from moekern.pruning.side_files import MANIFEST, SideFile, check_side_files, side_file, text_file, whole_file
+from moekern.pruning.side_files import SideFile, check_side_files, side_file, text_file, whole_file
 from moekern.pruning.work_folder import check_target
 from moekern.pruning.writing import Progress, Tally, check_out, job_of, written
 from moekern.publishing.card import CARD_CAP, trained_card

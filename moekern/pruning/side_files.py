@@ -12,7 +12,7 @@ from moekern.architectures import Layout
 from moekern.architectures.config_keys import mtp_counts
 from moekern.architectures.substitution import APPROXIMATE, with_replaced
 from moekern.checkpoint.contents import MODEL_CARD, kept_card
-from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint
+from moekern.checkpoint.folder import CONFIG, INDEX, MANIFEST, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import read_json, regular_size
 from moekern.errors import InputError
@@ -28,7 +28,6 @@ from moekern.pruning.stale import stale
 from moekern.publishing.card import RECIPE, About, card
 from moekern.publishing.front_matter import LICENSE
 
-MANIFEST = "moekern_manifest.jsonl"  # a line for each shard: its size, and its tensors' checksums
 FORMAT = "moekern.pruned/1"
 OWN = (PLAN_FILE, MANIFEST, RECOVERY, RECIPE)  # files that speak of the checkpoint that they lie in, and of no other
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import moekern._C as _C
-from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.folder import MANIFEST, Checkpoint
 from moekern.errors import InputError, add_note
 from moekern.files import check_new, fsync, is_folder, reason, sized, standing, work_path
 from moekern.pruning.copying import KINDS, Checksum, Copy, Way, copy_shard, space_needed, way_of, ways
@@ -18,7 +18,7 @@ from moekern.pruning.manifest import manifest
 from moekern.pruning.pieces import Piece, made_from
 from moekern.pruning.preflight import check_space
 from moekern.pruning.shards import OutputShard
-from moekern.pruning.side_files import MANIFEST, SideFile
+from moekern.pruning.side_files import SideFile
 from moekern.pruning.work_folder import Record, WorkFolder, is_made, open_work
 from moekern.team import Part
 

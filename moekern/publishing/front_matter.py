@@ -18,10 +18,7 @@ HUB_ID = re.compile(rf"{NAME}/{NAME}(?<!\.git)", re.ASCII)
 LICENSE, LICENSE_LINK = "license", "license_link"
 INHERITED = (LICENSE, "license_name", LICENSE_LINK, "language", "library_name", "pipeline_tag")
 TAGS = ("moe", "expert-pruning", "pruned", "moekern")
-LINK, WORDS = (
-    re.compile(r"(https?://)?[\w./%?=#&+~-]{1,300}"),
-    re.compile(r"[\w .+/()-]{1,100}"),
-)  # values that are taken over
+LINK, WORDS = re.compile(r"(https?://)?[\w./%?=#&+~-]{1,300}"), re.compile(r"[\w .+/()-]{1,100}")  # that are taken over
 MOST = 100  # languages
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.contents import CONFIG, INDEX, MODEL_CARD
-from moekern.checkpoint.folder import PLAN_FILE, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import MANIFEST, PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.checkpoint.hub import SIGN_IN
 from moekern.checkpoint.strict_json import read_json, read_json_lines, regular_size, shown
 from moekern.errors import InputError, first_line
@@ -20,7 +20,6 @@ from moekern.publishing.front_matter import HUB_ID
 from moekern.publishing.rewritten import card_of
 from moekern.recipe import read_recipe
 
-MANIFEST = "moekern_manifest.jsonl"
 VERIFY = "`moekern verify ORIGINAL plan.json FOLDER` says what it is"
 
 

@@ -34,9 +34,7 @@ from moekern.publishing.text import text_section
 
 def card_of(folder: Path) -> str:
     """The text of a folder's card. Raises InputError where it has none that can be read."""
-    path = folder / MODEL_CARD
-    if not os.path.lexists(path):
-        raise InputError(f"{path}: no such file; name the folder of a checkpoint that moekern has pruned")
+    path = _of_pruned(folder, MODEL_CARD)
     try:
         return read_file(path, CARD_CAP).decode()
     except UnicodeDecodeError:
@@ -45,10 +43,16 @@ def card_of(folder: Path) -> str:
 
 def made_by(folder: Path) -> Plan:
     """The plan that a pruned folder was made by. Raises InputError for any other folder."""
-    path = folder / PLAN_FILE
+    path = _of_pruned(folder, PLAN_FILE)
+    return plan_of(read_json(path).get("plan"), f"{path}: plan")
+
+
+def _of_pruned(folder: Path, name: str) -> Path:
+    """A file that pruned folders have. Raises InputError where it is not there."""
+    path = folder / name
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; name the folder of a checkpoint that moekern has pruned")
-    return plan_of(read_json(path).get("plan"), f"{path}: plan")
+    return path
 
 
 def rewrite_card(
@@ -119,9 +123,8 @@ def _measured(
         tell(f"{source}: does not tell which model its row {short(row)} is of; it is written as this one's")
     elif not _is_of(told, folder, plan):
         trained = read_recovery(folder) is not None and told.get("plan") == model_digest(plan)
-        what = (
-            "this one before it was trained: evaluate the folder itself" if trained else "another model than this one"
-        )
+        before = "this one before it was trained: evaluate the folder itself"
+        what = before if trained else "another model than this one"
         raise InputError(f"--evaluation {source}: its row {short(row)} is of {what}; nothing was written")
     return measured_text(figures, row)
 

@@ -56,22 +56,14 @@ def _plan(row: Mapping[str, Any], plan: Plan, statistics: Statistics) -> str:
     if other is not None or row["criterion"] == "not named":
         by = "by hand, or by what it does not name" if other is None else f"by {other}, and does not tell how"
         return f"# {shlex.quote(file)} was made {by}"
-    words = [
-        "moekern",
-        "plan",
-        STATISTICS,
-        "--criterion",
-        row["criterion"],
-        "--keep",
-        row["keep"] or str(row["kept"][0]),
-    ]
+    words = ["moekern", "plan", STATISTICS, "--criterion", row["criterion"]]
+    words += ["--keep", row["keep"] or str(row["kept"][0])]
     words += ["--seed", str(made["seed"])] if made.get("seed") else []
     words += _budget(made.get("budget"))
     words += ["--allow-nonuniform"] if len(row["kept"]) > 1 and row["replace"] is None else []
     words += [] if row["replace"] is None else ["--replace", str(row["replace"])]
-    words += [
-        word for name in row["domains"] if row["domains"] != list(statistics.domains) for word in ("--domain", name)
-    ]
+    some = row["domains"] if row["domains"] != list(statistics.domains) else ()
+    words += [word for name in some for word in ("--domain", name)]
     words += ["--protect-super"] if isinstance(made.get("protect_super"), dict) else []
     words += _guards(made.get("guards"))
     targets = made.get("targets")

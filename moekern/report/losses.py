@@ -56,12 +56,8 @@ def _of_domains(table: Any) -> bool:
 
 def _loss_problem(loss: Any) -> str | None:
     figures = (*METRICS, *MORE)
-    if not isinstance(loss, dict) or not set(loss) <= {
-        *figures,
-        *(f"{x}_error" for x in figures),
-        "tokens",
-        "sequences",
-    }:
+    fields = {*figures, *(f"{x}_error" for x in figures), "tokens", "sequences"}
+    if not isinstance(loss, dict) or not set(loss) <= fields:
         return "a loss has other fields"
     if not all(_number(loss.get(name)) for name in METRICS) or not all(
         _number(value) or (value is None and name not in METRICS) for name, value in loss.items()

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import moekern._C as _C
 from moekern.architectures import Layout
+from moekern.checkpoint.folder import MANIFEST
 from moekern.layer_keys import natural
 from moekern.plan.document import Plan
 from moekern.plan.refit import check_merged, refit_of
 from moekern.plan.router_rows import routers_computed
 from moekern.verification.opened import Folder
-from moekern.verification.record import MANIFEST
 
 FLOAT8 = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,

@@ -21,14 +21,13 @@ from moekern.architectures.substitution import (
     replace_problem,
     with_replaced,
 )
-from moekern.checkpoint.folder import CONFIG, Checkpoint
+from moekern.checkpoint.folder import CONFIG, MANIFEST, Checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.errors import InputError
 from moekern.plan.document import Plan
 from moekern.plan.replacement import ZERO
 from moekern.verification.computed import Claim, checked_tensor
 from moekern.verification.opened import Folder
-from moekern.verification.record import MANIFEST
 
 
 class Vectors(Protocol):

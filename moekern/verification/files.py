@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.contents import MODEL_CARD, kept_card
-from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint
+from moekern.checkpoint.folder import CONFIG, INDEX, MANIFEST, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import RECOVERY
 from moekern.checkpoint.strict_json import read_file, read_json, regular_size
 from moekern.errors import InputError
-from moekern.verification.record import MANIFEST, PLAN_FILE, without_folder
+from moekern.verification.record import without_folder
 from moekern.verification.settings import Modules, same_settings
 
 QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "quantization_config.json")

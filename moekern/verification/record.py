@@ -6,13 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.folder import MANIFEST, PLAN_FILE, Checkpoint
 from moekern.checkpoint.recovery import read_recovery
 from moekern.checkpoint.strict_json import read_json, read_json_lines
 from moekern.errors import InputError
 from moekern.plan.document import MTP_MODES, Mtp, Plan
 
-PLAN_FILE, MANIFEST = "moekern_plan.json", "moekern_manifest.jsonl"
 FORMAT = "moekern.pruned/1"
 
 

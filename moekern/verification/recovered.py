@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.checkpoint.folder import MANIFEST
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 from moekern.verification.computed import Claim
-from moekern.verification.record import MANIFEST, without_folder
+from moekern.verification.record import without_folder
 
 TRAINED = ("training leaves", "trained", RECOVERY)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moekern.architectures import ExpertTensor, Layout, MoeLayer, find_layout
-from moekern.checkpoint.folder import CONFIG, INDEX, Checkpoint, open_checkpoint
+from moekern.checkpoint.folder import CONFIG, INDEX, PLAN_FILE, Checkpoint, open_checkpoint
 from moekern.errors import InputError, printable
 from moekern.plan.document import MTP_MODES, Mtp, Plan, planned_mtp
 from moekern.plan.fits_model import check_plan
@@ -32,7 +32,7 @@ from moekern.verification.files import file_problems
 from moekern.verification.merged import merged_again, routers_again
 from moekern.verification.narrow import Channels, kept_channels, narrow_problems, narrow_shape, wide_problems, widened
 from moekern.verification.opened import Folder, blocks
-from moekern.verification.record import PLAN_FILE, lines_told, record_problems, recorded, recorded_mtp, without_folder
+from moekern.verification.record import lines_told, record_problems, recorded, recorded_mtp, without_folder
 from moekern.verification.recovered import trained_claims, trained_settings
 from moekern.verification.settings import modules_of, renumbered
 
