@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.channels import PLAIN
 from moekern.architectures.config_keys import SIZE_CAP, check_sizes, first
 from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import CHUNK_TOKENS
@@ -15,8 +16,6 @@ from moekern.errors import InputError
 from moekern.estimation.probe import Known, Shapes
 from moekern.model.compute import Compute
 from moekern.model.sizes import Size, size_of, sizes_of
-
-PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)

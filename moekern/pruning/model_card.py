@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.architectures import Layout
+from moekern.architectures.channels import PLAIN
 from moekern.architectures.config_keys import model_types
 from moekern.architectures.quantisation import quantisation_of
 from moekern.checkpoint.contents import MODEL_CARD, kept_card
@@ -22,8 +23,6 @@ from moekern.plan.targets import ENGINES, Target, findings
 from moekern.pruning.shards import OutputShard
 from moekern.publishing.card import FOLDER, Facts
 from moekern.publishing.front_matter import base_of, inherited, values_of
-
-PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def facts_of(

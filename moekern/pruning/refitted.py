@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import moekern._C as _C
+from moekern.architectures.channels import PLAIN
 from moekern.checkpoint.header import DTYPE_BITS, Shard, TensorEntry, read_shard
 from moekern.checkpoint.strict_json import parse_json, shown
 from moekern.checkpoint.writing import Buffer, write_tensors
@@ -29,7 +30,6 @@ FORMAT = "moekern.refit/1"
 METADATA = "moekern"  # the key of a header's metadata
 SUFFIX = ".safetensors"
 CHECKSUM = re.compile(r"[0-9a-f]{32}")  # XXH3-128
-NUMBERS = ("F64", "F32", "F16", "BF16")  # what is plain numbers may become another of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def check_fits(new: NewTensor, layer: str | None, dtype: str, shape: Sequence[in
         raise refuse(f"is no tensor of an expert of layer {new.layer}")
     if new.entry.shape != tuple(shape):
         raise refuse(f"has shape {list(new.entry.shape)}; in the pruned model it has {list(shape)}")
-    if new.entry.dtype != dtype and not {new.entry.dtype, dtype} <= {*NUMBERS}:
+    if new.entry.dtype != dtype and not {new.entry.dtype, dtype} <= {*PLAIN}:  # plain numbers may become others
         raise refuse(f"is {new.entry.dtype}; in the pruned model it is {dtype}")
 
 
