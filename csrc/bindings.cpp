@@ -215,10 +215,22 @@ void pair_popcount(py::object bits, py::object count, int threads, const std::st
   count_bits("pair_popcount", cpu::pair_popcount, cuda::pair_popcount, "E E", bits, count, {threads, level}, stream);
 }
 
-Coding coding_of(const Args& args, const std::string& name) {
-  const std::map<std::string, Coding> codings{
-      {"e4m3", Coding::e4m3}, {"e5m2", Coding::e5m2},         {"int8", Coding::int8},          {"e2m1", Coding::e2m1},
-      {"int4", Coding::int4}, {"int4_awq", Coding::int4_awq}, {"int4_rows", Coding::int4_rows}};
+// bits: of a code, where codes are packed into 32-bit words; 0 where each is a byte.
+struct Packing {
+  Coding coding;
+  int bits;
+  bool rows;
+};
+
+Packing packing_of(const Args& args, const std::string& name) {
+  const std::map<std::string, Packing> codings{
+      {"e4m3", {Coding::e4m3, 0, false}},       {"e5m2", {Coding::e5m2, 0, false}},
+      {"int8", {Coding::int8, 0, false}},       {"e2m1", {Coding::e2m1, 4, false}},
+      {"packed2", {Coding::packed2, 2, false}}, {"packed3", {Coding::packed3, 3, false}},
+      {"packed4", {Coding::packed4, 4, false}}, {"packed8", {Coding::packed8, 8, false}},
+      {"awq4", {Coding::awq4, 4, false}},       {"awq8", {Coding::awq8, 8, false}},
+      {"rows2", {Coding::rows2, 2, true}},      {"rows3", {Coding::rows3, 3, true}},
+      {"rows4", {Coding::rows4, 4, true}},      {"rows8", {Coding::rows8, 8, true}}};
   const auto found = codings.find(name);
   if (found == codings.end()) args.fail("coding", "expected one that moekern.kernels.quantised names, got " + name);
   return found->second;
@@ -241,10 +253,12 @@ Quantised quantised_of(Args& args, const Stored& stored, Borrowed& held) {
   held.scale = args.tensor("scale", scale, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::u8}, "E S Q");
   if (!zero.is_none()) held.zero = args.tensor("zero", zero, {Dtype::f32}, "E S Q");
   if (!group.is_none()) held.group = args.tensor("group", group, {Dtype::i32}, "E R");
-  if (R < 0 || C < 0 || block_rows < 1 || block_columns < 1) args.fail("block", "expected positive sizes");
+  if (std::min(R, C) < 0 || std::max(R, C) >> 48 || std::min(block_rows, block_columns) < 1)
+    args.fail("block", "expected positive sizes below 2^48");
+  const Packing packing = packing_of(args, coding);
   Quantised q;
   q.codes = held.codes.data<const uint8_t>();
-  q.coding = coding_of(args, coding);
+  q.coding = packing.coding;
   q.scale = held.scale.typed();
   q.zero = zero.is_none() ? nullptr : held.zero.data<const float>();
   q.group = group.is_none() ? nullptr : held.group.data<const int32_t>();
@@ -258,10 +272,9 @@ Quantised quantised_of(Args& args, const Stored& stored, Borrowed& held) {
   q.block_rows = block_rows;
   q.block_columns = block_columns;
   const auto parts = [](int64_t n, int64_t size) { return n / size + (n % size != 0); };
-  const bool bytes = q.coding == Coding::e4m3 || q.coding == Coding::e5m2 || q.coding == Coding::int8;
-  const bool rows = q.coding == Coding::int4_rows;
-  expect(args, "codes", "expected lines", rows ? parts(R, 8) : R, q.L);
-  expect(args, "codes", "expected bytes a line", bytes ? C : 4 * (rows ? C : parts(C, 8)), q.B);
+  const auto words = [&](int64_t n) { return parts(n * packing.bits, 32); };
+  expect(args, "codes", "expected lines", packing.rows ? words(R) : R, q.L);
+  expect(args, "codes", "expected bytes a line", packing.bits == 0 ? C : 4 * (packing.rows ? C : words(C)), q.B);
   expect(args, "scale", "expected columns", parts(C, block_columns), q.Q);
   if (q.group)
     expect(args, "group", "expected rows", R, args["R"]);

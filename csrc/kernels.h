@@ -11,8 +11,11 @@ namespace moekern {
 
 enum class Dtype : uint8_t { f32, f64, bf16, f16, i32, i64, u8, boolean, other };
 enum class Score : uint8_t { softmax, sigmoid, sqrtsoftplus, identity };
-// What a stored code means; moekern/kernels/quantised.py says where each comes from.
-enum class Coding : uint8_t { e4m3, e5m2, int8, e2m1, int4, int4_awq, int4_rows };
+// What a stored code means; moekern/kernels/quantised.py says where each comes from. Those with a number are packed
+// into 32-bit words, so many bits each: along a row (awq: in an order of its own), or down a column.
+enum class Coding : uint8_t {
+  e4m3, e5m2, int8, e2m1, packed2, packed3, packed4, packed8, awq4, awq8, rows2, rows3, rows4, rows8
+};
 
 struct Typed {
   const void* data = nullptr;
@@ -114,7 +117,7 @@ struct Vocabulary {
 // A stack of quantised matrices: w = (value(code) - zero) * scale, rounded to float32 after each operation.
 // Row r takes its scales from line group[e, r], or r / block_rows; column c from column c / block_columns.
 struct Quantised {
-  const uint8_t* codes;            // [E, L, B]: a row is a line, but for int4_rows 8 rows share a line of 32-bit words
+  const uint8_t* codes;            // [E, L, B]: a row is a line, but for rows.. a line is a 32-bit word of each column
   Coding coding;
   Typed scale;                     // [E, S, Q], u8: powers of two, biased by 127
   const float* zero = nullptr;     // [E, S, Q], or null

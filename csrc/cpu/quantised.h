@@ -17,10 +17,16 @@ MOEKERN_INLINE void small_float(const U8& magnitude, U8& to) {
   to = (I8)magnitude < (1 << kMantissa) ? (U8)subnormal : bits + ((127u - kBias) << 23);
 }
 
-// What follows reads the values of 8 columns from kBytes bytes.
-struct E4M3 {
+// Codings whose rows are lines.
+struct Across {
+  static int64_t line(int64_t row) { return row; }
+  static constexpr bool straddles(int64_t) { return false; }
+};
+
+// What follows reads the values of 8 columns from kBytes bytes, and where a row straddles two lines from the next too.
+struct E4M3 : Across {
   static constexpr int kBytes = 8;
-  static MOEKERN_INLINE void load(const uint8_t* from, int64_t, F8& v) {
+  static MOEKERN_INLINE void load(const uint8_t* from, const uint8_t*, int64_t, F8& v) {
     U8 code, finite;
     read_bytes(from, code);
     const U8 magnitude = code >> 24 & 0x7Fu;
@@ -29,61 +35,85 @@ struct E4M3 {
   }
 };
 
-struct E5M2 {  // the upper half of a float16
+struct E5M2 : Across {  // the upper half of a float16
   static constexpr int kBytes = 8;
-  static MOEKERN_INLINE void load(const uint8_t* from, int64_t, F8& v) {
+  static MOEKERN_INLINE void load(const uint8_t* from, const uint8_t*, int64_t, F8& v) {
     U8 code;
     read_bytes(from, code);
     v = widened<Floats>(code, float16{});
   }
 };
 
-struct Int8 {
+struct Int8 : Across {
   static constexpr int kBytes = 8;
-  static MOEKERN_INLINE void load(const uint8_t* from, int64_t, F8& v) {
+  static MOEKERN_INLINE void load(const uint8_t* from, const uint8_t*, int64_t, F8& v) {
     U8 code;
     read_bytes(from, code);
     v = __builtin_convertvector((I8)code >> 24, F8);
   }
 };
 
-// Eight codes of 4 bits. AWQ stores columns 0 2 4 6 1 3 5 7 from the lowest bits of a word up, all others 0 to 7.
-template <bool kAwq>
-MOEKERN_INLINE void nibbles(const uint8_t* from, U8& code) {
-  uint32_t word;
-  read(from, word);
-  constexpr U8 kShift = kAwq ? U8{0, 16, 4, 20, 8, 24, 12, 28} : U8{0, 4, 8, 12, 16, 20, 24, 28};
-  code = (U8{} + word) >> kShift & 15u;
+// Eight codes in as many bytes as they have bits. From the lowest bits of a word up AWQ stores columns 0 2 4 6 1 3 5 7
+// of 4 bits and 0 2 1 3 of 8, all others one after another.
+template <int kBits, bool kAwq>
+MOEKERN_INLINE void eight_codes(const uint8_t* from, U8& code) {
+  constexpr uint32_t b = kBits;
+  if constexpr (kBits == 8) {
+    uint32_t words[2];
+    read(from, words);
+    const uint32_t low = words[0], high = words[1];
+    constexpr U8 kShift = kAwq ? U8{0, 16, 8, 24, 0, 16, 8, 24} : U8{0, 8, 16, 24, 0, 8, 16, 24};
+    code = U8{low, low, low, low, high, high, high, high} >> kShift & 255u;
+  } else {
+    uint32_t word = 0;
+    std::memcpy(&word, from, kBits);
+    constexpr U8 kShift = kAwq ? U8{0, 16, 4, 20, 8, 24, 12, 28} : U8{0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b};
+    code = (U8{} + word) >> kShift & ((1u << b) - 1);
+  }
 }
 
-struct E2M1 {
+struct E2M1 : Across {
   static constexpr int kBytes = 4;
-  static MOEKERN_INLINE void load(const uint8_t* from, int64_t, F8& v) {
+  static MOEKERN_INLINE void load(const uint8_t* from, const uint8_t*, int64_t, F8& v) {
     U8 code, finite;
-    nibbles<false>(from, code);
+    eight_codes<4, false>(from, code);
     small_float<1, 1>(code & 7u, finite);
     v = (F8)(finite | (code & 8u) << 28);
   }
 };
 
-MOEKERN_INLINE void offset_by_8(const U8& code, F8& v) { v = __builtin_convertvector((I8)code - 8, F8); }
+// Codes without a sign, less half of what they reach.
+template <int kBits>
+MOEKERN_INLINE void centred(const U8& code, F8& v) {
+  v = __builtin_convertvector((I8)code - (1 << (kBits - 1)), F8);
+}
 
-template <bool kAwq>
-struct Int4 {
-  static constexpr int kBytes = 4;
-  static MOEKERN_INLINE void load(const uint8_t* from, int64_t, F8& v) {
+template <int kBits, bool kAwq>
+struct Packed : Across {
+  static constexpr int kBytes = kBits;
+  static MOEKERN_INLINE void load(const uint8_t* from, const uint8_t*, int64_t, F8& v) {
     U8 code;
-    nibbles<kAwq>(from, code);
-    offset_by_8(code, v);
+    eight_codes<kBits, kAwq>(from, code);
+    centred<kBits>(code, v);
   }
 };
 
-struct Int4Rows {  // a word is one column of eight rows, the first in the lowest bits
+template <int kBits>
+struct Rows {  // a line is a word of each column: codes of a column one after another, the first in the lowest bits
   static constexpr int kBytes = 32;
-  static MOEKERN_INLINE void load(const uint8_t* from, int64_t row, F8& v) {
+  static int64_t line(int64_t row) { return row * kBits / 32; }
+  static MOEKERN_INLINE bool straddles(int64_t row) { return 32 % kBits != 0 && row * kBits % 32 > 32 - kBits; }
+  static MOEKERN_INLINE void load(const uint8_t* from, const uint8_t* next, int64_t row, F8& v) {
+    const auto shift = static_cast<uint32_t>(row * kBits % 32);
     U8 eight;
     read(from, eight);
-    offset_by_8(eight >> static_cast<uint32_t>(row % 8 * 4) & 15u, v);
+    eight = eight >> shift;
+    if (straddles(row)) {
+      U8 above;
+      read(next, above);
+      eight |= above << (32 - shift);
+    }
+    centred<kBits>(eight & ((1u << kBits) - 1), v);
   }
 };
 
@@ -104,9 +134,16 @@ void with_coding(Coding coding, const F& f) {
     case Coding::e5m2: return f(E5M2{});
     case Coding::int8: return f(Int8{});
     case Coding::e2m1: return f(E2M1{});
-    case Coding::int4: return f(Int4<false>{});
-    case Coding::int4_awq: return f(Int4<true>{});
-    case Coding::int4_rows: return f(Int4Rows{});
+    case Coding::packed2: return f(Packed<2, false>{});
+    case Coding::packed3: return f(Packed<3, false>{});
+    case Coding::packed4: return f(Packed<4, false>{});
+    case Coding::packed8: return f(Packed<8, false>{});
+    case Coding::awq4: return f(Packed<4, true>{});
+    case Coding::awq8: return f(Packed<8, true>{});
+    case Coding::rows2: return f(Rows<2>{});
+    case Coding::rows3: return f(Rows<3>{});
+    case Coding::rows4: return f(Rows<4>{});
+    case Coding::rows8: return f(Rows<8>{});
   }
 }
 
@@ -156,10 +193,11 @@ class Scales {
 };
 
 template <class Coding>
-MOEKERN_INLINE void read_lanes(const uint8_t* from, int64_t r, const float* scale, const float* zero, F8* v) {
+MOEKERN_INLINE void read_lanes(const uint8_t* from, const uint8_t* next, int64_t r, const float* scale,
+                               const float* zero, F8* v) {
   for (int k = 0; k < kEights; ++k) {
     F8 scales, zeros;
-    Coding::load(from + k * Coding::kBytes, r, v[k]);
+    Coding::load(from + k * Coding::kBytes, next + k * Coding::kBytes, r, v[k]);
     if (zero) {
       read(zero + 8 * k, zeros);
       v[k] -= zeros;
@@ -172,20 +210,23 @@ MOEKERN_INLINE void read_lanes(const uint8_t* from, int64_t r, const float* scal
 // use(c, n, v) for each 32 columns of a row, from left to right: columns c to c + n, then zeros.
 template <class Coding, class Use>
 MOEKERN_INLINE void read_row(const Quantised& q, int64_t e, int64_t r, Scales& scales, const Use& use) {
-  constexpr int64_t kRows = Coding::kBytes == 32 ? 8 : 1, kBytes = kEights * Coding::kBytes;
+  constexpr int64_t kBytes = kEights * Coding::kBytes;
   scales.move_to(e, r);
   const float *scale = scales.scale(), *zero = scales.zero();
-  const uint8_t* from = q.codes + (e * q.L + r / kRows) * q.B;
+  const uint8_t* from = q.codes + (e * q.L + Coding::line(r)) * q.B;
+  const int64_t to_next = Coding::straddles(r) ? q.B : 0;
   const int64_t C = q.C, whole = C / kLanes * kLanes;
   F8 v[kEights];
   for (int64_t c = 0; c < whole; c += kLanes, from += kBytes) {
-    read_lanes<Coding>(from, r, scale + c, zero ? zero + c : nullptr, v);
+    read_lanes<Coding>(from, from + to_next, r, scale + c, zero ? zero + c : nullptr, v);
     use(c, kLanes, v);
   }
   if (whole == C) return;
-  uint8_t tail[kBytes] = {};
-  std::memcpy(tail, from, q.B - whole / kLanes * kBytes);
-  read_lanes<Coding>(tail, r, scale + whole, zero ? zero + whole : nullptr, v);
+  uint8_t tail[kBytes] = {}, tail_of_next[kBytes] = {};
+  const int64_t left = q.B - whole / kLanes * kBytes;
+  std::memcpy(tail, from, left);
+  if (to_next) std::memcpy(tail_of_next, from + to_next, left);
+  read_lanes<Coding>(tail, tail_of_next, r, scale + whole, zero ? zero + whole : nullptr, v);
   use(whole, C - whole, v);
 }
 

@@ -1,4 +1,4 @@
-// Reading quantised weights in float32, eight at a time: 8 columns of a row, or for int4_rows 8 rows of a column.
+// Reading quantised weights in float32, eight at a time: 8 columns of a row, or for rows.. 8 rows of a column.
 #pragma once
 
 #include "eight.h"
@@ -38,22 +38,26 @@ struct E2M1 {
   }
 };
 
-// AWQ stores columns 0 2 4 6 1 3 5 7 from the lowest bits of a word up, all others 0 to 7.
-template <bool kAwq>
-struct Int4 {
-  static constexpr int kBytes = 4;
+// Codes without a sign, less half of what they reach: eight of them in as many bytes as they have bits. From the lowest
+// bits of a word up AWQ stores columns 0 2 4 6 1 3 5 7 of 4 bits and 0 2 1 3 of 8, all others one after another.
+template <int kBits, bool kAwq>
+struct Packed {
+  static constexpr int kBytes = kBits;
   static __device__ float value(uint64_t codes, int i) {
-    const int shift = kAwq ? i % 2 * 16 + i / 2 * 4 : 4 * i;
-    return static_cast<float>(static_cast<int>(codes >> shift & 15u) - 8);
+    constexpr int kWord = 32 / kBits;  // codes, of AWQ's
+    const int place = kAwq ? i / kWord * kWord + i % kWord / 2 + i % 2 * (kWord / 2) : i;
+    const int code = static_cast<int>(codes >> kBits * place & ((1u << kBits) - 1));
+    return static_cast<float>(code - (1 << (kBits - 1)));
   }
 };
 
-struct Int4Rows : Int4<false> {};  // a word is one column of eight rows, the first in the lowest bits
+template <int kBits>
+struct Rows : Packed<kBits, false> {};  // eight lie in a column, whose words are a line each
 
 template <class Coding>
-constexpr bool kDown = false;  // eight lie in a column
-template <>
-constexpr bool kDown<Int4Rows> = true;
+constexpr bool kDown = false;
+template <int kBits>
+constexpr bool kDown<Rows<kBits>> = true;
 
 // Calls f with the coding's reader.
 template <class F>
@@ -63,29 +67,52 @@ void with_coding(Coding coding, const F& f) {
     case Coding::e5m2: return f(E5M2{});
     case Coding::int8: return f(Int8{});
     case Coding::e2m1: return f(E2M1{});
-    case Coding::int4: return f(Int4<false>{});
-    case Coding::int4_awq: return f(Int4<true>{});
-    case Coding::int4_rows: return f(Int4Rows{});
+    case Coding::packed2: return f(Packed<2, false>{});
+    case Coding::packed3: return f(Packed<3, false>{});
+    case Coding::packed4: return f(Packed<4, false>{});
+    case Coding::packed8: return f(Packed<8, false>{});
+    case Coding::awq4: return f(Packed<4, true>{});
+    case Coding::awq8: return f(Packed<8, true>{});
+    case Coding::rows2: return f(Rows<2>{});
+    case Coding::rows3: return f(Rows<3>{});
+    case Coding::rows4: return f(Rows<4>{});
+    case Coding::rows8: return f(Rows<8>{});
   }
 }
 
-// How many eights an expert has, line by line; checked, so that 32 bits number them.
+// How many eights an expert has, one row, or eight rows of all columns, after another; checked, so that 32 bits number
+// them.
 inline uint32_t eights_of(const Quantised& q) {
-  const int64_t a_line = q.coding == Coding::int4_rows ? q.C : (q.C + 7) / 8;
-  if (std::max({q.R, q.C, q.block_rows, q.block_columns}) >> 31 || (a_line && q.L >> 31) ||
-      (q.L && a_line >= (int64_t{1} << 31) / q.L))
+  bool down = false;
+  with_coding(q.coding, [&](auto coding) { down = kDown<decltype(coding)>; });
+  const int64_t lines = down ? (q.R + 7) / 8 : q.R, a_line = down ? q.C : (q.C + 7) / 8;
+  if (std::max({q.R, q.C, q.block_rows, q.block_columns}) >> 31 ||
+      (lines && a_line >= (int64_t{1} << 31) / lines))
     throw ArgumentError("codes", "expected fewer than 2^31 rows and columns, and 2^34 weights an expert");
-  return static_cast<uint32_t>(q.L * a_line);
+  return static_cast<uint32_t>(lines * a_line);
 }
 
 // n <= kBytes bytes, in the lowest bits.
 template <int kBytes>
 __device__ inline uint64_t read_codes(const uint8_t* from, int n) {
   if (n == 8 && lies_on(from, 8)) return *reinterpret_cast<const uint64_t*>(from);
-  if (kBytes == 4 && lies_on(from, 4)) return *reinterpret_cast<const uint32_t*>(from);
+  if (kBytes == 4 && n == 4 && lies_on(from, 4)) return *reinterpret_cast<const uint32_t*>(from);
   uint64_t codes = 0;
   for (int i = 0; i < n; ++i) codes |= static_cast<uint64_t>(from[i]) << 8 * i;
   return codes;
+}
+
+__device__ inline uint64_t read_word(const uint8_t* from) { return read_codes<4>(from, 4); }
+
+// The i-th eight codes of a column, and what comes behind them: of one word, or of two where they straddle.
+template <int kBits>
+__device__ inline uint64_t read_down(const Quantised& q, uint32_t e, uint32_t i, uint32_t column) {
+  const int64_t start = int64_t{8} * kBits * i, line = start / 32;
+  const int shift = start % 32;
+  const uint8_t* from = q.codes + (e * q.L + line) * q.B + int64_t{4} * column;
+  uint64_t codes = read_word(from);
+  if (shift + 8 * kBits > 32 && line + 1 < q.L) codes |= read_word(from + q.B) << 32;
+  return codes >> shift;
 }
 
 // A scale in float32. u8 is a power of two biased by 127: the largest is NaN, the smallest a subnormal.
@@ -148,8 +175,14 @@ __device__ inline void read_weights(const Quantised& q, uint32_t e, uint32_t i, 
   to.column = down ? place : 8 * place;
   const uint32_t left = down ? R - to.row : C - to.column;
   to.n = left < 8 ? left : 8;
-  const uint8_t* from = q.codes + (e * q.L + line) * q.B + static_cast<int64_t>(place) * Coding::kBytes;
-  const uint64_t codes = read_codes<Coding::kBytes>(from, Coding::kBytes == 4 ? 4 : to.n);
+  uint64_t codes;
+  if constexpr (down) {
+    codes = read_down<Coding::kBytes>(q, e, line, place);
+  } else {
+    const int64_t at = static_cast<int64_t>(place) * Coding::kBytes, rest = q.B - at;
+    const uint8_t* from = q.codes + (e * q.L + line) * q.B + at;
+    codes = read_codes<Coding::kBytes>(from, rest < Coding::kBytes ? static_cast<int>(rest) : Coding::kBytes);
+  }
   Block block_row(to.row, q.block_rows), block_column(to.column, q.block_columns);
   Scale scale;
   for (int j = 0; j < 8; ++j) {

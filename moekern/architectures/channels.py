@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 from typing import Any, get_args
 
 from moekern.architectures.layout import ExpertTensor, Form, Projection
 from moekern.architectures.patterns import Scheme
-from moekern.architectures.quantisation import quantisation_of
+from moekern.architectures.quantisation import block_sizes, group_weights, packed_bits, quantisation_of
 from moekern.architectures.table import Family
 from moekern.checkpoint.folder import Checkpoint
 
@@ -20,9 +20,8 @@ BESIDE = ("weight_shape", "weight_g_idx", "input_scale")  # parts that may be th
 KINDS = {
     **{(code, dtype): "fp8" for code in ("", "weight") for dtype in ("F8_E4M3", "F8_E5M2")},
     **{(code, "I8"): "int8" for code in ("", "weight")},
-    **{(code, "I32"): "int4" for code in ("weight_packed", "packed")},
+    **{(code, "I32"): "packed" for code in ("weight_packed", "packed")},
 }
-PACKED = {"int4": 8, "mxfp4": 2}  # numbers in an element
 PROJECTIONS: dict[str, Projection] = {name: name for name in get_args(Projection)}
 
 Named = Iterable[tuple[ExpertTensor, str]]  # a tensor, and the name of its projection
@@ -68,7 +67,8 @@ def with_channels(
         before = found.setdefault(tensor.projection, {}).setdefault(ending, part)
         if before[1] != part[1] or (before[0] != part[0] and not {before[0], part[0]} <= {*PLAIN}):
             return unknown
-    matrices = {projection: matrix_of(parts) for projection, parts in found.items()}
+    bits = bits_of(checkpoint.config)
+    matrices = {projection: matrix_of(parts, bits) for projection, parts in found.items()}
     if matrices.keys() != set(scheme.parts.values()):
         return unknown
     known = {projection: matrix for projection, matrix in matrices.items() if matrix is not None}
@@ -99,8 +99,14 @@ def with_channels(
     return out, width, lcm(*steps) if any(coded) else 0
 
 
-def matrix_of(parts: Parts) -> Matrix | None:
-    """The matrix that an expert's parts stand for; None where it is not known, or there are others."""
+def bits_of(config: Mapping[str, Any]) -> int:
+    """Of each integer that is packed into words; 0 where groups of modules have several."""
+    named = {*packed_bits(quantisation_of(config))} or {4}
+    return named.pop() if len(named) == 1 else 0
+
+
+def matrix_of(parts: Parts, bits: int = 4) -> Matrix | None:
+    """The matrix that an expert's parts stand for; None where it is not known, or there are others. bits: `bits_of`."""
     endings = {ending for ending in parts if ending != "bias"}
     if any(parts[ending][0] not in PLAIN for ending in parts if ending == "bias"):
         return None
@@ -115,12 +121,13 @@ def matrix_of(parts: Parts) -> Matrix | None:
     kind = KINDS.get((code, dtype), "")
     if dtype in ("I8", "U8") and parts[scales[0]][0] in ("U8", "F8_E8M0"):
         kind = "mxfp4"
-    if kind == "int4" and "weight_shape" not in parts:
+    if kind == "packed" and ("weight_shape" not in parts or not bits):
         return None
     if code == "blocks":
         whole = (shape[0], 32 * shape[1]) if len(shape) == 3 and shape[2] == 16 else ()
     else:
-        whole = (shape[0], shape[1] * PACKED.get(kind, 1)) if len(shape) == 2 else ()
+        columns = shape[-1] * 32 // bits if kind == "packed" else shape[-1] * 2 if kind == "mxfp4" else shape[-1]
+        whole = (shape[0], columns) if len(shape) == 2 else ()
     return Matrix(whole, kind, code, scales[0]) if kind and whole else None
 
 
@@ -134,13 +141,14 @@ def step_of(parts: Parts, matrix: Matrix, axis: int, config: Mapping[str, Any]) 
         return 0
     if matrix.kind == "mxfp4":
         return 32 if axis == 1 else 1
-    if matrix.kind == "int4":
+    if matrix.kind == "packed":
         if axis == 0:
             return 1
         if size % blocks:
             return 0
-        return lcm(8, size // blocks if blocks > 1 else next(iter(_groups(config)), 1))
-    for pair in _blocks(config):
+        in_words = 32 // gcd(32, bits_of(config))
+        return lcm(in_words, size // blocks if blocks > 1 else next(iter(_groups(config)), 1))
+    for pair in block_sizes(quantisation_of(config)):
         if tuple(-(-whole // side) for whole, side in zip(matrix.shape, pair, strict=True)) == parts[matrix.scale][1]:
             return pair[axis]
     if blocks in (1, size):
@@ -160,22 +168,8 @@ def axis_of(ending: str, shape: Sequence[int], axis: int) -> int | None:
 
 def _groups(config: Mapping[str, Any]) -> list[int]:
     """The sizes of groups of columns that a quantiser's settings name."""
-    sizes = (weights.get("group_size") for weights in _weights(config))
+    sizes = (weights.get("group_size") for weights in group_weights(quantisation_of(config)))
     return [size for size in sizes if type(size) is int and size > 0]
-
-
-def _blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The sizes of blocks that they name."""
-    pairs = [quantisation_of(config).get("weight_block_size"), *(w.get("block_structure") for w in _weights(config))]
-    found = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2]
-    return [(a, b) for a, b in found if type(a) is int and type(b) is int and min(a, b) > 0]
-
-
-def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = quantisation_of(config).get("config_groups")
-    found = [group.get("weights") for group in (groups.values() if isinstance(groups, dict) else ())
-             if isinstance(group, dict)]  # fmt: skip
-    return [weights for weights in found if isinstance(weights, dict)]
 
 
 def _ending(name: str, projection: str) -> str:

@@ -8,29 +8,33 @@ tensors of a stack have the same leading E. Each function raises ValueError for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekern.kernels.checks import FLOATS, check_tensors
 
-# What a code means. int4 counts from -8: a symmetric zero point of 8 is then no zero point at all.
 BYTES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 E8M0 = torch.float8_e8m0fnu
-NIBBLES = 0x11111111  # one in each of a word's eight codes
+# Of integers that are packed into 32-bit words, one after another from the lowest bits up; 3 bits straddle words.
+BITS = (2, 3, 4, 8)
+ONES = {2: [0x55555555], 4: [0x11111111], 8: [0x01010101]}  # one in each of a word's codes
+ONES_OF_GPTQMODEL = [0x24924924, 0x92492492, 0x49249249]  # of 3 bits, in each third word
+AWQ_PLACES = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}  # where in a word AWQ has its columns
 
 
 @dataclass(frozen=True)
 class Quantised:
     """w[e, r, c] = (value(code) - zero[e, s, q]) · scale[e, s, q], s = group[e, r] or r // block[0], q = c // block[1].
 
-    Made by the functions below. GPTQ and AWQ store the transpose: their rows are the layer's inputs.
+    Made by the functions below. GPTQ and AWQ store the transpose: their rows are the layer's inputs. coding: e4m3,
+    e5m2, int8 or e2m1, or packed, awq or rows with their bits, which count from half of what they reach (4 bits from
+    -8): a symmetric zero point is then no zero point at all.
     """
 
-    codes: Tensor  # [E, L, B] uint8: a row is a line; int4_rows has 8 rows in a line, a 32-bit word for each column
+    codes: Tensor  # [E, L, B] uint8: a row is a line; with rows.. a line is a 32-bit word of each column
     coding: str
     scale: Tensor  # [E, S, Q] float32, bfloat16, float16, or uint8 for powers of two biased by 127
     zero: Tensor | None  # [E, S, Q] float32
@@ -40,6 +44,11 @@ class Quantised:
     columns: int
     stacked: bool
     transposed: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a code that is packed into words."""
+        return int(self.coding[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,12 +63,14 @@ class Quantised:
         return replace(self, codes=codes, scale=scale, zero=zero, group=group, stacked=True)
 
 
-def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Quantised:
-    """FP8 or int8 weights: weight [.., R, C] float8_e4m3fn, float8_e5m2 or int8, w = weight · scale.
+def scaled(
+    weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None, zero: Tensor | None = None
+) -> Quantised:
+    """FP8 or int8 weights: weight [.., R, C] float8_e4m3fn, float8_e5m2 or int8, w = (weight - zero) · scale.
 
     With a block, scale is [.., ceil(R / block[0]), ceil(C / block[1])] (`weight_scale_inv` with 128 x 128). Without, it
     is one number for the tensor, or [.., 1, 1] for each expert, or [.., R, 1] for each row. Its dtype is float32,
-    bfloat16, float16, or float8_e8m0fnu.
+    bfloat16, float16, or float8_e8m0fnu. Zero points, where there are any, have the scales' shape.
     """
     op = "scaled"
     codes, stacked = _stack(op, "weight", weight)
@@ -70,13 +81,17 @@ def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) 
         "weight": (codes, "E R C", tuple(BYTES)),
         "scale": (scales, "E S Q", (*FLOATS, E8M0)),
     })  # fmt: skip
+    if zero is not None:
+        _expect(op, "zero", "as many as scales", scale.numel() if scale.ndim else 1, zero.numel())
+        zero = zero.float().reshape(scales.shape[-2:] if zero.numel() == 1 else scales.shape).expand(scales.shape)
+        zero = zero.contiguous()
     R, C, S, Q = (sizes[name] for name in "RCSQ")
     if block is None:
         if S not in (1, R) or Q != 1:
             raise ValueError(f"[{op}] block: expected a block size for scales of shape {list(scale.shape)}, got None")
         block = (1 if S == R else max(R, 1), max(C, 1))
     _expect_blocks(op, "scale", (S, Q), (R, C), block)
-    return Quantised(_bytes(codes), BYTES[weight.dtype], _scales(scales), None, None, block, R, C, stacked)
+    return Quantised(_bytes(codes), BYTES[weight.dtype], _scales(scales), zero, None, block, R, C, stacked)
 
 
 def block_of(weight: Tensor, scale: Tensor, sizes: Sequence[tuple[int, int]] = ()) -> tuple[int, int] | None:
@@ -96,17 +111,6 @@ def block_of(weight: Tensor, scale: Tensor, sizes: Sequence[tuple[int, int]] = (
     if Q == 1 and S in (1, R):
         return None
     return sizes[0] if sizes else (_side(R, S), _side(C, Q))
-
-
-def block_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The sizes of blocks that a quantisation config names, as DeepSeek's FP8 and compressed-tensors' do."""
-    groups = config.get("config_groups")
-    found = [config.get("weight_block_size")]
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        found.append(weights.get("block_structure") if isinstance(weights, dict) else None)
-    pairs = (pair for pair in found if isinstance(pair, (list, tuple)) and len(pair) == 2)
-    return [(a, b) for a, b in pairs if type(a) is int and type(b) is int and min(a, b) > 0]
 
 
 def _side(numbers: int, blocks: int) -> int:
@@ -167,15 +171,25 @@ def nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor, *, divide: bool =
 
 
 def gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, version: int = 1
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    bits: int = 4,
+    version: int = 1,
+    by_gptqmodel: bool = False,
 ) -> Quantised:
-    """GPTQ with 4 bits: qweight int32 [.., C/8, R], qzeros int32 [.., G, R/8], scales [.., G, R], g_idx int32 [.., C].
+    """GPTQ with b of `BITS`: qweight int32 [.., C·b/32, R], qzeros int32 [.., G, ceil(R·b/32)], scales [.., G, R],
+    g_idx int32 [.., C].
 
     Packed along the inputs C; without g_idx an input's group is c // (C / G). Version 1 (`checkpoint_format` gptq)
     stores zero points minus one, version 2 (gptq_v2) as they are. The one is put back by one addition to each 32-bit
-    word, the inverse of how it is taken away, so a zero point of 0, which borrows from its neighbour, survives.
+    word, the inverse of how it is taken away, so a zero point of 0, which borrows from its neighbour, survives. Of 3
+    bits, whose codes straddle words, it is put back code by code; GPTQModel took other numbers away from their words.
     """
     op = "gptq"
+    _expect_bits(op, bits, BITS)
     if version not in (1, 2):
         raise ValueError(f"[{op}] version: expected 1 or 2, got {version}")
     words, stacked = _stack(op, "qweight", qweight)
@@ -188,25 +202,33 @@ def gptq(
         "qzeros": (zeros, "E G Z", (torch.int32,)),
         "g_idx": (group, "E C", (torch.int32, torch.int64)),
     })  # fmt: skip
-    C, R, G = 8 * sizes["L"], sizes["R"], sizes["G"]
-    _expect(op, "qzeros", "a word for 8 outputs", -(-R // 8), sizes["Z"])
+    C, R, G = 32 * sizes["L"] // bits, sizes["R"], sizes["G"]
+    _expect(op, "qweight", f"words for {C} inputs", -(-C * bits // 32), sizes["L"])
+    _expect(op, "qzeros", f"words for {R} outputs", -(-R * bits // 32), sizes["Z"])
     if group is not None:
         _expect(op, "g_idx", "one group an input", C, sizes["C"])
         _expect_groups(op, group, G)
     elif C and (G == 0 or C % G):
         raise ValueError(f"[{op}] scales: expected groups that divide {C} inputs, got {G}")
-    zero = _nibbles(zeros + NIBBLES if version == 1 else zeros)[..., :R] - 8
+    zero = codes_in(zeros, bits, R)
+    if version == 1:
+        ones = ONES_OF_GPTQMODEL if by_gptqmodel and bits == 3 else ONES.get(bits)
+        zero = codes_in(_plus(zeros, ones), bits, R) if ones else zero + 1
+    zero = zero - (1 << bits - 1)
     block = (max(C // max(G, 1), 1), 1)
     group = None if group is None else group.int()
-    return Quantised(_bytes(words), "int4_rows", scale, zero.float(), group, block, C, R, stacked, True)
+    return Quantised(_bytes(words), f"rows{bits}", scale, zero.float(), group, block, C, R, stacked, True)
 
 
-def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Quantised:
-    """AWQ (GEMM layout) with 4 bits: qweight int32 [.., C, R/8], qzeros int32 [.., G, R/8], scales [.., G, R].
+def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4) -> Quantised:
+    """AWQ (GEMM layout) with b of 4 or 8 bits: qweight int32 [.., C, R·b/32], qzeros int32 [.., G, R·b/32], scales
+    [.., G, R].
 
-    Packed along the outputs R, a word holding columns 0 2 4 6 1 3 5 7 from its lowest bits up; a group is C/G inputs.
+    Packed along the outputs R, a word holding columns 0 2 4 6 1 3 5 7, of 8 bits 0 2 1 3, from its lowest bits up; a
+    group is C/G inputs.
     """
     op = "awq"
+    _expect_bits(op, bits, tuple(AWQ_PLACES))
     words, stacked = _stack(op, "qweight", qweight)
     zeros, _ = _stack(op, "qzeros", qzeros)
     scale, _ = _stack(op, "scales", scales)
@@ -215,22 +237,25 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Quantised:
         "qzeros": (zeros, "E G W", (torch.int32,)),
         "scales": (scale, "E G R", FLOATS),
     })  # fmt: skip
-    C, R, G = sizes["C"], 8 * sizes["W"], sizes["G"]
-    _expect(op, "scales", "8 outputs a word", R, sizes["R"])
+    C, R, G = sizes["C"], 32 // bits * sizes["W"], sizes["G"]
+    _expect(op, "scales", f"{32 // bits} outputs a word", R, sizes["R"])
     if C and (G == 0 or C % G):
         raise ValueError(f"[{op}] scales: expected groups that divide {C} inputs, got {G}")
-    zero = _nibbles(zeros, awq_order=True) - 8
+    zero = codes_in(zeros, bits, R, AWQ_PLACES[bits]) - (1 << bits - 1)
     block = (max(C // max(G, 1), 1), 1)
-    return Quantised(_bytes(words), "int4_awq", scale, zero.float(), None, block, C, R, stacked, True)
+    return Quantised(_bytes(words), f"awq{bits}", scale, zero.float(), None, block, C, R, stacked, True)
 
 
-def pack_quantized(packed: Tensor, scale: Tensor, columns: int, zero_point: Tensor | None = None) -> Quantised:
-    """compressed-tensors' pack-quantized with 4 bits: packed int32 [.., R, ceil(C/8)], scale [.., R, G].
+def pack_quantized(
+    packed: Tensor, scale: Tensor, columns: int, zero_point: Tensor | None = None, *, bits: int = 4
+) -> Quantised:
+    """compressed-tensors' pack-quantized with b of `BITS`: packed int32 [.., R, ceil(C·b/32)], scale [.., R, G].
 
-    Codes count from -8; `columns` is C, the last number of `weight_shape`. A group is C/G columns, G = 1 a scale for
-    each row. zero_point int32 [.., ceil(R/8), G] is packed along the rows; None is symmetric.
+    Codes count from half of what they reach; `columns` is C, the last number of `weight_shape`. A group is C/G columns,
+    G = 1 a scale for each row. zero_point int32 [.., ceil(R·b/32), G] is packed along the rows; None is symmetric.
     """
     op = "pack_quantized"
+    _expect_bits(op, bits, BITS)
     words, stacked = _stack(op, "packed", packed)
     scales, _ = _stack(op, "scale", scale)
     zeros = None if zero_point is None else _stack(op, "zero_point", zero_point)[0]
@@ -240,15 +265,27 @@ def pack_quantized(packed: Tensor, scale: Tensor, columns: int, zero_point: Tens
         "zero_point": (zeros, "E Z G", (torch.int32,)),
     })  # fmt: skip
     R, C, G = sizes["R"], columns, sizes["G"]
-    _expect(op, "packed", "a word for 8 columns", -(-C // 8), sizes["W"])
+    _expect(op, "packed", f"words for {C} columns", -(-C * bits // 32), sizes["W"])
     if C and (G == 0 or C % G):
         raise ValueError(f"[{op}] scale: expected groups that divide {C} columns, got {G}")
     zero = None
     if zeros is not None:
-        _expect(op, "zero_point", "a word for 8 rows", -(-R // 8), sizes["Z"])
-        zero = (_nibbles(zeros.mT.contiguous())[..., :R].mT - 8).float().contiguous()
+        _expect(op, "zero_point", f"words for {R} rows", -(-R * bits // 32), sizes["Z"])
+        zero = (codes_in(zeros.mT, bits, R).mT - (1 << bits - 1)).float().contiguous()
     block = (1, max(C // max(G, 1), 1))
-    return Quantised(_bytes(words), "int4", scales, zero, None, block, R, C, stacked)
+    return Quantised(_bytes(words), f"packed{bits}", scales, zero, None, block, R, C, stacked)
+
+
+def codes_in(words: Tensor, bits: int, numbers: int, places: Sequence[int] = ()) -> Tensor:
+    """[.., W] -> [.., numbers] int64: codes in the lower 32 bits of words, one after another from the lowest of the
+    first word up, or with places, where each of a word's lies."""
+    index = torch.arange(numbers, device=words.device)
+    if places:
+        index = index // len(places) * len(places) + torch.tensor(places, device=words.device)[index % len(places)]
+    word, shift = index * bits // 32, index * bits % 32
+    positive = words.long() & 0xFFFFFFFF
+    following = torch.nn.functional.pad(positive, (0, 1))[..., word + 1]
+    return (positive[..., word] >> shift | following << 32 - shift) & (1 << bits) - 1
 
 
 def _stack(op: str, name: str, tensor: Tensor) -> tuple[Tensor, bool]:
@@ -267,11 +304,15 @@ def _scales(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == E8M0 else tensor
 
 
-def _nibbles(words: Tensor, awq_order: bool = False) -> Tensor:
-    """[.., W] int32 -> [.., 8·W] int32, the codes of each word in the order of their columns."""
-    order = [0, 4, 1, 5, 2, 6, 3, 7] if awq_order else range(8)
-    shift = torch.tensor([4 * n for n in order], dtype=torch.int32, device=words.device)
-    return (words[..., None] >> shift & 15).flatten(-2)
+def _plus(words: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Words, to which the numbers are added in turn; 32 bits stay."""
+    added = torch.tensor(numbers, device=words.device).repeat(-(-words.shape[-1] // len(numbers)))
+    return words.long() + added[: words.shape[-1]]
+
+
+def _expect_bits(op: str, bits: int, known: tuple[int, ...]) -> None:
+    if bits not in known:
+        raise ValueError(f"[{op}] bits: expected one of {', '.join(map(str, known))}, got {bits}")
 
 
 def _expect(op: str, name: str, what: str, want: int, got: int) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
+from moekern.kernels.quantised import AWQ_PLACES, Quantised, codes_in
 from moekern.kernels.reference_mixture import add_at
 from moekern.kernels.reference_mixture import mixture_stats as mixture_stats
 
 if TYPE_CHECKING:
     from moekern.kernels import GramSums, SimilaritySums
-    from moekern.kernels.quantised import Quantised
     from moekern.kernels.sums import ExpertSums, RouterSums
     from moekern.kernels.weight_stats import WeightSums
 
@@ -363,11 +363,12 @@ def decode(weight: Quantised) -> Tensor:
     if coding in ("e4m3", "e5m2", "int8"):
         stored = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}[coding]
         return codes.view(stored).float()
-    if coding == "int4_rows":
-        words = codes.view(torch.int32).repeat_interleave(8, 1)
-        shift = torch.arange(weight.rows, device=codes.device, dtype=torch.int32) % 8 * 4
-        return (words >> shift[:, None] & 15).float() - 8
-    order = [0, 4, 1, 5, 2, 6, 3, 7] if coding == "int4_awq" else range(8)
-    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(2).unflatten(2, (-1, 8))[..., list(order)]
-    nibbles = nibbles.flatten(2)[..., : weight.columns]
-    return torch.tensor(E2M1, device=codes.device)[nibbles.long()] if coding == "e2m1" else nibbles.float() - 8
+    if coding == "e2m1":
+        nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(2)[..., : weight.columns]
+        return torch.tensor(E2M1, device=codes.device)[nibbles.long()]
+    words, bits = codes.view(torch.int32), weight.bits
+    if coding.startswith("rows"):
+        found = codes_in(words.mT, bits, weight.rows).mT
+    else:
+        found = codes_in(words, bits, weight.columns, AWQ_PLACES[bits] if coding.startswith("awq") else ())
+    return (found - (1 << bits - 1)).float()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekern.architectures.quantisation import block_sizes, packed_bits, zero_points_of
 from moekern.kernels import Quantised, dequantize
-from moekern.kernels.quantised import E8M0, awq, block_of, block_sizes, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from moekern.kernels.quantised import AWQ_PLACES, BITS, E8M0, awq, block_of, gptq, mxfp4, nvfp4, pack_quantized, scaled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -21,7 +22,7 @@ SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "qscale_weig
 PART = re.compile(
     r"(?P<module>.*?)(?P<mark>[._])(?P<part>weight_packed|weight_scale_inv|weight_scale_2|weight_scale|"
     r"weight_global_scale|weight_zero_point|weight_shape|weight_g_idx|weight|scale_inv|scales|scale|blocks|packed|"
-    r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale|pre_quant_scale)"
+    r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale|input_zero_point|pre_quant_scale)"
 )
 COMMON = ("weight", "scale", "scales", "blocks", "packed")  # names that parameters of models have too
 
@@ -88,7 +89,7 @@ def _stored(
 ) -> Tensor | Quantised | None:
     weight = parts[codes]
     if codes == "qweight":
-        return _int4(parts, config)
+        return _in_words(parts, config)
     if codes == "blocks":
         return mxfp4(weight, parts["scales"]) if "scales" in parts else None
     if weight.dtype in FLOATS and codes == WEIGHT:
@@ -96,9 +97,11 @@ def _stored(
     if scale is None or weight.ndim not in (2, 3):
         return None
     if weight.dtype == torch.int32:
-        return _packed(weight, scale, parts)
+        return _packed(weight, scale, parts, config)
     zero = parts.get("weight_zero_point")
-    if zero is not None and bool((zero.float() != 0).any()):
+    if zero is not None and not bool((zero.float() != 0).any()):
+        zero = None
+    if zero is not None and weight.dtype != torch.int8:
         raise ValueError(
             f"weight_zero_point: zero points of {_short(weight)} codes are not a layout that moekern reads"
         )
@@ -110,7 +113,7 @@ def _stored(
         return mxfp4(weight.view(torch.uint8), scale)
     if weight.dtype in FLOAT8 or (weight.dtype == torch.int8 and config.get("quant_method") != "fp8"):
         grid = _grid(weight, scale)
-        return scaled(weight, grid, block_of(weight, grid, block_sizes(config)))
+        return scaled(weight, grid, block_of(weight, grid, block_sizes(config)), zero)
     return None
 
 
@@ -125,29 +128,46 @@ def _grid(weight: Tensor, scale: Tensor) -> Tensor:
     return scale
 
 
-def _int4(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantised | None:
+def _in_words(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantised | None:
+    """GPTQ and AWQ, AutoRound's among them: which of both, the shapes say."""
     qweight, qzeros, scales = (parts.get(name) for name in ("qweight", "qzeros", "scales"))
-    bits = config.get("bits", config.get("w_bit", 4))
-    if qweight is None or qzeros is None or scales is None or not scales.ndim:
+    if qweight is None or qzeros is None or scales is None or min(qweight.ndim, qzeros.ndim, scales.ndim) < 2:
         return None
-    if bits != 4:
-        raise ValueError(f"weights of {bits!r:.20} bits are not a layout that moekern reads; of this method 4 bits are")
-    if qweight.shape[-1:] == scales.shape[-1:]:
-        version = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
-        return gptq(qweight, qzeros, scales, parts.get("g_idx"), version=version)
-    version = config.get("version", "gemm")
-    return awq(qweight, qzeros, scales) if str(version).lower() == "gemm" else None
+    named, outputs = config.get("bits", config.get("w_bit", 4)), scales.shape[-1]
+    if qweight.shape[-1] == outputs:
+        bits = _bits(named, BITS, outputs, qzeros.shape[-1], "qzeros")
+        version, by_gptqmodel = zero_points_of(config)
+        return gptq(qweight, qzeros, scales, parts.get("g_idx"), bits=bits, version=version, by_gptqmodel=by_gptqmodel)
+    form = config.get("version", config.get("checkpoint_format", "gemm"))
+    if str(form).lower() != "gemm":
+        return None
+    return awq(qweight, qzeros, scales, bits=_bits(named, tuple(AWQ_PLACES), outputs, qweight.shape[-1], "qweight"))
 
 
-def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor]) -> Quantised | None:
+def _bits(named: Any, known: tuple[int, ...], numbers: int, words: int, part: str) -> int:
+    """How many bits the codes of a module have: as many as config.json says of all, or others, which the words of so
+    many numbers show."""
+    if type(named) is not int or named not in known:
+        what = f"of this method {', '.join(map(str, known))} bits are"
+        raise ValueError(f"weights of {named!r:.20} bits are not a layout that moekern reads; {what}")
+    found = [bits for bits in (named, *known) if -(-numbers * bits // 32) == words]
+    if not found:
+        what = f"{words} words for {numbers} numbers hold none of {', '.join(map(str, known))} bits"
+        raise ValueError(f"{part}: {what}")
+    return found[0]
+
+
+def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantised | None:
     shape, order, zero = (parts.get(f"weight_{name}") for name in ("shape", "g_idx", "zero_point"))
     if shape is None or not shape.numel() or shape.dtype not in INTEGERS or not scale.ndim:
         return None
     columns, groups = int(shape.flatten()[-1]), scale.shape[-1]
+    named = next((bits for bits in packed_bits(config) if bits in BITS), 4)
+    bits = _bits(named, BITS, columns, packed.shape[-1], "weight_packed")
     if order is not None and (order.dtype not in INTEGERS or order.shape != (columns,)):
         raise ValueError(f"weight_g_idx: expected the groups of {columns} columns, got {_short(order)}")
     if order is None or not bool((order.diff() < 0).any()):
-        return pack_quantized(packed, scale, columns, zero)
+        return pack_quantized(packed, scale, columns, zero, bits=bits)
     # Columns of a group lie apart: every column gets its own scale, which is its group's.
     if order.min() < 0 or order.max() >= groups:
         raise ValueError(f"weight_g_idx: expected the groups of columns, from 0 to {groups - 1}")
@@ -155,7 +175,7 @@ def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor]) -> Quant
         raise ValueError(f"weight_zero_point: expected those of {groups} groups, got {_short(zero)}")
     column = order.long()
     own = None if zero is None else zero[..., column].contiguous()
-    return pack_quantized(packed, scale[..., column].contiguous(), columns, own)
+    return pack_quantized(packed, scale[..., column].contiguous(), columns, own, bits=bits)
 
 
 def _short(tensor: Tensor) -> str:

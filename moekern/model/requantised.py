@@ -17,14 +17,18 @@ from torch.nn.functional import pad
 
 from moekern.architectures.quantisation import OF_INPUTS
 from moekern.kernels import Quantised
-from moekern.kernels.quantised import E8M0
+from moekern.kernels.quantised import BITS, E8M0
 from moekern.model.dequantised import CODES, SCALES, dense, matrix_of
 from moekern.model.reader import DTYPES
 from moekern.model.transformers_api import Loader
 
 FLOAT_CODES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}  # codes reach it on both sides
-INTEGERS = {"int8": (-128, 127), "int4": (-8, 7)}
+PACKED = tuple(f"packed{bits}" for bits in BITS)
+INTEGERS = {
+    "int8": (-128, 127),
+    **{name: (-(1 << b - 1), (1 << b - 1) - 1) for name, b in zip(PACKED, BITS, strict=True)},
+}
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of e2m1, by code
 # Between two of them; a tie goes to the even code, so those after an odd one are a little less.
 _HALVES = (MAGNITUDES[1:] + MAGNITUDES[:-1]) / 2
@@ -60,7 +64,7 @@ def requantised(
     like: the parts of the same weight in the checkpoint, where R or C may be larger; config: what config.json says of
     the format. Codes are rounded to nearest, ties to even. Without `anew` all scales stay those of `like`. Written are
     plain numbers, FP8 and int8 with scales of blocks of any size, of rows, of experts or one a tensor, MXFP4, and
-    compressed-tensors' packed int4 without zero points. Memory: the numbers that are stored, in float32, and a few
+    compressed-tensors' packed integers without zero points. Memory: the numbers that are stored, in float32, and a few
     copies of one expert's.
     Raises ValueError for other formats, for a weight that is not finite, and for shapes whose blocks cannot be.
     """
@@ -109,7 +113,7 @@ def _parts(
     lead, (R, C) = weight.shape[:-2], weight.shape[-2:]
     rows = weight.reshape(1, -1, C) if scale.numel() == 1 else weight.reshape(-1, R, C)
     block = _block(found, scale, rows.shape[1], C)
-    if found.coding in ("e2m1", "int4") and C % block[1]:
+    if found.coding in ("e2m1", *PACKED) and C % block[1]:
         raise ValueError(f"{names[0]}: {C} columns are no whole number of groups of {block[1]}")
     powers = found.scale.dtype == torch.uint8 or config.get("scale_fmt") == "ue8m0"
     own = (
@@ -122,7 +126,7 @@ def _parts(
         values, grid = _coded(
             rows[e].contiguous(), found.coding, block, scale.dtype, powers, None if own is None else own[e], anew=anew
         )
-        codes.append(_packed(values, found.coding, like[names[0]], scale))
+        codes.append(_as_codes(values, found, like[names[0]], scale))
         grids.append(grid)
     grid = torch.stack(grids)
     parts = {**like}
@@ -214,19 +218,30 @@ def _rounded(values: Tensor, coding: str) -> Tensor:
     return MAGNITUDES.to(values.device)[code].copysign(values)
 
 
-def _packed(values: Tensor, coding: str, like: Tensor, scale: Tensor) -> Tensor:
+def _as_codes(values: Tensor, found: Quantised, like: Tensor, scale: Tensor) -> Tensor:
     """[R, C] of the codes' values as they are stored."""
-    if coding in FLOAT_CODES:
-        return values.to(FLOAT_CODES[coding])
-    if coding == "int8":
+    if found.coding in FLOAT_CODES:
+        return values.to(FLOAT_CODES[found.coding])
+    if found.coding == "int8":
         return values.to(torch.int8)
-    if coding == "int4":
-        nibbles = pad((values + 8).to(torch.int64), (0, -values.shape[-1] % 8)).unflatten(-1, (-1, 8))
-        words = (nibbles << 4 * torch.arange(8, device=values.device)).sum(-1)
-        return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    if found.coding in PACKED:
+        return _words((values + (1 << found.bits - 1)).to(torch.int64), found.bits)
     code = torch.bucketize(values.abs(), BOUNDS.to(values.device)) | values.signbit().long() << 3
     octets = (code[..., ::2] | code[..., 1::2] << 4).to(torch.uint8)
     return octets.unflatten(-1, (-1, 16)) if like.ndim == scale.ndim + 1 else octets.view(like.dtype)
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """[R, C] int64 -> [R, ceil(C · bits / 32)] int32: 32 codes fill as many words as they have bits."""
+    runs, words = pad(codes, (0, -codes.shape[-1] % 32)).unflatten(-1, (-1, 32)), []
+    for word in range(bits):
+        first, last = 32 * word // bits, -(-32 * (word + 1) // bits)
+        shift = torch.arange(first, last, device=codes.device) * bits - 32 * word
+        part = runs[..., first:last]
+        moved = torch.where(shift < 0, part >> (-shift).clamp(min=0), part << shift.clamp(min=0))
+        words.append(moved.sum(-1) & 0xFFFFFFFF)
+    found = torch.stack(words, -1).flatten(-2)[:, : -(-codes.shape[-1] * bits // 32)]
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
 
 
 def _as_scale(grid: Tensor, like: Tensor) -> Tensor:

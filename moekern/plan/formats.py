@@ -57,7 +57,7 @@ FAMILIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # those with zero points are found out by their tensors.
 COMPUTED = ("source", "bf16")
 WRITTEN = (
-    "fp8", "fbgemm_fp8", "mxfp4", "modelopt/fp8",
+    "fp8", "fbgemm_fp8", "mxfp4", "modelopt/fp8", "quark",
     *(f"{CT}/{kind}-quantized" for kind in ("float", "int", "naive", "pack", "mxfp4-pack")),
 )  # fmt: skip
 # vLLM and SGLang read whatever method they list, but for these, of which vLLM's code says nothing about experts.

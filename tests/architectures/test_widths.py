@@ -163,6 +163,11 @@ BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [3
 FP8 = quantised(weight=("F8_E4M3", [96, 64], [64, 96]), weight_scale_inv=("F32", [3, 2], [2, 3]))
 
 
+def packed_as(*bits: int) -> dict[str, Any]:
+    groups = {str(b): {"weights": {"type": "int", "num_bits": b, "strategy": "channel"}} for b in bits}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
 @pytest.mark.parametrize(
     ("config", "keys", "step"),
     [
@@ -178,6 +183,22 @@ FP8 = quantised(weight=("F8_E4M3", [96, 64], [64, 96]), weight_scale_inv=("F32",
                 weight_shape=("I64", [2], [2]),
             ),
             16,
+        ),
+        (
+            packed_as(8),
+            quantised(
+                weight_packed=("I32", [96, 16], [64, 24]), weight_scale=("BF16", [96, 1], [64, 1]),
+                weight_shape=("I64", [2], [2]),
+            ),
+            4,
+        ),
+        (
+            packed_as(4, 8),  # which of both experts are, nothing tells
+            quantised(
+                weight_packed=("I32", [96, 16], [64, 24]), weight_scale=("BF16", [96, 1], [64, 1]),
+                weight_shape=("I64", [2], [2]),
+            ),
+            0,
         ),
         ({}, quantised(weight=("U8", [96, 32], [64, 48]), weight_scale=("F8_E4M3", [96, 4], [64, 6])), 0),  # NVFP4
         ({}, quantised(weight=("F8_E4M3", [96, 64], [64, 96]), weight_scale_inv=("F32", [3, 2], [2, 0])), 0),

@@ -48,11 +48,18 @@ def _nibbles(R: int, C: int, g: torch.Generator) -> Tensor:
     return torch.randint(16, (R, C), generator=g)
 
 
-def _words(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Eight codes of a row in each int32, filled from the lowest bits up in this order of columns."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
-    words = sum(padded[:, :, column] << (4 * n) for n, column in enumerate(order))
-    assert isinstance(words, Tensor)
+def _codes(bits: int, R: int, C: int, g: torch.Generator) -> Tensor:
+    return torch.randint(1 << bits, (R, C), generator=g)
+
+
+def _words(codes: Tensor, bits: int = 4, order: tuple[int, ...] = ()) -> Tensor:
+    """Codes of a row one after another in int32s, filled from the lowest bits up, bit by bit; with an order of a word's
+    columns in that."""
+    if order:
+        codes = codes.unflatten(1, (-1, len(order)))[..., list(order)].flatten(1)
+    planes = (codes[..., None] >> torch.arange(bits) & 1).flatten(1)
+    planes = torch.nn.functional.pad(planes, (0, -planes.shape[1] % 32)).unflatten(1, (-1, 32))
+    words = (planes << torch.arange(32)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int().contiguous()
 
 
@@ -105,36 +112,76 @@ def nvfp4(R: int, C: int, g: torch.Generator) -> Stored:
     return parts, E2M1[codes] * _spread(scale.float() / torch.tensor(whole), R, C)
 
 
-def int4(R: int, C: int, g: torch.Generator) -> Stored:
-    codes, scale = _nibbles(R, C, g), _scales(R, C // 8, g).bfloat16()
-    shape = torch.tensor([R, C], dtype=torch.int32)
-    parts = {"weight_packed": _words(codes), "weight_scale": scale, "weight_shape": shape}
-    return parts, (codes - 8) * _spread(scale, R, C)
+def packed(bits: int, group: int = 8) -> Make:
+    def make(R: int, C: int, g: torch.Generator) -> Stored:
+        codes, scale = _codes(bits, R, C, g), _scales(R, C // group or 1, g).mul(2.0 ** (4 - bits)).bfloat16()
+        shape = torch.tensor([R, C], dtype=torch.int32)
+        parts = {"weight_packed": _words(codes, bits), "weight_scale": scale, "weight_shape": shape}
+        return parts, (codes - (1 << bits - 1)) * _spread(scale, R, C)
+
+    return make
 
 
-def int4_ordered(R: int, C: int, g: torch.Generator) -> Stored:
+def packed_ordered(bits: int) -> Make:
     """With zero points, and columns of a group apart."""
-    codes, zero, scale = _nibbles(R, C, g), _nibbles(R, C // 8, g), _scales(R, C // 8, g).bfloat16()
-    order = torch.arange(C // 8).repeat(8)
-    parts = {"weight_packed": _words(codes), "weight_scale": scale, "weight_shape": torch.tensor([R, C])}
-    parts |= {"weight_zero_point": _words(zero.T.contiguous()).T.contiguous(), "weight_g_idx": order.int()}
-    return parts, (codes - zero[:, order]) * scale[:, order].float()
+
+    def make(R: int, C: int, g: torch.Generator) -> Stored:
+        codes, zero, scale = _codes(bits, R, C, g), _codes(bits, R, C // 8, g), _scales(R, C // 8, g).bfloat16()
+        order = torch.arange(C // 8).repeat(8)
+        parts = {"weight_packed": _words(codes, bits), "weight_scale": scale, "weight_shape": torch.tensor([R, C])}
+        parts |= {"weight_zero_point": _words(zero.T, bits).T.contiguous(), "weight_g_idx": order.int()}
+        return parts, (codes - zero[:, order]) * scale[:, order].float()
+
+    return make
 
 
-def gptq(R: int, C: int, g: torch.Generator) -> Stored:
-    """Inputs in the order of their activations, zero points less one."""
-    codes, zero, scale = _nibbles(C, R, g), 1 + _nibbles(C // 8, R, g) % 15, _scales(C // 8, R, g).half()
-    order = torch.randperm(C, generator=g) // 8
-    parts = {"qweight": _words(codes.T.contiguous()).T.contiguous(), "qzeros": _words(zero - 1), "scales": scale}
-    return parts | {"g_idx": order.int()}, ((codes - zero[order]) * scale[order].float()).T.contiguous()
+def int8_channel(zeros: bool) -> Make:
+    def make(R: int, C: int, g: torch.Generator) -> Stored:
+        codes, zero = _codes(8, R, C, g) - 128, (_codes(8, R, 1, g) - 128) * zeros
+        scale = _scales(R, 1, g).div(16).bfloat16()
+        parts = {"weight": codes.to(torch.int8), "weight_scale": scale}
+        parts |= {"weight_zero_point": zero.to(torch.int8)} if zeros else {}
+        return parts, (codes - zero) * scale.float()
+
+    return make
 
 
-def awq(R: int, C: int, g: torch.Generator) -> Stored:
-    codes, zero, scale = _nibbles(C, R, g), _nibbles(C // 8, R, g), _scales(C // 8, R, g).half()
-    columns = (0, 2, 4, 6, 1, 3, 5, 7)
-    parts = {"qweight": _words(codes, columns), "qzeros": _words(zero, columns), "scales": scale}
-    group = torch.arange(C) // 8
-    return parts, ((codes - zero[group]) * scale[group].float()).T.contiguous()
+def gptq(bits: int, less: int = 1, ordered: bool = True) -> Make:
+    """Inputs in the order of their activations, zero points less one or none."""
+
+    def make(R: int, C: int, g: torch.Generator) -> Stored:
+        codes, scale = _codes(bits, C, R, g), _scales(C // 8, R, g).mul(2.0 ** (4 - bits)).half()
+        zero = less + _codes(bits, C // 8, R, g) % ((1 << bits) - less)
+        order = (torch.randperm(C, generator=g) if ordered else torch.arange(C)) // 8
+        parts = {"qweight": _words(codes.T, bits).T.contiguous(), "qzeros": _words(zero - less, bits), "scales": scale}
+        parts |= {"g_idx": order.int()} if ordered else {}
+        return parts, ((codes - zero[order]) * scale[order].float()).T.contiguous()
+
+    return make
+
+
+def awq(bits: int) -> Make:
+    columns = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}[bits]
+
+    def make(R: int, C: int, g: torch.Generator) -> Stored:
+        codes, zero, scale = _codes(bits, C, R, g), _codes(bits, C // 8, R, g), _scales(C // 8, R, g).half()
+        parts = {"qweight": _words(codes, bits, columns), "qzeros": _words(zero, bits, columns), "scales": scale}
+        group = torch.arange(C) // 8
+        return parts, ((codes - zero[group]) * scale[group].float()).T.contiguous()
+
+    return make
+
+
+def some_of_eight(R: int, C: int, g: torch.Generator) -> Stored:
+    """AutoRound's, where a module of three has settings of its own."""
+    bits = 8 if int(torch.randint(3, (1,), generator=g)) == 0 else 4
+    return gptq(bits, ordered=False)(R, C, g)
+
+
+def quark_fp4(R: int, C: int, g: torch.Generator) -> Stored:
+    codes, scale = _nibbles(R, C, g), _powers(R, C // 32, 122, g)
+    dense = E2M1[codes] * _spread(torch.exp2(scale.float() - 127), R, C)
+    return {"weight": _octets(codes), "weight_scale": scale}, dense
 
 
 def _compressed(kind: str, **weights: Any) -> dict[str, Any]:
@@ -148,6 +195,20 @@ def _compressed(kind: str, **weights: Any) -> dict[str, Any]:
     }
 
 
+def _quark(**weight: Any) -> dict[str, Any]:
+    inputs = {**weight, "is_dynamic": True}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": {**weight, "is_dynamic": False}, "input_tensors": inputs, "bias": None},
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+        "exclude": [],
+        "export": {"pack_method": "reorder", "weight_format": "real_quantized"},
+    }
+
+
+ROUNDED = {"quant_method": "auto-round", "bits": 4, "group_size": 8, "sym": True, "data_type": "int"}
+OF_EIGHT = {f"model.layers.0.mlp.experts.{e}.up_proj": {"bits": 8} for e in range(8)}
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 FORMATS: Mapping[str, tuple[Make, Mapping[str, Any]]] = {
@@ -166,15 +227,48 @@ FORMATS: Mapping[str, tuple[Make, Mapping[str, Any]]] = {
         _compressed("nvfp4-pack-quantized", type="float", num_bits=4, strategy="tensor_group", group_size=16),
     ),
     "compressed_int4": (
-        int4,
+        packed(4),
         _compressed("pack-quantized", type="int", num_bits=4, strategy="group", group_size=8),
     ),
     "compressed_int4_ordered": (
-        int4_ordered,
+        packed_ordered(4),
         _compressed("pack-quantized", type="int", num_bits=4, strategy="group", group_size=8, actorder="group"),
     ),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True}),
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}),
+    "compressed_int8": (
+        packed(8, 1 << 20),
+        _compressed("pack-quantized", type="int", num_bits=8, strategy="channel"),
+    ),
+    "compressed_int8_ordered": (
+        packed_ordered(8),
+        _compressed("pack-quantized", type="int", num_bits=8, strategy="group", group_size=8, actorder="group"),
+    ),
+    "compressed_int3": (
+        packed(3),
+        _compressed("pack-quantized", type="int", num_bits=3, strategy="group", group_size=8),
+    ),
+    "compressed_w8a8": (
+        int8_channel(False),
+        _compressed("int-quantized", type="int", num_bits=8, strategy="channel"),
+    ),
+    "compressed_w8a8_zero": (
+        int8_channel(True),
+        _compressed("int-quantized", type="int", num_bits=8, strategy="channel", symmetric=False),
+    ),
+    "gptq": (gptq(4), {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True}),
+    "gptq_2": (gptq(2), {"quant_method": "gptq", "bits": 2, "group_size": 8}),
+    "gptq_3": (gptq(3), {"quant_method": "gptq", "bits": 3, "group_size": 8}),
+    "gptq_8": (gptq(8), {"quant_method": "gptq", "bits": 8, "group_size": 8, "desc_act": True}),
+    "gptq_8_v2": (gptq(8, 0), {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}),
+    "awq": (awq(4), {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}),
+    "awq_8": (awq(8), {"quant_method": "awq", "bits": 8, "group_size": 8, "version": "gemm", "zero_point": True}),
+    "auto_round": (some_of_eight, {**ROUNDED, "packing_format": "auto_round:auto_gptq", "extra_config": OF_EIGHT}),
+    "auto_round_v2": (gptq(3, 0, False), {**ROUNDED, "bits": 3, "sym": False, "packing_format": "auto_round"}),
+    "auto_round_awq": (awq(4), {**ROUNDED, "packing_format": "auto_round:auto_awq"}),
+    "quark_fp8": (fp8_rows, _quark(dtype="fp8_e4m3", qscheme="per_channel", ch_axis=0)),
+    "quark_fp4": (
+        quark_fp4,
+        _quark(dtype="fp4", qscheme="per_group", group_size=32, ch_axis=-1, scale_format="e8m0"),
+    ),
 }
 
 

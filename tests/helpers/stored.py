@@ -13,7 +13,7 @@ from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, nvfp4, pack_q
 from tests.helpers.cases import float8
 
 FP4 = [sign * v for sign in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
-AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
+AWQ_COLUMNS = {4: [0, 2, 4, 6, 1, 3, 5, 7], 8: [0, 2, 1, 3]}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,8 +36,10 @@ def positive(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(shape, generator=generator(seed)) + 0.01
 
 
-def nibble(word: Tensor, n: int) -> int:
-    return (int(word) % 2**32) >> (4 * n) & 15
+def code(words: Tensor, bits: int, n: int) -> int:
+    """The n-th of codes that lie one after another in a vector of words."""
+    stream = sum(int(word) % 2**32 << 32 * i for i, word in enumerate(words.tolist()))
+    return stream >> bits * n & (1 << bits) - 1
 
 
 def each(R: int, C: int, element: Callable[[int, int], float]) -> Tensor:
@@ -80,39 +82,47 @@ def nvfp4_case(R: int, G: int) -> tuple[Quantised, Tensor]:
     return nvfp4(packed, scale, whole), each(R, 16 * G, element)
 
 
-def gptq_case(R: int, C: int, G: int, version: int, order: bool) -> tuple[Quantised, Tensor]:
-    qweight, qzeros, scales = words(C // 8, R), words(G, -(-R // 8), seed=2), positive(G, R).half()
-    if version == 1:
-        qzeros &= 0x77777777  # zero points below 8 are stored without a borrow
+def gptq_case(R: int, C: int, G: int, version: int, order: bool, bits: int = 4) -> tuple[Quantised, Tensor]:
+    qweight, qzeros, scales = words(C * bits // 32, R), words(G, -(-R * bits // 32), seed=2), positive(G, R).half()
+    if version == 1 and bits != 3:
+        qzeros &= {2: 0x55555555, 4: 0x77777777, 8: 0x7F7F7F7F}[bits]  # none that one more would carry out of
     g_idx = torch.randint(G, (C,), generator=generator(), dtype=torch.int32) if order else None
 
     def element(r: int, c: int) -> float:
         g = c // (C // G) if g_idx is None else int(g_idx[c])
-        zero = nibble(qzeros[g, r // 8], r % 8) + (version == 1)
-        return (nibble(qweight[c // 8, r], c % 8) - zero) * float(scales[g, r])
+        zero = code(qzeros[g], bits, r) + (version == 1)
+        return (code(qweight[:, r], bits, c) - zero) * float(scales[g, r])
 
-    return gptq(qweight, qzeros, scales, g_idx, version=version), each(R, C, element)
+    return gptq(qweight, qzeros, scales, g_idx, bits=bits, version=version), each(R, C, element)
 
 
-def awq_case(R: int, C: int, G: int) -> tuple[Quantised, Tensor]:
-    qweight, qzeros, scales = words(C, R // 8), words(G, R // 8, seed=2), positive(G, R).half()
+def awq_case(R: int, C: int, G: int, bits: int = 4) -> tuple[Quantised, Tensor]:
+    a_word = 32 // bits
+    qweight, qzeros, scales = words(C, R // a_word), words(G, R // a_word, seed=2), positive(G, R).half()
 
     def element(r: int, c: int) -> float:
-        g, n = c // (C // G), AWQ_COLUMNS.index(r % 8)
-        return (nibble(qweight[c, r // 8], n) - nibble(qzeros[g, r // 8], n)) * float(scales[g, r])
+        g, n = c // (C // G), r // a_word * a_word + AWQ_COLUMNS[bits].index(r % a_word)
+        return (code(qweight[c], bits, n) - code(qzeros[g], bits, n)) * float(scales[g, r])
 
-    return awq(qweight, qzeros, scales), each(R, C, element)
+    return awq(qweight, qzeros, scales, bits=bits), each(R, C, element)
 
 
-def packed_case(R: int, C: int, G: int, asymmetric: bool) -> tuple[Quantised, Tensor]:
-    packed, scale, zeros = words(R, -(-C // 8)), positive(R, G).bfloat16(), words(-(-R // 8), G, seed=2)
+def packed_case(R: int, C: int, G: int, asymmetric: bool, bits: int = 4) -> tuple[Quantised, Tensor]:
+    packed, scale = words(R, -(-C * bits // 32)), positive(R, G).bfloat16()
+    zeros = words(-(-R * bits // 32), G, seed=2)
 
     def element(r: int, c: int) -> float:
         g = c // (C // G)
-        zero = nibble(zeros[r // 8, g], r % 8) if asymmetric else 8
-        return (nibble(packed[r, c // 8], c % 8) - zero) * float(scale[r, g])
+        zero = code(zeros[:, g], bits, r) if asymmetric else 1 << bits - 1
+        return (code(packed[r], bits, c) - zero) * float(scale[r, g])
 
-    return pack_quantized(packed, scale, C, zeros if asymmetric else None), each(R, C, element)
+    return pack_quantized(packed, scale, C, zeros if asymmetric else None, bits=bits), each(R, C, element)
+
+
+def int8_zero_case(R: int, C: int) -> tuple[Quantised, Tensor]:
+    codes, scale, zero = octets(R, C).view(torch.int8), positive(R, 1), octets(R, 1, seed=2).view(torch.int8)
+    want = each(R, C, lambda r, c: (int(codes[r, c]) - int(zero[r, 0])) * float(scale[r, 0]))
+    return scaled(codes, scale, zero=zero), want
 
 
 CASES: dict[str, Callable[[], tuple[Quantised, Tensor]]] = {
@@ -129,6 +139,15 @@ CASES: dict[str, Callable[[], tuple[Quantised, Tensor]]] = {
     "packed": lambda: packed_case(11, 90, 3, False),
     "packed-channel": lambda: packed_case(9, 37, 1, True),
     "packed-zero": lambda: packed_case(11, 64, 2, True),
+    "int8-zero": lambda: int8_zero_case(5, 41),
+    "gptq-2": lambda: gptq_case(21, 32, 2, 1, False, bits=2),
+    "gptq-3": lambda: gptq_case(37, 64, 4, 1, True, bits=3),
+    "gptq-3-v2": lambda: gptq_case(35, 32, 1, 2, False, bits=3),
+    "gptq-8": lambda: gptq_case(37, 36, 4, 1, True, bits=8),
+    "awq-8": lambda: awq_case(20, 32, 2, bits=8),
+    "packed-2": lambda: packed_case(9, 37, 1, False, bits=2),
+    "packed-3": lambda: packed_case(11, 45, 3, True, bits=3),
+    "packed-8": lambda: packed_case(7, 42, 2, True, bits=8),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moekern import _C, kernels
 from moekern.kernels import native, of_expert, weight_stats, weight_sums
 from moekern.kernels.dequantize import dequantize
-from moekern.kernels.quantised import Quantised, awq, gptq, mxfp4, pack_quantized, scaled
+from moekern.kernels.quantised import BITS, Quantised, awq, gptq, mxfp4, pack_quantized, scaled
 from tests.helpers import cuda_on_cpu, pairwise, similarity, stored, vocabulary, weights
 from tests.helpers.cases import EDGE, Case, Rows, rows
 from tests.helpers.mixture import assert_mixtures_agree, mixed
@@ -211,21 +211,26 @@ def test_every_code_and_scale(cuda: cuda_on_cpu.Extension) -> None:
 
 @SHARED
 @given(
-    layout=st.sampled_from(["e4m3", "mxfp4", "gptq", "awq", "packed"]), R=st.integers(1, 40), C=st.integers(1, 70),
-    block=st.tuples(st.integers(1, 40), st.integers(1, 70)), dtype=st.sampled_from(DTYPES), at_end=st.booleans(),
+    layout=st.sampled_from(["e4m3", "mxfp4", "gptq", "awq", "packed"]), bits=st.sampled_from(BITS),
+    R=st.integers(1, 40), C=st.integers(1, 70), block=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    dtype=st.sampled_from(DTYPES), at_end=st.booleans(),
 )  # fmt: skip
 def test_any_shape_and_block_has_the_cpu_s_bits(
-    cuda: cuda_on_cpu.Extension, layout: str, R: int, C: int, block: tuple[int, int], dtype: torch.dtype, at_end: bool
-) -> None:
+    cuda: cuda_on_cpu.Extension, layout: str, bits: int, R: int, C: int, block: tuple[int, int], dtype: torch.dtype,
+    at_end: bool,
+) -> None:  # fmt: skip
     cuda.at_end = at_end
+    four = 4 if bits < 8 else 8  # AWQ's
     weight = {
         "e4m3": lambda: scaled(octets(2, R, C).view(torch.float8_e4m3fn),
                                positive(2, -(-R // block[0]), -(-C // block[1])), block),
         "mxfp4": lambda: mxfp4(octets(2, R, 2, 16), octets(2, R, 2)),
-        "gptq": lambda: gptq(words(2, R, C), words(2, 4, -(-C // 8)), positive(2, 4, C),
-                             torch.randint(4, (2, 8 * R), generator=torch.Generator().manual_seed(R))),
-        "awq": lambda: awq(words(2, R, C), words(2, 1, C), positive(2, 1, 8 * C)),
-        "packed": lambda: pack_quantized(words(2, R, -(-C // 8)), positive(2, R, 1), C, words(2, -(-R // 8), 1)),
+        "gptq": lambda: gptq(words(2, R, C), words(2, 4, -(-C * bits // 32)), positive(2, 4, C),
+                             torch.randint(4, (2, 32 * R // bits), generator=torch.Generator().manual_seed(R)),
+                             bits=bits),
+        "awq": lambda: awq(words(2, R, C), words(2, 1, C), positive(2, 1, 32 // four * C), bits=four),
+        "packed": lambda: pack_quantized(words(2, R, -(-C * bits // 32)), positive(2, R, 1), C,
+                                         words(2, -(-R * bits // 32), 1), bits=bits),
     }[layout]()  # fmt: skip
     assert same_bits(weight, dtype, cuda)
 

@@ -175,7 +175,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "gptq-zeros": (
         lambda: gptq(words(1, 9), words(1, 1), positive(1, 9)),
-        r"\[gptq\] qzeros: expected a word for 8 outputs, 2",
+        r"\[gptq\] qzeros: expected words for 9 outputs, 2",
     ),
     "gptq-groups": (
         lambda: gptq(words(1, 8), words(3, 1), positive(3, 8)),
@@ -191,11 +191,23 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "packed": (
         lambda: pack_quantized(words(3, 2), positive(3, 1), 17),
-        r"\[pack_quantized\] packed: expected a word for 8 columns, 3, got 2",
+        r"\[pack_quantized\] packed: expected words for 17 columns, 3, got 2",
     ),
     "packed-zero": (
         lambda: pack_quantized(words(9, 2), positive(9, 1), 16, words(1, 1)),
-        r"\[pack_quantized\] zero_point: expected a word for 8 rows, 2, got 1",
+        r"\[pack_quantized\] zero_point: expected words for 9 rows, 2, got 1",
+    ),
+    "bits": (
+        lambda: gptq(words(5, 8), words(1, 2), positive(1, 8), bits=5),
+        r"\[gptq\] bits: expected one of 2, 3, 4, 8, got 5",
+    ),
+    "awq-bits": (
+        lambda: awq(words(8, 1), words(1, 1), positive(1, 8), bits=3),
+        r"\[awq\] bits: expected one of 4, 8, got 3",
+    ),
+    "zero": (
+        lambda: scaled(signed(4, 4), positive(4, 1), zero=positive(3)),
+        r"\[scaled\] zero: expected as many as scales, 4, got 3",
     ),
     "not-quantised": (lambda: dequantize(positive(2, 2)), r"\[dequantize\] weight: expected a Quantised, got Tensor"),
     "out": (
@@ -224,14 +236,14 @@ def test_the_extension_refuses_a_group_without_scales(value: int, at: int) -> No
 
 @given(
     rows=st.integers(-3, 80), columns=st.integers(-3, 40), block=st.tuples(st.integers(-1, 70), st.integers(-1, 70)),
-    coding=st.sampled_from(["e4m3", "e2m1", "int4_rows", "int5"]),
+    coding=st.sampled_from(["e4m3", "e2m1", "packed3", "rows4", "rows8", "int5"]),
 )  # fmt: skip
 def test_the_extension_refuses_sizes_that_do_not_fit(
     rows: int, columns: int, block: tuple[int, int], coding: str
 ) -> None:
     weight = replace(GOOD, rows=rows, columns=columns, block=block, coding=coding, group=None)
     fits = (rows, columns, coding, *(-(-n // max(b, 1)) for n, b in zip((rows, columns), block, strict=True)))
-    if fits == (64, 16, "int4_rows", 4, 16) and min(block) > 0:
+    if fits == (64, 16, "rows4", 4, 16) and min(block) > 0:
         return
     with pytest.raises((ValueError, RuntimeError), match=r"\[dequantize\] |negative dimension"):
         native.dequantize(weight, torch.float32)

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from moekern.architectures.quantisation import block_sizes
 from moekern.cli import console
 from moekern.cli.app import app
 from moekern.criteria import CRITERIA, criterion_named, score_layer
 from moekern.errors import InputError
-from moekern.kernels.quantised import block_of, block_sizes
+from moekern.kernels.quantised import block_of
 from moekern.measurement.weights import weigh
 from moekern.plan.document import Plan
 from moekern.pruning.prune import prune

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moekern.architectures import find_layout
-from moekern.architectures.quantisation import inputs_line
+from moekern.architectures.quantisation import BITS, PACKINGS, inputs_line, unread
 from moekern.calibration.calibrate import calibrate
 from moekern.calibration.observe import observe
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
+from moekern.kernels import quantised as kernels
 from moekern.model import transformers_api as api
 from moekern.model.compute import Compute
 from moekern.model.dequantised import dense, readings
@@ -34,7 +35,7 @@ from moekern.pruning.prune import prune
 from moekern.statistics.file import Statistics
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
-from tests.helpers import families, remote_code
+from tests.helpers import families, quantised_models, remote_code
 from tests.helpers.passes import Given
 from tests.helpers.quantised import rewrite
 from tests.helpers.quantised_models import FORMATS, plain, twins
@@ -50,8 +51,13 @@ PUBLISHED = {  # family -> a format that it is published in, beside Qwen3-MoE in
     "mixtral": "awq",
     "qwen3_5_moe": "gptq",
 }
+# Formats that differ from another in what `dense` makes of them alone, which each is held against below.
+LIKE_ANOTHER = (
+    "compressed_int8", "compressed_int8_ordered", "compressed_int3", "compressed_w8a8", "compressed_w8a8_zero",
+    "gptq_2", "gptq_3", "gptq_8", "gptq_8_v2", "awq_8", "auto_round_v2", "auto_round_awq", "quark_fp8",
+)  # fmt: skip
 CASES = [
-    *(("qwen3_moe", kind) for kind in FORMATS),
+    *(pytest.param("qwen3_moe", kind, marks=[pytest.mark.whole] * (kind in LIKE_ANOTHER)) for kind in FORMATS),
     *(case if n < 3 else pytest.param(*case, marks=pytest.mark.whole) for n, case in enumerate(PUBLISHED.items())),
 ]
 
@@ -93,7 +99,22 @@ def test_logits_and_statistics_are_those_of_the_plain_twin(
     assert _same(calibrate(stored, _data(family)), calibrate(dense_twin, _data(family)))
 
 
-@pytest.mark.parametrize("kind", ["fp8_static", "mxfp4", "modelopt_nvfp4", "compressed_int4_ordered", "gptq"])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", [(48, 64), (16, 96)], ids=str)
+def test_a_weight_is_what_its_definition_says(kind: str, shape: tuple[int, int]) -> None:
+    make, config = FORMATS[kind]
+    parts, weight = make(*shape, torch.Generator().manual_seed(3))
+    assert torch.equal(dense(parts, config, torch.float32), weight)
+    assert torch.equal(dense(parts, config, torch.bfloat16), weight.bfloat16())
+    assert unread(config) is None
+
+
+PRUNED = ("fp8_static", "mxfp4", "modelopt_nvfp4", "compressed_int4_ordered", "gptq", "auto_round")
+
+
+@pytest.mark.parametrize("kind", [
+    kind if kind in PRUNED else pytest.param(kind, marks=pytest.mark.whole) for kind in FORMATS
+])  # fmt: skip
 def test_pruned_it_is_the_original_with_experts_masked(kind: str, source: Sources, tmp_path: Path) -> None:
     folder, data = twins(source("qwen3_moe"), tmp_path, kind)[0], _data("qwen3_moe")
     plan = make_plan(calibrate(folder, data), "gated_norm", keep=4)
@@ -272,15 +293,20 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {"weight": torch.ones(8, 16, dtype=torch.int8), "scale": torch.ones(8, 1)}, {"quant_method": "fp8"},
         "are not a weight layout",
     ),
-    "zero points of int8": (
+    "zero points of FP8": (_fp8(weight_scale=torch.ones(32, 1), weight_zero_point=torch.ones(32, 1)), {},
+                           "weight_zero_point: zero points"),
+    "zero points of other rows": (
         {
             "weight": torch.ones(8, 16, dtype=torch.int8),
             "weight_scale": torch.ones(8, 1),
-            "weight_zero_point": torch.ones(8, 1),
+            "weight_zero_point": torch.ones(4, 1),
         },
-        {}, "weight_zero_point: zero points",
+        {}, "zero: expected as many as scales, 8, got 4",
     ),
-    "columns that no word holds": (PACKED | {"weight_shape": torch.tensor([8, 1 << 40])}, {}, "a word for 8 columns"),
+    "columns that no word holds": (
+        PACKED | {"weight_shape": torch.tensor([8, 1 << 40])}, {},
+        "weight_packed: 2 words for 1099511627776 numbers hold none of 2, 3, 4, 8 bits",
+    ),
     "a shape that is no number": (PACKED | {"weight_shape": torch.tensor([torch.inf])}, {}, "are not a weight layout"),
     "groups that divide nothing": (PACKED | {"weight_scale": torch.ones(8, 3)}, {}, "groups that divide 16 columns"),
     "groups that are not there": (
@@ -293,8 +319,22 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "zero points of other groups": (
         PACKED | {"weight_g_idx": torch.tensor([0, 1] * 8), "weight_zero_point": _words(1, 1)}, {}, "weight_zero_point",
     ),
-    "eight bits": (
-        {"qweight": _words(4, 8), "qzeros": _words(1, 2), "scales": torch.ones(1, 8)}, {"bits": 8}, "of 8 bits are not",
+    "five bits": (
+        {"qweight": _words(5, 8), "qzeros": _words(1, 2), "scales": torch.ones(1, 8)}, {"bits": 5},
+        "weights of 5 bits are not a layout that moekern reads; of this method 2, 3, 4, 8 bits are",
+    ),
+    "bits that are no number": (
+        {"qweight": _words(4, 8), "qzeros": _words(1, 1), "scales": torch.ones(1, 8)}, {"bits": "4"}, "of '4' bits are",
+    ),
+    "words of five bits": (
+        {"qweight": _words(5, 32), "qzeros": _words(1, 5), "scales": torch.ones(1, 32)}, {"bits": 4},
+        "qzeros: 5 words for 32 numbers hold none of 2, 3, 4, 8 bits",
+    ),
+    "AWQ of three bits": (
+        {"qweight": _words(16, 3), "qzeros": _words(1, 3), "scales": torch.ones(1, 32)}, {"bits": 3}, "4, 8 bits are",
+    ),
+    "a vector of words": (
+        {"qweight": _words(4), "qzeros": _words(1, 1), "scales": torch.ones(1, 8)}, {}, "are not a weight layout",
     ),
     "awq of another kernel": (
         {"qweight": _words(16, 2), "qzeros": _words(1, 2), "scales": torch.ones(1, 16)}, {"version": "gemv"},
@@ -318,6 +358,7 @@ def test_parts_that_do_not_belong_together_are_refused(case: str) -> None:
     ("config", "message"),
     [
         ({"quant_method": "torchao"}, "a forward pass over torchao weights is not supported"),
+        ({"quant_method": "gptq", "bits": 5}, r"a forward pass over gptq weights of 5 bits \(of 2, 3, 4, 8 it is\) is"),
         ({"quant_method": ["fp8"]}, "a forward pass over .* weights is not supported"),
         (
             {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R3": {}}}},
@@ -332,6 +373,79 @@ def test_weights_that_are_not_what_their_numbers_say_are_refused(
     with pytest.raises(InputError, match=f"{message}.*an unquantised twin"):
         calibrate(folder, _data("qwen3_moe"))
     assert [note for note in overview(folder).notes if re.search(f"{message}.*unquantised twin", note)]
+
+
+FP4 = FORMATS["quark_fp4"][1]
+INT4 = FORMATS["compressed_int4"][1]
+
+
+def _of(config: Mapping[str, Any], **weight: Any) -> dict[str, Any]:
+    """The config with other numbers of the weights of all modules."""
+    key, inner = ("config_groups", "group_0") if "config_groups" in config else ("global_quant_config", "")
+    held = config[key][inner] if inner else config[key]
+    held = {**held, "weights" if inner else "weight": {**held["weights" if inner else "weight"], **weight}}
+    return {**config, key: {inner: held} if inner else held}
+
+
+STRANGE: dict[str, tuple[dict[str, Any], str]] = {
+    "AWQ's bits": ({"quant_method": "awq", "w_bit": 3}, r"awq weights of 3 bits \(of 4, 8 it is\)"),
+    "packed bits": (_of(INT4, num_bits=5), "packed weights of 5 bits"),
+    "a packing": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+        "auto-round weights in the packing auto_round:llm_compressor",
+    ),
+    "an older packing": (
+        {"quant_method": "intel/auto-round", "backend": "auto_round:exllamav2"}, "in the packing auto_round:exllamav2",
+    ),
+    "a module's bits": (
+        {"quant_method": "auto-round", "bits": 4, "extra_config": {"a.b": {"bits": 6}, "c": {"bits": 16}}},
+        r"auto-round weights of 6 bits \(of 2, 3, 4, 8 it is\) of a\.b",
+    ),
+    "floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "auto-round weights of the type mx_fp"),
+    "activations": ({"quant_method": "auto-round", "bits": 4, "act_bits": 8}, "for activations of 8 bits"),
+    "integers in groups": (_of(FP4, dtype="int4"), r"quark weights of int4 \(per_group, scales e8m0\)"),
+    "FP6": (_of(FP4, dtype="fp6_e3m2"), "quark weights of fp6_e3m2"),
+    "other groups": (_of(FP4, group_size=16), "quark weights of fp4"),
+    "columns": (_of(FORMATS["quark_fp8"][1], ch_axis=1), r"quark weights of fp8_e4m3 \(per_channel"),
+    "of a layer": (
+        {**FP4, "layer_quant_config": {"*a": {"weight": {"dtype": "int4", "qscheme": "per_group"}}}},
+        "quark weights of int4",
+    ),
+    "twice": ({**FP4, "global_quant_config": {"weight": [{}, {}]}}, "quark weights that are quantised twice"),
+    "rotated": ({**FP4, "algo_config": [{"name": "rotation"}]}, r"quark weights that are rotated \(rotation\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_layouts_that_are_not_known_are_named(case: str) -> None:
+    config, message = STRANGE[case]
+    assert re.search(f"^a forward pass over .*{message}.* is not supported$", unread(config) or "")
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_auto_round_s_packings(packing: str) -> None:
+    """The same words under each name: zero points less one, as they are, or in AWQ's order."""
+    kind, version = PACKINGS[packing]
+    make = quantised_models.awq(4) if kind == "awq" else quantised_models.gptq(4, 2 - version, ordered=False)
+    parts, weight = make(32, 64, torch.Generator().manual_seed(0))
+    config = {**quantised_models.ROUNDED, "packing_format": packing}
+    assert unread(config) is None
+    assert torch.equal(dense(parts, config, torch.float32), weight)
+
+
+def test_gptqmodel_s_zero_points_of_three_bits() -> None:
+    """Its converter takes these three numbers away from words in turn, which leave no code as it was."""
+    parts, weight = quantised_models.gptq(3, 0)(64, 96, torch.Generator().manual_seed(0))
+    taken = torch.tensor([0b00100100100100100100100100100100, 0b10010010010010010010010010010010,
+                          0b01001001001001001001001001001001]).repeat(2)  # fmt: skip
+    stored = {**parts, "qzeros": (parts["qzeros"].long() - taken).int()}
+    config = {"quant_method": "gptq", "bits": 3, "meta": {"quantizer": ["gptqmodel:4.0.0"]}}
+    assert torch.equal(dense(stored, config, torch.float32), weight)
+    assert not torch.equal(dense(stored, {**config, "meta": {}}, torch.float32), weight)
+
+
+def test_bits_are_those_that_kernels_read() -> None:
+    assert {"gptq": kernels.BITS, "awq": tuple(kernels.AWQ_PLACES), "pack-quantized": kernels.BITS} == BITS
 
 
 def test_scales_of_activations_that_are_left_out_are_told(source: Sources, tmp_path: Path) -> None:

@@ -14,10 +14,17 @@ from moekern.model.dequantised import dense
 from moekern.model.requantised import Requantised, as_stored, requantised
 from tests.helpers.quantised_models import E2M1, E8M0, FORMATS, GROUP
 
-READ_ONLY = ("modelopt_nvfp4", "compressed_nvfp4", "compressed_int4_ordered", "gptq", "awq")
+READ_ONLY = [
+    kind for kind in FORMATS
+    if "nvfp4" in kind or kind.endswith(("_ordered", "_zero")) or kind.startswith(("gptq", "awq", "auto_round"))
+]  # fmt: skip
 WRITTEN = [kind for kind in FORMATS if kind not in READ_ONLY]
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-VALUES: Mapping[str, Tensor] = {"fp8": E4M3[E4M3.isfinite()], "mxf": E2M1, "int": torch.arange(-8, 8).float()}
+VALUES: Mapping[str, Tensor] = {
+    "fp8": E4M3[E4M3.isfinite()], "mxfp4": E2M1, "fp4": E2M1,
+    **{f"int{bits}": torch.arange(-(1 << bits - 1), 1 << bits - 1).float() for bits in (3, 4, 8)},
+    "w8a8": torch.arange(-128, 128).float(),
+}  # fmt: skip
 
 
 def made(kind: str, R: int = 48, C: int = 64) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Any]]:
@@ -32,7 +39,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def scales(found: Mapping[str, Tensor], R: int, C: int) -> Tensor:
     """What each number of [R, C] is multiplied with, by the parts' shapes."""
-    scale = next(t for name, t in found.items() if "scale" in name and name != "input_scale").float()
+    scale = next(t for name, t in found.items() if "scale" in name and name != "input_scale")
+    scale = (scale.view(E8M0) if scale.dtype == torch.uint8 else scale).float()
     if scale.numel() == 1:
         return scale.reshape(1, 1).expand(R, C)
     grid = scale if scale.ndim == 2 else scale[:, None]
@@ -60,15 +68,17 @@ def test_other_numbers_are_the_nearest_of_their_scales(kind: str, shape: tuple[i
     found = requantised(weight, parts, config)
     stored = dense(found.parts, config, torch.float32)
     assert stored.shape == shape
-    values = VALUES["mxf" if kind == "mxfp4" else "int" if "int4" in kind else "fp8"]
+    word = next(word for word in VALUES if word in kind)
+    values = VALUES[word]
     choices = values * scales(found.parts, *shape)[..., None]
     least = (choices - weight[..., None]).abs().min(-1).values
     assert torch.allclose((stored - weight).abs(), least, rtol=0, atol=1e-6)
     assert found.error_square == pytest.approx(float((stored - weight).double().square().sum()))
     # of normal numbers: 2^-4 at the most of each one in FP8 (2^-10 of its block's largest, below that), a step of a
     # fifteenth of twice the largest with 16 codes, 1/4 of each or more with E2M1
+    # with as many bits, 1/2^bits of the largest
     share = (found.error_square / found.square) ** 0.5
-    assert share < {"fp8": 0.04, "com": 0.17, "mxf": 0.17}[kind[:3]]
+    assert share < {"fp8": 0.04, "int3": 0.4, "int8": 0.02, "w8a8": 0.02}.get(word, 0.17)
 
 
 def test_scales_are_those_of_the_makers_where_the_checkpoints_do_not_fit() -> None:

@@ -70,7 +70,10 @@ def made(
     ("kind", "dtype"),
     [
         *((kind, "float32") for kind in ("fp8_block", "mxfp4", "compressed_int4")),
-        *(pytest.param(kind, "float32", marks=pytest.mark.whole) for kind in ("fp8_static", "compressed_fp8")),
+        *(
+            pytest.param(kind, "float32", marks=pytest.mark.whole)
+            for kind in ("fp8_static", "compressed_fp8", "compressed_int8", "quark_fp8", "quark_fp4")
+        ),
         *(pytest.param(kind, "bfloat16", marks=pytest.mark.whole) for kind in ("fp8_block", "mxfp4")),
     ],
 )
@@ -132,6 +135,9 @@ def test_gpt_oss_with_biases_and_all_that_experts_are(family_checkpoint: MakeChe
                 ("fp8_block_e8m0", "qwen3_moe", 48),
                 ("fp8_static", "qwen3_moe", 40),
                 ("compressed_fp8", "qwen3_moe", 40),
+                ("compressed_int8", "qwen3_moe", 40),
+                ("compressed_w8a8", "qwen3_moe", 40),
+                ("quark_fp4", "qwen3_moe", 32),
                 ("fp8_block", "deepseek_v3", 32),
             )
         ),
