@@ -66,7 +66,7 @@ MOEKERN_INLINE void eight_codes(const uint8_t* from, U8& code) {
     code = U8{low, low, low, low, high, high, high, high} >> kShift & 255u;
   } else {
     uint32_t word = 0;
-    std::memcpy(&word, from, kBits);
+    for (int i = 0; i < kBits; ++i) word |= uint32_t{from[i]} << 8 * i;  // one load where there is one so wide
     constexpr U8 kShift = kAwq ? U8{0, 16, 4, 20, 8, 24, 12, 28} : U8{0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b};
     code = (U8{} + word) >> kShift & ((1u << b) - 1);
   }

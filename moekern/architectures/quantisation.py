@@ -13,7 +13,9 @@ PACKINGS = {
     "auto_round:auto_gptq": ("gptq", 1), "auto_round:gptq": ("gptq", 1),
     "auto_round": ("gptq", 2), "auto_round:gptqmodel": ("gptq", 2),
     "auto_round:auto_awq": ("awq", 2), "auto_round:awq": ("awq", 2),
+    **dict.fromkeys(("auto_round:llm_compressor", "auto_round:fp8_static", "auto_round:fp8"), ("floats", 0)),
 }  # fmt: skip
+ROUNDED_FLOATS = {"mx_fp": (4, 8), "nv_fp": (4,), "fp": (8,)}  # the beginnings of AutoRound's types: bits
 PACKING = "auto_round:auto_gptq"  # where AutoRound names none
 # Quark's weights: dtype -> the schemes of scales. Integers in groups are turned, and those of 4 bits have signs.
 QUARK = {
@@ -120,12 +122,18 @@ def _strange_rounded(config: Mapping[str, Any]) -> Iterator[str]:
         *((f" of {name:.80}", {**config, **g}) for name, g in own if isinstance(g, dict)),
     ]:
         bits, kind, inputs = given.get("bits", 4), str(given.get("data_type", "int")), given.get("act_bits")
+        form = PACKINGS[packing][0]
         if type(bits) is int and bits >= 16:
             continue  # plain
-        for line in _unknown_bits("auto-round", PACKINGS[packing][0], bits):
+        if form == "floats":
+            known = next((ROUNDED_FLOATS[start] for start in ROUNDED_FLOATS if kind.startswith(start)), ())
+            if bits not in known or given.get("sym") is False:
+                yield f"auto-round weights of the type {kind:.20} with {bits!r:.20} bits{name}"
+            continue
+        for line in _unknown_bits("auto-round", form, bits):
             yield f"{line}{name}"
         if not kind.startswith("int"):
-            yield f"auto-round weights of the type {kind:.20}{name}"
+            yield f"auto-round weights of the type {kind:.20} in words{name}"
         if type(inputs) is int and inputs < 16:
             yield f"auto-round weights for activations of {inputs} bits{name}"
 

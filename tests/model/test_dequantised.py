@@ -391,8 +391,8 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
     "AWQ's bits": ({"quant_method": "awq", "w_bit": 3}, r"awq weights of 3 bits \(of 4, 8 it is\)"),
     "packed bits": (_of(INT4, num_bits=5), "packed weights of 5 bits"),
     "a packing": (
-        {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
-        "auto-round weights in the packing auto_round:llm_compressor",
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_marlin"},
+        "auto-round weights in the packing auto_round:auto_marlin",
     ),
     "an older packing": (
         {"quant_method": "intel/auto-round", "backend": "auto_round:exllamav2"}, "in the packing auto_round:exllamav2",
@@ -401,7 +401,15 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "auto-round", "bits": 4, "extra_config": {"a.b": {"bits": 6}, "c": {"bits": 16}}},
         r"auto-round weights of 6 bits \(of 2, 3, 4, 8 it is\) of a\.b",
     ),
-    "floats": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "auto-round weights of the type mx_fp"),
+    "floats in words": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "of the type mx_fp in words"),
+    "integers as floats": (
+        {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"},
+        "auto-round weights of the type int with 4 bits",
+    ),
+    "floats of other bits": (
+        {"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round:llm_compressor", "data_type": "nv_fp"},
+        "auto-round weights of the type nv_fp with 8 bits",
+    ),
     "activations": ({"quant_method": "auto-round", "bits": 4, "act_bits": 8}, "for activations of 8 bits"),
     "integers in groups": (_of(FP4, dtype="int4"), r"quark weights of int4 \(per_group, scales e8m0\)"),
     "FP6": (_of(FP4, dtype="fp6_e3m2"), "quark weights of fp6_e3m2"),
@@ -422,7 +430,24 @@ def test_layouts_that_are_not_known_are_named(case: str) -> None:
     assert re.search(f"^a forward pass over .*{message}.* is not supported$", unread(config) or "")
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    ("kind", "like", "data"),
+    [
+        ("auto_round:llm_compressor", "mxfp4", {"bits": 4, "data_type": "mx_fp", "act_bits": 4}),
+        ("auto_round:llm_compressor", "compressed_nvfp4", {"bits": 4, "data_type": "nv_fp"}),
+        ("auto_round:fp8_static", "fp8_rows", {"bits": 8, "data_type": "fp", "act_bits": 8}),
+    ],
+)
+def test_auto_round_s_floats(kind: str, like: str, data: dict[str, Any]) -> None:
+    parts, weight = FORMATS[like][0](32, 64, torch.Generator().manual_seed(0))
+    if like == "mxfp4":
+        parts = {"weight_packed": parts["weight"].view(torch.uint8), "weight_scale": parts["scale"].view(torch.uint8)}
+    config = {"quant_method": "auto-round", "packing_format": kind, "sym": True, **data}
+    assert unread(config) is None
+    assert torch.equal(dense(parts, config, torch.float32), weight)
+
+
+@pytest.mark.parametrize("packing", [name for name, (kind, _) in PACKINGS.items() if kind != "floats"])
 def test_auto_round_s_packings(packing: str) -> None:
     """The same words under each name: zero points less one, as they are, or in AWQ's order."""
     kind, version = PACKINGS[packing]
