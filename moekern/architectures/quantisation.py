@@ -7,12 +7,13 @@ OF_INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "qscale_ac
 # And all that begin with modelopt.
 METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "quark")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
-BITS = {"gptq": (2, 3, 4, 8), "awq": (4, 8), "pack-quantized": (2, 3, 4, 8)}  # of codes that are packed into words
+# Of codes that are packed into words. AutoRound and vLLM do not agree on what AWQ's order is of 8 bits.
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4, 8), "auto_awq": (4,), "pack-quantized": (2, 3, 4, 8)}
 # AutoRound's packings: whose bytes they are, and the version of the zero points.
 PACKINGS = {
     "auto_round:auto_gptq": ("gptq", 1), "auto_round:gptq": ("gptq", 1),
     "auto_round": ("gptq", 2), "auto_round:gptqmodel": ("gptq", 2),
-    "auto_round:auto_awq": ("awq", 2), "auto_round:awq": ("awq", 2),
+    "auto_round:auto_awq": ("auto_awq", 2), "auto_round:awq": ("auto_awq", 2),
     **dict.fromkeys(("auto_round:llm_compressor", "auto_round:fp8_static", "auto_round:fp8"), ("floats", 0)),
 }  # fmt: skip
 ROUNDED_FLOATS = {"mx_fp": (4, 8), "nv_fp": (4,), "fp": (8,)}  # the beginnings of AutoRound's types: bits
@@ -83,6 +84,11 @@ def zero_points_of(config: Mapping[str, Any]) -> tuple[int, bool]:
     if method_of(config) == "auto-round":
         return PACKINGS.get(_packing(config), ("", 1))[1], by_gptqmodel
     return (2 if "gptq_v2" in (config.get("checkpoint_format"), config.get("format")) else 1), by_gptqmodel
+
+
+def bits_of(config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    """How many bits the codes of a module may have, which is packed as `gptq` or `awq` do it."""
+    return BITS["auto_awq" if kind == "awq" and method_of(config) == "auto-round" else kind]
 
 
 def _packing(config: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.architectures.quantisation import block_sizes, packed_bits, zero_points_of
+from moekern.architectures.quantisation import BITS, bits_of, block_sizes, packed_bits, zero_points_of
 from moekern.kernels import Quantised, dequantize
-from moekern.kernels.quantised import AWQ_PLACES, BITS, E8M0, awq, block_of, gptq, mxfp4, nvfp4, pack_quantized, scaled
+from moekern.kernels.quantised import E8M0, awq, block_of, gptq, mxfp4, nvfp4, pack_quantized, scaled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -135,13 +135,14 @@ def _in_words(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantis
         return None
     named, outputs = config.get("bits", config.get("w_bit", 4)), scales.shape[-1]
     if qweight.shape[-1] == outputs:
-        bits = _bits(named, BITS, outputs, qzeros.shape[-1], "qzeros")
+        bits = _bits(named, bits_of(config, "gptq"), outputs, qzeros.shape[-1], "qzeros")
         version, by_gptqmodel = zero_points_of(config)
         return gptq(qweight, qzeros, scales, parts.get("g_idx"), bits=bits, version=version, by_gptqmodel=by_gptqmodel)
     form = config.get("version", config.get("checkpoint_format", "gemm"))
     if str(form).lower() != "gemm":
         return None
-    return awq(qweight, qzeros, scales, bits=_bits(named, tuple(AWQ_PLACES), outputs, qweight.shape[-1], "qweight"))
+    bits = _bits(named, bits_of(config, "awq"), outputs, qweight.shape[-1], "qweight")
+    return awq(qweight, qzeros, scales, bits=bits)
 
 
 def _bits(named: Any, known: tuple[int, ...], numbers: int, words: int, part: str) -> int:
@@ -162,8 +163,9 @@ def _packed(packed: Tensor, scale: Tensor, parts: Mapping[str, Tensor], config: 
     if shape is None or not shape.numel() or shape.dtype not in INTEGERS or not scale.ndim:
         return None
     columns, groups = int(shape.flatten()[-1]), scale.shape[-1]
-    named = next((bits for bits in packed_bits(config) if bits in BITS), 4)
-    bits = _bits(named, BITS, columns, packed.shape[-1], "weight_packed")
+    known = BITS["pack-quantized"]
+    named = next((bits for bits in packed_bits(config) if bits in known), 4)
+    bits = _bits(named, known, columns, packed.shape[-1], "weight_packed")
     if order is not None and (order.dtype not in INTEGERS or order.shape != (columns,)):
         raise ValueError(f"weight_g_idx: expected the groups of {columns} columns, got {_short(order)}")
     if order is None or not bool((order.diff() < 0).any()):

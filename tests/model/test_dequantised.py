@@ -401,6 +401,10 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "auto-round", "bits": 4, "extra_config": {"a.b": {"bits": 6}, "c": {"bits": 16}}},
         r"auto-round weights of 6 bits \(of 2, 3, 4, 8 it is\) of a\.b",
     ),
+    "bits in AWQ's order": (
+        {"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round:auto_awq"},
+        r"auto-round weights of 8 bits \(of 4 it is\)",
+    ),
     "floats in words": ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "of the type mx_fp in words"),
     "integers as floats": (
         {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"},
@@ -451,7 +455,7 @@ def test_auto_round_s_floats(kind: str, like: str, data: dict[str, Any]) -> None
 def test_auto_round_s_packings(packing: str) -> None:
     """The same words under each name: zero points less one, as they are, or in AWQ's order."""
     kind, version = PACKINGS[packing]
-    make = quantised_models.awq(4) if kind == "awq" else quantised_models.gptq(4, 2 - version, ordered=False)
+    make = quantised_models.awq(4) if kind == "auto_awq" else quantised_models.gptq(4, 2 - version, ordered=False)
     parts, weight = make(32, 64, torch.Generator().manual_seed(0))
     config = {**quantised_models.ROUNDED, "packing_format": packing}
     assert unread(config) is None
@@ -470,7 +474,8 @@ def test_gptqmodel_s_zero_points_of_three_bits() -> None:
 
 
 def test_bits_are_those_that_kernels_read() -> None:
-    assert {"gptq": kernels.BITS, "awq": tuple(kernels.AWQ_PLACES), "pack-quantized": kernels.BITS} == BITS
+    assert BITS["gptq"] == BITS["pack-quantized"] == kernels.BITS
+    assert BITS["awq"] == tuple(kernels.AWQ_PLACES)
 
 
 def test_scales_of_activations_that_are_left_out_are_told(source: Sources, tmp_path: Path) -> None:
