@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-OF_INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "qscale_act")  # of activations: not applied
+# Of activations: not applied.
+OF_INPUTS = ("input_scale", "input_global_scale", "input_zero_point", "output_scale", "qscale_act")
 # And all that begin with modelopt.
 METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "quark")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")

@@ -22,7 +22,8 @@ SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale", "qscale_weig
 PART = re.compile(
     r"(?P<module>.*?)(?P<mark>[._])(?P<part>weight_packed|weight_scale_inv|weight_scale_2|weight_scale|"
     r"weight_global_scale|weight_zero_point|weight_shape|weight_g_idx|weight|scale_inv|scales|scale|blocks|packed|"
-    r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale|input_zero_point|pre_quant_scale)"
+    r"qweight|qzeros|g_idx|qscale_weight|qscale_act|input_scale|input_global_scale|input_zero_point|output_scale|"
+    r"pre_quant_scale)"
 )
 COMMON = ("weight", "scale", "scales", "blocks", "packed")  # names that parameters of models have too
 

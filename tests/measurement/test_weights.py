@@ -206,7 +206,7 @@ def test_quantised_weights_count_as_what_they_stand_for(
     torch.testing.assert_close(sums.weight_square_sum[3], flat.square().sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "compressed_int4_ordered", "fp8_rows"])
+@pytest.mark.parametrize("kind", ["mxfp4", "compressed_int4_ordered", "fp8_rows", "auto_round"])
 def test_what_a_format_stands_for_is_what_runs(kind: str, tmp_path: Path) -> None:
     """The numbers of the plain twin that the model computes with; DeepSeek V4's FP4 are two codes in an int8."""
     stored, dense = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, kind)

@@ -358,7 +358,6 @@ def test_parts_that_do_not_belong_together_are_refused(case: str) -> None:
     ("config", "message"),
     [
         ({"quant_method": "torchao"}, "a forward pass over torchao weights is not supported"),
-        ({"quant_method": "gptq", "bits": 5}, r"a forward pass over gptq weights of 5 bits \(of 2, 3, 4, 8 it is\) is"),
         ({"quant_method": ["fp8"]}, "a forward pass over .* weights is not supported"),
         (
             {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R3": {}}}},
@@ -388,6 +387,7 @@ def _of(config: Mapping[str, Any], **weight: Any) -> dict[str, Any]:
 
 
 STRANGE: dict[str, tuple[dict[str, Any], str]] = {
+    "GPTQ's bits": ({"quant_method": "gptq", "bits": 5}, r"gptq weights of 5 bits \(of 2, 3, 4, 8 it is\)"),
     "AWQ's bits": ({"quant_method": "awq", "w_bit": 3}, r"awq weights of 3 bits \(of 4, 8 it is\)"),
     "packed bits": (_of(INT4, num_bits=5), "packed weights of 5 bits"),
     "a packing": (
@@ -460,6 +460,22 @@ def test_auto_round_s_packings(packing: str) -> None:
     config = {**quantised_models.ROUNDED, "packing_format": packing}
     assert unread(config) is None
     assert torch.equal(dense(parts, config, torch.float32), weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("gptq_8", {"bits": 4}), ("gptq_3", {"bits": 8}), ("awq_8", {"bits": 4}), ("gptq", {"bits": 2})]
+)
+def test_modules_may_have_bits_of_their_own(kind: str, named: dict[str, int]) -> None:
+    make, config = FORMATS[kind]
+    parts, weight = make(64, 96, torch.Generator().manual_seed(0))
+    assert torch.equal(dense(parts, {**config, **named}, torch.float32), weight)
+
+
+def test_groups_of_modules_may_have_bits_of_their_own() -> None:
+    groups = {name: FORMATS[name][1]["config_groups"]["group_0"] for name in ("compressed_int4", "compressed_int8")}
+    for name in groups:
+        parts, weight = FORMATS[name][0](64, 96, torch.Generator().manual_seed(0))
+        assert torch.equal(dense(parts, {**INT4, "config_groups": groups}, torch.float32), weight)
 
 
 def test_gptqmodel_s_zero_points_of_three_bits() -> None:
