@@ -10,6 +10,7 @@ METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "a
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # Of codes that are packed into words. AutoRound and vLLM do not agree on what AWQ's order is of 8 bits.
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4, 8), "auto_awq": (4,), "pack-quantized": (2, 3, 4, 8)}
+FORMS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}  # the others' words are arranged for a kernel
 # AutoRound's packings: whose bytes they are, and the version of the zero points.
 PACKINGS = {
     "auto_round:auto_gptq": ("gptq", 1), "auto_round:gptq": ("gptq", 1),
@@ -87,6 +88,10 @@ def zero_points_of(config: Mapping[str, Any]) -> tuple[int, bool]:
     return (2 if "gptq_v2" in (config.get("checkpoint_format"), config.get("format")) else 1), by_gptqmodel
 
 
+def form_of_awq(config: Mapping[str, Any]) -> object:
+    return config.get("version", config.get("checkpoint_format"))
+
+
 def bits_of(config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
     """How many bits the codes of a module may have, which is packed as `gptq` or `awq` do it."""
     return BITS["auto_awq" if kind == "awq" and method_of(config) == "auto-round" else kind]
@@ -99,8 +104,12 @@ def _packing(config: Mapping[str, Any]) -> str:
 
 def _strange(method: str, config: Mapping[str, Any]) -> Iterator[str]:
     """What config.json names that no layout is known of, in words."""
-    if method in ("gptq", "awq"):
+    if method in FORMS:
         yield from _unknown_bits(method, method, config.get("bits", config.get("w_bit", 4)))
+        form = config.get("checkpoint_format") if method == "gptq" else form_of_awq(config)
+        form = "marlin" if config.get("is_marlin_format") else form
+        if form is not None and str(form).lower() not in FORMS[method]:
+            yield f"{method} weights of the form {form!s:.20}"
     if method == "auto-round":
         yield from _strange_rounded(config)
     if method == "compressed-tensors":

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.architectures.quantisation import BITS, bits_of, block_sizes, packed_bits, zero_points_of
+from moekern.architectures.quantisation import (
+    BITS,
+    FORMS,
+    bits_of,
+    block_sizes,
+    form_of_awq,
+    packed_bits,
+    zero_points_of,
+)
 from moekern.kernels import Quantised, dequantize
 from moekern.kernels.quantised import E8M0, awq, block_of, gptq, mxfp4, nvfp4, pack_quantized, scaled
 
@@ -139,8 +147,7 @@ def _in_words(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantis
         bits = _bits(named, bits_of(config, "gptq"), outputs, qzeros.shape[-1], "qzeros")
         version, by_gptqmodel = zero_points_of(config)
         return gptq(qweight, qzeros, scales, parts.get("g_idx"), bits=bits, version=version, by_gptqmodel=by_gptqmodel)
-    form = config.get("version", config.get("checkpoint_format", "gemm"))
-    if str(form).lower() != "gemm":
+    if str(form_of_awq(config) or "gemm").lower() not in FORMS["awq"]:
         return None
     bits = _bits(named, bits_of(config, "awq"), outputs, qweight.shape[-1], "qweight")
     return awq(qweight, qzeros, scales, bits=bits)

@@ -220,7 +220,7 @@ def test_any_shape_and_block_has_the_cpu_s_bits(
     at_end: bool,
 ) -> None:  # fmt: skip
     cuda.at_end = at_end
-    four = 4 if bits < 8 else 8  # AWQ's
+    of_awq = 4 if bits < 8 else 8
     weight = {
         "e4m3": lambda: scaled(octets(2, R, C).view(torch.float8_e4m3fn),
                                positive(2, -(-R // block[0]), -(-C // block[1])), block),
@@ -228,7 +228,7 @@ def test_any_shape_and_block_has_the_cpu_s_bits(
         "gptq": lambda: gptq(words(2, R, C), words(2, 4, -(-C * bits // 32)), positive(2, 4, C),
                              torch.randint(4, (2, 32 * R // bits), generator=torch.Generator().manual_seed(R)),
                              bits=bits),
-        "awq": lambda: awq(words(2, R, C), words(2, 1, C), positive(2, 1, 32 // four * C), bits=four),
+        "awq": lambda: awq(words(2, R, C), words(2, 1, C), positive(2, 1, 32 // of_awq * C), bits=of_awq),
         "packed": lambda: pack_quantized(words(2, R, -(-C * bits // 32)), positive(2, R, 1), C,
                                          words(2, -(-R * bits // 32), 1), bits=bits),
     }[layout]()  # fmt: skip

@@ -388,6 +388,9 @@ def _of(config: Mapping[str, Any], **weight: Any) -> dict[str, Any]:
 
 STRANGE: dict[str, tuple[dict[str, Any], str]] = {
     "GPTQ's bits": ({"quant_method": "gptq", "bits": 5}, r"gptq weights of 5 bits \(of 2, 3, 4, 8 it is\)"),
+    "Marlin's form": ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "gptq weights of the form marlin"),
+    "another kernel's": ({"quant_method": "gptq", "checkpoint_format": "bitblas"}, "gptq weights of the form bitblas"),
+    "AWQ's forms": ({"quant_method": "awq", "version": "GEMV"}, "awq weights of the form GEMV"),
     "AWQ's bits": ({"quant_method": "awq", "w_bit": 3}, r"awq weights of 3 bits \(of 4, 8 it is\)"),
     "packed bits": (_of(INT4, num_bits=5), "packed weights of 5 bits"),
     "a packing": (
