@@ -12,16 +12,17 @@ from moekern.model.layerwise import LayerwiseModel
 
 
 def batch_groups(
-    layerwise: LayerwiseModel, sizes: Sequence[int], more: int = 0, named: str = ""
+    layerwise: LayerwiseModel, sizes: Sequence[int], more: int = 0, named: str = "", memory: int = 0
 ) -> tuple[list[range], NoRoomForText | None]:
     """The fewest groups of batches of so many tokens, of about as many each, for which every rank has room, and, where
-    that is not one, what there is no room for. A token takes `more` bytes of what is `named`, beside its hidden states.
+    that is not one, what there is no room for. A token takes `more` bytes of what is `named`, which has `memory` of its
+    own.
 
     All ranks ask together, and find the same. Raises NoRoomForText where there is no room for a batch alone.
     """
     own = loads(sizes, layerwise.team.size)[layerwise.team.rank]
     try:
-        layerwise.check_text(own, own * more, named)
+        layerwise.check_text(own, own * more, named, memory)
         return [range(len(sizes))], None
     except NoRoomForText as found:
         return _divided(sizes, layerwise.team.size, found), found
