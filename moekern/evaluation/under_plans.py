@@ -44,8 +44,8 @@ def check_plans(plans: Mapping[str, Plan], layout: Layout, checkpoint: Checkpoin
         raise InputError(f"a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     for name, plan in plans.items():
         check_plan(plan, layout, checkpoint, name, replaced=replaced)
-        made_on = checkpoint.fingerprint, str(plan.provenance.get("fingerprint"))  # a twin's, or its own
-        if refit_of(plan) is not None and not any(is_merged(plan, fingerprint) for fingerprint in made_on):
+        merged = is_merged(plan) or is_merged(plan, checkpoint.fingerprint)
+        if refit_of(plan) is not None and not merged:
             what = "its layers were refitted, and here it is applied to the original's weights"
             raise InputError(f"{name}: {what}; take the checkpoint that was written, or the plan from before the refit")
 
