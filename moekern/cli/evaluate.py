@@ -165,15 +165,18 @@ def evaluate(
 def _models(
     folder: Path, others: Sequence[Path], plans: Mapping[str, Plan], steering: Sequence[tuple[str, str, int, float]]
 ) -> dict[str, dict[str, str]]:
-    """What each row is of: the fingerprint of a checkpoint, the digest of the model that a plan makes, or the map that
-    steers."""
+    """What each row is of: the fingerprint of a checkpoint, the digest of the model that a plan makes with the
+    fingerprint that the plan names, or else the original's, or the map that steers."""
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.evaluation.losses import ORIGINAL
     from moekern.plan.groups import model_digest
 
     folders = {ORIGINAL: folder, **{str(other): other for other in others}}
     found = {name: {"fingerprint": open_checkpoint(each).fingerprint} for name, each in folders.items()}
-    made = {name: {"plan": model_digest(plan)} for name, plan in plans.items()}
+    made_on = {
+        name: str(plan.provenance.get("fingerprint", found[ORIGINAL]["fingerprint"])) for name, plan in plans.items()
+    }
+    made = {name: {"plan": model_digest(plan), "fingerprint": made_on[name]} for name, plan in plans.items()}
     return found | made | {name: {"steered": path} for name, path, *_ in steering}
 
 

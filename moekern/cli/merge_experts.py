@@ -131,6 +131,9 @@ def merge_experts(
     that it was in when the same command is run again. Measured on the model that ships, merging is worse than dropping.
     """
     _check_sources(plan, statistics, bool(data or preset), keep, method, domain, budget, router)
+    if budget != "uniform" and statistics is None and not allow_nonuniform:
+        what = "layers keep different numbers of experts, which no engine loads"
+        raise InputError(f"--budget {budget}: {what}; add --allow-nonuniform, or leave it out", kind="option")
 
     from moekern.cli import whole_merge
 

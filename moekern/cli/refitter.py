@@ -19,7 +19,7 @@ from moekern.evaluation.losses import ORIGINAL, Evaluation
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
 from moekern.model.transformers_api import open_loader
-from moekern.plan.document import Plan
+from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.guards import Guards
 from moekern.plan.served import served_as
 from moekern.plan.several import Planning, make_plans
@@ -123,6 +123,13 @@ class Refitter:
         """What is made of a plan."""
         refine, choice = Refine() if self.refine else None, Choice.of(plan) if self.re_estimate else None
         return Variant(REFITTED, plan, width, Ridge(), refine, folder, self.computed, choice)
+
+    def foreseen(self, layout: Layout, count: int) -> tuple[Variant, Variant]:
+        """As large as what is made of a plan that keeps so many experts, or those of a shape: the plan is not there."""
+        shape = self.named
+        experts, width = (count, None) if shape is None else (shape.experts, shape.width)
+        plan = Plan(dict.fromkeys(layout.layers, LayerPlan(tuple(range(experts)))))
+        return Variant(DROPPED, plan), replace(self, re_estimate=False).variant(plan, width, Path())
 
     def room(
         self,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moekern.cli.console import say, show
+from moekern.cli.console import hint, say, show
 from moekern.cli.given import check_statistics, headers_of, named_plans, result
 from moekern.cli.options import Json, Revision, check_model
 from moekern.errors import InputError
@@ -61,6 +61,7 @@ def report(
 
         losses = read_losses(evaluation)
     measured, given = Statistics.load(statistics), named_plans("report", plans or ())
+    hint(None if losses is None else told_original(losses, given, f"--evaluation {evaluation}"))
     names = short_names(given)
     judged = {} if losses is None else judged_names(losses, given, names)
     seen, cache = (None, None) if checkpoint is None else _sizes(checkpoint, revision, measured)
@@ -112,20 +113,31 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 def judged_names(losses: Mapping[str, Any], given: Mapping[str, Plan], names: Mapping[str, str]) -> dict[str, str]:
     """By which names rows of losses are shown beside the plans `given`: where the file tells what a row is of, that of
     the plan that makes this model, and of no other; else by the file's name."""
-    from moekern.plan.groups import model_digest
-    from moekern.publishing.evaluation import models_of
+    from moekern.publishing.evaluation import is_of, models_of
 
-    digests = {names[path]: model_digest(plan) for path, plan in given.items()}
+    plans = {names[path]: plan for path, plan in given.items()}
     told, shown = models_of(losses), short_names(losses["losses"])
-    known = {row: of["plan"] for row, of in told.items() if row in shown and "plan" in of}
-    same = {row for row, digest in known.items() if digests.get(shown[row]) == digest}
-    free = [name for name in digests if name not in {shown[row] for row in same}]
+    known = {row: of for row, of in told.items() if row in shown and "plan" in of}
+    same = {row for row, of in known.items() if shown[row] in plans and is_of(of, plans[shown[row]])}
+    free = [name for name in plans if name not in {shown[row] for row in same}]
     for row in (row for row in known if row not in same):
-        name = next((name for name in free if digests[name] == known[row]), None)
+        name = next((name for name in free if is_of(known[row], plans[name])), None)
         if name is not None:
             free.remove(name)
-        shown[row] = name or (f"{row} (another plan)" if shown[row] in digests else shown[row])
+        shown[row] = name or (f"{row} (another plan)" if shown[row] in plans else shown[row])
     return shown
+
+
+def told_original(losses: Mapping[str, Any], given: Mapping[str, Plan], source: str) -> str | None:
+    """The line for losses beside another original than that of the plans `given`, where no plan's row tells that it was
+    made on the same; None elsewhere."""
+    from moekern.publishing.evaluation import is_of, models_of, other_original
+
+    models = models_of(losses)
+    if any(is_of(of, plan) and "fingerprint" in of for of in models.values() for plan in given.values()):
+        return None
+    lines = (other_original(models, plan.provenance.get("fingerprint"), source) for plan in given.values())
+    return next((line for line in lines if line is not None), None)
 
 
 def _sizes(name: str, revision: str | None, statistics: Statistics) -> tuple[Overview, dict[str, int] | None]:

@@ -53,7 +53,7 @@ from moekern.pruning.prune import Copy, PruneReport
 from moekern.pruning.side_files import check_side_files
 from moekern.pruning.work_folder import check_target
 from moekern.recipe import Recipe
-from moekern.refit.refit import Refitting, check_model
+from moekern.refit.refit import Refitting, check_model, check_room
 from moekern.router import kept_count
 from moekern.statistics.coverage import THIN, Coverage, coverage
 from moekern.statistics.file import Statistics
@@ -188,6 +188,9 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     recipe = written_recipe(asked.recipe, checkpoint, data, compute)
     data, held = held_back(data) if asked.quality else (data, replace(data, batches=()))
     data, choosing = held_for_choice(data, planning.domains) if asked.auto else (data, replace(data, batches=()))
+    if asked.refit is not None:
+        variants = asked.refit.foreseen(layout, max(map(kept, keeps)))
+        check_room(checkpoint, data, variants, compute, judged=held)
     measured = data if stable is None else stable.asked(data)  # which a refit does not ask: it takes all of the text
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):

@@ -20,7 +20,18 @@ from moekern.data.batches import SEGMENTS
 from moekern.estimation.counted import Asked, Counted, Figure, Layer, Part, Stage
 from moekern.estimation.overview import overview, running
 from moekern.estimation.probe import Rates
-from moekern.estimation.refit import FACTORS, HELD, MOST, REFINE, RIDGE, STEP, refine_steps, refitted_bytes, row_bytes
+from moekern.estimation.refit import (
+    FACTORS,
+    HELD,
+    MOST,
+    REFINE,
+    RIDGE,
+    STEP,
+    numbers_bytes,
+    refine_steps,
+    refitted_bytes,
+    row_bytes,
+)
 from moekern.files import sized
 from moekern.model.budget import Budget
 from moekern.model.expert_groups import HALF, PIECE, less_work
@@ -149,6 +160,7 @@ class Job:
         working = [
             Part("hidden states", (2 + share) * self.hidden + 8 * asked.tokens, "counted"),
             Part("rows of a layer", row_bytes(asked.tokens, shapes.hidden, size), "counted"),
+            Part("which rows experts have", numbers_bytes(asked.tokens, shapes.top_k), "counted"),
             Part("copies of the down projections", 4 * (1 + FACTORS) * count * shapes.hidden, "counted"),
         ]
         device = [

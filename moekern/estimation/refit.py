@@ -13,6 +13,7 @@ HELD, MOST = 0.1, 8192  # share of the tokens that a result is judged by, and th
 RIDGE, REFINE = 6, 17  # forward passes of the experts that these are worth; 5 to 7 and 15 to 18 measured on a CPU
 FACTORS = 3  # candidates of the ridge, each with a copy of the residual and of the down projections
 SWEEPS, EPOCHS, BATCH = 2, 3, 1024  # of refinement, which `refit.Refine` has too
+NUMBERS = 24  # bytes of memory for a row that an expert has: its number, its gate, and its places among all rows
 STEP = 1.5e-3  # seconds of one of its steps beside the products; 1 to 3 ms measured on a CPU
 
 
@@ -26,6 +27,11 @@ def row_bytes(tokens: int, hidden: int, itemsize: int, copies: int = FACTORS) ->
     """Bytes of a layer's rows [tokens, hidden]: the target, what lacks of it and `copies` of that, in float32, and what
     experts are given."""
     return tokens * hidden * (4 * (2 + copies) + itemsize)
+
+
+def numbers_bytes(tokens: int, top_k: int) -> int:
+    """Bytes of memory that say which rows experts have."""
+    return NUMBERS * tokens * top_k
 
 
 def refitted_bytes(

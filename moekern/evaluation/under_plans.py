@@ -7,18 +7,17 @@ another takes a pass of its own. What a batch is found to be does not depend on 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, Generic, TypeVar
 
 from moekern.architectures import Layout
 from moekern.checkpoint.folder import Checkpoint
-from moekern.data.batches import Batch, dealt, loads
-from moekern.errors import InputError, NoRoomForText
+from moekern.data.batches import Batch, dealt
+from moekern.errors import InputError
 from moekern.evaluation.losses import ORIGINAL
+from moekern.model.batch_groups import batch_groups
 from moekern.model.journal import Stage, undamaged
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.pruned_layers import LivePruner
@@ -45,8 +44,8 @@ def check_plans(plans: Mapping[str, Plan], layout: Layout, checkpoint: Checkpoin
         raise InputError(f"a plan is named {ORIGINAL!r}, as the unpruned model is; give it another name")
     for name, plan in plans.items():
         check_plan(plan, layout, checkpoint, name, replaced=replaced)
-        made_on = checkpoint.fingerprint, str(plan.provenance.get("fingerprint"))  # a twin's, or its own
-        if refit_of(plan) is not None and not any(is_merged(plan, fingerprint) for fingerprint in made_on):
+        merged = is_merged(plan) or is_merged(plan, checkpoint.fingerprint)
+        if refit_of(plan) is not None and not merged:
             what = "its layers were refitted, and here it is applied to the original's weights"
             raise InputError(f"{name}: {what}; take the checkpoint that was written, or the plan from before the refit")
 
@@ -150,28 +149,12 @@ class UnderPlans(Pass[Task], Generic[Found]):
         return range(start, stop)
 
     def _groups(self, rest: range) -> list[range]:
-        """The fewest groups of these batches, of about as many tokens each, for which every rank has room."""
-        if not rest:
-            return []
-        own = sum(task.batch.input_ids.numel() for task in self._own(rest))
-        try:
-            self.layerwise.check_text(own)
-            return [rest]
-        except NoRoomForText as found:
-            groups = self._divided(rest, found)
-            if self.passed + len(groups) != self.passes:
-                LOG.info(f"{found}: the text is taken in {len(groups)} groups, each a pass over the weights")
-            return groups
-
-    def _divided(self, rest: range, found: NoRoomForText) -> list[range]:
+        """The fewest groups of these batches for which every rank has room."""
         sizes = [self.batches[place].input_ids.numel() * len(self.plans) for place in rest]
-        ends, ranks = list(accumulate(sizes)), self.layerwise.team.size
-        least = -(-ends[-1] // (ranks * found.tokens)) if max(sizes) <= found.tokens else len(rest) + 1
-        for number in range(max(2, least), len(rest) + 1):
-            cuts = [0, *(bisect_right(ends, ends[-1] * i // number) for i in range(1, number + 1))]
-            if all(max(loads(sizes[a:b], ranks)) <= found.tokens for a, b in pairwise(cuts)):
-                return [rest[a:b] for a, b in pairwise(cuts) if a < b]
-        raise found
+        groups, found = batch_groups(self.layerwise, sizes)
+        if found is not None and self.passed + len(groups) != self.passes:
+            LOG.info(f"{found}: the text is taken in {len(groups)} groups, each a pass over the weights")
+        return [rest[group.start : group.stop] for group in groups]
 
     def _own(self, group: range) -> list[Task]:
         """This rank's tasks of a group."""

@@ -41,6 +41,7 @@ from moekern.model.experts import experts_of
 from moekern.model.finite import all_finite, expert_list, wrong_experts
 from moekern.model.journal import Journal
 from moekern.model.layerwise import LayerwiseModel
+from moekern.model.room import Need
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
 STAGES = ("gradients, forward", "gradients, backward")
@@ -113,7 +114,7 @@ def check_gradients(layerwise: LayerwiseModel, data: TokenData) -> None:
     rows = layerwise.rows_apart(tokens)
     also = f" and experts' rows {sized(2 * rows)}" if rows else ""  # and their gradients
     what = f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}{also}"
-    layerwise.check_room(nbytes + 2 * rows, what, tokens)
+    layerwise.check_room(Need(tokens, nbytes + 2 * rows, what))
 
 
 def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping[str, Tensor]) -> None:

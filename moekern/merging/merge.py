@@ -53,7 +53,8 @@ def merge_experts(
             write_layer(folder, key, made, recipe=recipe, kept=layer, model=checkpoint.fingerprint)
     progress(len(merged), len(merged))
     told = {key: {"merged": merged_into(layer)} for key, layer in merged.items()}
-    return replace(plan, provenance={**plan.provenance, REFIT: {"recipe": recipe, "layers": told}})
+    record = {"recipe": recipe, "fingerprint": checkpoint.fingerprint, "layers": told}
+    return replace(plan, provenance={**plan.provenance, REFIT: record})
 
 
 def merged_bytes(checkpoint: Checkpoint, plan: Plan) -> int:

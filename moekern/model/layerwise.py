@@ -39,6 +39,7 @@ from moekern.model.journal import ANEW, Stage, undamaged
 from moekern.model.memory import drop, return_freed_memory
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader
+from moekern.model.room import Need
 from moekern.model.skeleton import fill_skeleton
 from moekern.model.spent import Spent
 from moekern.model.states import States
@@ -76,6 +77,7 @@ class LayerwiseModel:
     team: Team = ALONE  # the processes that take this pass, each with tasks of its own
     returns: dict[int, Beside] = field(default_factory=dict)  # what layers that have run return
     notes: list[str] = field(default_factory=list)  # said once the first layer is there
+    reserved: int = 0  # bytes of the memory for hidden states that something else has
     stays: bool = False  # what is filled stays so from pass to pass: there is memory for all layers
 
     @property
@@ -156,43 +158,44 @@ class LayerwiseModel:
         """Groups of experts that some rank of the node wants: all of its ranks read them together."""
         return sorted({group for each in self.team.every_on_node(list(groups)) for group in each})
 
+    @property
+    def room(self) -> int:
+        """Bytes of memory for hidden states."""
+        return max(0, self.takes.room - self.reserved)
+
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
-        return States(self.takes.room, self.spill)
+        return States(self.room, self.spill)
 
     def states_beside(self, others: States) -> States:
         """A place for more, which takes what memory others have left."""
-        return States(max(0, self.takes.room - others.size), self.spill)
+        return States(max(0, self.room - others.size), self.spill)
 
-    def expect(self, tokens: int, more: int = 0, named: str = "") -> None:
-        """Say what so many tokens will take, and `more` bytes of what is `named`. Raises as `check_text`."""
-        what, beyond = self.check_text(tokens, more, named)
+    def expect(self, tokens: int, more: int = 0, named: str = "", memory: int = 0) -> None:
+        """Say what so many tokens will take. Arguments and errors as of `check_text`."""
+        what, beyond = self.check_text(tokens, more, named, memory)
         file = f", {sized(beyond)} of them in a file in {self.spill or tempfile.gettempdir()}" if beyond else ""
         self.notes.append(f"memory: {self.takes.described}; the text takes {what}{file}")
 
-    def check_text(self, tokens: int, more: int = 0, named: str = "") -> tuple[str, int]:
-        """What so many tokens take, in words, and how many bytes of it go to a file. Raises NoRoomForText where memory
-        and disk have no room, on every rank where one has too little."""
+    def check_text(self, tokens: int, more: int = 0, named: str = "", memory: int = 0) -> tuple[str, int]:
+        """What so many tokens take, in words, and how many bytes of it go to a file. They take `more` bytes of what is
+        `named`, which has `memory` of its own. Raises NoRoomForText where memory and disk have no room, on every rank
+        where one has too little."""
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         beside = ((states, "hidden states"), (apart, "experts' rows"), (more, named))
         what = " and ".join(f"{sized(n)} of {each}" for n, each in beside if n)
-        return what, self.check_room(states + apart + more, f"{tokens} tokens take {what}", tokens)
+        return what, self.check_room(Need(tokens, states + apart, f"{tokens} tokens take {what}", more, memory))
 
     def rows_apart(self, tokens: int) -> int:
         """Bytes of what experts that are run in groups are given, and put out, for so many tokens."""
         row, slots = self.embedding_size * self.loader.dtype.itemsize, self.layout.router.top_k
         return tokens * (row + slots * (row + 8)) if self.groups.cuts else 0
 
-    def check_room(self, nbytes: int, what: str, tokens: int) -> int:
-        """How many of the bytes of so many tokens go to a file. Raises NoRoomForText where the disk has no room, on
-        every rank where one has too little."""
-        beyond, folder = max(0, nbytes - self.takes.room), self.spill or Path(tempfile.gettempdir())
+    def check_room(self, need: Need) -> int:
+        """How many bytes go to a file. Raises as `check_text`."""
+        beyond, folder = need.beyond(self.room), self.spill or Path(tempfile.gettempdir())
         free = shutil.disk_usage(folder).free // self.team.local_size  # which ranks of a node share, as memory
-        refused = None
-        if beyond > free:
-            room = f"memory has room for {sized(self.takes.room)}, and {folder} for {sized(free)}"
-            ways = "give more (--memory), another folder (--spill) or less text (--tokens)"
-            refused = f"{what}: {room}; {ways}", (self.takes.room + free) * tokens // nbytes
+        refused = None if beyond <= free else (need.refusal(self.room, folder, free), need.fitting(self.room, free))
         told = [(each[1], rank, each[0]) for rank, each in enumerate(self.team.every(refused)) if each is not None]
         if not told:
             return beyond
@@ -292,13 +295,15 @@ class LayerwiseModel:
 
     def _refusal(self, found: NotFinite, run: Pass[Any]) -> InputError:
         """The error for numbers that are not finite, while the weights are there that may have made them so."""
-        layer, of, dtype = found.layer, run.name(found.task), self.loader.dtype
-        task = f"; seen in {of}" if of else ""
+        layer, dtype, name = found.layer, self.loader.dtype, run.name(found.task)
+        task = f"; seen in {name}" if name else ""
         if not 0 <= layer < len(self.layers):
             what = "the embeddings are" if layer < 0 else "the logits are"
             cause = blamed_outside(self.model, self.layers_name, head=layer >= 0) or out_of_range(what, dtype)
             return InputError(f"{self.checkpoint.folder}: {cause}{task}")
-        cause = self.blamed(layer, run.held(layer)) or out_of_range(f"{_outputs(run.overflowing(layer))} are", dtype)
+        of = run.overflowing(layer)
+        outputs = f"{expert_list(of)}: outputs" if of else "hidden states"
+        cause = self.blamed(layer, run.held(layer)) or out_of_range(f"{outputs} are", dtype)
         return InputError(f"{self.checkpoint.folder}: layer {self.moe_keys.get(layer, layer)}: {cause}{task}")
 
     def visit(self, order: Sequence[int]) -> Iterator[int]:
@@ -350,10 +355,6 @@ class LayerwiseModel:
         for name, parameter in self.layers[i].named_parameters():
             if parameter.is_meta and name not in wait:
                 raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {self.layers_name}.{i}.{name}")
-
-
-def _outputs(experts: Sequence[int]) -> str:
-    return f"{expert_list(experts)}: outputs" if experts else "hidden states"
 
 
 @contextmanager

@@ -151,14 +151,11 @@ class States:
         return range(self.end - nbytes, self.end)
 
     def _write(self, start: int, value: Tensor) -> None:
-        data = bytes_of(value)
         try:
             if self.file is None:
                 with tempfile.TemporaryFile(dir=self.folder) as file:
                     self.file = os.dup(file.fileno())
-            while data:
-                written = os.pwrite(self.file, data, start)
-                data, start = data[written:], start + written
+            write_tensor(self.file, start, value)
         except OSError as error:
             place = self.folder or tempfile.gettempdir()
             raise InputError(f"{place}: no room for hidden states beyond --memory: {error.strerror}") from error
@@ -187,6 +184,14 @@ def read_tensor(file: int, start: int, shape: Sequence[int], dtype: torch.dtype,
     out = torch.empty(tuple(shape), dtype=dtype)
     _read_into(bytes_of(out), file, start, what)
     return out
+
+
+def write_tensor(file: int, start: int, value: Tensor) -> None:
+    """Put a tensor on the CPU, whose numbers lie one after another, at byte `start` of an open file."""
+    data = bytes_of(value)
+    while data:
+        written = os.pwrite(file, data, start)
+        data, start = data[written:], start + written
 
 
 def _read_into(data: memoryview, file: int, start: int, what: str) -> None:

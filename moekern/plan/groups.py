@@ -123,10 +123,14 @@ def merge_recipe(plan: Plan, fingerprint: str) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def is_merged(plan: Plan, fingerprint: str) -> bool:
-    """Whether what the plan says was computed is what its groups make of this model, and not a refit of that."""
+def is_merged(plan: Plan, fingerprint: str | None = None) -> bool:
+    """Whether what the plan says was computed is what its groups make of this model, and not a refit of that. None: of
+    the one that it says it was made of, which may be a twin of the one that it was planned on."""
     told = plan.provenance.get("refit")
-    return plan.merges and isinstance(told, dict) and told.get("recipe") == merge_recipe(plan, fingerprint)
+    if not plan.merges or not isinstance(told, dict):
+        return False
+    of = fingerprint or told.get("fingerprint") or plan.provenance.get("fingerprint")
+    return bool(told.get("recipe") == merge_recipe(plan, str(of)))
 
 
 def model_digest(plan: Plan) -> str:
@@ -137,7 +141,7 @@ def model_digest(plan: Plan) -> str:
     if plan.merges:
         merge = told.get(MERGE)
         decides[MERGE] = [aligned(told), merge.get("router") if isinstance(merge, dict) else None]
-    if "refit" in told and not is_merged(plan, str(told.get("fingerprint"))):
+    if "refit" in told and not is_merged(plan):
         decides["refit"] = told["refit"].get("recipe") if isinstance(told["refit"], dict) else None
     return replace(plan, layers=layers, provenance=decides).digest
 

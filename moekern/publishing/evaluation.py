@@ -9,6 +9,8 @@ from typing import Any
 
 from moekern.checkpoint.strict_json import short
 from moekern.errors import InputError
+from moekern.plan.document import Plan
+from moekern.plan.groups import model_digest
 from moekern.publishing.markdown import plain, table
 from moekern.rows import with_error
 
@@ -47,10 +49,29 @@ def figures_of(document: Mapping[str, Any], source: str) -> list[Figure]:
 
 
 def models_of(document: Mapping[str, Any]) -> dict[str, Mapping[str, str]]:
-    """Row -> {"fingerprint": of the checkpoint} or {"plan": `model_digest` of the plan}, as far as they are told."""
+    """Row -> {"fingerprint": of the checkpoint} or {"plan": `model_digest` of the plan, "fingerprint": of what that was
+    made on}, as far as they are told."""
     found = document.get("models")
     rows = found.items() if isinstance(found, Mapping) else ()
     return {name: told for name, told in rows if isinstance(told, Mapping) and all(map(_is_text, told.values()))}
+
+
+def is_of(told: Mapping[str, str] | None, plan: Plan) -> bool:
+    """Whether what is told of a row is that it is of this plan, made on the same original as far as that is told."""
+    if told is None or told.get("plan") != model_digest(plan):
+        return False
+    made_on = plan.provenance.get("fingerprint")
+    return made_on is None or told.get("fingerprint", made_on) == made_on
+
+
+def other_original(models: Mapping[str, Mapping[str, str]], made_on: object, source: str) -> str | None:
+    """The line for figures beside an original whose fingerprint is not the one that a plan was `made_on`; None where
+    they are the same, or one is not told."""
+    found = models.get(ORIGINAL, {}).get("fingerprint")
+    if found is None or made_on is None or found == made_on:
+        return None
+    prints = f"fingerprint {short(found[:12])}, and of the plan's {short(str(made_on)[:12])}"
+    return f"{source}: its original is another one ({prints}): a twin of the same model, or figures of another"
 
 
 def _is_text(value: Any) -> bool:

@@ -15,7 +15,6 @@ from moekern.checkpoint.strict_json import read_file, read_json, short
 from moekern.errors import InputError
 from moekern.files import write_bytes
 from moekern.plan.document import Plan, plan_of
-from moekern.plan.groups import model_digest
 from moekern.publishing.card import (
     BASE,
     CARD_CAP,
@@ -27,7 +26,7 @@ from moekern.publishing.card import (
     section,
     with_section,
 )
-from moekern.publishing.evaluation import ORIGINAL, figures_of, models_of, row_of
+from moekern.publishing.evaluation import ORIGINAL, figures_of, is_of, models_of, other_original, row_of
 from moekern.publishing.front_matter import HUB_ID, with_values
 from moekern.publishing.text import text_section
 
@@ -122,10 +121,13 @@ def _measured(
     if told is None:
         tell(f"{source}: does not tell which model its row {short(row)} is of; it is written as this one's")
     elif not _is_of(told, folder, plan):
-        trained = read_recovery(folder) is not None and told.get("plan") == model_digest(plan)
+        trained = read_recovery(folder) is not None and is_of(told, plan)
         before = "this one before it was trained: evaluate the folder itself"
         what = before if trained else "another model than this one"
         raise InputError(f"--evaluation {source}: its row {short(row)} is of {what}; nothing was written")
+    line = None if is_of(told, plan) else other_original(models, plan.provenance.get("fingerprint"), source)
+    if line is not None:
+        tell(line)
     return measured_text(figures, row)
 
 
@@ -134,5 +136,5 @@ def _is_of(told: Mapping[str, str] | None, folder: Path, plan: Plan) -> bool:
     if told is None:
         return False
     if "plan" in told:
-        return told["plan"] == model_digest(plan) and read_recovery(folder) is None
+        return is_of(told, plan) and read_recovery(folder) is None
     return told.get("fingerprint") == open_checkpoint(folder).fingerprint

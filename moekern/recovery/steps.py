@@ -14,6 +14,7 @@ from moekern.data.batches import dealt
 from moekern.errors import InputError
 from moekern.evaluation.losses import Loss, means
 from moekern.model.backward import Backward, eager_experts
+from moekern.model.batch_groups import batch_groups
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.layerwise import LayerwiseModel
@@ -115,18 +116,24 @@ class Steps:
     def look(
         self, samples: Sequence[Sample], step: Callable[[float, int], None], *, untrained: bool = False
     ) -> Mapping[str, Loss]:
-        """Losses by domain of what is trained as it is now, in one pass forward; the same at every rank. `step` is told
-        how many layers are done, of how many. untrained: of the model as the checkpoint has it."""
-        look = _Look(self, self._own(samples), step, untrained)
-        with eager_experts(self.layerwise.model):
-            if not untrained:
-                self.trained.put_in(None)
-            self.layerwise.run(look.samples, look)
-            if not untrained:
-                self.trained.take_out(None)
+        """Losses by domain of what is trained as it is now, in one pass forward, or in several where there is no room
+        for all of the text; the same at every rank. `step` is told how many layers are done, of how many. untrained: of
+        the model as the checkpoint has it."""
         found: dict[int, Tensor] = {}
-        for each in self.layerwise.team.every(look.sums):
-            found |= each
+        groups, _ = batch_groups(self.layerwise, [sample.batch.input_ids.numel() for sample in samples])
+        of = len(groups) * len(self.layerwise.layers)
+        for number, group in enumerate(groups):
+            done = number * len(self.layerwise.layers)
+            told = lambda layers, _, done=done: step(done + layers, of)  # noqa: E731
+            look = _Look(self, self._own(samples[group.start : group.stop]), told, untrained)
+            with eager_experts(self.layerwise.model):
+                if not untrained:
+                    self.trained.put_in(None)
+                self.layerwise.run(look.samples, look)
+                if not untrained:
+                    self.trained.take_out(None)
+            for each in self.layerwise.team.every(look.sums):
+                found |= each
         rows = ((WHAT, sample.batch.domain, found[sample.place]) for sample in samples)
         return means([WHAT], rows)[WHAT]
 

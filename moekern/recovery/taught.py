@@ -67,7 +67,9 @@ def taught(
             if not team.first:
                 teacher.share()
             stage = None if journal is None else journal.stage(TEACHING)
-            Teaching(layerwise, teacher, lambda done, of: progress(TEACHING, done, of)).run(batches, stage)
+            Teaching(layerwise, batches, teacher, lambda done, of: progress(TEACHING, done, of)).run(stage)
+            teacher.flush()
+            team.meet()
             if team.first:
                 teacher.finished()
         if journal is not None and team.first:

@@ -7,28 +7,28 @@ A safetensors file: `ids` [N, top] int32 and `logp` [N, top] float16, 6 top byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moekern.checkpoint.header import read_shard
+from moekern.checkpoint.header import TensorEntry, read_shard
 from moekern.checkpoint.writing import Described, header
-from moekern.data.batches import Batch, dealt
+from moekern.data.batches import Batch
 from moekern.errors import InputError, memory_for
-from moekern.files import fsync, is_plain, reserve, sized
+from moekern.evaluation.under_plans import Task, UnderPlans
+from moekern.files import fsync, is_plain, reason, reserve, sized
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite
-from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
-from moekern.model.walk import Pass
+from moekern.model.reader import DTYPES
+from moekern.model.states import read_tensor, write_tensor
 
-TYPES = {"I32": "<i4", "F16": "<f2", "F32": "<f4"}  # of safetensors, as numpy says it
 ROWS = 512  # predicted tokens that are looked at together
 
 
@@ -61,13 +61,15 @@ class Predicted:
 
 
 class Teacher:
-    """The predictions of `batches`, in a file of this path. top: None for the whole vocabulary of `classes`."""
+    """The predictions of `batches`, in a file of this path. top: None for the whole vocabulary of `classes`.
+
+    Of the file no more than a batch is ever in memory.
+    """
 
     def __init__(self, path: Path, batches: Sequence[Batch], top: int | None, classes: int) -> None:
         self.path, self.top, self.classes = path, top if top is None else min(top, classes), classes
-        sizes = [batch.input_ids[:, 1:].numel() for batch in batches]
-        self.starts = [0, *np.cumsum(sizes).tolist()]
-        self.arrays: dict[str, np.memmap[Any, Any]] = {}
+        self.starts = [0, *accumulate(batch.input_ids[:, 1:].numel() for batch in batches)]
+        self.entries: dict[str, TensorEntry] = {}
 
     @property
     def nbytes(self) -> int:
@@ -75,37 +77,30 @@ class Teacher:
         return self.starts[-1] * (4 * self.classes if self.top is None else 6 * self.top)
 
     def open(self, key: str, *, anew: bool = False) -> bool:
-        """Map the file; whether it holds the predictions that `key` names. One that does not is written anew, with
-        zeros. Raises InputError where the disk has no room."""
+        """Whether the file holds the predictions that `key` names. One that does not is written anew, with zeros.
+        Raises InputError where the disk has no room."""
         there = not anew and is_plain(self.path) and self._names(key)  # whole, or put in part by a run that was stopped
         complete = there and is_plain(_done(self.path))
         if not there:
             self._make(key)
-        self._map("r" if complete else "r+")
+        self.share()
         return complete
 
     def share(self) -> None:
-        """Map the file that another rank has opened, to put into it."""
-        self._map("r+")
-
-    def _map(self, mode: Literal["r", "r+"]) -> None:
-        for entry in read_shard(self.path).tensors:
-            self.arrays[entry.name] = np.memmap(self.path, TYPES[entry.dtype], mode, entry.start, entry.shape)
-
-    def close(self) -> None:
-        self.arrays.clear()
+        """See what lies where in the file, which this rank or another one has opened."""
+        self.entries = {entry.name: entry for entry in read_shard(self.path).tensors}
 
     def put(self, place: int, predicted: Predicted) -> None:
         """Those of a batch."""
-        rows = slice(self.starts[place], self.starts[place + 1])
-        self.arrays["logp"][rows] = predicted.logp.cpu().numpy()
-        if predicted.ids is not None:
-            self.arrays["ids"][rows] = predicted.ids.cpu().numpy()
+        with open(self.path, "r+b", buffering=0) as file:
+            for name, value in (("logp", predicted.logp), ("ids", predicted.ids)):
+                if value is not None:
+                    start, _, dtype = self._rows(name, place)
+                    write_tensor(file.fileno(), start, value.cpu().to(dtype).contiguous())
 
     def flush(self) -> None:
         """All that was put is on the disk."""
-        for array in self.arrays.values():
-            array.flush()
+        fsync(self.path)
 
     def finished(self) -> None:
         """Every rank has put its batches: the file holds what its key names."""
@@ -115,10 +110,21 @@ class Teacher:
 
     def of(self, place: int) -> Predicted:
         """Those of a batch."""
-        rows = slice(self.starts[place], self.starts[place + 1])
-        logp = torch.from_numpy(np.array(self.arrays["logp"][rows], dtype=np.float32))
-        ids = self.arrays.get("ids")
-        return Predicted(None if ids is None else torch.from_numpy(np.array(ids[rows], dtype=np.int64)), logp)
+        found = {}
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for name in self.entries:
+                    found[name] = read_tensor(file.fileno(), *self._rows(name, place), str(self.path))
+        except OSError as error:
+            raise InputError(f"{self.path}: what the original predicts cannot be read: {reason(error)}") from error
+        ids = found.get("ids")
+        return Predicted(None if ids is None else ids.long(), found["logp"].float())
+
+    def _rows(self, name: str, place: int) -> tuple[int, tuple[int, int], torch.dtype]:
+        """Where those of a batch begin in the file, their shape and their type."""
+        entry, start, stop = self.entries[name], *self.starts[place : place + 2]
+        dtype = DTYPES[entry.dtype]
+        return entry.start + start * entry.shape[1] * dtype.itemsize, (stop - start, entry.shape[1]), dtype
 
     def _names(self, key: str) -> bool:
         try:
@@ -151,43 +157,37 @@ def _done(path: Path) -> Path:
     return path.with_suffix(".done")
 
 
-class Teaching(Pass[tuple[int, Batch]]):
-    """Fills a teacher: tasks are batches with their places."""
+class Teaching(UnderPlans[bool]):
+    """Fills a teacher with what the original predicts of the text, in one pass over its weights, or in several where
+    there is no room for all of it."""
 
-    def __init__(self, layerwise: LayerwiseModel, teacher: Teacher, progress: Callable[[float, int], None]) -> None:
-        self.layerwise, self.teacher, self.progress = layerwise, teacher, progress
+    def __init__(
+        self,
+        layerwise: LayerwiseModel,
+        batches: Sequence[Batch],
+        teacher: Teacher,
+        progress: Callable[[float, int], None],
+    ) -> None:
+        super().__init__(layerwise, batches, {}, progress)
+        self.teacher = teacher
 
-    def run(self, batches: Sequence[Batch], stage: Stage | None = None) -> None:
-        """One pass over the original's weights, or what a stopped one has left."""
-        layerwise = self.layerwise
-        owners = dealt([batch.input_ids.numel() for batch in batches], layerwise.team.size)
-        tasks = [(n, batch) for n, batch in enumerate(batches) if owners[n] == layerwise.team.rank]
-        layerwise.expect(sum(batch.input_ids.numel() for _, batch in tasks))
-        layerwise.run(tasks, self, stage)
+    def written(self, found: bool) -> Any:
+        return found
+
+    def read(self, written: Any) -> bool:
+        return bool(written)
+
+    def kept(self) -> Any:
         self.teacher.flush()
-        layerwise.team.meet()
-
-    def label(self, number: int, task: tuple[int, Batch]) -> int:
-        return task[0]
-
-    def name(self, task: tuple[int, Batch]) -> str:
-        return f"the original, domain {task[1].domain}"
-
-    def kept(self) -> Mapping[str, Any]:
-        self.teacher.flush()
-        return {}
+        return super().kept()
 
     @contextmanager
-    def entering(self, task: tuple[int, Batch], layer: int) -> Iterator[None]:
-        with few_tokens(task[1].input_ids.numel(), self.layerwise.device):
+    def entering(self, task: Task, layer: int) -> Iterator[None]:
+        with few_tokens(task.batch.input_ids.numel(), self.layerwise.device), super().entering(task, layer):
             yield
 
-    def done(self, layer: int) -> None:
-        self.progress(layer + 1, len(self.layerwise.layers))
-
-    def forward(self, task: tuple[int, Batch]) -> None:
-        place, batch = task
-        logits = self.layerwise.compute(batch).logits
+    def forward(self, task: Task) -> None:
+        logits = self.layerwise.compute(task.batch).logits
         check_head(self.layerwise, logits, self.teacher.classes)
         rows = logits[:, :-1].flatten(0, 1)
         with memory_for("what the original predicts", "fewer sequences at a time take less (--chunk)"):
@@ -197,7 +197,8 @@ class Teaching(Pass[tuple[int, Batch]]):
             raise NotFinite(len(self.layerwise.layers))
         ids = None if self.teacher.top is None else torch.cat([each.ids for each in found if each.ids is not None])
         if len(logp):
-            self.teacher.put(place, Predicted(ids, logp))
+            self.teacher.put(task.place, Predicted(ids, logp))
+        self.found[task.place, task.number] = True
 
 
 def check_head(layerwise: LayerwiseModel, logits: Tensor, classes: int) -> None:

@@ -106,9 +106,6 @@ def refit(
             variant.folder, name, tensors, recipe=recipes[variant.name], kept=kept, model=checkpoint.fingerprint
         )
 
-    for variant in variants if team.first else ():
-        if variant.folder is not None:
-            remove_others(variant.folder, recipes[variant.name])
     with (
         opened(resume, key, (STAGE,), team) as journal,
         open_layerwise(checkpoint, layout, compute, team) as layerwise,
@@ -118,6 +115,10 @@ def refit(
             if variant.fits:
                 check_formats(checkpoint, layout, layerwise.loader, variant.plan.layers, variant.all_parts)
         streams = Streams(layerwise, split, variants, write, progress, until, compute.backend)
+        streams.expect()
+        for variant in variants if team.first else ():
+            if variant.folder is not None:
+                remove_others(variant.folder, recipes[variant.name])
         streams.run(None if journal is None else journal.stage(STAGE))
     losses = _losses(streams, split, [ORIGINAL, *(variant.name for variant in variants)])
     if journal is not None and team.first:
@@ -137,6 +138,24 @@ def check_model(source: str | Path | Checkpoint, compute: Compute) -> None:
     team.together(check_model, checkpoint.folder, compute)
     with open_layerwise(checkpoint, layout, compute, team) as layerwise:
         check_layers(layerwise)
+
+
+def check_room(
+    source: str | Path | Checkpoint,
+    data: TokenData,
+    variants: Sequence[Variant],
+    compute: Compute,
+    *,
+    judged: TokenData | None = None,
+) -> None:
+    """Raise InputError for text that memory and disk have no room for. `refit` asks it first of all: this is for those
+    who have much to do before. Otherwise as `check_model`."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    layout, team = find_layout(checkpoint), compute.team
+    team.together(check_room, checkpoint.folder, data, variants, compute, judged=judged)
+    with open_layerwise(checkpoint, layout, compute, team) as layerwise:
+        check_layers(layerwise)
+        Streams(layerwise, Split.of(data, judged), variants, lambda *written: None).expect()
 
 
 def check_family(layout: Layout, checkpoint: Checkpoint) -> None:

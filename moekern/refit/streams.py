@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from moekern.data.batches import Batch, TokenData, dealt
 from moekern.errors import InputError
-from moekern.estimation.refit import row_bytes
 from moekern.evaluation.predictions import compared
 from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
@@ -27,7 +26,6 @@ from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.projections import views
 from moekern.model.pruned_layers import LivePruner
-from moekern.model.states import States
 from moekern.model.stepwise import Tangled
 from moekern.model.walk import Pass, Round
 from moekern.plan.channels import channel_text
@@ -36,8 +34,9 @@ from moekern.plan.live import live_channels, live_merging
 from moekern.refit.choice import Chooser
 from moekern.refit.fitting import Fitting, fitted, forwards
 from moekern.refit.live import Asked, Listening, LiveExperts, block_of, listening, made_by
-from moekern.refit.rows import Room, RowStore
-from moekern.refit.stored import Stored, StoredExperts, format_of, stored_bytes
+from moekern.refit.needs import Needs, halved
+from moekern.refit.rows import RowStore
+from moekern.refit.stored import Stored, StoredExperts, format_of
 from moekern.refit.target import Target, scale_of, squares_of
 from moekern.refit.units import Units
 from moekern.refit.variants import FITTED, HELD, JUDGED, Split, Variant
@@ -69,7 +68,7 @@ class Streams(Pass[Task]):
         backend: str | None = None,
     ) -> None:
         self.layerwise, self.split, self.variants, self.write, self.progress, self.backend = (
-            layerwise, split, tuple(variants), write, progress, backend,
+            halved(layerwise), split, tuple(variants), write, progress, backend,
         )  # fmt: skip
         self.team, self.keys = layerwise.team, layerwise.moe_keys
         self.stop_after = next((layer for layer, key in self.keys.items() if key == until), None)
@@ -105,7 +104,8 @@ class Streams(Pass[Task]):
             for n, v in enumerate(self.variants, start=1) if v.choice
         }  # fmt: skip
         self.choosing: Chooser | None = None  # the layer at work is measured
-        self.room = Room(0)  # of all rows of the layer at work, beside hidden states
+        self.needs = Needs.of(self.layerwise, self.tokens, self.variants)
+        self.room = self.needs.room(self.layerwise)  # of all rows of the layer at work, beside hidden states
         self.through = 0
         self.started()
 
@@ -114,18 +114,18 @@ class Streams(Pass[Task]):
         self.plans: list[dict[str, LayerPlan]] = [{} for _ in self.variants]
         self.records: list[dict[str, Any]] = [{} for _ in self.variants]
 
+    def expect(self) -> None:
+        """Say what the text takes. Raises InputError where memory and disk have no room for all of it."""
+        tokens = sum(task.batch.input_ids.numel() for task in self._tasks())
+        self.needs.expect(self.layerwise, tokens, sum(self.split.batches[p].input_ids.numel() for p in self.places))
+
     def run(self, stage: Stage | None = None) -> None:
         """The whole pass, or what a stopped run has left of it. Raises InputError for models that cannot be refitted,
-        where memory and disk have no room, and for numbers that are not finite."""
+        and for numbers that are not finite."""
         layerwise = self.layerwise
-        tasks = list(self._tasks())
-        layerwise.expect(sum(task.batch.input_ids.numel() for task in tasks), self._beside(), "rows of a layer")
-        half = layerwise.takes.room // 2
-        stored = stored_bytes(layerwise.checkpoint, layerwise.layout)
-        self.room = Room(max(0, layerwise.takes.room - half - stored), layerwise.spill)
         try:
-            with States(half, layerwise.spill) as states, self.applied:
-                layerwise.run_stepwise(tasks, self, states, stage)
+            with layerwise.states() as states, self.applied:
+                layerwise.run_stepwise(list(self._tasks()), self, states, stage)
         except Tangled as found:
             why = "and two streams of such cannot be kept side by side"
             raise InputError(f"{layerwise.checkpoint.folder}: {found}, {why}; prune it without a refit") from None
@@ -252,8 +252,7 @@ class Streams(Pass[Task]):
                 with self.pruner.pruned(key, plan.keep):
                     asked, lacks = yield from self._asked(layer, number, target if variant.fits else None, stack)
                     if variant.width is not None:
-                        live = LiveExperts(block_of(module), asked, self.layerwise.device)
-                        plan = LayerPlan(plan.keep, None, self._channels(live, variant.width))
+                        plan = LayerPlan(plan.keep, None, self._channels(module, asked, variant.width))
             self.plans[number - 1][key] = plan
             with self.pruner.pruned(key, plan.keep, live_channels(plan), live_merging(variant.plan, key)):
                 block = block_of(module) if variant.fits else module
@@ -324,10 +323,10 @@ class Streams(Pass[Task]):
             all_parts=variant.all_parts(layer), dtype=format_of(variant.computed, of.checkpoint, of.layout).dtype,
         )  # fmt: skip
 
-    def _channels(self, live: LiveExperts, width: int) -> tuple[str, ...]:
+    def _channels(self, module: nn.Module, asked: Asked, width: int) -> tuple[str, ...]:
         """Of each expert the `width` channels whose features times their columns of down have the most energy on the
         text that is fitted; of equal ones the first."""
-        texts = []
+        live, texts = LiveExperts(block_of(module), asked, self.layerwise.device), []
         for expert, energy in enumerate(live.energies(self.parts, ~self.held_rows, self.backend)):
             energy *= live.down(expert).double().square().sum(0).cpu()
             best = energy.argsort(descending=True, stable=True)[:width].sort().values
@@ -372,12 +371,6 @@ class Streams(Pass[Task]):
         assert self.task is not None
         if self.task.place in self.rows_of:
             store[self._rows()] = value.detach().float().flatten(0, -2).cpu()
-
-    def _beside(self) -> int:
-        """Bytes of a layer's rows: the target, what lacks, one copy for each factor, and what experts are given."""
-        fits = [variant for variant in self.variants if variant.fits]
-        copies = max((len(v.ridge.factors) if v.ridge else 1 for v in fits), default=-2)
-        return row_bytes(self.tokens, self.layerwise.embedding_size, self.layerwise.loader.dtype.itemsize, copies)
 
 
 def _of(number: int) -> Callable[[Task], bool]:

@@ -3,7 +3,8 @@ layers that were refitted are pruned and refitted in memory instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.recovery import read_recovery
 from moekern.data.batches import Batch
 from moekern.errors import InputError, check_type
+from moekern.model.batch_groups import batch_groups
 from moekern.model.compute import Compute
 from moekern.model.finite import NotFinite
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.masking import WHOLE, Channels, masked_layer
 from moekern.model.pruned_layers import LivePruner
+from moekern.model.states import States
 from moekern.model.substituted import substituted_layer
 from moekern.model.walk import Pass
 from moekern.plan.channels import channel_rows
@@ -31,11 +34,15 @@ from moekern.plan.constants import Live, stored_constants
 from moekern.plan.document import Plan
 from moekern.plan.fits_model import check_plan
 from moekern.plan.refit import refit_of
+from moekern.verification.held_logits import Compared, HeldLogits
 from moekern.verification.refitted_layers import RefittedLayers, refitted_layers
 
 # Both sides do the same arithmetic up to the order of sums over experts, so float32 leaves only rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 COARSE_TOLERANCE = 0.25  # 16-bit types: one unit in the last place of a logit, and what layers make of it
+LOGITS = "logits"
+LOG = logging.getLogger(__name__)
+Made = Callable[[int, Tensor], None]  # of a batch, by its place
 
 
 @dataclass(frozen=True)
@@ -68,36 +75,104 @@ def compare_forward(
     `progress` counts the layers of both; the one at work by the share of batches that are through it.
 
     Experts that a plan replaces return, in the original, the constants that the pruned checkpoint holds. The dtype
-    "auto" means float32 here, in quantised checkpoints too. All logits are held on the CPU. Raises InputError for a
-    checkpoint with trained tensors, which nothing equals.
+    "auto" means float32 here, in quantised checkpoints too. Logits of the original wait in memory, beyond half of what
+    is there for hidden states in a file; text that there is no room for is compared in groups of batches, two passes
+    over the weights each, with the same numbers. Raises InputError for a checkpoint with trained tensors, which nothing
+    equals, and NoRoomForText where there is no room for a single batch.
     """
     check_type("plan", plan, Plan)
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned)
     if (recovery := read_recovery(after.folder)) is not None:
         raise InputError(not_compared(after.name, len(recovery["tensors"])))
-    chosen = compute.torch_dtype or torch.float32
-    logits: dict[str, list[Tensor]] = {}
+    compute = replace(compute, dtype=compute.torch_dtype or torch.float32)
     whole, replaced = as_whole(after)
     constants, after = stored_constants(after, replaced) if replaced else None, whole
+    check_plan(plan, find_layout(before), before, replaced=True)
     refitted = None
     if refit_of(plan) is not None:
-        refitted = refitted_layers(plan, after, find_layout(after), replace(compute, dtype=chosen))
-    for side, checkpoint, applied in (("masked", before, plan), ("pruned", after, None)):
-        layout = find_layout(checkpoint)
-        if applied is not None:
-            check_plan(applied, layout, checkpoint, replaced=True)
-        with open_layerwise(checkpoint, layout, replace(compute, dtype=chosen)) as layerwise:
-            batches = batches or random_batches(layerwise.vocab_size)
-            masks = (dropped_experts(layout, applied), kept_channels(applied)) if constants is None else ({}, {})
-            tasks = [MaskedTask(side, *masks, batch) for batch in batches]
-            layers = len(layerwise.layers)
-            step = Steps(progress, 2 * layers, len(logits) * layers)
-            masked = _Masked(layerwise, len(tasks), step, refitted if applied else None, constants)
-            with masked.applied:
-                layerwise.run(tasks, masked)
-            logits[side] = masked.logits
-    return _verdict(logits["masked"], logits["pruned"], chosen)
+        refitted = refitted_layers(plan, after, find_layout(after), compute)
+    run = _Comparison(before, after, plan, compute, progress, constants, refitted)
+    return run.verdict(batches)
+
+
+@dataclass
+class _Comparison:
+    """Both models, and how far they are: in groups of batches, of each the masked original first."""
+
+    before: Checkpoint
+    after: Checkpoint
+    plan: Plan
+    compute: Compute
+    progress: Progress
+    constants: Live | None
+    refitted: RefittedLayers | None
+    done: int = 0  # batches
+    passed: int = 0  # groups
+
+    def verdict(self, batches: Sequence[Batch] | None) -> ForwardVerdict:
+        found: list[Compared] = []
+        while batches is None or self.done < len(batches):
+            with ExitStack() as stack:
+                with open_layerwise(self.before, find_layout(self.before), self.compute) as layerwise:
+                    batches = batches or random_batches(layerwise.vocab_size)
+                    held, part, step = self._masked(layerwise, batches, stack)
+                with open_layerwise(self.after, find_layout(self.after), self.compute) as layerwise:
+                    layerwise.expect(sum(batches[place].input_ids.numel() for place in part))
+                    self._run(
+                        layerwise, [MaskedTask("pruned", {}, {}, batches[n], n) for n in part], step, held.compare
+                    )
+            found += [held.found[place] for place in part]
+            self.done, self.passed = part.stop, self.passed + 1
+        return _verdict(Compared.joined(found), self.compute.torch_dtype)
+
+    def _masked(
+        self, opened: LayerwiseModel, batches: Sequence[Batch], stack: ExitStack
+    ) -> tuple[HeldLogits, range, Steps]:
+        """The original's logits of as many of the batches that are not done as there is room for, until the stack is
+        closed; which these are; and how far both models are, its own pass done."""
+        layerwise = replace(opened, reserved=opened.takes.room // 2)
+        token = layerwise.vocab_size * layerwise.loader.dtype.itemsize
+        sizes = [batch.input_ids.numel() for batch in batches[self.done :]]
+        groups, lacks = batch_groups(layerwise, sizes, token, LOGITS, layerwise.reserved)
+        if lacks is not None and not self.passed:
+            LOG.info(f"{lacks}: it is compared in {len(groups)} groups, each a pass over the weights of both models")
+        part = range(self.done, self.done + len(groups[0]))
+        tokens = sum(sizes[: len(part)])
+        layerwise.expect(tokens, tokens * token, LOGITS, layerwise.reserved)
+        layers = 2 * len(layerwise.layers)
+        step = Steps(self.progress, (self.passed + len(groups)) * layers, self.passed * layers)
+        dropped = dropped_experts(opened.layout, self.plan)
+        masks = (dropped, kept_channels(self.plan)) if self.constants is None else ({}, {})
+        held = HeldLogits(stack.enter_context(States(layerwise.reserved, layerwise.spill)))
+        self._run(
+            layerwise, [MaskedTask("masked", *masks, batches[n], n) for n in part], step, held.keep, self.refitted
+        )
+        return held, part, step
+
+    def _run(
+        self,
+        layerwise: LayerwiseModel,
+        tasks: Sequence[MaskedTask],
+        step: Steps,
+        made: Made,
+        refitted: RefittedLayers | None = None,
+    ) -> None:
+        masked = _Masked(layerwise, len(tasks), step, made, refitted, self.constants)
+        with masked.applied:
+            layerwise.run(tasks, masked)
+
+
+def _verdict(found: Compared, dtype: torch.dtype | None) -> ForwardVerdict:
+    assert dtype is not None
+    return ForwardVerdict(
+        max_difference=found.difference,
+        logit_std=found.std,
+        top1_agreement=found.agreed / found.tokens,
+        tokens=found.tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        tolerance=TOLERANCE.get(dtype, COARSE_TOLERANCE),
+    )
 
 
 def not_compared(what: str, trained: int) -> str:
@@ -111,28 +186,13 @@ def random_batches(vocab_size: int, *, sequences: int = 4, length: int = 64, see
     return (Batch("random", torch.randint(vocab_size, (sequences, length), generator=generator)),)
 
 
-def _verdict(masked: list[Tensor], pruned: list[Tensor], dtype: torch.dtype) -> ForwardVerdict:
-    differences, agreed, tokens = [], 0, 0
-    for a, b in zip(masked, pruned, strict=True):
-        differences.append(float((a - b).masked_fill_(a == b, 0).abs().max()))  # where both are -inf too
-        agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
-        tokens += a[..., 0].numel()
-    return ForwardVerdict(
-        max_difference=max(differences),
-        logit_std=float(torch.cat([a[a.isfinite()] for a in masked]).std()),
-        top1_agreement=agreed / tokens,
-        tokens=tokens,
-        dtype=str(dtype).removeprefix("torch."),
-        tolerance=TOLERANCE.get(dtype, COARSE_TOLERANCE),
-    )
-
-
 @dataclass(frozen=True)
 class MaskedTask:
     name: str
     dropped: Mapping[str, tuple[int, ...]]  # layer key -> dropped experts
     channels: Mapping[str, Channels]  # layer key -> of experts that lose some
     batch: Batch
+    place: int  # of the batch
 
 
 def dropped_experts(layout: Layout, plan: Plan | None) -> dict[str, tuple[int, ...]]:
@@ -155,27 +215,26 @@ def kept_channels(plan: Plan | None) -> dict[str, Channels]:
 
 
 class _Masked(Pass[MaskedTask]):
-    """Every task with its own experts masked; its logits [B, S, V] are held on the CPU. Refitted layers are pruned."""
+    """Every task with its own experts masked; its logits [B, S, V] are given away. Refitted layers are pruned."""
 
     def __init__(
         self,
         layerwise: LayerwiseModel,
         tasks: int,
         step: Steps,
+        made: Made,
         refitted: RefittedLayers | None,
-        constants: Live | None = None,
+        constants: Live | None,
     ) -> None:
-        self.constants = constants
+        self.made, self.constants = made, constants
         self.layerwise, self.tasks, self.step, self.before = layerwise, tasks, step, step.done
         self.refitted, self.applied = refitted, ExitStack()
         self.pruner = LivePruner(layerwise.loader, layerwise.layout)
         if refitted is not None:
             layerwise.check_whole("what refitted layers compute")
-        self.logits: list[Tensor] = []
         self.through = 0  # tasks that have left the layer
 
     def started(self) -> None:
-        self.logits.clear()
         self.applied.close()
         self.through, self.step.done = 0, self.before
 
@@ -183,7 +242,7 @@ class _Masked(Pass[MaskedTask]):
         logits = self.layerwise.compute(task.batch).logits
         if not bool(logits.max() < torch.inf):  # NaN is not, either; a head may mask tokens by -inf
             raise NotFinite(len(self.layerwise.layers))
-        self.logits.append(logits.float().cpu())
+        self.made(task.place, logits)
 
     def name(self, task: MaskedTask) -> str:
         return f"the {task.name} model"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moekern.cli.report import short_names, strip
+from moekern.cli.report import judged_names, short_names, strip, told_original
 from moekern.plan.document import Plan
 from moekern.plan.groups import model_digest
 from moekern.plan.make import make_plan
@@ -57,6 +57,16 @@ def test_rows_are_of_the_plans_that_make_their_models(folder: Path) -> None:
         found = document("report", "s.safetensors", "reap.json", "usage.json", "--evaluation", "losses.json")
         shown = [row["name"] for row in found["evaluation"]["rows"]]
         assert shown == ["original", name, "usage.json (another plan)"]
+    plan, other = Plan.load("reap.json"), {"fingerprint": "0" * 64}
+    models = {"original": other, "/elsewhere/reap.json": digests["reap"] | other}
+    losses["models"] = models
+    assert judged_names(losses, {"reap.json": plan}, {"reap.json": "reap"})["/elsewhere/reap.json"] != "reap"
+    line = told_original(losses, {"reap.json": plan}, "losses.json")
+    assert line is not None
+    assert line.startswith("losses.json: its original is another one (fingerprint '000000000000', and of the plan's")
+    models["/elsewhere/reap.json"]["fingerprint"] = plan.provenance["fingerprint"]  # the original is its twin
+    assert judged_names(losses, {"reap.json": plan}, {"reap.json": "reap"})["/elsewhere/reap.json"] == "reap"
+    assert told_original(losses, {"reap.json": plan}, "losses.json") is None
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,9 @@ def test_what_cannot_be_merged_is_refused_before_any_text_is_read(
     done = CliRunner().invoke(app, [*command, "--keep", "4", "--method", "m-smoe", "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, InputError)
     assert "a table of ids chooses its experts, so that none are merged" in str(done.exception)
+    uneven = [*command, "--keep", "0.5", "--method", "m-smoe", "--budget", "adaptive", "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, uneven).exception
+    assert "different numbers of experts, which no engine loads; add --allow-nonuniform" in str(refused)
 
 
 def test_groups_that_cannot_be_are_refused_before_anything_is_measured(

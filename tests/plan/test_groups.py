@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from moekern.errors import InputError
 from moekern.plan.document import NARROW, LayerPlan, Plan
 from moekern.plan.fits_model import check_plan
+from moekern.plan.groups import merge_recipe, model_digest
 from moekern.plan.interchange import convert
 from moekern.plan.refit import kept_digest
 from moekern.pruning.prune import prune
@@ -88,6 +90,20 @@ def test_groups_that_do_not_fit_the_model_are_refused() -> None:
 def test_groups_and_channels_do_not_go_together() -> None:
     with pytest.raises(InputError, match="unknown key 'channels'"):
         Plan.from_json(text({}, channels=["f"] * 4))
+
+
+def test_what_was_merged_of_a_twin_is_the_model_of_its_plan() -> None:
+    """A plan of statistics of one, carried out on the other; a refit of what was merged is another model."""
+    plan = replace(Plan.from_json(text({"3": {"3": 1, "5": 1}})), provenance={"fingerprint": "a" * 64})
+    made = {
+        of: {"recipe": merge_recipe(plan, of), "fingerprint": of, "layers": {"0": {}}} for of in ("a" * 64, "b" * 64)
+    }
+    whole = [replace(plan, provenance={**plan.provenance, "refit": told}) for told in made.values()]
+    assert len({model_digest(each) for each in (plan, *whole)}) == 1
+    told = made["b" * 64]
+    for other in ({**told, "recipe": "0" * 64}, {**told, "fingerprint": "a" * 64}):
+        changed = replace(plan, provenance={**plan.provenance, "refit": other})
+        assert model_digest(changed) != model_digest(plan)
 
 
 def test_groups_decide_what_computed_layers_belong_to() -> None:

@@ -131,6 +131,26 @@ def test_figures_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
     assert lines == ["evaluation: does not tell which model its row 'half.json' is of; it is written as this one's"]
 
 
+def test_figures_of_a_plan_that_was_made_on_another_original_are_refused(tmp_path: Path) -> None:
+    """It may keep experts of the same numbers. Where a row does not tell what its plan was made on, the original of the
+    file is held against the plan's, in a line: it may be a twin."""
+    source, lines = write(tmp_path / "in", *qwen3()), list[str]()
+    own = open_checkpoint(source).fingerprint
+    prune(source, replace(PLAN, provenance={"fingerprint": own}), folder := tmp_path / "out")
+
+    def put(of: str, **more: str) -> None:
+        models = {"original": {"fingerprint": of}, "half.json": {"plan": model_digest(PLAN), **more}}
+        rewrite_card(folder, evaluation=LOSSES | {"models": models}, tell=lines.append)
+
+    with pytest.raises(InputError, match="its row 'half.json' is of another model than this one"):
+        put(own, fingerprint="0" * 64)
+    put("0" * 64, fingerprint=own)  # a twin, as `evaluate` has found
+    put(own)
+    assert [line for line in lines if "is replaced" not in line] == []
+    rewrite_card(folder, evaluation=LOSSES | {"models": {"original": {"fingerprint": "0" * 64}}}, tell=lines.append)
+    assert f"original is another one (fingerprint '{'0' * 12}', and of the plan's '{own[:12]}')" in lines[-1]
+
+
 def test_the_row_of_this_model_needs_no_name(folder: Path) -> None:
     rows = {name: {"a": LOSS | {"nll": loss}} for name, loss in (("original", 1.0), ("x", 2.0), ("y", 3.0))}
     models = {"x": {"plan": "0" * 64}, "y": {"plan": model_digest(PLAN)}}

@@ -22,6 +22,7 @@ from moekern.recovery.settings import Training
 from moekern.recovery.teacher import Predicted, Teacher
 from tests.helpers import families
 from tests.helpers.recovering import backward, gradients, samples, steps, whole
+from tests.helpers.tight import little_room
 
 MakeCheckpoint = Callable[[str], Path]
 WholeModel = Callable[[str], Any]
@@ -195,12 +196,18 @@ def test_gradients_that_are_not_finite_change_nothing(family_checkpoint: MakeChe
             assert torch.equal(own.trained.numbers[key], value), key
 
 
-def test_a_look_is_the_loss_of_the_model(family_checkpoint: MakeCheckpoint, whole_model: WholeModel) -> None:
-    """By domain, in a mean over predicted tokens, of chunks of different lengths."""
+def test_a_look_is_the_loss_of_the_model(
+    family_checkpoint: MakeCheckpoint, whole_model: WholeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By domain, in a mean over predicted tokens, of chunks of different lengths; in groups where there is little
+    room."""
     ids = [families.input_ids("qwen3_moe", 1, length, length) for length in (2, 9, 5)]
     some = [Sample(n, Batch(domain, each)) for n, (domain, each) in enumerate(zip("aba", ids, strict=True))]
     with steps(family_checkpoint("qwen3_moe"), NEXT) as own:
-        found = own.look(some, lambda done, of: None)
+        found, told = own.look(some, lambda done, of: None), list[tuple[float, int]]()
+        little_room(monkeypatch, 0, 9 * 4 * 32)
+        again = own.look(some, lambda done, of: told.append((done, of)))
+        assert (again, told) == (found, [(n, 12) for n in range(1, 13)])
     for domain, places in {"a": (0, 2), "b": (1,)}.items():
         want = count = 0.0
         for place in places:

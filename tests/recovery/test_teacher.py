@@ -25,6 +25,7 @@ from moekern.recovery.teacher import Predicted, Teaching
 from tests.helpers import families
 from tests.helpers.commands import contents
 from tests.helpers.recovering import FLOAT32, predictions
+from tests.helpers.tight import little_room
 
 MakeCheckpoint = Callable[[str], Path]
 SIZES = ((2, 9), (1, 1), (1, 5))  # sequences and their length; nothing follows a single token
@@ -97,6 +98,33 @@ def test_it_is_computed_once_for_a_text_a_model_and_a_number_of_tokens(
     assert {name: data for name, data in contents(out).items() if name in before} == before
 
 
+def test_text_that_there_is_no_room_for_is_taken_in_groups(
+    family_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, stopped in the second group or not."""
+    model, loads, told, token = family_checkpoint("qwen3_moe"), list[int](), list[float](), 4 * 32
+    made(model, tmp_path / "want")
+    load = LayerwiseModel._load
+
+    def stop(self: LayerwiseModel, i: int, after: int | None) -> None:
+        loads.append(i)
+        if len(loads) == 7:
+            raise Stopped
+        load(self, i, after)
+
+    monkeypatch.setattr(journal, "SHARE", 0)
+    monkeypatch.setattr(LayerwiseModel, "_load", stop)
+    little_room(monkeypatch, 8 * token, 10 * token)
+    with pytest.raises(Stopped):
+        made(model, tmp_path / "work")
+    assert loads == [0, 1, 2, 3, 0, 1, 2]
+    assert contents(tmp_path / "work") != contents(tmp_path / "want")
+    made(model, tmp_path / "work", progress=lambda what, done, total: told.append(done / total))
+    assert loads[7:] == [2, 3]
+    assert (told[-1], told) == (1, sorted(told))
+    assert contents(tmp_path / "work") == contents(tmp_path / "want")
+
+
 class Stopped(Exception):
     pass
 
@@ -118,7 +146,7 @@ def test_one_that_was_stopped_goes_on(
 
         def stop_late(self: Teaching, task: Any) -> None:
             forward(self, task)
-            if layer == "logits" and task[0] == 1:  # behind the last layer
+            if layer == "logits" and task.place == 1:  # behind the last layer
                 raise Stopped
 
         patch.setattr(LayerwiseModel, "_load", stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +33,14 @@ from moekern.pruning.prune import prune
 from moekern.pruning.refitted import open_refitted
 from moekern.refit import Refine, Ridge
 from moekern.refit.choice import Choice
-from moekern.refit.refit import refit
+from moekern.refit.refit import check_room, refit
 from moekern.refit.rows import RowStore
 from moekern.refit.variants import FITTED, HELD, JUDGED, Split, Variant
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
 from tests.helpers import families, remote_code
 from tests.helpers.in_flight import REFUSED
-from tests.helpers.tight import tighten
+from tests.helpers.tight import little_room, tighten
 
 MakeCheckpoint = Callable[[str], Path]
 SOME = ("qwen3_moe", "gpt_oss", "deepseek_v3", "dbrx", "llama4_text", "longcat_flash", "jetmoe", "gemma4_text",
@@ -270,6 +271,27 @@ def test_rows_of_a_layer_share_the_half_of_the_budget_that_hidden_states_leave(
     assert files
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
+
+
+def test_text_without_room_is_refused_before_anything_starts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line that says how much would fit, for who asks before, too. Nothing is written, and nothing removed."""
+    data, variants = text("qwen3_moe"), [Variant("n", half(source), None, Ridge(), None, tmp_path / "refit")]
+    (tmp_path / "refit").mkdir()
+    (tmp_path / "refit" / "0.safetensors").write_bytes(b"of another refit")
+    little_room(monkeypatch, 150_000, 50_000)
+    line = r"rows of a layer: memory has .*; a refit takes all of it at once: about (\d+) of 240 tokens would fit"
+    for ask in (refit, check_room):
+        with pytest.raises(InputError, match=line) as refused:
+            ask(source, data, variants, FLOAT32)
+        assert refused.value.kind == "memory"
+    assert [path.name for path in (tmp_path / "refit").iterdir()] == ["0.safetensors"]
+    found = re.search(line, str(refused.value))
+    assert found is not None
+    check_room(source, text("qwen3_moe", int(found[1]) // 12), variants, FLOAT32)
+    with pytest.raises(InputError, match="would fit"):
+        check_room(source, text("qwen3_moe", 14), variants, FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash"])

@@ -17,7 +17,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.cli import console
 from moekern.cli.app import app
 from moekern.data.batches import Batch
-from moekern.errors import InputError
+from moekern.errors import InputError, NoRoomForText
 from moekern.model import layerwise
 from moekern.model.compute import Compute
 from moekern.model.masking import masked
@@ -29,7 +29,7 @@ from moekern.verification.logits import compare_forward, dropped_experts
 from tests.helpers import families
 from tests.helpers.in_flight import random_plan
 from tests.helpers.narrow import narrow_plan, random_channels, save_narrow
-from tests.helpers.tight import tighten
+from tests.helpers.tight import little_room, tighten
 
 MakeCheckpoint = Callable[[str], Path]
 TOLERANCE = 5e-5  # float32 logits of size 1: rounding of sums taken in another order
@@ -86,6 +86,47 @@ def test_a_wrong_checkpoint_is_not_equal(family_checkpoint: MakeCheckpoint, tmp_
     batches = (Batch("d", families.input_ids("qwen3_moe", 2, 16)),)
     assert compare_forward(source, plan, tmp_path / "out", batches).equal
     assert not compare_forward(source, other, tmp_path / "out", batches).equal
+
+
+@pytest.mark.parametrize(("memory", "disk", "groups"), [(60, 1 << 30, 1), (0, 70, 2)])
+def test_any_room_gives_the_same_numbers(
+    memory: int,
+    disk: int,
+    groups: int,
+    family_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Logits of the original wait in a file beyond half of the memory; what does not fit is taken in groups."""
+    source, told = family_checkpoint("qwen3_moe"), list[tuple[float, int]]()
+    layout = find_layout(open_checkpoint(source))
+    prune(source, random_plan(layout, 0), tmp_path / "out")
+    wrong = random_plan(layout, 1)
+    batches = tuple(Batch("d", families.input_ids("qwen3_moe", 1, length, length)) for length in (9, 30, 70))
+    whole = compare_forward(source, wrong, tmp_path / "out", batches)
+    token = 4 * (families.VOCAB + 32)
+    little_room(monkeypatch, memory * token, disk * token)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    tell = lambda done, total: told.append((done, total))  # noqa: E731
+    with caplog.at_level("INFO", "moekern"):
+        assert compare_forward(source, wrong, tmp_path / "out", batches, progress=tell) == whole
+    assert told[-1] == (8 * groups, 8 * groups)
+    assert sum(f"it is compared in {groups} groups" in line for line in caplog.messages) == (groups > 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_batch_that_there_is_no_room_for_is_refused(
+    family_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = family_checkpoint("qwen3_moe")
+    little_room(monkeypatch, 0, 1000)
+    with pytest.raises(
+        NoRoomForText, match=r"16 tokens take 2.0 KiB of hidden states and .* KiB of logits: memory has"
+    ):
+        compare_forward(source, random_plan(find_layout(open_checkpoint(source)), 0), source,
+                        (Batch("d", families.input_ids("qwen3_moe", 2, 8)),))  # fmt: skip
 
 
 @torch.no_grad()
