@@ -99,7 +99,7 @@ def evaluate(
     steer: Steer = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     batch_size: TogetherOption = None,
     column: Column = None,

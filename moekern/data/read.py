@@ -21,6 +21,7 @@ from moekern.data.stream import token_documents
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError
 
+LENGTH = 2048  # tokens of a sequence, where a model has so many positions
 THINKING = ("on", "off", "row")
 TELL_EVERY = 10.0  # seconds of reading
 PROMPT = 512  # tokens of a conversation, about, in a file of which a part is read
@@ -33,7 +34,7 @@ def read_data(
     vocab_size: int | None = None,
     max_positions: int | None = None,
     tokens: int | None = None,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     batch_size: int = 8,
     chunk: int | None = None,
     pack: bool = True,
@@ -46,7 +47,8 @@ def read_data(
     trust_remote_code: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> TokenData:
-    """Read "name=source" or "source", tokenise with the model folder's tokenizer and pack to `sequence_length`.
+    """Read "name=source" or "source", tokenise with the model folder's tokenizer and pack to `sequence_length` (None:
+    2048, or `max_positions` where these are fewer).
 
     A source is a file of text or rows, a folder of them, or a data set of the hub, with an amount behind a colon: see
     `data.mixes` and `data.rows`. Documents follow one another with the tokenizer's end-of-text token between; sequences
@@ -61,10 +63,14 @@ def read_data(
     the answers of pairs, are marked (`Batch.answers`); all of other documents is.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
+    notes = Notes(tell)
+    if sequence_length is None:
+        sequence_length = default_length(max_positions)
+        if sequence_length < LENGTH:
+            notes.say(f"sequences of {sequence_length} tokens: as many positions as the model was made for")
     _check(sequence_length, batch_size, chunk, seed, thinking)
     domains = domains_of(specs)
     named = _columns(columns, domains)
-    notes = Notes(tell)
     prompting = prompts is not None
     tokenizer = Tokenizer(
         Path(model), trust_remote_code,
@@ -105,6 +111,11 @@ def read_data(
         | ({"prompts": prompts} if prompting else {})
     )
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
+
+
+def default_length(max_positions: int | None) -> int:
+    """Tokens of a sequence where nobody has said how many."""
+    return LENGTH if max_positions is None or max_positions < 2 else min(LENGTH, max_positions)
 
 
 def _prompting_tokens(prompts: int, domains: Sequence[Domain], sequence_length: int) -> int:

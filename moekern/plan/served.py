@@ -90,4 +90,14 @@ def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
     shards = shards_of(config, layout.family.holder)
     if layout.width is not None:
         shards = replace(shards, width=layout.width)  # of the tensors
-    return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys, shards)
+    family = layout.family
+    return Served(family.name, family.score, layout.router, known_as, weights, keys, shards, rope_of(config))
+
+
+def rope_of(config: Mapping[str, Any]) -> tuple[float, str] | None:
+    """(rope_theta, rope_type) of rope_parameters, as transformers 5 saves them, where the root has no rope_theta."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" in config:
+        return None
+    theta, kind = rope.get("rope_theta"), name_in(rope.get("rope_type", "default"))
+    return (float(theta), kind) if isinstance(theta, (int, float)) and 0 < theta < 1e30 and kind else None
