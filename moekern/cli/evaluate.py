@@ -168,13 +168,11 @@ def _models(
     """What each row is of: the fingerprint of a checkpoint, the digest of the model that a plan makes, or the map that
     steers."""
     from moekern.checkpoint.folder import open_checkpoint
-    from moekern.evaluation.losses import ORIGINAL
-    from moekern.plan.groups import model_digest
+    from moekern.cli.judged import models_judged
 
-    folders = {ORIGINAL: folder, **{str(other): other for other in others}}
-    found = {name: {"fingerprint": open_checkpoint(each).fingerprint} for name, each in folders.items()}
-    made = {name: {"plan": model_digest(plan)} for name, plan in plans.items()}
-    return found | made | {name: {"steered": path} for name, path, *_ in steering}
+    own = {str(other): {"fingerprint": open_checkpoint(other).fingerprint} for other in others}
+    steered = {name: {"steered": path} for name, path, *_ in steering}
+    return models_judged(open_checkpoint(folder).fingerprint, plans) | own | steered
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
+from moekern.cli.judged import models_judged
 from moekern.data.batches import TokenData
 from moekern.evaluation.evaluate import STATE
 from moekern.evaluation.held_out import LEAST
@@ -51,7 +52,9 @@ def quality_of(
         what = "evaluating held-out text"
         found = pipeline.losses_of(checkpoint, held, compute, plans, resume, what, statistics=constants_of)
         rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
-        write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+        models = models_judged(checkpoint.fingerprint, {digests[name]: plan for name, plan in plans.items()})
+        document = {"made_from": made_from, "losses": rows, "models": models}
+        write_bytes(path, json.dumps(document, indent=1).encode())
         for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
             removed(left)
     names = {ORIGINAL: ORIGINAL, **digests}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.compute import Compute
@@ -35,6 +36,9 @@ def test_a_run_says_how_good_the_result_is_and_how_it_is_served(work: Path, tmp_
     assert f"serve with vllm: vllm serve {out}" in done.stderr
     held = json.loads((tmp_path / "new" / "out.moekern" / "quality.json").read_text())
     assert held["made_from"]["tokens"] == {"a": 400}
+    assert yaml.safe_load((out / "moekern_recipe.yaml").read_text())["sequence_length"] == 40
+    card = ("card", out, "--evaluation", tmp_path / "new" / "out.moekern" / "quality.json")
+    assert "does not tell which model" not in moekern(*card).stderr
 
 
 def test_the_losses_are_of_what_calibration_has_not_seen_and_are_kept(work: Path, tmp_path: Path) -> None:
