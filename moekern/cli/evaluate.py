@@ -143,6 +143,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     ))  # fmt: skip
     named = named_plans("evaluate", [path for path in plans or () if path not in folders])
+    if statistics is not None and not any(plan.replace is not None for plan in named.values()):
+        raise InputError("--statistics: no plan that is named replaces experts by constants; leave it out")
     if not named and not folders and not steer:
         what = "the loss" if kind == "losses" else kind
         say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")

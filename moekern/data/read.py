@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,17 @@ def read_data(
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
+    found = set[str]()  # domains that have rows
     with closing(tokenizer):
         for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
             reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack, prompts)
             left = LeftOut(domain.name, strict)
             sequences = _sequences(reading, tokenizer, left, notes)
             sources[domain.name] = _source(reading, sequences, left)
+            found |= {domain.name} if left.rows else set()
             _check_vocabulary(list(map(_ids, sequences)) if answers else sequences, vocab_size, domain)
             batches += [_batch(domain.name, rows, answers) for rows in batched(sequences, batch_size)]
+    _check_columns(columns, found, notes)
     longest = max(batch.input_ids.shape[1] for batch in batches)
     if max_positions is not None and longest > max_positions and not prompting:
         notes.warn(
@@ -148,6 +151,14 @@ def _columns(columns: Sequence[str], domains: Sequence[Domain]) -> dict[str, str
             raise InputError(f"--column {column}: no domain is named {name!r}")
         named |= {name: own} if equals else {}
     return named
+
+
+def _check_columns(columns: Sequence[str], found: Collection[str], notes: Notes) -> None:
+    """Say of which columns there were no rows."""
+    for column in columns:
+        name, equals, _ = column.partition("=")
+        if not (name in found if equals else found):
+            notes.say(f"--column {column}: changes nothing, since {'it has no' if equals else 'no domain has'} rows")
 
 
 def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Notes) -> list[np.ndarray]:

@@ -28,12 +28,15 @@ from moekern.iteration.rounds import Method, iterate, needs_text, schedule
 from moekern.model.compute import Compute
 from moekern.model.journal import check_same_run
 from moekern.model.position import text_key
+from moekern.model.precision import settled
 from moekern.pruning.prune import prune
 from moekern.pruning.replaced import write_replaced
+from moekern.recovery.loaded import trainable
 from moekern.recovery.recover import TRAINED, Losses, recover
 from moekern.recovery.settings import Training
 from moekern.recovery.taught import Progress
 from moekern.router import kept_count
+from moekern.team import ALONE
 
 PAPER = Training(train=("all",), kl=0.0, next=1.0, rate=1e-6)  # arXiv:2504.05586; all weights: inferred
 PRUNED, TRAINING, TRAINED_MODEL, DONE = "pruned", "training", "trained", "done.json"  # in a round's folder
@@ -123,6 +126,9 @@ def lottery(
     whole, judged = held_back(data) if judged is None else (data, judged)
     if not judged.batches:
         raise InputError("lottery: too little text to hold some back to judge by; give more (--tokens)", kind="data")
+    alone = replace(settled(compute, checkpoint, layout), team=ALONE)
+    with trainable(checkpoint, alone, method.training):  # what cannot be is found before anything is measured
+        pass
     if restart and is_folder(folder):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
