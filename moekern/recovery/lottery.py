@@ -27,6 +27,7 @@ from moekern.files import is_folder, is_plain, write_bytes
 from moekern.iteration.rounds import Method, iterate, needs_text, schedule
 from moekern.model.compute import Compute
 from moekern.model.journal import check_same_run
+from moekern.model.kept import read_kept, write_kept
 from moekern.model.position import text_key
 from moekern.model.precision import settled
 from moekern.pruning.prune import prune
@@ -180,8 +181,7 @@ class _Run:
         """Score, drop and train; what an earlier run has left of that is taken over."""
         place = self.folder / name
         place.mkdir(exist_ok=True)
-        if is_plain(place / DONE):
-            found = read_json(place / DONE)
+        if found := read_kept(place / DONE):
             return Round(count, found["tokens"], row_of(found["dropped"]), row_of(found["trained"]))
         pruned = place / PRUNED
         if not is_folder(pruned):
@@ -203,13 +203,13 @@ class _Run:
             "trained": row_document(trained),
             "record": dict(made.record),
         }
-        write_bytes(place / DONE, json.dumps(said).encode())
+        write_kept(place / DONE, said)
         return Round(count, taken, dropped, trained)
 
     def write(self, name: str, out: Path) -> None:
         """The checkpoint that a round has trained, with what it was trained by."""
         place = self.folder / name
-        record = {**read_json(place / DONE)["record"], "lottery": asdict(self.method), "of_round": name}
+        record = {**read_kept(place / DONE)["record"], "lottery": asdict(self.method), "of_round": name}
         write_replaced(place / PRUNED, out, place / TRAINING / TRAINED, record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,8 @@ def test_the_losses_are_of_what_calibration_has_not_seen_and_are_kept(work: Path
     done = moekern(*run(work, "--keep", 4, "--out", tmp_path / "out"))
     assert done.returncode == 2
     assert f"moekern: {kept}: not valid JSON" in done.stderr
+    shutil.rmtree(tmp_path / "out")
+    assert moekern(*run(work, "--keep", 4, "--out", tmp_path / "out", "--restart")).returncode == 0
 
 
 def test_without_quality_nothing_is_held_back(work: Path, tmp_path: Path) -> None:
