@@ -20,6 +20,8 @@ from moekern.errors import InputError
 from moekern.estimation.footprint import footprint
 from moekern.router import count_problem
 
+OWN_CODE = "its own code"
+
 
 @dataclass(frozen=True)
 class Overview:
@@ -127,7 +129,7 @@ def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
     if known:
         return True, "transformers", ""
     if own_code(config):
-        return False, "its own code", ""
+        return False, OWN_CODE, ""
     if family_named(name) is None:
         return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
     return False, "", f"transformers has no class for model_type {shown(name)}"

@@ -17,13 +17,12 @@ from typing import Any
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.checkpoint.strict_json import read_json
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError, check_type
 from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, row_document, row_of
-from moekern.files import is_folder, is_plain, write_bytes
+from moekern.files import is_folder, is_plain
 from moekern.iteration.rounds import Method, iterate, needs_text, schedule
 from moekern.model.compute import Compute
 from moekern.model.journal import check_same_run
@@ -215,10 +214,10 @@ class _Run:
 
 def _check_key(folder: Path, key: Mapping[str, Any]) -> None:
     """Raise InputError where a run of another kind was stopped."""
-    if is_plain(folder / KEY):
-        check_same_run(folder, read_json(folder / KEY), key)
+    if left := read_kept(folder / KEY):
+        check_same_run(folder, left, key)
     else:
-        write_bytes(folder / KEY, json.dumps(key).encode())
+        write_kept(folder / KEY, json.loads(json.dumps(key)))
 
 
 def _trained(text: TokenData) -> int:
