@@ -68,7 +68,7 @@ def calibrate(
     data: Data = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,
@@ -87,8 +87,9 @@ def calibrate(
         typer.Option(help="Measure what this criterion needs; repeatable. Most need no tier.", callback=check_criteria),
     ] = None,
     replay_tokens: Annotated[
-        int, typer.Option(help="Tokens of each domain on which tier replay runs all experts.", callback=at_least(1))
-    ] = 512,
+        int | None,
+        typer.Option(help="Tokens of each domain on which tier replay runs all experts: 512.", callback=at_least(1)),
+    ] = None,
     keep: Annotated[
         str, typer.Option(help="The share or count at which halves of the text are compared; nothing is chosen yet.")
     ] = "0.5",
@@ -116,10 +117,14 @@ def calibrate(
     check_new(out)  # before anything is downloaded, or torch is imported
     parse_keep(keep)
 
+    from moekern.calibration.calibrate import REPLAY_TOKENS
     from moekern.calibration.stable import Stable
     from moekern.cli import pipeline
     from moekern.criteria import criterion_named
 
+    tiers = (*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers))
+    if replay_tokens is not None and "replay" not in tiers:
+        raise InputError(f"--replay-tokens {replay_tokens}: goes with --tier replay")
     say_unused(batch_size)
     judged = criterion[0] if criterion else DEFAULT
     stable = None if until_stable is None else Stable(until_stable, judged, (parse_keep(keep),))
@@ -134,9 +139,8 @@ def calibrate(
     compute = ranks.together(compute)
     statistics = pipeline.calibrate_to(
         ranks.folder_of(model, revision, compute.team), text, compute, out,
-        tiers=(*(tier or ()), *(each for name in criterion or () for each in criterion_named(name).tiers)),
-        replay_tokens=replay_tokens, part=share, first=first, stable=stable, restart=restart,
-        told=layer_teller(judged, keep),
+        tiers=tiers, replay_tokens=replay_tokens or REPLAY_TOKENS, part=share, first=first, stable=stable,
+        restart=restart, told=layer_teller(judged, keep),
     )  # fmt: skip
     if share is None:
         show_all(statistics, out, judged, keep)

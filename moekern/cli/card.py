@@ -19,6 +19,9 @@ EvaluationFile = Annotated[
 RowOption = Annotated[
     str | None, typer.Option(help="With --evaluation: the row that is this model's, where the file does not tell.")
 ]
+NameOption = Annotated[
+    str | None, typer.Option(help="With --evaluation: a name under which it stands beside others in the card.")
+]
 StatisticsFile = Annotated[
     Path | None, typer.Option(help="The statistics that the plan was made of: where the text came from.")
 ]
@@ -29,6 +32,7 @@ def card(
     folder: Folder,
     evaluation: EvaluationFile = None,
     row: RowOption = None,
+    name: NameOption = None,
     statistics: StatisticsFile = None,
     base_model: BaseModel = None,
     as_json: Json = False,
@@ -39,8 +43,9 @@ def card(
     from moekern.checkpoint.strict_json import read_json
     from moekern.publishing.rewritten import rewrite_card
 
-    if row is not None and evaluation is None:
-        raise InputError(f"--row {row}: goes with --evaluation")
+    for flag, given in (("--row", row), ("--name", name)):
+        if given is not None and evaluation is None:
+            raise InputError(f"{flag} {given}: goes with --evaluation")
     if evaluation is None and statistics is None and base_model is None:
         raise InputError("--evaluation, --statistics, --base-model: give one or more of them")
     header = digest = None
@@ -52,8 +57,8 @@ def card(
         header, digest = loaded.header, loaded.sha256
     document = None if evaluation is None else read_json(evaluation)
     written = rewrite_card(
-        folder, base=base_model, evaluation=document, row=row, source=str(evaluation), header=header,
-        statistics=digest, tell=say,
+        folder, base=base_model, evaluation=document, row=row, name=name, source=str(evaluation),
+        header=header, statistics=digest, tell=say,
     )  # fmt: skip
     path = folder / MODEL_CARD
     result({"card": str(path), "written": written}, lambda: say(f"{path}: {', '.join(written)} written"))

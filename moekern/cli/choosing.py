@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
 from moekern.cli.judged import show_choice
 from moekern.cli.refitter import Work
@@ -18,8 +17,8 @@ from moekern.errors import InputError
 from moekern.evaluation.choice import CHOICE, alike, choice_document
 from moekern.evaluation.held_out import LEAST, held_back
 from moekern.evaluation.losses import ORIGINAL, Evaluation
-from moekern.files import is_plain, write_bytes
 from moekern.model.journal import Resume
+from moekern.model.kept import read_kept, write_kept
 from moekern.plan.document import Plan
 from moekern.plan.several import Planning, make_plans
 from moekern.refit.refit import refit
@@ -77,7 +76,7 @@ def choose(
         plans[keep] = _candidates(work, keep)
     same = {keep: alike(of) for keep, of in plans.items()}
     path, key = side / "choice.json", _key(work, choosing, plans, refitted=refitted)
-    left = read_json(path) if is_plain(path) and not work.restart else {}
+    left = read_kept(path, restart=work.restart)
     if left.get("made_from") == key:
         told = dict(zip(keeps, left["choices"], strict=True))
     else:
@@ -86,7 +85,7 @@ def choose(
             _refitted(work, choosing, named, side) if refitted else _dropped(work, choosing, named, side, constants_of)
         )
         told = {keep: _told(losses, keep, same[keep], refitted) for keep in keeps}
-        write_bytes(path, json.dumps({"made_from": key, "choices": list(told.values())}, indent=1).encode())
+        write_kept(path, {"made_from": key, "choices": list(told.values())})
     for keep, document in told.items():
         what = "criteria" + (", refitted," if refitted else "") + (f" at --keep {keep:g}" if len(keeps) > 1 else "")
         show_choice(f"{what} on {document['tokens']} tokens that are held back to choose by", document, "criterion")

@@ -213,7 +213,10 @@ def finite(value: Any) -> Any:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on standard output; columns of names, of numbers, or of sentences. Where a terminal is too narrow,
-    headings and sentences are wrapped and long names folded: a number cut short cannot be read."""
+    headings and sentences are wrapped and long names folded: a number cut short cannot be read. With --json nothing:
+    the one document there has all that is to be shown."""
+    if as_json():
+        return
     title = printable(title)
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     console = Console(highlight=False)

@@ -14,6 +14,7 @@ from moekern.errors import InputError
 from moekern.files import is_plain
 from moekern.measurement.tiers import wanted_tiers
 from moekern.model.compute import Compute
+from moekern.model.journal import ANEW
 from moekern.model.state_folder import clean_up
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import TIERS
@@ -28,7 +29,10 @@ def earlier_statistics(
     """
     if not is_plain(path) or restart:
         return None
-    found = Statistics.load(path)
+    try:
+        found = Statistics.load(path)
+    except InputError as error:
+        raise InputError(f"{error}; {ANEW}", error.kind) from error
     check_same(path, found, checkpoint, data, compute, tiers)
     remove_parts_of(path)
     clean_up(path)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def estimate(
     model: HeadersOf,
     tokens: Annotated[str, typer.Option(help="Tokens of text: 500000, 500k or 2M.")] = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     domains: Annotated[int, typer.Option(help="Domains of the text, which are kept apart.")] = 1,
     tier: Tiers = None,
     keep: Annotated[str, typer.Option(help="Experts kept in each layer: a share (0.5, 50%) or a count (64).")] = "0.5",
@@ -51,6 +51,8 @@ def estimate(
         raise InputError(f"--out {out}: no folder that can be written to; name one on the disk that results go to")
 
     from moekern.architectures import find_layout
+    from moekern.data.read import LENGTH
+    from moekern.data.text import length_for
     from moekern.estimation.counted import Asked
     from moekern.estimation.estimate import estimate as estimated
     from moekern.recovery.estimated import recovered
@@ -60,8 +62,9 @@ def estimate(
     compute = compute_of(
         device=device, dtype=dtype, memory=memory, gpu_memory=gpu_memory, trust_remote_code=False, tell=False
     )
-    asked = Asked(count, sequence_length, domains, tuple(tier or ()), share, plans)
+    asked = Asked(count, sequence_length or LENGTH, domains, tuple(tier or ()), share, plans)
     checkpoint = headers_of(model, revision)
+    asked = replace(asked, sequence=length_for(checkpoint, sequence_length))
     layout = find_layout(checkpoint)
     kept = kept_count(share, layout.router) / layout.num_experts
     job = probed(checkpoint, layout, compute, asked, out)

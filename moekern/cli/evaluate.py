@@ -99,7 +99,7 @@ def evaluate(
     steer: Steer = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     batch_size: TogetherOption = None,
     column: Column = None,
@@ -143,6 +143,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     ))  # fmt: skip
     named = named_plans("evaluate", [path for path in plans or () if path not in folders])
+    if statistics is not None and not any(plan.replace is not None for plan in named.values()):
+        raise InputError("--statistics: no plan that is named replaces experts by constants; leave it out")
     if not named and not folders and not steer:
         what = "the loss" if kind == "losses" else kind
         say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
@@ -168,16 +170,11 @@ def _models(
     """What each row is of: the fingerprint of a checkpoint, the digest of the model that a plan makes with the
     fingerprint that the plan names, or else the original's, or the map that steers."""
     from moekern.checkpoint.folder import open_checkpoint
-    from moekern.evaluation.losses import ORIGINAL
-    from moekern.plan.groups import model_digest
+    from moekern.cli.judged import models_judged
 
-    folders = {ORIGINAL: folder, **{str(other): other for other in others}}
-    found = {name: {"fingerprint": open_checkpoint(each).fingerprint} for name, each in folders.items()}
-    made_on = {
-        name: str(plan.provenance.get("fingerprint", found[ORIGINAL]["fingerprint"])) for name, plan in plans.items()
-    }
-    made = {name: {"plan": model_digest(plan), "fingerprint": made_on[name]} for name, plan in plans.items()}
-    return found | made | {name: {"steered": path} for name, path, *_ in steering}
+    own = {str(other): {"fingerprint": open_checkpoint(other).fingerprint} for other in others}
+    steered = {name: {"steered": path} for name, path, *_ in steering}
+    return models_judged(open_checkpoint(folder).fingerprint, plans) | own | steered
 
 
 @dataclass(frozen=True)

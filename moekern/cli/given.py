@@ -56,7 +56,7 @@ def text_of(
     data: Sequence[str] | None,
     preset: Mix | None,
     tokens: str,
-    sequence_length: int,
+    sequence_length: int | None,
     column: Sequence[str] | None,
     thinking: Thinking,
     strict: bool,

@@ -25,6 +25,8 @@ from moekern.evaluation.losses import (
     losses_document,
     mean_of,
 )
+from moekern.plan.document import Plan
+from moekern.plan.groups import model_digest
 
 WORST = 5  # layers that are shown of each plan
 PAIRED: tuple[Metric, ...] = ("kl", "nll")
@@ -43,6 +45,16 @@ def judged_document(table: Evaluation) -> dict[str, Any]:
     if any(loss.layers for row in table.values() for loss in row.values()):
         found["layers"] = _of_each(table, _layers)
     return found
+
+
+def models_judged(original: str, plans: Mapping[str, Plan]) -> dict[str, dict[str, str]]:
+    """What each row is of: the original's fingerprint, the digest of the model that a plan makes with the fingerprint
+    that the plan names, or else the original's."""
+    made_on = {name: str(plan.provenance.get("fingerprint", original)) for name, plan in plans.items()}
+    return {
+        ORIGINAL: {"fingerprint": original},
+        **{name: {"plan": model_digest(plan), "fingerprint": made_on[name]} for name, plan in plans.items()},
+    }
 
 
 def _of_each(table: Evaluation, function: Callable[[Loss], Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def lottery(
     ] = False,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     chunk: Chunk = None,
     column: Column = None,
@@ -115,7 +115,9 @@ def lottery(
     share, (first, doubling) = parse_keep(keep), _per_round(tokens_per_round)
     training = training_of(train=train, kl=kl, next=next_token, top=top, rate=rate, step_tokens=step_tokens, seed=seed)
 
+    from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli import whole_recovery
+    from moekern.data.text import length_for
     from moekern.pruning.work_folder import check_target
     from moekern.recovery import lottery as stage
 
@@ -124,9 +126,7 @@ def lottery(
     if paper is not None:
         if paper != PAPER:
             raise InputError(f"--paper {paper}: expected {PAPER}")
-        training = replace(stage.PAPER, train=training.train, step_tokens=stage.PAPER_SEQUENCES * sequence_length)
         say("--paper: a rate of 1e-6 moves a weight by 1e-6 a step: in bfloat16 few change before hundreds of steps")
-    method = stage.Lottery(share, rounds, criterion, first, doubling, training, seed)
     text = text_of(
         data=data, preset=preset, tokens=tokens, sequence_length=sequence_length, column=column, thinking=thinking,
         strict=strict, pack=pack, chunk=chunk, seed=seed,
@@ -138,6 +138,10 @@ def lottery(
         trust_remote_code=trust_remote_code,
     ))  # fmt: skip
     folder = ranks.folder_of(model, revision, compute.team)
+    if paper is not None:
+        step = stage.PAPER_SEQUENCES * length_for(open_checkpoint(folder), sequence_length)
+        training = replace(stage.PAPER, train=training.train, step_tokens=step)
+    method = stage.Lottery(share, rounds, criterion, first, doubling, training, seed)
     drawn = _drawn(folder, text, method, compute, out, control=control, keep_rounds=keep_rounds, restart=restart)
     result(_document(drawn, method), lambda: show_drawn(drawn, method))
 

@@ -105,7 +105,7 @@ def merge_experts(
     allow_nonuniform: AllowNonuniform = False,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     chunk: Chunk = None,
     column: Column = None,

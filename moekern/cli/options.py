@@ -281,7 +281,8 @@ ThinkingOption = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row or file that cannot be read.")]
 SequenceLength = Annotated[
-    int, typer.Option(help="Tokens of a packed sequence; with --no-pack the most of a row.", callback=at_least(2))
+    int | None,
+    typer.Option(help="Tokens of a sequence; 2048, or the model's positions if fewer.", callback=at_least(2)),
 ]
 Pack = Annotated[
     bool,

@@ -44,7 +44,7 @@ from moekern.iteration.rounds import Method, iterate, needs_text
 from moekern.measurement.tiers import at_once, backends_of, wanted_tiers
 from moekern.model.budget import budget_of
 from moekern.model.compute import Compute, check_device
-from moekern.model.journal import Resume
+from moekern.model.journal import ANEW, Resume
 from moekern.model.precision import precision
 from moekern.model.state_folder import clean_up, removed
 from moekern.plan.document import Mtp, Plan
@@ -347,7 +347,10 @@ def _left(side: Path, rounds: int) -> list[Plan]:
     paths = [_round(side, number) for number in range(1, rounds)]
     for path in paths:
         is_plain(temporary_path(path))
-    found = [Plan.load(path) if is_plain(path) else None for path in paths]
+    try:
+        found = [Plan.load(path) if is_plain(path) else None for path in paths]
+    except InputError as error:
+        raise InputError(f"{error}; {ANEW}") from error
     return [plan for plan in itertools.takewhile(lambda plan: plan is not None, found) if plan is not None]
 
 

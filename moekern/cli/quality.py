@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console, pipeline
+from moekern.cli.judged import models_judged
 from moekern.data.batches import TokenData
 from moekern.evaluation.evaluate import STATE
 from moekern.evaluation.held_out import LEAST
 from moekern.evaluation.losses import ORIGINAL, Evaluation, losses_document, mean_of, row_of
-from moekern.files import is_plain, work_path, write_bytes
+from moekern.files import work_path
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
+from moekern.model.kept import read_kept, write_kept
 from moekern.model.state_folder import removed
 from moekern.plan.document import Plan
 
@@ -42,7 +43,7 @@ def quality_of(
         "tokens": held.tokens,
         "dtype": compute.dtype_name,
     }
-    earlier = read_json(path) if is_plain(path) else {}
+    earlier = read_kept(path, restart=restart)
     rows: dict[str, Mapping[str, Any]] = {}
     if earlier.get("made_from") == made_from:
         rows = earlier["losses"]  # original, and plans by their digests
@@ -51,7 +52,8 @@ def quality_of(
         what = "evaluating held-out text"
         found = pipeline.losses_of(checkpoint, held, compute, plans, resume, what, statistics=constants_of)
         rows = {digests.get(name, name): row for name, row in losses_document(found).items()}
-        write_bytes(path, json.dumps({"made_from": made_from, "losses": rows}, indent=1).encode())
+        models = models_judged(checkpoint.fingerprint, {digests[name]: plan for name, plan in plans.items()})
+        write_kept(path, {"made_from": made_from, "losses": rows, "models": models})
         for left in work_path(out).glob(f"{STATE}*"):  # of runs that were stopped, with other plans
             removed(left)
     names = {ORIGINAL: ORIGINAL, **digests}

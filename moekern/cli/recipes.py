@@ -139,6 +139,7 @@ def written_recipe(recipe: Recipe | None, checkpoint: Checkpoint, data: TokenDat
         "revision": commit or recipe.revision,
         "fingerprint": checkpoint.fingerprint,
         "ids_sha256": ids_of(data),
+        "sequence_length": data.recipe.get("sequence_length", recipe.sequence_length),
         "dtype": compute.dtype_name,
         "device": compute.place.type,
     }

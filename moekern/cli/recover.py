@@ -175,7 +175,7 @@ def recover(
     answers: Answers = False,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     chunk: Chunk = None,
     column: Column = None,
@@ -232,13 +232,14 @@ def _estimate(pruned: Path, training: Training, text: Text, compute: Compute, ou
     from moekern.architectures import find_layout
     from moekern.checkpoint.folder import open_checkpoint
     from moekern.cli.estimate import estimate_document, probed, show_estimate
+    from moekern.data.text import length_for
     from moekern.estimation.counted import Asked
     from moekern.recovery.estimated import recovered
 
     if text.tokens is None:
         raise InputError("--tokens all: an estimate needs a number, such as 2M")
     checkpoint = open_checkpoint(pruned)
-    asked = Asked(text.tokens, text.sequence_length, max(1, len(text.data)))
+    asked = Asked(text.tokens, length_for(checkpoint, text.sequence_length), max(1, len(text.data)))
     job = probed(checkpoint, find_layout(checkpoint), compute, asked, standing(out.parent))
     stages = (recovered(job, training, 1.0),)
     result(estimate_document(job, stages), lambda: show_estimate(job, stages))

@@ -75,7 +75,7 @@ def refit(
     target: Targets = None,
     preset: Preset = None,
     tokens: Tokens = "1M",
-    sequence_length: SequenceLength = 2048,
+    sequence_length: SequenceLength = None,
     pack: Pack = True,
     chunk: Chunk = None,
     batch_size: UnusedBatchSize = None,

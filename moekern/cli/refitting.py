@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from moekern.checkpoint.folder import Checkpoint
-from moekern.checkpoint.strict_json import read_json
 from moekern.cli import console
 from moekern.data.batches import TokenData
 from moekern.evaluation.held_out import LEAST
 from moekern.evaluation.losses import METRICS, ORIGINAL, losses_document, mean_of, row_of
-from moekern.files import is_folder, is_plain, write_bytes
+from moekern.files import is_folder
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
+from moekern.model.kept import read_kept, write_kept
 from moekern.plan.document import Plan
 from moekern.plan.refit import REFIT
 from moekern.pruning.refitted import SUFFIX
@@ -73,12 +73,11 @@ def refitted(
         few = f"no domain has the {LEAST} sequences of which one is held back: nothing chooses how strongly experts are"
         console.say(f"refit: {few} fitted, or puts back what is worse; give more text, or a shorter --sequence-length")
     recipe = recipe_of(key_of(checkpoint, split, data, variants, compute), variants[-1])
-    if not restart and is_plain(place.document):
-        found = read_json(place.document)
-        if found.get("recipe") == recipe:
-            plans = {name: Plan.from_json(json.dumps(plan)) for name, plan in found["plans"].items()}
-            losses = {n: row_of(row) for n, row in found["losses"].items()}
-            return Refitting(plans, losses)
+    found = read_kept(place.document, restart=restart)
+    if found.get("recipe") == recipe:
+        plans = {name: Plan.from_json(json.dumps(plan)) for name, plan in found["plans"].items()}
+        losses = {n: row_of(row) for n, row in found["losses"].items()}
+        return Refitting(plans, losses)
     place.document.unlink(missing_ok=True)
     with console.progress("refitting") as step:
         made = refit(
@@ -86,8 +85,7 @@ def refitted(
             judged=judged, resume=Resume(place.side, restart, console.say), progress=step,
         )  # fmt: skip
     plans = {name: json.loads(plan.to_json()) for name, plan in made.plans.items()}
-    document = {"recipe": recipe, "plans": plans, "losses": losses_document(made.losses)}
-    write_bytes(place.document, json.dumps(document, indent=1).encode())
+    write_kept(place.document, {"recipe": recipe, "plans": plans, "losses": losses_document(made.losses)})
     return made
 
 

@@ -16,8 +16,8 @@ from moekern.errors import InputError
 from moekern.files import check_new, make_parents, sized, write_bytes
 
 if TYPE_CHECKING:
-    from moekern.estimation.overview import Overview
     from moekern.plan.document import Plan
+    from moekern.report.recipe import Sizes
     from moekern.statistics.file import Statistics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -64,9 +64,9 @@ def report(
     hint(None if losses is None else told_original(losses, given, f"--evaluation {evaluation}"))
     names = short_names(given)
     judged = {} if losses is None else judged_names(losses, given, names)
-    seen, cache = (None, None) if checkpoint is None else _sizes(checkpoint, revision, measured)
     named = {names[path]: plan for path, plan in given.items()}
-    found = report_of(measured, named, losses, seen, judged, cache)
+    sizes = None if checkpoint is None else _sizes(checkpoint, revision, measured, named)
+    found = report_of(measured, named, losses, sizes, judged)
     _write(found, out, png)
     result(found, lambda: show_report(found) if text else None)
 
@@ -140,14 +140,17 @@ def told_original(losses: Mapping[str, Any], given: Mapping[str, Plan], source: 
     return next((line for line in lines if line is not None), None)
 
 
-def _sizes(name: str, revision: str | None, statistics: Statistics) -> tuple[Overview, dict[str, int] | None]:
-    """What the checkpoint's headers tell, and its KV cache, None where config.json does not tell. Raises InputError for
-    a checkpoint that the statistics are not of."""
+def _sizes(name: str, revision: str | None, statistics: Statistics, plans: Mapping[str, Plan]) -> Sizes:
+    """What the checkpoint's headers tell, and its KV cache, where config.json tells. Raises InputError for a checkpoint
+    that the statistics are not of, and for plans that do not fit it."""
     from moekern.architectures import find_layout
     from moekern.architectures.twins import router_numbers, same_routers
     from moekern.data.text import config_number
     from moekern.estimation.footprint import cache_bytes
     from moekern.estimation.overview import overview
+    from moekern.plan.fits_model import check_plan
+    from moekern.pruning.shards import bytes_after
+    from moekern.report.recipe import Sizes
 
     checkpoint = headers_of(name, revision)
     layout = find_layout(checkpoint)
@@ -162,9 +165,12 @@ def _sizes(name: str, revision: str | None, statistics: Statistics) -> tuple[Ove
     longest = config_number(checkpoint, "max_position_embeddings") or CONTEXT
     try:
         tokens = min(longest, CONTEXT)
-        return seen, {"tokens": tokens, "bytes": cache_bytes(checkpoint.config, layout.family.holder, tokens)}
+        cache = {"tokens": tokens, "bytes": cache_bytes(checkpoint.config, layout.family.holder, tokens)}
     except InputError:
-        return seen, None
+        cache = None
+    for plan in plans.values():
+        check_plan(plan, layout, checkpoint, replaced=True)
+    return Sizes(seen, {name: bytes_after(checkpoint, layout, plan) for name, plan in plans.items()}, cache)
 
 
 def strip(values: Sequence[float | None], top: float | None = None) -> str:

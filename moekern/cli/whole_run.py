@@ -24,6 +24,7 @@ from moekern.data.batches import TokenData
 from moekern.data.text import Text
 from moekern.errors import InputError
 from moekern.estimation.overview import overview
+from moekern.evaluation.choice import CHOICE
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import Evaluation, losses_document
 from moekern.files import (
@@ -98,10 +99,12 @@ class Result:
     pruned: PruneReport
     verdict: pipeline.Verdict
     serve: Mapping[str, str]  # target -> command line
+    choice: Any = None  # how the criterion was chosen, where it was
 
     def document(self) -> dict[str, Any]:
         return {
             "plan": str(self.plan),
+            "choice": self.choice,
             "pruned": {**asdict(self.pruned), "out": str(self.pruned.out)},
             "verify": self.verdict.document(),
             "serve": dict(self.serve),
@@ -289,7 +292,8 @@ def verified(
     measured in."""
     plain = replace(compute, dtype=AUTO)
     verdict = pipeline.verify_both(folder, plan, report.out, plain, forward=forward, mtp=mtp, statistics=statistics)
-    return Result(path, report, verdict, serve_commands(report.out, check_folder(report.out, targets), targets))
+    serve = serve_commands(report.out, check_folder(report.out, targets), targets)
+    return Result(path, report, verdict, serve, plan.provenance.get(CHOICE))
 
 
 def _statistics(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from moekern.data.stream import token_documents
 from moekern.data.tokenizer import Tokenizer
 from moekern.errors import InputError
 
+LENGTH = 2048  # tokens of a sequence, where a model has so many positions
 THINKING = ("on", "off", "row")
 TELL_EVERY = 10.0  # seconds of reading
 PROMPT = 512  # tokens of a conversation, about, in a file of which a part is read
@@ -33,7 +34,7 @@ def read_data(
     vocab_size: int | None = None,
     max_positions: int | None = None,
     tokens: int | None = None,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     batch_size: int = 8,
     chunk: int | None = None,
     pack: bool = True,
@@ -46,7 +47,8 @@ def read_data(
     trust_remote_code: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> TokenData:
-    """Read "name=source" or "source", tokenise with the model folder's tokenizer and pack to `sequence_length`.
+    """Read "name=source" or "source", tokenise with the model folder's tokenizer and pack to `sequence_length` (None:
+    2048, or `max_positions` where these are fewer).
 
     A source is a file of text or rows, a folder of them, or a data set of the hub, with an amount behind a colon: see
     `data.mixes` and `data.rows`. Documents follow one another with the tokenizer's end-of-text token between; sequences
@@ -61,10 +63,14 @@ def read_data(
     the answers of pairs, are marked (`Batch.answers`); all of other documents is.
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
+    notes = Notes(tell)
+    if sequence_length is None:
+        sequence_length = default_length(max_positions)
+        if sequence_length < LENGTH:
+            notes.say(f"sequences of {sequence_length} tokens: as many positions as the model was made for")
     _check(sequence_length, batch_size, chunk, seed, thinking)
     domains = domains_of(specs)
     named = _columns(columns, domains)
-    notes = Notes(tell)
     prompting = prompts is not None
     tokenizer = Tokenizer(
         Path(model), trust_remote_code,
@@ -75,14 +81,17 @@ def read_data(
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
+    found = set[str]()  # domains that have rows
     with closing(tokenizer):
         for number, (domain, budget) in enumerate(zip(domains, shares, strict=True)):
             reading = Reading(domain, budget, sequence_length, named.get(domain.name), (seed, number), pack, prompts)
             left = LeftOut(domain.name, strict)
             sequences = _sequences(reading, tokenizer, left, notes)
             sources[domain.name] = _source(reading, sequences, left)
+            found |= {domain.name} if left.rows else set()
             _check_vocabulary(list(map(_ids, sequences)) if answers else sequences, vocab_size, domain)
             batches += [_batch(domain.name, rows, answers) for rows in batched(sequences, batch_size)]
+    _check_columns(columns, found, notes)
     longest = max(batch.input_ids.shape[1] for batch in batches)
     if max_positions is not None and longest > max_positions and not prompting:
         notes.warn(
@@ -105,6 +114,11 @@ def read_data(
         | ({"prompts": prompts} if prompting else {})
     )
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
+
+
+def default_length(max_positions: int | None) -> int:
+    """Tokens of a sequence where nobody has said how many."""
+    return LENGTH if max_positions is None or max_positions < 2 else min(LENGTH, max_positions)
 
 
 def _prompting_tokens(prompts: int, domains: Sequence[Domain], sequence_length: int) -> int:
@@ -137,6 +151,14 @@ def _columns(columns: Sequence[str], domains: Sequence[Domain]) -> dict[str, str
             raise InputError(f"--column {column}: no domain is named {name!r}")
         named |= {name: own} if equals else {}
     return named
+
+
+def _check_columns(columns: Sequence[str], found: Collection[str], notes: Notes) -> None:
+    """Say of which columns there were no rows."""
+    for column in columns:
+        name, equals, _ = column.partition("=")
+        if not (name in found if equals else found):
+            notes.say(f"--column {column}: changes nothing, since {'it has no' if equals else 'no domain has'} rows")
 
 
 def _sequences(reading: Reading, tokenizer: Tokenizer, left: LeftOut, notes: Notes) -> list[np.ndarray]:

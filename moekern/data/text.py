@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Batch, TokenData
-from moekern.data.read import read_data
+from moekern.data.read import default_length, read_data
 from moekern.errors import InputError, check_type
+
+POSITIONS = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Text:
 
     data: tuple[str, ...]
     tokens: int | None = None  # of the domains that name no amount, in all; None: everything
-    sequence_length: int = 2048
+    sequence_length: int | None = None  # None: 2048, or as many positions as the model has, where these are fewer
     batch_size: int = 1  # sequences that losses are computed of at a time
     chunk: int | None = None  # sequences that statistics are computed of, and added, at a time; None: 2048 tokens
     seed: int = 0
@@ -38,7 +40,7 @@ class Text:
             self.data,
             checkpoint.folder,
             vocab_size=config_number(checkpoint, "vocab_size"),
-            max_positions=config_number(checkpoint, "max_position_embeddings"),
+            max_positions=config_number(checkpoint, POSITIONS),
             tokens=self.tokens,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
@@ -67,6 +69,11 @@ def check_data(data: TokenData, checkpoint: Checkpoint) -> None:
                 f"data: domain {batch.domain}: token id {high} does not fit the model's vocabulary of {vocabulary}",
                 kind="data",
             )
+
+
+def length_for(checkpoint: Checkpoint, given: int | None) -> int:
+    """Tokens of a sequence: what was given, or 2048, or as many positions as the model has, where these are fewer."""
+    return given or default_length(config_number(checkpoint, POSITIONS))
 
 
 def config_number(checkpoint: Checkpoint, key: str) -> int | None:

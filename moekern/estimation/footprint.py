@@ -54,6 +54,7 @@ class Footprint:
     fixed: int
     per_expert: Mapping[str, int]  # of the layers whose experts are pruned, MTP layers among them
     main: frozenset[str]  # the layers that a plan names; MTP layers keep as many experts as the fullest of these
+    cut: int  # bytes of what per_expert is a share of, in all
 
     def weights(self, counts: Mapping[str, int]) -> int:
         """Bytes with so many experts in each layer."""
@@ -100,7 +101,8 @@ def footprint(checkpoint: Checkpoint, layout: Layout, *, bits: float | None = No
         share = _share(entry, layer, tensor, size)
         whole[layer.key] += share
         fixed += size - share
-    return Footprint(fixed, {key: n // pruned[key].num_experts for key, n in whole.items()}, frozenset(layout.layers))
+    each = {key: n // pruned[key].num_experts for key, n in whole.items()}
+    return Footprint(fixed, each, frozenset(layout.layers), sum(whole.values()) // 8)
 
 
 def largest_count(

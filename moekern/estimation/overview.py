@@ -17,7 +17,10 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.checkpoint.recovery import RECOVERY, read_recovery
 from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
+from moekern.estimation.footprint import footprint
 from moekern.router import count_problem
+
+OWN_CODE = "its own code"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Overview:
     tensors: int
     total_bytes: int
     routed_bytes: int  # routed experts of the main decoder
+    cut_bytes: int  # what goes with experts: they, of MTP layers too, and their router rows
     bytes_per_expert: int  # one expert of one layer, on average
     dtypes: dict[str, int]  # safetensors dtype -> bytes of routed experts
     in_transformers: bool  # transformers has the model class
@@ -53,11 +57,11 @@ class Overview:
     not_narrowed: str | None  # why experts cannot lose channels; None: they can
 
     def bytes_at(self, kept: float, width: int | None = None) -> int:
-        """Size after pruning to `kept` experts a layer, or a mean of so many, of `width` channels (None: all), up to
-        the few bytes of router rows."""
+        """Size after pruning to `kept` experts a layer, or a mean of so many, of `width` channels (None: all): exact
+        for whole experts where layers have as many of one size, up to router rows for narrower ones."""
         of = self.width or 1
         whole, left = self.num_experts * of, kept * (of if width is None else width)
-        return self.total_bytes - int(self.routed_bytes * (whole - left) // whole)
+        return self.total_bytes - int(self.cut_bytes * (whole - left) // whole)
 
 
 def overview(source: str | Path | Checkpoint) -> Overview:
@@ -96,6 +100,7 @@ def overview(source: str | Path | Checkpoint) -> Overview:
         tensors=len(stored.tensors),
         total_bytes=stored.nbytes,
         routed_bytes=routed,
+        cut_bytes=0 if constants else footprint(checkpoint, layout).cut,
         bytes_per_expert=routed // max(1, sum(layer.num_experts for layer in layout.layers.values()) - replaced),
         dtypes=dict(dtypes.most_common()),
         in_transformers=known,
@@ -124,7 +129,7 @@ def running(family: Family, config: Mapping[str, Any]) -> tuple[bool, str, str]:
     if known:
         return True, "transformers", ""
     if own_code(config):
-        return False, "its own code", ""
+        return False, OWN_CODE, ""
     if family_named(name) is None:
         return False, "", f"it is not known whether transformers has a class for model_type {shown(name)}"
     return False, "", f"transformers has no class for model_type {shown(name)}"

@@ -106,11 +106,11 @@ def optimise(
     course = _course(data, search)
     counts = {key: (layer.num_experts, len(plan.layers[key].keep)) for key, layer in layout.layers.items()}
     key = _key(checkpoint, plan, course, data, search, compute)
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_left(folder, key, restart=restart)
-    with open_layerwise(checkpoint, layout, compute) as layerwise:
+    with open_layerwise(checkpoint, layout, compute) as layerwise:  # what cannot be is found before anything is written
         check_optimised(layerwise)
         classes = layerwise.vocab_size
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_left(folder, key, restart=restart)
     teacher = taught(
         checkpoint, course.samples, folder, search.top, compute, classes, restart=restart, tell=tell, progress=progress
     )

@@ -92,7 +92,13 @@ class Backward(Generic[Task]):
         outputs, by = [out], [upstream.view_as(out)]
         if (own := self.beside()) is not None:
             outputs, by = [*outputs, own], [*by, torch.ones_like(own)]
-        found = torch.autograd.grad(outputs, wanted, by, allow_unused=True)
+        try:
+            found = torch.autograd.grad(outputs, wanted, by, allow_unused=True)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            why = "its code changes numbers in place that gradients need"
+            raise InputError(f"{self.what}: {type(self.layerwise.layers[i]).__name__}: {why}") from error
         if i + 1 < len(self.layerwise.layers):
             after = self.store.take(("next", -1, task)).hidden
             if after.shape != out.shape or not _alike(out.detach().to("cpu"), after):

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from moekern.architectures.quantisation import quantisation_of
 from moekern.checkpoint.folder import Checkpoint
+from moekern.checkpoint.strict_json import shown
 from moekern.errors import InputError
 from moekern.model.transformers_api import Loader, turned_back
 
@@ -47,10 +49,12 @@ def places(checkpoint: Checkpoint, loader: Loader, parameters: Mapping[str, Tens
 def check_place(checkpoint: Checkpoint, name: str, value: Tensor) -> None:
     """Raise InputError unless the checkpoint has a tensor of plain numbers of this name and shape."""
     entry = checkpoint.tensors.get(name)
-    if entry is None:
+    method = quantisation_of(checkpoint.config).get("quant_method")
+    if entry is None and method is None:
         raise InputError(f"{checkpoint.folder}: has no tensor {name}, where trained weights would go")
-    if entry.dtype not in PLAIN:
-        what = f"{name} is stored as {entry.dtype}, and trained weights are written as {', '.join(PLAIN)}"
+    if entry is None or entry.dtype not in PLAIN:
+        stored = f"as {entry.dtype}" if entry is not None else f"in the format of {shown(method)}"
+        what = f"{name} is stored {stored}, and trained weights are written as {', '.join(PLAIN)}"
         raise InputError(f"{checkpoint.folder}: {what}; train what is stored so (--train router, norms, bias)")
     if entry.shape != tuple(value.shape):
         made = f"{list(value.shape)} where it is trained"

@@ -48,6 +48,7 @@ HUB_NAMES: Mapping[str, tuple[str, ...]] = {
     "step3p7": ("Step3p5ForCausalLM",),
 }
 BY_MODEL_TYPE = ("transformers", "mlx-lm")  # engines that choose by model_type, not by the class's name
+SAVED_AS = {"num_experts": "num_local_experts", "rope_theta": "rope_parameters"}  # keys as transformers 5 spells them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,26 @@ def listed(engine: str, names: frozenset[str]) -> Finding | None:
     return Finding(True, f"{tool}does not know {missing} ({where})")
 
 
-def missing_keys(names: frozenset[str], keys: frozenset[str]) -> list[str]:
-    """The keys that mlx-lm's code for the model type needs and config.json lacks; none where `keys` is not known."""
-    needs = registries()["mlx-lm"]["needs"]
-    wanted = {key for name in names for key in needs.get(name, ())}
-    return sorted(wanted - keys) if keys else []
+def mlx_problem(names: frozenset[str], keys: frozenset[str], rope: tuple[float, str] | None) -> str | None:
+    """What mlx-lm's code for the model type does not find at the root of config.json; None where that is all there.
+
+    keys: those of config.json; empty where it was not seen. rope: theta and kind of its rope_parameters, where it has
+    them.
+    """
+    entry = registries()["mlx-lm"]
+    missing = sorted({key for name in names for key in entry["needs"].get(name, ())} - keys) if keys else []
+    if missing:
+        saved = [SAVED_AS[key] for key in missing if SAVED_AS.get(key) in keys]
+        instead = f"; transformers 5 saves them in {', '.join(saved)}, from where they can be copied" if saved else ""
+        return f"its code needs {', '.join(missing)} at the root of config.json{instead}"
+    taken = {entry["rope_theta"][name] for name in names if name in entry["rope_theta"]}
+    if rope is None or not taken or (rope[0] in taken and rope[1] == "default"):
+        return None
+    kind = "" if rope[1] == "default" else f" without {rope[1]}"
+    return (
+        f"its code does not look into rope_parameters, and would take rope_theta {min(taken):g}{kind} for the "
+        f"{rope[0]:g} there; give rope_theta and rope_scaling at the root of config.json"
+    )
 
 
 def _where(entry: Mapping[str, Any]) -> str:

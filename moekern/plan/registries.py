@@ -107,14 +107,19 @@ def read_ik_llama_cpp(sources: Sequence[Path]) -> Entry:
 def read_mlx_lm(sources: Sequence[Path]) -> Entry:
     """`names`: the model types that have a module in mlx_lm/models, or are renamed to one (MODEL_REMAPPING);
     `fp8`: those that dequantise FP8 with scales of blocks while they load; `needs`: of families' model types, the keys
-    of config.json without which loading ends in a TypeError."""
+    of config.json without which loading ends in a TypeError; `rope_theta`: what it takes where the root of config.json
+    has none, of those that do not look into rope_parameters."""
     modules: dict[str, str] = {}
     needs: dict[str, list[str]] = {}
+    theta: dict[str, float] = {}
     for path in _files(sources, "mlx_lm/models/*.py"):
         classes = {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
         if "Model" in classes:
             modules[path.stem] = path.read_text(encoding="utf-8")
             needs[path.stem] = _fields_without_default(classes.get("ModelArgs"))
+            default = _defaults(classes.get("ModelArgs")).get("rope_theta")
+            if isinstance(default, ast.Constant) and "rope_parameters" not in modules[path.stem]:
+                theta[path.stem] = float(str(default.value))
     renamed = {
         key: ast.literal_eval(value)
         for table in _assigned(_files(sources, "mlx_lm/utils.py"), re.compile("MODEL_REMAPPING$"))
@@ -128,6 +133,7 @@ def read_mlx_lm(sources: Sequence[Path]) -> Entry:
         "names": sorted(names),
         "fp8": sorted(name for name, module in names.items() if module in fp8),
         "needs": {name: needs[module] for name, module in sorted(names.items()) if name in BY_NAME and needs[module]},
+        "rope_theta": {name: theta[of] for name, of in sorted(names.items()) if name in BY_NAME and of in theta},
     }
 
 
@@ -235,8 +241,13 @@ def _fields_without_default(node: ast.ClassDef | None) -> list[str]:
         return []
     if any(isinstance(item, ast.FunctionDef) and item.name in ("from_dict", "__init__") for item in node.body):
         return []
-    fields = (item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is None)
-    return sorted(field.target.id for field in fields if isinstance(field.target, ast.Name))
+    return sorted(name for name, default in _defaults(node).items() if default is None)
+
+
+def _defaults(node: ast.ClassDef | None) -> dict[str, ast.expr | None]:
+    """Fields of a dataclass, with what they are where nothing is given."""
+    fields = [item for item in node.body if isinstance(item, ast.AnnAssign)] if node else []
+    return {field.target.id: field.value for field in fields if isinstance(field.target, ast.Name)}
 
 
 def _registered(node: ast.ClassDef) -> list[str]:

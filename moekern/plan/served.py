@@ -11,6 +11,7 @@ from moekern.architectures import Layout, find_layout
 from moekern.architectures.config_keys import model_types
 from moekern.architectures.substitution import as_whole
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
+from moekern.estimation.overview import OWN_CODE, running
 from moekern.plan.engines import Finding
 from moekern.plan.formats import name_in, weight_format
 from moekern.plan.mtp import Mtp
@@ -30,6 +31,7 @@ class Report:
     found: Mapping[str, tuple[Finding, ...]]
     nearest: Mapping[str, str]  # of targets that do not run it: counts that would, as the end of a message
     replaced: bool = False  # dropped experts are constants, and the counts those of the others
+    own_code: bool = False  # the code of its model lies beside the weights, and nothing else runs it
 
     @property
     def good(self) -> bool:
@@ -75,8 +77,9 @@ def check_folder(source: Path | Checkpoint, targets: Sequence[Target] = ()) -> R
         if not served.replaced and not runs(layout.num_experts, served, [target])
     }
     return Report(
-        str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near, bool(constants)
-    )
+        str(checkpoint.folder), checkpoint.name, layout.family.name, counts, mtp, found, near, bool(constants),
+        running(layout.family, checkpoint.config)[1] == OWN_CODE,
+    )  # fmt: skip
 
 
 def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
@@ -90,4 +93,14 @@ def served_as(layout: Layout, config: Mapping[str, Any]) -> Served:
     shards = shards_of(config, layout.family.holder)
     if layout.width is not None:
         shards = replace(shards, width=layout.width)  # of the tensors
-    return Served(layout.family.name, layout.family.score, layout.router, known_as, weights, keys, shards)
+    family = layout.family
+    return Served(family.name, family.score, layout.router, known_as, weights, keys, shards, rope_of(config))
+
+
+def rope_of(config: Mapping[str, Any]) -> tuple[float, str] | None:
+    """(rope_theta, rope_type) of rope_parameters, as transformers 5 saves them, where the root has no rope_theta."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" in config:
+        return None
+    theta, kind = rope.get("rope_theta"), name_in(rope.get("rope_type", "default"))
+    return (float(theta), kind) if isinstance(theta, (int, float)) and 0 < theta < 1e30 and kind else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moekern.plan.engines import Finding
 from moekern.plan.served import Report, verdict
-from moekern.plan.targets import Served, Target, findings
+from moekern.plan.targets import PARALLEL, Served, Target, findings
 
 CONVERTED = "python convert_hf_to_gguf.py {folder} --outfile {folder}.gguf && llama-server -m {folder}.gguf"
 COMMANDS: Mapping[str, str] = {
@@ -27,22 +27,27 @@ def serve_commands(folder: Path, found: Report, targets: Sequence[Target] = ()) 
 
     `found` is what `check_folder` says of the checkpoint for the same targets (none: every engine).
     """
-    return commands_of(folder, found.found, targets)
+    return commands_of(folder, found.found, targets, own_code=found.own_code)
 
 
 def commands_of(
-    folder: Path, found: Mapping[str, tuple[Finding, ...]], targets: Sequence[Target] = ()
+    folder: Path, found: Mapping[str, tuple[Finding, ...]], targets: Sequence[Target] = (), *, own_code: bool = False
 ) -> dict[str, str]:
-    """The same of the rules that each target's name comes with."""
+    """The same of the rules that each target's name comes with. own_code: the checkpoint brings its model's code."""
     asked = {str(target): target for target in targets}
     good = {name: asked.get(name, Target(name.partition(":")[0])) for name, row in found.items() if verdict(row)}
-    return {name: _command(target, folder) for name, target in good.items() if target.engine in COMMANDS}
+    return {name: _command(target, folder, own_code) for name, target in good.items() if target.engine in COMMANDS}
 
 
-def _command(target: Target, folder: Path) -> str:
+def _command(target: Target, folder: Path, own_code: bool) -> str:
     quoted = shlex.quote(str(folder))
     plain = str(folder).replace("\\", "\\\\").replace('"', '\\"').replace("'", "'\"'\"'")
-    command = COMMANDS[target.engine].replace("{folder}", quoted).replace("{plain}", plain)
+    command = COMMANDS[target.engine]
+    if own_code and target.engine in (*PARALLEL, "mlx-lm"):
+        command += " --trust-remote-code"
+    if own_code and target.engine == "transformers":
+        command = command.replace(", dtype=", ", trust_remote_code=True, dtype=")
+    command = command.replace("{folder}", quoted).replace("{plain}", plain)
     if target.engine == "vllm":
         command += f" --tensor-parallel-size {target.tp}" if target.tp > 1 else ""
         command += " --enable-expert-parallel" if target.ep > 1 else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from moekern.errors import InputError, nearest_name
-from moekern.plan.engines import Finding, listed, missing_keys, names_of
+from moekern.plan.engines import Finding, listed, mlx_problem, names_of
 from moekern.plan.formats import format_finding
 from moekern.plan.mtp import Mtp, mtp_finding
 from moekern.plan.shards import Shards, heads_problem
@@ -46,8 +46,9 @@ class Served:
 
     names: the class names and the model_type of its config.json; where these are not known, all that the family may
     have. quantization: the format of its weights, as `formats.weight_format` names it; "" if none is known.
-    keys: those of config.json's root; empty where it was not seen. shards: what tensor parallelism divides.
-    replaced: dropped experts are constants, and the router is whole.
+    keys: those of config.json's root; empty where it was not seen. rope: theta and kind of rope_parameters, where that
+    alone has them. shards: what tensor parallelism divides. replaced: dropped experts are constants, and the router is
+    whole.
     """
 
     family: str
@@ -57,6 +58,7 @@ class Served:
     quantization: str = ""
     keys: frozenset[str] = frozenset()
     shards: Shards = Shards()
+    rope: tuple[float, str] | None = None
     replaced: bool = False
 
     @property
@@ -239,14 +241,8 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(("llama.cpp",), True, lambda n, model, target: _lacks(model)),  # see CONVERTER_KEYS
-    # mlx_lm/models: ModelArgs. transformers 5 saves rope_theta in rope_parameters, and some keys under other names.
-    Rule(
-        ("mlx-lm",), True,
-        lambda n, model, target: _when(
-            bool(missing_keys(model.names, model.keys)),
-            f"its code needs {', '.join(missing_keys(model.names, model.keys))} in config.json",
-        ),
-    ),
+    # mlx_lm/models: ModelArgs. Run with 0.32.2: a TypeError without what has no default, and what has one is taken.
+    Rule(("mlx-lm",), True, lambda n, model, target: mlx_problem(model.names, model.keys, model.rope)),
     # mlx_lm/models/gpt_oss.py: `sanitize` gives plain weights names that no module has. names: config.json was seen.
     Rule(
         ("mlx-lm",), True,
@@ -331,7 +327,7 @@ def nearest(count: int, served: Served, targets: Sequence[Target]) -> str:
         return ""  # which says what widths run
     legal = [n for n in range(1, served.router.num_experts + 1) if runs(n, served, targets)]
     around = [*[n for n in legal if n < count][-1:], *[n for n in legal if n > count][:1]]
-    return f"; nearest that runs: {' or '.join(map(str, around))}" if around else "; no count of this model runs there"
+    return f"; nearest that runs: {' or '.join(map(str, around))}" if around else "; no other count would help"
 
 
 def check_width(what: str, width: int, served: Served, targets: Sequence[Target]) -> list[str]:

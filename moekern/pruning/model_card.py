@@ -15,6 +15,7 @@ from moekern.architectures.config_keys import model_types
 from moekern.architectures.quantisation import quantisation_of
 from moekern.checkpoint.contents import MODEL_CARD, kept_card
 from moekern.checkpoint.folder import PLAN_FILE, Checkpoint
+from moekern.estimation.overview import OWN_CODE, running
 from moekern.plan.document import Mtp, Plan
 from moekern.plan.mtp import Mtp as StoredMtp
 from moekern.plan.served import served_as
@@ -111,4 +112,4 @@ def _serve(
     of_mtp = tuple(len(kept[key]) if key in kept else layer.num_experts for key, layer in layout.mtp.items())
     stored = StoredMtp((), ()) if mtp == "drop" else StoredMtp(of_mtp, layout.mtp_prefixes)
     found = {engine: tuple(findings(Target(engine), counts, served, stored)) for engine in ENGINES}
-    return commands_of(Path(FOLDER), found)
+    return commands_of(Path(FOLDER), found, own_code=running(layout.family, checkpoint.config)[1] == OWN_CODE)

@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from moekern.architectures import Layout, MoeLayer
+from moekern.architectures.substitution import FORMS
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import DTYPE_BITS, TensorEntry
 from moekern.checkpoint.strict_json import HEADER_CAP, shown
 from moekern.errors import InputError
-from moekern.plan.document import Mtp
+from moekern.plan.document import Mtp, Plan, planned_mtp
 from moekern.pruning.constants import Constant, Replaced
 from moekern.pruning.cuts import Cut, OutputTensor, is_recoded, output_tensor
 from moekern.pruning.narrow import Narrow, Widened, widened
@@ -133,21 +134,12 @@ def output_shards(
     names, which are of experts or, with their layers, among the `routers`. Raises InputError for a tensor whose shape
     does not hold its layer's experts, for a cut that would split a byte, and for a refitted tensor that fits no place.
     """
-    cuts: dict[str, Cut | Widened | Constant] = {}
+    cuts = _cuts(layout, kept, narrow, replaced)
     home: dict[str, tuple[str, int]] = {}  # layer and expert of a tensor that belongs to one
     computed = dict(routers)  # layer of a tensor that may be computed
     for key, layer in {**layout.layers, **layout.mtp}.items():
         home.update((tensor.name, (key, tensor.expert)) for tensor in layer.tensors if tensor.expert is not None)
         computed.update((tensor.name, key) for tensor in layer.of_role("expert"))
-        if replaced is not None:
-            cuts |= _replaced_cuts(layout, key, layer, replaced)
-        elif key in kept:
-            rank = {old: new for new, old in enumerate(sorted(kept[key]))}
-            own = (narrow or {}).get(key)
-            for tensor in layer.tensors:
-                of = None if tensor.channel_axis is None else own
-                cuts[tensor.name] = Cut(tensor, rank, layer.num_experts, of)
-            cuts |= widened(layout, layer, own.left) if own else {}
     dropped = layout.mtp_prefixes if mtp == "drop" else ()
     indexed = checkpoint.index is not None
 
@@ -176,6 +168,48 @@ def output_shards(
     if len(shards) == len(checkpoint.shards) and (indexed or len(shards) == 1):
         return tuple(shards)
     return _numbered(shards, indexed)
+
+
+def bytes_after(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> int:
+    """Bytes of the tensors that a plan leaves, from headers alone: which experts and channels stay changes no size."""
+    mtp = planned_mtp(plan)
+    counts = {key: len(plan.layers[key].keep) for key in layout.layers}
+    narrow, replaced, left = dict[str, Narrow](), None, plan.width
+    if plan.replace is not None:
+        gone = {key: [*range(layout.layers[key].num_experts)][count:] for key, count in counts.items()}
+        replaced = Replaced(FORMS[0], gone, None)
+    elif mtp == "prune":
+        counts |= {
+            key: len(plan.layers[key].keep) if key in plan.layers else max(counts.values()) for key in layout.mtp
+        }
+    if left is not None:
+        layers = {**layout.layers, **layout.mtp}
+        narrow = {key: Narrow(layers[key].width or left, {}, left) for key in counts}
+    cuts = _cuts(layout, {key: range(count) for key, count in counts.items()}, narrow, replaced)
+    dropped = layout.mtp_prefixes if mtp == "drop" else ()
+    found = (output_tensor(e, cuts.get(e.name)) for e in checkpoint.tensors.values() if not e.name.startswith(dropped))
+    return sum(tensor.nbytes for tensor in found if tensor is not None)
+
+
+def _cuts(
+    layout: Layout,
+    kept: Mapping[str, Sequence[int]],
+    narrow: Mapping[str, Narrow] | None,
+    replaced: Replaced | None,
+) -> dict[str, Cut | Widened | Constant]:
+    """Name -> what becomes of the tensors that do not stay as they are."""
+    cuts: dict[str, Cut | Widened | Constant] = {}
+    for key, layer in {**layout.layers, **layout.mtp}.items():
+        if replaced is not None:
+            cuts |= _replaced_cuts(layout, key, layer, replaced)
+        elif key in kept:
+            rank = {old: new for new, old in enumerate(sorted(kept[key]))}
+            own = (narrow or {}).get(key)
+            for tensor in layer.tensors:
+                of = None if tensor.channel_axis is None else own
+                cuts[tensor.name] = Cut(tensor, rank, layer.num_experts, of)
+            cuts |= widened(layout, layer, own.left) if own else {}
+    return cuts
 
 
 def _replaced_cuts(layout: Layout, key: str, layer: MoeLayer, replaced: Replaced) -> dict[str, Cut | Constant]:

@@ -24,6 +24,8 @@ RECIPE = "moekern_recipe.yaml"  # in a folder that `run` has written: the option
 SECTION = "<!-- moekern: {name} -->\n{text}<!-- /moekern: {name} -->\n"
 FOLDER = "MODEL"  # in commands
 BASE, EVALUATION, TEXT, TRAINING = "base", "evaluation", "text", "training"  # names of sections
+NAME = re.compile(r"\w[\w .,-]{0,59}", re.ASCII)  # of a judging
+JUDGED = rf"^<!-- moekern: ({EVALUATION}(?: {NAME.pattern})?) -->$"
 CARD_CAP = 16 << 20  # bytes of a card that is read
 CHANGES = 40  # lines of config.json that are shown
 BEFORE_TRAINING = "Of the model before the training that is told below:\n\n"
@@ -97,9 +99,26 @@ def with_section(card: str, name: str, text: str, source: str) -> str:
     return card[: found.start()] + section(name, text) + card[found.end() :]
 
 
-def has_figures(card: str, source: str) -> bool:
-    """Whether an evaluation stands in a card. Raises InputError as with_section."""
-    return _found(card, EVALUATION, source)[1] != NOT_MEASURED
+def evaluations(card: str, source: str) -> dict[str, str]:
+    """The judgings that stand in a card: section -> its text. Raises InputError as with_section."""
+    _found(card, EVALUATION, source)
+    found = {match[1]: _found(card, match[1], source)[1] for match in re.finditer(JUDGED, card, re.MULTILINE)}
+    return {name: text for name, text in found.items() if text not in ("", NOT_MEASURED)}
+
+
+def with_evaluation(card: str, name: str | None, text: str, source: str) -> str:
+    """A card with a judging: of no name in the place of the one without, else under its name beside others. Raises
+    InputError as with_section."""
+    if name is None:
+        return with_section(card, EVALUATION, text, source)
+    own, known = f"{EVALUATION} {name}", evaluations(card, source)
+    text = f"### {name}\n\n{text}"
+    if own in known:
+        return with_section(card, own, text, source)
+    if EVALUATION not in known:
+        card = with_section(card, EVALUATION, "", source)
+    at = max(_found(card, each, source).end() for each in (EVALUATION, *known))
+    return f"{card[:at]}\n{section(own, text)}{card[at:]}"
 
 
 def _found(card: str, name: str, source: str) -> re.Match[str]:
@@ -124,9 +143,9 @@ def measured_text(figures: list[Figure], row: str) -> str:
 
 def trained_card(card: str, tensors: int, told: Mapping[str, Any], source: str) -> str:
     """A card with what was trained; figures that it has say that they are older. Raises InputError as with_section."""
-    measured = _found(card, EVALUATION, source)[1]
-    if has_figures(card, source) and not measured.startswith(BEFORE_TRAINING):
-        card = with_section(card, EVALUATION, BEFORE_TRAINING + measured, source)
+    for name, measured in evaluations(card, source).items():
+        if not measured.startswith(BEFORE_TRAINING):
+            card = with_section(card, name, BEFORE_TRAINING + measured, source)
     return with_section(card, TRAINING, training_section(tensors, told), source)
 
 

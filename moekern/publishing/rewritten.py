@@ -19,11 +19,12 @@ from moekern.publishing.card import (
     BASE,
     CARD_CAP,
     EVALUATION,
+    NAME,
     TEXT,
     base_section,
-    has_figures,
+    evaluations,
     measured_text,
-    section,
+    with_evaluation,
     with_section,
 )
 from moekern.publishing.evaluation import ORIGINAL, figures_of, is_of, models_of, other_original, row_of
@@ -60,6 +61,7 @@ def rewrite_card(
     base: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
     row: str | None = None,
+    name: str | None = None,
     source: str = "evaluation",
     header: Mapping[str, Any] | None = None,
     statistics: str | None = None,
@@ -67,10 +69,10 @@ def rewrite_card(
 ) -> list[str]:
     """Write what is given into the card, the rest stays byte for byte; names of what was written.
 
-    base: id on the hub. evaluation: a document of `evaluate` from the file `source`, of which `row` is the model's.
-    header, statistics: of a statistics file, and its sha256, which must be the plan's. Raises InputError for what does
-    not fit, for figures of another model, and for a card that has no place for it; nothing is written then. `tell` is
-    given a line where a file does not say of which model its figures are.
+    base: id on the hub. evaluation: a document of `evaluate` from the file `source`, of which `row` is the model's;
+    with a `name` it stands beside others. header, statistics: of a statistics file, and its sha256, which must be the
+    plan's. Raises InputError for what does not fit, for figures of another model, and for a card that has no place for
+    it; nothing is written then. `tell` is given a line where a file does not say of which model its figures are.
     """
     plan, before, where = made_by(folder), card_of(folder), str(folder / MODEL_CARD)
     card = before
@@ -91,10 +93,14 @@ def rewrite_card(
         values |= {"datasets": datasets} if datasets else {}
         written.append(TEXT)
     if evaluation is not None:
-        text = _measured(folder, plan, evaluation, row, source, tell)
-        if has_figures(card, where) and section(EVALUATION, text) not in card:
-            tell(f"{where}: what stood under Evaluation is replaced")
-        card = with_section(card, EVALUATION, text, where)
+        if name is not None and not NAME.fullmatch(name):
+            raise InputError(f"--name {name:.80}: expected up to 60 letters, digits, blanks and . , - _")
+        text, known = _measured(folder, plan, evaluation, row, source, tell), evaluations(card, where)
+        own = EVALUATION if name is None else f"{EVALUATION} {name}"
+        if own in known and text not in known[own]:
+            beside = "; with --name NAME both stand" if name is None else ""
+            tell(f"{where}: what stood under {own.capitalize()} is replaced{beside}")
+        card = with_evaluation(card, name, text, where)
         written.append(EVALUATION)
     if values:
         card = with_values(card, values, where)

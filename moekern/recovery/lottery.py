@@ -17,23 +17,26 @@ from typing import Any
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import Checkpoint, open_checkpoint
-from moekern.checkpoint.strict_json import read_json
 from moekern.data.batches import Batch, TokenData
 from moekern.errors import InputError, check_type
 from moekern.evaluation.evaluate import evaluate
 from moekern.evaluation.held_out import held_back
 from moekern.evaluation.losses import ORIGINAL, row_document, row_of
-from moekern.files import is_folder, is_plain, write_bytes
+from moekern.files import is_folder, is_plain
 from moekern.iteration.rounds import Method, iterate, needs_text, schedule
 from moekern.model.compute import Compute
 from moekern.model.journal import check_same_run
+from moekern.model.kept import read_kept, write_kept
 from moekern.model.position import text_key
+from moekern.model.precision import settled
 from moekern.pruning.prune import prune
 from moekern.pruning.replaced import write_replaced
+from moekern.recovery.loaded import trainable
 from moekern.recovery.recover import TRAINED, Losses, recover
 from moekern.recovery.settings import Training
 from moekern.recovery.taught import Progress
 from moekern.router import kept_count
+from moekern.team import ALONE
 
 PAPER = Training(train=("all",), kl=0.0, next=1.0, rate=1e-6)  # arXiv:2504.05586; all weights: inferred
 PRUNED, TRAINING, TRAINED_MODEL, DONE = "pruned", "training", "trained", "done.json"  # in a round's folder
@@ -123,6 +126,9 @@ def lottery(
     whole, judged = held_back(data) if judged is None else (data, judged)
     if not judged.batches:
         raise InputError("lottery: too little text to hold some back to judge by; give more (--tokens)", kind="data")
+    alone = replace(settled(compute, checkpoint, layout), team=ALONE)
+    with trainable(checkpoint, alone, method.training):  # what cannot be is found before anything is measured
+        pass
     if restart and is_folder(folder):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,8 +180,7 @@ class _Run:
         """Score, drop and train; what an earlier run has left of that is taken over."""
         place = self.folder / name
         place.mkdir(exist_ok=True)
-        if is_plain(place / DONE):
-            found = read_json(place / DONE)
+        if found := read_kept(place / DONE):
             return Round(count, found["tokens"], row_of(found["dropped"]), row_of(found["trained"]))
         pruned = place / PRUNED
         if not is_folder(pruned):
@@ -197,22 +202,22 @@ class _Run:
             "trained": row_document(trained),
             "record": dict(made.record),
         }
-        write_bytes(place / DONE, json.dumps(said).encode())
+        write_kept(place / DONE, said)
         return Round(count, taken, dropped, trained)
 
     def write(self, name: str, out: Path) -> None:
         """The checkpoint that a round has trained, with what it was trained by."""
         place = self.folder / name
-        record = {**read_json(place / DONE)["record"], "lottery": asdict(self.method), "of_round": name}
+        record = {**read_kept(place / DONE)["record"], "lottery": asdict(self.method), "of_round": name}
         write_replaced(place / PRUNED, out, place / TRAINING / TRAINED, record)
 
 
 def _check_key(folder: Path, key: Mapping[str, Any]) -> None:
     """Raise InputError where a run of another kind was stopped."""
-    if is_plain(folder / KEY):
-        check_same_run(folder, read_json(folder / KEY), key)
+    if left := read_kept(folder / KEY):
+        check_same_run(folder, left, key)
     else:
-        write_bytes(folder / KEY, json.dumps(key).encode())
+        write_kept(folder / KEY, json.loads(json.dumps(key)))
 
 
 def _trained(text: TokenData) -> int:

@@ -116,18 +116,18 @@ def recover(
     team.check_alike(facts_of(student, compute))
     course = Course.of(data, training, judged)
     key = _key(student, whole if training.kl else None, course, data, training, compute)
+    with trainable(student, compute, training) as (layerwise, _):  # what cannot be is found before anything is written
+        classes = layerwise.vocab_size
+        if training.entropy:
+            check_entropy(layerwise)
+        if training.top_k is not None:
+            TopK(layerwise.loader, layerwise.layout).check(training.top_k)
     if team.first:
         folder.mkdir(parents=True, exist_ok=True)
         _check_left(folder, key, restart=restart)
     team.meet()
     if not is_folder(folder):
         raise InputError(f"{folder}: rank {team.rank} does not see this folder, which all must")
-    with trainable(student, compute, training) as (layerwise, _):  # what cannot be is found before anything is computed
-        classes = layerwise.vocab_size
-        if training.entropy:
-            check_entropy(layerwise)
-        if training.top_k is not None:
-            TopK(layerwise.loader, layerwise.layout).check(training.top_k)
     teacher = None
     if training.kl and whole is not None:
         place = predictions or folder

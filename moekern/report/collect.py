@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moekern.criteria import Criterion
 from moekern.errors import InputError
-from moekern.estimation.overview import Overview
 from moekern.layer_keys import natural
 from moekern.plan.agreement import rank_correlation
 from moekern.plan.choose import choose_top
@@ -28,7 +27,7 @@ from moekern.report.diagnostics import (
     routing_variance,
 )
 from moekern.report.orders import Order, Values, orders, scored, wanted
-from moekern.report.recipe import model_of, plan_rows, runs_of
+from moekern.report.recipe import Sizes, model_of, plan_rows, runs_of
 from moekern.report.shares import (
     POINTS,
     absorbed,
@@ -73,13 +72,11 @@ def report_of(
     statistics: Statistics,
     plans: Mapping[str, Plan],
     losses: Mapping[str, Any] | None = None,
-    overview: Overview | None = None,
+    sizes: Sizes | None = None,
     names: Mapping[str, str] | None = None,
-    cache: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Everything that the page shows. `losses` is what `read_losses` gives, `names` the names that its plans have among
-    `plans`, `cache` the KV cache as `model_of` takes it. One layer is read at a time. Raises InputError for plans that
-    do not fit the statistics."""
+    `plans`. One layer is read at a time. Raises InputError for plans that do not fit the statistics."""
     for name, plan in plans.items():
         check_fits(name, plan, statistics)
     keys = sorted(statistics.layers, key=natural)
@@ -97,7 +94,7 @@ def report_of(
     covered, limit, top_k = coverage(statistics), spike(found.largest.values()), statistics.header["top_k"]
     lines = [too_thin(covered), *doubts, *(line for o in shown for line in _remarks(o, statistics)), *doubted]
     return {
-        "model": model_of(statistics, overview, plans, cache),
+        "model": model_of(statistics, sizes),
         "runs": runs_of(statistics),
         "plans": plan_rows(plans),
         "commands": commands_of(statistics, plans, evaluation),

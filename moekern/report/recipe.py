@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moekern.estimation.overview import Overview
@@ -18,11 +19,18 @@ def text_of(value: Any) -> str:
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
-def model_of(
-    statistics: Statistics, overview: Overview | None, plans: Mapping[str, Plan], cache: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-    """The model that was measured; with an overview, its bytes before and after each plan. cache: the "bytes" that keys
-    and values of so many "tokens" take beside them, where that is known."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of a checkpoint, by its headers: bytes `after` each plan; the "bytes" that keys and values of so many "tokens"
+    take beside them, where that is known (`cache`)."""
+
+    overview: Overview
+    after: Mapping[str, int]
+    cache: Mapping[str, int] | None = None
+
+
+def model_of(statistics: Statistics, sizes: Sizes | None) -> dict[str, Any]:
+    """The model that was measured, and what its headers tell."""
     header = statistics.header
     experts = [statistics.num_experts(key) for key in statistics.layers]
     found = {
@@ -31,18 +39,13 @@ def model_of(
         "n_group": header["n_group"], "topk_group": header["topk_group"], "tiers": list(statistics.tiers),
         "statistics": statistics.sha256,
     }  # fmt: skip
-    if overview is None:
+    if sizes is None:
         return {**found, "name": None, "bytes": None, "routed_bytes": None, "after": {}, "cache": None}
-    after = {name: _bytes_after(overview, plan, statistics) for name, plan in plans.items()}
+    seen = sizes.overview
     return {
-        **found, "name": overview.model, "bytes": overview.total_bytes, "routed_bytes": overview.routed_bytes,
-        "after": after, "cache": None if cache is None else dict(cache),
+        **found, "name": seen.model, "bytes": seen.total_bytes, "routed_bytes": seen.routed_bytes,
+        "after": dict(sizes.after), "cache": None if sizes.cache is None else dict(sizes.cache),
     }  # fmt: skip
-
-
-def _bytes_after(overview: Overview, plan: Plan, statistics: Statistics) -> int:
-    counts = [len(plan.layers[key].keep) for key in statistics.layers]
-    return overview.bytes_at(sum(counts) / len(counts), plan.width)
 
 
 def runs_of(statistics: Statistics) -> list[dict[str, Any]]:

@@ -114,6 +114,8 @@ def test_a_target_that_exists_is_refused_before_the_hub_is_asked(
         (("evaluate", ID, "--data", "a=nowhere.txt"), "no such file or folder"),
         (("run", ID, "--data", "a=IDS", "--keep", "4", "--device", "tpu", "--out", "OUT"), "--device tpu"),
         (("prune", ID, "no-plan.json", "--out", "OUT"), "no-plan.json"),
+        (("calibrate", ID, "--data", "a=IDS", "--replay-tokens", "20", "--out", "OUT"), "20: goes with --tier replay"),
+        (("evaluate", ID, "PLAN", "--data", "a=IDS", "--statistics", "PLAN"), "--statistics: no plan that is named"),
         (("verify", ID, "PLAN", "no-folder"), "no-folder: no such folder"),
         (("verify", ID, "no-plan.json", "MODEL"), "no-plan.json"),
     ],

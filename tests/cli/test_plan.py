@@ -266,7 +266,7 @@ def test_targets_go_by_the_models_own_config(work: Path, tmp_path: Path) -> None
         (awq, "llama.cpp", "does not read experts stored as awq"),
     ):
         for fit in (None, Fit(1 << 30, None, 0, 1)):
-            with pytest.raises(InputError, match=f"{target} would not run it: .*{words}.*no count of this model runs"):
+            with pytest.raises(InputError, match=f"{target} would not run it: .*{words}.*no other count would help"):
                 planned(target, changed, fit)
     assert planned("vllm", awq) == ["reap-4"]
 

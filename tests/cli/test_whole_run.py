@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moekern.checkpoint.folder import open_checkpoint
 from moekern.model.compute import Compute
@@ -35,6 +37,9 @@ def test_a_run_says_how_good_the_result_is_and_how_it_is_served(work: Path, tmp_
     assert f"serve with vllm: vllm serve {out}" in done.stderr
     held = json.loads((tmp_path / "new" / "out.moekern" / "quality.json").read_text())
     assert held["made_from"]["tokens"] == {"a": 400}
+    assert yaml.safe_load((out / "moekern_recipe.yaml").read_text())["sequence_length"] == 40
+    card = ("card", out, "--evaluation", tmp_path / "new" / "out.moekern" / "quality.json")
+    assert "does not tell which model" not in moekern(*card).stderr
 
 
 def test_the_losses_are_of_what_calibration_has_not_seen_and_are_kept(work: Path, tmp_path: Path) -> None:
@@ -49,6 +54,8 @@ def test_the_losses_are_of_what_calibration_has_not_seen_and_are_kept(work: Path
     done = moekern(*run(work, "--keep", 4, "--out", tmp_path / "out"))
     assert done.returncode == 2
     assert f"moekern: {kept}: not valid JSON" in done.stderr
+    shutil.rmtree(tmp_path / "out")
+    assert moekern(*run(work, "--keep", 4, "--out", tmp_path / "out", "--restart")).returncode == 0
 
 
 def test_without_quality_nothing_is_held_back(work: Path, tmp_path: Path) -> None:

@@ -280,6 +280,29 @@ def test_sequences_longer_than_the_model_was_made_for_are_told(tmp_path: Path) -
     assert len(said) == 1
 
 
+def test_a_column_of_no_rows_is_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100))
+    lines(tmp_path / "rows.jsonl", [{"body": [1, 2, 3]}])
+    specs, said = [f"a={tmp_path / 'ids.npy'}", f"b={tmp_path / 'rows.jsonl'}"], list[str]()
+    read_data(specs, tmp_path, columns=["a=text", "b=body", "body"], tell=said.append)
+    read_data(specs[:1], tmp_path, columns=["text"], tell=said.append)
+    assert said == [
+        "--column a=text: changes nothing, since it has no rows",
+        "--column text: changes nothing, since no domain has rows",
+    ]
+
+
+@pytest.mark.parametrize(("positions", "length"), [(None, 2048), (32, 32), (4096, 2048)])
+def test_a_model_with_few_positions_gets_sequences_that_it_was_made_for(
+    positions: int | None, length: int, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100).repeat(50))
+    data = read_data([str(tmp_path / "ids.npy")], tmp_path, max_positions=positions)
+    assert data.recipe["sequence_length"] == length
+    expected = ["sequences of 32 tokens: as many positions as the model was made for"] if length == 32 else []
+    assert [note for note in data.notes if note.startswith("sequences")] == expected
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "txt", "npy"])
 def test_a_budget_of_a_huge_file_costs_no_more_memory_than_it_needs(kind: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from moekern.estimation.footprint import Fit, cache_bytes, footprint, largest_co
 from moekern.files import sized
 from moekern.plan.document import NONUNIFORM, LayerPlan, Plan
 from moekern.pruning.prune import prune
+from moekern.pruning.shards import bytes_after
 from moekern.router import count_problem
 from tests.helpers import synthetic
 
@@ -36,9 +37,10 @@ def test_a_prediction_is_the_size_that_pruning_writes(tmp_path, name, mtp):
     for count in (n for n in range(1, layout.num_experts) if count_problem(n, layout.router) is None):
         size = layout.num_experts // layout.n_group
         keep = tuple(e for e in range(layout.num_experts) if e % size < count // layout.n_group)
-        plan = Plan({key: LayerPlan(keep) for key in layout.layers})
-        prune(checkpoint, plan, tmp_path / f"out{count}", mtp=mtp)
-        assert open_checkpoint(tmp_path / f"out{count}").nbytes == found.uniform(count)
+        plan = Plan({key: LayerPlan(keep) for key in layout.layers}, {"mtp": mtp})
+        prune(checkpoint, plan, tmp_path / f"out{count}")
+        size = open_checkpoint(tmp_path / f"out{count}").nbytes
+        assert size == found.uniform(count) == bytes_after(checkpoint, layout, plan)
 
 
 def test_different_counts_add_up(tmp_path):

@@ -85,6 +85,7 @@ class ModelArgs(BaseModelArgs):
     num_experts: int
     hidden_size: int
     head_dim: Optional[int] = None
+    rope_theta: float = 1e6
 """,
         "mlx_lm/models/olmoe.py": """
 class Model: pass
@@ -145,6 +146,7 @@ READ: dict[str, dict[str, Any]] = {
         "names": ["deepseek_v3", "kimi_k2", "kimi_k25", "mixtral", "olmoe"],
         "fp8": ["deepseek_v3", "kimi_k2", "kimi_k25"],
         "needs": {"mixtral": ["hidden_size", "num_experts"]},
+        "rope_theta": {"mixtral": 1000000.0},
     },
     "mistral.rs": {"names": ["A", "B", "MixtralForCausalLM"]},
     "transformers": {

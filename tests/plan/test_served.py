@@ -29,6 +29,12 @@ def qwen_like(folder: Path, model_type: str, architecture: str, mtp: int | None 
     return synthetic.write(folder / "in", {**published, **given, **names, **config}, tensors)
 
 
+def rewritten(folder: Path, **changed: Any) -> None:
+    """config.json with these keys, without those that are None."""
+    config = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
 def told(folder: Path, target: str) -> tuple[bool | None, str]:
     row = check_folder(folder, [parse_target(target)]).found[target]
     return verdict(row), "; ".join(finding.text for finding in row)
@@ -42,7 +48,7 @@ def test_an_engine_that_does_not_know_the_model(tmp_path: Path) -> None:
         "mlx-lm": False, "mistral.rs": None,
     }  # fmt: skip
     assert "does not know FlexOlmoForCausalLM (0c1e57098" in report.found["llama.cpp"][0].text
-    assert report.nearest["llama.cpp"] == "; no count of this model runs there"
+    assert report.nearest["llama.cpp"] == "; no other count would help"
     assert report.document()["targets"]["mistral.rs"]["runs"] is None
     assert not report.good
     assert check_folder(folder, [parse_target("mistral.rs")]).good  # not known is not refused
@@ -88,10 +94,35 @@ def test_a_config_as_transformers_5_saves_it(tmp_path: Path) -> None:
     """Without the keys that mlx-lm's code has no default for."""
     folder = qwen_like(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM")
     assert told(folder, "mlx-lm") == (True, "")
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta")}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert told(folder, "mlx-lm") == (False, "its code needs rope_theta in config.json")
+    rewritten(folder, rope_theta=None, rope_parameters={"rope_theta": 1e6})
+    runs, text = told(folder, "mlx-lm")
+    assert runs is False
+    assert text.startswith(
+        "its code needs rope_theta at the root of config.json; transformers 5 saves them in rope_par"
+    )
+    assert check_folder(folder).nearest["mlx-lm"] == "; no other count would help"
+
+
+@pytest.mark.parametrize(
+    ("rope", "taken"),
+    [
+        ({"rope_theta": 10000.0, "rope_type": "default"}, None),
+        ({"rope_theta": 10000}, None),
+        ({"rope_theta": 5e5}, "would take rope_theta 10000 for the 500000 there"),
+        ({"rope_theta": 1e4, "rope_type": "yarn"}, "would take rope_theta 10000 without yarn for the 10000 there"),
+        ({"full_attention": {"rope_theta": 5e5}}, None),
+    ],
+)
+def test_a_default_that_mlx_lm_takes_in_the_place_of_the_models_own(
+    rope: dict[str, Any], taken: str | None, tmp_path: Path
+) -> None:
+    folder = qwen_like(tmp_path, "olmoe", "OlmoeForCausalLM")
+    rewritten(folder, rope_theta=None, rope_parameters=rope)
+    runs, text = told(folder, "mlx-lm")
+    assert runs is (taken is None), text
+    assert (taken or "") in text
+    rewritten(folder, rope_theta=5e5)
+    assert told(folder, "mlx-lm") == (True, "")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from moekern.plan.engines import Finding
@@ -35,6 +36,15 @@ def test_a_name_with_quotes_and_spaces_stays_one_word() -> None:
     code = shlex.split(commands["transformers"])[-1]
     compile(code, "code", "exec")
     assert repr(str(folder)) == repr(eval(code.partition("from_pretrained(")[2].partition(", dtype")[0]))
+
+
+def test_code_of_a_checkpoints_own_is_trusted_by_a_flag() -> None:
+    found = replace(report(vllm=(), transformers=(), llama_cpp=()), own_code=True)
+    commands = serve_commands(Path("m, dtype=1"), found)
+    assert commands["vllm"] == "vllm serve 'm, dtype=1' --trust-remote-code"
+    code = shlex.split(commands["transformers"])[-1]
+    assert '"m, dtype=1", trust_remote_code=True, dtype="auto"' in code
+    assert "trust" not in serve_commands(Path("m"), replace(found, own_code=False))["vllm"]
 
 
 def test_ranks_of_a_target_are_passed_on() -> None:

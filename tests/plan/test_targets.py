@@ -209,7 +209,7 @@ def test_the_nearest_counts_that_run():
     assert str(caught.value) == (
         "--keep 60: sglang:ep=16 would not run it: experts must be a multiple of ep=16; nearest that runs: 48 or 64"
     )
-    assert nearest(60, Served("x", "softmax", Router(8, 9)), targets) == "; no count of this model runs there"
+    assert nearest(60, Served("x", "softmax", Router(8, 9)), targets) == "; no other count would help"
     for count in range(1, 129):
         if runs(count, QWEN, targets):
             assert count % 16 == 0

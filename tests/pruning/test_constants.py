@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moekern.architectures import find_layout
+from moekern.checkpoint.folder import open_checkpoint
 from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.replacement import Replacement
 from moekern.pruning.prune import prune
+from moekern.pruning.shards import bytes_after
 from moekern.verification.tensors import verify
 from tests.helpers.substitution import EXPERTS, KEEP, Vectors, bfloat16, replacing
 from tests.helpers.synthetic import deepseek_v3, gpt_oss_mxfp4, qwen3, read, write
@@ -53,6 +56,8 @@ def test_folder(kind: str, form: str | None, shards: int, tmp_path: Path) -> Non
     vectors = Vectors() if kind == "mean" else None
     plan = replacing(kind)
     report = prune(source, plan, out, form=form, vectors=vectors)
+    checkpoint = open_checkpoint(source)
+    assert bytes_after(checkpoint, find_layout(checkpoint), plan) == open_checkpoint(out).nbytes
     if form != "approximate-experts":
         name = "model.layers.{layer}.mlp.expert_replacements.{expert}.value"
     else:

@@ -20,6 +20,7 @@ from moekern.plan.channels import channel_ids, channel_text
 from moekern.plan.document import LayerPlan, Plan
 from moekern.pruning.narrow import strongest_channels
 from moekern.pruning.prune import MANIFEST, prune
+from moekern.pruning.shards import bytes_after
 from moekern.team import Part
 from moekern.verification.logits import compare_forward
 from moekern.verification.tensors import verify
@@ -66,6 +67,8 @@ def test_a_narrow_checkpoint_computes_what_the_masked_original_does(
     assert (report.channels_before, report.channels_after) == (24, WIDTH)
     assert verify(source, plan, tmp_path / "out").problems == ()
     found = find_layout(open_checkpoint(tmp_path / "out"))
+    asked = replace(plan, provenance={**plan.provenance, "mtp": mtp})
+    assert bytes_after(checkpoint, layout, asked) == open_checkpoint(tmp_path / "out").nbytes
     assert (found.width, found.num_experts) == (WIDTH, len(plan.layers[next(iter(plan.layers))].keep))
     if not layout.family.only_pruned:
         assert compare_forward(source, plan, tmp_path / "out").equal

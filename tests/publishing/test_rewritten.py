@@ -14,6 +14,7 @@ from moekern.errors import InputError
 from moekern.plan.document import LayerPlan, Plan
 from moekern.plan.groups import model_digest
 from moekern.pruning.prune import prune
+from moekern.publishing.card import BEFORE_TRAINING, trained_card
 from moekern.publishing.rewritten import rewrite_card
 from moekern.verification.tensors import verify
 from tests.helpers.commands import moekern
@@ -63,8 +64,33 @@ def test_an_evaluation_takes_the_place_of_none_and_of_another(folder: Path, docu
     rewrite_card(folder, evaluation=document, tell=told.append)
     assert lines(folder) == once
     rewrite_card(folder, evaluation={"scores": [SCORES["scores"][0] | {"value": 0.25}]}, tell=told.append)
-    assert told[-1].endswith("README.md: what stood under Evaluation is replaced")
+    assert told[-1].endswith("README.md: what stood under Evaluation is replaced; with --name NAME both stand")
     assert verify(folder.parent / "in", PLAN, folder).problems == ()
+
+
+def test_judgings_stand_side_by_side_under_their_names(folder: Path) -> None:
+    told: list[str] = []
+    rewrite_card(folder, evaluation=LOSSES, name="held-out code", tell=told.append)
+    assert not any(line.startswith("Not measured yet") for line in lines(folder))
+    rewrite_card(folder, evaluation=SCORES, name="tasks", tell=told.append)
+    rewrite_card(folder, evaluation=PROMPTS)
+    shown = "\n".join(lines(folder))
+    places = [
+        shown.index(part) for part in ("ended | 8", "### held-out code", "KL to", "### tasks", "| arc", "## What ch")
+    ]
+    assert places == sorted(places)
+    before = lines(folder)
+    rewrite_card(folder, evaluation=SCORES, name="tasks", tell=told.append)
+    assert lines(folder) == before
+    assert not any("replaced" in line for line in told)
+    rewrite_card(folder, evaluation=LOSSES, name="tasks", tell=told.append)
+    assert told[-1].endswith("what stood under Evaluation tasks is replaced")
+    trained = trained_card("\n".join(lines(folder)) + "\n", 3, {}, "card")
+    assert trained.count(BEFORE_TRAINING) == 3
+    assert trained_card(trained, 3, {}, "card") == trained
+    for name in ("", " a", "a\n", "a" * 61, "-->"):
+        with pytest.raises(InputError, match="--name .*: expected up to 60 letters"):
+            rewrite_card(folder, evaluation=LOSSES, name=name)
 
 
 def test_a_loss_that_is_no_number_is_shown_as_none(folder: Path) -> None:

@@ -217,6 +217,11 @@ def test_quantised_experts_and_other_forms_are_refused_by_name(tmp_path: Path, f
     coded, _ = twins(plain("qwen3_moe", tmp_path / "plain"), tmp_path, "fp8_block", only=".experts.")
     with pytest.raises(InputError, match=r"experts\..*proj.* is stored as F8_E4M3"):
         recover(coded, None, data(20), tmp_path / "work", Training(train=("factors",), kl=0, next=1), FLOAT32)
+    assert not (tmp_path / "work").exists()
+    again = Lottery(0.5, 2, "gated_norm", 200, False, Training(train=("experts",)))
+    with pytest.raises(InputError, match=r"experts\..*proj.* is stored as F8_E4M3"):
+        lottery(coded, data(20), again, tmp_path / "out", tmp_path / "work", FLOAT32)
+    assert not (tmp_path / "work").exists()
     with pytest.raises(InputError, match="--train factors: dbrx: its experts are not held as stacks of matrices"):
         factored(family_checkpoint("dbrx"), tmp_path / "work", MC)
     rounds = Lottery(0.5, 2, "gated_norm", 200, False, MC)

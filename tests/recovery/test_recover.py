@@ -22,7 +22,7 @@ from moekern.recovery import Recovery, Training, recover
 from moekern.recovery.recover import BEST, STATE, _Run
 from moekern.recovery.steps import Steps
 from moekern.recovery.trained import Trained
-from tests.helpers import families
+from tests.helpers import families, remote_code
 from tests.helpers.commands import contents
 from tests.helpers.in_flight import random_plan
 from tests.helpers.recovering import FLOAT32, data, predictions
@@ -243,3 +243,10 @@ def test_an_original_of_another_vocabulary_is_one_line(work: Path, tmp_path: Pat
         with pytest.raises(InputError, match="128 .* 96"):
             recover(work / "half", tmp_path / "other", data(20), tmp_path / "out", replace(STEPS, top=top), FLOAT32)
     assert not predictions(tmp_path / "out")
+
+
+def test_code_that_changes_numbers_in_place_is_one_line(tmp_path: Path) -> None:
+    own = remote_code.write(tmp_path / "own", "in_place", layers=2)
+    trusting = replace(FLOAT32, trust_remote_code=True)
+    with pytest.raises(InputError, match="^recover: .*: its code changes numbers in place that gradients need$"):
+        recover(own, None, data(20), tmp_path / "work", Training(kl=0, next=1), trusting)
