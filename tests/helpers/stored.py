@@ -38,8 +38,9 @@ def positive(*shape: int, seed: int = 1) -> Tensor:
 
 def code(words: Tensor, bits: int, n: int) -> int:
     """The n-th of codes that lie one after another in a vector of words."""
-    stream = sum(int(word) % 2**32 << 32 * i for i, word in enumerate(words.tolist()))
-    return stream >> bits * n & (1 << bits) - 1
+    word, shift = divmod(bits * n, 32)
+    two = sum(int(value) % 2**32 << 32 * i for i, value in enumerate(words[word : word + (2 if 32 % bits else 1)]))
+    return two >> shift & (1 << bits) - 1
 
 
 def each(R: int, C: int, element: Callable[[int, int], float]) -> Tensor:
