@@ -160,7 +160,6 @@ class Job:
         working = [
             Part("hidden states", (2 + share) * self.hidden + 8 * asked.tokens, "counted"),
             Part("rows of a layer", row_bytes(asked.tokens, shapes.hidden, size), "counted"),
-            Part("which rows experts have", numbers_bytes(asked.tokens, shapes.top_k), "counted"),
             Part("copies of the down projections", 4 * (1 + FACTORS) * count * shapes.hidden, "counted"),
         ]
         device = [
@@ -171,7 +170,9 @@ class Job:
         ]
         computed = refitted_bytes(self.checkpoint, self.layout, kept, all_parts=refine)
         disk = Figure((Part("refitted layers, until the checkpoint is done", computed, "counted"),))
-        found = self.stage("refit --refine" if refine else "refit", [each], more, working, device, disk, whole=True)
+        held = [Part("which rows experts have", numbers_bytes(asked.tokens, shapes.top_k), "counted")]
+        name = "refit --refine" if refine else "refit"
+        found = self.stage(name, [each], more, working, device, disk, whole=True, held=held)
         why = not_refitted or ("" if computed else "its experts are no matrices of gate, up and down")
         spare = sized(8 * count * shapes.inner + 4 * shapes.inner * rows)
         moving = "" if self.rates.transfer is None else "; moving rows between memory and GPU is not in it"
@@ -184,13 +185,14 @@ class Job:
 
     def stage(
         self, name: str, passes: Sequence[Sequence[float]], more: Sequence[Part], working: Sequence[Part],
-        device: Sequence[Part], disk: Figure, most: int = 1, whole: bool = False,
+        device: Sequence[Part], disk: Figure, most: int = 1, whole: bool = False, held: Sequence[Part] = (),
     ) -> Stage:  # fmt: skip
         """One that takes passes over the layers, of so many seconds each: a layer is read while the one before it
         computes, then filled. Text that there is no room for is taken in up to `most` groups, with so many times the
-        passes; one that needs `whole` layers cannot run them in groups of experts."""
+        passes; one that needs `whole` layers cannot run them in groups of experts. What is `working` may go to a file,
+        what is `held` may not."""
         layers = self.model.layers
-        memory, on_gpu = self.resident(working, device)
+        memory, on_gpu = self.resident([*held, *working], device)
         spilled, groups, notes = self.within(memory, working, most, whole)
         passes = [[each / groups for each in computing] for computing in passes for _ in range(groups)]
         reads = [self.read_seconds([layer]) for layer in layers]

@@ -26,7 +26,7 @@ from tests.helpers.commands import contents, document, model_and_ids, moekern
 from tests.helpers.in_flight import random_plan
 from tests.helpers.narrow import narrow_plan
 from tests.helpers.quantised_models import plain, twins
-from tests.helpers.tight import tighten
+from tests.helpers.tight import little_room, tighten
 
 
 def text(work: Path, tokens: int = 800) -> tuple[object, ...]:
@@ -162,6 +162,17 @@ def test_layers_that_cannot_be_refitted_are_refused_before_any_text_is_read(
             done = moekern(*command, *options)
             assert (done.returncode, line in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out.moekern").exists()
+
+
+def test_text_that_there_is_no_room_for_is_refused_before_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little_room(monkeypatch, 1 << 20, 1 << 20)
+    data = ("--data", TEXT / "c" / "calibration.txt", "--tokens", 3000, "--sequence-length", 100)
+    done = moekern("run", MODEL, *data, "--keep", 0.5, "--refit", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a refit takes all of it at once: about" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_of_too_few_sequences_is_told(tmp_path: Path) -> None:
