@@ -11,15 +11,16 @@ from typing import Any
 from moekern.checkpoint.folder import Checkpoint
 from moekern.cli import console
 from moekern.data.batches import TokenData
+from moekern.errors import InputError
 from moekern.evaluation.held_out import LEAST
 from moekern.evaluation.losses import METRICS, ORIGINAL, losses_document, mean_of, row_of
 from moekern.files import is_folder
 from moekern.model.compute import Compute
-from moekern.model.journal import Resume
+from moekern.model.journal import ANEW, Resume
 from moekern.model.kept import read_kept, write_kept
 from moekern.plan.document import Plan
 from moekern.plan.refit import REFIT
-from moekern.pruning.refitted import SUFFIX
+from moekern.pruning.refitted import SUFFIX, check_refitted, open_refitted
 from moekern.refit.refit import Refitting, key_of, recipe_of, refit
 from moekern.refit.variants import HELD, Split, Variant
 
@@ -76,6 +77,10 @@ def refitted(
     found = read_kept(place.document, restart=restart)
     if found.get("recipe") == recipe:
         plans = {name: Plan.from_json(json.dumps(plan)) for name, plan in found["plans"].items()}
+        try:
+            check_refitted(open_refitted(place.folder), plans[REFITTED], checkpoint.fingerprint)
+        except InputError as error:
+            raise InputError(f"{error}; {ANEW}") from error
         losses = {n: row_of(row) for n, row in found["losses"].items()}
         return Refitting(plans, losses)
     place.document.unlink(missing_ok=True)

@@ -306,7 +306,7 @@ def _told_how_to_go_on(journal: Journal) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if journal.position is None:
+        if journal.position is None or str(error).endswith(ANEW):  # that cannot go on
             raise
         then = f"the same command goes on {journal.position.described}"
         if isinstance(error, InputError):
