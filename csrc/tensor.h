@@ -3,13 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <initializer_list>
-#include <iterator>
-#include <map>
 #include <memory>
-#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dlpack.h"
@@ -36,19 +37,32 @@ inline const char* name_of(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
+// Memory that is there as long as this is. Made, copied and dropped with the GIL held.
 struct Tensor {
-  std::shared_ptr<DLManagedTensor> owner;
+  DLTensor lent{};
+  pybind11::object object;                 // whose memory it is
+  std::shared_ptr<DLManagedTensor> owner;  // where it was lent in a capsule
   Dtype dtype = Dtype::other;
 
   template <class T>
   T* data() const {
-    const DLTensor& t = owner->dl_tensor;
-    void* first = static_cast<char*>(t.data) + t.byte_offset;
+    void* first = static_cast<char*>(lent.data) + lent.byte_offset;
     return static_cast<T*>(first);
   }
   Typed typed() const { return {data<const void>(), dtype}; }
-  bool is_cuda() const { return owner->dl_tensor.device.device_type == kDLCUDA; }
+  bool is_cuda() const { return lent.device.device_type == kDLCUDA; }
 };
+
+// What an object's type has to lend its tensors by; null where it has nothing, or another version.
+inline const DLPackExchangeAPI* exchange_of(const pybind11::object& object) {
+  static PyObject* const name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  PyObject* found = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())), name);
+  const auto capsule = pybind11::reinterpret_steal<pybind11::object>(found);
+  const void* table = capsule ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api") : nullptr;
+  PyErr_Clear();
+  const auto* api = static_cast<const DLPackExchangeAPI*>(table);
+  return api && api->major == 1 && api->dltensor_from_py_object_no_sync ? api : nullptr;
+}
 
 // The arguments of one call: the first tensor that uses a size's name binds it, the others must agree.
 class Args {
@@ -56,26 +70,23 @@ class Args {
   explicit Args(const char* op) : op_(op) {}
 
   Tensor tensor(const char* name, const pybind11::object& object, std::initializer_list<Dtype> dtypes,
-                const std::string& dims) {
+                std::string_view dims) {
     Tensor tensor = borrow(name, object);
-    const DLTensor& t = tensor.owner->dl_tensor;
-    std::string expected;
-    bool known = false;
-    for (const Dtype dtype : dtypes) {
-      known = known || dtype == tensor.dtype;
-      expected += (expected.empty() ? "" : " or ") + std::string(name_of(dtype));
+    if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
+      std::string expected;
+      for (const Dtype dtype : dtypes) expected += (expected.empty() ? "" : " or ") + std::string(name_of(dtype));
+      fail(name, "expected " + expected + ", got " + name_of(tensor.dtype));
     }
-    if (!known) fail(name, "expected " + expected + ", got " + name_of(tensor.dtype));
-    check_device(name, t.device);
-    check_shape(name, t, dims);
-    check_contiguous(name, t);
+    check_device(name, tensor.lent.device);
+    check_shape(name, tensor.lent, dims);
+    check_contiguous(name, tensor.lent);
     return tensor;
   }
 
   // A sum that the op adds to, by the name of its field: no place in a tuple can be mistaken for another. Its memory is
   // held as long as the arguments are.
   template <class T>
-  T* sum(const pybind11::object& sums, const char* name, const std::string& dims) {
+  T* sum(const pybind11::object& sums, const char* name, std::string_view dims) {
     held_.push_back(tensor(name, field(sums, name), {std::is_same_v<T, double> ? Dtype::f64 : Dtype::i64}, dims));
     return held_.back().template data<T>();
   }
@@ -83,13 +94,16 @@ class Args {
   // Whether a matrix of sums that may be left out was asked for: one that was not has no columns.
   bool measured(const pybind11::object& sums, const char* name) const {
     const Tensor tensor = borrow(name, field(sums, name));
-    const DLTensor& t = tensor.owner->dl_tensor;
-    return t.ndim < 2 || t.shape[1] > 0;
+    return tensor.lent.ndim < 2 || tensor.lent.shape[1] > 0;
   }
 
   bool on_cuda() const { return device_.device_type == kDLCUDA; }
 
-  int64_t operator[](const std::string& size) const { return sizes_.at(size); }
+  int64_t operator[](std::string_view size) const {
+    const int64_t* bound = find(size);
+    if (!bound) throw std::out_of_range("no argument has the size " + std::string(size));
+    return *bound;
+  }
 
   [[noreturn]] void fail(const std::string& name, const std::string& what) const {
     throw pybind11::value_error("[" + op_ + "] " + name + ": " + what);
@@ -97,13 +111,28 @@ class Args {
 
  private:
   pybind11::object field(const pybind11::object& sums, const char* name) const {
-    if (!pybind11::hasattr(sums, name)) fail(name, "expected a field of the sums");
-    return sums.attr(name);
+    const auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttrString(sums.ptr(), name));
+    if (found) return found;
+    PyErr_Clear();
+    fail(name, "expected a field of the sums");
   }
 
+  // No stream waits: order is the caller's. torch's own __dlpack__ would make its default stream wait, which no CUDA
+  // graph may record.
   Tensor borrow(const char* name, const pybind11::object& object) const {
+    Tensor tensor{{}, object, nullptr, Dtype::other};
+    if (const DLPackExchangeAPI* api = exchange_of(object)) {
+      if (api->dltensor_from_py_object_no_sync(object.ptr(), &tensor.lent)) throw pybind11::error_already_set();
+    } else {
+      tensor.owner = in_capsule(name, object);
+      tensor.lent = tensor.owner->dl_tensor;
+    }
+    tensor.dtype = dtype_of(tensor.lent.dtype);
+    return tensor;
+  }
+
+  std::shared_ptr<DLManagedTensor> in_capsule(const char* name, const pybind11::object& object) const {
     if (!pybind11::hasattr(object, "__dlpack__")) fail(name, "expected a tensor");
-    // -1: the stream is ours to order. Otherwise torch would make its default stream wait, which no CUDA graph may record.
     const auto device = pybind11::tuple(object.attr("__dlpack_device__")());
     const bool cuda = pybind11::int_(device[0]).cast<int>() == kDLCUDA;
     const pybind11::object capsule =
@@ -114,7 +143,7 @@ class Args {
     const auto release = [](DLManagedTensor* m) {
       if (m->deleter) m->deleter(m);
     };
-    return {std::shared_ptr<DLManagedTensor>(managed, release), dtype_of(managed->dl_tensor.dtype)};
+    return std::shared_ptr<DLManagedTensor>(managed, release);
   }
 
   void check_device(const char* name, const DLDevice& device) {
@@ -126,27 +155,52 @@ class Args {
   }
 
   // "T K" names sizes, "E+1" is one more than E, a number is itself.
-  void check_shape(const char* name, const DLTensor& t, const std::string& dims) {
-    std::istringstream text(dims);
-    const std::vector<std::string> words{std::istream_iterator<std::string>(text), {}};
+  void check_shape(const char* name, const DLTensor& t, std::string_view dims) {
+    const std::vector<std::string_view> words = split(dims);
     if (static_cast<size_t>(t.ndim) != words.size()) {
       std::vector<std::string> got;
       for (int32_t i = 0; i < t.ndim; ++i) got.push_back(std::to_string(t.shape[i]));
-      fail(name, "expected shape " + listed(words) + ", got " + listed(got));
+      fail(name, "expected shape " + listed({words.begin(), words.end()}) + ", got " + listed(got));
     }
     for (int32_t i = 0; i < t.ndim; ++i) {
       const size_t plus = words[i].find('+');
-      const int64_t extra = plus == std::string::npos ? 0 : std::stoll(words[i].substr(plus + 1));
-      const std::string size = words[i].substr(0, plus);
-      const bool is_number = size.find_first_not_of("0123456789") == std::string::npos;
-      const int64_t want = is_number ? std::stoll(size) : bound(size, t.shape[i] - extra);
-      if (t.shape[i] != want + extra)
-        fail(name, "expected " + (is_number ? size : words[i] + "=" + std::to_string(want + extra)) + ", got " +
+      const int64_t extra = plus == std::string_view::npos ? 0 : number(words[i].substr(plus + 1));
+      const std::string_view size = words[i].substr(0, plus);
+      const bool is_number = size.find_first_not_of("0123456789") == std::string_view::npos;
+      const int64_t want = extra + (is_number ? number(size) : bound(size, t.shape[i] - extra));
+      if (t.shape[i] != want)
+        fail(name, "expected " + (is_number ? "" : std::string(words[i]) + "=") + std::to_string(want) + ", got " +
                        std::to_string(t.shape[i]));
     }
   }
 
-  int64_t bound(const std::string& size, int64_t to) { return sizes_.emplace(size, to < 0 ? 0 : to).first->second; }
+  static std::vector<std::string_view> split(std::string_view text) {
+    std::vector<std::string_view> words;
+    for (size_t start = 0; start < text.size();) {
+      const size_t stop = std::min(text.find(' ', start), text.size());
+      words.push_back(text.substr(start, stop - start));
+      start = stop + 1;
+    }
+    return words;
+  }
+
+  static int64_t number(std::string_view digits) {
+    int64_t value = 0;
+    for (const char digit : digits) value = 10 * value + (digit - '0');
+    return value;
+  }
+
+  const int64_t* find(std::string_view size) const {
+    for (const auto& [name, bound] : sizes_)
+      if (name == size) return &bound;
+    return nullptr;
+  }
+
+  int64_t bound(std::string_view size, int64_t to) {
+    if (const int64_t* bound = find(size)) return *bound;
+    sizes_.emplace_back(size, std::max<int64_t>(to, 0));
+    return sizes_.back().second;
+  }
 
   static std::string listed(const std::vector<std::string>& words) {
     std::string text;
@@ -166,7 +220,7 @@ class Args {
   }
 
   std::string op_;
-  std::map<std::string, int64_t> sizes_;
+  std::vector<std::pair<std::string, int64_t>> sizes_;
   std::vector<Tensor> held_;
   DLDevice device_{};
   bool bound_ = false;

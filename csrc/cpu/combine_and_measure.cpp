@@ -50,9 +50,11 @@ struct Measure {
   } parts[2];
 };
 
-// The filled slots of one token in slot order.
+// The n filled slots of one token in slot order, of K at most.
 template <class T>
 struct Filled {
+  explicit Filled(int64_t K) : rows(K), next(K), slots(K), gates(K), measures(K) {}
+  int64_t n = 0;
   std::vector<const T*> rows, next;  // next: rows of the token kAhead on
   std::vector<int64_t> slots;
   std::vector<float> gates;
@@ -60,21 +62,18 @@ struct Filled {
 };
 
 template <class T>
-void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routing& routing, Filled<T>& f) {
-  f.rows.clear();
-  f.slots.clear();
-  f.gates.clear();
-  for (int64_t slot = t * args.K; slot < (t + 1) * args.K; ++slot)
-    if (routing.row_of[slot] >= 0) {
-      f.rows.push_back(y + routing.row_of[slot] * args.H);
-      f.slots.push_back(slot);
-      f.gates.push_back(routing.gates[slot]);
-    }
-  f.next = f.rows;
-  size_t n = 0;
-  const int64_t ahead = std::min(t + kAhead, args.T), stop = std::min(ahead + 1, args.T);
-  for (int64_t slot = ahead * args.K; slot < stop * args.K && n < f.next.size(); ++slot)
-    if (routing.row_of[slot] >= 0) f.next[n++] = y + routing.row_of[slot] * args.H;
+MOEKERN_INLINE void find_rows(const CombineAndMeasure& args, const T* y, int64_t t, const Routing& routing,
+                              Filled<T>& f) {
+  const int64_t ahead = std::min(t + kAhead, args.T - 1) * args.K;
+  f.n = 0;
+  for (int64_t k = 0; k < args.K; ++k) {
+    const int64_t slot = t * args.K + k, row = routing.row_of[slot], next = routing.row_of[ahead + k];
+    if (row < 0) continue;
+    f.rows[f.n] = y + row * args.H;
+    f.next[f.n] = next < 0 ? f.rows[f.n] : y + next * args.H;
+    f.slots[f.n] = slot;
+    f.gates[f.n++] = routing.gates[slot];
+  }
 }
 
 // 32 columns that are read soon.
@@ -150,7 +149,7 @@ MOEKERN_INLINE void round_columns(const float* sum, int64_t n, T* out) {
 // Rows of a token take turns every kColumns columns: the prefetches are spread over all the rows to come.
 template <class T>
 MOEKERN_INLINE void combine_token(const CombineAndMeasure& args, int64_t t, Routing& routing, Filled<T>& f) {
-  const int64_t H = args.H, filled = f.rows.size();
+  const int64_t H = args.H, filled = f.n;
   std::fill(f.measures.begin(), f.measures.begin() + filled, Measure<T>{});
   T* out = static_cast<T*>(args.out) + t * H;
   for (int64_t start = 0; start < H; start += kColumns) {
@@ -178,22 +177,31 @@ MOEKERN_INLINE void combine_token(const CombineAndMeasure& args, int64_t t, Rout
 // One expert's scalars in row order, and its pairs with experts of a higher number, mirrored.
 void add_expert(const CombineAndMeasure& args, const Routing& routing, int64_t e, std::vector<double>& pairs) {
   const int64_t K = args.K, E = args.E;
+  double norms = args.norm_sum[e], squares = args.norm_square_sum[e], gates = args.gated_norm_sum[e];
+  double gated_squares = args.gated_norm_square_sum[e], most = args.max_abs[e], own = args.pair_sum[e * E + e];
+  double turned = args.residual_sum[e];
   std::fill(pairs.begin(), pairs.end(), 0.0);
   for (int64_t n = args.offsets[e]; n < args.offsets[e + 1]; ++n) {
     const int64_t slot = args.order[n], t = slot / K;
     if (args.mask && !args.mask[t]) continue;
-    const double square = routing.square[n], norm = std::sqrt(square), gated = routing.gated[slot];
-    args.norm_sum[e] += norm;
-    args.norm_square_sum[e] += square;
-    args.gated_norm_sum[e] += gated;
-    args.gated_norm_square_sum[e] += gated * gated;
-    const double top = routing.top[n], before = args.max_abs[e];
-    args.max_abs[e] = top <= before || before != before ? before : top;  // a NaN stays
+    const double square = routing.square[n], gated = routing.gated[slot], top = routing.top[n];
+    norms += std::sqrt(square);
+    squares += square;
+    gates += gated;
+    gated_squares += gated * gated;
+    most = top <= most || most != most ? most : top;  // a NaN stays
+    own += gated * gated;
+    if (args.residual) turned += gated * routing.turn[t];
     for (int64_t k = t * K; k < (t + 1) * K; ++k)
       if (routing.ids[k] > e) pairs[routing.ids[k]] += gated * routing.gated[k];
-    args.pair_sum[e * E + e] += gated * gated;
-    if (args.residual) args.residual_sum[e] += gated * routing.turn[t];
   }
+  args.norm_sum[e] = norms;
+  args.norm_square_sum[e] = squares;
+  args.gated_norm_sum[e] = gates;
+  args.gated_norm_square_sum[e] = gated_squares;
+  args.max_abs[e] = most;
+  args.pair_sum[e * E + e] = own;
+  args.residual_sum[e] = turned;
   for (int64_t j = e + 1; j < E; ++j) {
     args.pair_sum[e * E + j] += pairs[j];
     args.pair_sum[j * E + e] += pairs[j];
@@ -206,17 +214,16 @@ void run_all(const CombineAndMeasure& args, const T* y, const Run& run) {
   Routing routing = read_routing(args);
 
   const int64_t tasks = (args.T + kTokens - 1) / kTokens;
-  std::vector<Filled<T>> filled(workers_for(tasks, run.threads));
-  for (Filled<T>& f : filled) f.measures.resize(args.K);
+  std::vector<Filled<T>> filled(workers_for(tasks, run.threads), Filled<T>(args.K));
   parallel_for(tasks, run.threads, [&](int64_t task, int worker) {
     const int64_t stop = std::min(args.T, (task + 1) * kTokens);
-    for (int64_t t = task * kTokens; t < stop; ++t) {
-      find_rows(args, y, t, routing, filled[worker]);
-      at_level(level, [&]() __attribute__((always_inline)) {
+    at_level(level, [&]() __attribute__((always_inline)) {
+      for (int64_t t = task * kTokens; t < stop; ++t) {
+        find_rows(args, y, t, routing, filled[worker]);
         combine_token(args, t, routing, filled[worker]);
         if (args.residual) routing.turn[t] = turn_of<T>(args, t);
-      });
-    }
+      }
+    });
   });
 
   std::vector<std::vector<double>> pairs(workers_for(args.E, run.threads), std::vector<double>(args.E));

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../scores.h"
@@ -11,6 +12,7 @@
 namespace moekern::cpu {
 namespace {
 
+constexpr int kFew = kLanes / 2;  // logits that need no more lanes
 constexpr int64_t kChunk = 256;  // tokens: summed in float32 within, in float64 across, always in this order
 
 // What one chunk of tokens adds.
@@ -42,6 +44,8 @@ void select(const Scratch& s, int64_t n, int64_t K, float least, std::vector<flo
   *kth = *std::min_element(found.begin(), found.begin() + K);
 }
 
+// kWidth lanes: kLanes, or half of them where these hold all logits, which changes no bit.
+template <int kWidth>
 MOEKERN_INLINE void kth_and_next(Scratch& s, int64_t E, int64_t padded, int64_t K, const int32_t* ids, float* kth,
                                  float* next) {
   float least = std::numeric_limits<float>::infinity();
@@ -52,24 +56,24 @@ MOEKERN_INLINE void kth_and_next(Scratch& s, int64_t E, int64_t padded, int64_t 
     least = x < least ? x : least;
   }
   // If exactly K logits reach the least chosen one, these are the K largest and the rest's maximum comes next.
-  float reach[kLanes] = {}, below[kLanes];
-  for (int j = 0; j < kLanes; ++j) below[j] = kNone;
+  float reach[kWidth] = {}, below[kWidth];
+  for (int j = 0; j < kWidth; ++j) below[j] = kNone;
   const float* logit = s.logit.data();
-  for (int64_t i = 0; i < padded; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
+  for (int64_t i = 0; i < padded; i += kWidth)
+    for (int j = 0; j < kWidth; ++j) {
       const float x = logit[i + j];
       reach[j] += x >= least ? 1.0f : 0.0f;
       below[j] = larger(below[j], x < least ? x : kNone);
     }
-  const float reached = sum_of(reach);
+  const float reached = sum_of<kWidth>(reach);
   *kth = least;
-  *next = max_of(below);
+  *next = max_of<kWidth>(below);
   if (all && least > kNone && reached == static_cast<float>(K)) return;
   const bool bounded = all && reached > static_cast<float>(K);
   select(s, E, K, bounded ? least : kNone, s.candidates, kth, next);
 }
 
-template <class S, class T>
+template <class S, int kWidth, class T>
 MOEKERN_INLINE void measure_logits(const T* row, int64_t E, int64_t padded, int64_t K, const int32_t* ids, Scratch& s,
                                    float* score_sum, int64_t t) {
   float* logit = s.logit.data();
@@ -78,29 +82,29 @@ MOEKERN_INLINE void measure_logits(const T* row, int64_t E, int64_t padded, int6
 
   float top = 0.0f;
   if (S::kDivide) {
-    float lane[kLanes];
-    for (int j = 0; j < kLanes; ++j) lane[j] = kNone;
-    for (int64_t i = 0; i < padded; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) lane[j] = larger(lane[j], logit[i + j]);
-    top = max_of(lane);
+    float lane[kWidth];
+    for (int j = 0; j < kWidth; ++j) lane[j] = kNone;
+    for (int64_t i = 0; i < padded; i += kWidth)
+      for (int j = 0; j < kWidth; ++j) lane[j] = larger(lane[j], logit[i + j]);
+    top = max_of<kWidth>(lane);
   }
 
-  float total[kLanes] = {}, weighted[kLanes] = {};
-  for (int64_t i = 0; i < padded; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
+  float total[kWidth] = {}, weighted[kWidth] = {};
+  for (int64_t i = 0; i < padded; i += kWidth)
+    for (int j = 0; j < kWidth; ++j) {
       const Scored scored = S::of(logit[i + j] - top);
       score[i + j] = scored.score;
       total[j] += scored.score;
       weighted[j] += scored.score * scored.log;
     }
-  const float sum = sum_of(total);
+  const float sum = sum_of<kWidth>(total);
   const float scale = S::kDivide ? 1.0f / sum : 1.0f;
   for (int64_t i = 0; i < padded; ++i) score_sum[i] += score[i] * scale;
   s.total[t] = sum;
-  s.weighted[t] = sum_of(weighted);
+  s.weighted[t] = sum_of<kWidth>(weighted);
   if (K == 0 || K >= E) return;
   float kth, next;
-  kth_and_next(s, E, padded, K, ids, &kth, &next);
+  kth_and_next<kWidth>(s, E, padded, K, ids, &kth, &next);
   s.kth[t] = kth - top;
   s.next[t] = next - top;
 }
@@ -162,9 +166,16 @@ Partial run_chunk(const RouterStats& args, const T* logits, int64_t start, int64
   if (!logits) return partial;
   at_level(level, [&]() __attribute__((always_inline)) {
     int64_t measured = 0;
-    for (int64_t t = 0; t < n; ++t)
-      if (!mask || mask[t])
-        measure_logits<S>(logits + (start + t) * E, E, padded, K, s.ids.data() + t * K, s, score_sum, measured++);
+    const auto measure = [&](auto width) __attribute__((always_inline)) {
+      for (int64_t t = 0; t < n; ++t)
+        if (!mask || mask[t])
+          measure_logits<S, width>(logits + (start + t) * E, E, padded, K, s.ids.data() + t * K, s, score_sum,
+                                   measured++);
+    };
+    if (padded == kFew)
+      measure(std::integral_constant<int, kFew>());
+    else
+      measure(std::integral_constant<int, kLanes>());
     add_tokens<S>(measured, K > 0 && K < E, s, partial);
   });
   return partial;
@@ -188,7 +199,7 @@ void add_integers(const RouterStats& args, const std::vector<Scratch>& scratch) 
 template <class S, class T>
 void run_all(const RouterStats& args, const T* logits, const Run& run) {
   const int64_t E = args.E, K = args.K, chunks = (args.T + kChunk - 1) / kChunk;
-  const int64_t padded = (E + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = E <= kFew ? kFew : (E + kLanes - 1) / kLanes * kLanes;
   const Level level = level_of(run.level);
   std::vector<Partial> partials(chunks);
   std::vector<float> score_sums(logits ? chunks * padded : 0);

@@ -51,12 +51,24 @@ typedef float Floats __attribute__((vector_size(4 * kVector), aligned(16)));
 typedef uint32_t Words __attribute__((vector_size(4 * kVector), aligned(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * kVector), aligned(16)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kVector), aligned(16)));
+// Halves of these, down to which sums and maxima go.
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef int16_t Shorts8 __attribute__((vector_size(16)));
 
 template <class V>
 MOEKERN_INLINE V read(const void* from) {
   V v;
   std::memcpy(&v, from, sizeof v);
   return v;
+}
+
+// The larger of each lane of the first half and its fellow in the second: of two equal ones, and where either is NaN,
+// the first.
+template <class Half, class V>
+MOEKERN_INLINE Half larger_half(const V& v) {
+  const auto low = read<Half>(&v), high = read<Half>(reinterpret_cast<const char*>(&v) + sizeof(Half));
+  return high > low ? high : low;
 }
 
 // 16 columns in two vectors. Halves come two to a word: the even columns of the words go to a, the odd ones to b, so
@@ -105,9 +117,9 @@ struct Top {
     return {other.top > top ? other.top : top};
   }
   MOEKERN_INLINE float largest() const {
-    int16_t most = 0;
-    for (int j = 0; j < 2 * kVector; ++j) most = top[j] > most ? top[j] : most;
-    return load(T{static_cast<uint16_t>(most)});
+    const auto v = larger_half<Shorts8>(top);
+    const int16_t a = std::max(v[0], v[4]), b = std::max(v[1], v[5]), c = std::max(v[2], v[6]), d = std::max(v[3], v[7]);
+    return load(T{static_cast<uint16_t>(std::max(std::max(a, c), std::max(b, d)))});
   }
 };
 template <>
@@ -122,33 +134,45 @@ struct Top<float> {
     return {other.a > a ? other.a : a, other.b > b ? other.b : b};
   }
   MOEKERN_INLINE float largest() const {
-    int32_t most = 0;
-    for (int j = 0; j < kVector; ++j) most = std::max({most, a[j], b[j]});
-    return bit_cast<float>(most);
+    const auto v = larger_half<Ints4>(b > a ? b : a);
+    return bit_cast<float>(std::max(std::max(v[0], v[2]), std::max(v[1], v[3])));
   }
 };
 
 // A line of 64 bytes that is read soon, into the second-level cache.
 MOEKERN_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-// The 8 lanes of a sum, always in this order.
+// The 8 lanes of a sum, always in this order: halves upon each other.
 MOEKERN_INLINE float sum_of_lanes(const Floats& v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  const auto low = read<Floats4>(&v), high = read<Floats4>(reinterpret_cast<const char*>(&v) + sizeof(Floats4));
+  const Floats4 four = low + high;
+  const Floats4 two = four + Floats4{four[2], four[3], four[2], four[3]};
+  return two[0] + two[1];
 }
 
-// The kLanes lanes of a sum or a maximum: halves upon each other down to one, always in this order.
+// The lanes of a sum or a maximum, kLanes or half of them: halves upon each other down to one, always in this order.
+template <int kWidth = kLanes>
 MOEKERN_INLINE float sum_of(const float* lane) {
-  static_assert(kLanes == 4 * kVector);
-  const Floats a = read<Floats>(lane), b = read<Floats>(lane + kVector);
-  const Floats c = read<Floats>(lane + 2 * kVector), d = read<Floats>(lane + 3 * kVector);
-  return sum_of_lanes((a + c) + (b + d));
+  static_assert(kWidth == 2 * kVector || kWidth == 4 * kVector);
+  Floats a = read<Floats>(lane), b = read<Floats>(lane + kVector);
+  if (kWidth == 4 * kVector) {
+    a += read<Floats>(lane + 2 * kVector);
+    b += read<Floats>(lane + 3 * kVector);
+  }
+  return sum_of_lanes(a + b);
 }
 
-MOEKERN_INLINE float max_of(float* lane) {
-  for (int width = kLanes / 2; width >= kVector; width /= 2)
-    for (int j = 0; j < width; ++j) lane[j] = larger(lane[j], lane[j + width]);
-  return larger(larger(larger(lane[0], lane[4]), larger(lane[2], lane[6])),
-                larger(larger(lane[1], lane[5]), larger(lane[3], lane[7])));
+template <int kWidth = kLanes>
+MOEKERN_INLINE float max_of(const float* lane) {
+  static_assert(kWidth == 2 * kVector || kWidth == 4 * kVector);
+  Floats a = read<Floats>(lane), b = read<Floats>(lane + kVector);
+  if (kWidth == 4 * kVector) {
+    const Floats c = read<Floats>(lane + 2 * kVector), d = read<Floats>(lane + 3 * kVector);
+    a = c > a ? c : a;
+    b = d > b ? d : b;
+  }
+  const auto four = larger_half<Floats4>(b > a ? b : a);
+  return larger(larger(four[0], four[2]), larger(four[1], four[3]));
 }
 
 }  // namespace moekern::cpu

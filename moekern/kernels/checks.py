@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from functools import cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def check_tensors(op: str, tensors: Tensors) -> dict[str, int]:
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"[{op}] {name}: expected a tensor, got {type(tensor).__name__}")
-        device = device or tensor.device
+        device = tensor.device if device is None else device
         if tensor.dtype not in dtypes:
             raise ValueError(f"[{op}] {name}: expected {' or '.join(map(short, dtypes))}, got {short(tensor.dtype)}")
         if tensor.device != device:
@@ -37,18 +38,41 @@ def check_tensors(op: str, tensors: Tensors) -> dict[str, int]:
     return sizes
 
 
+class Word(NamedTuple):
+    """One size of a shape, as `check_tensors` is told it."""
+
+    text: str
+    number: int | None  # that it must be, whatever the others are
+    size: str  # its name
+    more: int  # than the size
+    optional: bool
+
+
 def check_shape(op: str, name: str, tensor: Tensor, dims: str, sizes: dict[str, int]) -> None:
-    words = dims.split()
-    if tensor.ndim != len(words):
-        raise ValueError(f"[{op}] {name}: expected shape [{', '.join(words)}], got {list(tensor.shape)}")
-    for word, got in zip(words, tensor.shape, strict=True):
-        if word.endswith("?"):
-            word = word[:-1] if sizes.setdefault(word, got) else "0"
-        size, _, extra = word.partition("+")
-        more = int(extra or 0)
-        want = (int(size) if size.isdigit() else sizes.setdefault(size, max(got - more, 0))) + more
+    words, shape = _words(dims), tensor.shape
+    if len(shape) != len(words):
+        raise ValueError(f"[{op}] {name}: expected shape [{', '.join(dims.split())}], got {list(shape)}")
+    for (text, number, size, more, optional), got in zip(words, shape, strict=True):
+        if optional and not sizes.setdefault(text, got):
+            text, number = "0", 0
+        want = number
+        if want is None:
+            bound = sizes.get(size)
+            want = (sizes.setdefault(size, max(got - more, 0)) if bound is None else bound) + more
         if got != want:
-            raise ValueError(f"[{op}] {name}: expected {word if size.isdigit() else f'{word}={want}'}, got {got}")
+            said = want if number is not None else f"{text.rstrip('?')}={want}"
+            raise ValueError(f"[{op}] {name}: expected {said}, got {got}")
+
+
+@cache
+def _words(dims: str) -> tuple[Word, ...]:
+    """The sizes that a shape names."""
+    words = []
+    for text in dims.split():
+        size, _, more = text.rstrip("?").partition("+")
+        number = int(size) + int(more or 0) if size.isdigit() else None
+        words.append(Word(text, number, size, int(more or 0), text.endswith("?")))
+    return tuple(words)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -235,7 +235,9 @@ def _experts_of(sums: LayerStatistics, problem: str) -> str:
 
 
 def _added_up(logits: Tensor) -> Tensor:
-    """Logits [T, E] in which -inf, by which a router masks an expert, is MASKED."""
+    """Logits [T, E] in which -inf, by which a router masks an expert, is MASKED; on a CPU themselves where none is."""
+    if logits.device.type == "cpu" and logits.numel() and bool(logits.amin() > -torch.inf):
+        return logits  # one read and no copy; a GPU would be waited for
     return logits.masked_fill(logits == -torch.inf, MASKED)
 
 

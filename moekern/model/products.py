@@ -58,15 +58,15 @@ def grouped_linear(
             return transformers_api.grouped_linear(rows, weight, ends, each, is_transposed)
         made = _one_by_one(rows, weight if is_transposed else weight.mT, ends)
         return made if each is None else made + each
-    weight = weight.mT if is_transposed else weight
+    weight = weight if is_transposed else weight.mT
     rows, library = rows.to(weight.dtype), library_of(weight.dtype)
     bounds = [0, *ends.tolist()]
-    out = rows.new_empty(len(rows), weight.shape[1])
+    out = rows.new_empty(len(rows), weight.shape[2])
     out[bounds[-1] :].zero_()
-    for e, (start, stop) in enumerate(pairwise(bounds)):
+    for e, ((start, stop), own) in enumerate(zip(pairwise(bounds), weight.unbind(), strict=True)):
         if stop > start:
-            own = slice(start, start + filled(stop - start))
-            _multiply(rows[own], weight[e], out[own], library)
+            count = filled(stop - start)
+            _multiply(rows.narrow(0, start, count), own, out.narrow(0, start, count), library)
             if bias is not None:
                 out[start:stop].add_(bias[e])
     return out
@@ -107,14 +107,14 @@ def _sizes(ends: Tensor) -> Tensor:
 
 
 def _multiply(rows: Tensor, weight: Tensor, out: Tensor, library: str | None) -> None:
-    """out = rows times the transpose of weight."""
+    """out = rows times weight."""
     rows = rows if rows.data_ptr() % LINE == 0 else rows.clone()
     if library == ONEDNN:
-        out.copy_(torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""))
+        out.copy_(torch.ops.mkldnn._linear_pointwise(rows, weight.T, None, "none", [], ""))
     elif out.data_ptr() % LINE == 0:
-        torch.mm(rows, weight.T, out=out)
+        torch.mm(rows, weight, out=out)
     else:
-        out.copy_(torch.mm(rows, weight.T))
+        out.copy_(torch.mm(rows, weight))
 
 
 @cache

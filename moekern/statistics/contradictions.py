@@ -36,7 +36,7 @@ def contradiction(sums: LayerStatistics, top_k: int) -> str | None:
     if where is not None:
         return f"coactivation: its diagonal is not count at expert {where}"
     idle = sums.count == 0
-    for name in ROUTED:
+    for name in ROUTED if idle.any() else ():
         where = _first(idle & (getattr(sums, name).reshape(sums.num_experts, -1) != 0).any(1))
         if where is not None:
             return f"{name}: not 0 for expert {where}, which no token has chosen"

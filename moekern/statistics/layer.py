@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cache, partial
+from math import isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from moekern.statistics.contradictions import contradiction
 from moekern.statistics.merges import IN_PLACE, MERGES, ONE_SIDED, merge_rows
 
 Views = TypeVar("Views")
+Made = Tensor | tuple[tuple[int, ...], dict[str, Any]]  # the tensor itself, or its shape, and type and device by name
 
 # What calibration may be asked to measure beside the routed tier, which is always there.
 TIERS = (
@@ -213,8 +215,8 @@ class LayerStatistics:
         size = {"1": 1, "E": num_experts, "H": dimensions or hidden, "S": subsets, "C": 0, "M": 0}
         size |= {"W": words, "V": 64 * words, "2": 2}
         wanted = frozenset(("routed", *tiers, *(["dimensions"] if dimensions else [])))
-        shapes = _shapes(wanted, tuple(size.items()))
-        return cls(*((_zeros if all(shape) else _nothing)(shape, dtype, device) for shape, dtype in shapes))
+        made = _kinds(wanted, tuple(size.items()), device)
+        return cls(*(each if isinstance(each, Tensor) else torch.zeros(each[0], **each[1]) for each in made))
 
     def like(self) -> LayerStatistics:
         """No token seen yet, of the same sizes and weights."""
@@ -222,7 +224,9 @@ class LayerStatistics:
         def empty(f: Field[Any]) -> Tensor:
             value: Tensor = getattr(self, f.name)
             merge = f.metadata["merge"]
-            return value if merge == "same" else value[:0] if merge == "rows" else torch.zeros_like(value)
+            if merge == "same" or not value.numel():
+                return value
+            return value[:0] if merge == "rows" else torch.zeros_like(value)
 
         return LayerStatistics(*(empty(f) for f in fields(self)))
 
@@ -270,35 +274,39 @@ class LayerStatistics:
         if problem:
             raise ValueError(f"[LayerStatistics] add: {problem}")
         united = {}
-        for f in FIELDS:
-            mine, theirs, merge = getattr(self, f.name), getattr(other, f.name), f.metadata["merge"]
-            if mine.numel() == theirs.numel() == 0:
-                united[f.name] = mine
-                continue
-            into = {"out": mine} if merge in in_place else {}
-            united[f.name] = MERGES[merge](mine, theirs, **into)
-        return LayerStatistics(**united)
+        for name, mine, theirs in self._beside(other):
+            merge = MERGE_OF[name]
+            if merge in in_place and mine.numel():
+                MERGES[merge](mine, theirs, out=mine)
+            elif mine.numel() or theirs.numel():
+                united[name] = MERGES[merge](mine, theirs)
+        return LayerStatistics(**{**vars(self), **united}) if united else self
+
+    def _beside(self, other: LayerStatistics) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name and both tensors of each field; not of those that are one and the same, without numbers."""
+        theirs = vars(other)
+        return ((n, mine, theirs[n]) for n, mine in vars(self).items() if mine is not theirs[n] or mine.numel())
 
     def differs(self, other: LayerStatistics) -> str | None:
         """Why the two cannot be added, by their shapes (the sums may lie on the meta device); None when they can."""
-        for f in FIELDS:
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+        for name, mine, theirs in self._beside(other):
             if mine.shape == theirs.shape:
                 continue
-            merge = f.metadata["merge"]
+            merge = MERGE_OF[name]
             if merge == "rows" or (merge in ONE_SIDED and not (mine.numel() and theirs.numel())):
                 continue
             if bool(mine.numel()) != bool(theirs.numel()):
-                return f"{f.metadata['tier']} ({f.name}) is measured on one side only"
-            return f"{f.name}: expected {list(mine.shape)}, got {list(theirs.shape)}"
+                (tier,) = (f.metadata["tier"] for f in FIELDS if f.name == name)
+                return f"{tier} ({name}) is measured on one side only"
+            return f"{name}: expected {list(mine.shape)}, got {list(theirs.shape)}"
         return None
 
     def other_weights(self, other: LayerStatistics) -> str | None:
         """Why the two are not of the same weights; None when they are, or one side did not look at them."""
-        for f in FIELDS:
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.metadata["merge"] == "same" and mine.numel() and theirs.numel() and not torch.equal(mine, theirs):
-                return f"{f.name}: the two sides are of different weights"
+        for name in OF_WEIGHTS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine.numel() and theirs.numel() and not torch.equal(mine, theirs):
+                return f"{name}: the two sides are of different weights"
         return None
 
     def shape_problem(self) -> str | None:
@@ -321,8 +329,8 @@ class LayerStatistics:
             value = getattr(self, f.name)
             if not value.numel():
                 continue
-            low, high = value.aminmax()  # NaN where there is one; no copy of the values
-            if value.is_floating_point() and not (low.isfinite() and high.isfinite()):
+            low, high = (each.item() for each in value.aminmax())  # NaN where there is one; no copy of the values
+            if not (isfinite(low) and isfinite(high)):
                 return f"{f.name}: not finite"
             if not f.metadata["negative"] and low < 0:
                 return f"{f.name}: negative"
@@ -333,24 +341,24 @@ class LayerStatistics:
 
 
 FIELDS = fields(LayerStatistics)
+MERGE_OF = {f.name: f.metadata["merge"] for f in FIELDS}
+OF_WEIGHTS = tuple(name for name, merge in MERGE_OF.items() if merge == "same")
 
 
 @cache
-def _shapes(tiers: frozenset[str], sizes: tuple[tuple[str, int], ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Of every field; where its tier is not among these, sizes that may be missing are 0."""
-    found, size = [], dict(sizes)
+def _kinds(tiers: frozenset[str], sizes: tuple[tuple[str, int], ...], device: str | torch.device) -> tuple[Made, ...]:
+    """How each field is made. Where its tier is not among these, sizes that may be missing are 0, and it is a tensor
+    without numbers, one for all: most fields are of tiers that are not measured."""
+    found: list[Made] = []
     for f in FIELDS:
         named, dims = f.metadata["tier"] in tiers, f.metadata["shape"].split()
-        shape = tuple(size[d.rstrip("?")] if named or d[-1] != "?" else 0 for d in dims)
-        found.append((shape, f.metadata["dtype"]))
-    return found
+        shape = tuple(dict(sizes)[d.rstrip("?")] if named or d[-1] != "?" else 0 for d in dims)
+        how = {"dtype": f.metadata["dtype"], "device": device}
+        found.append((shape, how) if all(shape) else _nothing(shape, **how))
+    return tuple(found)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-_nothing = cache(_zeros)  # a tensor without numbers is one for all: most fields are of tiers that are not measured
+_nothing = cache(torch.zeros)
 
 
 def _optional(f: Field[Any]) -> bool:
