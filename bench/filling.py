@@ -35,7 +35,7 @@ Stacked = Callable[..., dict[str, torch.Tensor]]
 def seconds(folder: Path, compute: Compute, stacked: Stacked) -> float:
     """CPU seconds of the thread that fills the one layer, reading left out."""
     checkpoint, spent = open_checkpoint(folder), 0.0
-    own, fill = transformers_api.stacked, ExpertGroups.fill_layer
+    own, fill = transformers_api.stacked, ExpertGroups._fill_layer
 
     def timed(self: ExpertGroups, i: int, tensors: Mapping[str, torch.Tensor]) -> Any:
         nonlocal spent
@@ -44,7 +44,7 @@ def seconds(folder: Path, compute: Compute, stacked: Stacked) -> float:
         spent += time.thread_time() - start
         return module
 
-    transformers_api.stacked, ExpertGroups.fill_layer = stacked, timed  # type: ignore[assignment, method-assign]
+    transformers_api.stacked, ExpertGroups._fill_layer = stacked, timed  # type: ignore[assignment, method-assign]
     if stacked is not own:
         ExpertGroups._copied = lambda self, i: False  # type: ignore[method-assign]
     try:
@@ -52,7 +52,7 @@ def seconds(folder: Path, compute: Compute, stacked: Stacked) -> float:
             for _ in model.visit([0]):
                 pass
     finally:
-        transformers_api.stacked, ExpertGroups.fill_layer = own, fill  # type: ignore[method-assign]
+        transformers_api.stacked, ExpertGroups._fill_layer = own, fill  # type: ignore[method-assign]
         ExpertGroups._copied = COPIED  # type: ignore[method-assign]
     return spent
 

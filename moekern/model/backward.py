@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from moekern.errors import InputError
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Stage
+from moekern.model.layer_lists import is_experts_module
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.states import State, States
 from moekern.model.stepwise import Stepwise, Tangled
-from moekern.model.transformers_api import experts_implementation, is_experts_module
+from moekern.model.transformers_api import experts_implementation
 from moekern.model.walk import Pass, hidden_of
 
 Task = TypeVar("Task")

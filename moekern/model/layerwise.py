@@ -1,4 +1,4 @@
-"""A model whose decoder layers are filled from the checkpoint one at a time; the next one is read in the background."""
+"""A model whose decoder layers are filled from the checkpoint one at a time; the next one comes in the background."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +33,11 @@ from moekern.model.apart import Filled, RowsApart
 from moekern.model.budget import budget_of, least
 from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
+from moekern.model.filling import Filler, worth_it
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Stage, undamaged
-from moekern.model.memory import drop, return_freed_memory
+from moekern.model.layer_lists import layer_index
+from moekern.model.memory import drop, hand_over, return_freed_memory
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader
 from moekern.model.skeleton import fill_skeleton
@@ -44,7 +45,7 @@ from moekern.model.spent import Spent
 from moekern.model.states import States
 from moekern.model.stepwise import Beside, Stepwise, Tangled
 from moekern.model.suspended import Suspended
-from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
+from moekern.model.transformers_api import Loader, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
 from moekern.team import ALONE, Team
 
@@ -60,6 +61,7 @@ class LayerwiseModel:
     In memory beside the skeleton: the parameters of the layer that computes, and the reader's one buffer (the file
     bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from. Of a
     layer that is cut: its parameters without experts, one group of experts, and the buffer for the largest of these.
+    Where there is room for one more layer, or group, the next one is filled meanwhile (`Filler`).
     """
 
     checkpoint: Checkpoint
@@ -69,7 +71,7 @@ class LayerwiseModel:
     layers: nn.ModuleList
     layers_name: str
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
-    reader: LayerReader  # its groups are the decoder layers
+    filler: Filler  # its numbers are the decoder layers, and behind them groups of experts
     groups: ExpertGroups
     takes: Takes  # memory, and what of it is left
     spill: Path | None  # where they go beyond it
@@ -81,6 +83,10 @@ class LayerwiseModel:
     @property
     def model(self) -> nn.Module:
         return self.loader.model
+
+    @property
+    def reader(self) -> LayerReader:
+        return self.filler.reader
 
     @property
     def vocab_size(self) -> int:
@@ -149,8 +155,8 @@ class LayerwiseModel:
         return Stepwise(list(self.layers), run, states, self.device, self.returns, apart)
 
     def filled(self, i: int, wanted: Sequence[int], then: int | None) -> Iterator[tuple[int, nn.Module]]:
-        """Groups of experts of a layer that is cut, see `ExpertGroups.filled`; those too that other ranks want."""
-        return self.groups.filled(i, self._by_any(wanted), self.reader, then)
+        """Groups of experts of a layer that is cut, see `Filler.filled`; those too that other ranks want."""
+        return self.filler.filled(i, self._by_any(wanted), then)
 
     def _by_any(self, groups: Sequence[int]) -> list[int]:
         """Groups of experts that some rank of the node wants: all of its ranks read them together."""
@@ -286,7 +292,7 @@ class LayerwiseModel:
         found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
         if found is None and self.team.local_size == 1:  # else others would have to read too
             cuts = self.groups.cuts.get(layer, ())
-            for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None):
+            for g, part in self.filler.filled(layer, range(len(cuts)), None):
                 found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
         return found
 
@@ -314,12 +320,11 @@ class LayerwiseModel:
             self._let_go()
 
     def _load(self, i: int, after: int | None) -> None:
-        """Fill layer i, whose reading was started, and start to read `after`; of a layer that is cut, its experts wait,
-        and the first group of them is read instead."""
+        """Fill layer i, which was begun, and begin `after`; of a layer that is cut, its experts wait, and the first
+        group of them is begun instead."""
         if not self._is_here(i):
-            what = f"the weights of decoder layer {i}"
-            self.groups.made(self.reader, i, what, partial(self.groups.fill_layer, i))
-            self._check_filled(i)
+            hand_over(self.filler.take(i), self.layers[i])
+            self.groups.check_filled(i)
         while self.notes:
             LOG.info(self.notes.pop(0))
         after = self.groups.numbers.get((i, 0), after)
@@ -327,9 +332,9 @@ class LayerwiseModel:
             self._begin(after)
 
     def _begin(self, i: int) -> None:
-        """Start to read layer i, or a group of experts, where it is not there."""
+        """Start towards layer i, or a group of experts, where it is not there."""
         if not self._is_here(i):
-            self.reader.start(i)
+            self.filler.begin(i)
 
     def _is_here(self, i: int) -> bool:
         return self.stays and not any(parameter.is_meta for parameter in self.layers[i].parameters())
@@ -341,15 +346,9 @@ class LayerwiseModel:
 
     def _let_go(self) -> None:
         """No layer is wanted any longer."""
-        self.reader.cancel()
+        self.filler.cancel()
         for layer in () if self.stays else self.layers:
             drop(layer)
-
-    def _check_filled(self, i: int) -> None:
-        wait = self.groups.parameters(i) if i in self.groups.cuts else ()
-        for name, parameter in self.layers[i].named_parameters():
-            if parameter.is_meta and name not in wait:
-                raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {self.layers_name}.{i}.{name}")
 
 
 def _outputs(experts: Sequence[int]) -> str:
@@ -382,13 +381,17 @@ def open_layerwise(
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     spent = Spent()
-    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, targets, place, spent)
-    takes = groups.divide(layer_keys, budget)
+    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, targets, place)
+    ahead = all(team.every_on_node(worth_it(place, team)))
+    takes = groups.divide(layer_keys, budget, ahead)
     there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
     spill = compute.spill if there else None
-    with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
+    with (
+        LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader,
+        Filler(reader, groups, spent, takes.ahead > 0) as filler,
+    ):
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, filler, groups, takes, spill, team
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             fill_skeleton(model, skeleton)
