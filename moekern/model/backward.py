@@ -83,7 +83,7 @@ class Backward(Generic[Task]):
 
     def entering(self, i: int, task: int) -> State:
         """What a task enters layer i with, on the device; its hidden states are a leaf."""
-        given = self.store.copy(("input", i, task)).moved(self.layerwise.device)
+        given = self.store.copy(("input", i, task), self.layerwise.device)
         return State(given.hidden.requires_grad_(), given.beside)
 
     def gradients(self, i: int, task: int, output: Any, wanted: Sequence[Tensor]) -> list[Tensor | None]:

@@ -38,6 +38,7 @@ from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, exper
 from moekern.model.journal import ANEW, Stage, undamaged
 from moekern.model.layer_lists import layer_index
 from moekern.model.memory import drop, hand_over, return_freed_memory
+from moekern.model.pinned import blocks_for
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader
 from moekern.model.skeleton import fill_skeleton
@@ -58,10 +59,9 @@ _TANGLED: set[type] = set()  # models whose layers hand on more than hidden stat
 class LayerwiseModel:
     """The skeleton (everything outside the decoder layers) is resident; a decoder layer is while it computes.
 
-    In memory beside the skeleton: the parameters of the layer that computes, and the reader's one buffer (the file
-    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from. Of a
-    layer that is cut: its parameters without experts, one group of experts, and the buffer for the largest of these.
-    Where there is room for one more layer, or group, the next one is filled meanwhile (`Filler`).
+    In memory beside the skeleton: the layer that computes, where there is room the next one, and the reader's one
+    buffer (the file bytes of the largest layer), which holds what is read ahead, or what a layer is being made from. Of
+    a layer that is cut: what are no experts, one group of experts or two, and the buffer for the largest of these.
     """
 
     checkpoint: Checkpoint
@@ -164,11 +164,11 @@ class LayerwiseModel:
 
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
-        return States(self.takes.room, self.spill)
+        return self.states_beside(States())
 
     def states_beside(self, others: States) -> States:
         """A place for more, which takes what memory others have left."""
-        return States(max(0, self.takes.room - others.size), self.spill)
+        return States(max(0, self.takes.room - others.size), self.spill, blocks_for(self.device))
 
     def expect(self, tokens: int, more: int = 0, named: str = "") -> None:
         """Say what so many tokens will take, and `more` bytes of what is `named`. Raises as `check_text`."""
@@ -299,7 +299,7 @@ class LayerwiseModel:
     def _refusal(self, found: NotFinite, run: Pass[Any]) -> InputError:
         """The error for numbers that are not finite, while the weights are there that may have made them so."""
         layer, of, dtype = found.layer, run.name(found.task), self.loader.dtype
-        task = f"; seen in {of}" if of else ""
+        task = of and f"; seen in {of}"
         if not 0 <= layer < len(self.layers):
             what = "the embeddings are" if layer < 0 else "the logits are"
             cause = blamed_outside(self.model, self.layers_name, head=layer >= 0) or out_of_range(what, dtype)

@@ -125,8 +125,7 @@ class LayerReader:
         self.cancel()
         self._pool.shutdown()
         if self.buffer is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            unpin(self.buffer.data_ptr())
+            unpin(self.buffer.data_ptr(), self.device)
         self.buffer = None
 
     def start(self, i: int) -> None:

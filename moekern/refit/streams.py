@@ -25,6 +25,7 @@ from moekern.model.compute import few_tokens
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Stage
 from moekern.model.layerwise import LayerwiseModel
+from moekern.model.pinned import blocks_for
 from moekern.model.projections import views
 from moekern.model.pruned_layers import LivePruner
 from moekern.model.states import States
@@ -124,7 +125,7 @@ class Streams(Pass[Task]):
         stored = stored_bytes(layerwise.checkpoint, layerwise.layout)
         self.room = Room(max(0, layerwise.takes.room - half - stored), layerwise.spill)
         try:
-            with States(half, layerwise.spill) as states, self.applied:
+            with States(half, layerwise.spill, blocks_for(layerwise.device)) as states, self.applied:
                 layerwise.run_stepwise(tasks, self, states, stage)
         except Tangled as found:
             why = "and two streams of such cannot be kept side by side"
