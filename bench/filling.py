@@ -32,7 +32,7 @@ from moekern.checkpoint.folder import open_checkpoint
 from moekern.data.batches import Batch
 from moekern.model import layerwise, transformers_api
 from moekern.model.compute import Compute
-from moekern.model.expert_groups import ExpertGroups
+from moekern.model.expert_groups import ExpertGroups, Maker
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.walk import Pass
 
@@ -43,16 +43,21 @@ Stacked = Callable[..., dict[str, torch.Tensor]]
 def seconds(folder: Path, compute: Compute, stacked: Stacked) -> float:
     """CPU seconds of the thread that fills the one layer, reading left out."""
     checkpoint, spent = open_checkpoint(folder), 0.0
-    own, fill = transformers_api.stacked, ExpertGroups._fill_layer
+    own, maker = transformers_api.stacked, ExpertGroups.maker
 
-    def timed(self: ExpertGroups, i: int, tensors: Mapping[str, torch.Tensor]) -> Any:
-        nonlocal spent
-        start = time.thread_time()
-        module = fill(self, i, tensors)
-        spent += time.thread_time() - start
-        return module
+    def timed(self: ExpertGroups, number: int) -> Maker:
+        make = maker(self, number)
 
-    transformers_api.stacked, ExpertGroups._fill_layer = stacked, timed  # type: ignore[assignment, method-assign]
+        def made(tensors: Mapping[str, torch.Tensor]) -> Any:
+            nonlocal spent
+            start = time.thread_time()
+            module = make(tensors)
+            spent += time.thread_time() - start
+            return module
+
+        return made
+
+    transformers_api.stacked, ExpertGroups.maker = stacked, timed  # type: ignore[assignment, method-assign]
     if stacked is not own:
         ExpertGroups._copied = lambda self, i: False  # type: ignore[method-assign]
     try:
@@ -60,7 +65,7 @@ def seconds(folder: Path, compute: Compute, stacked: Stacked) -> float:
             for _ in model.visit([0]):
                 pass
     finally:
-        transformers_api.stacked, ExpertGroups._fill_layer = own, fill  # type: ignore[method-assign]
+        transformers_api.stacked, ExpertGroups.maker = own, maker  # type: ignore[method-assign]
         ExpertGroups._copied = COPIED  # type: ignore[method-assign]
     return spent
 
