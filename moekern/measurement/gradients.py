@@ -114,7 +114,7 @@ def check_gradients(layerwise: LayerwiseModel, data: TokenData) -> None:
     rows = layerwise.rows_apart(tokens)
     also = f" and experts' rows {sized(2 * rows)}" if rows else ""  # and their gradients
     what = f"--tier gradient: inputs of {inputs} layers take {sized(nbytes)}{also}"
-    layerwise.check_room(Need(tokens, nbytes + 2 * rows, what))
+    Need(tokens, nbytes + 2 * rows, what).check(layerwise.room, layerwise.spill, layerwise.team)
 
 
 def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping[str, Tensor]) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from moekern.errors import InputError
 from moekern.model.finite import NotFinite, all_finite
 from moekern.model.journal import Stage
+from moekern.model.layer_lists import is_experts_module
 from moekern.model.layerwise import LayerwiseModel
 from moekern.model.states import State, States
 from moekern.model.stepwise import Stepwise, Tangled
-from moekern.model.transformers_api import experts_implementation, is_experts_module
+from moekern.model.transformers_api import experts_implementation
 from moekern.model.walk import Pass, hidden_of
 
 Task = TypeVar("Task")
@@ -82,7 +83,7 @@ class Backward(Generic[Task]):
 
     def entering(self, i: int, task: int) -> State:
         """What a task enters layer i with, on the device; its hidden states are a leaf."""
-        given = self.store.copy(("input", i, task)).moved(self.layerwise.device)
+        given = self.store.copy(("input", i, task), self.layerwise.device)
         return State(given.hidden.requires_grad_(), given.beside)
 
     def gradients(self, i: int, task: int, output: Any, wanted: Sequence[Tensor]) -> list[Tensor | None]:

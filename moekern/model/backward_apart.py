@@ -103,7 +103,7 @@ class BackwardApart(Generic[Task]):
         if own.stop == own.start or ("of y", task) not in self.kept.there:
             return [None] * len(wanted)
         device = self.back.layerwise.device
-        asked = self.kept.copy(("asked", task, 0))
+        asked = self.kept.look(("asked", task, 0))
         tokens = asked.beside[TOKENS][own]
         with torch.enable_grad():
             x = asked.hidden[tokens].to(device).requires_grad_()

@@ -3,7 +3,7 @@ at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from moekern.architectures import Layout, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
-from moekern.errors import InputError, memory_for
+from moekern.errors import InputError
 from moekern.files import sized
 from moekern.model.budget import Budget
 from moekern.model.dequantised import is_coded
 from moekern.model.expert_lists import expert_modules
 from moekern.model.experts import experts_of
-from moekern.model.memory import drop, return_freed_memory, weights_apart
-from moekern.model.reader import DTYPES, LayerReader
+from moekern.model.memory import room_for, twin
+from moekern.model.reader import DTYPES
 from moekern.model.sizes import Size, size_of
-from moekern.model.spent import Spent
 from moekern.model.transformers_api import Loader, layers_with
 
 WORK = 8  # of a budget, one part in so many is for what computing takes
@@ -31,6 +30,8 @@ KERNELS = 1 << 27  # bytes, and so many at least, if no more than half: librarie
 HALF = 0.5  # of what is left beside what lies outside of layers: the rest is for hidden states
 SLACK = 1 << 14  # bytes of a buffer between tensors
 PIECE = 1 << 27  # bytes of weights that are converted together: what conversion needs beside its result
+
+Maker = Callable[[Mapping[str, Tensor]], nn.Module]  # makes a layer of tensors that were read
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Takes:
     weights: int  # of the layer that computes, and what is being converted for it
     buffer: int  # of the reader, on the host
     groups: int = 1  # in which the experts of the largest layer are run
+    ahead: int = 0  # of what computes next, which is filled meanwhile
 
     @property
     def room(self) -> int:
@@ -50,14 +52,14 @@ class Takes:
 
     @property
     def on_device(self) -> int:
-        return self.outside + self.weights
+        return self.outside + self.weights + self.ahead
 
     def within(self, share: float = 1) -> bool:
         """Whether this fits, into such a share of what is there beside what lies outside of layers."""
         host, gpu = less_work(self.budget.host), self.budget.gpu
         if gpu is None:
-            return self.weights + self.buffer <= share * (host - self.outside)
-        return self.weights <= share * (less_work(gpu) - self.outside) and self.buffer <= share * host
+            return self.weights + self.ahead + self.buffer <= share * (host - self.outside)
+        return self.weights + self.ahead <= share * (less_work(gpu) - self.outside) and self.buffer <= share * host
 
     @property
     def described(self) -> str:
@@ -68,7 +70,8 @@ class Takes:
     @property
     def needs(self) -> str:
         """What is resident, in words."""
-        layer = f"{sized(self.weights)} for the largest of them"
+        ahead = f", {sized(self.ahead)} for the next one, filled meanwhile" if self.ahead else ""
+        layer = f"{sized(self.weights)} for the largest of them{ahead}"
         return f"{sized(self.outside)} outside of layers, {layer}, {sized(self.buffer)} for reading"
 
     def refusal(self, why: str) -> InputError:
@@ -92,7 +95,6 @@ class ExpertGroups:
     keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
     targets: Mapping[str, str]  # the checkpoint's name of a tensor -> the model's; "" where it has none
     device: torch.device
-    spent: Spent
     cuts: dict[int, tuple[range, ...]] = field(default_factory=dict)  # of layers that are too large: their groups
     numbers: dict[tuple[int, int], int] = field(default_factory=dict)  # (layer, group) -> number in the reader
     piece: int | None = None  # bytes of a layer's experts that are converted together; None: all
@@ -157,11 +159,23 @@ class ExpertGroups:
         bounds = [*(units * g // number * unit for g in range(number)), E]
         return tuple(range(first, stop) for first, stop in pairwise(bounds))
 
-    def divide(self, names: Sequence[Sequence[str]], budget: Budget) -> Takes:
-        """Cut layers that are too large for the budget; `names` are the tensors of each layer.
+    def divide(self, names: Sequence[Sequence[str]], budget: Budget, ahead: bool = False) -> Takes:
+        """Cut layers that are too large for the budget; `names` are the tensors of each layer. With `ahead`, the next
+        layer, or group, is filled while one computes, where there is room for it.
 
         Raises InputError where a layer is too large and cannot be cut, or where no cut is small enough.
         """
+        takes = self._divided(names, budget)
+        filled = [sum(p.nbytes for p in layer.parameters()) for layer in self.layers]
+        for i, groups in self.cuts.items():
+            share = max(map(len, groups)) / self.of(i).num_experts
+            filled[i] = round(max(filled[i] - self.held(i), share * self.held(i)))
+        more = replace(takes, ahead=max(filled))
+        # on a GPU nothing else waits for what is left; on the host hidden states do
+        return more if ahead and more.within(HALF if budget.gpu is None else 1) else takes
+
+    def _divided(self, names: Sequence[Sequence[str]], budget: Budget) -> Takes:
+        """See `divide`."""
         stored = [sum(self.checkpoint.tensors[name].nbytes for name in own) for own in names]
         filled = [sum(p.nbytes for p in layer.parameters()) for layer in self.layers]
         outside = sum(p.nbytes for p in self.loader.model.parameters()) - sum(filled)
@@ -261,89 +275,96 @@ class ExpertGroups:
                 found.append(entry)
         return found
 
+    def named(self, number: int) -> str:
+        """What the reader knows by this number, in words."""
+        if number < len(self.layers):
+            return f"the weights of decoder layer {number}"
+        i, g = self._group(number)
+        experts = self.cuts[i][g]
+        return f"experts {experts.start} to {experts.stop - 1} of decoder layer {i}"
+
+    def _group(self, number: int) -> tuple[int, int]:
+        return next(place for place, each in self.numbers.items() if each == number)
+
+    def maker(self, number: int) -> Maker:
+        """What makes a twin of a layer, or a layer with a group of experts, of what the reader knows by this number.
+
+        What it needs of the model that computes is taken here: it may be called in another thread.
+        """
+        if number >= len(self.layers):
+            i, g = self._group(number)
+            self._with(len(self.cuts[i][g]))
+            return partial(self.fill, i, self.cuts[i][g])
+        layer = twin(self.layers[number])
+        if not self._by_pieces(number):
+            return partial(self._fill_layer, number, layer)
+        for experts in self._pieces(number):
+            self._with(len(experts))
+        return partial(self._fill_by_pieces, number, layer, self.parameters(number))
+
     def fill(self, i: int, experts: range, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Decoder layer i with these experts alone, made of their tensors, and with all else that layer i has now.
+        """Decoder layer i with these experts alone, made of their tensors; of all else it has what these hold.
 
         Raises InputError for a tensor that is missing.
         """
-        small = self._with(len(experts))[i]
+        small = twin(self._with(len(experts))[i])
         renamed = {}
         for tensor in self.of(i).of_role("expert"):
             if tensor.name in tensors:
                 new = tensor.name if tensor.expert is None else tensor.renamed(tensor.expert - experts.start)
                 renamed[new] = tensors[tensor.name]
-        whole, self.layers[i] = self.layers[i], small
-        try:
-            self.loader.load(renamed, self.device)
-        finally:
-            self.layers[i] = whole
-        others = dict(whole.named_parameters())
-        for name, value in list(small.named_parameters()):
+        self.loader.alone(self.layers_name, i, small).load(renamed, self.device)
+        for name, value in small.named_parameters():
             if value.is_meta and name in self.parameters(i):
                 raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {self.layers_name}.{i}.{name}")
-            if value.is_meta and name in others and others[name].shape == value.shape:
-                _put(small, name, others[name])
         return small
 
-    def fill_layer(self, i: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Layer i of what was read of it: without experts where it is cut, else whole, its experts piece by piece."""
-        if not self._by_pieces(i):
-            self.loader.load(tensors, self.device)
-        else:
-            own = self.names(i)
-            self.loader.load({name: value for name, value in tensors.items() if name not in own}, self.device)
-            self.fill_whole(i, tensors)
-        return self.layers[i]
+    def complete(self, i: int, small: nn.Module) -> None:
+        """Let a layer with a group of experts have all else that layer i has now."""
+        others = dict(self.layers[i].named_parameters())
+        for name, value in list(small.named_parameters()):
+            if value.is_meta and name in others and others[name].shape == value.shape:
+                _put(small, name, others[name])
 
-    def fill_whole(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """All experts of layer i, a piece at a time, so that little is held twice while it is converted."""
-        layer, whole = self.of(i), dict(self.layers[i].named_parameters())
-        each = max(1, self.held(i) // layer.num_experts)
-        for experts in self.cut(i, PIECE // each):
+    def _fill_layer(self, i: int, layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """What was read of layer i, in it: without experts where it is cut."""
+        self.loader.alone(self.layers_name, i, layer).load(tensors, self.device)
+        return layer
+
+    def _fill_by_pieces(
+        self, i: int, layer: nn.Module, names: frozenset[str], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
+        """The same, its experts (`names` within the layer) a piece at a time, so that little is held twice while it is
+        converted."""
+        own, whole = self.names(i), dict(layer.named_parameters())
+        self._fill_layer(i, layer, {name: value for name, value in tensors.items() if name not in own})
+        for experts in self._pieces(i):
             part = {}
-            for tensor in layer.of_role("expert"):
+            for tensor in self.of(i).of_role("expert"):
                 if tensor.action == "slice":
                     a, b = (n * tensor.rows for n in (experts.start, experts.stop))
                     part[tensor.name] = tensors[tensor.name][a:b]
                 elif tensor.expert in experts:
                     part[tensor.name] = tensors[tensor.name]
             small = dict(self.fill(i, experts, part).named_parameters())
-            for name in self.parameters(i):
+            for name in names:
                 if whole[name].is_meta:
-                    empty = torch.empty(whole[name].shape, dtype=small[name].dtype, device=small[name].device)
-                    whole[name] = _put(self.layers[i], name, nn.Parameter(empty, requires_grad=False))
-                rows = len(whole[name]) // layer.num_experts
+                    empty = room_for(whole[name].shape, small[name].dtype, small[name].device)
+                    whole[name] = _put(layer, name, nn.Parameter(empty, requires_grad=False))
+                rows = len(whole[name]) // self.of(i).num_experts
                 whole[name].data[experts.start * rows : experts.stop * rows] = small[name]
-            drop(self._with(len(experts))[i])
+        return layer
 
-    def made(
-        self, reader: LayerReader, number: int, what: str, make: Callable[[Mapping[str, Tensor]], nn.Module]
-    ) -> nn.Module:
-        """What `make` makes of what the reader knows by this number, and none of it lies in the reader's buffer."""
-        reader.begin(number)
-        with self.spent.waiting():
-            tensors = reader.take()
-        with memory_for(what, "give more (--memory, --gpu-memory)"), self.spent.filling(), weights_apart():
-            module = make(tensors)
-            reader.release(module)
-            return_freed_memory()
-        return module
+    def check_filled(self, i: int) -> None:
+        """Raise InputError where layer i lacks a tensor that it does not wait for."""
+        wait = self.parameters(i) if i in self.cuts else ()
+        for name, parameter in self.layers[i].named_parameters():
+            if parameter.is_meta and name not in wait:
+                raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {self.layers_name}.{i}.{name}")
 
-    def filled(
-        self, i: int, wanted: Sequence[int], reader: LayerReader, then: int | None
-    ) -> Iterator[tuple[int, nn.Module]]:
-        """These groups of a layer that is cut, by number, each with a layer that holds it; the next is read
-        meanwhile, and behind the last what the reader knows as `then`."""
-        order = [self.numbers[i, g] for g in wanted]
-        for g, number, after in zip(wanted, order, (*order[1:], then)[: len(order)], strict=True):
-            experts = self.cuts[i][g]
-            what = f"experts {experts.start} to {experts.stop - 1} of decoder layer {i}"
-            small = self.made(reader, number, what, partial(self.fill, i, experts))
-            if after is not None:
-                reader.start(after)
-            yield g, small
-            drop(small)
-            return_freed_memory()
+    def _pieces(self, i: int) -> tuple[range, ...]:
+        """The experts of a layer that are converted together."""
+        return self.cut(i, PIECE // max(1, self.held(i) // self.of(i).num_experts))
 
     def _with(self, count: int) -> nn.ModuleList:
         if count not in self.smaller:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekern.model.expert_lists import expert_modules
+from moekern.model.layer_lists import is_experts_module
 from moekern.model.products import PIECE, gathered, pieces
 from moekern.model.projections import Half, Halves, halves
-from moekern.model.transformers_api import EXPERTS_FUNCTIONS, experts_implementation, is_experts_module
+from moekern.model.transformers_api import EXPERTS_FUNCTIONS, experts_implementation
 
 NAME = "moekern"
 

@@ -1,16 +1,14 @@
-"""A model whose decoder layers are filled from the checkpoint one at a time; the next one is read in the background."""
+"""A model whose decoder layers are filled from the checkpoint one at a time; the next one comes in the background."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +20,6 @@ from moekern.checkpoint.folder import CONFIG, Checkpoint
 from moekern.data.batches import Batch
 from moekern.errors import (
     InputError,
-    NoRoomForText,
     first_line,
     is_out_of_memory,
     memory_for,
@@ -34,9 +31,12 @@ from moekern.model.apart import Filled, RowsApart
 from moekern.model.budget import budget_of, least
 from moekern.model.compute import Compute, check_device
 from moekern.model.expert_groups import ExpertGroups, Takes
+from moekern.model.filling import Filler, worth_it
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Stage, undamaged
-from moekern.model.memory import drop, return_freed_memory
+from moekern.model.layer_lists import layer_index
+from moekern.model.memory import drop, hand_over, return_freed_memory
+from moekern.model.pinned import blocks_for
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader
 from moekern.model.room import Need
@@ -45,7 +45,7 @@ from moekern.model.spent import Spent
 from moekern.model.states import States
 from moekern.model.stepwise import Beside, Stepwise, Tangled
 from moekern.model.suspended import Suspended
-from moekern.model.transformers_api import Loader, layer_index, open_loader, router_modules
+from moekern.model.transformers_api import Loader, open_loader, router_modules
 from moekern.model.walk import Pass, Way, walk
 from moekern.team import ALONE, Team
 
@@ -58,9 +58,9 @@ _TANGLED: set[type] = set()  # models whose layers hand on more than hidden stat
 class LayerwiseModel:
     """The skeleton (everything outside the decoder layers) is resident; a decoder layer is while it computes.
 
-    In memory beside the skeleton: the parameters of the layer that computes, and the reader's one buffer (the file
-    bytes of the largest layer), which holds the next layer, read ahead, or the tensors a layer is being made from. Of a
-    layer that is cut: its parameters without experts, one group of experts, and the buffer for the largest of these.
+    In memory beside the skeleton: the layer that computes, where there is room the next one, and the reader's one
+    buffer (the file bytes of the largest layer), which holds what is read ahead, or what a layer is being made from. Of
+    a layer that is cut: what are no experts, one group of experts or two, and the buffer for the largest of these.
     """
 
     checkpoint: Checkpoint
@@ -70,7 +70,7 @@ class LayerwiseModel:
     layers: nn.ModuleList
     layers_name: str
     moe_keys: Mapping[int, str]  # decoder layer -> plan key, for the layers with experts
-    reader: LayerReader  # its groups are the decoder layers
+    filler: Filler  # its numbers are the decoder layers, and behind them groups of experts
     groups: ExpertGroups
     takes: Takes  # memory, and what of it is left
     spill: Path | None  # where they go beyond it
@@ -83,6 +83,10 @@ class LayerwiseModel:
     @property
     def model(self) -> nn.Module:
         return self.loader.model
+
+    @property
+    def reader(self) -> LayerReader:
+        return self.filler.reader
 
     @property
     def vocab_size(self) -> int:
@@ -151,8 +155,8 @@ class LayerwiseModel:
         return Stepwise(list(self.layers), run, states, self.device, self.returns, apart)
 
     def filled(self, i: int, wanted: Sequence[int], then: int | None) -> Iterator[tuple[int, nn.Module]]:
-        """Groups of experts of a layer that is cut, see `ExpertGroups.filled`; those too that other ranks want."""
-        return self.groups.filled(i, self._by_any(wanted), self.reader, then)
+        """Groups of experts of a layer that is cut, see `Filler.filled`; those too that other ranks want."""
+        return self.filler.filled(i, self._by_any(wanted), then)
 
     def _by_any(self, groups: Sequence[int]) -> list[int]:
         """Groups of experts that some rank of the node wants: all of its ranks read them together."""
@@ -165,11 +169,11 @@ class LayerwiseModel:
 
     def states(self) -> States:
         """A place for the hidden states of tasks, which takes what memory there is for them."""
-        return States(self.room, self.spill)
+        return self.states_beside(States())
 
     def states_beside(self, others: States) -> States:
         """A place for more, which takes what memory others have left."""
-        return States(max(0, self.room - others.size), self.spill)
+        return States(max(0, self.room - others.size), self.spill, blocks_for(self.device))
 
     def expect(self, tokens: int, more: int = 0, named: str = "", memory: int = 0) -> None:
         """Say what so many tokens will take. Arguments and errors as of `check_text`."""
@@ -184,23 +188,13 @@ class LayerwiseModel:
         states, apart = tokens * self.embedding_size * self.loader.dtype.itemsize, self.rows_apart(tokens)
         beside = ((states, "hidden states"), (apart, "experts' rows"), (more, named))
         what = " and ".join(f"{sized(n)} of {each}" for n, each in beside if n)
-        return what, self.check_room(Need(tokens, states + apart, f"{tokens} tokens take {what}", more, memory))
+        need = Need(tokens, states + apart, f"{tokens} tokens take {what}", more, memory)
+        return what, need.check(self.room, self.spill, self.team)
 
     def rows_apart(self, tokens: int) -> int:
         """Bytes of what experts that are run in groups are given, and put out, for so many tokens."""
         row, slots = self.embedding_size * self.loader.dtype.itemsize, self.layout.router.top_k
         return tokens * (row + slots * (row + 8)) if self.groups.cuts else 0
-
-    def check_room(self, need: Need) -> int:
-        """How many bytes go to a file. Raises as `check_text`."""
-        beyond, folder = need.beyond(self.room), self.spill or Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free // self.team.local_size  # which ranks of a node share, as memory
-        refused = None if beyond <= free else (need.refusal(self.room, folder, free), need.fitting(self.room, free))
-        told = [(each[1], rank, each[0]) for rank, each in enumerate(self.team.every(refused)) if each is not None]
-        if not told:
-            return beyond
-        fitting, rank, why = min(told)
-        raise NoRoomForText(why if self.team.size == 1 else f"rank {rank}: {why}", fitting)
 
     def check_whole(self, what: str) -> None:
         """Raise InputError where layers are run in groups of experts, which `what` cannot be."""
@@ -289,14 +283,14 @@ class LayerwiseModel:
         found = blamed_weight(module, router_modules(module, self.model), every if held is None else held)
         if found is None and self.team.local_size == 1:  # else others would have to read too
             cuts = self.groups.cuts.get(layer, ())
-            for g, part in self.groups.filled(layer, range(len(cuts)), self.reader, None):
+            for g, part in self.filler.filled(layer, range(len(cuts)), None):
                 found = found or blamed_weight(part, router_modules(part, self.model), cuts[g])
         return found
 
     def _refusal(self, found: NotFinite, run: Pass[Any]) -> InputError:
         """The error for numbers that are not finite, while the weights are there that may have made them so."""
-        layer, dtype, name = found.layer, self.loader.dtype, run.name(found.task)
-        task = f"; seen in {name}" if name else ""
+        layer, name, dtype = found.layer, run.name(found.task), self.loader.dtype
+        task = name and f"; seen in {name}"
         if not 0 <= layer < len(self.layers):
             what = "the embeddings are" if layer < 0 else "the logits are"
             cause = blamed_outside(self.model, self.layers_name, head=layer >= 0) or out_of_range(what, dtype)
@@ -319,12 +313,11 @@ class LayerwiseModel:
             self._let_go()
 
     def _load(self, i: int, after: int | None) -> None:
-        """Fill layer i, whose reading was started, and start to read `after`; of a layer that is cut, its experts wait,
-        and the first group of them is read instead."""
+        """Fill layer i, which was begun, and begin `after`; of a layer that is cut, its experts wait, and the first
+        group of them is begun instead."""
         if not self._is_here(i):
-            what = f"the weights of decoder layer {i}"
-            self.groups.made(self.reader, i, what, partial(self.groups.fill_layer, i))
-            self._check_filled(i)
+            hand_over(self.filler.take(i), self.layers[i])
+            self.groups.check_filled(i)
         while self.notes:
             LOG.info(self.notes.pop(0))
         after = self.groups.numbers.get((i, 0), after)
@@ -332,9 +325,9 @@ class LayerwiseModel:
             self._begin(after)
 
     def _begin(self, i: int) -> None:
-        """Start to read layer i, or a group of experts, where it is not there."""
+        """Start towards layer i, or a group of experts, where it is not there."""
         if not self._is_here(i):
-            self.reader.start(i)
+            self.filler.begin(i)
 
     def _is_here(self, i: int) -> bool:
         return self.stays and not any(parameter.is_meta for parameter in self.layers[i].parameters())
@@ -346,15 +339,9 @@ class LayerwiseModel:
 
     def _let_go(self) -> None:
         """No layer is wanted any longer."""
-        self.reader.cancel()
+        self.filler.cancel()
         for layer in () if self.stays else self.layers:
             drop(layer)
-
-    def _check_filled(self, i: int) -> None:
-        wait = self.groups.parameters(i) if i in self.groups.cuts else ()
-        for name, parameter in self.layers[i].named_parameters():
-            if parameter.is_meta and name not in wait:
-                raise InputError(f"{self.checkpoint.folder}: no tensor for the model's {self.layers_name}.{i}.{name}")
 
 
 @contextmanager
@@ -383,13 +370,17 @@ def open_layerwise(
             skeleton.append(key)
     moe_keys = {index: key for key, index in loader.moe_places(layout).items()}
     spent = Spent()
-    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, targets, place, spent)
-    takes = groups.divide(layer_keys, budget)
+    groups = ExpertGroups(checkpoint, layout, loader, layers, layers_name, moe_keys, targets, place)
+    ahead = all(team.every_on_node(worth_it(place, team)))
+    takes = groups.divide(layer_keys, budget, ahead)
     there = team.first or (compute.spill is not None and compute.spill.is_dir())  # on this node
     spill = compute.spill if there else None
-    with LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader:
+    with (
+        LayerReader(checkpoint, groups.reading(layer_keys), place, team=team) as reader,
+        Filler(reader, groups, spent, takes.ahead > 0) as filler,
+    ):
         model = LayerwiseModel(
-            checkpoint, layout, loader, place, layers, layers_name, moe_keys, reader, groups, takes, spill, team
+            checkpoint, layout, loader, place, layers, layers_name, moe_keys, filler, groups, takes, spill, team
         )  # fmt: skip
         with memory_for("what lies outside of the decoder layers", "give more (--memory)"):
             fill_skeleton(model, skeleton)

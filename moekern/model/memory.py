@@ -1,13 +1,17 @@
 """Take no memory for weights before they are there, keep them apart, let them go, and give freed memory back."""
 
+from __future__ import annotations
+
 import ctypes
+import math
+import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
@@ -55,6 +59,61 @@ def weights_apart() -> Iterator[None]:
     finally:
         _mallopt(MMAP_THRESHOLD, USUAL)
         _mallopt(TRIM_THRESHOLD, 2 * USUAL)  # which glibc raises together, and leaves at 128 KiB where one is set
+
+
+def pages(nbytes: int, file: int = -1, *, lasting: bool = False) -> Tensor:
+    """[nbytes] uint8 of zeros that begin with a page, of no file or of an open one that processes share. They go when
+    the last tensor that lies in them is freed. `lasting`: huge pages are worth the search for them."""
+    kind = mmap.MAP_SHARED if file >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(file, max(nbytes, 1), flags=kind)
+    if lasting and hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def room_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty; on the CPU in pages of its own where it is LARGE."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LARGE:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return pages(nbytes).view(dtype).view(*shape)
+
+
+def twin(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A module with modules of its own that hold the same tensors: what is put into it is not in the first one."""
+    known = {} if known is None else known
+    if id(module) not in known:
+        known[id(module)] = made = shallow(module)
+        for name, part in module._modules.items():
+            made._modules[name] = None if part is None else twin(part, known)
+    return known[id(module)]
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """The same with dictionaries of its own, in which the same modules, parameters and buffers stand."""
+    made = type(module).__new__(type(module))
+    made.__dict__ |= vars(module)
+    for kind in ("_modules", "_parameters", "_buffers"):
+        made.__dict__[kind] = dict(vars(module)[kind])
+    return made
+
+
+def with_layer_alone(model: nn.Module, layers_name: str, i: int, layer: nn.Module) -> nn.Module:
+    """A model that has this one as its i-th decoder layer, no other, and all else of `model`."""
+    made = part = shallow(model)
+    for name in layers_name.split("."):
+        below = shallow(part.get_submodule(name))
+        part._modules[name] = below
+        part = below
+    part._modules = {str(i): layer}
+    return made
+
+
+def hand_over(made: nn.Module, layer: nn.Module) -> None:
+    """Let a layer have what was put into its twin."""
+    for own, part in zip(made.modules(), layer.modules(), strict=True):
+        part._parameters |= own._parameters
+        part._buffers |= own._buffers
 
 
 def drop(layer: nn.Module) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekern.model.layer_lists import is_experts_module
 from moekern.model.products import grouped_linear
-from moekern.model.transformers_api import is_experts_module
 
 Half = Callable[[Any, Tensor, Tensor], Tensor]  # (block, rows grouped by expert, offsets [E + 1]) -> rows
 

@@ -6,7 +6,6 @@ Files are never mapped, and what is read is not left in the page cache.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,8 @@ from moekern.architectures import ExpertTensor, MoeLayer
 from moekern.checkpoint.folder import Checkpoint
 from moekern.checkpoint.header import TensorEntry
 from moekern.errors import InputError
+from moekern.model.memory import pages, room_for
+from moekern.model.pinned import pin, unpin
 from moekern.team import ALONE, Team
 
 DTYPES = {
@@ -124,8 +125,7 @@ class LayerReader:
         self.cancel()
         self._pool.shutdown()
         if self.buffer is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr()))
+            unpin(self.buffer.data_ptr(), self.device)
         self.buffer = None
 
     def start(self, i: int) -> None:
@@ -157,19 +157,24 @@ class LayerReader:
         return {entry.name: _view(self.buffer, entry, place) for entry, place in self.groups[i]}
 
     def release(self, model: nn.Module) -> None:
-        """Give the buffer back: copies to the device are waited for, and what in `model` still lies in it moves out."""
+        """Give the buffer back: copies to the device on the current stream are waited for, and what in `model` still
+        lies in it moves out."""
         assert self.buffer is not None
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         own = self.buffer.untyped_storage().data_ptr()
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta and tensor.untyped_storage().data_ptr() == own:
-                tensor.data = tensor.data.clone()
+                tensor.data = room_for(tensor.shape, tensor.dtype, tensor.device).copy_(tensor.data)
+
+    def give_up(self) -> None:
+        """What is being read is not wanted: its reading ends soon, and `take` raises."""
+        self._cancelled = True
 
     def cancel(self) -> None:
         """Stop reading, if anything is being read, and forget it."""
         if self._reading is not None:
-            self._cancelled = True
+            self.give_up()
             self._reading[1].exception()
             self._reading = None
 
@@ -186,7 +191,7 @@ def _shared(nbytes: int, device: torch.device, team: Team) -> tuple[Tensor, bool
     """A buffer that the ranks of a node share, and whether this rank is the one that reads into it. Where they cannot
     share one, each has its own and reads, and that is told."""
     if team.local_size == 1:
-        return _page_aligned(nbytes, device), True
+        return _pinned(nbytes, device), True
     handle, place, problem = -1, "", ""
     try:
         if team.local_rank == 0:
@@ -202,7 +207,7 @@ def _shared(nbytes: int, device: torch.device, team: Team) -> tuple[Tensor, bool
     problems = [each for each in team.every_on_node(problem) if each]
     try:
         if not problems:
-            return _page_aligned(nbytes, device, handle), team.local_rank == 0
+            return _pinned(nbytes, device, handle), team.local_rank == 0
     finally:
         if handle >= 0:
             os.close(handle)
@@ -210,7 +215,7 @@ def _shared(nbytes: int, device: torch.device, team: Team) -> tuple[Tensor, bool
         f"the {team.local_size} processes of a node cannot share memory ({problems[0]}): each reads all weights",
         stacklevel=2,
     )
-    return _page_aligned(nbytes, device), True
+    return _pinned(nbytes, device), True
 
 
 def _memory_file(nbytes: int) -> tuple[int, str]:
@@ -224,17 +229,12 @@ def _memory_file(nbytes: int) -> tuple[int, str]:
     return handle, f"/proc/{os.getpid()}/fd/{handle}"
 
 
-def _page_aligned(nbytes: int, device: torch.device, handle: int = -1) -> Tensor:
-    """[nbytes] uint8, of an open file or, where `handle` is -1, of no file. Not torch's pinned memory: its allocator
-    rounds sizes up to powers of two and keeps them."""
-    kind = mmap.MAP_SHARED if handle >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(handle, max(nbytes, 1), flags=kind)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+def _pinned(nbytes: int, device: torch.device, handle: int = -1) -> Tensor:
+    """[nbytes] uint8, see `pages`. Not torch's pinned memory: its allocator rounds sizes up to powers of two and keeps
+    them."""
+    buffer = pages(nbytes, handle, lasting=True)
     if device.type == "cuda":
-        portable = 1  # pinned for every CUDA context
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, portable))
+        pin(buffer)
     return buffer
 
 

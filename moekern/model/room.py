@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekern.errors import NoRoomForText
 from moekern.files import sized
+from moekern.team import Team
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,18 @@ class Need:
     what: str
     more: int = 0
     memory: int = 0
+
+    def check(self, room: int, spill: Path | None, team: Team) -> int:
+        """How many bytes go to a file in `spill` (None: the system's folder for such). Raises NoRoomForText where
+        memory and disk have no room, on every rank where one has too little."""
+        beyond, folder = self.beyond(room), spill or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free // team.local_size  # which ranks of a node share, as memory
+        refused = None if beyond <= free else (self.refusal(room, folder, free), self.fitting(room, free))
+        told = [(each[1], rank, each[0]) for rank, each in enumerate(team.every(refused)) if each is not None]
+        if not told:
+            return beyond
+        fitting, rank, why = min(told)
+        raise NoRoomForText(why if team.size == 1 else f"rank {rank}: {why}", fitting)
 
     def beyond(self, room: int) -> int:
         """Bytes that go to a file where memory has `room` for hidden states."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.layer_keys import natural
+from moekern.model.memory import room_for
 
 Way = Callable[[str], tuple[str | None, str | None]]  # key -> the model's name, and the pattern of what converts it
 
@@ -95,7 +96,7 @@ def _fill(model: nn.Module, target: str, parts: Sequence[Sequence[Tensor]], devi
     alike = all(each.shape == (size, columns) for part, size in zip(parts, sizes, strict=True) for each in part)
     if not alike or sum(sizes) != rows or any(len(part) != E for part in parts):
         return False
-    made = torch.empty(held.shape, dtype=held.dtype, device=device)
+    made = room_for(held.shape, held.dtype, device)
     start = 0
     for part, size in zip(parts, sizes, strict=True):
         for place, weight in zip(made[:, start : start + size], part, strict=True):

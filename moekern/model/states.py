@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path as Folder
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moekern.errors import InputError
+from moekern.model.pinned import ALIGNMENT, Blocks
 
 Path = tuple[Any, ...]  # of a tensor in nested arguments
 CPU = torch.device("cpu")
@@ -31,8 +33,10 @@ class State:
         return self.hidden.nbytes + sum(value.nbytes for value in self.beside.values())
 
     def moved(self, device: torch.device, *, copy: bool = False) -> State:
-        beside = {path: value.to(device, copy=copy) for path, value in self.beside.items()}
-        return State(self.hidden.to(device, copy=copy), beside)
+        """On a device; a GPU's copies are under way then, in the order of its stream."""
+        aside = device.type == "cuda"
+        beside = {path: value.to(device, non_blocking=aside, copy=copy) for path, value in self.beside.items()}
+        return State(self.hidden.to(device, non_blocking=aside, copy=copy), beside)
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,24 @@ class _Slot:
 
 
 class States:
-    """States by name (a task's number), on the CPU. Beyond `memory` bytes (None: no limit) they go to a file that has
-    no name, in `folder` (None: the system's folder for such), each to a place of its own."""
+    """States by name (a task's number), on the CPU, in `blocks` of pinned memory where these are given. Beyond `memory`
+    bytes (None: no limit) they go to a file that has no name, in `folder` (None: the system's folder for such), each to
+    a place of its own."""
 
-    def __init__(self, memory: int | None = None, folder: Folder | None = None) -> None:
-        self.memory, self.folder = memory, folder
+    def __init__(self, memory: int | None = None, folder: Folder | None = None, blocks: Blocks | None = None) -> None:
+        self.memory, self.folder, self.blocks = memory, folder, blocks
         self.held: dict[Hashable, State] = {}
         self.slots: dict[Hashable, _Slot] = {}
-        self.size = self.end = 0  # bytes in memory and in the file
+        self.marks: dict[Hashable, Any] = {}  # of those in blocks: what is waited for before the host reads them
+        self.loose = self.end = 0  # bytes in memory that are in no block, and in the file
         self.file: int | None = None
         self.there: dict[Hashable, bool] = {}  # what was put and not taken -> whether it never changes
         self.saved: Mapping[Hashable, State] = {}  # what a stopped run has left, read when it is taken
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return self.loose + (0 if self.blocks is None else self.blocks.nbytes)
 
     def take_over(
         self, saved: Mapping[Hashable, State], names: Iterable[Hashable], lasting: Collection[Hashable] = ()
@@ -75,10 +86,15 @@ class States:
     def put(self, name: Hashable, state: State, *, lasting: bool = False) -> None:
         """`lasting`: nothing else will be put by this name. Raises InputError where the file cannot take it."""
         self.there[name] = lasting
+        self.marks.pop(name, None)
+        if (held := self._in_block(state)) is not None:
+            assert self.blocks is not None
+            self.held[name], self.marks[name] = held, self.blocks.mark()
+            return
         own = State(_here(state.hidden), {path: _here(value) for path, value in state.beside.items()})
         if self.memory is None or self.size + own.nbytes <= self.memory:
             self.held[name] = State(_own(own.hidden), {path: _own(value) for path, value in own.beside.items()})
-            self.size += own.nbytes
+            self.loose += own.nbytes
             return
         slot = self.slots.get(name)
         room = slot.room if slot is not None and len(slot.room) >= own.nbytes else self._more(own.nbytes)
@@ -93,16 +109,18 @@ class States:
         """What was put; in memory it is held here no longer."""
         state = self.look(name)
         del self.there[name]
-        if self.held.pop(name, None) is not None:
-            self.size -= state.nbytes
+        if self.held.pop(name, None) is not None and self.marks.pop(name, self) is self:
+            self.loose -= state.nbytes
         return state
 
-    def copy(self, name: Hashable) -> State:
-        """A copy of what was put, which stays."""
-        return self.look(name).moved(CPU, copy=True) if name in self.held else self.look(name)
+    def copy(self, name: Hashable, device: torch.device = CPU) -> State:
+        """A copy of what was put, which stays, on a device."""
+        return self.look(name).moved(device, copy=name in self.held)
 
     def look(self, name: Hashable) -> State:
-        """What was put and stays: not to be changed."""
+        """What was put and stays: not to be changed. Copies from a device are waited for."""
+        if (mark := self.marks.get(name)) is not None:
+            mark.synchronize()
         if name in self.held:
             return self.held[name]
         return self._read(self.slots[name]) if name in self.slots else self.saved[name]
@@ -140,11 +158,31 @@ class States:
         self.held.clear()
         self.slots.clear()
         self.there.clear()
+        self.marks.clear()
         self.saved = {}
-        self.size = self.end = 0
+        self.loose = self.end = 0
+        if self.blocks is not None:
+            self.blocks.clear()
         if self.file is not None:
             os.close(self.file)
             self.file = None
+
+    def _in_block(self, state: State) -> State | None:
+        """The same in a block, to which copies from a device are under way; None where there is none for it."""
+        if self.blocks is None:
+            return None
+        parts = [(None, state.hidden), *state.beside.items()]
+        starts = [0, *accumulate(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for _, value in parts)]
+        block = self.blocks.block(starts[-1], None if self.memory is None else self.memory - self.loose)
+        if block is None:
+            return None
+        if state.hidden.device == CPU:
+            self.blocks.wait()
+        made = dict[Path | None, Tensor]()
+        for start, (path, value) in zip(starts, parts, strict=False):
+            place = block[start : start + value.nbytes].view(value.dtype).view(value.shape)
+            made[path] = place.copy_(value.detach(), non_blocking=True)
+        return State(made.pop(None), {path: value for path, value in made.items() if path is not None})
 
     def _more(self, nbytes: int) -> range:
         self.end += nbytes

@@ -114,7 +114,7 @@ class Stepwise:
             self.states.put(number, found)
 
     def once(self, layer: int, number: int, task: Any) -> None:
-        state = None if layer == 0 else self.states.copy(number)  # layers may change what they are given
+        state = None if layer == 0 else self.states.copy(number, self.device)  # layers may change what they are given
         self.number = number
         self._pass(layer, task, state, leave=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -43,10 +43,12 @@ from moekern.model import dequantised
 from moekern.model.aligned import eager_where_odd
 from moekern.model.config_numbers import Numbers, put_numbers
 from moekern.model.expert_lists import blocks_with_lists, expert_modules, list_router
-from moekern.model.memory import Unfilled
+from moekern.model.layer_lists import is_experts_module, layer_index, module_list, outermost_list
+from moekern.model.memory import Unfilled, with_layer_alone
 from moekern.model.stacked import only_stacked, stacked
 
 BUFFERS_CAP = 1 << 30  # bytes, where real ones take a few MB
+_ONE = threading.RLock()
 _ROUTERS: WeakKeyDictionary[nn.Module, list[tuple[type, int]]] = WeakKeyDictionary()  # of models, found once
 EXPERTS_FUNCTIONS, grouped_linear = moe.ALL_EXPERTS_FUNCTIONS, moe._grouped_linear
 turned_back = revert_weight_conversion  # what a model holds, as its checkpoint does
@@ -101,13 +103,13 @@ class Loader:
         """
         names = [name for name, module in self.model.named_modules() if is_experts_module(module)]
         names += [*(name for name, _ in blocks_with_lists(self.model)), *router_modules(self.model, self.model)]
-        lists = dict.fromkeys(filter(None, (_outermost_list(self.model, name) for name in names)))
+        lists = dict.fromkeys(filter(None, (outermost_list(self.model, name) for name in names)))
         if not lists:
             raise InputError(f"{type(self.model).__name__}: no decoder layers with experts found in the model")
         depth = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        fitting = [name for name in lists if len(_module_list(self.model, name)) == depth] or list(lists)
+        fitting = [name for name in lists if len(module_list(self.model, name)) == depth] or list(lists)
         name = next((n for n in fitting if "language" in n or "thinker" in n), fitting[0])
-        return name, _module_list(self.model, name)
+        return name, module_list(self.model, name)
 
     def moe_places(self, layout: Layout) -> dict[str, int]:
         """Plan key -> which decoder layer it is. Raises InputError for a layer the model has no place for."""
@@ -120,6 +122,10 @@ class Loader:
                 raise InputError(f"{type(self.model).__name__} has no place for the experts of layer {key} in {name}")
             places[key] = index
         return places
+
+    def alone(self, layers_name: str, i: int, layer: nn.Module) -> Loader:
+        """For a model with this layer alone: what is loaded changes nothing that another thread computes with."""
+        return replace(self, model=with_layer_alone(self.model, layers_name, i, layer))
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Convert checkpoint tensors and put them into the model, quantised ones a few weights at a time: beside what
@@ -141,7 +147,7 @@ class Loader:
     def _load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         plan, mapping = self.model._get_dtype_plan(self.dtype), copy.deepcopy(self.mapping)
         config = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, dtype_plan=plan, weight_mapping=mapping)
-        with _quiet():
+        with _quiet(), _in_turn():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys, key=str)[0]
@@ -282,7 +288,7 @@ def _check_room(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, ten
 
 def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A model in eval mode with meta parameters and real buffers."""
-    with init_empty_weights(include_buffers=False), _quiet():
+    with _quiet(), init_empty_weights(include_buffers=False):
         with Unfilled():  # a stack of experts would be allocated before it is a parameter
             model = cls._from_config(copy.deepcopy(config), dtype=dtype)
         if any(buffer.is_meta for buffer in model.buffers()):
@@ -293,7 +299,7 @@ def _empty_model(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) ->
 def layers_with(loader: Loader, numbers: Numbers) -> nn.ModuleList:
     """The decoder layers of the same model with these numbers in its config, by path: parameters on the meta device."""
     model = _empty_model(type(loader.model), put_numbers(copy.deepcopy(loader.model.config), numbers), loader.dtype)
-    return _module_list(model, loader.decoder_layers()[0])
+    return module_list(model, loader.decoder_layers()[0])
 
 
 def _with_own_counts(loader: Loader, layout: Layout, build: Callable[[Numbers], Loader]) -> Loader:
@@ -349,29 +355,6 @@ def _router_classes(model: nn.Module) -> list[tuple[type, int]]:
     return found
 
 
-def is_experts_module(module: nn.Module) -> bool:
-    """Whether the module calls the function registered in ALL_EXPERTS_FUNCTIONS."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-
-
-def layer_index(layers_name: str, model_key: str | None) -> int | None:
-    """Which decoder layer a model key lies in; None for the skeleton and for keys the model does not know."""
-    match = re.match(re.escape(layers_name) + r"\.(\d+)\.", model_key or "")
-    return int(match[1]) if match else None
-
-
-def _module_list(model: nn.Module, name: str) -> nn.ModuleList:
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.ModuleList):
-        raise TypeError(f"{name} is a {type(module).__name__}, not a list of decoder layers")
-    return module
-
-
-def _outermost_list(model: nn.Module, name: str) -> str | None:
-    prefixes = (".".join(parts[:n]) for parts in [name.split(".")] for n in range(1, len(parts)))
-    return next((p for p in prefixes if isinstance(model.get_submodule(p), nn.ModuleList)), None)
-
-
 @contextmanager
 def experts_implementation(modules: list[nn.Module], name: str) -> Iterator[None]:
     """Let these experts modules call the registered function `name`; what they called before is put back."""
@@ -388,13 +371,30 @@ def experts_implementation(modules: list[nn.Module], name: str) -> Iterator[None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar and no load report while one layer of many is filled."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # what it would log as an error, it raises or we refuse
+    """No progress bar and no load report while one layer of many is filled. In one thread at a time: building models
+    and filling them changes settings of transformers, and of torch's modules, that threads share."""
+    with _ONE:
+        bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity(logging.CRITICAL)  # what it would log as an error, it raises or we refuse
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """transformers makes tensors in this thread, each when it is needed: its own would copy on another stream."""
+    own, here = core_model_loading.spawn_materialize, threading.get_ident()
+
+    def made(pool: Any, *args: Any, **options: Any) -> Any:
+        return own(None if threading.get_ident() == here else pool, *args, **options)
+
+    core_model_loading.spawn_materialize = made
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        core_model_loading.spawn_materialize = own

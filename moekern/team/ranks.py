@@ -35,9 +35,9 @@ class Ranks(Team):
         self.watch = watch
         for node in sorted(set(nodes.values())):  # all ranks make all groups
             ranks = [rank for rank in range(self.size) if nodes[rank] == node]
-            group = dist.new_group(ranks, timeout=FOREVER)
-            if self.rank in ranks:
-                self.node = group
+            groups = [dist.new_group(ranks, timeout=FOREVER) for _ in range(2)]
+            if self.rank in ranks:  # a thread meets others while the main thread asks them
+                self.node, self.meeting = groups
 
     def __reduce__(self) -> tuple[Callable[[], Team], tuple[()]]:
         """Where it is sent to, it is that process's own."""
@@ -85,7 +85,7 @@ class Ranks(Team):
 
     def meet_on_node(self) -> None:
         if self.local_size > 1:
-            self._do(lambda: dist.barrier(group=self.node))
+            self._do(lambda: dist.barrier(group=self.meeting))
 
     def every_on_node(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.local_size
