@@ -1,6 +1,7 @@
 """Take no memory for weights before they are there, keep them apart, let them go, and give freed memory back."""
 
 import ctypes
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,13 @@ def weights_apart() -> Iterator[None]:
     finally:
         _mallopt(MMAP_THRESHOLD, USUAL)
         _mallopt(TRIM_THRESHOLD, 2 * USUAL)  # which glibc raises together, and leaves at 128 KiB where one is set
+
+
+def pages(nbytes: int) -> torch.Tensor:
+    """So many bytes, uint8 [nbytes], in pages that are no part of the heap and go with the tensor. Raises OSError where
+    there is no memory."""
+    how = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # faults, all at once, are cheaper
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=how), dtype=torch.uint8)
 
 
 def drop(layer: nn.Module) -> None:
