@@ -8,7 +8,7 @@ OUT ?= gpu-results
 RUNS ?= 1000000
 
 .PHONY: demo test test-all test-report test-engines lint docs fuzz gpu clean
-.PHONY: bench bench-criteria bench-comparison bench-refit bench-merging bench-factoring bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-planning bench-evaluating
+.PHONY: bench bench-criteria bench-comparison bench-refit bench-merging bench-factoring bench-substitution bench-recovery bench-instruction bench-regression bench-streaming bench-ranks bench-scale bench-wide bench-planning bench-evaluating
 
 demo: $(VENV)/.ready
 	$(BIN)/moekern demo
@@ -19,7 +19,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, 1 + len(os.sched_getaff
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --benchmark-disable $(PYTEST_FLAGS)
 
-# As test, with what is marked `whole`: every combination of parameters, every family, dear tests.
+# As test, with what is marked `whole`: every combination of parameters, every family, dear tests. Hours on 2 cores.
 test-all: PYTEST_FLAGS = --whole
 test-all: test
 
@@ -111,6 +111,10 @@ bench-evaluating: $(VENV)/.ready
 # All of calibration's machinery on a 1T model of holes, in 8 GB: ten minutes.
 bench-scale: $(VENV)/.ready
 	$(BIN)/python -m bench.scale
+
+# calibrate and evaluate on 2M tokens of hidden size 7168 in 8 GB: half an hour, up to 110 GB in the temporary folder.
+bench-wide: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.wide
 
 # The command plan on the statistics of a 1T model, every criterion of the routed tier.
 bench-planning: $(VENV)/.ready

@@ -122,31 +122,47 @@ def qwen3_moe(size: int, shard: int = 1 << 30) -> Blueprint:
 
     The vocabulary is cut so that, as in the whole model, about 2 % of a few layers are not layers.
     """
-    hidden, experts, intermediate = 2048, 128, 768
     config = QWEN | {"vocab_size": 8192}
-    vocabulary: Tensor = ("BF16", (8192, hidden))
+    vocabulary = nbytes(("BF16", (8192, config["hidden_size"])))
+    layers = max(1, (size - 2 * vocabulary) // sum(map(nbytes, _qwen_layer(config, 0).values())))
+    return _qwen(config | {"num_hidden_layers": layers}, shard)
 
-    def one(number: int) -> dict[str, Tensor]:
-        prefix = f"model.layers.{number}"
-        shapes = {"self_attn.q_proj": (4096, hidden), "self_attn.k_proj": (512, hidden)}
-        shapes |= {"self_attn.v_proj": (512, hidden), "self_attn.o_proj": (hidden, 4096)}
-        for expert in range(experts):
-            inner = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden)}
-            inner |= {"down_proj": (hidden, intermediate)}
-            shapes |= {f"mlp.experts.{expert}.{name}": shape for name, shape in inner.items()}
-        vectors = {"self_attn.q_norm": (128,), "self_attn.k_norm": (128,)}
-        vectors |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
-        every = {**shapes, "mlp.gate": (experts, hidden), **vectors}
-        return {f"{prefix}.{name}.weight": ("BF16", shape) for name, shape in every.items()}
 
-    layers = max(1, (size - 2 * nbytes(vocabulary)) // sum(map(nbytes, one(0).values())))
+def wide(layers: int) -> Blueprint:
+    """Qwen3-MoE's form with the hidden size of the largest models and little else: a token is dear to hold, and cheap
+    to compute."""
+    small = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    small |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "vocab_size": 256}
+    return _qwen(QWEN | {**small, "hidden_size": HIDDEN, "num_hidden_layers": layers}, 1 << 30)
+
+
+def _qwen(config: dict[str, Any], shard: int) -> Blueprint:
+    """A model of these sizes in BF16, in shards of about `shard` bytes."""
+    vocabulary: Tensor = ("BF16", (config["vocab_size"], config["hidden_size"]))
     tensors: dict[str, Tensor] = {"model.embed_tokens.weight": vocabulary}
-    for number in range(layers):
-        tensors |= one(number)
-    tensors |= {"model.norm.weight": ("BF16", (hidden,)), "lm_head.weight": vocabulary}
+    for number in range(config["num_hidden_layers"]):
+        tensors |= _qwen_layer(config, number)
+    tensors |= {"model.norm.weight": ("BF16", (config["hidden_size"],)), "lm_head.weight": vocabulary}
     parts = split(tensors.items(), shard // 2)
     names = (f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1))
-    return Blueprint(config | {"num_hidden_layers": layers}, dict(zip(names, parts, strict=True)))
+    return Blueprint(config, dict(zip(names, parts, strict=True)))
+
+
+def _qwen_layer(config: dict[str, Any], number: int) -> dict[str, Tensor]:
+    hidden, head, experts = config["hidden_size"], config["head_dim"], config["num_experts"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    intermediate = config["moe_intermediate_size"]
+    prefix = f"model.layers.{number}"
+    shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden)}
+    shapes |= {"self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries)}
+    for expert in range(experts):
+        inner = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden)}
+        inner |= {"down_proj": (hidden, intermediate)}
+        shapes |= {f"mlp.experts.{expert}.{name}": shape for name, shape in inner.items()}
+    vectors = {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
+    vectors |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    every = {**shapes, "mlp.gate": (experts, hidden), **vectors}
+    return {f"{prefix}.{name}.weight": ("BF16", shape) for name, shape in every.items()}
 
 
 def split(tensors: Iterable[tuple[str, Tensor]], elements: int) -> list[dict[str, Tensor]]:
@@ -201,6 +217,19 @@ def random_pieces(size: int, seed: int) -> Iterator[bytes]:
     random = np.random.default_rng(seed)
     for start in range(0, size, CHUNK):
         yield random.bytes(min(CHUNK, size - start))
+
+
+def numbers(folder: Path) -> None:
+    """Make of random bytes small finite bfloat16 numbers."""
+    import numpy as np
+
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            values = np.memmap(path, np.uint16, "r+", start)
+            values &= 0x80FF
+            values |= 0x3C00
+            values.flush()
 
 
 def half_plan(blueprint: Blueprint) -> dict[str, Any]:

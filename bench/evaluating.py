@@ -68,17 +68,6 @@ def read_bytes() -> int:
     return int(lines["read_bytes"])
 
 
-def numbers(folder: Path) -> None:
-    """Make of random bytes small finite bfloat16 numbers."""
-    for path in folder.glob("*.safetensors"):
-        with path.open("r+b") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            values = np.memmap(path, np.uint16, "r+", start)
-            values &= 0x80FF
-            values |= 0x3C00
-            values.flush()
-
-
 def lines_of(kind: str, rounds: int, run: Callable[[int], Measured]) -> list[dict[str, object]]:
     """A line for each number of plans, medians of rounds in turn."""
     found: dict[int, list[Measured]] = {number: [] for number in PLANS}
@@ -116,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as work:
         blueprint = checkpoints.qwen3_moe(int(given.size * 1e9))
         folder = checkpoints.write(Path(work) / "model", blueprint, seed=0)
-        numbers(folder)
+        checkpoints.numbers(folder)
         ids = torch.from_numpy(np.random.default_rng(0).integers(0, 8192, (1, given.few)))
         few = TokenData((Batch("d", ids),), {})
 

@@ -48,6 +48,7 @@ HELD_LOGITS = 6  # of them, that are held at the same time; assumed
 BACKWARD = 4  # forward passes that the gradient tier is worth: one, and one with its backward pass; assumed
 PRUNING = 150 << 20  # bytes of memory that `prune` takes, whatever the model; assumed
 WORKING = 6  # copies of an expert in training: weights, gradients, Adam's two, the best, those that it had; assumed
+STATES = "hidden states"
 REPLAYED = 512  # tokens of a domain that tier replay runs all experts on, where nobody says how many
 
 
@@ -92,7 +93,7 @@ class Job:
         sums = [self.sums(layer) for layer in self.model.layers if layer.experts]
         inputs = len(self.model.layers) * self.hidden if "gradient" in tiers else 0
         working = [
-            Part("hidden states", self.hidden + 8 * self.asked.tokens, "counted"),
+            Part(STATES, self.hidden + 8 * self.asked.tokens, "counted"),
             *([Part("inputs of all layers, or --spill", inputs, "counted")] if inputs else []),
         ]
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
@@ -104,7 +105,7 @@ class Job:
         model, shapes, plans = self.model, self.model.shapes, self.asked.plans
         cut = [Part("a layer cut to a plan", self.kept * self.largest.weights * model.itemsize, "counted")]
         logits = shapes.sequence * model.vocabulary * 4
-        working = [Part("hidden states", (1 + plans) * self.hidden + 8 * self.asked.tokens, "counted")]
+        working = [Part(STATES, (1 + plans) * self.hidden + 8 * self.asked.tokens, "counted")]
         device = [
             *(cut if plans else []),
             Part("logits of a batch", HELD_LOGITS * logits, "assumed"),
@@ -158,7 +159,7 @@ class Job:
         count = max(kept.values()) * shapes.inner
         rows = asked.tokens * shapes.top_k
         working = [
-            Part("hidden states", (2 + share) * self.hidden + 8 * asked.tokens, "counted"),
+            Part(STATES, (2 + share) * self.hidden + 8 * asked.tokens, "counted"),
             Part("rows of a layer", row_bytes(asked.tokens, shapes.hidden, size), "counted"),
             Part("copies of the down projections", 4 * (1 + FACTORS) * count * shapes.hidden, "counted"),
         ]
@@ -254,6 +255,9 @@ class Job:
         movable = sum(part.value for part in working)
         spilled = min(movable, memory.value - room)
         notes = [f"{sized(memory.value)} are more than the {sized(room)} there are: hidden states go to a file"]
+        states = sum(part.value for part in working if part.name == STATES)
+        if states:
+            notes.append(f"where the disk has up to {sized(2 * states)} more, a run that is stopped goes on from there")
         if memory.value - movable > room:
             notes.append("layers are too large for it: allow more" if whole else "a layer is run in groups of experts")
         place, groups = Path(tempfile.gettempdir()), 1

@@ -30,12 +30,12 @@ from moekern.files import sized
 from moekern.model.apart import Filled, RowsApart
 from moekern.model.budget import budget_of, least
 from moekern.model.compute import Compute, check_device
-from moekern.model.expert_groups import ExpertGroups, Takes
+from moekern.model.expert_groups import ExpertGroups, Takes, less_work
 from moekern.model.filling import Filler, worth_it
 from moekern.model.finite import NotFinite, blamed_outside, blamed_weight, expert_list, out_of_range
 from moekern.model.journal import ANEW, Stage, undamaged
 from moekern.model.layer_lists import layer_index
-from moekern.model.memory import drop, hand_over, return_freed_memory
+from moekern.model.memory import bound_code, drop, hand_over, return_freed_memory
 from moekern.model.pinned import blocks_for
 from moekern.model.position import Position
 from moekern.model.reader import LayerReader
@@ -352,6 +352,7 @@ def open_layerwise(
     cannot build or fill it."""
     check_device(compute.device)
     budget = least(team.every_on_node(budget_of(compute)))  # ranks of a node read the same groups of experts
+    bound_code((budget.host - less_work(budget.host)) // 4)
     if layout.family.only_pruned:
         raise InputError(f"{checkpoint.folder}: {layout.family.name} cannot be run: {layout.family.only_pruned}")
     loader = open_loader(

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.errors import InputError
+from moekern.errors import InputError, memory_for
+from moekern.model.memory import pages
 from moekern.model.pinned import ALIGNMENT, Blocks
 
 Path = tuple[Any, ...]  # of a tensor in nested arguments
 CPU = torch.device("cpu")
 FILE = "the file of hidden states"
+LARGE = 1 << 18  # bytes of a tensor that gets pages of its own; a process may have some 65,000 such areas
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ class States:
             assert self.blocks is not None
             self.held[name], self.marks[name] = held, self.blocks.mark()
             return
-        own = State(_here(state.hidden), {path: _here(value) for path, value in state.beside.items()})
-        if self.memory is None or self.size + own.nbytes <= self.memory:
-            self.held[name] = State(_own(own.hidden), {path: _own(value) for path, value in own.beside.items()})
-            self.loose += own.nbytes
+        if self.memory is None or self.size + state.nbytes <= self.memory:
+            with memory_for("hidden states", "give more (--memory), or less text (--tokens)"):
+                self.held[name] = State(_own(state.hidden), {path: _own(value) for path, value in state.beside.items()})
+            self.loose += state.nbytes
             return
+        own = State(_here(state.hidden), {path: _here(value) for path, value in state.beside.items()})
         slot = self.slots.get(name)
         room = slot.room if slot is not None and len(slot.room) >= own.nbytes else self._more(own.nbytes)
         start, places = room.start, []
@@ -213,8 +216,12 @@ def _here(value: Tensor) -> Tensor:
 
 
 def _own(value: Tensor) -> Tensor:
-    """The same in memory of its own: a part of something larger must not keep it all."""
-    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    """The same in memory of its own: a part of something larger must not keep it all, and what waits for long between
+    what comes and goes would leave holes in the heap, of twice its size."""
+    if value.nbytes < LARGE:
+        own = _here(value)
+        return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own
+    return pages(value.nbytes).view(value.dtype).view(value.shape).copy_(value.detach())
 
 
 def read_tensor(file: int, start: int, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:

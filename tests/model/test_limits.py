@@ -13,12 +13,7 @@ import pytest
 
 from tests.helpers import large
 
-TIDY = {  # the limit counts address space: holes of the heap too, and code that is kept for each shape of product
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(128 << 10),
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
-    "LRU_CACHE_CAPACITY": "32",  # torch's own, of the same
-}
+TIDY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # the limit counts holes of the heap too
 SIZES = {"0.3GB": (32, 300), "0.6GB": (64, 500)}  # of a layer: its experts, and the limit in MiB
 
 
