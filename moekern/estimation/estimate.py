@@ -28,7 +28,7 @@ from moekern.model.sizes import Size
 from moekern.router import kept_count
 from moekern.statistics.layer import HALVES, LayerStatistics
 
-AT_ONCE = frozenset({"outliers", "replay", "gradient"})  # tiers that need all of the text (`measurement.tiers.at_once`)
+AT_ONCE = frozenset({"outliers", "gradient"})  # tiers that need all of the text (`tiers.not_by_segments`)
 COPIES = 2  # of a layer's parameters: experts are stacked, then gate and up are joined; assumed
 CONVERTED = 0.8  # of a layer's experts, that is held beside them while they are stacked and joined; measured
 TOUCHED = 20  # times that norms, residuals and rotations write a layer's hidden states; assumed
