@@ -276,8 +276,9 @@ def test_weights_are_read_once_a_node(tmp_path: Path) -> None:
     assert read == [whole, 0, whole, 0]
 
 
-def test_parts_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
-    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--part", "2/2", "--tier", "dimensions", "--tier", "replay"]
+@pytest.mark.parametrize("tier", ["replay", pytest.param("gradient", marks=pytest.mark.whole)])
+def test_parts_of_several_processes_are_those_of_one(tmp_path: Path, tier: str) -> None:
+    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--part", "2/2", "--tier", "dimensions", "--tier", tier]
     for size in (1, 2):
         well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s"))
     assert (tmp_path / "1.s").read_bytes() == (tmp_path / "2.s").read_bytes()
