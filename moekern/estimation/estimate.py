@@ -87,7 +87,12 @@ class Job:
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
         groups = 1 if AT_ONCE & set(tiers) else SEGMENTS * self.asked.domains
         statistics = Figure((Part("statistics", sum(sums), "counted"),))
-        return self.stage("calibrate", passes, more, working, device, statistics, most=groups)
+        found = self.stage("calibrate", passes, more, working, device, statistics, most=groups)
+        if "gradient" not in tiers:
+            return found
+        kept = sized(4 * sum(layer.routed for layer in self.model.layers))
+        note = f"with --part, gradients of each segment take {kept} of the disk until all parts are merged"
+        return replace(found, notes=(*found.notes, note))
 
     def evaluate(self) -> Stage:
         model, shapes, plans = self.model, self.model.shapes, self.asked.plans
