@@ -28,6 +28,8 @@ from moekern.checkpoint.folder import Checkpoint, open_checkpoint
 from moekern.data.batches import Segment, TokenData
 from moekern.data.text import check_data
 from moekern.errors import InputError, NoRoomForText, check_type
+from moekern.measurement.batch import BatchContext
+from moekern.measurement.gradient_parts import bytes_of, check_room, kept_of
 from moekern.measurement.gradients import STAGES, check_gradients, measure_gradients
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import CountingRecorder, OutlierRecorder, Recorder
@@ -35,7 +37,7 @@ from moekern.measurement.replay import Replay
 from moekern.measurement.tiers import TABLE, backends_of, wanted_tiers
 from moekern.measurement.weights import weigh_layer
 from moekern.model.compute import Compute
-from moekern.model.journal import Journal, Resume, opened, undamaged
+from moekern.model.journal import ANEW, Journal, Resume, opened, undamaged
 from moekern.model.layerwise import LayerwiseModel, open_layerwise
 from moekern.model.position import text_key
 from moekern.model.precision import settled
@@ -43,8 +45,8 @@ from moekern.model.state_folder import removed
 from moekern.statistics.file import Statistics
 from moekern.statistics.header import Source, make_header
 from moekern.statistics.layer import TIERS
-from moekern.statistics.parts import load_part
-from moekern.statistics.store import HeldStore, Store, file_store, statistics_of
+from moekern.statistics.parts import load_part, open_part
+from moekern.statistics.store import FileStore, HeldStore, Store, file_store, statistics_of
 from moekern.team import Part
 from moekern.version import versions
 
@@ -105,6 +107,8 @@ def calibrate(
     layout, out = find_layout(checkpoint), None if out is None else Path(out)
     compute = settled(compute, checkpoint, layout)
     check_tiers_of(wanted, part, first)
+    if part is not None and "gradient" in wanted and out is None:
+        raise InputError("calibrate: a part keeps the gradients of its segments in a file; name one as out")
     if first is not None:
         check_same(first, Statistics.load(first), checkpoint, data, compute, ["dimensions"], then=OTHER)
     measure = partial(measure_once, checkpoint, data, compute, wanted, replay_tokens, layout=layout, first=first)
@@ -128,9 +132,11 @@ def calibrate(
         step: Progress = lambda done, total: progress(before * total + done, of * total)  # noqa: E731
         measure(out=path, resume=own, part=group, progress=step)
 
-    check: Callable[[Path], None] = lambda path: check_same(  # noqa: E731
-        path, load_part(path), checkpoint, data, compute, wanted, exactly=True
-    )
+    def check(path: Path) -> None:
+        check_same(path, load_part(path), checkpoint, data, compute, wanted, exactly=True)
+        if open_part(path).options != _options(wanted, replay_tokens):
+            raise InputError(f"{path}: measured with another --replay-tokens; give the same again, or {ANEW}")
+
     statistics = measured_in_groups(groups, out, compute.spill, group_to, check)
     for key in statistics.layers:
         told(Statistics(statistics.header, {key: statistics.layers[key]}))
@@ -164,7 +170,10 @@ def measure_once(
     units: Sequence[Segment] | None = None
     if part is not None:
         share = share_of(data.by_chunk(), part)
-        header, units = header_of_part(header, part, share), list(kept_apart(share).values())
+        header, units = (
+            header_of_part(header, part, share, _options(tiers, replay_tokens)),
+            list(kept_apart(share).values()),
+        )
     job = Job(checkpoint, layout, data, compute, tiers, replay_tokens, progress, tell, units, first)
     if out is not None:
         files.check_new(out)
@@ -205,8 +214,16 @@ class Job:
         """Measure every tier into `store`, or what a stopped run has left to do."""
         with open_layerwise(self.checkpoint, self.layout, self.compute, self.compute.team) as layerwise:
             if "gradient" in self.tiers:
-                check_gradients(layerwise, self.data)
+                check_gradients(layerwise, self.data, self.units)
             step = self._steps(layerwise)
+            if isinstance(store, FileStore) and self.units is not None and "gradient" in self.tiers:
+                store.gradients = kept_of(layerwise)
+                taken = bytes_of(store.gradients, len(self.units))
+                if journal is None or journal.found is None:
+                    check_room(store.path, taken, len(self.units))
+                layerwise.notes.append(
+                    f"gradients of {len(self.units)} segments take {files.sized(taken)} of {store.path}"
+                )
             if journal is not None and journal.found is not None:
                 with undamaged(journal.folder):
                     store.take_up(journal.found.kept["store"])
@@ -217,7 +234,10 @@ class Job:
                     kind(self, layerwise, store, step).run(stage)
             if "gradient" in self.tiers:
                 kept = lambda: {"steps": step.done, "store": store.kept()}  # noqa: E731
-                measure_gradients(layerwise, self.data, store.add, step=step, journal=journal, kept=kept)
+                keep = None if self.units is None else store.keep
+                measure_gradients(
+                    layerwise, self.data, store.add, units=self.units, keep=keep, step=step, journal=journal, kept=kept
+                )
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -233,14 +253,13 @@ class Job:
         """All that decides the bits of what is measured, in words for people."""
         share = {} if part is None else {"--part": str(part)}
         share |= {} if self.first is None else {"--first": files.sha256(self.first)}
-        sample = {"--replay-tokens": self.replay_tokens} if "replay" in self.tiers else {}
         (run,) = header["runs"]
         return {
             "model": header["fingerprint"],
             "config.json": self.checkpoint.config_sha256,
             "text": {**text_key(self.data.by_chunk()), "recipe": run["data"]},
             "--tier": " ".join(self.tiers),
-            **sample,
+            **_options(self.tiers, self.replay_tokens),
             **share,
             "--dtype": run["dtype"],
             "--device": self.compute.place.type,
@@ -285,6 +304,8 @@ class _FirstPass(MeasuringPass):
 
     def started(self) -> None:
         super().started()
+        if self.replay is not None:
+            self.replay.forget()
         self.store.expect(self.layerwise.embedding_size, -(-self.layerwise.vocab_size // 64))
 
     def loaded(self, layer: int) -> None:
@@ -300,15 +321,15 @@ class _FirstPass(MeasuringPass):
         if self.replay is not None:
             self.open.enter_context(self.replay.watching(probes))
 
-    def unite(self, key: str) -> None:
-        super().unite(key)
+    def through_segment(self, layer: int, context: BatchContext) -> None:
         if self.replay is not None:
-            self.replay.join(key, self.team.gather(self.replay.leave(key)), self.layerwise.device)
+            key = self.keys[layer]
+            self.replay.finish(key, self.recorder.held(key, context))
 
-    def united(self, key: str) -> None:
+    def conclude(self, layer: int) -> None:
         if self.replay is not None:
-            for domain, sums in self.recorder.unite(key).items():
-                self.replay.finish(key, domain, sums)
+            self.replay.check_alike(self.keys[layer])
+        super().conclude(layer)
 
     def kept(self) -> dict[str, Any]:
         return {**super().kept(), "store": self.store.kept()}
@@ -349,6 +370,11 @@ class _SecondPass(MeasuringPass):
     def finished(self, key: str, sums: Sums) -> None:
         for domain, s in sums.items():
             self.store.add(key, domain, {"outlier_sum": s.outlier_sum.cpu()})
+
+
+def _options(tiers: Collection[str], replay_tokens: int) -> dict[str, Any]:
+    """What decides the bits of statistics and does not stand in their header."""
+    return {"--replay-tokens": replay_tokens} if "replay" in tiers else {}
 
 
 def _header(

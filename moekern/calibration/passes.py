@@ -13,7 +13,7 @@ from moekern.data.batches import Batch, Segment, TokenData, dealt
 from moekern.measurement.batch import BatchContext, InFlight
 from moekern.measurement.probe import Probe
 from moekern.measurement.recorder import Recorder, gathered
-from moekern.measurement.replay import sample
+from moekern.measurement.replay import sample, sampled
 from moekern.measurement.watch import watching
 from moekern.model.compute import few_tokens
 from moekern.model.journal import Stage
@@ -124,6 +124,8 @@ class MeasuringPass(Pass[Task]):
             self.through += B * S
             runs = self.layerwise.visits(layer) * (2 if layer in self.twice else 1)
             self.step.within(self.through / (self.tokens * runs))
+            if layer in self.keys and number == unit.chunks[-1]:
+                self.through_segment(layer, context)
 
     def loaded(self, layer: int) -> None:
         self.step.within(0)
@@ -149,13 +151,14 @@ class MeasuringPass(Pass[Task]):
         self.through = 0
         self.step()
 
+    def through_segment(self, layer: int, context: BatchContext) -> None:
+        """The last batch of a segment, whose context this is, has left a layer with experts."""
+
     def conclude(self, layer: int) -> None:
         """All tasks have gone through a layer with experts, which are still watched: its sums are added up."""
         key = self.keys[layer]
         if self.team.size > 1:
             self.unite(key)
-        if self.team.first:
-            self.united(key)
         self.open.close()
         if self.team.first:
             self.finished(key, self.taken(layer))
@@ -165,9 +168,6 @@ class MeasuringPass(Pass[Task]):
         """Rank 0 gets what all ranks have measured of a layer, a segment at a time and in order; the others lose it."""
         names = ((unit.domain, unit.number) for unit in self.units)
         gathered(self.recorder, key, self.team, dict(zip(names, self.owners, strict=True)), self.layerwise.device)
-
-    def united(self, key: str) -> None:
-        """Rank 0 has what all ranks have measured of a layer, which nothing has looked at yet."""
 
     def taken(self, layer: int) -> Sums:
         """The sums of a layer whose weights are there; see `Recorder.take`."""
@@ -186,10 +186,11 @@ class MeasuringPass(Pass[Task]):
 
 
 def samples(data: TokenData, size: int) -> dict[int, Tensor]:
-    """Batch number -> flat positions of its tokens that are replayed, `size` for each domain."""
+    """Chunk's number -> flat positions of its tokens that are replayed, `size` for each domain."""
     found: dict[int, Tensor] = {}
     for domain in data.tokens:
-        numbers = [number for number, batch in enumerate(data.batches) if batch.domain == domain]
+        units = [unit for unit in data.units() if unit.domain == domain]
+        numbers = [chunk for i in sampled([unit.tokens for unit in units], size) for chunk in units[i].chunks]
         rows = sample([data.batches[number].input_ids.numel() for number in numbers], size)
         found |= dict(zip(numbers, rows, strict=True))
     return found

@@ -12,7 +12,7 @@ import torch
 from moekern.checkpoint.folder import Checkpoint
 from moekern.data.batches import Segment, TokenData, dealt
 from moekern.errors import InputError
-from moekern.measurement.tiers import TABLE, at_once, backends_of
+from moekern.measurement.tiers import TABLE, backends_of, not_by_segments
 from moekern.model.compute import Compute
 from moekern.model.products import library_of
 from moekern.statistics.parts import part_header
@@ -25,7 +25,9 @@ def check_tiers_of(tiers: Collection[str], part: Part | None, first: Path | None
     that nothing is counted by."""
     if first is not None and (part is None or "outliers" not in tiers):
         raise InputError(f"--first {first}: parts of the tier outliers are counted by it; give --part and that tier")
-    for tier in at_once(tiers) if part is not None else ():
+    for tier in not_by_segments(tiers) if part is not None else ():
+        if TABLE[tier].by == "backward":  # G of its segments is kept in the part's file
+            continue
         if (of_two := TABLE[tier].by == "second pass") and first is not None:
             continue
         then = "give as --first what parts of the tier dimensions, merged, have measured" if of_two else "leave it out"
@@ -90,7 +92,9 @@ def kept_apart(units: Sequence[Segment]) -> dict[str, Segment]:
     return {name: replace(u, domain=name, number=0) for u in units for name in (f"{u.domain}/{u.number}",)}
 
 
-def header_of_part(header: Mapping[str, Any], part: Part, units: Sequence[Segment]) -> dict[str, Any]:
-    """The header of a part's file, from that of the whole calibration."""
+def header_of_part(
+    header: Mapping[str, Any], part: Part, units: Sequence[Segment], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The header of a part's file, from that of the whole calibration, which does not name these `options`."""
     segments = {name: (u.domain, u.number) for name, u in zip(kept_apart(units), units, strict=True)}
-    return part_header(header, part, segments, {name: u.tokens for name, u in kept_apart(units).items()})
+    return part_header(header, part, segments, options, {name: u.tokens for name, u in kept_apart(units).items()})

@@ -19,7 +19,7 @@ from moekern.calibration.sharing import share_of
 from moekern.data.batches import TokenData, loads
 from moekern.errors import InputError, NoRoomForText
 from moekern.files import is_folder, is_plain, remove_left, scratch, state_path, temporary_path, work_path, working
-from moekern.measurement.tiers import at_once
+from moekern.measurement.tiers import not_by_segments
 from moekern.model.state_folder import clean_up, removed
 from moekern.statistics.file import Statistics
 from moekern.statistics.parts import merge_parts, open_part
@@ -35,7 +35,7 @@ def divided(data: TokenData, found: NoRoomForText, tiers: Collection[str], ranks
     Raises InputError where a segment has more, and for a tier that needs all of the text at once.
     """
     whole = data.by_chunk()
-    for tier in at_once(tiers):
+    for tier in not_by_segments(tiers):
         raise InputError(f"{found}; without --tier {tier} it would be measured in groups of text", found.kind)
     for most in (found.tokens - found.tokens // SPARE, found.tokens):
         for number in range(2, len(whole.units()) + 1):

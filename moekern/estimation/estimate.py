@@ -39,7 +39,7 @@ from moekern.model.sizes import Size
 from moekern.router import kept_count
 from moekern.statistics.layer import HALVES, LayerStatistics
 
-AT_ONCE = frozenset({"outliers", "replay", "gradient"})  # tiers that need all of the text (`measurement.tiers.at_once`)
+AT_ONCE = frozenset({"outliers", "gradient"})  # tiers that need all of the text (`tiers.not_by_segments`)
 COPIES = 2  # of a layer's parameters: experts are stacked, then gate and up are joined; assumed
 CONVERTED = 0.8  # of a layer's experts, that is held beside them while they are stacked and joined; measured
 TOUCHED = 20  # times that norms, residuals and rotations write a layer's hidden states; assumed
@@ -99,7 +99,12 @@ class Job:
         device = [Part("sums of a layer", max(sums), "counted"), Part("activations", self.activations(), "assumed")]
         groups = 1 if AT_ONCE & set(tiers) else SEGMENTS * self.asked.domains
         statistics = Figure((Part("statistics", sum(sums), "counted"),))
-        return self.stage("calibrate", passes, more, working, device, statistics, most=groups)
+        found = self.stage("calibrate", passes, more, working, device, statistics, most=groups)
+        if "gradient" not in tiers:
+            return found
+        kept = sized(4 * sum(layer.routed for layer in self.model.layers))
+        note = f"with --part, gradients of each segment take {kept} of the disk until all parts are merged"
+        return replace(found, notes=(*found.notes, note))
 
     def evaluate(self) -> Stage:
         model, shapes, plans = self.model, self.model.shapes, self.asked.plans

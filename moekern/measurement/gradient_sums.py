@@ -34,7 +34,11 @@ class Shares:
     @classmethod
     def of(cls, data: TokenData, team: Team) -> Shares:
         """Of text in chunks."""
-        units = data.units()
+        return cls.of_units(data.units(), team)
+
+    @classmethod
+    def of_units(cls, units: Sequence[Segment], team: Team) -> Shares:
+        """Of some segments of such text."""
         return cls(team, list(zip(units, dealt([unit.tokens for unit in units], team.size), strict=True)))
 
     @property
@@ -61,9 +65,14 @@ class Totals:
     def of(self, experts: slice) -> Totals:
         return Totals([each[experts] for each in self.segment], [each[experts] for each in self.domain])
 
-    def add(self, shares: Shares, gradients: Callable[[int], Sequence[Tensor | None]]) -> None:
+    def add(
+        self,
+        shares: Shares,
+        gradients: Callable[[int], Sequence[Tensor | None]],
+        done: Callable[[Segment, list[Tensor]], None],
+    ) -> None:
         """The gradients of a domain's chunks, by number: those of a segment add up in order, and so do segments,
-        whichever process has each."""
+        whichever process has each. This process's own segments are `done` with their G."""
         team = shares.team
         for unit, owner in shares.segments:
             if owner != team.rank:
@@ -71,19 +80,18 @@ class Totals:
                     for total in _pieces(self.domain):
                         total += torch.from_numpy(team.receive(owner))
                 continue
-            alone = team.first and len(unit.chunks) == 1  # nothing is to be added up before
-            own = self.domain if alone else self.segment
-            for total in () if alone else own:
-                total.zero_()
-            for chunk in unit.chunks:
-                for total, gradient in zip(own, gradients(chunk), strict=True):
-                    if gradient is not None:
+            for number, chunk in enumerate(unit.chunks):
+                for total, gradient in zip(self.segment, gradients(chunk), strict=True):
+                    if number == 0:
+                        _put(total, gradient)
+                    elif gradient is not None:
                         add_to(total, gradient)
+            done(unit, self.segment)
             if not team.first:
-                for piece in _pieces(own):
+                for piece in _pieces(self.segment):
                     team.send(piece.numpy())
-            elif not alone:
-                for total, segment in zip(self.domain, own, strict=True):
+            else:
+                for total, segment in zip(self.domain, self.segment, strict=True):
                     add_to(total, segment)
 
 
@@ -93,8 +101,8 @@ def _pieces(totals: list[Tensor]) -> Iterator[Tensor]:
         yield from total.split(max(1, SENT // total[0].numel()))
 
 
-class GateSums:
-    """Sums of gates' gradients of a domain, [E] float64 for each segment."""
+class SegmentSums:
+    """Sums of a domain, [E] float64 for each segment."""
 
     def __init__(self, shares: Shares, E: int) -> None:
         self.shares = shares
@@ -102,15 +110,20 @@ class GateSums:
         self.sums = {unit.number: torch.zeros(E, dtype=torch.float64) for unit in own}
         self.unit_of = {chunk: unit.number for unit in own for chunk in unit.chunks}
 
-    def add(self, chunk: int, sums: Tensor) -> None:
-        self.sums[self.unit_of[chunk]] += sums
+    def add(self, chunk: int, sums: Tensor, experts: slice = slice(None)) -> None:
+        """Of one chunk, or of a segment of which this is one; of some `experts`."""
+        self.sums[self.unit_of[chunk]][experts] += sums
 
     def total(self) -> Tensor:
-        """Of all segments in their order, in the first of several processes; elsewhere nothing."""
+        """Of all segments, added up as `statistics.folding` has it, in the first of several processes; elsewhere 0."""
         found: dict[int, Tensor] = {}
         for each in self.shares.team.gather(self.sums):
             found |= each
-        return sum((found[number] for number in sorted(found)), torch.zeros((), dtype=torch.float64))
+        even, odd = (
+            sum((found[number] for number in sorted(found) if number % 2 == half), torch.zeros((), dtype=torch.float64))
+            for half in (0, 1)
+        )
+        return even + odd
 
 
 @dataclass(frozen=True)
@@ -165,14 +178,31 @@ def add_to(total: Tensor, gradient: Tensor) -> None:
         mine += theirs.to("cpu", torch.float32)
 
 
+def _put(total: Tensor, gradient: Tensor | None) -> None:
+    """total = gradient (None: 0), so that nothing has to be read before."""
+    if gradient is None:
+        total.zero_()
+    else:
+        total.copy_(gradient.view_as(total))
+
+
 def joint_fields(of_joint: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """The fields of a joint G of `count` domains, from its `functionals`."""
     names = ("gradient_norm", "gradient_cosine", "gradient_log_std", "gradient_outlier")
     return {"joint_gradients": torch.tensor([count]), **{f"joint_{n}": of_joint[f"{n}_sum"] for n in names}}
 
 
-def functionals(parts: list[Matrix], totals: list[Tensor]) -> dict[str, Tensor]:
-    """What the gradient tier holds of one G, without weights: totals are [E, rows, columns] float32."""
+def unknown(E: int) -> dict[str, Tensor]:
+    """The fields of G that are no sums, and of a joint one, where they are not known."""
+    vector, square, count = torch.zeros(E, dtype=torch.float64), torch.zeros(E, E, dtype=torch.float64), torch.zeros(1)
+    of = {"norm": vector, "cosine": square, "log_std": vector, "outlier": vector.long()}
+    own = {"gradients": count.long(), **{f"gradient_{name}_sum": value for name, value in of.items()}}
+    return own | joint_fields(own, 0)
+
+
+def functionals(axes: Sequence[int], totals: list[Tensor]) -> dict[str, Tensor]:
+    """What the gradient tier holds of one G, without weights: totals are [E, rows, columns] float32, and `axes` say
+    which of each one's last two is the hidden dimension."""
     E = len(totals[0])
     n = sum(total[0].numel() for total in totals)
     gram, total = torch.zeros(E, E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
@@ -190,7 +220,7 @@ def functionals(parts: list[Matrix], totals: list[Tensor]) -> dict[str, Tensor]:
         "gradients": torch.ones(1, dtype=torch.int64),
         "gradient_norm_sum": norm,
         "gradient_cosine_sum": gram * unit[:, None] * unit,
-        "gradient_log_std_sum": torch.stack([_log_std(parts, [total[e] for total in totals]) for e in range(E)]),
+        "gradient_log_std_sum": torch.stack([_log_std(axes, [total[e] for total in totals]) for e in range(E)]),
         "gradient_outlier_sum": outliers,
     }
 
@@ -218,16 +248,16 @@ def _dot(weight: Tensor, total: Tensor) -> Tensor:
     return sum(products[1:], products[0])
 
 
-def _log_std(parts: list[Matrix], mine: list[Tensor]) -> Tensor:
+def _log_std(axes: Sequence[int], mine: list[Tensor]) -> Tensor:
     """Sum over hidden dimensions of log std of the entries of one expert's G that belong to them.
 
     A dimension that never varies counts as the least normal number, as in eae.
     """
     count, total, square = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for part, G in zip(parts, mine, strict=True):
-        other = 1 - part.hidden_axis
+    for axis, G in zip(axes, mine, strict=True):
+        other = 1 - axis
         wide = G.double()
-        count += part.shape[other]
+        count += G.shape[other]
         total, square = total + wide.sum(other), square + wide.square().sum(other)
     variance = square / count - (total / count).square()
     return variance.clamp(min=torch.finfo(torch.float64).tiny).log().sum() / 2

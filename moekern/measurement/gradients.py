@@ -9,7 +9,7 @@ is taken of it too.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moekern.data.batches import Batch, TokenData
+from moekern.data.batches import Batch, Segment, TokenData
 from moekern.errors import InputError
 from moekern.files import scratch, sized
 from moekern.measurement.gradient_sums import (
-    GateSums,
     Matrix,
+    SegmentSums,
     Shares,
     Totals,
     accumulators,
@@ -33,6 +33,7 @@ from moekern.measurement.gradient_sums import (
     joint_fields,
     matrices,
     taylor,
+    unknown,
 )
 from moekern.model.backward import Backward, eager_experts
 from moekern.model.backward_apart import BackwardApart
@@ -44,6 +45,7 @@ from moekern.model.layerwise import LayerwiseModel
 from moekern.model.room import Need
 
 IN_MEMORY = 1 << 30  # bytes of one layer's G; more lie in a file that the system pages
+Keep = Callable[[str, str, list[Tensor]], None]  # layer key, segment's name and its G, a tensor for each matrix
 STAGES = ("gradients, forward", "gradients, backward")
 
 
@@ -52,6 +54,8 @@ def measure_gradients(
     data: TokenData,
     add: Callable[[str, str, Mapping[str, Tensor]], None],
     *,
+    units: Sequence[Segment] | None = None,
+    keep: Keep | None = None,
     in_memory: int = IN_MEMORY,
     step: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
@@ -61,7 +65,8 @@ def measure_gradients(
 
     A chunk of sequences is computed at a time, whatever the batches, and its gradients are added by segments. Of
     several processes each takes segments of its own, and the first adds up and is told. With a `journal` it goes on
-    where a stopped run was; `kept` is what must be known beside this pass.
+    where a stopped run was; `kept` is what must be known beside this pass. `units` are the segments of the text (None:
+    all). What is no sum itself is not taken of those of a part, each a domain of its own: their G goes to `keep`.
 
     Kept from the forward pass: the inputs of every decoder layer from the first MoE layer on, layers x tokens x H
     numbers of the model's dtype, in memory or in a file beyond the budget. Resident: one layer, its experts' gradients
@@ -82,7 +87,7 @@ def measure_gradients(
             raise InputError(f"--tier gradient: {name} does not predict the next token: {logits.shape[-1]} outputs")
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
-    shares = Shares.of(data, layerwise.team)
+    shares = Shares.of_units(data.units() if units is None else units, layerwise.team)
     with ExitStack() as stack:
         folder = stack.enter_context(scratch(layerwise.spill or tempfile.gettempdir(), "spill"))
         stack.enter_context(eager_experts(model))
@@ -99,15 +104,15 @@ def measure_gradients(
                     back.through(i, number, lambda: ())
             else:
                 E = layerwise.layout.layers[key].num_experts
-                for domain, found in _layer(back, i, shares, E, folder, in_memory):
+                for domain, found in _layer(back, i, shares, E, folder, in_memory, keep):
                     _check_finite(layerwise, i, domain, found)
                     add(key, domain, found)
             step()
 
 
-def check_gradients(layerwise: LayerwiseModel, data: TokenData) -> None:
+def check_gradients(layerwise: LayerwiseModel, data: TokenData, units: Sequence[Segment] | None = None) -> None:
     """Raise NoRoomForText where neither memory nor disk of a process has room for what waits beside the layers."""
-    own = set(Shares.of(data.by_chunk(), layerwise.team).own())
+    own = set(Shares.of_units(data.by_chunk().units() if units is None else units, layerwise.team).own())
     tokens = sum(batch.input_ids.numel() for number, batch in enumerate(data.by_chunk().batches) if number in own)
     inputs, size = len(layerwise.layers) - min(layerwise.moe_keys) + 1, layerwise.loader.dtype.itemsize
     nbytes = inputs * tokens * layerwise.embedding_size * size
@@ -127,14 +132,14 @@ def _check_finite(layerwise: LayerwiseModel, i: int, domain: str, found: Mapping
 
 
 def _layer(
-    back: Backward[Batch], i: int, shares: Shares, E: int, folder: Path, in_memory: int
+    back: Backward[Batch], i: int, shares: Shares, E: int, folder: Path, in_memory: int, keep: Keep | None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Domain -> the fields of its gradient tier, for one layer whose weights are in memory, or are filled in groups; of
     several processes in the first."""
     layerwise, first, domains = back.layerwise, shares.team.first, shares.domains
     H = layerwise.embedding_size
     parts = matrices(layerwise.layers[i], E, H)
-    several = len(domains) > 1
+    several, axes = len(domains) > 1 and keep is None, [part.hidden_axis for part in parts]
     names = ("segment", "domain", "joint")[: (2 + several) if first else 1]
     size = 4 * len(names) * sum(part.weight.numel() for part in parts)
     paged = folder if size > in_memory or i in layerwise.groups.cuts else None
@@ -151,12 +156,16 @@ def _layer(
                 fields = _gradients_of(back, i, share, parts, totals)
             else:
                 fields = _gradients_in_groups(apart, share, E, H, totals, last=domain == domains[-1])
-            if first:
-                found[domain] = functionals(parts, totals.domain) | fields
+            if first and keep is not None:
+                keep(layerwise.moe_keys[i], domain, totals.domain)
+                found[domain] = unknown(E) | fields
+            elif first:
+                found[domain] = functionals(axes, totals.domain) | fields
                 for total, own in zip(sums.get("joint", []), totals.domain, strict=False):
                     add_to(total, own)
-        if first:
-            joint = functionals(parts, sums["joint"]) if several else next(iter(found.values()))
+        united: dict[str, Tensor] = {}
+        if first and keep is None:
+            joint = functionals(axes, sums["joint"]) if several else next(iter(found.values()))
             united = joint_fields(joint, len(found))
     for domain, fields in found.items():
         yield domain, fields | united
@@ -168,7 +177,7 @@ def _gradients_of(
     """Add the gradients of a domain to `totals`, one for each of `parts`. The sums of G x weights and of gates'
     gradients [E] are returned."""
     layer, E = back.layerwise.layers[i], len(totals.segment[0])
-    gate_sums, weights = GateSums(shares, E), _leaves(parts)
+    gate_sums, products, weights = SegmentSums(shares, E), SegmentSums(shares, E), _leaves(parts)
 
     def gradients(chunk: int) -> list[Tensor | None]:
         with watching_gates(layer, E) as gates:
@@ -176,9 +185,8 @@ def _gradients_of(
         gate_sums.add(chunk, gates.per_expert(of_gates))
         return got
 
-    totals.add(shares, gradients)
-    products = taylor(parts, totals.domain) if shares.team.first else torch.empty(0)
-    return {"taylor_sum": products, "gate_gradient_sum": gate_sums.total()}
+    totals.add(shares, gradients, lambda unit, G: products.add(unit.chunks[0], taylor(parts, G)))
+    return {"taylor_sum": products.total(), "gate_gradient_sum": gate_sums.total()}
 
 
 def _gradients_in_groups(
@@ -186,32 +194,40 @@ def _gradients_in_groups(
 ) -> dict[str, Tensor]:
     """As `_gradients_of`, of a layer whose experts are filled a group at a time; `last`: of no domain after this."""
     layer, own = apart.back.layerwise.layers[apart.layer], shares.own()
-    gate_sums, products = GateSums(shares, E), torch.zeros(E, dtype=torch.float64)
+    gate_sums, products = SegmentSums(shares, E), SegmentSums(shares, E)
     for task in own:
         with watching_gates(layer, E) as gates:
             (got,) = apart.outputs(task, lambda: [gates.values])  # noqa: B023
         gate_sums.add(task, gates.per_expert(got))
     for experts, small in apart.groups(own, last=last):
-        some = slice(experts.start, experts.stop)
-        products[some] = _gradients_of_group(apart, small, shares, experts, H, totals.of(some))
+        _gradients_of_group(apart, small, shares, experts, H, totals, products)
     for task in own:  # by way of the experts, where gates multiply what these are given
         with watching_gates(layer, E) as gates:
             (got,) = apart.inputs(task, lambda: [gates.values])  # noqa: B023
         gate_sums.add(task, gates.per_expert(got))
-    return {"taylor_sum": products, "gate_gradient_sum": gate_sums.total()}
+    return {"taylor_sum": products.total(), "gate_gradient_sum": gate_sums.total()}
 
 
 def _gradients_of_group(
-    apart: BackwardApart[Batch], small: nn.Module, shares: Shares, experts: range, H: int, totals: Totals
-) -> Tensor:
-    """Add the gradients of some experts, which a layer holds, to their `totals`; their sums of G x weights.
+    apart: BackwardApart[Batch],
+    small: nn.Module,
+    shares: Shares,
+    experts: range,
+    H: int,
+    totals: Totals,
+    products: SegmentSums,
+) -> None:
+    """Add the gradients of some experts, which a layer holds, to their `totals`, and their sums of G x weights.
 
     No weight is known here any longer when the next group is filled.
     """
-    parts = matrices(small, len(experts), H)
+    parts, some = matrices(small, len(experts), H), slice(experts.start, experts.stop)
     weights = _leaves(parts)
-    totals.add(shares, lambda chunk: apart.weights(chunk, experts, small, weights))
-    return taylor(parts, totals.domain) if shares.team.first else torch.zeros(len(experts), dtype=torch.float64)
+    totals.of(some).add(
+        shares,
+        lambda chunk: apart.weights(chunk, experts, small, weights),
+        lambda unit, G: products.add(unit.chunks[0], taylor(parts, G), some),
+    )
 
 
 def _leaves(parts: list[Matrix]) -> list[Tensor]:

@@ -35,6 +35,7 @@ class Probe:
     logits: Tensor | None = None  # of the batch in flight, from the router's hook
     norm: tuple[Tensor, Tensor] | None = None  # input and output of the norm that ran last
     ids: Tensor | None = None  # [T, K] of the batch that ran last
+    gates: Tensor | None = None  # of the same, as they multiply its outputs
     choosing: bool = False  # raise Chosen instead of running experts
     differentiable: bool = False
     gain: Callable[[], Tensor] | None = None  # [E], as the layer holds it now
@@ -54,7 +55,7 @@ class Probe:
         norm, self.norm = self.norm, None
         if self.choosing:
             raise Chosen(ids, torch.ones_like(gates) if gates_applied else gates, num_experts, outputs, logits)
-        self.ids = ids
+        self.ids, self.gates = ids, torch.ones_like(gates) if gates_applied else gates
         context, backend = self.flight.context, self.recorder.backend
         if context is None:
             raise RuntimeError(f"layer {self.layer}: experts ran in no batch that was announced")

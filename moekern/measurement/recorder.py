@@ -94,6 +94,10 @@ class Recorder:
         """The layers that hold sums here."""
         return list(dict.fromkeys((*self.sums, *self.folds, *self.segments)))
 
+    def held(self, layer: str, context: BatchContext) -> LayerStatistics:
+        """The sums of the segment at work, to which a batch of this context was the last to be added."""
+        return self.segments[layer][context.domain, context.segment]
+
     def unite(self, layer: str) -> dict[str, LayerStatistics]:
         """Domain -> the sums of all segments. The domain that was measured last takes no more batches."""
         self._fold(layer)

@@ -1,12 +1,13 @@
 """A sample of tokens on which every expert of a layer is run, and on which its router chooses again without some.
 
-Inputs of the sampled tokens are kept while batches go through a layer. Then the model's own block is called on them,
-with experts masked as `model.masking` does, and left as soon as its router has chosen.
+Inputs of the sampled tokens are kept while the batches of a segment go through a layer. Then the model's own block is
+called on them, with experts masked as `model.masking` does, and left as soon as its router has chosen. So the sums of a
+segment are its own, whichever process has it, and add up as all others do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,11 @@ from moekern.model.compute import few_tokens
 from moekern.model.experts import experts_of
 from moekern.model.masking import masked_layer
 from moekern.model.transformers_api import Loader, router_modules
-from moekern.model.walk import moved
 from moekern.statistics.layer import LayerStatistics
 
 TILE = 1 << 25  # numbers of all experts' outputs that are held at a time
+TOGETHER = 128  # tokens of a segment that are replayed, where it has so many: of fewer, products take longer each
+FEW_TIES = 2  # tokens that may have been chosen for otherwise, however few there are
 
 
 def sample(tokens: Sequence[int], size: int) -> list[Tensor]:
@@ -42,21 +44,47 @@ def sample(tokens: Sequence[int], size: int) -> list[Tensor]:
     return rows
 
 
+def sampled(segments: Sequence[int], size: int) -> list[int]:
+    """Which segments, of so many tokens each, a sample of `size` is drawn from: evenly from all, as few as give each
+    TOGETHER tokens at least, or hold `size` at all."""
+    for count in range(max(1, min(size // TOGETHER, len(segments))), len(segments)):
+        found = [(2 * i + 1) * len(segments) // (2 * count) for i in range(count)]
+        if sum(segments[i] for i in found) >= size:
+            return found
+    return list(range(len(segments)))
+
+
 @dataclass(frozen=True)
 class Sample:
     """Tokens of one batch: what the block was called with for them, and the experts that were chosen."""
 
-    segment: int  # of its domain
     call: Any
     ids: Tensor
 
-    def moved(self, device: torch.device) -> Sample:
-        return Sample(self.segment, moved(self.call, device), self.ids.to(device))
+
+@dataclass
+class Totals:
+    """Of tokens' sums of gates: how many, Σ and Σ of their squares."""
+
+    count: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+    def add(self, ids: Tensor, gates: Tensor, E: int) -> None:
+        """Of [T, K] ids and gates."""
+        each = gates.double().where((ids >= 0) & (ids < E), 0).sum(1)
+        self.count += len(each)
+        self.sums = self.sums.to(each.device) + torch.stack((each.sum(), each @ each))
+
+    @property
+    def one_number(self) -> bool:
+        """Whether all are alike but for rounding."""
+        mean, square = (self.sums / max(1, self.count)).tolist()
+        return bool(square - mean**2 < (SPREAD * mean) ** 2)
 
 
 @dataclass
 class Replay:
-    """Samples of the layers that run: of each batch the tokens that its context names."""
+    """Samples of the segment at work, of each layer that runs: of each batch the tokens that its context names."""
 
     loader: Loader
     layout: Layout
@@ -64,7 +92,10 @@ class Replay:
     flight: InFlight
     backend: str | None = None
     probes: Mapping[str, Probe] = field(default_factory=dict)
-    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)  # in the order of the text
+    samples: dict[str, list[Sample]] = field(default_factory=dict)  # layer -> of the segment, in the order of the text
+    totals: Totals = field(default_factory=lambda: Totals())  # of gates, over all of the segment's tokens
+    asked: int = 0  # tokens of the layer for which the router was asked again
+    otherwise: int = 0  # those for which it chose otherwise
 
     def check(self) -> None:
         """Raise InputError, before anything is run, for a family that cannot be replayed."""
@@ -89,48 +120,40 @@ class Replay:
 
     def _keep(self, key: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            ids, context = self.probes[key].ids, self.flight.context
-            if context is not None and context.sample is not None and len(context.sample) and ids is not None:
-                rows = context.sample.to(ids.device)
+            probe, context = self.probes[key], self.flight.context
+            if context is None or probe.ids is None or probe.gates is None:
+                return
+            self.totals.add(probe.ids, probe.gates, self.layout.layers[key].num_experts)
+            if context.sample is not None and len(context.sample):
+                rows = context.sample.to(probe.ids.device)
                 call = _sliced((args, kwargs), context.shape, rows)
-                kept = self.samples.setdefault((key, context.domain), [])
-                kept.append(Sample(context.segment, call, ids[rows]))
+                self.samples.setdefault(key, []).append(Sample(call, probe.ids[rows]))
 
         return hook
 
-    def leave(self, key: str) -> dict[str, list[Sample]]:
-        """Domain -> what this process has sampled of a layer, on the CPU; it holds it no longer."""
-        found = {domain: kept for (layer, domain), kept in self.samples.items() if layer == key}
-        for domain in found:
-            del self.samples[key, domain]
-        return {domain: [each.moved(torch.device("cpu")) for each in kept] for domain, kept in found.items()}
+    def forget(self) -> None:
+        """Nothing has been seen yet."""
+        self.samples, self.totals, self.asked, self.otherwise = {}, Totals(), 0, 0
 
-    def join(self, key: str, parts: Iterable[Mapping[str, list[Sample]]], device: torch.device) -> None:
-        """As if all that other processes have sampled of a layer had been sampled here."""
-        for part in parts:
-            for domain, kept in part.items():
-                self.samples.setdefault((key, domain), []).extend(each.moved(device) for each in kept)
-        for (layer, _), kept in self.samples.items():
-            if layer == key:
-                kept.sort(key=lambda each: each.segment)  # each segment is of one process, in order
-
-    def finish(self, key: str, domain: str, sums: LayerStatistics) -> None:
-        """Add the replay of what was sampled of one domain in a layer, whose weights must be loaded."""
-        kept = self.samples.pop((key, domain), [])
+    def finish(self, key: str, sums: LayerStatistics) -> None:
+        """A segment has gone through a layer, whose weights must be there: add the replay of its sample to its sums."""
+        kept, totals, self.totals = self.samples.pop(key, []), self.totals, Totals()
         if not kept:
             return
-        call = _joined([each.call for each in kept])
-        chosen = self._choose(key, call)
-        seen = torch.cat([each.ids for each in kept])
-        # Products of another shape round differently, so a near tie may go the other way; a wrong call changes most.
+        call, seen = _joined([each.call for each in kept]), torch.cat([each.ids for each in kept])
+        with few_tokens(len(seen), seen.device):
+            chosen = self._choose(key, call)
         same = seen.shape == chosen.ids.shape and (seen.sort(1).values == chosen.ids.sort(1).values).all(1)
-        if not torch.as_tensor(same).sum() * 8 >= len(seen) * 7:
-            raise InputError(f"--tier replay: layer {key}: {self._name(key)} does not choose alike when asked again")
+        self.asked, self.otherwise = (
+            self.asked + len(seen),
+            self.otherwise + len(seen) - int(torch.as_tensor(same).sum()),
+        )
         E = sums.num_experts
         gates = _dense(chosen, E)
         scores = torch.zeros_like(gates) if chosen.logits is None else chosen.logits[:, :E].double().softmax(1)
         with few_tokens(0, gates.device):  # some experts have a token or two, on which the router is asked again
-            lost, refilled = self._deletions(key, call, chosen, gates)
+            lost = self._deletions(key, call, chosen, gates)
+            refilled = lost if totals.one_number else _with_frozen_gates(lost, chosen, gates)
             subsets = self._subsets(key, call, chosen, gates) if sums.subset_loss.numel() else None
         n, H = len(gates), sums.output_sum.shape[1]
         step = max(1, TILE // (E * H))
@@ -145,6 +168,14 @@ class Replay:
                 _add_deletions(y, chosen.ids[part].long(), own, own if refilled is lost else refilled[part], sums)
                 if subsets is not None:
                     _add_subsets(y, subsets[part], sums)
+
+    def check_alike(self, key: str) -> None:
+        """All segments of this process have gone through a layer. Raises InputError where its router, asked again, has
+        chosen otherwise for many tokens: products of another shape round differently, so a near tie may go the other
+        way, and of few tokens that says nothing; but a wrong call changes most."""
+        asked, otherwise, self.asked, self.otherwise = self.asked, self.otherwise, 0, 0
+        if otherwise > FEW_TIES + asked // 8:
+            raise InputError(f"--tier replay: layer {key}: {self._name(key)} does not choose alike when asked again")
 
     def _name(self, key: str) -> str:
         return type(block_of(key, self.layers[key], self.loader.model)).__name__
@@ -163,9 +194,8 @@ class Replay:
             probe.choosing = False
         raise InputError(f"--tier replay: layer {key}: {self._name(key)} calls its experts in a way that is not seen")
 
-    def _deletions(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, K, E]: by how much each token's gates fall when its k-th expert is dropped; 0 for an empty slot. And the
-        same with the gates of its other experts as they were, where gates do not sum to one number all the same."""
+    def _deletions(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> Tensor:
+        """[n, K, E]: by how much each token's gates fall when its k-th expert is dropped; 0 for an empty slot."""
         (n, K), E = chosen.ids.shape, gates.shape[1]
         lost = torch.zeros(n, K, E, dtype=torch.float64, device=gates.device)
         for e in range(E):
@@ -173,9 +203,7 @@ class Replay:
             if len(token):
                 again = self._choose(key, _sliced(call, (1, n), token), (e,))
                 lost[token, slot] = gates[token] - _dense(again, E, (e,))
-        total = gates.sum(1)
-        one_number = total.std(correction=0) < SPREAD * total.mean()
-        return lost, lost if one_number else _with_frozen_gates(lost, chosen, gates)
+        return lost
 
     def _subsets(self, key: str, call: Any, chosen: Chosen, gates: Tensor) -> Tensor:
         """[n, 2^E, E]: the same for every kept set, by its bits; sets that are too small lose all."""

@@ -57,6 +57,11 @@ def at_once(tiers: Collection[str]) -> tuple[str, ...]:
     return tuple(tier for tier in tiers if tier != "routed" and TABLE[tier].by not in ("batch", "weights"))
 
 
+def not_by_segments(tiers: Collection[str]) -> tuple[str, ...]:
+    """Those of which segments of one text, measured apart, do not add up to the whole."""
+    return tuple(tier for tier in at_once(tiers) if TABLE[tier].by != "replay")
+
+
 def backends_of(device: str, backend: str | None, tiers: Collection[str] = ()) -> dict[str, str]:
     """Op -> the backend that serves it, for the statistics' header. Raises InputError where it or the device is not."""
     check_device(device)

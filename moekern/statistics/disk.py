@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,16 +19,21 @@ from moekern import files
 from moekern.checkpoint.header import TensorEntry, read_shard
 from moekern.errors import InputError
 from moekern.layer_keys import natural
-from moekern.statistics.header import FORMAT, HEADER_KEY, read_header
+from moekern.statistics.header import FORMAT, HEADER_KEY, PART, read_header
 from moekern.statistics.layer import LayerStatistics, unmeasured
 
 DTYPES = {torch.int64: "I64", torch.float64: "F64"}
 NUMPY = {"I64": "<i8", "F64": "<f8"}
 BYTES = 8  # of a number of either type
+GRADIENT = re.compile(r"gradient\.([0-9])\.([01])")  # of a part's file: a matrix's number, its hidden axis
 WIDTH = 15  # digits of an offset or a length, with spaces before: the header's length is known before its numbers are
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(LayerStatistics)}
+_LISTS = tuple(name for name, f in FIELDS.items() if f.metadata["merge"] == "rows")
 
 Layers = Mapping[str, Mapping[str, LayerStatistics]]  # layer key -> domain -> sums
+
+
+Gradients = Mapping[str, Sequence[tuple[tuple[int, int, int], int]]]  # layer key -> shape, hidden axis of each matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +48,7 @@ class StoredLayer(Mapping[str, LayerStatistics]):
     numbers: Mapping[str, int]  # domain -> its number in the file
     entries: Mapping[str, Mapping[str, TensorEntry]]  # domain -> field -> where it is
     sizes: Mapping[str, LayerStatistics]  # domain -> fields on the meta device
+    gradients: Mapping[str, Mapping[str, TensorEntry]]  # domain -> G of a part's segment, float32 [E, rows, columns]
     checked: set[tuple[str, frozenset[str]]] = field(default_factory=set)  # domain and fields
 
     def __getitem__(self, domain: str) -> LayerStatistics:
@@ -141,9 +149,12 @@ def open_layers(path: Path) -> tuple[dict[str, Any], StoredLayers]:
     header = read_header(path, shard.metadata)
     domains: list[str] = header["domains"]
     found: dict[tuple[str, int], dict[str, TensorEntry]] = {}
+    gradients: dict[tuple[str, int], dict[str, TensorEntry]] = {}
     for entry in shard.tensors:
-        key, number, name = _parsed(path, entry.name, len(domains))
-        found.setdefault((key, number), {})[name] = entry
+        key, number, name = _parsed(path, entry.name, len(domains), PART in header)
+        (found if name in FIELDS else gradients).setdefault((key, number), {})[name] = entry
+        if name not in FIELDS and (entry.dtype != "F32" or len(entry.shape) != 3):
+            raise InputError(f"{path}: tensor {entry.name}: expected gradients, F32 [experts, rows, columns]")
     layers: dict[str, dict[int, dict[str, TensorEntry]]] = {}
     for key, number in sorted(found, key=lambda pair: (natural(pair[0]), pair[1])):
         layers.setdefault(key, {})[number] = found[key, number]
@@ -151,15 +162,15 @@ def open_layers(path: Path) -> tuple[dict[str, Any], StoredLayers]:
         raise InputError(f"{path}: no layers")
     place = path.absolute()  # whatever folder the process is in when it reads
     known: dict[Any, LayerStatistics] = {}
-    stored = {key: _layer(place, status, header, key, parts, known) for key, parts in layers.items()}
+    stored = {key: _layer(place, status, header, key, parts, known, gradients) for key, parts in layers.items()}
     return header, StoredLayers(place, status, stored)
 
 
-def _parsed(path: Path, name: str, domains: int) -> tuple[str, int, str]:
+def _parsed(path: Path, name: str, domains: int, part: bool) -> tuple[str, int, str]:
     """A tensor's name <layer>/<domain number>/<field>, in its parts."""
     key, _, rest = name.partition("/")
     number, _, what = rest.partition("/")
-    if what not in FIELDS or number not in map(str, range(domains)):
+    if (what not in FIELDS and not (part and GRADIENT.fullmatch(what))) or number not in map(str, range(domains)):
         raise InputError(
             f"{path}: tensor {name!r} is not <layer>/<domain number>/<field> with a known field and one of {domains} "
             "domains"
@@ -174,6 +185,7 @@ def _layer(
     key: str,
     parts: Mapping[int, dict[str, TensorEntry]],
     known: dict[Any, LayerStatistics],
+    gradients: Mapping[tuple[str, int], Mapping[str, TensorEntry]],
 ) -> StoredLayer:
     domains = header["domains"]
     sizes: dict[str, LayerStatistics] = {}
@@ -187,7 +199,8 @@ def _layer(
         raise InputError(f"{path}: {problem}")
     numbers = {domains[number]: number for number in parts}
     named = {domains[number]: entries for number, entries in parts.items()}
-    return StoredLayer(path, status, key, header["top_k"], numbers, named, sizes)
+    own = {domain: gradients.get((key, number), {}) for domain, number in numbers.items()}
+    return StoredLayer(path, status, key, header["top_k"], numbers, named, sizes, own)
 
 
 def _sizes(path: Path, key: str, number: int, entries: Mapping[str, TensorEntry]) -> LayerStatistics:
@@ -242,6 +255,7 @@ class StatisticsWriter:
     file: BinaryIO
     header: Mapping[str, Any]
     sizes: Layers
+    gradients: Gradients = field(default_factory=dict)  # of a part: kept of every domain, behind all else but lists
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
     start: int = 0  # of the data
@@ -257,6 +271,12 @@ class StatisticsWriter:
                 lists.append(TensorEntry(name, entry.dtype, (0, 0), "", 0, 0))
                 continue
             self.entries[name], at = entry, entry.stop
+        kept = [(key, domain) for key in sorted(self.gradients, key=natural) for domain in self.sizes[key]]
+        for key, domain in kept:
+            for number, (shape, axis) in enumerate(self.gradients[key]):
+                name = self._name(key, domain, f"gradient.{number}.{axis}")
+                self.entries[name] = entry = TensorEntry(name, "F32", shape, "", at, at + 4 * prod(shape))
+                at = entry.stop
         self.start = len(self._text([*self.entries.values(), *lists]))
         self.end = at
         if self.left is not None:
@@ -270,11 +290,7 @@ class StatisticsWriter:
         on the disk now."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        lists = [
-            (e.name, *e.shape)
-            for e in self.entries.values()
-            if FIELDS[e.name.rpartition("/")[2]].metadata["merge"] == "rows"
-        ]
+        lists = [(e.name, *e.shape) for e in self.entries.values() if e.name.rpartition("/")[2] in _LISTS]
         return {"written": sorted(self.written), "lists": lists}
 
     def _take_up(self, left: Mapping[str, Any]) -> None:
@@ -319,6 +335,15 @@ class StatisticsWriter:
             self.file.write(value.detach().cpu().contiguous().numpy().astype(NUMPY[entry.dtype], copy=False).data)
             self.written.add(name)
 
+    def keep(self, key: str, domain: str, totals: Sequence[Tensor]) -> None:
+        """G of one layer and domain, float32, an expert at a time."""
+        for (number, total), (_, axis) in zip(enumerate(totals), self.gradients[key], strict=True):
+            name = self._name(key, domain, f"gradient.{number}.{axis}")
+            self.file.seek(self.start + self.entries[name].start)
+            for own in total:
+                self.file.write(own.contiguous().numpy().astype("<f4", copy=False).data)
+            self.written.add(name)
+
     def read(self, key: str, domain: str) -> LayerStatistics:
         """What was written of one layer and domain; zeros for what was announced and is still to come."""
         prefix = self._name(key, domain, "")
@@ -329,7 +354,7 @@ class StatisticsWriter:
                 TensorEntry(name, e.dtype, e.shape, "", self.start + e.start, self.start + e.stop),
             )
             for name, e in self.entries.items()
-            if name.startswith(prefix)
+            if name.startswith(prefix) and name.removeprefix(prefix) in FIELDS
         }
         return LayerStatistics(**unmeasured(held), **held)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekern import files
 from moekern.errors import InputError
-from moekern.statistics.disk import Layers, StatisticsWriter
+from moekern.statistics.disk import Gradients, Layers, StatisticsWriter
 from moekern.statistics.file import Statistics
 from moekern.statistics.layer import HALVES, LayerStatistics
 
@@ -30,6 +30,9 @@ class Store(Protocol):
 
     def add(self, key: str, domain: str, values: Mapping[str, Tensor]) -> None:
         """Fields of a layer that was put before."""
+
+    def keep(self, key: str, domain: str, totals: Sequence[Tensor]) -> None:
+        """G of a segment of a part, float32 [E, rows, columns] for each matrix; see `StatisticsWriter`."""
 
     def layer(self, key: str) -> dict[str, LayerStatistics]:
         """Domain -> what was put."""
@@ -56,6 +59,9 @@ class HeldStore:
     def add(self, key: str, domain: str, values: Mapping[str, Tensor]) -> None:
         self.layers[key][domain] = replace(self.layers[key][domain], **values)
 
+    def keep(self, key: str, domain: str, totals: Sequence[Tensor]) -> None:
+        raise RuntimeError("gradients of a part are kept in a file")
+
     def layer(self, key: str) -> dict[str, LayerStatistics]:
         return dict(self.layers[key])
 
@@ -80,13 +86,14 @@ class FileStore:
     header: Mapping[str, Any]
     experts: Mapping[str, int]  # layer key -> E
     tiers: Collection[str]
+    gradients: Gradients = field(default_factory=dict)
     writer: StatisticsWriter | None = None
     expected: tuple[int, int] = (0, 0)
 
     def expect(self, hidden: int, words: int) -> None:
         self.expected = hidden, words
         with files.told(self.path):
-            self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words))
+            self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words), self.gradients)
 
     def put(self, key: str, sums: Mapping[str, LayerStatistics]) -> None:
         if self.writer is None or not self.writer.written:
@@ -103,6 +110,12 @@ class FileStore:
         self._check_there()
         self.writer.write(key, domain, values)
 
+    def keep(self, key: str, domain: str, totals: Sequence[Tensor]) -> None:
+        assert self.writer is not None
+        self._check_there()
+        with files.told(self.path):
+            self.writer.keep(key, domain, totals)
+
     def layer(self, key: str) -> dict[str, LayerStatistics]:
         assert self.writer is not None
         return {domain: self.writer.read(key, domain) for domain in self.header["domains"]}
@@ -114,7 +127,7 @@ class FileStore:
 
     def take_up(self, left: Any) -> None:
         hidden, words = self.expected = tuple(left["expected"])
-        self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words), left=left)
+        self.writer = StatisticsWriter(self.file, self.header, self._sizes(hidden, words), self.gradients, left=left)
 
     def _check_there(self) -> None:
         """Raise InputError when nobody could find the numbers any more: better now than after the last layer."""

@@ -20,7 +20,7 @@ from moekern.estimation.counted import Asked, Counted, Part, Stage, counted
 from moekern.estimation.estimate import estimate, job_of
 from moekern.estimation.probe import Rate, Rates
 from moekern.estimation.refit import BATCH, EPOCHS, FACTORS, STEP, SWEEPS, refine_steps
-from moekern.measurement.tiers import at_once
+from moekern.measurement.tiers import not_by_segments
 from moekern.model.budget import Budget
 from moekern.model.compute import Compute
 from moekern.refit import Refine, Ridge
@@ -174,7 +174,7 @@ def test_text_that_the_disk_has_no_room_for_is_taken_in_groups(
     assert now["computing"] == pytest.approx(before["computing"])
     assert now["making parameters"] > 2 * before["making parameters"]
     assert "taken in 5 groups" in found["evaluate"].notes[0]  # of the original and a plan
-    assert set(at_once(TIERS)) == estimating.AT_ONCE
+    assert set(not_by_segments(TIERS)) == estimating.AT_ONCE
     _, found = stages(folder, Asked(tokens=100_000, tiers=("outliers",)), little)
     assert "too little: name another folder (--spill)" in found["calibrate"].notes[0]
 

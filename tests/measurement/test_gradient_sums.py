@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekern.data.batches import Batch, TokenData
-from moekern.measurement.gradient_sums import GateSums, Shares, Totals
+from moekern.measurement.gradient_sums import SegmentSums, Shares, Totals
 from moekern.team import ALONE, Team
 
 E, SHAPE = 4, (3, 5)
@@ -50,8 +50,8 @@ def added(ranks: int) -> tuple[list[Tensor], Tensor]:
     for rank in reversed(range(ranks)):
         team = ALONE if ranks == 1 else OneOf(rank, ranks, sent, gathered)
         shares = Shares.of(text().by_chunk(), team)
-        totals, gates = Totals(zeros(), zeros() if rank == 0 else []), GateSums(shares, E)
-        totals.add(shares, gradient)
+        totals, gates = Totals(zeros(), zeros() if rank == 0 else []), SegmentSums(shares, E)
+        totals.add(shares, gradient, lambda unit, G: None)
         for chunk in shares.own():
             gates.add(chunk, torch.randn(E, generator=torch.Generator().manual_seed(chunk)).double() / 3)
         found = gates.total()

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from moekern.calibration.calibrate import calibrate
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.data.batches import TokenData
+from moekern.data.batches import Batch, TokenData
 from moekern.data.text import Text
 from moekern.demo import MODEL, TEXT
 from moekern.errors import InputError
+from moekern.files import state_path
+from moekern.measurement import gradient_parts
+from moekern.measurement.gradient_parts import finishing
 from moekern.model.compute import Compute
+from moekern.model.journal import Resume
+from moekern.model.layerwise import LayerwiseModel
 from moekern.statistics.file import Statistics
 from moekern.statistics.parts import merge_parts, open_part
 from moekern.team import Part
 from tests.helpers.commands import model_and_ids, moekern
 from tests.helpers.threads import using_threads
 
-TIERS = ["dimensions", "coalitions", "weights", "vocabulary"]
+TIERS = ["dimensions", "coalitions", "weights", "vocabulary", "replay"]
 FLOAT32 = Compute(dtype="float32")
 pytestmark = pytest.mark.xdist_group("parts")  # what they share is dear
 
@@ -80,6 +89,13 @@ def test_a_part_of_other_text(made: Path, tmp_path: Path) -> None:
         merge_parts([tmp_path / "1", made / "2-2"])
 
 
+def test_a_part_with_another_sample(made: Path, tmp_path: Path) -> None:
+    name = b'\\"--replay-tokens\\": 51'
+    (tmp_path / "2").write_bytes((made / "2-3").read_bytes().replace(name + b"2", name + b"1"))
+    with pytest.raises(InputError, match="2: of another calibration than .*1-3: its --replay-tokens differs"):
+        merge_parts([made / "1-3", tmp_path / "2", made / "3-3"])
+
+
 def test_a_part_is_no_statistics(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1-3: one part of a calibration by parts; merge all of them first"):
         Statistics.load(made / "1-3")
@@ -104,12 +120,103 @@ def test_a_header_that_is_not_a_parts(made: Path, tmp_path: Path, change: str) -
 
 
 def test_what_a_part_cannot_measure(tmp_path: Path) -> None:
-    for tier in ("outliers", "replay", "gradient"):
-        with pytest.raises(InputError, match=f"--tier {tier}: it needs all of the text, and --part 1/2 has a share"):
-            calibrate(MODEL, text(), FLOAT32, tiers=[tier], out=tmp_path / "s", part=Part(1, 2))
+    with pytest.raises(InputError, match="--tier outliers: it needs all of the text, and --part 1/2 has a share"):
+        calibrate(MODEL, text(), FLOAT32, tiers=["outliers"], out=tmp_path / "s", part=Part(1, 2))
+    with pytest.raises(InputError, match="a part keeps the gradients of its segments in a file; name one as out"):
+        calibrate(MODEL, text(), FLOAT32, tiers=["gradient"], part=Part(1, 2))
     with pytest.raises(InputError, match="--part 1/20: the text has 16 segments; make no more parts of it"):
         calibrate(MODEL, text(), FLOAT32, out=tmp_path / "s", part=Part(1, 20))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, and with its gradients as a whole and in 1, 2, and 4 parts."""
+    folder = tmp_path_factory.mktemp("kept")
+    model_and_ids(folder)
+    for number, of in ((0, 1), *((i, n) for n in (1, 2, 4) for i in range(1, n + 1))):
+        kept_part(folder, f"{number}-{of}", Part(number, of) if number else None)
+    return folder
+
+
+def kept_part(folder: Path, name: str, part: Part | None, **more: Any) -> Path:
+    ids = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(0))
+    data = TokenData((Batch("a", ids[:3]), Batch("b", ids[3:])), {})
+    with using_threads(1):
+        calibrate(folder / "model", data, FLOAT32, tiers=["gradient"], out=folder / name, part=part, **more)
+    return folder / name
+
+
+@pytest.mark.parametrize("of", [1, 2, 4])
+def test_gradients_of_parts(kept: Path, tmp_path: Path, of: int) -> None:
+    """A part keeps G of its segments, of which merging makes what is no sum."""
+    parts = [kept / f"{number}-{of}" for number in range(of, 0, -1)]
+    merge_parts(parts, finishing(tmp_path)).save(tmp_path / "s", new=True)
+    assert (tmp_path / "s").read_bytes() == (kept / "0-1").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_gradients_beyond_memory_are_added_up_in_files(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_parts, "IN_MEMORY", 0)
+    merge_parts([kept / "1-2", kept / "2-2"], finishing(tmp_path)).save(tmp_path / "s", new=True)
+    assert (tmp_path / "s").read_bytes() == (kept / "0-1").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (b"/gradient.0.", b"/gradient.7.", "layer 0: segment [ab]/[0-9]: gradients of other shapes"),
+        (b"/gradient.0.", b"/gradien/.0.", "is not <layer>/<domain number>/<field>"),
+    ],
+)
+def test_parts_with_gradients_of_another_run(
+    kept: Path, tmp_path: Path, before: bytes, after: bytes, message: str
+) -> None:
+    data = (kept / "2-2").read_bytes()
+    assert before in data
+    (tmp_path / "2").write_bytes(data.replace(before, after, 1))
+    with pytest.raises(InputError, match=message):
+        merge_parts([kept / "1-2", tmp_path / "2"], finishing(tmp_path))
+
+
+def test_a_stopped_part_with_gradients_goes_on(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept / "model", tmp_path / "model")
+    said: list[str] = []
+    resume = Resume(state_path(tmp_path / "1-2"), tell=said.append)
+
+    def stop(done: float, total: int) -> None:
+        if done >= total - 1:  # on the way back, with a layer to come
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_part(tmp_path, "1-2", Part(1, 2), resume=resume, progress=stop)
+    assert not (tmp_path / "1-2").exists()
+    kept_part(tmp_path, "1-2", Part(1, 2), resume=resume)
+    assert any("going on" in line for line in said)
+    assert (tmp_path / "1-2").read_bytes() == (kept / "1-2").read_bytes()
+
+
+def test_gradients_that_do_not_add_up_are_named(kept: Path, tmp_path: Path) -> None:
+    part = open_part(kept / "2-2")
+    entry = next(iter(part.layers["0"].gradients[next(iter(part.segments))].values()))
+    (tmp_path / "2").write_bytes((kept / "2-2").read_bytes())
+    with (tmp_path / "2").open("r+b") as file:
+        file.seek(entry.start)
+        file.write(b"\xff" * 4)
+    merged = merge_parts([kept / "1-2", tmp_path / "2"], finishing(tmp_path))
+    with pytest.raises(InputError, match="merge: layer 0, domain [ab]: gradient_norm_sum: gradients of the parts"):
+        merged.save(tmp_path / "s", new=True)
+
+
+def test_gradients_without_room_are_refused(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_parts.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(LayerwiseModel, "check_room", lambda *arguments: 0)
+    with pytest.raises(InputError, match=r"gradients of \d segments take .*, and .* has 1000 B free; make more parts"):
+        kept_part(kept, "none", Part(1, 2))
+    assert not (kept / "none").exists()
 
 
 def test_outliers_are_counted_by_the_mean_of_all_parts(tmp_path: Path) -> None:

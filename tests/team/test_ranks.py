@@ -211,10 +211,10 @@ def test_what_no_ranks_share_is_done_by_one(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_input_is_one_line(tmp_path: Path) -> None:
-    command = ["calibrate", MODEL, *WORDS, "--tier", "gradient", "--part", "1/2", "--out", tmp_path / "s"]
+    command = ["calibrate", MODEL, *WORDS, "--tier", "outliers", "--part", "1/2", "--out", tmp_path / "s"]
     done = torchrun(tmp_path / "said", 2, *command)
     assert [each.returncode for each in done] == [2, 2]
-    assert done[0].stderr.startswith("moekern: --tier gradient: it needs all of the text, and --part 1/2 has a share")
+    assert done[0].stderr.startswith("moekern: --tier outliers: it needs all of the text, and --part 1/2 has a share")
     assert (done[0].stderr.count("\n"), done[1].stderr) == (1, "")
     assert not (tmp_path / "s").exists()
 
@@ -276,8 +276,9 @@ def test_weights_are_read_once_a_node(tmp_path: Path) -> None:
     assert read == [whole, 0, whole, 0]
 
 
-def test_parts_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
-    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--part", "2/2", "--tier", "dimensions"]
+@pytest.mark.parametrize("tier", ["replay", pytest.param("gradient", marks=pytest.mark.whole)])
+def test_parts_of_several_processes_are_those_of_one(tmp_path: Path, tier: str) -> None:
+    command = ["calibrate", MODEL, *WORDS, *FLOAT32, "--part", "2/2", "--tier", "dimensions", "--tier", tier]
     for size in (1, 2):
         well(torchrun(tmp_path / str(size), size, *command, "--out", tmp_path / f"{size}.s"))
     assert (tmp_path / "1.s").read_bytes() == (tmp_path / "2.s").read_bytes()
