@@ -96,12 +96,7 @@ def calibrate(
     be measured there.
     """
     wanted = wanted_tiers(tiers, TIERS, "calibrate")
-    if replay_tokens < 1:
-        raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
-    check_type("data", data, TokenData)
-    check_type("compute", compute, Compute)
-    if not data.batches:
-        raise InputError("calibrate: the data hold no batch", kind="data")
+    _check_given(data, compute, replay_tokens)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     check_data(data, checkpoint)
     layout, out = find_layout(checkpoint), None if out is None else Path(out)
@@ -141,6 +136,15 @@ def calibrate(
     for key in statistics.layers:
         told(Statistics(statistics.header, {key: statistics.layers[key]}))
     return statistics
+
+
+def _check_given(data: TokenData, compute: Compute, replay_tokens: int) -> None:
+    if replay_tokens < 1:
+        raise InputError(f"--replay-tokens {replay_tokens}: expected 1 or more")
+    check_type("data", data, TokenData)
+    check_type("compute", compute, Compute)
+    if not data.batches:
+        raise InputError("calibrate: the data hold no batch", kind="data")
 
 
 def measure_once(

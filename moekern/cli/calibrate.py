@@ -108,12 +108,7 @@ def calibrate(
         raise InputError(
             "--until-stable: how much text is enough shows on all of it, and --part has a share; leave one out"
         )
-    if out.name and os.path.lexists(out) and is_folder(work_path(out)):  # as of a run that was killed at its very end
-        from moekern.cli.parts_left import remove_parts_of
-        from moekern.model.state_folder import clean_up
-
-        remove_parts_of(out)
-        clean_up(out)
+    _forget_finished(out)
     check_new(out)  # before anything is downloaded, or torch is imported
     parse_keep(keep)
 
@@ -146,6 +141,16 @@ def calibrate(
         show_all(statistics, out, judged, keep)
     else:
         result({"out": str(out), **statistics.header}, lambda: show_part(statistics, out))
+
+
+def _forget_finished(out: Path) -> None:
+    """Remove what a run that was killed at its very end has left beside its statistics."""
+    if out.name and os.path.lexists(out) and is_folder(work_path(out)):
+        from moekern.cli.parts_left import remove_parts_of
+        from moekern.model.state_folder import clean_up
+
+        remove_parts_of(out)
+        clean_up(out)
 
 
 def show_all(statistics: Statistics, out: Path, criterion: str, keep: str) -> None:

@@ -121,14 +121,14 @@ def evaluate(
 ) -> None:
     """Held-out loss per domain of the original and of plans, in one pass over the weights, differences between plans
     paired by sequence; or scores at --tasks; or whether what they write behind prompts ends, or loops (--continue)."""
-    given = [*(data or ()), *((preset.value,) if preset else ())]
     prompted = continuing.asked_of(
         sources=continued, prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens, decode=decode,
         steer=steer, others={"--tasks": tasks, "--data": data, "--preset": preset},
     )  # fmt: skip
     asked = asked_of(
-        tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed, text=given
-    )
+        tasks=tasks, task_dir=task_dir, shots=shots, limit=limit, max_gen_toks=max_gen_toks, seed=seed,
+        text=[*(data or ()), *((preset.value,) if preset else ())],
+    )  # fmt: skip
     kind = "continuations" if prompted is not None else "scores" if asked is not None else "losses"
     folders = [path for path in plans or () if path.is_dir()]
     check_written(out, best, len(plans or ()), kind, layers=layers)
@@ -146,8 +146,7 @@ def evaluate(
     if statistics is not None and not any(plan.replace is not None for plan in named.values()):
         raise InputError("--statistics: no plan that is named replaces experts by constants; leave it out")
     if not named and not folders and not steer:
-        what = "the loss" if kind == "losses" else kind
-        say(f"no plan is named: {what} of the original alone; plans to compare it with may follow the other words")
+        say(f"no plan is named: {kind} of the original alone; plans to compare it with may follow the other words")
     folder = ranks.folder_of(model, revision, compute.team)
     if prompted is not None:
         written = continuing.written_of(folder, prompted, text, named, compute, statistics, restart=restart)

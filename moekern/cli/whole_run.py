@@ -198,10 +198,7 @@ def run_stages(folder: Path, text: Text, compute: Compute, out: Path, asked: Ask
     console.hint(too_few(sum(data.tokens.values()), layout))
     with working(out):
         paths = [_plan_path(out, target) for target in targets]
-        for path in (*paths, *(place.before for place in places if asked.refit is not None)):
-            is_plain(temporary_path(path))
-            if is_plain(path):
-                Plan.load(path)  # else it is not this program's to write over
+        _check_plans([*paths, *(place.before for place in places if asked.refit is not None)])
         check = lambda: _check_made(targets, made)  # noqa: E731
         statistics = _statistics(statistics_path, checkpoint, measured, compute, asked, stable, check)
         work = Work(checkpoint, layout, statistics, planning, data, held, compute, asked.restart)
@@ -357,6 +354,14 @@ def _say_of(target: Path, lines: Sequence[str], several: bool) -> None:
     """What is to be said of a plan, with the folder that it is for where there are several."""
     for line in lines:
         console.say(f"{target}: {line}" if several else line)
+
+
+def _check_plans(paths: Sequence[Path]) -> None:
+    """Raise InputError where something else than a plan lies where one is to be written."""
+    for path in paths:
+        is_plain(temporary_path(path))
+        if is_plain(path):
+            Plan.load(path)  # else it is not this program's to write over
 
 
 def _check_room(

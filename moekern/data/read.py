@@ -64,10 +64,7 @@ def read_data(
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
     notes = Notes(tell)
-    if sequence_length is None:
-        sequence_length = default_length(max_positions)
-        if sequence_length < LENGTH:
-            notes.say(f"sequences of {sequence_length} tokens: as many positions as the model was made for")
+    sequence_length = _length(max_positions, notes) if sequence_length is None else sequence_length
     _check(sequence_length, batch_size, chunk, seed, thinking)
     domains = domains_of(specs)
     named = _columns(columns, domains)
@@ -76,8 +73,7 @@ def read_data(
         Path(model), trust_remote_code,
         ended=pack and not prompting, thinking=thinking, answers=answers, prompting=prompting,
     )  # fmt: skip
-    if prompts is not None:
-        tokens = _prompting_tokens(prompts, domains, sequence_length)
+    tokens = tokens if prompts is None else _prompting_tokens(prompts, domains, sequence_length)
     shares = budgets(domains, tokens, sequence_length)
     batches: list[Batch] = []
     sources: dict[str, Any] = {}
@@ -93,11 +89,8 @@ def read_data(
             batches += [_batch(domain.name, rows, answers) for rows in batched(sequences, batch_size)]
     _check_columns(columns, found, notes)
     longest = max(batch.input_ids.shape[1] for batch in batches)
-    if max_positions is not None and longest > max_positions and not prompting:
-        notes.warn(
-            f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
-            f"positions that the model was made for (max_position_embeddings); give {max_positions} at the most"
-        )
+    if not prompting:
+        _warn_of_positions(sequence_length, longest, max_positions, notes)
     chunk = max(1, CHUNK_TOKENS // (sequence_length if pack else longest)) if chunk is None else chunk
     recipe = (
         {
@@ -114,6 +107,23 @@ def read_data(
         | ({"prompts": prompts} if prompting else {})
     )
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
+
+
+def _warn_of_positions(sequence_length: int, longest: int, max_positions: int | None, notes: Notes) -> None:
+    """Warn of sequences that are longer than the model was made for."""
+    if max_positions is not None and longest > max_positions:
+        notes.warn(
+            f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
+            f"positions that the model was made for (max_position_embeddings); give {max_positions} at the most"
+        )
+
+
+def _length(max_positions: int | None, notes: Notes) -> int:
+    """The default, which is told where it is the model's and not ours."""
+    found = default_length(max_positions)
+    if found < LENGTH:
+        notes.say(f"sequences of {found} tokens: as many positions as the model was made for")
+    return found
 
 
 def default_length(max_positions: int | None) -> int:
