@@ -64,7 +64,8 @@ def read_data(
     Raises InputError for a source that is missing or holds no text, and for token ids outside the vocabulary.
     """
     notes = Notes(tell)
-    sequence_length = _length(max_positions, notes) if sequence_length is None else sequence_length
+    asked, default = sequence_length, default_length(max_positions)
+    sequence_length = default if asked is None else asked
     _check(sequence_length, batch_size, chunk, seed, thinking)
     domains = domains_of(specs)
     named = _columns(columns, domains)
@@ -89,8 +90,7 @@ def read_data(
             batches += [_batch(domain.name, rows, answers) for rows in batched(sequences, batch_size)]
     _check_columns(columns, found, notes)
     longest = max(batch.input_ids.shape[1] for batch in batches)
-    if not prompting:
-        _warn_of_positions(sequence_length, longest, max_positions, notes)
+    _tell_positions(asked, sequence_length, longest, None if prompting else max_positions, notes)
     chunk = max(1, CHUNK_TOKENS // (sequence_length if pack else longest)) if chunk is None else chunk
     recipe = (
         {
@@ -109,21 +109,15 @@ def read_data(
     return TokenData(tuple(batches), recipe, chunk, tuple(notes.lines))
 
 
-def _warn_of_positions(sequence_length: int, longest: int, max_positions: int | None, notes: Notes) -> None:
-    """Warn of sequences that are longer than the model was made for."""
-    if max_positions is not None and longest > max_positions:
+def _tell_positions(asked: int | None, sequence_length: int, longest: int, most: int | None, notes: Notes) -> None:
+    """Tell of a length that is the model's, where none was asked for, and warn of one that it was not made for."""
+    if asked is None and sequence_length < LENGTH:
+        notes.say(f"sequences of {sequence_length} tokens: as many positions as the model was made for")
+    if most is not None and longest > most:
         notes.warn(
-            f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {max_positions} "
-            f"positions that the model was made for (max_position_embeddings); give {max_positions} at the most"
+            f"--sequence-length {sequence_length}: sequences of {longest} tokens are longer than the {most} "
+            f"positions that the model was made for (max_position_embeddings); give {most} at the most"
         )
-
-
-def _length(max_positions: int | None, notes: Notes) -> int:
-    """The default, which is told where it is the model's and not ours."""
-    found = default_length(max_positions)
-    if found < LENGTH:
-        notes.say(f"sequences of {found} tokens: as many positions as the model was made for")
-    return found
 
 
 def default_length(max_positions: int | None) -> int:

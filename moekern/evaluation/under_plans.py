@@ -167,6 +167,7 @@ class UnderPlans(Pass[Task], Generic[Found]):
         ]
 
     def started(self) -> None:
+        self.applied.close()
         self.found = {place: found for place, found in self.found.items() if place[0] not in self.part}
 
     def kept(self) -> Any:

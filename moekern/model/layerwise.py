@@ -231,13 +231,13 @@ class LayerwiseModel:
                 self.take_over(stage, states, last + 1, [run.label(n, task) for n, task in enumerate(tasks)])
                 with undamaged(stage.journal.folder):
                     run.restored(first, left.kept)
+            if first <= last:
+                self._begin(first)  # of what a pass that has ended early left changed, nothing is by now
 
         def save(i: int) -> None:
             if stage is not None:
                 stage.save(i + 1, last + 1, states, run.kept, self.returns)
 
-        if first <= last:
-            self._begin(first)
         try:
             walk(
                 list(self.layers), tasks, run, way,

@@ -9,7 +9,7 @@ import pytest
 
 from moekern.architectures import find_layout
 from moekern.checkpoint.folder import open_checkpoint
-from moekern.model import layerwise
+from moekern.model import layerwise, room
 from moekern.model.budget import Budget
 from moekern.model.compute import Compute
 from moekern.model.expert_groups import Takes
@@ -20,7 +20,7 @@ Usage = namedtuple("Usage", "total used free")
 def little_room(patch: pytest.MonkeyPatch, memory: int, disk: int) -> None:
     """Bytes of memory and disk that there are for hidden states."""
     patch.setattr(Takes, "room", property(lambda self: memory))
-    patch.setattr(layerwise.shutil, "disk_usage", lambda folder: Usage(0, 0, disk))
+    patch.setattr(room.shutil, "disk_usage", lambda folder: Usage(0, 0, disk))
 
 
 def taken(folder: Path, compute: Compute = Compute()) -> Takes:

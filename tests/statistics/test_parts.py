@@ -22,7 +22,7 @@ from moekern.measurement import gradient_parts
 from moekern.measurement.gradient_parts import finishing
 from moekern.model.compute import Compute
 from moekern.model.journal import Resume
-from moekern.model.layerwise import LayerwiseModel
+from moekern.model.room import Need
 from moekern.statistics.file import Statistics
 from moekern.statistics.parts import merge_parts, open_part
 from moekern.team import Part
@@ -213,7 +213,7 @@ def test_gradients_that_do_not_add_up_are_named(kept: Path, tmp_path: Path) -> N
 
 def test_gradients_without_room_are_refused(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_parts.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    monkeypatch.setattr(LayerwiseModel, "check_room", lambda *arguments: 0)
+    monkeypatch.setattr(Need, "check", lambda *arguments: 0)
     with pytest.raises(InputError, match=r"gradients of \d segments take .*, and .* has 1000 B free; make more parts"):
         kept_part(kept, "none", Part(1, 2))
     assert not (kept / "none").exists()
