@@ -131,6 +131,7 @@ gpu:
 	mkdir -p $(OUT)
 	$(PYTHON) -m pytest -q -m gpu tests/kernels
 	$(PYTHON) -m bench.kernels --out $(OUT)/kernels.jsonl
+	$(PYTHON) -m pytest -q -m gpu tests/model/test_pinned.py tests/model/test_filling.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
