@@ -14,7 +14,6 @@ from pathlib import Path
 
 from moekern.errors import InputError
 
-CHUNK = 1 << 20
 WORK, LOCK = ".moekern", "work.lock"  # a work folder's name is its target's and this; in it: a process is at work
 
 
@@ -235,15 +234,20 @@ def scratch(folder: str | Path, kind: str) -> Iterator[Path]:
             if os.fstat(handle).st_uid == os.getuid():
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not even tried where there are no locks
                 shutil.rmtree(path)
-    path = Path(folder) / f"moekern-{kind}-{secrets.token_hex(4)}"
-    with told(path):
-        path.mkdir(mode=0o700)
+    while True:
+        path = Path(folder) / f"moekern-{kind}-{secrets.token_hex(4)}"
+        with told(path):
+            path.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):  # until it is locked, another process may take it for one that was left
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            if locked(handle) and is_still(handle, path):
+                break
+            os.close(handle)
     try:
-        with _folder(path) as handle:
-            locked(handle)
-            yield path
+        yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
 
 
 @contextmanager
@@ -304,10 +308,8 @@ def locked(handle: int, how: int = fcntl.LOCK_EX) -> bool:
     """Take a lock if it is free. Where the file system has no locks, everybody gets one."""
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
@@ -371,8 +373,7 @@ def fsync(path: Path) -> None:
 
 
 def reserve(file: int, size: int) -> None:
-    """Take the blocks of a file of `size` bytes at once, where the file system can. Raises OSError where there is no
-    room for them."""
+    """Take the blocks of a file of `size` bytes at once, where the file system can. Raises OSError without room."""
     os.truncate(file, size)
     try:
         if size:
@@ -386,7 +387,7 @@ def sha256(path: str | Path) -> str:
     """Hex digest of the file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(CHUNK):
+        while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
 
