@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moekern.errors import InputError
 
-WORK, LOCK = ".moekern", "work.lock"  # a work folder's name is its target's and this; in it: a process is at work
+CHUNK, WORK, LOCK = 1 << 20, ".moekern", "work.lock"  # work folders: TARGET.moekern; in one: a process is at work
 
 
 @contextmanager
@@ -387,7 +387,7 @@ def sha256(path: str | Path) -> str:
     """Hex digest of the file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
+        while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
 
