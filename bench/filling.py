@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bench import checkpoints
@@ -98,16 +97,6 @@ def overlapped(folder: Path, compute: Compute, tokens: int, ahead: bool) -> tupl
         layerwise.worth_it = own
 
 
-def make_finite(folder: Path) -> None:
-    """Let all bfloat16 numbers of a checkpoint lie between 1/64 and 1/32, with the signs that they have."""
-    for path in folder.glob("*.safetensors"):
-        start = 8 + int.from_bytes(path.open("rb").read(8), "little")
-        numbers = np.memmap(path, np.uint16, "r+", start)
-        for piece in np.array_split(numbers, 1 + len(numbers) // (1 << 24)):
-            piece &= 0x807F
-            piece |= 0x3C80
-
-
 def overlap(folder: Path, compute: Compute, given: argparse.Namespace) -> dict[str, Any]:
     """Medians of both ways, and their ratio."""
     ways: dict[str, list[float]] = {"between layers": [], "overlapped": []}
@@ -149,7 +138,7 @@ def main() -> None:
         layers = given.layers if given.overlap else 1
         folder = checkpoints.write(Path(work) / "model", checkpoints.qwen3_moe(ONE_LAYER * layers), seed=1)
         if given.overlap:
-            make_finite(folder)
+            checkpoints.numbers(folder)
             line = machine() | {"dtype": given.dtype, "rounds": given.rounds} | overlap(folder, compute, given)
             print(json.dumps(line))
             append(given.out, [line])

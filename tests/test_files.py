@@ -283,3 +283,24 @@ def test_room_is_taken_at_once(tmp_path):
         assert (small / "f").stat().st_size == 1 << 19
         with pytest.raises(OSError, match="No space left on device; 2097152 bytes are needed"):
             files.reserve(file.fileno(), 1 << 21)
+
+
+@pytest.mark.parametrize(("where", "held"), [("open", False), ("locked", False), ("locked", True)])
+def test_a_new_folder_of_scratch_that_another_process_takes_for_one_that_was_left(tmp_path, monkeypatch, where, held):
+    """It is removed before it is opened, or before it is locked, or locked by who is about to remove it."""
+    lost, place = [], files.os if where == "open" else files
+    call = getattr(place, where)
+
+    def late(*given, **named):
+        if lost:
+            return call(*given, **named)
+        lost.extend(tmp_path.iterdir())
+        if not held:
+            lost[0].rmdir()
+        return not held and call(*given, **named)
+
+    monkeypatch.setattr(place, where, late)
+    with files.scratch(tmp_path, "spill") as folder:
+        assert [folder] != lost
+        assert folder.is_dir()
+    assert not folder.exists()

@@ -17,6 +17,7 @@ from moekern.data.batches import Segment, TokenData, dealt
 from moekern.errors import InputError
 from moekern.model.experts import experts_of
 from moekern.model.paged import paged_zeros
+from moekern.statistics.folding import folded
 from moekern.team import Team
 
 COLUMNS = 1 << 22  # numbers of all experts' G that are looked at together
@@ -115,15 +116,11 @@ class SegmentSums:
         self.sums[self.unit_of[chunk]][experts] += sums
 
     def total(self) -> Tensor:
-        """Of all segments, added up as `statistics.folding` has it, in the first of several processes; elsewhere 0."""
+        """Of all segments, in the first of several processes; elsewhere 0."""
         found: dict[int, Tensor] = {}
         for each in self.shares.team.gather(self.sums):
             found |= each
-        even, odd = (
-            sum((found[number] for number in sorted(found) if number % 2 == half), torch.zeros((), dtype=torch.float64))
-            for half in (0, 1)
-        )
-        return even + odd
+        return folded(found)
 
 
 @dataclass(frozen=True)

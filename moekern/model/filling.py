@@ -63,7 +63,7 @@ class Filler:
     """
 
     def __init__(self, reader: LayerReader, groups: ExpertGroups, spent: Spent, ahead: bool) -> None:
-        self.reader, self.groups, self.spent, self.ahead = reader, groups, spent, ahead
+        self.reader, self.groups, self.spent = reader, groups, spent
         self.device, team = reader.device, reader.team
         self.number: int | None = None  # of what is under way
         self._read: Result[Any] | None = None

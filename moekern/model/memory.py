@@ -76,10 +76,10 @@ def pages(nbytes: int, file: int = -1, *, lasting: bool = False) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def room_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty; on the CPU in pages of its own where it is LARGE."""
+def room_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device, large: int = LARGE) -> Tensor:
+    """As torch.empty; on the CPU in pages of its own where it has so many bytes."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < LARGE:
+    if device.type != "cpu" or nbytes < large:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     return pages(nbytes).view(dtype).view(*shape)
 

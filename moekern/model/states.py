@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moekern.errors import InputError, memory_for
-from moekern.model.memory import pages
+from moekern.model.memory import room_for
 from moekern.model.pinned import ALIGNMENT, Blocks
 
 Path = tuple[Any, ...]  # of a tensor in nested arguments
@@ -221,7 +221,7 @@ def _own(value: Tensor) -> Tensor:
     if value.nbytes < LARGE:
         own = _here(value)
         return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own
-    return pages(value.nbytes).view(value.dtype).view(value.shape).copy_(value.detach())
+    return room_for(value.shape, value.dtype, CPU, LARGE).copy_(value.detach())
 
 
 def read_tensor(file: int, start: int, shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from moekern.statistics.layer import HALVED, LayerStatistics
 
@@ -34,3 +36,10 @@ class Folding:
         other = even.like() if odd is None else odd
         apart = {f"half_{name}": torch.stack([getattr(half, name) for half in (even, other)]) for name in HALVED}
         return replace(even if odd is None else even.absorb(odd), **apart)
+
+
+def folded(sums: Mapping[int, Tensor]) -> Tensor:
+    """One tensor of each segment, float64, by the segments' numbers: added up in the same order; 0 of none."""
+    zero = torch.zeros((), dtype=torch.float64)
+    even, odd = (sum((sums[number] for number in sorted(sums) if number % 2 == half), zero) for half in (0, 1))
+    return even + odd

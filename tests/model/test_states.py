@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 
 from moekern.model.budget import resident
@@ -21,6 +23,8 @@ def test_states_take_what_they_are_and_go() -> None:
         del wide
     taken = sum(states.nbytes(number) for number in range(NUMBER))
     assert taken == NUMBER * 2 * 512 * 2048
+    places = [states.look(number).hidden.data_ptr() for number in range(NUMBER)]
+    assert not any(place % mmap.PAGESIZE for place in places)  # in pages of their own, and none in the heap
     return_freed_memory()  # as behind each layer
     assert resident() - held < 1.25 * taken
     assert [float(states.take(number).hidden[0, 0]) for number in range(NUMBER)] == [2 * n for n in range(NUMBER)]
