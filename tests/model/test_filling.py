@@ -159,7 +159,7 @@ def test_there_is_no_overlap_without_room(family_checkpoint: MakeCheckpoint, mon
         with _opened(family_checkpoint("qwen3_moe")) as model:
             assert not model.groups.cuts
             assert (model.takes.ahead > 0) == room
-            assert model.filler.ahead == room
+            assert (model.filler._pool is not None) == room
 
 
 def test_cores_that_compute_are_not_spare(monkeypatch: pytest.MonkeyPatch) -> None:
